@@ -1,0 +1,9 @@
+"""The configuration of a run: frozen sections from TOML and dotted overrides, checked before anything starts.
+
+Only train, __main__, plan, doctor and verify read it; below them functions take the numbers they need.
+"""
+
+from mcore_rl.config.config import Config
+from mcore_rl.config.file import describe_keys, load_config, to_toml
+
+__all__ = ["Config", "describe_keys", "load_config", "to_toml"]

@@ -1,0 +1,132 @@
+"""A whole configuration: the sections joined, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pydantic import model_validator
+
+from mcore_rl.algo.advantages import group_normalized, leave_one_out
+from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.config.sections import (
+    Algorithm,
+    Critic,
+    Data,
+    Model,
+    Optimizer,
+    Parallel,
+    Publish,
+    Reward,
+    Rollout,
+    Run,
+    Section,
+    Supervised,
+    Train,
+)
+from mcore_rl.errors import ConfigError
+
+
+class Config(Section):
+    """A whole run. Construct it with `load_config`, which says where a mistake is and what to do about it."""
+
+    run: Run
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizer = Optimizer()
+    critic: Critic = Critic()
+    train: Train
+    supervised: Supervised = Supervised()
+    publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        found = [*_contradictions(self), *_without_effect(self)]
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    @property
+    def supervised_only(self) -> bool:
+        """No rollouts: train on the labels."""
+        return self.algorithm.name == "sft"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """`section.key: what, remedy` for every pair of keys that cannot go together."""
+    parallel, rollout, train, optimizer = config.parallel, config.rollout, config.train, config.optimizer
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor >= 2 or drop it"
+    if parallel.virtual_pipeline and parallel.pipeline == 1:
+        yield "parallel.virtual_pipeline: needs pipeline stages; set parallel.pipeline >= 2 or drop it"
+    if train.eval_every and config.data.eval is None:
+        yield "train.eval_every: there is nothing to evaluate on; set data.eval or drop it"
+    if config.publish.tolerance_p999 > config.publish.tolerance_max:
+        yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
+    if not config.supervised_only:
+        yield from _against_algorithm(config)
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    if not config.supervised_only and config.algorithm.mini_batches > samples:
+        yield (
+            f"algorithm.mini_batches: {config.algorithm.mini_batches} from the {samples} samples of a "
+            "rollout; lower it, or raise rollout.prompts_per_step"
+        )
+    per_rollout = 1 if config.supervised_only else config.algorithm.mini_batches * config.algorithm.epochs
+    if optimizer.warmup_steps > train.steps * per_rollout:
+        yield (
+            f"optimizer.warmup_steps: longer than the run's {train.steps * per_rollout} optimizer steps; "
+            "lower it, or raise train.steps"
+        )
+    if config.critic.warmup_rollouts >= train.steps:
+        yield (
+            f"critic.warmup_rollouts: the policy would never learn in a run of {train.steps} rollouts; "
+            "lower it, or raise train.steps"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    align = parallel.tensor if parallel.sequence else 1
+    align *= 2 * parallel.context if parallel.context > 1 else 1
+    if -(-longest // align) * align > train.tokens_per_micro_batch:
+        yield (
+            f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
+            f"{longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens, padded to {align}); raise it"
+        )
+
+
+def _against_algorithm(config: Config) -> Iterator[str]:
+    try:
+        algorithm = configure(config.algorithm.name, config.algorithm.params)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if algorithm.advantage in (group_normalized, leave_one_out) and config.rollout.samples_per_prompt == 1:
+        yield (
+            f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
+            "with one every advantage is 0; set 2 or more"
+        )
+
+
+def unused_keys(config: Config) -> Mapping[str, str]:
+    """Keys that have no effect in this run -> why."""
+    unused: dict[str, str] = {}
+    if config.supervised_only:
+        keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
+        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt")
+        unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
+    else:
+        unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
+    name = config.algorithm.name
+    if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
+        unused |= {f"critic.{key}": f"{name} has no critic" for key in Critic.model_fields}
+    if config.rollout.urls:
+        unused["rollout.threads"] = "rollout.urls are servers that already run"
+    return unused
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    for key, why in unused_keys(config).items():
+        section, _, name = key.partition(".")
+        if name in getattr(config, section).model_fields_set:
+            yield f"{key}: has no effect because {why}; remove it"

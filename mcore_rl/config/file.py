@@ -1,0 +1,136 @@
+"""Reading a configuration from TOML and the command line, and writing the resolved one."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from mcore_rl.config import toml
+from mcore_rl.config.config import Config, unused_keys
+from mcore_rl.config.sections import Section
+from mcore_rl.errors import ConfigError
+
+KEYS: dict[str, dict[str, FieldInfo]] = {
+    name: cast(type[Section], field.annotation).model_fields for name, field in Config.model_fields.items()
+}
+"""section -> key -> field"""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, then `--section.key value` or `--section.key=value` in order.
+
+    Override values are TOML literals; a bare word is a string.
+
+    Raises:
+        ConfigError: a line per mistake: where it stands, the dotted path, what is wrong and the remedy. No
+            line repeats a value, which could be a secret pasted into the wrong place.
+    """
+    try:
+        tables = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}; fix the file") from None
+    flags = dict(_parse_overrides(overrides))
+    for dotted, value in flags.items():
+        _override(tables, dotted, value)
+    try:
+        # Through JSON: in its strict mode, unlike Python's, an array may be a tuple and a string a path.
+        return Config.model_validate_json(json.dumps(tables, default=str))
+    except ValidationError as error:
+        mistakes = [mistake for details in error.errors() for mistake in _describe(details)]
+        raise ConfigError(
+            "\n".join(f"{_source(dotted, flags, path)}: {dotted}: {what}" for dotted, what in mistakes)
+        ) from None
+
+
+def to_toml(config: Config) -> str:
+    """The configuration with its defaults, less the keys that have no effect; `load_config` reads it back."""
+    tables = config.model_dump()
+    for dotted in unused_keys(config):
+        section, key = dotted.split(".")
+        del tables[section][key]
+    return toml.dumps(tables)
+
+
+def describe_keys() -> str:
+    """A line per key for `--help`: flag, default, meaning."""
+    lines = []
+    for name, fields in KEYS.items():
+        for key, field in fields.items():
+            value = "unset" if field.default is None else field.default
+            default = "required" if field.is_required() else toml.literal(value).strip('"')
+            lines.append(f"  --{name}.{key} ({default})  {field.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of each flag."""
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, text = argument.partition("=")
+        keys = flag[2:].split(".")
+        if not flag.startswith("--") or len(keys) < 2 or not all(keys):
+            raise ConfigError(
+                f"command line: {flag} is not of the form --section.key value, as in --run.seed 1"
+            )
+        value = text if equals else next(rest, "--")
+        if not equals and value.startswith("--"):
+            raise ConfigError(f"command line: {flag} needs a value; write {flag} VALUE or {flag}=VALUE")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"command line: {flag[2:]}: not UTF-8 text; retype the value")
+        yield flag[2:], toml.parse_value(value)
+
+
+def _override(tables: dict[str, Any], dotted: str, value: Any) -> None:
+    *above, key = dotted.split(".")
+    table = tables
+    for name in above:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"command line: {dotted}: {name} is a value, not a table; set it by itself")
+    table[key] = value
+
+
+def _source(dotted: str, flags: dict[str, Any], path: Path) -> str:
+    given = any(f"{dotted}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{dotted}.") for flag in flags)
+    return "command line" if given else str(path)
+
+
+def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
+    """(dotted path, what and remedy) of one of pydantic's errors."""
+    dotted = ".".join(map(str, details["loc"]))
+    reason = str(details.get("ctx", {}).get("error", details["msg"]))
+    match details["type"]:
+        case "extra_forbidden":
+            yield dotted, f"unknown {'key' if '.' in dotted else 'section'}; {_suggestion(dotted)}"
+        case "missing":
+            yield dotted, "required; add it"
+        case "value_error" if not dotted:  # the rules between sections name their own keys
+            for line in reason.splitlines():
+                key, _, what = line.partition(": ")
+                yield key, what
+        case "value_error":
+            yield dotted, reason
+        case _:
+            yield dotted or "file", reason.replace("Input should", "must")
+
+
+def _suggestion(dotted: str) -> str:
+    section, _, key = dotted.partition(".")
+    if not key:
+        close = get_close_matches(section, KEYS, n=1)
+        return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(KEYS)}"
+    elsewhere = [f"{name}.{key}" for name, keys in KEYS.items() if key in keys]
+    close = get_close_matches(key, KEYS[section], n=1)
+    if close or elsewhere:
+        return f"did you mean {f'{section}.{close[0]}' if close else elsewhere[0]}?"
+    return f"the keys of [{section}] are {', '.join(KEYS[section])}"

@@ -1,0 +1,231 @@
+"""The sections of a configuration: names, types, ranges and defaults.
+
+They hold names of environment variables, never keys, so that `resolved.toml` can be shown to anyone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _reward_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError("must be `module:function`")
+    return name
+
+
+def _variable_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ValueError("must be the NAME of an environment variable in capitals, never the key itself")
+    return name
+
+
+def _server_url(url: str) -> str:
+    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", url):
+        raise ValueError("must be http(s)://host:port; a key goes into the variable that api_key_env names")
+    return url.rstrip("/")
+
+
+def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
+    for name, value in params.items():
+        if not isinstance(value, bool | int | float | str) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise ValueError(f"{name} must be a finite number, a string, true or false")
+    return params
+
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, strict about types, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Run(Section):
+    """Where a run writes, and its seed."""
+
+    dir: Path
+    """Where the run writes everything; relative to the current directory, like every path here."""
+    seed: Seed = 0
+    """Prompt order, sampling and random initial weights follow from it."""
+
+
+class Model(Section):
+    """The policy's starting point."""
+
+    path: Path
+    """Hugging Face directory: config.json, tokenizer, safetensors."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Parameters and activations; log-probs and the optimizer state are fp32 either way."""
+    random_init: bool = False
+    """Start from random weights by run.seed; only config.json and the tokenizer are read."""
+
+
+class Parallel(Section):
+    """Degrees of parallelism; their product with `data` is the number of processes."""
+
+    tensor: Count = 1
+    """Tensor-parallel size."""
+    sequence: bool = False
+    """Sequence parallel: split the activations between the tensor-parallel blocks too."""
+    pipeline: Count = 1
+    """Pipeline stages."""
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    context: Count = 1
+    """Context-parallel size: one sequence over several ranks."""
+    expert: Count = 1
+    """Expert-parallel size of a mixture-of-experts model."""
+    data: Count | None = None
+    """Data-parallel replicas; unset, what the number of processes leaves."""
+
+
+class Data(Section):
+    """Prompt files."""
+
+    train: Path
+    """jsonl or parquet file of prompts and labels."""
+    eval: Path | None = None
+    """Held-out file in the same format."""
+    prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
+    """Key of the prompt: a string, or a list of chat messages."""
+    label_key: Annotated[str, Field(min_length=1)] = "label"
+    """Key of the reference answer."""
+    max_prompt_tokens: Count = 1024
+    """Longer prompts are dropped when the file is read, and counted."""
+
+
+class Rollout(Section):
+    """How responses are sampled."""
+
+    server: Literal["embedded"] = "embedded"
+    """Kind of server to launch where no urls are given."""
+    urls: tuple[Annotated[str, AfterValidator(_server_url)], ...] = ()
+    """Servers that already run; empty, one is launched on this machine."""
+    prompts_per_step: Count = 64
+    """Prompts of one rollout over all replicas."""
+    samples_per_prompt: Count = 8
+    """Responses per prompt: the group size."""
+    temperature: Positive = 1.0
+    """Sampling temperature; log-probs are taken at it everywhere."""
+    max_new_tokens: Count = 64
+    """Longest response."""
+    stop_token_ids: tuple[NonNegative, ...] = ()
+    """End a response besides the model's own end-of-sequence tokens."""
+    timeout: Positive = 120.0
+    """Seconds for one request, retries included."""
+    start_timeout: Positive = 120.0
+    """Seconds until a server must be ready."""
+    api_key_env: Annotated[str, AfterValidator(_variable_name)] | None = None
+    """NAME of the environment variable that holds the servers' key."""
+    threads: Count = 2
+    """CPU threads of a launched embedded server."""
+
+
+class Reward(Section):
+    """How responses are scored."""
+
+    function: Annotated[str, AfterValidator(_reward_name)] = "mcore_rl.rewards.exact:exact_match"
+    """`module:function` that scores one sample."""
+
+
+class Algorithm(Section):
+    """What is optimised."""
+
+    name: Annotated[str, Field(min_length=1)] = "gspo"
+    """A reinforcement-learning algorithm, or `sft` for supervised training on the labels."""
+    params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
+    """The algorithm's own numbers, where they differ from its paper's."""
+    mini_batches: Count = 4
+    """Optimizer steps per pass over a rollout."""
+    epochs: Count = 1
+    """Passes over a rollout."""
+
+
+class Optimizer(Section):
+    """Adam and its learning rate."""
+
+    lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Peak learning rate of Adam."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the mean squared gradient."""
+    eps: Positive = 1e-8
+    """Added to the root of the mean squared gradient."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled, times the learning rate."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or decay to 0 at the last optimizer step."""
+    distributed: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+
+class Critic(Section):
+    """The value model of an algorithm that needs one; the rest of its optimizer is that of [optimizer]."""
+
+    lr: Annotated[float, Field(ge=0)] = 1e-5
+    """Peak learning rate of its own Adam."""
+    warmup_rollouts: NonNegative = 0
+    """Rollouts at the start of the run in which only the critic learns."""
+    value_clip: Annotated[float, Field(ge=0)] = 0.2
+    """How far a value may move in one rollout before its gradient is cut; 0 does not clip."""
+    coef: Positive = 1.0
+    """Factor of the value loss; with Adam it matters to clip_grad only."""
+
+
+class Train(Section):
+    """Length, memory and evaluation of the run."""
+
+    steps: Count
+    """Rollouts to train on; batches with `sft`."""
+    tokens_per_micro_batch: Count = 16384
+    """Token budget of a packed micro-batch, padding included."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations; 0 evaluates at the start and the end only."""
+    eval_samples: Count = 1000
+    """Held-out prompts of one evaluation, at most."""
+    step_timeout: Positive = 600.0
+    """Seconds after which a step without progress ends the run."""
+
+
+class Supervised(Section):
+    """Supervised training, with `algorithm.name = "sft"`."""
+
+    batch_size: Count = 256
+    """Sequences of one optimizer step over all replicas."""
+
+
+class Publish(Section):
+    """Weights for the servers, and the check that they arrived."""
+
+    dir: Path | None = None
+    """Where weights go for the servers to read; unset, `weights` in the run directory."""
+    probe_sequences: Count = 8
+    """Sampled sequences whose log-probs are compared with the servers' after a publish."""
+    tolerance_p999: Positive = 2e-5
+    """Largest difference of 99.9 % of the compared log-probs."""
+    tolerance_max: Positive = 2e-4
+    """Largest difference of any."""

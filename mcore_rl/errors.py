@@ -1,0 +1,57 @@
+"""Typed errors. Every message names the place and the remedy; the exit code says whether a retry can help."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_CONFIG = 2
+EXIT_NUMERICS = 70
+EXIT_RETRYABLE = 75
+
+
+class McoreRLError(Exception):
+    """Base of all errors that mcore_rl raises on purpose."""
+
+    exit_code = EXIT_CONFIG
+    """what `mcore-rl` ends with"""
+    shared = False
+    """every rank of the run has raised it: one of them need say it"""
+
+
+class ConfigError(McoreRLError, ValueError):
+    """The configuration cannot be run: unknown key, value out of range, contradiction, unknown model."""
+
+
+class LayoutError(ConfigError):
+    """The parallel layout is illegal for this model or world size."""
+
+
+class DataError(McoreRLError, ValueError):
+    """Bad input data; the message starts with `file:line:field` where there is one."""
+
+
+class RewardError(McoreRLError, ValueError):
+    """A reward function failed or returned something that is not a finite number."""
+
+
+class RolloutError(McoreRLError, RuntimeError):
+    """No usable reply from the rollout servers within the deadline."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class WeightSyncError(McoreRLError, RuntimeError):
+    """The servers do not hold the weights that were published."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class CheckpointError(McoreRLError, RuntimeError):
+    """A checkpoint cannot be written, is incomplete, or fails its checksum."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class NumericsError(McoreRLError, ArithmeticError):
+    """A loss or gradient is not finite, or an exact identity does not hold."""
+
+    exit_code = EXIT_NUMERICS

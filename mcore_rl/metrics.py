@@ -1,0 +1,169 @@
+"""What a run writes about itself: metrics.jsonl, events.jsonl, times, and a line of progress for people.
+
+Both files hold one JSON object per line, written with one call each, so that a crash can cut only the last;
+the reader leaves a cut line out and a resumed run removes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.errors import DataError
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+NON_FINITE = "non_finite"
+"""JSON has no NaN or infinity: such a metric is written as null and named in the list under this key."""
+
+
+class StepLog:
+    """Appends one object per step to `run_dir/metrics.jsonl`; only rank 0 writes, the others do nothing."""
+
+    def __init__(self, run_dir: Path, *, rank: int = 0, resume_step: int | None = None) -> None:
+        """Start a new log, replacing an older one, or with `resume_step` keep the steps up to it."""
+        self._path = run_dir / METRICS
+        self._writes = rank == 0
+        if self._writes:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _truncate(self._path, -1 if resume_step is None else resume_step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a step; numpy and torch scalars become numbers. Raises TypeError for other objects."""
+        if self._writes:
+            _append(self._path, _record({"step": step, **metrics}))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append to events.jsonl, on rank 0."""
+        if self._writes:
+            append_event(self._path.parent, kind, **fields)
+
+
+def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
+    """Append `{"time": unix seconds, "kind": kind, ...}` to events.jsonl, from any rank."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _append(run_dir / EVENTS, _record({"time": round(time.time(), 3), "kind": kind, **fields}))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics or events file, in order; lines cut by a crash are left out.
+
+    Raises DataError when there is no such file.
+    """
+    return [record for record, _ in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the directory of a run that has begun") from None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and line.endswith(b"\n"):
+            yield record, line
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Keep the complete lines of steps <= last_step; all or nothing, so that a crash here loses no step."""
+    kept = []
+    if path.exists() and last_step >= 0:
+        kept = [line for record, line in _records(path) if record["step"] <= last_step]
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    os.replace(partial, path)
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
+    with path.open("ab+", buffering=0) as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            line = b"\n" + line  # a crash cut the line before
+        file.write(line)
+
+
+def _record(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain numbers, strings, booleans and null; non-finite numbers as null, and named."""
+    plain = {key: _plain(key, value) for key, value in values.items()}
+    broken = [key for key, value in plain.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**plain, **dict.fromkeys(broken), **({NON_FINITE: broken} if broken else {})}
+
+
+def _plain(key: str, value: Any) -> float | int | str | bool | None:
+    if getattr(value, "ndim", None) == 0:  # numpy and torch scalars
+        value = value.item()
+    if value is None or isinstance(value, (float, int, str)):
+        return value
+    raise TypeError(f"metric {key} is a {type(value).__name__}; log a number or a string")
+
+
+class Timers:
+    """Seconds per phase of a step: `with timers("rollout"): ...`, then `timers.collect()` once per step."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `phase`, also when it raises."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
+
+    def collect(self) -> dict[str, float]:
+        """`time/<phase>` of every phase, and `time/step` since the last call, in seconds; starts anew."""
+        now = time.monotonic()
+        times = {f"time/{phase}": seconds for phase, seconds in self._phases.items()}
+        times["time/step"] = now - self._since
+        self._phases, self._since = {}, now
+        return times
+
+
+class Progress:
+    """Lines for people: `step 12/60  reward 0.71  loss 0.0021  1.9 s/step  time left 1:32`."""
+
+    SHOWN: Mapping[str, str] = {
+        "reward/mean": "reward",
+        "loss/policy": "loss",
+        "loss/supervised": "loss",
+        "kl/rollout": "kl",
+        "clip/fraction": "clipped",
+    }
+    """Metric -> its short name in the line; those a step does not have are left out."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._recent: deque[float] = deque(maxlen=20)
+
+    def line(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """One step's line; the time left follows the mean of the last 20 values of `time/step`."""
+        self._recent.append(float(metrics["time/step"]))
+        pace = sum(self._recent) / len(self._recent)
+        shown = [f"{name} {float(metrics[key]):.4g}" for key, name in self.SHOWN.items() if key in metrics]
+        accuracy = [
+            f"{key.split('/')[1]} accuracy {float(value):.3f}"
+            for key, value in metrics.items()
+            if key.startswith("eval/") and key.endswith("/accuracy")
+        ]
+        left = f"time left {clock((self._steps - step) * pace)}"
+        return "  ".join([f"step {step}/{self._steps}", *shown, *accuracy, f"{pace:.1f} s/step", left])
+
+
+def clock(seconds: float) -> str:
+    """`1:32`, `2:05:00`: minutes and seconds, with hours when there are any."""
+    minutes, secs = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

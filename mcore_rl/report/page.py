@@ -1,0 +1,102 @@
+"""The page: head, summary, figures, samples and settings, as one HTML file without any external request."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from mcore_rl.report.plots import Figure, draw_sections
+from mcore_rl.report.runs import RunData, read_runs
+from mcore_rl.report.summary import Fact, headline, key_settings
+from mcore_rl.report.svg import color_class
+from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_tables
+
+
+def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
+
+    Returns its path. Raises DataError where a run directory has no complete line of metrics; an older page
+    then stays as it is.
+    """
+    runs = read_runs(run_dirs)
+    path = out or run_dirs[0] / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render(runs), encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+    return path
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The page as text; the same runs give the same text."""
+    style, script = _asset("style.css"), _asset("hover.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    parts = [_one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)]
+    parts += [_section(heading, map(_figure, figures)) for heading, figures in draw_sections(runs).items()]
+    parts += [_section("Samples", sample_tables(runs)), _section("Settings", settings_tables(runs))]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(", ".join(run.name for run in runs))} \u00b7 mcore_rl report</title>
+<style>{style}</style>
+</head>
+<body>
+<main>{"".join(parts)}</main>
+<div id="tip" role="status" hidden></div>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _one_run(run: RunData) -> str:
+    chips = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in key_settings(run.settings)
+    )
+    title = f'<p class="eyebrow">Run report</p><h1>{escape(run.name)}</h1>'
+    tiles = "".join(map(_tile, headline(run)))
+    return f'<header>{title}<dl class="chips">{chips}</dl></header><dl class="tiles">{tiles}</dl>'
+
+
+def _several_runs(runs: Sequence[RunData]) -> str:
+    names = "".join(f'<span class="run">{run_key(i, run)}</span>' for i, run in enumerate(runs))
+    header = f'<header><p class="eyebrow">{len(runs)} runs compared</p><h1>{names}</h1></header>'
+    return header + _section("Result", [comparison(runs)])
+
+
+def _tile(fact: Fact) -> str:
+    return (
+        f'<div class="tile"><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd>'
+        f'<dd class="detail">{escape(fact.detail)}</dd></div>'
+    )
+
+
+def _section(heading: str, parts: Iterable[str]) -> str:
+    content = "".join(parts)
+    return (
+        f'<section><h2>{escape(heading)}</h2><div class="grid">{content}</div></section>' if content else ""
+    )
+
+
+def _figure(figure: Figure) -> str:
+    legend = "".join(
+        f'<li><i class="key {color_class(color)}"></i>{escape(label)} <b>{escape(value)}</b></li>'
+        for color, label, value in figure.legend
+    )
+    caption = f"<figcaption><h3>{escape(figure.title)}</h3><p>{escape(figure.note)}</p></figcaption>"
+    return f'<figure class="panel">{caption}{figure.svg}<ul class="legend">{legend}</ul></figure>'
+
+
+def _asset(name: str) -> str:
+    return files("mcore_rl.report").joinpath(name).read_text(encoding="utf-8")

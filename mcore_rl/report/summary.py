@@ -1,0 +1,124 @@
+"""The numbers a reader wants first: what was run, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from mcore_rl.report.runs import RunData
+from mcore_rl.report.svg import format_number
+
+AXES = (
+    ("tensor", "TP"),
+    ("pipeline", "PP"),
+    ("virtual_pipeline", "VPP"),
+    ("context", "CP"),
+    ("expert", "EP"),
+    ("data", "DP"),
+)
+
+
+class Fact(NamedTuple):
+    """One tile."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def headline(run: RunData) -> list[Fact]:
+    """The tiles of a single run, the most telling first."""
+    found = [_change(run, key, f"Held-out accuracy{suffix}") for key, suffix in _accuracies(run)]
+    found += [_change(run, "reward/mean", "Reward", average=10)]
+    found += [_steps(run), _wall(run), _tokens(run), _agreement(run)]
+    return [fact for fact in found if fact]
+
+
+def text_table(run: RunData) -> str:
+    """The headline for a terminal, a fact per line."""
+    facts = headline(run)
+    label = max(len(fact.label) for fact in facts)
+    value = max(len(fact.value) for fact in facts)
+    return "\n".join(f"{f.label:<{label}}  {f.value:>{value}}  {f.detail}".rstrip() for f in facts)
+
+
+def key_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What tells this run from another at a glance; only what resolved.toml has."""
+    get = settings.get
+    degrees = [f"{short} {get(f'parallel.{axis}')}" for axis, short in AXES if get(f"parallel.{axis}", 1) > 1]
+    sequence = ["SP"] if get("parallel.sequence") else []
+    per_step, group = get("rollout.prompts_per_step"), get("rollout.samples_per_prompt")
+    rate = get("optimizer.lr")
+    found = {
+        "Algorithm": str(get("algorithm.name", "")),
+        "Model": str(get("model.path", "")).rstrip("/").rsplit("/", 1)[-1],
+        "Layout": " \u00b7 ".join(degrees + sequence),
+        "Batch": f"{per_step} prompts \u00d7 {group}" if per_step and group else "",
+        "Mini-batches": str(get("algorithm.mini_batches", "")),
+        "Learning rate": "" if rate is None else format_number(rate),
+        "Temperature": str(get("rollout.temperature", "")),
+        "Precision": str(get("model.precision", "")),
+        "Seed": str(get("run.seed", "")),
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """(dotted key, value per run) where several runs do not agree, their directories aside."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir")
+    rows = [(key, [str(run.settings.get(key, "-")) for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 41 s, 2 min 05 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _accuracies(run: RunData) -> list[tuple[str, str]]:
+    keys = [key for key in run.keys if fnmatchcase(key, "eval/*/accuracy")]
+    return [(key, f" \u00b7 {key.split('/')[1]}" if len(keys) > 1 else "") for key in keys]
+
+
+def _change(run: RunData, key: str, label: str, average: int = 1) -> Fact | None:
+    values = run.values(key)
+    if not values:
+        return None
+    n = min(average, max(1, len(values) // 4))
+    start, end = sum(values[:n]) / n, sum(values[-n:]) / n
+    sign = "+" if end >= start else "\u2212"
+    span = f"means of {n} steps" if n > 1 else "from start to end"
+    return Fact(label, f"{start:.3f} \u2192 {end:.3f}", f"{sign}{abs(end - start):.3f}, {span}")
+
+
+def _steps(run: RunData) -> Fact:
+    last, planned = int(run.steps[-1]["step"]), run.settings.get("train.steps")
+    return Fact("Steps", str(last), f"of {planned}" if planned else "logged so far")
+
+
+def _wall(run: RunData) -> Fact | None:
+    seconds = run.values("time/step")
+    if not seconds:
+        return None
+    middle = sorted(seconds)[len(seconds) // 2]
+    return Fact("Wall time", duration(sum(seconds)), f"{middle:.2f} s per step")
+
+
+def _tokens(run: RunData) -> Fact | None:
+    tokens, seconds = sum(run.values("tokens")), sum(run.values("time/step"))
+    rate = f"{format_number(tokens / seconds)}/s" if seconds else "in all steps"
+    return Fact("Response tokens", format_number(tokens), rate) if tokens else None
+
+
+def _agreement(run: RunData) -> Fact | None:
+    values = run.values("mismatch/max_abs")
+    if not values:
+        return None
+    tolerance = run.settings.get("publish.tolerance_max")
+    detail = f"tolerance {format_number(tolerance)}" if tolerance else "trainer against server"
+    return Fact("Largest log-prob mismatch", format_number(max(values)), detail)

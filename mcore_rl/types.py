@@ -1,0 +1,102 @@
+"""The data that passes between the rooms. Frozen; a shape line under every field.
+
+Legend: T packed tokens, R rows (scored response tokens), B sequences, G samples of one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of the prompt file."""
+
+    id: str
+    """Unique within the dataset; the key of group statistics."""
+    text: str
+    """What a person reads; never re-tokenised."""
+    token_ids: tuple[int, ...]
+    """[P] what the server receives and the trainer trains on."""
+    label: str
+    """What the reward function compares with."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled from weight version `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to a prompt, as the server sampled it."""
+
+    id: str
+    """`<group id>/<index in the group>`; unique within a rollout batch."""
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    """[n] response token ids, the stop token included when it was sampled."""
+    log_probs: tuple[float, ...]
+    """[n] log-probability under the sampling policy at its temperature, before top-p and top-k."""
+    text: str
+    """Decoded response: for rewards and people."""
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+    versions: tuple[VersionSpan, ...]
+    """Weight version of every token span, in order, covering [0, n)."""
+    reward: float | None = None
+    """Finite, set by the reward function."""
+
+    @property
+    def truncated(self) -> bool:
+        """True when the response met its token limit rather than a stop token."""
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one prompt in one rollout; statistics are keyed by `id`, never by position."""
+
+    id: str
+    """`<prompt id>@<rollout step>`"""
+    samples: tuple[Sample, ...]
+    """[G] may be unequal across groups when samples were aborted."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: whole sequences (prompt + response) packed end to end, THD.
+
+    Row r scores `targets[r]` from the hidden state of packed token `rows[r]` (the token before it).
+    """
+
+    tokens: torch.Tensor
+    """[T] int64"""
+    position_ids: torch.Tensor
+    """[T] int64, restarting at 0 in every sequence"""
+    cu_seqlens: torch.Tensor
+    """[B+1] int32, padded sequence boundaries in [0, T]; a sequence's padding lies at its end"""
+    max_seqlen: int
+    """longest padded sequence"""
+    rows: torch.Tensor
+    """[R] int64 into [0, T)"""
+    targets: torch.Tensor
+    """[R] int64 token ids in [0, V)"""
+    sequence: torch.Tensor
+    """[R] int64 into [0, B): which sequence of this micro-batch the row belongs to"""
+    fields: Mapping[str, torch.Tensor]
+    """name -> [R]: what the loss needs per row (advantage, old_log_prob, weight, ...)"""
+
+    @property
+    def num_sequences(self) -> int:
+        """B"""
+        return self.cu_seqlens.numel() - 1
