@@ -1,0 +1,187 @@
+"""Advantages per sample, from rewards and the statistics of their groups.
+
+N samples of one whole rollout batch, gathered from all data-parallel ranks. Everything is float64 and sums
+are exactly rounded (math.fsum), so a statistic does not depend on the order of the samples or on which rank
+held them, bit for bit. Groups are recognised by id: they may be unequal, interleaved, or have lost samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from numbers import Real
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mcore_rl.errors import ConfigError, DataError, RewardError
+
+REWARD_LIMIT = 1e100
+"""Beyond it squares overflow."""
+
+StdSource = Literal["group", "batch", "batch-centered", "none"]
+
+
+class Spread(NamedTuple):
+    """Mean and sum of squared deviations of some numbers; two-pass, exactly rounded sums."""
+
+    mean: float
+    sum_squares: float
+    size: int
+    constant: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one finite number."""
+        mean = math.fsum(values) / len(values)
+        sum_squares = math.fsum((value - mean) ** 2 for value in values)
+        return cls(mean, sum_squares, len(values), min(values) == max(values))
+
+    def std(self, ddof: int) -> float:
+        """Standard deviation; exactly 0 for constant values."""
+        return 0.0 if self.constant else math.sqrt(self.sum_squares / max(self.size - ddof, 1))
+
+
+class GroupStatistics(NamedTuple):
+    """Statistics of a rollout batch, spread to its samples in the order they were given."""
+
+    groups: tuple[Spread, ...]
+    """[N] of each sample's group"""
+    batch: Spread
+    """of all rewards"""
+    centered: Spread
+    """of all rewards after their group's mean is taken away"""
+
+    @property
+    def mean(self) -> Float[Tensor, " N"]:
+        """Mean reward of each sample's group."""
+        return _float64(group.mean for group in self.groups)
+
+    @property
+    def size(self) -> Float[Tensor, " N"]:
+        """Samples in each sample's group."""
+        return _float64(group.size for group in self.groups)
+
+    @property
+    def constant(self) -> Bool[Tensor, " N"]:
+        """All rewards of the group are equal (max == min, or a single sample): it carries no signal."""
+        return torch.tensor([group.constant for group in self.groups], dtype=torch.bool)
+
+    def std(self, source: StdSource = "group", ddof: Literal[0, 1] = 1) -> Float[Tensor, " N"]:
+        """What an advantage is divided by. Raises ConfigError for an unknown source."""
+        match source:
+            case "group":
+                return _float64(group.std(ddof) for group in self.groups)
+            case "batch":
+                return _float64(self.batch.std(ddof) for _ in self.groups)
+            case "batch-centered":
+                return _float64(self.centered.std(ddof) for _ in self.groups)
+        raise ConfigError(f"algorithm.params.std: {source!r} is not group, batch, batch-centered or none")
+
+
+def group_statistics(group_ids: Sequence[Hashable], rewards: Sequence[Any]) -> GroupStatistics:
+    """Statistics of `rewards` per group id and over the batch; an empty batch gives empty statistics.
+
+    Every rank that passes the same gathered batch gets the same bits, and the same error.
+
+    Raises:
+        DataError: as many ids as rewards are needed.
+        RewardError: a reward is None, not a number, NaN or infinite; the message names sample and group.
+    """
+    if len(group_ids) != len(rewards):
+        raise DataError(
+            f"group_statistics: {len(group_ids)} group ids for {len(rewards)} rewards; pass one id each"
+        )
+    members: dict[Hashable, list[float]] = defaultdict(list)
+    for position, (group_id, reward) in enumerate(zip(group_ids, rewards, strict=True)):
+        if not _is_reward(reward):
+            raise RewardError(
+                f"sample {position} of group {group_id!r}: reward {reward!r} is not a finite number; "
+                "return a float from the reward function, or drop the sample before training"
+            )
+        members[group_id].append(float(reward))
+    spreads = {group_id: Spread.of(values) for group_id, values in members.items()}
+    centered = [value - spreads[group_id].mean for group_id, values in members.items() for value in values]
+    empty = Spread(0.0, 0.0, 0, True)
+    return GroupStatistics(
+        tuple(spreads[group_id] for group_id in group_ids),
+        Spread.of([value for values in members.values() for value in values]) if members else empty,
+        # rounding leaves constant groups a hair off 0: the exact test decides
+        empty if all(spread.constant for spread in spreads.values()) else Spread.of(centered),
+    )
+
+
+def _is_reward(value: Any) -> bool:
+    return isinstance(value, Real) and bool(abs(value) < REWARD_LIMIT)  # type: ignore[operator]  # NaN is not below
+
+
+def group_normalized(
+    rewards: Float[Tensor, " N"],
+    statistics: GroupStatistics,
+    *,
+    std: StdSource = "group",
+    ddof: Literal[0, 1] = 1,
+    eps: float = 1e-6,
+) -> Float[Tensor, " N"]:
+    """(R - group mean) / (std + eps); exactly 0 in a constant group.
+
+    std "group" is GRPO (arXiv 2402.03300 section 4.1.2), "batch" LitePPO (2508.08221 eq. 6: over the raw
+    rewards of the whole rollout batch), "batch-centered" the same over centred rewards, "none" Dr. GRPO
+    (2503.20783) and DeepSeek-V3.2.
+    """
+    centered = rewards.double() - statistics.mean
+    scaled = centered if std == "none" else centered / (statistics.std(std, ddof) + eps)
+    return torch.where(statistics.constant, 0.0, scaled)
+
+
+def batch_normalized(
+    rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, ddof: Literal[0, 1] = 1, eps: float = 1e-6
+) -> Float[Tensor, " N"]:
+    """(R - batch mean) / (batch std + eps); exactly 0 when all rewards are equal."""
+    if statistics.batch.constant:
+        return torch.zeros_like(rewards, dtype=torch.float64)
+    return (rewards.double() - statistics.batch.mean) / (statistics.batch.std(ddof) + eps)
+
+
+def leave_one_out(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
+    """R minus the mean of the OTHERS of its group: RLOO, arXiv 2402.14740 eq. 8; 0 for a group of one."""
+    size = statistics.size
+    scaled = (rewards.double() - statistics.mean) * size / (size - 1).clamp(min=1)
+    return torch.where(statistics.constant, 0.0, scaled)
+
+
+def raw_reward(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
+    """R itself: REINFORCE without a baseline (Williams 1992)."""
+    return rewards.double()
+
+
+def hybrid(
+    rewards: Float[Tensor, " N"],
+    statistics: GroupStatistics,
+    values: Float[Tensor, " N"],
+    *,
+    alpha: float = 0.5,
+) -> Float[Tensor, " N"]:
+    """(1 - alpha)(R - group mean) + alpha (R - V(prompt)). EXPERIMENTAL: a usable reading of Hybrid GRPO.
+
+    The formula of arXiv 2502.01652 (`hybrid_shared`) gives all samples of a group one advantage, so nothing
+    tells a good answer from a bad one; this blend keeps the contrast. `values` are the critic's at the first
+    response token.
+    """
+    contrast = group_normalized(rewards, statistics, std="none")
+    return (1 - alpha) * contrast + alpha * (rewards.double() - values.double())
+
+
+def hybrid_shared(
+    group_ids: Sequence[Hashable], rewards: Float[Tensor, " N"], values: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Group mean of tanh(R) - V(prompt): arXiv 2502.01652 as printed, one step per episode. EXPERIMENTAL."""
+    gains = torch.tanh(rewards.double()) - values.double()
+    return group_statistics(group_ids, gains.tolist()).mean
+
+
+def _float64(values: Iterable[float]) -> Float[Tensor, " N"]:
+    return torch.tensor(list(values), dtype=torch.float64)

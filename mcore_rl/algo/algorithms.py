@@ -1,0 +1,218 @@
+"""The algorithms, as data. To add one: write its loss or advantage as a function, add an entry to ALGORITHMS.
+
+Defaults of an entry are the keyword defaults of its two functions, changed by `params`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mcore_rl.algo import advantages, policy_losses, returns
+from mcore_rl.algo.aggregation import Aggregation
+from mcore_rl.algo.kl import KLEstimator
+from mcore_rl.algo.policy_losses import TokenLoss
+from mcore_rl.errors import ConfigError
+
+Param = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of ALGORITHMS; `configure` returns it with the user's overrides in place."""
+
+    loss: Callable[..., TokenLoss]
+    """(log_prob, old_log_prob, advantage[, sequence_log_ratio], **loss_params) -> TokenLoss"""
+    advantage: Callable[..., Any]
+    """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `returns.gae` where `per_token`"""
+    aggregation: Aggregation
+    """weights of the per-token losses"""
+    sequence_ratio: bool = False
+    """the loss takes the mean log-ratio of the whole sequence"""
+    per_token: bool = False
+    """advantages come from token rewards by `returns.gae`; with values 0 where there is no critic"""
+    whiten: bool = False
+    """advantages are whitened over all unmasked tokens of the global batch"""
+    needs_critic: bool = False
+    """values come from a trained critic"""
+    kl_in_reward: float = 0.0
+    """coefficient of k1 in the token rewards; only where `per_token`"""
+    kl_in_loss: float = 0.0
+    """coefficient of the KL term inside the same aggregation"""
+    kl_estimator: KLEstimator = "k3"
+    """of the KL in the loss"""
+    entropy_coef: float = 0.0
+    """coefficient of the entropy bonus"""
+    params: Mapping[str, Param] = field(default_factory=dict)
+    """keyword arguments of loss and advantage that differ from the functions' own defaults"""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Reference log-probs are needed: a KL coefficient is not 0."""
+        return self.kl_in_reward != 0 or self.kl_in_loss != 0
+
+    @property
+    def loss_params(self) -> dict[str, Param]:
+        """Every keyword argument of the loss, resolved."""
+        return _resolve(self.loss, self.params)
+
+    @property
+    def advantage_params(self) -> dict[str, Param]:
+        """Every keyword argument of the advantage, resolved."""
+        return _resolve(self.advantage, self.params)
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "ppo": Algorithm(
+        policy_losses.ppo,
+        returns.gae,
+        "token-mean",
+        per_token=True,
+        whiten=True,
+        needs_critic=True,
+        kl_in_reward=0.05,
+    ),
+    "grpo": Algorithm(policy_losses.ppo, advantages.group_normalized, "seq-mean-token-mean"),
+    "drgrpo": Algorithm(
+        policy_losses.ppo, advantages.group_normalized, "seq-mean-token-sum-norm", params={"std": "none"}
+    ),
+    "dapo": Algorithm(
+        policy_losses.ppo, advantages.group_normalized, "token-mean", params={"eps_high": 0.28}
+    ),
+    "gspo": Algorithm(
+        policy_losses.gspo, advantages.group_normalized, "seq-mean-token-mean", sequence_ratio=True
+    ),
+    "sapo": Algorithm(policy_losses.sapo, advantages.group_normalized, "seq-mean-token-mean"),
+    "liteppo": Algorithm(
+        policy_losses.ppo, advantages.group_normalized, "token-mean", params={"std": "batch"}
+    ),
+    "cispo": Algorithm(policy_losses.cispo, advantages.group_normalized, "token-mean"),
+    "rloo": Algorithm(policy_losses.reinforce, advantages.leave_one_out, "token-mean"),
+    "reinforce": Algorithm(policy_losses.reinforce, advantages.raw_reward, "seq-mean-token-sum"),
+    "reinforce++": Algorithm(
+        policy_losses.ppo,
+        returns.gae,
+        "token-mean",
+        per_token=True,
+        whiten=True,
+        kl_in_reward=0.01,
+        params={"lam": 1.0},
+    ),
+    "reinforce++-baseline": Algorithm(
+        policy_losses.ppo, advantages.group_normalized, "token-mean", whiten=True, params={"std": "none"}
+    ),
+    "dsv32": Algorithm(
+        policy_losses.deepseek_masked,
+        advantages.group_normalized,
+        "seq-mean-token-mean",
+        sequence_ratio=True,
+        kl_estimator="k3_iw",
+        params={"std": "none"},
+    ),
+}
+
+_SETTINGS = ("aggregation", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef")
+
+_LARGEST = 1e6
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "eps_low": (0.0, 1.0),
+    "dual_clip": (1.0, _LARGEST),
+    "tau_pos": (1e-3, _LARGEST),
+    "tau_neg": (1e-3, _LARGEST),
+    "gamma": (0.0, 1.0),
+    "lam": (0.0, 1.0),
+}
+"""Inclusive ranges of parameters; all others run from 0 to _LARGEST."""
+
+
+def configure(name: str, overrides: Mapping[str, object] | None = None) -> Algorithm:
+    """The entry `name` with `overrides` of its settings and of keyword arguments of its loss and advantage.
+
+    Raises:
+        ConfigError: unknown algorithm or name (with the nearest known one), or a value of the wrong type
+            or range.
+    """
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm.name: {name!r} is unknown{_suggest(name, ALGORITHMS)}")
+    algorithm = ALGORITHMS[name]
+    accepted = _accepted(algorithm)
+    checked: dict[str, Any] = {}
+    for key, value in (overrides or {}).items():
+        if key not in accepted:
+            raise ConfigError(
+                f"algorithm.params.{key}: {name} has no such parameter{_suggest(key, accepted)}"
+            )
+        checked[key] = _checked(f"algorithm.params.{key}", accepted[key], value)
+    settings = {key: value for key, value in checked.items() if key in _SETTINGS}
+    params = {key: value for key, value in checked.items() if key not in _SETTINGS}
+    algorithm = replace(algorithm, params={**algorithm.params, **params}, **settings)
+    if algorithm.kl_in_reward and not algorithm.per_token:
+        raise ConfigError(
+            f"algorithm.params.kl_in_reward: {name} has one advantage per sample; use kl_in_loss instead"
+        )
+    return algorithm
+
+
+def objective(
+    policy: TokenLoss,
+    *,
+    correction: Float[Tensor, "*shape"] | float = 1.0,
+    kl: Float[Tensor, "*shape"] | float = 0.0,
+    kl_coef: float = 0.0,
+    entropy: Float[Tensor, "*shape"] | float = 0.0,
+    entropy_coef: float = 0.0,
+) -> Float[Tensor, "*shape"]:
+    """correction * policy loss + kl_coef * kl - entropy_coef * entropy, per token.
+
+    Multiply by the aggregation weight and sum. The correction (corrections.py) acts on the policy term only.
+    """
+    return correction * policy.loss + kl_coef * kl - entropy_coef * entropy
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _resolve(function: Callable[..., Any], params: Mapping[str, Param]) -> dict[str, Param]:
+    return {name: params.get(name, p.default) for name, p in _keywords(function).items()}
+
+
+def _accepted(algorithm: Algorithm) -> dict[str, Any]:
+    """name -> type of everything a user may override."""
+    hints = get_type_hints(Algorithm)
+    accepted = {f.name: hints[f.name] for f in fields(Algorithm) if f.name in _SETTINGS}
+    for function in (algorithm.advantage, algorithm.loss):
+        types = get_type_hints(function)
+        accepted |= {name: types[name] for name in _keywords(function)}
+    return accepted
+
+
+def _checked(place: str, expected: Any, value: object) -> Any:
+    """`value` if it is of the `expected` type and in range, whole numbers widened to float."""
+    options = get_args(expected)
+    if get_origin(expected) is Literal:
+        if value not in options:
+            raise ConfigError(f"{place}: {value!r} is not one of {', '.join(map(str, options))}")
+        return value
+    if expected is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{place}: {value!r} is not true or false")
+        return value
+    if value is None and type(None) in options:
+        return value
+    low, high = _RANGES.get(place.rpartition(".")[2], (0.0, _LARGEST))
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+        return float(value)
+    raise ConfigError(f"{place}: {value!r} is not a number from {low:g} to {high:g}")
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
