@@ -1,0 +1,177 @@
+"""Builds policy, reference and critic on this rank: config, layers, head, weights, Megatron's DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mcore_rl.model import platform, weights_io
+from mcore_rl.model.critic import CriticMapping, CriticModel, with_value_head
+from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.policy import PackedGPT, PolicyModel
+from mcore_rl.model.spec import (
+    Architecture,
+    check_layout,
+    padded_vocab,
+    portable_spec,
+    read_architecture,
+    transformer_config,
+)
+from mcore_rl.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Megatron model on this rank: its chunks (one, or one per virtual pipeline stage) and its numbers."""
+
+    chunks: tuple[torch.nn.Module, ...]
+    """wrapped in Megatron's DDP when trainable"""
+    unwrapped: tuple[PackedGPT, ...]
+    config: TransformerConfig
+    arch: Architecture
+    mapping: Mapping
+    mesh: Mesh
+    source: Path
+    """HF directory that config.json and the tokenizer came from"""
+
+    def export(self, directory: Path) -> None:
+        """Write the weights as an HF directory; collective over all ranks."""
+        weights_io.export(self.unwrapped, self.mapping, self.mesh, directory, self.source)
+
+
+def build_policy(
+    path: Path,
+    mesh: Mesh,
+    *,
+    precision: str = "fp32",
+    random_seed: int | None = None,
+    recompute: str = "none",
+    ddp: DistributedDataParallelConfig | None = None,
+) -> Model:
+    """Build the model of the HF directory `path` at `mesh`'s layout and load its weights.
+
+    Args:
+        random_seed: start from random weights of this seed instead of the directory's.
+        recompute: which activations the backward pass computes again, a key of spec.RECOMPUTE.
+        ddp: wrap for training; None for a frozen model (reference).
+
+    Raises:
+        ConfigError: the directory does not hold a supported model.
+        LayoutError: it does not divide by the layout.
+    """
+    arch, rows, read = _read(path, mesh, random_seed)
+    kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
+    config = transformer_config(arch, mesh.layout, precision, recompute)
+    return _build(kind, config, Mapping(arch, rows), read, mesh, ddp, path)
+
+
+def build_critic(
+    path: Path,
+    mesh: Mesh,
+    *,
+    precision: str = "fp32",
+    random_seed: int | None = None,
+    recompute: str = "none",
+    ddp: DistributedDataParallelConfig | None = None,
+) -> Model:
+    """As `build_policy`: the same weights and backbone, the embedding untied, under a value head.
+
+    The head starts at 0, and so does every value; with `random_seed` it is random like the other weights.
+    """
+    arch, rows, read = _read(path, mesh, random_seed)
+    read = with_value_head(read, arch, random_seed)
+    config = transformer_config(arch, mesh.layout, precision, recompute)
+    return _build(CriticModel, config, CriticMapping(arch, rows), read, mesh, ddp, path)
+
+
+def _read(
+    path: Path, mesh: Mesh, random_seed: int | None
+) -> tuple[Architecture, int, Callable[[str], Tensor]]:
+    """The checked architecture of `path`, its padded vocabulary, and a reader of its HF tensors."""
+    platform.install()
+    arch = read_architecture(path)
+    check_layout(arch, mesh.layout)
+    rows = padded_vocab(arch, mesh.layout.tensor)
+    mapping = Mapping(arch, rows)
+    if random_seed is None:
+        return arch, rows, weights_io.hf_reader(path, mapping)
+    return arch, rows, weights_io.random_reader(mapping, random_seed)
+
+
+def _build(
+    kind: Callable[..., PackedGPT],
+    config: TransformerConfig,
+    mapping: Mapping,
+    read: Callable[[str], Tensor],
+    mesh: Mesh,
+    ddp: DistributedDataParallelConfig | None,
+    source: Path,
+) -> Model:
+    model_parallel_cuda_manual_seed(0)  # Megatron's RNG tracker, forked even where dropout is 0
+    stages = range(mesh.layout.virtual_pipeline or 1)
+    unwrapped = tuple(_build_chunk(kind, mapping, config, mesh, stage) for stage in stages)
+    weights_io.load(unwrapped, mapping, mesh, read)
+    wrapped = tuple(_in_bf16(config, chunk) for chunk in unwrapped) if config.bf16 else unwrapped
+    if ddp is None:
+        for chunk in unwrapped:
+            chunk.requires_grad_(False).eval()
+    else:
+        wrapped = tuple(
+            DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(wrapped)
+        )
+        _connect_schedule(config, ddp, wrapped)
+    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source))
+
+
+def _in_bf16(config: TransformerConfig, chunk: PackedGPT) -> Float16Module:
+    wrapped = Float16Module(config, chunk)
+    if isinstance(chunk, CriticModel) and chunk.post_process:
+        chunk.value_head.float()  # Float16Module casts everything
+    return wrapped
+
+
+def _connect_schedule(config: TransformerConfig, ddp: DistributedDataParallelConfig, chunks) -> None:
+    """Tell Megatron's schedules how to reduce gradients; without the first line none is ever reduced."""
+    config.finalize_model_grads_func = finalize_model_grads
+    if len(chunks) == 1:
+        config.no_sync_func = chunks[0].no_sync
+        return
+    # Lists are what Megatron's interleaved schedule takes, whatever its annotations say.
+    config.no_sync_func = [chunk.no_sync for chunk in chunks]  # type: ignore[assignment]
+    if ddp.overlap_grad_reduce:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]  # type: ignore[assignment]
+
+
+def _build_chunk(
+    kind: Callable[..., PackedGPT], mapping: Mapping, config: TransformerConfig, mesh: Mesh, stage: int
+) -> PackedGPT:
+    """One model chunk: the layers that this pipeline rank and virtual stage own."""
+    virtual = mesh.layout.virtual_pipeline
+    last = (virtual or 1) - 1
+    model = kind(
+        config=config,
+        transformer_layer_spec=portable_spec(config, vp_stage=stage if virtual else None),
+        vocab_size=mapping.vocab_rows,
+        max_sequence_length=1 << 20,  # rotary positions have no table of this size; Megatron only stores it
+        pre_process=mesh.pp_rank == 0 and stage == 0,
+        post_process=mesh.is_last_stage and stage == last,
+        position_embedding_type="rope",
+        rotary_base=mapping.arch.rope_theta,
+        parallel_output=True,
+        vp_stage=stage if virtual else None,
+    )
+    return model.to(platform.device())

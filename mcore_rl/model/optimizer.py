@@ -1,0 +1,125 @@
+"""Megatron's optimizers: the distributed one for training, the plain one for verification; checked steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from mcore_rl.errors import NumericsError
+from mcore_rl.model.build import Model
+from mcore_rl.model.spec import DTYPES
+
+
+def ddp_config(*, distributed: bool = True, overlap: bool = False) -> DistributedDataParallelConfig:
+    """Megatron DDP: fp32 gradient buffers; `distributed` shards optimizer state over data-parallel ranks."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed,
+        use_distributed_optimizer=distributed,
+        average_in_collective=False,  # our loss carries global denominators; see step.loss_scale
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A Megatron optimizer with its schedule."""
+
+    megatron: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    model: Model
+
+    def zero_grad(self) -> None:
+        """Before the first micro-batch of a step."""
+        for chunk in _trained(self.model):
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule. Returns the global gradient norm before clipping.
+
+        Raises:
+            NumericsError: on every rank alike, before any weight changes, when the gradient is not finite.
+        """
+        found_inf = self.megatron.prepare_grads()
+        norm = self.megatron.get_grad_norm()
+        bad = torch.tensor([float(found_inf or not math.isfinite(norm))])
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.model.mesh.world)
+        if bad.item():
+            raise NumericsError(
+                f"gradient norm is {norm}: no weight was changed. Lower optimizer.lr or look for "
+                "a reward or log-prob that is not finite in the last step's metrics"
+            )
+        if not cast("tuple[bool, ...]", self.megatron.step())[0]:
+            raise NumericsError("Megatron's optimizer skipped the update although the gradient is finite")
+        self.schedule.step(increment=1)
+        return norm
+
+
+def _trained(model: Model) -> list[DistributedDataParallel]:
+    """The model's chunks in Megatron's DDP, which build wraps around what is trained."""
+    return [cast(DistributedDataParallel, chunk) for chunk in model.chunks]
+
+
+def build_optimizer(
+    model: Model,
+    *,
+    lr: float,
+    kind: str = "adam",
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_grad: float = 1.0,
+    precision: str = "fp32",
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    decay: str = "constant",
+    distributed: bool = True,
+) -> Optimizer:
+    """Megatron's optimizer over all chunks of `model`, whose DDP must agree on `distributed`.
+
+    Args:
+        kind: "adam", or "sgd" (momentum 0) for verification.
+        decay: "constant", "linear" or "cosine" to 0 over `decay_steps` optimizer steps after `warmup_steps`.
+    """
+    config = OptimizerConfig(
+        optimizer=kind,
+        lr=lr,
+        min_lr=0.0,
+        weight_decay=weight_decay,
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_eps=eps,
+        sgd_momentum=0.0,
+        clip_grad=clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=distributed,
+    )
+    megatron = get_megatron_optimizer(config, cast("list[MegatronModule]", _trained(model)))
+    schedule = OptimizerParamScheduler(
+        megatron,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=0.0,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=warmup_steps + max(1, decay_steps or 1),
+        lr_decay_style=decay,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return Optimizer(megatron, schedule, model)

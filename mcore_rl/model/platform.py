@@ -1,0 +1,220 @@
+"""Runs the real Megatron-Core on CPU and gloo, unchanged on CUDA and NCCL.
+
+Megatron-Core names CUDA in its source: `device="cuda"` literals, `torch.cuda.current_device()`, streams,
+generators, type strings. `install()` answers those calls on a machine without CUDA, once, before the first
+use of Megatron-Core; where CUDA is present it only checks the version. Nothing outside `megatron.core`
+changes its behaviour: literals are redirected by a stand-in for the name `torch` INSIDE the modules of
+`TORCH_FACTORY_MODULES`, since wrapping torch's factories globally silently corrupts other libraries
+(transformers' rotary tables, logits off by 0.3).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from mcore_rl.errors import ConfigError
+
+SUPPORTED = {"0.16.1": "Python 3.11"}
+"""megatron-core versions whose internals were checked: several fixes reach into them."""
+
+TORCH_FACTORY_MODULES = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.transformer.utils",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.models.common.embeddings.rope_utils",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.utils",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+)
+"""Modules that hold `device="cuda"` or `pin_memory=True` literals."""
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
+_installed = False
+
+
+def install() -> None:
+    """Prepare Megatron-Core for this machine; idempotent.
+
+    Raises:
+        ConfigError: megatron-core is missing or of a version whose internals are unknown to this module.
+    """
+    global _installed
+    check_version()
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
+        for fix in FIXES:
+            fix()
+    _installed = True
+
+
+def check_version() -> str:
+    """The installed megatron-core version, or a ConfigError that names the supported ones."""
+    known = " or ".join(f"{version} ({python})" for version, python in SUPPORTED.items())
+    try:
+        version = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(f"megatron-core is not installed; install {known}") from None
+    if version not in SUPPORTED:
+        raise ConfigError(
+            f"megatron-core {version} is not supported: mcore_rl does not know its internals; install {known}"
+        )
+    return version
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def backend() -> str:
+    """The torch.distributed backend of this machine."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+# --- the fixes, each with the call it answers ---------------------------------------------------------
+
+
+def _module(name: str) -> Any:
+    """A module whose names are replaced; Any, since a type checker holds them for constants."""
+    return importlib.import_module(name)
+
+
+class _TorchWithCpuFactories(types.ModuleType):
+    """`torch`, except that factories take device="cuda" as the CPU and ignore pin_memory."""
+
+    def __getattr__(self, name: str):
+        value = getattr(torch, name)
+        return _on_cpu(value) if name in _FACTORIES else value
+
+
+def _on_cpu(factory):
+    def create(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def redirect_literal_devices() -> None:
+    """`device="cuda"` and `pin_memory=True` literals, in Megatron's own modules only."""
+    stand_in = _TorchWithCpuFactories("torch")
+    for name in TORCH_FACTORY_MODULES:
+        _module(name).torch = stand_in
+
+
+def answer_current_device() -> None:
+    """`torch.cuda.current_device()` as a tensor's device: TP layers, mappings, p2p, rotary, router."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def keep_tensors_on_cpu() -> None:
+    """`.cuda()` and `.pin_memory()`: CP rotary slices, distributed-optimizer checkpoints."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+
+
+def skip_synchronize() -> None:
+    """`torch.cuda.synchronize()`: p2p, timers, checkpoint."""
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def use_cpu_generator() -> None:
+    """CUDA generator states that Megatron's RNG tracker saves, forks and restores (dropout, recompute)."""
+    random = _module("megatron.core.tensor_parallel.random")
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+
+
+def name_cuda_types() -> None:
+    """`tensor.type() == "torch.cuda.FloatTensor"` comparisons in the optimizers."""
+    original = torch.Tensor.type
+
+    def type_name(self, *args, **kwargs):
+        answer = original(self, *args, **kwargs)
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(answer, str) and asked_by.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_name  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _NullStream:
+    """A stream or event on a device whose work is always finished."""
+
+    def __init__(self, *args, **kwargs): ...
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def record_event(self, event=None):
+        return self
+
+
+def null_streams() -> None:
+    """Streams and events of the MoE dispatcher and shared-expert overlap."""
+    torch.cuda.Stream = torch.cuda.Event = _NullStream
+    torch.cuda.stream = _NullStream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _NullStream()
+    torch.Tensor.record_stream = lambda self, stream: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def answer_without_transformer_engine() -> None:
+    """The router's `te_general_gemm`, which megatron-core 0.16.1 imports only with Transformer Engine."""
+    moe_utils = _module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def list_splits_on_host() -> None:
+    """The all-to-all's split sizes as numpy, which Megatron makes of CUDA tensors only."""
+    dispatcher = _module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def move(tensor, as_numpy=False, record_stream=False):
+        moved = original(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    dispatcher.maybe_move_tensor_to_cpu = move
+
+
+FIXES = (
+    redirect_literal_devices,
+    answer_current_device,
+    keep_tensors_on_cpu,
+    skip_synchronize,
+    use_cpu_generator,
+    name_cuda_types,
+    null_streams,
+    answer_without_transformer_engine,
+    list_splits_on_host,
+)

@@ -1,0 +1,306 @@
+"""HF config.json -> Megatron-Core TransformerConfig and layer spec: complete, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.model.portable import PackedAttention, RMSNorm
+from mcore_rl.parallel.mesh import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""precision -> parameter dtype. fp64 is for verification only."""
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""which activations the backward pass computes again: none, those of attention, those of every layer"""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: softmax router, no shared expert, no capacity limit, no auxiliary loss."""
+
+    count: int
+    per_token: int
+    """experts that each token is sent to"""
+    intermediate: int
+    normalized: bool
+    """the weights of a token's experts sum to 1"""
+    sparse_layers: tuple[bool, ...]
+    """[layers] True where the MLP is a mixture"""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of a decoder that change its maths, read from config.json."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    """of dense layers"""
+    vocab: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    """the output layer is the embedding"""
+    qk_norm: bool
+    qkv_bias: bool
+    init_std: float
+    experts: Experts | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """True where the MLP of `layer` (from 0) is a mixture of experts."""
+        return self.experts is not None and self.experts.sparse_layers[layer]
+
+
+# Fields of config.json that change the maths, each with the only value this project implements.
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "attention_bias": False,
+}
+_FAMILIES = {
+    "qwen3": {"qk_norm": True, "qkv_bias": False},
+    "qwen3_moe": {"qk_norm": True, "qkv_bias": False},
+}
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The dictionary in `path`/config.json; ConfigError when it is missing or not JSON."""
+    file = Path(path) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: not found; model.path must be a Hugging Face model directory") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Read `path`/config.json; ConfigError names a field that changes the maths and is not supported."""
+    hf = read_hf_config(path)
+    file = Path(path) / "config.json"
+    family = hf.get("model_type")
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"{file}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}"
+        )
+    for name, value in _REQUIRED.items():
+        if hf.get(name, value) != value:
+            raise ConfigError(f"{file}: {name} = {hf[name]!r} is not supported, only {value!r}")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ConfigError(f"{file}: rope_type {rope.get('rope_type')!r} is not supported, only 'default'")
+    try:
+        return Architecture(
+            family=family,
+            layers=hf["num_hidden_layers"],
+            hidden=hf["hidden_size"],
+            heads=hf["num_attention_heads"],
+            kv_heads=hf["num_key_value_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            intermediate=hf["intermediate_size"],
+            vocab=hf["vocab_size"],
+            rope_theta=float(rope.get("rope_theta") or hf["rope_theta"]),
+            norm_eps=hf["rms_norm_eps"],
+            tied=bool(hf.get("tie_word_embeddings", False)),
+            init_std=hf.get("initializer_range", 0.02),
+            experts=_read_experts(hf) if family.endswith("_moe") else None,
+            **_FAMILIES[family],
+        )
+    except KeyError as error:
+        raise ConfigError(f"{file}: field {error} is missing") from None
+
+
+def _read_experts(hf: dict[str, Any]) -> Experts:
+    dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
+    return Experts(
+        count=hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        per_token=hf["num_experts_per_tok"],
+        intermediate=hf["moe_intermediate_size"],
+        normalized=bool(hf.get("norm_topk_prob", False)),
+        sparse_layers=tuple(
+            layer not in dense and (layer + 1) % step == 0 for layer in range(hf["num_hidden_layers"])
+        ),
+    )
+
+
+def check_layout(arch: Architecture, layout: Layout) -> None:
+    """Raise LayoutError, naming the number that does not divide, before any process group exists."""
+    layout.check()
+    _check_experts(arch, layout)
+    stages = layout.pipeline * (layout.virtual_pipeline or 1)
+    rules = (
+        (arch.heads, layout.tensor, "attention heads", "parallel.tensor"),
+        (arch.kv_heads, layout.tensor, "key/value heads", "parallel.tensor"),
+        (arch.intermediate, layout.tensor, "intermediate size", "parallel.tensor"),
+        (arch.layers, stages, "layers", "parallel.pipeline x parallel.virtual_pipeline"),
+        (arch.experts.count if arch.experts else 1, layout.expert, "experts", "parallel.expert"),
+    )
+    for number, degree, what, key in rules:
+        if number % degree:
+            legal = [d for d in range(1, number + 1) if number % d == 0]
+            raise LayoutError(f"{key} = {degree} does not divide the model's {number} {what}; legal: {legal}")
+
+
+def _check_experts(arch: Architecture, layout: Layout) -> None:
+    if arch.experts is None and layout.expert > 1:
+        raise LayoutError(
+            f"parallel.expert = {layout.expert}, but a {arch.family} model has no experts; set it to 1"
+        )
+    if arch.experts is not None and layout.tensor > 1 and not layout.sequence:
+        raise LayoutError(
+            "experts with tensor parallelism need sequence parallelism, or every rank would send them all "
+            "tokens; set parallel.sequence = true"
+        )
+
+
+def padded_vocab(arch: Architecture, tensor: int, align: int = 1) -> int:
+    """Vocabulary rows including padding: a multiple of `align` on every tensor-parallel rank."""
+    unit = tensor * align
+    return -(-arch.vocab // unit) * unit
+
+
+def transformer_config(
+    arch: Architecture, layout: Layout, precision: str, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron's configuration of `arch` at `layout`; `recompute` is a key of RECOMPUTE.
+
+    The flags that differ from Megatron's defaults: no dropout, RMSNorm, SwiGLU, no biases, fusions that need
+    CUDA off on CPU; p2p flags without which the interleaved schedule is silently wrong (grad norm 5.5 instead
+    of 1.96).
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.intermediate,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        qk_layernorm=arch.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,  # an expert is never cut; parallel.mesh builds the groups so
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, dense models too
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
+        deallocate_pipeline_outputs=layout.pipeline > 1 and layout.virtual_pipeline is None,
+        calculate_per_token_loss=False,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,  # weights come by global name, from a checkpoint or a seeded generator
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        **_expert_settings(arch.experts, precision),
+        **RECOMPUTE[recompute],
+    )
+
+
+def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.intermediate,
+        "moe_layer_freq": [int(sparse) for sparse in experts.sparse_layers],
+        # Softmax over the chosen logits alone is the softmax over all, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp64" if precision == "fp64" else "fp32",
+        # A batch-level auxiliary loss depends on how the batch is split: it would differ between layouts.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": False,
+    }
+
+
+def portable_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage: Megatron's parallel linears, the portable norm and attention."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    sparse = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
+    layers = [_layer_spec(config, sparse=bool(sparse[first + i])) for i in range(count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
+
+
+def _layer_spec(config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,  # pyright: ignore[reportArgumentType]
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if sparse:
+        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=linears)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+        ),
+    )

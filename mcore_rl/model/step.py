@@ -1,0 +1,171 @@
+"""One pass of micro-batches through Megatron's own schedules: forward to score, then backward for a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mcore_rl.model import platform
+from mcore_rl.model.build import Model
+from mcore_rl.model.policy import Scored
+from mcore_rl.model.portable import KeyLayout, PackedLayout
+from mcore_rl.parallel.context import local_tokens
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.types import PackedBatch
+
+Loss = Callable[[PackedBatch, Any], tuple[Tensor, Mapping[str, Tensor]]]
+"""(this rank's rows of a micro-batch, a policy's HeadOutput or a critic's values [R] on them)
+-> (sum of w * l over those rows, metric sums).
+
+w carries the GLOBAL denominators of the optimizer step, so the loss is a pure sum: no mean, no collective."""
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """A micro-batch as this rank sees it: its context-parallel share, on its device."""
+
+    packed: PackedBatch
+    """tokens, rows and fields of this rank; `rows` index its own tokens, `cu_seqlens` its own boundaries"""
+    layout: PackedLayout
+
+
+def forward(
+    model: Model, batches: Sequence[PackedBatch], temperature: float
+) -> list[tuple[PackedBatch, Any]]:
+    """Score every row, no gradient.
+
+    Args:
+        temperature: of a policy's log-probs; a critic ignores it.
+
+    Returns, per micro-batch, this rank's rows and a policy's HeadOutput or a critic's values [R] on the last
+    pipeline stage, nothing elsewhere. Under context parallelism every rank has other rows: a field tells them
+    apart.
+    """
+
+    def collector(batch: LocalBatch):
+        def collect(output, non_loss_data: bool = False) -> tuple[PackedBatch, HeadOutput | Tensor]:
+            return batch.packed, _output(output)
+
+        return collect
+
+    with torch.no_grad():
+        return _run(model, batches, temperature, collector, forward_only=True, collect_non_loss_data=True)
+
+
+def forward_backward(
+    model: Model, batches: Sequence[PackedBatch], loss: Loss, temperature: float
+) -> list[Mapping[str, Tensor]]:
+    """Add the gradient of sum(w * l) over all micro-batches and ranks to Megatron's gradient buffers.
+
+    Every rank must pass the same number of micro-batches. The gradient buffers must have been zeroed. After
+    the call the gradients are reduced over data-parallel ranks, as Megatron's optimizer expects them.
+
+    Returns the metric sums per micro-batch on the last pipeline stage, nothing elsewhere.
+    """
+    scale = loss_scale(len(batches), model.mesh)
+
+    def of_batch(batch: LocalBatch):
+        return partial(_scaled_loss, loss, batch.packed, scale)
+
+    return _run(model, batches, temperature, of_batch, forward_only=False)
+
+
+def loss_scale(num_microbatches: int, mesh: Mesh) -> int:
+    """What undoes Megatron's averaging: its schedule divides by the micro-batches M, its DDP by DP x CP."""
+    return num_microbatches * mesh.layout.data * mesh.layout.context
+
+
+def _output(output) -> HeadOutput | Tensor:
+    """What the last stage answered; Megatron's bf16 wrapper turns named tuples into plain ones."""
+    return output if isinstance(output, Tensor) else HeadOutput(*output)
+
+
+def _scaled_loss(loss: Loss, batch: PackedBatch, scale: int, output):
+    total, metrics = loss(batch, _output(output))
+    # Token count 1: with `calculate_per_token_loss` off, the schedule divides by max(count, 1) and by M only.
+    # It divides in place: metrics must not alias the loss.
+    return total * scale, torch.tensor(1), {name: value.detach().clone() for name, value in metrics.items()}
+
+
+def _run(model: Model, batches, temperature, loss_of_batch, **schedule):
+    local = [localize(batch, model.mesh, platform.device()) for batch in batches]
+
+    def step(iterator, chunk):
+        batch = next(iterator)
+        packed = batch.packed
+        output = chunk(
+            packed.tokens[None],
+            packed.position_ids[None],
+            None,
+            labels=Scored(packed.rows, packed.targets, temperature),
+            packed_seq_params=batch.layout,
+        )
+        return _output(output), loss_of_batch(batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(local) for _ in model.chunks],
+        model=list(model.chunks),
+        num_microbatches=len(local),
+        seq_length=local[0].packed.tokens.numel(),  # a hint: lengths vary and are exchanged by the stages
+        micro_batch_size=1,
+        **schedule,
+    )
+
+
+def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch:
+    """This context-parallel rank's share of a micro-batch, moved to `device`."""
+    size = mesh.layout.context
+    if size == 1:
+        packed = _to(batch, device)
+        return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens))
+    mine = local_tokens(batch.cu_seqlens, size, mesh.cp_rank)
+    position = torch.full((batch.tokens.numel(),), -1, dtype=torch.int64)
+    position[mine] = torch.arange(mine.numel())
+    owned = position[batch.rows] >= 0
+    packed = replace(
+        batch,
+        tokens=batch.tokens[mine],
+        position_ids=batch.position_ids[mine],
+        cu_seqlens=batch.cu_seqlens // size,
+        rows=position[batch.rows[owned]],
+        targets=batch.targets[owned],
+        sequence=batch.sequence[owned],
+        fields={name: value[owned] for name, value in batch.fields.items()},
+    )
+    keys = _key_layout(batch.cu_seqlens.to(torch.int64), packed, size)
+    packed = _to(packed, device)
+    keys = KeyLayout(keys.to_padded.to(device), keys.mask.to(device), keys.longest)
+    return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, keys))
+
+
+def _key_layout(cu_seqlens: Tensor, local: PackedBatch, size: int) -> KeyLayout:
+    """Where whole sequences' keys lie among the gathered tokens (rank after rank), and who may see them."""
+    gathered = torch.cat([local_tokens(cu_seqlens, size, rank) for rank in range(size)])
+    place = torch.empty_like(gathered)
+    place[gathered] = torch.arange(gathered.numel())  # packed index -> gathered index
+    whole = PackedLayout.of(local.position_ids, cu_seqlens)
+    to_padded = torch.cat([place, torch.tensor([gathered.numel()])])[whole.to_padded]
+    longest = int(whole.to_padded.shape[1])  # type: ignore[union-attr]  # `of` fills it
+    index = PackedLayout.of(local.position_ids, local.cu_seqlens).to_padded
+    # padding sees everything: it is never read
+    query_position = torch.cat([local.position_ids, torch.tensor([longest])])[index]
+    mask = query_position[:, None, :, None] >= torch.arange(longest)
+    return KeyLayout(to_padded, mask, longest)
+
+
+def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    if device.type == "cpu":
+        return batch
+    moved = {
+        n: getattr(batch, n).to(device)
+        for n in ("tokens", "position_ids", "cu_seqlens", "rows", "targets", "sequence")
+    }
+    return replace(batch, **moved, fields={n: v.to(device) for n, v in batch.fields.items()})

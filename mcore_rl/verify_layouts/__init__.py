@@ -1,0 +1,1 @@
+"""Every layout against one rank: the proof behind `mcore-rl verify layouts`."""
