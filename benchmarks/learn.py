@@ -1,0 +1,131 @@
+"""Learning curves of the tiny examples: several seeds, and a control with learning rate 0.
+
+    python benchmarks/learn.py gspo [--seeds 0 1 2] [--steps 300] [--out benchmarks]
+
+Each seed has its own warm start (supervised, then reinforcement learning through `mcore-rl train`). Writes
+OUT/learn_NAME_DATE.json (held-out accuracy per step and seed, hardware, settings) and a picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mcore_rl.metrics import read_metrics
+from mcore_rl.report.svg import Line, line_chart
+
+ROOT = Path(__file__).parents[1]
+ACCURACY = "eval/eval/accuracy"
+RUN_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out accuracy of one run, sampled at temperature 1 on 1000 problems."""
+
+    seed: int
+    control: bool
+    """learning rate 0"""
+    steps: list[int]
+    accuracy: list[float]
+
+
+def command(*arguments: str) -> None:
+    """Run one of the project's commands from the project's root; its errors end this script."""
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, timeout=RUN_SECONDS)
+
+
+def warm_start(runs: Path, seed: int) -> Path:
+    """The model directory of a supervised warm start with this seed."""
+    data, run = runs / "data", runs / f"warm_start_{seed}"
+    if not data.exists():
+        command("examples/arithmetic.py", str(data), "--seed", "0")
+    if not (run / "model").exists():
+        flags: dict[str, object] = {"model.path": data / "model", "data.train": data / "train.jsonl"}
+        flags |= {"run.dir": run, "run.seed": seed}
+        command("-m", "mcore_rl", "train", "examples/sft_tiny.toml", *_flags(flags))
+    return run / "model"
+
+
+def learn(name: str, runs: Path, seed: int, steps: int, *, control: bool = False) -> Curve:
+    """One reinforcement-learning run of examples/NAME_tiny.toml and its held-out accuracy."""
+    run = runs / f"{name}_{seed}{'_control' if control else ''}"
+    flags = {
+        "model.path": warm_start(runs, seed),
+        "data.train": runs / "data" / "train.jsonl",
+        "data.eval": runs / "data" / "eval.jsonl",
+        "run.dir": run,
+        "run.seed": seed,
+        "train.steps": steps,
+        "train.eval_every": max(1, steps // 6),
+    }
+    if control:
+        flags |= {"optimizer.lr": 0.0}
+    command("-m", "mcore_rl", "train", f"examples/{name}_tiny.toml", *_flags(flags))
+    evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
+    return Curve(seed, control, [r["step"] for r in evaluated], [r[ACCURACY] for r in evaluated])
+
+
+def _flags(values: dict[str, object]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def write(name: str, curves: list[Curve], out: Path) -> Path:
+    """The json and the picture; returns the json's path."""
+    today = datetime.date.today().isoformat()
+    record = {
+        "benchmark": f"held-out accuracy of examples/{name}_tiny.toml, 1000 problems at temperature 1",
+        "date": today,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
+        "config": (ROOT / "examples" / f"{name}_tiny.toml").read_text(),
+        "curves": [asdict(curve) for curve in curves],
+    }
+    path = out / f"learn_{name}_{today}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".svg").write_text(picture(name, curves))
+    return path
+
+
+def picture(name: str, curves: list[Curve]) -> str:
+    """Accuracy over steps, a line per run, in the report's style and readable by itself."""
+    lines = [
+        Line(
+            f"seed {curve.seed}" + (", learning rate 0" if curve.control else ""),
+            list(zip(curve.steps, curve.accuracy, strict=True)),
+            color=index,
+        )
+        for index, curve in enumerate(curves)
+    ]
+    chart = line_chart(f"{name}: held-out accuracy", lines)
+    style = (ROOT / "mcore_rl" / "report" / "style.css").read_text()
+    head, body = chart.split(">", 1)
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg" style="background: #fff"><style>{style}</style>{body}\n'
+    )
+
+
+def main() -> None:
+    """Run every seed, then the control, and write the curves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("name", help="such as gspo: examples/NAME_tiny.toml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--control-steps", type=int, default=50, help="of the run with learning rate 0")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    arguments = parser.parse_args()
+    curves = [learn(arguments.name, arguments.runs, seed, arguments.steps) for seed in arguments.seeds]
+    first = arguments.seeds[0]
+    curves.append(learn(arguments.name, arguments.runs, first, arguments.control_steps, control=True))
+    print(write(arguments.name, curves, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

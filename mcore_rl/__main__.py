@@ -1,0 +1,115 @@
+"""The `mcore-rl` command: train, serve, report, verify. `mcore-rl COMMAND --help` explains each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcore_rl.errors import McoreRLError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command not in (train, serve):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return arguments.command(arguments, rest)
+    except McoreRLError as error:
+        print(f"mcore-rl: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of every command; imports nothing heavy, so that --help is instant."""
+    parser = argparse.ArgumentParser(prog="mcore-rl", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
+    add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.set_defaults(command=train)
+
+    about = "serve a Hugging Face model over the SGLang native API"
+    add = commands.add_parser("serve", help=about, add_help=False)
+    add.set_defaults(command=serve)
+
+    add = commands.add_parser("report", help="write RUN_DIR/report.html; several runs are compared")
+    add.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    add.set_defaults(command=report)
+
+    verify = commands.add_parser("verify", help="prove the maths and the layouts on this machine")
+    checks = verify.add_subparsers(required=True, metavar="CHECK")
+    add = checks.add_parser("golden", help="float64 golden cases through the library's own functions")
+    add.add_argument("directory", type=Path)
+    add.add_argument("--tp", type=int, default=1, help="vocab-parallel over this many processes")
+    add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    add.set_defaults(command=verify_golden)
+    add = checks.add_parser("layouts", help="every layout against one rank, through the real Megatron-Core")
+    add.add_argument("--layouts", type=_names, help="such as tp2,pp2cp2,pp2:tied; or all")
+    add.add_argument("--algorithms", type=_names, help="such as gspo,ppo")
+    add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    add.set_defaults(command=verify_layouts)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl train CONFIG.toml [--section.key value ...]`."""
+    from mcore_rl.config import load_config
+    from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
+
+    config = load_config(arguments.config, overrides)
+    if under_torchrun():
+        return run_rank(config)
+    return launch_node(config, ["train", str(arguments.config), *overrides])
+
+
+def serve(_: argparse.Namespace, options: list[str]) -> int:
+    """`mcore-rl serve MODEL_DIR [--port P] [--api-key-env NAME] ...`: the arguments of `serve`."""
+    import tyro
+
+    from mcore_rl.rollout.embedded.server import serve
+
+    tyro.cli(serve, prog="mcore-rl serve", args=options)
+    return 0
+
+
+def report(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl report RUN_DIR [RUN_DIR ...]`."""
+    from mcore_rl.report import write_report
+    from mcore_rl.report.runs import read_runs
+    from mcore_rl.report.summary import text_table
+
+    page = write_report(arguments.run_dirs)
+    for run in read_runs(arguments.run_dirs):
+        print(text_table(run))
+    print(f"\n{page}: open it in a browser")
+    return 0
+
+
+def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl verify golden DIR [--tp N] [--json]`."""
+    from mcore_rl.verify_golden.run import main as golden
+
+    options = ["--tp", str(arguments.tp), *(["--json"] if arguments.json else [])]
+    return golden([str(arguments.directory), *options])
+
+
+def verify_layouts(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--json]`."""
+    from mcore_rl.verify_layouts.run import ALGORITHMS, LAYOUTS
+    from mcore_rl.verify_layouts.run import main as layouts
+
+    return layouts(arguments.layouts or LAYOUTS, arguments.algorithms or ALGORITHMS, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The order of prompts over epochs, and a replica's share of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mcore_rl.data.prompts import PromptSet
+from mcore_rl.errors import DataError
+from mcore_rl.types import Prompt
+
+T = TypeVar("T")
+
+
+class PromptCursor:
+    """Walks a prompt set in a shuffled order per epoch, the same on every rank and after a resume.
+
+    Within an epoch every prompt comes exactly once. A batch that crosses into the next epoch holds no prompt
+    twice: those it already has come last in the new epoch, so that group ids are unique within a rollout.
+    """
+
+    def __init__(self, data: PromptSet, seed: int) -> None:
+        self._data = data
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+        self._last: list[int] = []
+
+    @property
+    def epoch(self) -> int:
+        """Epochs begun before the next prompt, from 0."""
+        return self._epoch
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` prompts over all replicas.
+
+        Raises DataError when there are fewer prompts than that in the set.
+        """
+        prompts = self._data.prompts
+        if count > len(prompts):
+            raise DataError(
+                f"a batch of {count} prompts from a set of {len(prompts)}; lower rollout.prompts_per_step"
+            )
+        taken = self._order()[self._position : self._position + count].tolist()
+        self._position += len(taken)
+        if len(taken) < count:
+            self._epoch, self._position, self._last = self._epoch + 1, count - len(taken), taken
+            taken = taken + self._order()[: self._position].tolist()
+        return [prompts[index] for index in taken]
+
+    def _order(self) -> npt.NDArray[np.int64]:
+        """[N] this epoch's order, with the prompts of the batch that began it last."""
+        # Raw PCG64 output is stable across numpy versions; Generator.permutation is not promised to be.
+        keys = np.random.PCG64([self._seed, self._epoch]).random_raw(len(self._data.prompts))
+        order = np.argsort(keys, kind="stable")
+        late = np.isin(order, self._last)
+        return np.concatenate([order[~late], order[late]])
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable position, for a checkpoint."""
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "last": self._last,
+            "fingerprint": self._data.fingerprint,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises DataError when the prompts or the seed are not those of the state.
+        """
+        own = {"seed": self._seed, "fingerprint": self._data.fingerprint}
+        for key, value in own.items():
+            if state[key] != value:
+                raise DataError(
+                    f"the prompt cursor was saved with {key} {state[key]}, this run has {value}; "
+                    "resume with the data file, token limit and run.seed of the saved run"
+                )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._last = [int(index) for index in state["last"]]
+
+
+def share(items: Sequence[T], rank: int, size: int) -> Sequence[T]:
+    """Contiguous part of `rank` out of `size`: the parts hold all items once, in sizes at most 1 apart."""
+    return items[rank * len(items) // size : (rank + 1) * len(items) // size]

@@ -1,0 +1,243 @@
+"""Pack sequences into micro-batches under a token budget, the same number of micro-batches on every rank."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mcore_rl.data.balance import balance
+from mcore_rl.errors import DataError
+from mcore_rl.types import PackedBatch
+
+PAD_TOKEN = 0
+"""Any valid id does: padding is never a target, and causal attention keeps it out of every scored row."""
+
+
+def padded(lengths: npt.ArrayLike, align: int) -> npt.NDArray[np.int64]:
+    """[N] lengths rounded up to a multiple of `align`."""
+    return -(-np.asarray(lengths, np.int64) // align) * align
+
+
+def pack_bins(lengths: npt.ArrayLike, budget: int) -> list[list[int]]:
+    """Best-fit decreasing: few bins, none holding more than `budget` tokens.
+
+    At most 11/9 of the optimum plus a constant (Johnson 1974); on sequence lengths as they occur, at most
+    one bin above `lower_bound` (benchmarks/balance.py).
+
+    Args:
+        lengths: [N] tokens per sequence as packed, padding included.
+    Returns:
+        Bins of indices into `lengths`, each index in exactly one bin.
+    Raises:
+        DataError: a sequence is empty, or longer than the budget.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    _check_sizes(sizes, budget)
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, bin), ascending
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
+        tightest = bisect_left(free, (size, -1))
+        if tightest == len(free):
+            insort(free, (budget - size, len(bins)))
+            bins.append([index])
+        else:
+            room, chosen = free.pop(tightest)
+            insort(free, (room - size, chosen))
+            bins[chosen].append(index)
+    return bins
+
+
+def _check_sizes(sizes: npt.NDArray[np.int64], budget: int) -> None:
+    for bad in np.flatnonzero((sizes < 1) | (sizes > budget))[:1].tolist():
+        size = int(sizes[bad])
+        if size < 1:
+            raise DataError(f"sequence {bad} has {size} tokens; drop it before packing")
+        raise DataError(
+            f"sequence {bad} takes {size} tokens with its padding, more than the {budget} of a micro-batch; "
+            "raise train.tokens_per_micro_batch, or lower data.max_prompt_tokens or rollout.max_new_tokens"
+        )
+
+
+def lower_bound(lengths: npt.ArrayLike, budget: int) -> int:
+    """Bins that any packing needs (Martello and Toth 1990, bound L2).
+
+    For every threshold k <= budget/2: sequences above budget/2 need a bin each, and those from k to budget/2
+    share the room left beside the ones of at most budget - k.
+    """
+    sizes = np.sort(np.asarray(lengths, np.int64))
+    if not sizes.size:
+        return 0
+    sums = np.concatenate([[0], np.cumsum(sizes)])
+    thresholds = np.unique(np.concatenate([[0], sizes[sizes <= budget // 2]]))
+    half = np.searchsorted(sizes, budget // 2, side="right")
+    alone = np.searchsorted(sizes, budget - thresholds, side="right")
+    small = np.searchsorted(sizes, thresholds)
+    room = (alone - half) * budget - (sums[alone] - sums[half])
+    overflow = np.maximum(sums[half] - sums[small] - room, 0)
+    return int((sizes.size - half - (-overflow // budget)).max())
+
+
+def micro_batches(
+    lengths: npt.ArrayLike, costs: npt.ArrayLike, ranks: int, budget: int, *, multiple: int = 1
+) -> list[list[list[int]]]:
+    """Which sequences each rank runs in each micro-batch of one optimizer step.
+
+    Sequences are balanced over the ranks by cost, packed per rank, and every rank gets the same number of
+    micro-batches (at least one): a rank with fewer splits its costliest, and takes empty ones when nothing is
+    left to split. Each rank runs its costliest first, so that ranks that wait for each other have like work.
+
+    Args:
+        lengths: [N] tokens per sequence as packed (`padded`).
+        costs: [N] `forward_flops`.
+        multiple: the count is a multiple of this (virtual pipeline: the pipeline size).
+    Returns:
+        [ranks][micro-batches] lists of indices into `lengths`.
+    Raises:
+        DataError: as `pack_bins` and `balance`.
+    """
+    sizes, values = np.asarray(lengths, np.int64), np.asarray(costs, np.float64)
+    _check_sizes(sizes, budget)
+    per_rank = []
+    for share in balance(values, ranks):
+        bins = pack_bins(sizes[share], budget)
+        per_rank.append([[share[local] for local in one] for one in bins])
+    count = max(1, *map(len, per_rank))
+    count = -(-count // multiple) * multiple
+    return [_spread(bins, values, count) for bins in per_rank]
+
+
+def _spread(bins: list[list[int]], costs: npt.NDArray[np.float64], count: int) -> list[list[int]]:
+    """`count` bins, costliest first: split the costliest that holds two or more, then append empty ones."""
+    done = list(bins)
+    while len(done) < count:
+        splittable = [i for i, one in enumerate(done) if len(one) > 1]
+        if not splittable:
+            done += [[] for _ in range(count - len(done))]
+            break
+        costliest = done.pop(max(splittable, key=lambda i: float(costs[done[i]].sum())))
+        done += [[costliest[local] for local in half] for half in balance(costs[costliest], 2)]
+    return sorted(done, key=lambda one: -float(costs[one].sum()))
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Prompt and response of one training sequence."""
+
+    prompt: Sequence[int]
+    """[P >= 1] token ids"""
+    response: Sequence[int]
+    """[n] token ids"""
+    loss_mask: Sequence[bool] | None = None
+    """[n] which response tokens are scored; None scores all"""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+    @property
+    def scored(self) -> int:
+        """Rows of this sequence in a packed batch."""
+        return len(self.response) if self.loss_mask is None else int(np.sum(self.loss_mask))
+
+
+def pack(
+    sequences: Sequence[TokenSequence],
+    members: Sequence[int],
+    fields: Mapping[str, Sequence[Any]],
+    *,
+    align: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> PackedBatch:
+    """Lay the sequences of one micro-batch end to end.
+
+    Each is padded at its end to a multiple of `align`. Response token t of a sequence at offset o is scored
+    by row o + P - 1 + t, the token before it, where the loss mask is true. Empty `members` give one sequence
+    of `align` padding tokens and no rows, so that a rank without work still joins every collective.
+
+    Args:
+        sequences: all of the step; `members` (a bin) selects.
+        fields: name -> per sequence either one number or [n] numbers, one per response token.
+        align: 2 x context parallel size, times the tensor parallel size under sequence parallel.
+        dtype: of floating-point fields; integer and bool fields keep their kind (int64, bool).
+    Raises:
+        DataError: a prompt without tokens, or a mask or field whose length is not the response's.
+    """
+    chosen = [sequences[i] for i in members]
+    for i, one in zip(members, chosen, strict=True):
+        _check_sequence(i, one)
+    prompts = np.array([len(one.prompt) for one in chosen], np.int64)
+    lengths = np.array([len(one) for one in chosen], np.int64)
+    spans = padded(lengths, align) if chosen else np.array([align])
+    ends = np.cumsum(spans)
+    offsets = ends - spans
+
+    tokens = np.full(ends[-1], PAD_TOKEN, np.int64)
+    for offset, one in zip(offsets, chosen, strict=False):
+        tokens[offset : offset + len(one)] = (*one.prompt, *one.response)
+    positions = np.arange(ends[-1]) - np.repeat(offsets, spans)
+
+    responses = lengths - prompts
+    keep = np.concatenate([np.zeros(0, bool), *map(_mask, chosen)])
+    sequence = np.repeat(np.arange(len(chosen)), responses)
+    response_position = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
+    rows = (offsets[: len(chosen)] + prompts - 1)[sequence] + response_position
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_seqlen=int(spans.max()),
+        rows=torch.from_numpy(rows[keep]),
+        targets=torch.from_numpy(tokens[rows + 1][keep]),
+        sequence=torch.from_numpy(sequence[keep]),
+        fields={
+            name: _field(name, values, members, responses, keep, dtype) for name, values in fields.items()
+        },
+    )
+
+
+def _check_sequence(index: int, one: TokenSequence) -> None:
+    if not len(one.prompt):
+        raise DataError(
+            f"sequence {index} has no prompt token, and its first response token nothing to be scored from; "
+            "give every prompt at least one token"
+        )
+    if one.loss_mask is not None and len(one.loss_mask) != len(one.response):
+        raise DataError(
+            f"sequence {index}: loss mask of {len(one.loss_mask)} for {len(one.response)} response tokens; "
+            "give one entry per response token"
+        )
+
+
+def _mask(one: TokenSequence) -> npt.NDArray[np.bool_]:
+    return np.ones(len(one.response), bool) if one.loss_mask is None else np.asarray(one.loss_mask, bool)
+
+
+def _field(
+    name: str,
+    values: Sequence[Any],
+    members: Sequence[int],
+    responses: npt.NDArray[np.int64],
+    keep: npt.NDArray[np.bool_],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[R] one field in row order."""
+    kind = np.asarray(values[0]).dtype if len(values) else np.dtype(np.float64)
+    parts = [np.zeros(0, kind)]
+    for i, count in zip(members, responses.tolist(), strict=True):
+        part = np.asarray(values[i])
+        if part.shape not in ((), (count,)):
+            raise DataError(
+                f"field {name!r} of sequence {i} has shape {part.shape} for {count} response tokens; "
+                "give one number, or one per response token"
+            )
+        parts.append(np.broadcast_to(part, (count,)))
+    rows = torch.from_numpy(np.concatenate(parts)[keep])
+    if rows.is_floating_point():
+        return rows.to(dtype)
+    return rows if rows.dtype == torch.bool else rows.long()

@@ -1,0 +1,351 @@
+"""One rollout server over the SGLang native HTTP API: deadlines, retries, and replies that are checked.
+
+Infrastructure errors (connection, deadline, 5xx, 429, cut or malformed replies) are retried; a request that
+the server refuses (4xx) is not, since it would be refused again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
+
+import aiohttp
+
+from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
+from mcore_rl.types import VersionSpan
+
+T = TypeVar("T")
+
+_BACKOFF_SECONDS = 0.2
+_BACKOFF_MAX_SECONDS = 5.0
+_READY_SECONDS = 5.0
+_MESSAGE_CHARS = 500
+
+
+class RejectedError(RolloutError):
+    """The server refused the request itself (4xx): bad data or configuration, never retried."""
+
+    exit_code = EXIT_CONFIG
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[type[RejectedError], tuple[str, int]]:
+        """Ranks hand errors to each other: both arguments must come along."""
+        return type(self), (str(self), self.status)
+
+
+class _TransientError(Exception):
+    """Worth another attempt, not before `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One checked response of /generate."""
+
+    rid: str
+    token_ids: tuple[int, ...]
+    """[n] the stop token included when it was sampled"""
+    log_probs: tuple[float, ...]
+    """[n] log_softmax(logits / temperature), before truncation"""
+    prompt_log_probs: tuple[float, ...]
+    """[P-1] untempered log-probs of the prompt's second token on; empty unless asked for"""
+    finish_reason: str
+    """`stop`, `length` or `abort`"""
+    versions: tuple[VersionSpan, ...]
+    """covering [0, n)"""
+
+
+class RolloutClient:
+    """`async with RolloutClient(url) as client: ...`; outside of it no method may be called.
+
+    Args:
+        url: `http://host:port` of the server.
+        api_key_env: name of the environment variable that holds its key, if it asks for one.
+        timeout: seconds for one call, all its attempts together.
+        retries: attempts after the first.
+        max_reply_bytes: longer replies are refused.
+
+    Every method raises RolloutError when there is no usable reply within `timeout`, RejectedError when the
+    server refuses the request. Opening raises ConfigError when the key variable is not set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key_env: str | None = None,
+        timeout: float = 600.0,
+        retries: int = 3,
+        max_reply_bytes: int = 1 << 30,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.api_key_env = api_key_env
+        self.timeout = timeout
+        self.retries = retries
+        self.max_reply_bytes = max_reply_bytes
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        # Identity only: a compressed reply could unfold to any size.
+        headers = {"Accept-Encoding": "identity"}
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "")
+            if not key:
+                raise ConfigError(
+                    f"{self.url}: environment variable {self.api_key_env} (api_key_env) is not set"
+                )
+            headers["Authorization"] = f"Bearer {key}"
+        self._session = aiohttp.ClientSession(
+            headers=headers, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None)
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # -- generation ---------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: Sequence[Mapping[str, Any]],
+        rids: Sequence[str],
+        *,
+        prompt_log_probs: bool = False,
+    ) -> list[Reply]:
+        """One response per prompt, in one HTTP call; `sampling_params` and `rids` have one entry per prompt.
+
+        An attempt whose reply was lost may still be running: its requests are aborted before the next
+        attempt, whose request ids are its own (`rid~1`), so that none is refused as a duplicate.
+        """
+
+        async def attempt(number: int) -> list[Reply]:
+            if number:
+                await self._abort_quietly([_attempt_rid(rid, number - 1) for rid in rids])
+            sent = [_attempt_rid(rid, number) for rid in rids]
+            body = {
+                "input_ids": [list(prompt) for prompt in prompts],
+                "sampling_params": list(sampling_params),
+                "rid": sent,
+                "return_logprob": True,
+                "logprob_start_len": 0 if prompt_log_probs else -1,
+            }
+            data = await self._request("POST", "/generate", body)
+            if not isinstance(data, list) or len(data) != len(prompts):
+                raise _TransientError(f"expected a list of {len(prompts)} responses")
+            scored = prompts if prompt_log_probs else [None] * len(prompts)
+            return [
+                _parse_reply(item, rid, name, prompt)
+                for item, rid, name, prompt in zip(data, rids, sent, scored, strict=True)
+            ]
+
+        return await self._retrying("/generate", attempt) if prompts else []
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
+        """Stops decoding; requests sent meanwhile wait for `resume`."""
+        await self._simple("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Ends a pause."""
+        await self._simple("POST", "/continue_generation", {})
+
+    async def abort(self, rid: str = "", *, every: bool = False) -> None:
+        """Ends request `rid`, or every request; the partial output arrives as their reply."""
+        await self._simple("POST", "/abort_request", {"rid": rid, "abort_all": every})
+
+    # -- weights ------------------------------------------------------------------------------------------
+
+    async def update_weights_from_disk(self, path: str, version: str, *, flush_cache: bool = True) -> None:
+        """Loads the HF checkpoint directory `path` (as the server sees it) as weight version `version`.
+
+        `flush_cache` must be False while requests are paused in place.
+        """
+        body = {"model_path": path, "weight_version": version, "flush_cache": flush_cache}
+        data = await self._simple("POST", "/update_weights_from_disk", body)
+        if not isinstance(data, dict) or data.get("success") is not True:
+            raise RejectedError(f"{self.url}/update_weights_from_disk: {_message(data)}", 200)
+
+    async def weight_checksums(self) -> list[dict[str, str]]:
+        """Per rank of the server: tensor name -> checksum, in the server's own names and hash."""
+        data = await self._simple("POST", "/weights_checker", {"action": "checksum"})
+        try:
+            return [dict(rank["checksums"]) for rank in data["ranks"]]
+        except (TypeError, KeyError, ValueError) as error:
+            raise RolloutError(
+                f"{self.url}/weights_checker: reply without ranks[].checksums ({error!r})"
+            ) from error
+
+    # -- state --------------------------------------------------------------------------------------------
+
+    async def ready(self) -> bool:
+        """True when the server answers /ready with 200 within a few seconds; never raises."""
+        try:
+            async with asyncio.timeout(min(self.timeout, _READY_SECONDS)):
+                await self._request("GET", "/ready")
+        except (_TransientError, RolloutError, aiohttp.ClientError, TimeoutError, OSError):
+            return False
+        return True
+
+    async def model_info(self) -> dict[str, Any]:
+        """/model_info; its weight_version may lag, so the versions of replies are what counts."""
+        return _object(await self._simple("GET", "/model_info"), f"{self.url}/model_info")
+
+    async def server_info(self) -> dict[str, Any]:
+        """/server_info: version, limits, settings."""
+        return _object(await self._simple("GET", "/server_info"), f"{self.url}/server_info")
+
+    # -- transport ----------------------------------------------------------------------------------------
+
+    async def _simple(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        return await self._retrying(path, lambda _: self._request(method, path, body))
+
+    async def _retrying(self, path: str, attempt: Callable[[int], Awaitable[T]]) -> T:
+        end = time.monotonic() + self.timeout
+        cause = "no attempt was made"
+        number = 0
+        try:
+            async with asyncio.timeout(self.timeout):
+                for number in range(self.retries + 1):
+                    try:
+                        return await attempt(number)
+                    except (_TransientError, aiohttp.ClientError, OSError) as error:
+                        cause = str(error) or type(error).__name__
+                        wait = max(_backoff(number), getattr(error, "retry_after", 0.0))
+                    if number == self.retries or time.monotonic() + wait > end:
+                        break
+                    await asyncio.sleep(wait)
+        except TimeoutError:
+            cause = f"no reply within {self.timeout:g} s (before that: {cause})"
+        raise RolloutError(
+            f"{self.url}{path}: no usable reply after {number + 1} attempts, last cause: {cause}; "
+            "see the server's log, or raise timeout and retries"
+        )
+
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """One attempt: the JSON of a 200, None for an empty body."""
+        if self._session is None:
+            raise RuntimeError("RolloutClient is used outside of `async with`")
+        url = f"{self.url}{path}"
+        async with self._session.request(method, url, json=body, allow_redirects=False) as response:
+            raw = bytearray()
+            async for chunk in response.content.iter_chunked(1 << 16):
+                raw += chunk
+                if len(raw) > self.max_reply_bytes:
+                    raise RolloutError(
+                        f"{url}: reply longer than {self.max_reply_bytes} bytes (max_reply_bytes)"
+                    )
+            if response.status == 200:
+                return _decode(bytes(raw)) if raw else None
+            self._raise_for(url, response.status, bytes(raw), response.headers.get("Retry-After", ""))
+
+    def _raise_for(self, url: str, status: int, raw: bytes, retry_after: str) -> None:
+        text = raw[:_MESSAGE_CHARS].decode(errors="replace")
+        if status == 429 or status >= 500:
+            wait = float(retry_after) if retry_after.strip().isdecimal() else 0.0
+            raise _TransientError(f"HTTP {status}: {text}", wait)
+        if status in (401, 403):
+            raise RejectedError(
+                f"{url}: HTTP {status}; set api_key_env to the variable that holds the key", status
+            )
+        if 300 <= status < 400:
+            raise RejectedError(f"{url}: HTTP {status}, a redirect; give the server's own address", status)
+        raise RejectedError(f"{url}: HTTP {status}: {text}", status)
+
+    async def _abort_quietly(self, rids: Sequence[str]) -> None:
+        """Best effort: a server that is gone has nothing left to abort."""
+        bodies = [{"rid": rid, "abort_all": False} for rid in rids]
+        await asyncio.gather(
+            *(self._request("POST", "/abort_request", body) for body in bodies), return_exceptions=True
+        )
+
+
+def call(client: RolloutClient, use: Callable[[RolloutClient], Awaitable[T]]) -> T:
+    """Runs `use(client)` to its end from synchronous code, with a connection of its own."""
+
+    async def run() -> T:
+        async with client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def _attempt_rid(rid: str, number: int) -> str:
+    return f"{rid}~{number}" if number else rid
+
+
+def _backoff(number: int) -> float:
+    """Seconds before attempt number + 1: doubling, jittered so that many clients do not return together."""
+    return min(_BACKOFF_MAX_SECONDS, _BACKOFF_SECONDS * 2**number) * random.uniform(0.5, 1.5)
+
+
+def _decode(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _TransientError(f"reply is not JSON: {error}") from error
+
+
+def _message(data: object) -> str:
+    return json.dumps(data)[:_MESSAGE_CHARS]
+
+
+def _object(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise RolloutError(f"{where}: expected a JSON object, got {_message(data)}")
+    return data
+
+
+def _parse_reply(item: Any, rid: str, sent: str, prompt: Sequence[int] | None) -> Reply:
+    """Raises _TransientError naming the field that is absent or wrong; `prompt` when it was scored."""
+    try:
+        meta, token_ids = item["meta_info"], tuple(item["output_ids"])
+        finish = meta["finish_reason"]["type"]
+        aborted_early = finish == "abort" and not token_ids
+        log_probs = _scores(
+            meta.get("output_token_logprobs", []) if aborted_early else meta["output_token_logprobs"]
+        )
+        _check(meta["id"] == sent, "meta_info.id", f"{meta['id']!r} is not {sent!r}")
+        _check(finish in ("stop", "length", "abort"), "meta_info.finish_reason", repr(finish))
+        _check(log_probs[1] == token_ids, "meta_info.output_token_logprobs", "disagrees with output_ids")
+        spans = tuple(VersionSpan(str(s["version"]), s["start"], s["end"]) for s in meta["weight_versions"])
+        edges = [0, *(span.end for span in spans)]
+        covered = [span.start for span in spans] == edges[:-1] and edges == sorted(edges)
+        _check(
+            covered and edges[-1] == len(token_ids),
+            "meta_info.weight_versions",
+            f"{spans} for {len(token_ids)} tokens",
+        )
+        scored: tuple[float, ...] = ()
+        if prompt is not None and not aborted_early:
+            scored, ids = _scores(meta["input_token_logprobs"][1:])
+            _check(ids == tuple(prompt[1:]), "meta_info.input_token_logprobs", "disagrees with the prompt")
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise _TransientError(f"request {rid}: reply without a usable field: {error!r}") from error
+    return Reply(rid, token_ids, log_probs[0], scored, finish, spans)
+
+
+def _scores(entries: Sequence[Sequence[Any]]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """(log-probs, token ids) of [[log-prob, token id, ...], ...]; the log-probs are finite."""
+    values = tuple(float(entry[0]) for entry in entries)
+    _check(all(map(math.isfinite, values)), "token_logprobs", "not finite")
+    return values, tuple(entry[1] for entry in entries)
+
+
+def _check(holds: bool, field: str, what: str) -> None:
+    if not holds:
+        raise _TransientError(f"reply field {field}: {what}")

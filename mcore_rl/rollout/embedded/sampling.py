@@ -1,0 +1,104 @@
+"""Vectorised next-token sampling over the running rows. Pure functions of tensors.
+
+Legend: R running rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+GREEDY_TEMPERATURE = 1e-6
+"""Temperatures below this are greedy, as in SGLang."""
+_MAX_ELEMENTS = 1 << 24
+"""Rows are sampled in chunks of at most this many logits, so that float64 sums of a large vocabulary fit."""
+
+
+class Knobs(NamedTuple):
+    """Sampling parameters of every row; see `Rows` for their origin."""
+
+    temperature: Float[Tensor, " R"]
+    top_p: Float[Tensor, " R"]
+    min_p: Float[Tensor, " R"]
+    top_k: Int[Tensor, " R"]
+    """0: no limit"""
+    uniform: Float[Tensor, " R"]
+    """in (0, 1)"""
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits as the unsigned `value`."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_xor(x: Int[Tensor, " R"], bits: int) -> Int[Tensor, " R"]:
+    """x ^ (x >>> bits): torch shifts int64 arithmetically, so the copied sign bits are masked off."""
+    return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
+
+
+def _mix(x: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+    return _shift_xor(_shift_xor(_shift_xor(x, 30) * _MIX_1, 27) * _MIX_2, 31)
+
+
+def counter_uniform(seed: Int[Tensor, " R"], counter: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """float64 in (0, 1), a pure function of (seed, counter): no row depends on its neighbours in the batch.
+
+    SplitMix64 (Steele, Lea and Flood 2014, figure 17) over a mixed seed, so that neighbouring seeds are
+    unrelated. int64 arithmetic wraps in torch, as the generator needs.
+    """
+    bits = _mix(_mix(seed) + (counter + 1) * _GOLDEN)
+    # 52 bits and a half: 53 bits would let the largest value round to 1.0.
+    return (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
+
+
+def _kept(probs: Float[Tensor, "R V"], knobs: Knobs) -> Bool[Tensor, "R V"]:
+    """Which tokens survive top-k, top-p and min-p (SGLang `top_k_top_p_min_p_sampling_from_probs_torch`)."""
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    # A row without top-p keeps everything: a float32 sum, as on GPUs, may overshoot 1 before the last token.
+    keep = (before <= knobs.top_p[:, None]) | (knobs.top_p >= 1)[:, None]
+    keep &= (rank < knobs.top_k[:, None]) | (knobs.top_k == 0)[:, None]
+    keep &= ordered >= ordered[:, :1] * knobs.min_p[:, None]
+    return torch.zeros_like(keep).scatter(1, index, keep)
+
+
+def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R"], Float[Tensor, "R V"]]:
+    greedy = (knobs.temperature < GREEDY_TEMPERATURE) | (knobs.top_k == 1)
+    temperature = knobs.temperature.masked_fill(greedy, 1.0)
+    log_probs = (logits / temperature[:, None]).log_softmax(-1)
+    probs = log_probs.exp()
+    if bool(((knobs.top_p < 1) | (knobs.min_p > 0) | (knobs.top_k > 1)).any()):
+        probs = probs * _kept(probs, knobs)
+    # Inverse CDF in vocabulary order: a row draws the same token with and without truncating neighbours.
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cdf, (knobs.uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    drawn = drawn.clamp(max=logits.shape[-1] - 1)
+    return torch.where(greedy, logits.argmax(-1), drawn), log_probs
+
+
+def sample(
+    logits: Float[Tensor, "R V"], knobs: Knobs
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, "R V"]]:
+    """One token per row: (token, its log-prob, log-probs of the whole vocabulary).
+
+    Log-probs are log_softmax(logits / temperature) before any truncation. Greedy rows (temperature 0 or
+    top_k 1) are untempered, as SGLang answers for a batch that is greedy throughout; here it is a property of
+    the row, so that a reply does not depend on its neighbours.
+    """
+    rows = max(1, _MAX_ELEMENTS // logits.shape[-1])
+    parts = [
+        _sample(logits[i : i + rows], Knobs(*(knob[i : i + rows] for knob in knobs)))
+        for i in range(0, logits.shape[0], rows)
+    ]
+    tokens = torch.cat([part[0] for part in parts])
+    log_probs = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts])
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0], log_probs

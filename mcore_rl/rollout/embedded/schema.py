@@ -1,0 +1,221 @@
+"""What the HTTP API accepts: the fields of SGLang 0.5.23 that the embedded server honours.
+
+A field that SGLang has and this server has not is accepted only with a value that asks for nothing; any other
+value, and any unknown field, is refused with a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+NEUTRAL_SAMPLING: Mapping[str, tuple[object, ...]] = {
+    "stop": (None, [], ""),
+    "stop_regex": (None, [], ""),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "beam_width": (None,),
+    "json_schema": (None,),
+    "regex": (None,),
+    "ebnf": (None,),
+    "structural_tag": (None,),
+    "logit_bias": (None, {}),
+    "custom_params": (None,),
+    "watermark": (None, False),
+    "spaces_between_special_tokens": (True,),
+    "no_stop_trim": (False,),
+    "stream_interval": (None, 1),
+}
+NEUTRAL_GENERATE: Mapping[str, tuple[object, ...]] = {
+    "stream": (False,),
+    "return_text_in_logprobs": (False,),
+    "return_sampling_mask": (False,),
+    "sampling_logprobs_mode": (None, "selected"),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "routed_experts_start_len": (0,),
+    "return_indexer_topk": (False,),
+    "return_flat_raw_top_logprobs": (False,),
+    "return_flat_output_top_logprobs": (False,),
+    "log_metrics": (True, False),
+} | dict.fromkeys(
+    (
+        *(
+            "input_embeds",
+            "image_data",
+            "video_data",
+            "audio_data",
+            "session_id",
+            "session_params",
+            "lora_path",
+        ),
+        *("custom_logit_processor", "routed_dp_rank", "data_parallel_rank", "routing_key", "conversation_id"),
+        *(
+            "priority",
+            "extra_key",
+            "max_thinking_tokens",
+            "bootstrap_host",
+            "bootstrap_port",
+            "bootstrap_room",
+        ),
+        "custom_labels",
+    ),
+    (None,),
+)
+
+
+class RequestError(ValueError):
+    """The request cannot be served as it stands: HTTP 400 {"error": {"message": ...}}."""
+
+
+def supported(
+    fields: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]], where: str
+) -> dict[str, Any]:
+    """`fields` without the neutral ones. Raises RequestError for a value that would have to act."""
+    acting = [name for name in fields.keys() & neutral.keys() if fields[name] not in neutral[name]]
+    if acting:
+        names = ", ".join(f"{where}{name}" for name in sorted(acting))
+        raise RequestError(
+            f"{names}: not supported by the embedded server of mcore_rl; drop it or use SGLang"
+        )
+    return {name: value for name, value in fields.items() if name not in neutral}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SamplingParams(_Body):
+    """`sampling_params` of /generate, with SGLang's defaults."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    n: int = 1
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    """True: stop_token_ids are ignored too, as in SGLang."""
+    skip_special_tokens: bool = True
+    sampling_seed: int | None = None
+    """Copy k of n draws from its own stream derived from this seed."""
+
+    def check(self) -> None:
+        """Raises RequestError naming the first value out of range."""
+        rules = (
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens),
+            (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens must be in [0, max_new_tokens]",
+             self.min_new_tokens),
+            (math.isfinite(self.temperature) and self.temperature >= 0,
+             "temperature must be a non-negative finite number", self.temperature),
+            (0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p),
+            (self.top_k == -1 or self.top_k >= 1, "top_k must be -1 (off) or at least 1", self.top_k),
+            (0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p),
+            (1 <= self.n <= 4096, "n must be in [1, 4096]", self.n),
+        )  # fmt: skip
+        for holds, rule, value in rules:
+            if not holds:
+                raise RequestError(f"{rule}, got {value:g}.")
+
+
+def parse_sampling(fields: Mapping[str, Any]) -> SamplingParams:
+    """Raises RequestError."""
+    try:
+        params = SamplingParams.model_validate(supported(fields, NEUTRAL_SAMPLING, "sampling_params."))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise RequestError(f"sampling_params.{name}: {first['msg']}, got {first['input']!r}.") from error
+    params.check()
+    return params
+
+
+class GenerateBody(_Body):
+    """POST /generate: one prompt, or a batch when `input_ids` (or `text`) is a list of prompts."""
+
+    input_ids: list[int] | list[list[int]] | None = None
+    text: str | list[str] | None = None
+    rid: str | list[str] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] = Field(default_factory=dict)
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] = -1
+    top_logprobs_num: int | list[int] = 0
+    token_ids_logprob: list[int] | list[list[int]] | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.input_ids is None) == (self.text is None):
+            raise ValueError("exactly one of input_ids and text is needed")
+        return self
+
+
+class PauseBody(_Body):
+    """POST /pause_generation"""
+
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class ContinueBody(_Body):
+    """POST /continue_generation"""
+
+    torch_empty_cache: bool = True
+
+
+class AbortBody(_Body):
+    """POST /abort_request"""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+class EmptyBody(_Body):
+    """POST /end_weight_update"""
+
+
+class BeginUpdateBody(_Body):
+    """POST /begin_weight_update"""
+
+    selector: Literal["target", "all"] = "target"
+
+
+class UpdateFromDiskBody(_Body):
+    """POST /update_weights_from_disk; `flush_cache` is refused while requests hold cache entries."""
+
+    model_path: str
+    weight_version: str | None = None
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    torch_empty_cache: bool = False
+    load_format: Literal["auto", "safetensors"] | None = None
+    is_async: Literal[False] = False
+    keep_pause: Literal[False] = False
+    recapture_cuda_graph: Literal[False] = False
+    token_step: Literal[0] = 0
+    manifest: None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.model_path)
+
+
+class UpdateVersionBody(_Body):
+    """POST /update_weight_version"""
+
+    new_version: str
+    abort_all_requests: bool = True
+
+
+class CheckerBody(_Body):
+    """POST /weights_checker"""
+
+    action: Literal["checksum"]
+    skip_tensor_list: None = None
+    selector: Literal["target", "all"] = "target"
+    allow_quant_error: Literal[False] = False

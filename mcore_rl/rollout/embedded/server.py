@@ -1,0 +1,228 @@
+"""`serve`: the embedded server as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from aiohttp import web
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.rollout.embedded.api import Api, build_app
+from mcore_rl.rollout.embedded.engine import Engine
+from mcore_rl.rollout.embedded.generate import ModelLimits
+from mcore_rl.rollout.embedded.kv_cache import build_cache
+from mcore_rl.rollout.embedded.weights import load_model
+from mcore_rl.rollout.embedded.worker import Worker
+
+_PR_SET_PDEATHSIG = 1
+_SHUTDOWN_SECONDS = 2.0
+log = logging.getLogger(__name__)
+
+
+def serve(
+    model_dir: Path,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key_env: str | None = None,
+    threads: int = 2,
+    device: str = "cpu",
+    max_running_requests: int = 1024,
+    max_length: int | None = None,
+    kv_tokens: int | None = None,
+    random_seed: int = 0,
+    max_body_mib: int = 256,
+    port_file: Path | None = None,
+    parent_pid: int | None = None,
+) -> None:
+    """Serves an HF decoder in float32 over SGLang's native HTTP API (level 0.5.23) until SIGTERM or SIGINT.
+
+    Args:
+        model_dir: local HF checkpoint directory (config.json, safetensors, optionally a tokenizer).
+        host: address to bind.
+        port: 0 lets the system choose; see port_file.
+        api_key_env: name of the environment variable that holds the key; none: no key is asked.
+        threads: CPU threads of the model.
+        device: cpu or cuda.
+        max_running_requests: rows decoded together.
+        max_length: longest prompt plus response, in tokens; at most what the model and kv_tokens allow.
+        kv_tokens: KV cache size in tokens; none: what fits in 1 GiB.
+        random_seed: seeds the draws of requests that bring no sampling_seed.
+        max_body_mib: longest request body.
+        port_file: the port is written here, atomically, once requests are answered.
+        parent_pid: end with this process (Linux), which must be the one that started the server.
+
+    Raises ConfigError (bad directory, port in use, key not set) and CheckpointError (incomplete weights).
+    """
+    if parent_pid is not None:
+        _die_with(parent_pid)
+    api_key = _read_key(api_key_env)
+    with _bind(host, port) as sock:  # before the model is loaded: a port in use is known at once
+        torch.set_num_threads(threads)
+        api = _build_api(model_dir, device, max_running_requests, max_length, kv_tokens, random_seed)
+        app = build_app(api, api_key=api_key, max_body_bytes=max_body_mib << 20)
+        # What is in flight at the end is dropped, so that its clients turn to another server at once.
+        app.on_shutdown.append(lambda _: asyncio.to_thread(api.worker.close, _SHUTDOWN_SECONDS))
+        asyncio.run(_run(app, sock, port_file))
+
+
+def _build_api(
+    model_dir: Path, device: str, max_running: int, max_length: int | None, kv_tokens: int | None, seed: int
+) -> Api:
+    model, shapes = load_model(model_dir, device)
+    cache = build_cache(model, kv_tokens)
+    tokenizer = _load_tokenizer(model_dir)
+    config = model.config.get_text_config()
+    bounds = (config.max_position_embeddings, cache.max_length, max_length)
+    context = min(bound for bound in bounds if bound is not None)
+    if context < 2:
+        raise ConfigError(
+            f"kv_tokens={kv_tokens} and max_length={max_length} leave {context} tokens; raise them"
+        )
+    info: dict[str, Any] = {
+        "model_path": str(model_dir),
+        "served_model_name": str(model_dir),
+        "tokenizer_path": str(model_dir),
+        "model_type": config.model_type,
+        "architectures": model.config.architectures or [type(model).__name__],
+        "load_format": "auto",
+        "device": device,
+        "dtype": "float32",
+        "random_seed": seed,
+        "max_running_requests": max_running,
+        "max_total_num_tokens": cache.capacity,
+        "max_req_input_len": context - 1,
+        "context_length": context,
+        "skip_tokenizer_init": tokenizer is None,
+        "tp_size": 1,
+        "dp_size": 1,
+        "status": "ready",
+    }
+    limits = ModelLimits(config.vocab_size, context, _eos_ids(model, model_dir, tokenizer))
+    worker = Worker(Engine(model, cache, max_running=max_running))
+    return Api(worker, limits, tokenizer, shapes, info, random.Random(seed))
+
+
+async def _run(app: web.Application, sock: socket.socket, port_file: Path | None) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    runner = web.AppRunner(
+        app,
+        handle_signals=False,
+        handler_cancellation=True,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+        access_log=None,
+    )
+    await runner.setup()
+    try:
+        host, port = sock.getsockname()[:2]
+        try:
+            await web.SockSite(runner, sock).start()
+        except OSError as error:
+            raise _port_error(host, port, error) from error
+        if port_file is not None:
+            _write_atomically(port_file, str(port))
+        log.info("serving at http://%s:%d", host, port)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen: clients are refused, not kept waiting, while the model loads."""
+    sock: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        if port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise _port_error(host, port, error) from error
+    return sock
+
+
+def _port_error(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno != errno.EADDRINUSE:
+        return ConfigError(
+            f"cannot bind {host}:{port}: {error.strerror or error}; choose another host or port"
+        )
+    holder = "another user's process"
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            address = connection.laddr
+            listens = connection.status == psutil.CONN_LISTEN and connection.pid
+            if listens and address and address.port == port:
+                holder = f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ConfigError(
+        f"port {port} on {host} is in use by {holder}; end it or choose another --port (0: any free one)"
+    )
+
+
+def _read_key(name: str | None) -> str | None:
+    if name is None:
+        return None
+    key = os.environ.get(name, "")
+    if not key:
+        raise ConfigError(
+            f"api_key_env: the environment variable {name} is not set; export it or drop the option"
+        )
+    return key
+
+
+def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
+    """None without tokenizer files: token ids in, token ids out."""
+    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(f"{model_dir}: transformers cannot load its tokenizer: {error}") from error
+
+
+def _eos_ids(
+    model: PreTrainedModel, model_dir: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> frozenset[int]:
+    """End-of-sequence ids of the model, generation_config.json and the tokenizer; all stop, as in SGLang."""
+    found = [
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id if tokenizer is not None else None,
+    ]
+    if (model_dir / "generation_config.json").is_file():
+        found.append(GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id)
+    lists = [value if isinstance(value, list) else [value] for value in found if value is not None]
+    return frozenset(token for ids in lists for token in ids)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _die_with(parent_pid: int) -> None:
+    """SIGKILL when the thread that started this process ends, however it ends; nothing to do off Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it had died before prctl
+        raise ConfigError(f"parent_pid: process {parent_pid} is not the parent of this one; it has ended")

@@ -1,0 +1,171 @@
+"""Loading and replacing the served weights, strictly: every name and every shape, or nothing changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from mcore_rl.errors import CheckpointError, ConfigError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of an HF checkpoint directory.
+
+    Raises CheckpointError when there are none, or the index names files that are absent or outside.
+    """
+    index = directory / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = sorted(path.name for path in directory.glob("*.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not a safetensors index ({error!r}); export the checkpoint again"
+        ) from error
+    if not names:
+        raise CheckpointError(f"{directory}: no safetensors files; give an HF checkpoint directory")
+    for name in names:
+        if name != Path(name).name or not (directory / name).is_file():
+            raise CheckpointError(
+                f"{index}: weight file {name!r} is not in {directory}; export the checkpoint again"
+            )
+    return [directory / name for name in names]
+
+
+def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the file headers alone. Raises CheckpointError."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in checkpoint_files(directory):
+        with _opened(file) as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a readable safetensors file ({error}); export it again"
+        ) from error
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in checkpoint_files(directory):
+        with _opened(file) as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
+    """The model in float32, and the tensor names and shapes that every later update must have.
+
+    Raises ConfigError when transformers cannot load the directory, CheckpointError for incomplete weights.
+    """
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory}: no config.json; give a local HF checkpoint directory")
+    shapes = checkpoint_shapes(directory)
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, OSError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"{directory}: transformers cannot load this model: {error}") from error
+    model, report = loaded
+    _check_report(directory, report)
+    return model.to(device).eval().requires_grad_(False), shapes
+
+
+def _check_report(directory: Path, report: Mapping[str, object]) -> None:
+    if any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")):
+        raise CheckpointError(f"{directory}: transformers loads it only in part: {report}; export it again")
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Tied name -> the name it shares its storage with."""
+    owner = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: owner[p.data_ptr()] for name, p in everything if owner[p.data_ptr()] != name}
+
+
+def _check_names(model: PreTrainedModel, directory: Path, expected: Shapes) -> None:
+    tied = _tied_names(model)
+    found = checkpoint_shapes(directory)
+    faults = [f"{name}: missing" for name in sorted(expected.keys() - found.keys() - tied.keys())]
+    for name, shape in sorted(found.items()):
+        owner = name if name in expected else tied.get(name)
+        if owner is None or owner not in expected:
+            faults.append(f"{name}: not a tensor of this model")
+        elif expected[owner] != shape:
+            faults.append(f"{name}: shape {list(shape)}, the model has {list(expected[owner])}")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"{directory}: {'; '.join(faults[:5])}{more}; the old weights stay. Export every tensor once."
+        )
+
+
+def replace_weights(model: PreTrainedModel, directory: Path, expected: Shapes) -> None:
+    """Copies the checkpoint into `model`, as float32. Everything is read and checked before the first copy.
+
+    Raises CheckpointError (missing, unexpected, misshapen, non-finite or unequal tied tensors); the model is
+    then unchanged.
+    """
+    _check_names(model, directory, expected)
+    tensors = _read(directory)
+    for name, owner in _tied_names(model).items():
+        if name in tensors and owner in tensors and not torch.equal(tensors[name], tensors[owner]):
+            raise CheckpointError(
+                f"{directory}: {name} is tied to {owner} but differs from it; the old weights stay"
+            )
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise CheckpointError(f"{directory}: {bad[0]} has values that are not finite; the old weights stay")
+    # transformers itself maps checkpoint names to module names (they differ for mixture-of-experts models).
+    try:
+        loaded: Any = type(model).from_pretrained(
+            None, config=model.config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{directory}: transformers cannot load it: {error}; the old weights stay"
+        ) from error
+    fresh, report = loaded
+    _check_report(directory, report)
+    with torch.no_grad():
+        for target, source in zip(model.parameters(), fresh.parameters(), strict=True):
+            target.copy_(source)
+
+
+def weight_checksums(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter name -> sha256 of its float32 values, C order, little endian; tied names once."""
+    return {
+        name: hashlib.sha256(parameter.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def combined_checksum(checksums: Mapping[str, str]) -> str:
+    """sha256 of the `name:checksum` lines in name order."""
+    lines = "".join(f"{name}:{value}\n" for name, value in sorted(checksums.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

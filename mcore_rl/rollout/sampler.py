@@ -1,0 +1,80 @@
+"""Prompts to groups of samples."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mcore_rl.rollout.client import Reply, RolloutClient
+from mcore_rl.types import Group, Prompt, Sample
+
+_SAMPLES_PER_CALL = 1024
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one round of sampling brought."""
+
+    groups: list[Group]
+    """One per prompt, in the order of the prompts; empty groups included."""
+    num_aborted: int
+    """Samples that the server aborted; they are in no group."""
+
+
+def sample_seed(run_seed: int, sample_id: str) -> int:
+    """63-bit seed of one sample: the same whichever replica or server asks, and after a resume."""
+    digest = hashlib.blake2b(f"{run_seed}:{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+async def sample_groups(
+    client: RolloutClient,
+    prompts: Sequence[Prompt],
+    *,
+    step: int | str,
+    samples_per_prompt: int,
+    sampling_params: Mapping[str, Any],
+    tokenizer_decode: Callable[[Sequence[int]], str],
+    seed: int,
+) -> Rollout:
+    """`samples_per_prompt` responses to every prompt, as groups `<prompt id>@<step>`.
+
+    Prompts go to the server in few large calls, which it batches. `sampling_params` are SGLang's
+    (max_new_tokens, temperature, ...); a seed per sample is added. Raises RolloutError, RejectedError.
+    """
+    size = max(1, _SAMPLES_PER_CALL // samples_per_prompt)
+    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+    async def ask(chunk: Sequence[Prompt]) -> list[Reply]:
+        asked = [(p, f"{p.id}@{step}/{k}") for p in chunk for k in range(samples_per_prompt)]
+        params = [
+            {**sampling_params, "sampling_seed": sample_seed(seed, sample_id)} for _, sample_id in asked
+        ]
+        return await client.generate(
+            [p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked]
+        )
+
+    replies = [reply for part in await asyncio.gather(*map(ask, chunks)) for reply in part]
+    groups = []
+    for i, prompt in enumerate(prompts):
+        mine = replies[i * samples_per_prompt : (i + 1) * samples_per_prompt]
+        samples = tuple(
+            _sample(reply, prompt, tokenizer_decode) for reply in mine if reply.finish_reason != "abort"
+        )
+        groups.append(Group(f"{prompt.id}@{step}", samples))
+    return Rollout(groups, sum(reply.finish_reason == "abort" for reply in replies))
+
+
+def _sample(reply: Reply, prompt: Prompt, decode: Callable[[Sequence[int]], str]) -> Sample:
+    return Sample(
+        id=reply.rid,
+        prompt=prompt,
+        token_ids=reply.token_ids,
+        log_probs=reply.log_probs,
+        text=decode(reply.token_ids),
+        finish_reason=reply.finish_reason,
+        versions=reply.versions,
+    )

@@ -1,0 +1,39 @@
+"""Held-out accuracy: one sample per prompt at the training temperature, scored by the training reward."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from mcore_rl.data.cursor import share
+from mcore_rl.parallel.control import gather_replicas
+from mcore_rl.train.run import Run, sample
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Evaluate at the start, at the end, and every `every` steps between (0: not between)."""
+    return step in (0, steps) or (every > 0 and step % every == 0)
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """{"eval/<set>/accuracy": mean reward} when an evaluation is due at `step`, else nothing; collective."""
+    config = run.config
+    if not run.eval_prompts or not due(step, config.train.steps, config.train.eval_every):
+        return {}
+    with run.timers("eval"):
+        mine = share(run.eval_prompts, run.mesh.dp_rank, run.mesh.layout.data)
+        groups = sample(run, mine, f"eval{step}", samples_per_prompt=1)
+        rewards = [
+            s.reward
+            for replica in gather_replicas(run.mesh, groups)
+            for g in replica
+            for s in g.samples
+            if s.reward is not None
+        ]
+    if not rewards:  # the servers aborted every sample: no accuracy is not an accuracy of 0
+        return {}
+    name = Path(str(config.data.eval)).stem
+    return {
+        f"eval/{name}/accuracy": math.fsum(rewards) / len(rewards),
+        f"eval/{name}/samples": len(rewards),
+    }

@@ -1,0 +1,98 @@
+"""The reinforcement-learning loop. Every rank runs it, under torchrun: SPMD, no driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from mcore_rl.config import Config
+from mcore_rl.model.optimizer import Optimizer
+from mcore_rl.model.step import Loss, forward_backward
+from mcore_rl.train.advantage import Advantages, Scores, compute_advantages
+from mcore_rl.train.batch import (
+    RolloutBatch,
+    build_batch,
+    pack_mini_batch,
+    split_mini_batches,
+    token_sequence,
+)
+from mcore_rl.train.evaluate import evaluate
+from mcore_rl.train.metrics import StepMetrics, critic_metrics, policy_metrics, rollout_metrics
+from mcore_rl.train.publish import publish
+from mcore_rl.train.run import Run, rollout, start
+from mcore_rl.train.score import log_probs, values
+from mcore_rl.types import PackedBatch
+
+
+def train(config: Config) -> None:
+    """Train the policy of `config` for `train.steps` rollouts.
+
+    Raises:
+        McoreRLError: the same on every rank, with the remedy in its message.
+    """
+    with start(config) as run:
+        run.log(0, publish(run, 0, run.probe_prompts()) | evaluate(run, 0))
+        for step in range(1, config.train.steps + 1):
+            batch = build_batch(rollout(run, step))
+            learned = learn(run, batch, step)
+            published = publish(run, step, [s.prompt.token_ids + s.token_ids for s in batch.samples])
+            run.log(step, learned | published | evaluate(run, step))
+
+
+def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
+    """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
+    parts = split_mini_batches(len(batch.samples), run.shape.mini_batches, seed=(run.config.run.seed, step))
+    with run.timers("score"):
+        scores = score(run, batch, parts)
+    advantages = compute_advantages(batch, run.algorithm, scores)
+    policy, critic = StepMetrics(), StepMetrics()
+    with run.timers("train"):
+        for mini_batch in mini_batches(run, batch, parts, scores, advantages):
+            if run.critic is not None:
+                critic.add(*update(run.critic.optimizer, run.critic.objective, mini_batch, run.temperature))
+            if step > run.config.critic.warmup_rollouts:
+                policy.add(*update(run.optimizer, run.objective, mini_batch, run.temperature))
+    return (
+        rollout_metrics(batch, advantages.fields["advantage"])
+        | advantages.metrics
+        | policy.reduce(run.mesh, policy_metrics)
+        | critic.reduce(run.mesh, critic_metrics)
+    )
+
+
+def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
+    """One forward pass of each model that the algorithm asks, before the rollout's first update.
+
+    The first mini-batch needs no old log-probs on its first visit: the policy is the one that sampled, so the
+    ratio is 1 by construction. A KL in the reward needs them of all samples.
+    """
+    all_of_them = run.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
+    members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
+    sequences = [token_sequence(sample) for sample in batch.samples]
+    later = [sequences[i] for i in members]
+    old = log_probs(run.policy, later, run.shape, run.temperature) if later else []
+    ref = log_probs(run.reference, sequences, run.shape, run.temperature) if run.reference else []
+    value = values(run.critic.model, sequences, run.shape) if run.critic else []
+    return Scores(dict(zip(members, old, strict=True)), ref, value)
+
+
+def mini_batches(
+    run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray], scores: Scores, advantages: Advantages
+) -> Iterator[list[PackedBatch]]:
+    """Each optimizer step of one rollout, packed: its parts, visited `algorithm.epochs` times."""
+    for epoch in range(run.config.algorithm.epochs):
+        for number, part in enumerate(parts):
+            old = {} if epoch == number == 0 else {"old_log_prob": scores.old_log_probs}
+            fields = {**advantages.fields, **old}
+            yield pack_mini_batch(batch, part, run.algorithm, run.shape, run.mesh, fields)
+
+
+def update(
+    optimizer: Optimizer, objective: Loss, mini_batch: Sequence[PackedBatch], temperature: float
+) -> tuple[list[Mapping[str, Tensor]], float]:
+    """One optimizer step: the objective's sums of each micro-batch, and the gradient norm."""
+    optimizer.zero_grad()
+    sums = forward_backward(optimizer.model, mini_batch, objective, temperature)
+    return sums, optimizer.step()

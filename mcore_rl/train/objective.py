@@ -1,0 +1,134 @@
+"""The objectives of one micro-batch: per-token losses with weights that carry global counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcore_rl.algo.aggregation import weighted_sum
+from mcore_rl.algo.algorithms import Algorithm, objective
+from mcore_rl.algo.diagnostics import gradient_scale_sums
+from mcore_rl.algo.kl import kl
+from mcore_rl.algo.policy_losses import TokenLoss
+from mcore_rl.algo.ratio import difference
+from mcore_rl.algo.value import value_loss
+from mcore_rl.parallel.context import sequence_sums
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.types import PackedBatch
+
+MISMATCH_EDGES = torch.logspace(-8, 2, 201, dtype=torch.float64)
+"""Histogram edges of |train - rollout| log-probs, 20 per decade: any layout computes the same quantile."""
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Called by model.step for every micro-batch; see `Loss` there.
+
+    Fields of a row: `advantage`, `weight` (aggregation weight with the optimizer step's global denominators),
+    `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, and `old_log_prob` except in
+    the first, on-policy mini-batch (ratio 1 by construction).
+    """
+
+    algorithm: Algorithm
+    cp: dist.ProcessGroup | None
+    """context-parallel group, over which sequence sums run"""
+
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> (sum of weight * loss over this rank's rows, sums and maxima of metrics)."""
+        log_prob, entropy = head
+        fields = batch.fields
+        old = fields.get("old_log_prob", log_prob.detach())
+        arguments = [log_prob, old, fields["advantage"]]
+        if self.algorithm.sequence_ratio:
+            arguments.append(self._sequence_log_ratio(batch, log_prob.detach(), old))
+        token = self.algorithm.loss(*arguments, **self.algorithm.loss_params)
+        loss = objective(
+            token,
+            kl=self._kl(log_prob, fields),
+            kl_coef=self.algorithm.kl_in_loss,
+            entropy=entropy,
+            entropy_coef=self.algorithm.entropy_coef,
+        )
+        total = weighted_sum(loss, fields["weight"])
+        return total, _metrics(loss, token, old, head, fields) | _gradient_scale(loss, head, fields)
+
+    def _kl(self, log_prob: Tensor, fields) -> Tensor | float:
+        if self.algorithm.kl_in_loss == 0:
+            return 0.0
+        old = fields.get("old_log_prob", log_prob.detach())
+        return kl(self.algorithm.kl_estimator, log_prob, fields["ref_log_prob"], old)
+
+    def _sequence_log_ratio(self, batch: PackedBatch, log_prob: Tensor, old: Tensor) -> Tensor:
+        """[R] the mean log-ratio of the whole sequence that each row belongs to, over its usable rows."""
+        both = torch.stack([difference(log_prob, old), torch.isfinite(old).to(log_prob.dtype)])
+        total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
+        return (total / count.clamp(min=1))[batch.sequence]
+
+
+def _metrics(loss: Tensor, token: TokenLoss, old: Tensor, head: HeadOutput, fields) -> dict[str, Tensor]:
+    """Sums over this rank's rows (`max/...`: maxima), float64, to be reduced over all ranks."""
+    log_prob, entropy = (x.detach().double() for x in head)
+    loss = loss.detach()
+    gap = difference(old, fields["rollout_log_prob"]).abs().double()
+    ratio = token.ratio.double()
+    return {
+        "loss": weighted_sum(loss, fields["weight"]).double(),
+        "abs_loss": weighted_sum(loss.abs(), fields["weight"]).double(),
+        "tokens": torch.tensor(float(log_prob.numel()), dtype=torch.float64),
+        "ratio": ratio.sum(),
+        "clipped": token.clipped.double().sum(),
+        "entropy": entropy.sum(),
+        "kl_rollout": kl("k3", fields["rollout_log_prob"].double(), log_prob).sum(),
+        **_reference_kl(log_prob, fields),
+        "mismatch": torch.histogram(gap.cpu().clamp(1e-8, 99.0), MISMATCH_EDGES).hist,
+        "max/ratio": _largest(ratio),
+        "max/-ratio": _largest(-ratio),
+        "max/mismatch": _largest(gap),
+    }
+
+
+def _reference_kl(log_prob: Tensor, fields) -> dict[str, Tensor]:
+    if "ref_log_prob" not in fields:
+        return {}
+    return {"kl_reference": kl("k3", log_prob, fields["ref_log_prob"].double()).sum()}
+
+
+def _gradient_scale(loss: Tensor, head: HeadOutput, fields) -> dict[str, Tensor]:
+    """Sums of algo.diagnostics, `on_policy` ones of the mini-batch to which the soft bound applies.
+
+    The derivative stops at log_prob: it runs through a few elementwise operations per row, not the model.
+    """
+    (coefficient,) = torch.autograd.grad(loss.sum(), head.log_prob, retain_graph=True)
+    sums = gradient_scale_sums(*head, fields["advantage"], coefficient)
+    return {"head": sums, **({} if "old_log_prob" in fields else {"head/on_policy": sums})}
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.max() if x.numel() else x.new_tensor(-torch.inf)
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The critic's loss; called by model.step as PolicyObjective is.
+
+    Fields of a row: `return` and `old_value`, from before the first update, and the policy's `weight`.
+    """
+
+    clip: float | None
+    """values may move this far from the old ones before the gradient is cut; None does not clip"""
+    coef: float = 1.0
+    """factor of the loss"""
+
+    def __call__(self, batch: PackedBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """values [R] -> (sum of coef * weight * loss over this rank's rows, metric sums)."""
+        fields = batch.fields
+        token = value_loss(values, fields["old_value"], fields["return"], clip=self.clip)
+        loss = weighted_sum(token.loss, fields["weight"])
+        return self.coef * loss, {
+            "loss": loss.double(),
+            "tokens": torch.tensor(float(values.numel()), dtype=torch.float64),
+            "clipped": token.clipped.double().sum(),
+        }

@@ -1,0 +1,77 @@
+"""Publish new weights and prove that every server has them, before anything is sampled from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mcore_rl.data.packing import TokenSequence
+from mcore_rl.errors import WeightSyncError
+from mcore_rl.model.step import forward
+from mcore_rl.parallel.control import on_main, reduce_maxima
+from mcore_rl.train.batch import pack_share
+from mcore_rl.weights.publish import publish_by_disk, server_log_probs
+
+if TYPE_CHECKING:
+    from mcore_rl.train.run import Run
+
+
+def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str, float | str]:
+    """Publish version `step` and compare log-probs of `sequences`, Megatron's against every server's.
+
+    The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
+    previous weights are from the new ones on these tokens, shows that the comparison can tell them apart.
+
+    Raises:
+        WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
+    """
+    version = str(step)
+    with run.timers("publish"):
+        # Less their last token: a server that scores a full context has no room for the one it must sample.
+        probe = [s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1]
+        probe = probe[: run.config.publish.probe_sequences]
+        stale = _scores(run, probe, f"{version}-before") if step else []
+        superseded = ("initial", str(step - 1))
+        publish_by_disk(run.policy, run.clients, run.weights_dir, version, superseded)
+        fresh = _scores(run, probe, f"{version}-after")
+        difference = _largest_differences(run, probe, [*fresh, *stale])
+    _check(run, version, difference[: len(fresh)])
+    metrics: dict[str, float | str] = {
+        "weight_version": version,
+        "publish/probe_max_abs": max(difference[: len(fresh)]),
+    }
+    return metrics | ({"publish/stale_max_abs": max(difference[len(fresh) :])} if stale else {})
+
+
+def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> list[list[list[float]]]:
+    """[servers][sequences][tokens - 1]"""
+    return on_main(run.mesh, lambda: [server_log_probs(client, probe, tag) for client in run.clients])
+
+
+def _largest_differences(
+    run: Run, probe: Sequence[Sequence[int]], scores: list[list[list[float]]]
+) -> list[float]:
+    """Largest |Megatron - server| of each entry of `scores`, over the rows of all ranks."""
+    sequences = [TokenSequence(tokens[:1], tokens[1:]) for tokens in probe]
+    fields = {str(i): score for i, score in enumerate(scores)}
+    batches = pack_share(sequences, fields, run.shape, run.mesh)
+    worst = {name: torch.tensor(-torch.inf, dtype=torch.float64) for name in fields}
+    for batch, head in forward(run.policy, batches, temperature=1.0):
+        for name in fields if head.log_prob.numel() else ():
+            gap = (head.log_prob - batch.fields[name]).abs().max().double()
+            worst[name] = torch.maximum(worst[name], gap.cpu())
+    reduced = reduce_maxima(run.mesh, worst)
+    return [reduced[name].item() for name in fields]
+
+
+def _check(run: Run, version: str, differences: Sequence[float]) -> None:
+    limit = run.config.publish.tolerance_max
+    for client, difference in zip(run.clients, differences, strict=True):
+        if not 0 <= difference <= limit:  # neither a NaN nor a comparison of nothing may pass
+            raise WeightSyncError(
+                f"{client.url} reports version {version}, but its log-probs differ from the trainer's by "
+                f"{difference:.2e} (publish.tolerance_max = {limit:g}): it does not hold the "
+                "published weights. See its log"
+            )

@@ -1,0 +1,230 @@
+"""A reinforcement-learning run: the trainer's parts and the servers it samples from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.config import Config
+from mcore_rl.data.cursor import share
+from mcore_rl.errors import RolloutError, WeightSyncError
+from mcore_rl.model.build import Model, build_critic, build_policy
+from mcore_rl.model.optimizer import Optimizer, ddp_config
+from mcore_rl.parallel.control import gather_replicas, on_leads, on_main
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rewards import RewardFn, load_reward, score_groups
+from mcore_rl.rollout.client import RolloutClient, call
+from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.sampler import Rollout, sample_groups
+from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
+from mcore_rl.train.objective import PolicyObjective, ValueObjective
+from mcore_rl.train.setup import Trainer, optimizer_of, read_prompts, start_trainer
+from mcore_rl.types import Group, Prompt
+from mcore_rl.weights.publish import wait_for_servers
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The value model in training."""
+
+    model: Model
+    optimizer: Optimizer
+    objective: ValueObjective
+
+
+@dataclass
+class Run(Trainer):
+    """What the loop needs besides the trainer."""
+
+    algorithm: Algorithm
+    objective: PolicyObjective
+    reference: Model | None
+    """the frozen starting policy, where the algorithm needs one"""
+    critic: Critic | None
+    """where the algorithm needs one"""
+    alert: GradientAlert
+    reward: RewardFn
+    eval_prompts: Sequence[Prompt]
+    clients: Sequence[RolloutClient]
+    """one per server"""
+    weights_dir: Path
+    """where versions are written for the servers"""
+
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """As Trainer's; a gradient scale that stays out of bounds is an event too."""
+        super().log(step, metrics)
+        if self.alert.due(metrics):
+            self.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling, and therefore of every log-prob."""
+        return self.config.rollout.temperature
+
+    def probe_prompts(self) -> list[tuple[int, ...]]:
+        """Token sequences for the check of the first publish, before anything was sampled."""
+        return [prompt.token_ids for prompt in self.prompts.prompts[: self.config.publish.probe_sequences]]
+
+
+@contextmanager
+def start(config: Config) -> Iterator[Run]:
+    """Everything a run needs, undone on exit: process group, model, servers."""
+    algorithm = configure(config.algorithm.name, config.algorithm.params)
+    updates = config.algorithm.mini_batches * config.algorithm.epochs
+    policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
+    reward = load_reward(config.reward.function)
+    with start_trainer(config, optimizer_steps=policy_steps) as trainer, ExitStack() as stack:
+        reference = build_reference(config, trainer.mesh) if algorithm.needs_reference else None
+        critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
+        weights_dir = config.publish.dir or config.run.dir / "weights"
+        urls = server_urls(config, trainer.policy, weights_dir, stack)
+        r = config.rollout
+        clients = [RolloutClient(url, api_key_env=r.api_key_env, timeout=r.timeout) for url in urls]
+        on_main(trainer.mesh, lambda: wait_for_servers(clients, r.start_timeout))
+        on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
+        yield Run(
+            **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
+            algorithm=algorithm,
+            objective=PolicyObjective(
+                algorithm, trainer.mesh.cp if trainer.mesh.layout.context > 1 else None
+            ),
+            reference=reference,
+            critic=critic,
+            alert=GradientAlert(),
+            reward=reward,
+            eval_prompts=load_eval(config, trainer.tokenizer),
+            clients=clients,
+            weights_dir=weights_dir,
+        )
+
+
+def build_reference(config: Config, mesh: Mesh) -> Model:
+    """The policy's starting weights, frozen."""
+    m = config.model
+    return build_policy(
+        m.path, mesh, precision=m.precision, random_seed=config.run.seed if m.random_init else None
+    )
+
+
+def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
+    """A critic on the policy's starting weights, with its own Adam."""
+    c, m = config.critic, config.model
+    model = build_critic(
+        m.path,
+        mesh,
+        precision=m.precision,
+        random_seed=config.run.seed if m.random_init else None,
+        ddp=ddp_config(distributed=config.optimizer.distributed),
+    )
+    steps = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs
+    optimizer = optimizer_of(config, model, steps, c.lr)
+    return Critic(model, optimizer, ValueObjective(c.value_clip or None, c.coef))
+
+
+def server_urls(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> list[str]:
+    """The configured servers, or one that the main rank starts on the policy's own weights; collective."""
+    if config.rollout.urls:
+        return list(config.rollout.urls)
+    initial = weights_dir.resolve() / "initial"
+    policy.export(initial)
+
+    def launch() -> list[str]:
+        r = config.rollout
+        server = LocalServer(
+            initial,
+            log_file=config.run.dir / "server.log",
+            api_key_env=r.api_key_env,
+            threads=r.threads,
+            start_timeout=r.start_timeout,
+        )
+        return [stack.enter_context(server).url]
+
+    return on_main(policy.mesh, launch)
+
+
+def load_eval(config: Config, tokenizer) -> tuple[Prompt, ...]:
+    """Held-out prompts, at most `train.eval_samples`; none when data.eval is unset."""
+    if config.data.eval is None:
+        return ()
+    return read_prompts(config, config.data.eval, tokenizer).prompts[: config.train.eval_samples]
+
+
+def rollout(run: Run, step: int) -> list[Group]:
+    """Sample and score one step's prompts; each replica asks for its own share. All groups, on every rank."""
+    prompts = run.cursor.next(run.config.rollout.prompts_per_step)
+    mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
+    groups = gather_replicas(run.mesh, sample(run, mine, step, run.config.rollout.samples_per_prompt))
+    flat = [group for replica in groups for group in replica]
+    if not any(group.samples for group in flat):
+        raise RolloutError(f"step {step}: the servers aborted all {len(flat)} groups; see their logs")
+    check_versions(flat, str(step - 1))
+    save_samples(run, step, flat)
+    return flat
+
+
+def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_prompt: int) -> list[Group]:
+    """Scored groups of `prompts`, sampled by this replica's lead and known to all its ranks."""
+    r = run.config.rollout
+    params = {
+        "temperature": r.temperature,
+        "max_new_tokens": r.max_new_tokens,
+        "stop_token_ids": list(r.stop_token_ids),
+    }
+    ask = partial(
+        sample_groups,
+        prompts=prompts,
+        step=step,
+        samples_per_prompt=samples_per_prompt,
+        sampling_params=params,
+        tokenizer_decode=lambda ids: str(run.tokenizer.decode(list(ids), skip_special_tokens=True)),
+        seed=run.config.run.seed,
+    )
+    client = run.clients[run.mesh.dp_rank % len(run.clients)]
+
+    def work() -> list[Group]:
+        with run.timers("rollout"):
+            sampled: Rollout = call(client, ask)
+        with run.timers("reward"):
+            return score_groups(sampled.groups, run.reward)
+
+    return on_leads(run.mesh, work)
+
+
+def check_versions(groups: Sequence[Group], version: str) -> None:
+    """Every token was sampled from the weights that were published last: the ratio of 1 rests on it.
+
+    Raises:
+        WeightSyncError: on every rank, since all hold the same groups.
+    """
+    seen = {span.version for group in groups for sample in group.samples for span in sample.versions}
+    if seen - {version}:
+        raise WeightSyncError(
+            f"version {version} was published, the samples come from {sorted(seen)}: a server was restarted "
+            "or updated by someone else. Give the run servers of its own"
+        )
+
+
+def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:
+    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people."""
+    if not run.mesh.is_main:
+        return
+    directory = run.config.run.dir / "samples"
+    directory.mkdir(exist_ok=True)
+    shown = [group.samples[0] for group in groups if group.samples][:count]
+    lines = [
+        {
+            "step": step,
+            "prompt": s.prompt.text,
+            "response": s.text,
+            "label": s.prompt.label,
+            "reward": s.reward,
+        }
+        for s in shown
+    ]
+    (directory / f"step_{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

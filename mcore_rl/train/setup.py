@@ -1,0 +1,210 @@
+"""Builds the parts of a run from its config: what supervised and reinforcement training share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mcore_rl.config import Config, to_toml
+from mcore_rl.data.balance import forward_flops, model_shape
+from mcore_rl.data.cursor import PromptCursor
+from mcore_rl.data.prompts import PromptSet, load_prompts
+from mcore_rl.errors import ConfigError
+from mcore_rl.metrics import Progress, StepLog, Timers
+from mcore_rl.model import platform
+from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
+from mcore_rl.model.spec import check_layout, read_architecture, read_hf_config
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.train.batch import Shape, align_of
+
+
+@dataclass
+class Trainer:
+    """A model in training on this rank, and where its run is written."""
+
+    config: Config
+    mesh: Mesh
+    policy: Model
+    optimizer: Optimizer
+    shape: Shape
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    """training prompts"""
+    cursor: PromptCursor
+    """walks them; the same position on every rank"""
+    timers: Timers
+    step_log: StepLog
+    progress: Progress
+
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Write a step to metrics.jsonl and say it on the main rank."""
+        record = {**metrics, **self.timers.collect()}
+        self.step_log.write(step, record)
+        if self.mesh.is_main:
+            print(self.progress.line(step, record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def start_trainer(config: Config, *, optimizer_steps: int) -> Iterator[Trainer]:
+    """Join the process group, build the model at the config's layout, open the run directory; undone on exit.
+
+    Args:
+        optimizer_steps: of the whole run; a decaying learning rate reaches 0 there.
+
+    Raises:
+        ConfigError, LayoutError, DataError: before any weight is built, where the cause allows it.
+    """
+    layout = layout_of(config, world_size())
+    layout.check(world_size())
+    check_layout(read_architecture(config.model.path), layout)
+    with process_group(config.train.step_timeout):
+        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+        try:
+            yield build_trainer(config, mesh, optimizer_steps)
+        finally:
+            destroy_mesh()
+
+
+def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int) -> Trainer:
+    """The parts of a run at `mesh`; every rank calls it."""
+    tokenizer = load_tokenizer(config)
+    prompts = read_prompts(config, config.data.train, tokenizer)
+    policy = build_policy(
+        config.model.path,
+        mesh,
+        precision=config.model.precision,
+        random_seed=config.run.seed if config.model.random_init else None,
+        ddp=ddp_config(distributed=config.optimizer.distributed),
+    )
+    on_main(mesh, lambda: write_resolved(config))
+    return Trainer(
+        config=config,
+        mesh=mesh,
+        policy=policy,
+        optimizer=optimizer_of(config, policy, optimizer_steps),
+        shape=shape_of(config, mesh),
+        tokenizer=tokenizer,
+        prompts=prompts,
+        cursor=PromptCursor(prompts, config.run.seed),
+        timers=Timers(),
+        step_log=StepLog(config.run.dir, rank=mesh.rank),
+        progress=Progress(config.train.steps),
+    )
+
+
+@contextmanager
+def process_group(timeout: float) -> Iterator[None]:
+    """torch.distributed from torchrun's environment; every collective fails after `timeout` seconds."""
+    platform.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(platform.backend(), timeout=timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Ranks that torchrun started."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The layout that [parallel] asks for; `data` unset takes what the world size leaves."""
+    p = config.parallel
+    replica = p.tensor * p.pipeline * p.context
+    return Layout(
+        tensor=p.tensor,
+        sequence=p.sequence,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        context=p.context,
+        expert=p.expert,
+        data=p.data or max(1, world_size // replica),
+    )
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of model.path, checked against the model's vocabulary.
+
+    Raises:
+        ConfigError: there is none, it has no end-of-sequence token, or an id that the model has no row for.
+    """
+    path = config.model.path
+    vocab = read_architecture(path).vocab
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+        raise ConfigError(
+            f"{path}: no usable tokenizer ({error}); put tokenizer.json beside config.json"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{path}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab:
+        raise ConfigError(
+            f"{path}: the tokenizer has token id {largest}, the model only {vocab} rows (vocab_size in "
+            "config.json); use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """A prompt file in the format that [data] describes."""
+    data = config.data
+    return load_prompts(
+        path,
+        tokenizer,
+        prompt_key=data.prompt_key,
+        label_key=data.label_key,
+        max_prompt_tokens=data.max_prompt_tokens,
+    )
+
+
+def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = None) -> Optimizer:
+    """Megatron's Adam with the numbers of [optimizer], at another learning rate where `lr` is given."""
+    o = config.optimizer
+    return build_optimizer(
+        model,
+        lr=o.lr if lr is None else lr,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_grad=o.clip_grad,
+        precision=config.model.precision,
+        warmup_steps=o.warmup_steps,
+        decay_steps=steps - o.warmup_steps,
+        decay=o.schedule,
+        distributed=o.distributed,
+    )
+
+
+def shape_of(config: Config, mesh: Mesh) -> Shape:
+    """How this run's samples become micro-batches."""
+    return Shape(
+        mini_batches=config.algorithm.mini_batches,
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        max_new_tokens=config.rollout.max_new_tokens,
+        cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
+        align=align_of(mesh),
+    )
+
+
+def write_resolved(config: Config) -> None:
+    """RUN_DIR/resolved.toml: every setting of the run."""
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    (config.run.dir / "resolved.toml").write_text(to_toml(config))

@@ -1,0 +1,74 @@
+"""Supervised training on the same stack: prompt -> label, token-mean negative log-likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mcore_rl.algo.aggregation import weighted_sum
+from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
+from mcore_rl.algo.preference import sft
+from mcore_rl.config import Config
+from mcore_rl.data.packing import TokenSequence
+from mcore_rl.model.step import forward_backward
+from mcore_rl.parallel.control import reduce_sums
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.train.batch import pack_share
+from mcore_rl.train.metrics import head_metrics
+from mcore_rl.train.setup import Trainer, start_trainer
+from mcore_rl.types import PackedBatch, Prompt
+
+
+def train_supervised(config: Config) -> None:
+    """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model."""
+    with start_trainer(config, optimizer_steps=config.train.steps) as run:
+        for step in range(1, config.train.steps + 1):
+            with run.timers("train"):
+                metrics = train_step(run, run.cursor.next(config.supervised.batch_size))
+            run.log(step, metrics)
+        run.policy.export(config.run.dir / "model")
+
+
+def train_step(run: Trainer, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """One optimizer step on whole sequences; the loss is the mean over the label tokens of all replicas.
+
+    Raises:
+        NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics), or the gradient
+            is not finite.
+    """
+    sequences = [TokenSequence(prompt.token_ids, label_tokens(run.tokenizer, prompt)) for prompt in prompts]
+    tokens = sum(sequence.scored for sequence in sequences)
+    batches = pack_share(sequences, {"weight": [1.0 / tokens] * len(sequences)}, run.shape, run.mesh)
+    run.optimizer.zero_grad()
+    sums = forward_backward(run.policy, batches, negative_log_likelihood, temperature=1.0)
+    norm = run.optimizer.step()
+    totals = reduce_sums(
+        run.mesh, {name: torch.stack([s[name] for s in sums]).sum(0) for name in (sums or [{}])[0]}
+    )
+    scale = gradient_scale(totals["head"])
+    check_surprise(scale)
+    loss = totals["loss"].item()
+    return {
+        "loss/policy": loss,
+        "perplexity": math.exp(min(loss, 50.0)),
+        "entropy": totals["entropy"].item() / tokens,
+        "grad_norm": norm,
+        "tokens": tokens,
+        **head_metrics(scale),
+    }
+
+
+def negative_log_likelihood(batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
+    loss = weighted_sum(sft(head.log_prob), batch.fields["weight"])
+    one = torch.ones_like(head.log_prob)
+    scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
+    return loss, {"loss": loss.double(), "entropy": head.entropy.double().sum(), "head": scale}
+
+
+def label_tokens(tokenizer, prompt: Prompt) -> list[int]:
+    """The label as the model should answer it, ended by the end-of-sequence token."""
+    return [*tokenizer.encode(prompt.label, add_special_tokens=False), tokenizer.eos_token_id]

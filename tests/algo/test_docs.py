@@ -1,0 +1,117 @@
+"""docs/algorithms.md against the code: the functions, defaults and golden cases it names, and must name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import mcore_rl.algo
+from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm
+from mcore_rl.verify_golden.problem import load
+from mcore_rl.verify_golden.run import _case_names
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = (ROOT / "docs" / "algorithms.md").read_text()
+MODULES = {
+    m.name: importlib.import_module(f"mcore_rl.algo.{m.name}")
+    for m in pkgutil.iter_modules(mcore_rl.algo.__path__)
+}
+GOLDEN_CASES = {f"{file}/{name}" for file, name in _case_names(load(ROOT / "tests" / "golden"))}
+PLUMBING = {"configure"}
+"""public functions that are not mathematics"""
+
+
+def tables(page: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """Header of a table -> its rows, tables of equal header joined."""
+    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE):
+        header, _, *rows = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+            for line in block.splitlines()
+        ]
+        assert all(len(row) == len(header) for row in rows), block
+        found.setdefault(tuple(header), []).extend(dict(zip(header, row, strict=True)) for row in rows)
+    return found
+
+
+def missing_functions(page: str) -> set[str]:
+    """`module.name` in backticks that mcore_rl.algo does not have."""
+    named = re.findall(rf"`((?:{'|'.join(MODULES)})\.(?!py\b)\w+)`", page)
+    return {name for name in named if not hasattr(MODULES[name.split(".")[0]], name.split(".")[1])}
+
+
+def public_functions() -> set[str]:
+    return {
+        f"{module}.{name}"
+        for module, content in MODULES.items()
+        for name, value in vars(content).items()
+        if inspect.isfunction(value) and value.__module__ == content.__name__ and not name.startswith("_")
+        if name not in PLUMBING
+    }
+
+
+def golden_cases(page: str) -> set[str]:
+    return set(
+        re.findall(
+            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout)/[\w.-]*\w",
+            page,
+        )
+    )
+
+
+def defaults(algorithm: Algorithm) -> dict[str, str]:
+    settings = {
+        name: getattr(algorithm, name)
+        for name in ("kl_in_reward", "whiten", "kl_estimator")
+        if getattr(algorithm, name) != getattr(Algorithm, name)
+    }
+    numbers = {**algorithm.loss_params, **algorithm.advantage_params, **settings}
+    return {name: str(value) for name, value in numbers.items()}
+
+
+def test_every_function_named_exists_and_every_function_is_named() -> None:
+    assert missing_functions(PAGE) == set()
+    assert len(public_functions()) > 30
+    assert {name for name in public_functions() if f"`{name}`" not in PAGE} == set()
+
+
+def test_every_golden_case_is_named_and_every_case_named_exists() -> None:
+    assert golden_cases(PAGE) == GOLDEN_CASES
+
+
+def test_every_formula_has_a_function() -> None:
+    rows = tables(PAGE)[("formula", "function", "paper", "golden case")]
+    assert len(rows) > 30
+    assert all(re.fullmatch(r"(`\w+\.\w+`\s*)+", row["function"]) for row in rows)
+
+
+def test_the_table_of_algorithms_is_ALGORITHMS() -> None:
+    rows = tables(PAGE)[("name", "policy loss", "advantage", "aggregation", "defaults", "source")]
+    assert [row["name"] for row in rows] == [f"`{name}`" for name in ALGORITHMS]
+    for row, algorithm in zip(rows, ALGORITHMS.values(), strict=True):
+        assert row["aggregation"] == algorithm.aggregation
+        for column, function in (("policy loss", algorithm.loss), ("advantage", algorithm.advantage)):
+            module = function.__module__.rpartition(".")[2]
+            assert row[column] == f"`{module}.{function.__name__}`"
+        assert dict(pair.split("=") for pair in row["defaults"].strip("`").split()) == defaults(algorithm)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("`preference.kto`", "`preference.ktoo`"),
+        ("`value.value_loss`", "`value`"),
+        ("preference/rdpo", ""),
+        ("layout/sft_estimate", "layout/sft_guess"),
+    ],
+)
+def test_a_stale_page_is_seen(old: str, new: str) -> None:
+    page = PAGE.replace(old, new)
+    assert page != PAGE
+    unnamed = {name for name in public_functions() if f"`{name}`" not in page}
+    assert missing_functions(page) or unnamed or golden_cases(page) != GOLDEN_CASES

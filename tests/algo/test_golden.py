@@ -1,0 +1,256 @@
+"""Every golden case passes, on one rank and through the vocab-parallel head on two; a wrong library fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mcore_rl.algo import (
+    advantages,
+    aggregation,
+    algorithms,
+    corrections,
+    kl,
+    policy_losses,
+    preference,
+    ratio,
+    returns,
+    sampling,
+    value,
+)
+from mcore_rl.errors import ConfigError, DataError
+from mcore_rl.parallel import head
+from mcore_rl.parallel.launch import Pool
+from mcore_rl.verify_golden import Report, main, verify_golden
+from mcore_rl.verify_golden.problem import load
+from mcore_rl.verify_golden.run import INPUTS, _run_rank, run_cases
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+CASES = 98
+
+
+def failed(report: Report) -> set[str]:
+    return {case.name for case in report.failed}
+
+
+def test_every_case_passes_on_one_rank() -> None:
+    report = verify_golden(GOLDEN)
+    assert len(report.cases) == CASES
+    assert failed(report) == set()
+    assert all(set(case.errors) == {"float64", "float32"} for case in report.cases)
+    assert report.max_error < 2e-5
+
+
+def test_every_case_passes_on_two_tensor_parallel_ranks(pool2: Pool) -> None:
+    for report in pool2.run(_run_rank, str(GOLDEN)):
+        assert len(report.cases) == CASES
+        assert failed(report) == set()
+
+
+def test_the_command_starts_its_ranks_and_ends_with_json(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([str(GOLDEN), "--tp", "2", "--json"]) == 0
+    out, err = capfd.readouterr()
+    (line,) = out.splitlines()
+    summary = json.loads(line)
+    assert (summary["cases"], summary["failed"]) == (CASES, 0)
+    assert summary["max_error"] < 2e-5
+    assert "ok      policy_losses/gspo: float64 loss" in err
+
+
+def only(case: str) -> dict[str, dict[str, np.ndarray]]:
+    """The golden files with all inputs and one case."""
+    file, name = case.split("/")
+    files = load(GOLDEN)
+    return {
+        stem: {
+            key: array
+            for key, array in arrays.items()
+            if key in INPUTS.get(stem, ()) or (stem, key.split("/")[0]) == (file, name)
+        }
+        for stem, arrays in files.items()
+    }
+
+
+# --- a wrong library --------------------------------------------------------------------------------------
+
+
+def with_(function: Callable, **changes: Any) -> Callable:
+    """`function`, some keyword arguments overruled."""
+    return lambda *args, **kwargs: function(*args, **{**kwargs, **changes})
+
+
+def std_over_n(spread, ddof):
+    return (spread.sum_squares / spread.size) ** 0.5
+
+
+def clip_both_sides(log_r, advantage, eps_low, eps_high, dual_clip=None):
+    used = log_r.exp().clamp(1 - eps_low, 1 + eps_high)
+    return policy_losses.TokenLoss(-advantage * used, log_r.exp().detach(), used < 0)
+
+
+def unmoved_old(log_prob, old, advantage, **params):
+    """REINFORCE's gradient under another name."""
+    return policy_losses.reinforce(log_prob, old, advantage)
+
+
+def token_ratio(log_prob, old, advantage, sequence_log_ratio, **params):
+    return policy_losses.ppo(log_prob, old, advantage, **params)
+
+
+def leak_across_sequences(rewards, values, offsets, *, gamma=1.0, lam=0.95):
+    following = torch.cat([values[1:], values.new_zeros(1)])
+    delta = (rewards + gamma * following - values).double()
+    return delta, delta + values
+
+
+def forget_half(*args, clip, value_loss=value.value_loss):
+    loss = value_loss(*args, clip=clip)
+    return loss._replace(loss=2 * loss.loss)
+
+
+def penalise_entropy(token, *, correction=1.0, kl=0.0, kl_coef=0.0, entropy=0.0, entropy_coef=0.0):
+    return correction * token.loss + kl_coef * kl + entropy_coef * entropy
+
+
+def no_temperature(hidden, weight, targets, temperature, *, score=head.log_prob_entropy, **kwargs):
+    return score(hidden, weight, targets, 1.0, **kwargs)
+
+
+def constant_entropy(*args, score=head.log_prob_entropy, **kwargs):
+    scored = score(*args, **kwargs)
+    return scored._replace(entropy=scored.entropy.detach())
+
+
+def shifted_targets(hidden, weight, targets, temperature, *, score=head.log_prob_entropy, **kwargs):
+    return score(hidden, weight, targets.roll(1), temperature, **kwargs)
+
+
+no_std = with_(advantages.group_normalized, std="none")
+other_delta = with_(policy_losses.deepseek_masked, delta=0.5)
+fewer_sequences = with_(aggregation.aggregation_weight, sequences=15.0)
+kept_at_one = with_(sampling.kept_log_prob, temperature=1.0)
+NEVER_CONSTANT = classmethod(lambda cls, v: cls(sum(v) / len(v), 1e-20, len(v), False))
+
+PLANTED: list[tuple[str, Any, str, Any, str]] = [
+    ("std over n", advantages.Spread, "std", std_over_n, "advantages/grpo_ddof1_eps1e-6"),
+    ("constant unseen", advantages.Spread, "of", NEVER_CONSTANT, "advantages/dynamic_sampling_keep"),
+    ("no leave-one-out", advantages, "leave_one_out", no_std, "advantages/rloo"),
+    ("clip on both sides", policy_losses, "_clipped_surrogate", clip_both_sides, "policy_losses/dapo"),
+    ("no ratio", policy_losses, "cispo", unmoved_old, "policy_losses/cispo"),
+    ("GSPO per token", policy_losses, "gspo", token_ratio, "policy_losses/gspo"),
+    ("one tau", policy_losses, "sapo", with_(policy_losses.sapo, tau_neg=1.0), "policy_losses/sapo"),
+    ("delta", policy_losses, "deepseek_masked", other_delta, "mismatch/opsm_old"),
+    ("empty uncounted", aggregation, "aggregation_weight", fewer_sequences, "policy_losses/gspo"),
+    ("KL reversed", kl, "difference", lambda a, b: ratio.difference(b, a), "kl_entropy/dk3"),
+    ("mean kept", returns, "whiten", with_(returns.whiten, shift_mean=False), "policy_losses/ppo_gae"),
+    ("values leak", returns, "gae", leak_across_sequences, "value_gae/advantages"),
+    ("value loss not halved", value, "value_loss", forget_half, "value_gae/clip_None"),
+    ("cap", corrections, "truncate", with_(corrections.truncate, high=3.0), "policy_losses/grpo_tis_token"),
+    ("IPO tau", preference, "ipo", with_(preference.ipo, tau=0.2), "preference/ipo_sum"),
+    ("cDPO for rDPO", preference, "robust_dpo", preference.dpo, "preference/rdpo"),
+    ("entropy penalised", algorithms, "objective", penalise_entropy, "policy_losses/entropy_bonus"),
+    ("kept set at T = 1", sampling, "kept_log_prob", kept_at_one, "batch/logp_keep"),
+    ("head at T = 1", head, "log_prob_entropy", no_temperature, "batch/logp"),
+    ("labels shifted", head, "log_prob_entropy", shifted_targets, "policy_losses/sft_token-mean"),
+    ("entropy constant", head, "log_prob_entropy", constant_entropy, "policy_losses/ppo_gae_entropy"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "replacement", "case"), [p[1:] for p in PLANTED], ids=[p[0] for p in PLANTED]
+)
+def test_a_planted_error_fails_its_case(
+    owner: Any, name: str, replacement: Any, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = only(case)
+    assert failed(run_cases(files, None)) == set()
+    monkeypatch.setattr(owner, name, replacement)
+    assert failed(run_cases(files, None)) == {case}
+
+
+# --- a wrong directory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    arrays = dict(np.load(file))
+    np.savez(file, **{**arrays, **changes})
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-10, np.nan])
+def test_a_changed_number_fails_its_case(copy: Path, factor: float) -> None:
+    changed = {
+        "policy_losses": ["gspo/dlogits", "grpo_token-mean/agg_weight", "sapo/loss", "dapo/adv"],
+        "preference": ["orpo/dW", "rm_bt/dscore"],
+        "kl_entropy": ["k3_iw"],
+        "layout": ["sft_estimate"],
+    }
+    for file, arrays in changed.items():
+        path = copy / f"{file}.npz"
+        rewrite(path, **{array: factor * np.load(path)[array] for array in arrays})
+    expected = {f"{file}/{array.split('/')[0]}" for file, arrays in changed.items() for array in arrays}
+    assert failed(verify_golden(copy)) == expected
+
+
+def test_what_the_library_does_not_know_fails(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(copy / "policy_losses.npz", **{"grpo_unheard_of/loss": np.array(1.0), "gspo/d2W": np.ones(3)})
+    rewrite(copy / "advantages.npz", grpo_ddof2_eps0=np.ones(16))
+    np.savez(copy / "novel.npz", anything=np.ones(2))
+    assert main([str(copy)]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {"cases": CASES + 3, "failed": 4, "max_error": None}
+    assert sum(line.startswith("FAILED") for line in lines) == 4
+
+
+def test_numbers_of_a_case_are_read_not_assumed(copy: Path) -> None:
+    """Another clip range in a cfg, another eps in a name: the library is asked for those."""
+    cfg = json.loads(str(np.load(copy / "policy_losses.npz")["gspo/cfg"]))
+    rewrite(
+        copy / "policy_losses.npz",
+        **{"gspo/cfg": np.array(json.dumps({**cfg, "eps_low": 0.3, "eps_high": 0.3}))},
+    )
+    arrays = dict(np.load(copy / "advantages.npz"))
+    batch = np.load(copy / "batch.npz")
+    rewards = torch.from_numpy(batch["rewards"])
+    statistics = advantages.group_statistics(batch["group"].tolist(), rewards.tolist())
+    expected = advantages.group_normalized(rewards, statistics, ddof=0, eps=1e-3).numpy()
+    np.savez(copy / "advantages.npz", **arrays, **{"grpo_ddof0_eps1e-3": expected})
+    report = verify_golden(copy)
+    assert failed(report) == {"policy_losses/gspo"}
+    assert len(report.cases) == CASES + 1
+
+
+def test_unusable_directories_say_why(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such directory"):
+        verify_golden(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"batch\.npz: no H, L_max"):
+        verify_golden(tmp_path)
+    with pytest.raises(ConfigError, match="--tp 0"):
+        verify_golden(copy, tp=0)
+    (copy / "layout.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(DataError, match=r"layout\.npz: not a readable"):
+        verify_golden(copy)
+
+
+def test_a_file_that_holds_code_is_refused(copy: Path) -> None:
+    np.savez(copy / "layout.npz", group_mean=np.array([print], dtype=object))
+    with pytest.raises(DataError, match="allow_pickle"):
+        verify_golden(copy)
+
+
+def test_a_case_without_its_inputs_says_which(copy: Path) -> None:
+    arrays = dict(np.load(copy / "preference.npz"))
+    np.savez(copy / "preference.npz", **{k: v for k, v in arrays.items() if k != "pairs"})
+    with pytest.raises(DataError, match=r"preference\.npz: no input array 'pairs'"):
+        verify_golden(copy)

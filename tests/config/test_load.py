@@ -1,0 +1,199 @@
+"""Reading: TOML, overrides, errors that name place and remedy, and the resolved file."""
+
+import string
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcore_rl.algo.algorithms import ALGORITHMS
+from mcore_rl.config import Config, describe_keys, load_config, to_toml
+from mcore_rl.config.toml import dumps, literal, parse_value
+from mcore_rl.errors import ConfigError
+
+MINIMAL = """
+[run]
+dir = "runs/x"
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+eval = "eval.jsonl"
+[train]
+steps = 10
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refusal(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_a_minimal_file_takes_the_defaults(path):
+    config = load_config(path)
+    assert (config.train.steps, config.rollout.temperature, config.algorithm.name) == (10, 1.0, "gspo")
+    assert config.parallel.data is None
+
+
+def test_sections_are_frozen(path):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(path).run.seed = 3
+
+
+def test_overrides_win_in_order_and_take_both_forms(path):
+    flags = ["--run.seed", "1", "--run.seed=2", "--optimizer.lr", "3e-4", "--rollout.urls=['http://a:1/']"]
+    flags += [
+        "--algorithm.params.eps_low=0.2",
+        "--model.random_init",
+        "true",
+        "--rollout.stop_token_ids",
+        "[1, 2]",
+    ]
+    config = load_config(path, flags)
+    assert (config.run.seed, config.optimizer.lr, config.rollout.urls) == (2, 3e-4, ("http://a:1",))
+    assert config.algorithm.params == {"eps_low": 0.2}
+    assert config.rollout.stop_token_ids == (1, 2)
+    assert config.model.random_init
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--rollout.temprature", "2"], ["rollout.temprature: unknown key", "mean rollout.temperature?"]),
+        (["--train.temperature=2"], ["train.temperature: unknown key", "did you mean rollout.temperature?"]),
+        (["--rolout.threads=1"], ["rolout: unknown section", "did you mean [rollout]?"]),
+        (["--xyz.k=1"], ["xyz: unknown section", "the sections are run, model"]),
+        (["--run.qqq=1"], ["run.qqq: unknown key", "the keys of [run] are dir, seed"]),
+        (["--run.seed=true"], ["run.seed: must be a valid integer"]),
+        (["--run.seed=1.0"], ["run.seed: must be a valid integer"]),
+        (["--run.seed", "-1"], ["run.seed: must be greater than or equal to 0"]),
+        (["--rollout.temperature=0"], ["rollout.temperature: must be greater than 0"]),
+        (["--optimizer.lr=nan"], ["optimizer.lr: must be a finite number"]),
+        (["--model.precision=fp7"], ["model.precision: must be 'fp32' or 'bf16'"]),
+        (["--reward.function=exact"], ["reward.function: must be `module:function`"]),
+        (["--rollout.urls=['x:1']"], ["rollout.urls.0: must be http(s)://host:port"]),
+        (["--algorithm.params.x=[1]"], ["algorithm.params: x must be a finite number"]),
+        (["--run.dir.x=1"], ["run.dir.x: dir is a value"]),
+        (["--run.dir=\udc80"], ["run.dir: not UTF-8 text"]),
+        (["--run.seed"], ["--run.seed needs a value"]),
+        (["--run.seed", "--run.dir=x"], ["--run.seed needs a value"]),
+        (["--seed=1"], ["--seed is not of the form --section.key"]),
+        (["run.seed=1"], ["run.seed is not of the form --section.key"]),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_remedy(path, flags, parts):
+    message = refusal(path, *flags)
+    assert message.startswith("command line: ")
+    assert all(part in message for part in parts), message
+
+
+def test_a_mistake_in_the_file_names_the_file_and_all_mistakes_are_listed(path):
+    path.write_text(MINIMAL.replace("steps", "stpes") + "[rollout]\nthreads = 'two'\n")
+    lines = refusal(path, "--run.seed=x").splitlines()
+    assert f"{path}: train.steps: required; add it" in lines
+    assert f"{path}: train.stpes: unknown key; did you mean train.steps?" in lines
+    assert f"{path}: rollout.threads: must be a valid integer" in lines
+    assert "command line: run.seed: must be a valid integer" in lines
+
+
+@pytest.mark.parametrize("content", [b"[run", b"\xff\xfe", b"a = " + b"[" * 5000])
+def test_a_file_that_is_not_toml(path, content):
+    path.write_bytes(content)
+    assert f"{path}: not TOML" in refusal(path)
+
+
+def test_a_missing_file(tmp_path):
+    assert "No such file" in refusal(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout.api_key_env", "sk-canary-1"),
+        ("rollout.api_key", "sk-canary-1"),
+        ("rollout.urls", "['http://me:sk-canary-1@host']"),
+        ("rollout.urls", "['http://host/?key=sk-canary-1']"),
+        ("canary", "sk-canary-1"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(path, key, value):
+    assert "canary-1" not in refusal(path, f"--{key if '.' in key else 'rollout.' + key}={value}")
+
+
+def test_the_resolved_file_holds_the_name_of_the_variable_and_not_its_value(path, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", "sk-canary-2")
+    text = to_toml(load_config(path, ["--rollout.api_key_env=SERVER_KEY"]))
+    assert "SERVER_KEY" in text
+    assert "canary" not in text
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "sft"])
+def test_the_resolved_file_gives_the_same_configuration(path, tmp_path, name):
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(to_toml(load_config(path, ["--algorithm.name", name])))
+    assert load_config(resolved) == load_config(path, ["--algorithm.name", name])
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+settings = st.fixed_dictionaries(
+    {
+        "run": st.fixed_dictionaries(
+            {"dir": text.filter(lambda t: "\0" not in t), "seed": st.integers(0, 2**32 - 1)}
+        ),
+        "model": st.fixed_dictionaries({"path": st.just("m"), "random_init": st.booleans()}),
+        "data": st.fixed_dictionaries({"train": st.just("t"), "label_key": text.filter(bool)}),
+        "train": st.fixed_dictionaries(
+            {"steps": st.integers(1, 2**62), "step_timeout": st.floats(1e-300, 1e300)}
+        ),
+        "rollout": st.fixed_dictionaries({"stop_token_ids": st.lists(st.integers(0, 9), max_size=3)}),
+        "algorithm": st.fixed_dictionaries(
+            {"params": st.dictionaries(st.sampled_from(["eps_low", "eps_high"]), st.floats(0, 1), max_size=2)}
+        ),
+    }
+)
+
+
+@given(settings)
+def test_any_configuration_survives_writing_and_reading(tmp_path_factory, tables):
+    folder = tmp_path_factory.mktemp("round")
+    (folder / "a.toml").write_text(dumps(tables), encoding="utf-8", newline="")
+    config = load_config(folder / "a.toml")
+    (folder / "b.toml").write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load_config(folder / "b.toml") == config
+    assert config.run.seed == tables["run"]["seed"]
+    assert config.data.label_key == tables["data"]["label_key"]
+
+
+scalars = (
+    st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | text
+)
+
+
+@given(st.dictionaries(text, scalars | st.lists(scalars, max_size=3), max_size=4))
+def test_what_is_written_is_toml(table):
+    assert tomllib.loads(dumps({"a b": table})) == ({"a b": table} if table else {})
+    assert parse_value(literal(table)) == table
+
+
+@given(st.text(string.printable, max_size=20))
+def test_an_override_is_one_value_and_never_an_error(value):
+    parse_value(value)
+    assert parse_value("1\nother = 2") == "1\nother = 2"
+
+
+def test_help_names_every_key():
+    help_text = describe_keys()
+    assert "--rollout.temperature (1.0)  Sampling temperature" in help_text
+    fields = [f"--{s}.{k} (" for s, f in Config.model_fields.items() for k in f.annotation.model_fields]
+    assert len(fields) > 50
+    assert all(field in help_text for field in fields)
+    assert all(line.count("  ") == 2 for line in help_text.splitlines()), "a key without its meaning"

@@ -1,0 +1,89 @@
+"""Keys that cannot go together, each beside the nearest configuration that is accepted."""
+
+import pytest
+
+from mcore_rl.config import load_config, to_toml
+from mcore_rl.errors import ConfigError
+
+BASE = {"run.dir": "r", "model.path": "m", "data.train": "t.jsonl", "train.steps": 10}
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "empty.toml"
+    path.touch()
+    return lambda **keys: load_config(
+        path, [f"--{key.replace('__', '.')}={value}" for key, value in {**BASE, **keys}.items()]
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "message"),
+    [
+        ({"parallel__sequence": "true"}, {"parallel__tensor": 2}, "parallel.sequence: .*tensor >= 2"),
+        (
+            {"parallel__virtual_pipeline": 2},
+            {"parallel__pipeline": 2},
+            "parallel.virtual_pipeline: .*pipeline >= 2",
+        ),
+        ({"train__eval_every": 5}, {"data__eval": "e.jsonl"}, "train.eval_every: .*set data.eval"),
+        ({"publish__tolerance_max": 1e-6}, {"publish__tolerance_p999": 1e-7}, "publish.tolerance_p999: "),
+        (
+            {"algorithm__mini_batches": 513},
+            {"rollout__prompts_per_step": 65},
+            "algorithm.mini_batches: .*512",
+        ),
+        ({"optimizer__warmup_steps": 41}, {"algorithm__epochs": 2}, "optimizer.warmup_steps: .*40 optimizer"),
+        (
+            {"train__tokens_per_micro_batch": 1087},
+            {"data__max_prompt_tokens": 1023},
+            "train.tokens_per_micro_batch: 1087 cannot hold one sequence of 1088",
+        ),
+        (
+            {"train__tokens_per_micro_batch": 1091, "rollout__max_new_tokens": 66, "parallel__context": 2},
+            {"data__max_prompt_tokens": 1022},
+            "padded to 4",
+        ),
+        ({"algorithm__name": "gsop"}, {"algorithm__name": "gspo"}, "algorithm.name: .*did you mean 'gspo'"),
+        ({"algorithm__params.eps_hi": 1}, None, "algorithm.params.eps_hi: .*did you mean 'eps_high'"),
+        (
+            {"rollout__samples_per_prompt": 1},
+            {"algorithm__name": "ppo"},
+            "rollout.samples_per_prompt: .*2",
+        ),
+        ({"supervised__batch_size": 8}, {"algorithm__name": "sft"}, "supervised.batch_size: has no effect"),
+        (
+            {"rollout__threads": 2, "rollout__urls": "['http://a:1']"},
+            {"rollout__urls": "[]"},
+            "rollout.threads: has no",
+        ),
+    ],
+)
+def test_a_contradiction_is_refused_and_its_remedy_accepted(load, bad, good, message):
+    with pytest.raises(ConfigError, match=message):
+        load(**bad)
+    if good is not None:
+        load(**{**bad, **good})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["algorithm.epochs", "algorithm.mini_batches", "rollout.prompts_per_step", "rollout.samples_per_prompt"],
+)
+def test_supervised_training_refuses_the_keys_of_rollouts(load, key):
+    with pytest.raises(ConfigError, match=f'{key}: has no effect because algorithm.name is "sft"'):
+        load(algorithm__name="sft", **{key: 1})
+    assert key.split(".")[1] not in to_toml(load(algorithm__name="sft"))
+    assert key.split(".")[1] in to_toml(load())
+
+
+def test_all_contradictions_are_reported_at_once(load):
+    with pytest.raises(ConfigError) as caught:
+        load(parallel__sequence="true", parallel__virtual_pipeline=2, algorithm__name="nothing")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_one_sample_is_refused_for_every_algorithm_that_compares_samples(load):
+    for name in ("grpo", "gspo", "sapo", "rloo"):
+        with pytest.raises(ConfigError, match="every advantage is 0"):
+            load(algorithm__name=name, rollout__samples_per_prompt=1)

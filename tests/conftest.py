@@ -1,0 +1,45 @@
+"""What all tests share: process pools, and annotations checked at run time in the pools' processes too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+from mcore_rl.parallel.launch import Pool
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is not a failing example
+settings.load_profile("untimed")
+
+CHECKED_PACKAGES = ["mcore_rl.algo", "mcore_rl.parallel"]
+"""as in pyproject.toml's --jaxtyping-packages, which reaches only the process of pytest itself"""
+
+GROUPS = {"pool2": "ranks", "pool4": "ranks"}
+"""session fixture -> xdist group: one worker owns the pools, so that they start once and do not compete"""
+
+
+def check_annotations() -> None:
+    """Every call into the checked packages is checked against its annotations, shapes included."""
+    install_import_hook(CHECKED_PACKAGES, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[Pool]:
+    """Two processes in one gloo group, kept for the session."""
+    with Pool(2, setup=check_annotations) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[Pool]:
+    """Four processes in one gloo group, kept for the session."""
+    with Pool(4, setup=check_annotations) as pool:
+        yield pool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for group in sorted({GROUPS[name] for name in getattr(item, "fixturenames", ()) if name in GROUPS}):
+            item.add_marker(pytest.mark.xdist_group(group))

@@ -1,0 +1,67 @@
+"""A small task and a briefly trained model for whole runs of the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+DEADLINE = 240.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Directories of the generated problems, and flags that point a config at them."""
+
+    root: Path
+
+    @property
+    def data(self) -> list[str]:
+        """Overrides for [data]."""
+        return ["--data.train", f"{self.root}/data/train.jsonl"]
+
+    @property
+    def rl(self) -> list[str]:
+        """Overrides for a short GSPO run from the warm start."""
+        return [
+            *self.data,
+            *("--data.eval", f"{self.root}/data/eval.jsonl", "--train.eval_samples", "100"),
+            *("--model.path", f"{self.root}/warm_start/model", "--train.eval_every", "0"),
+            *("--rollout.prompts_per_step", "16", "--rollout.threads", "1", "--optimizer.warmup_steps", "0"),
+        ]
+
+
+def command(*arguments: str) -> list[str]:
+    """The `mcore-rl` command line."""
+    return [sys.executable, "-m", "mcore_rl", *arguments]
+
+
+def run(*arguments: str, deadline: float = DEADLINE) -> subprocess.CompletedProcess[str]:
+    """Run `mcore-rl` to its end."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=deadline,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """The arithmetic problems and a policy after 40 supervised steps at TP=2."""
+    made = Task(tmp_path_factory.mktemp("task"))
+    generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
+    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
+    flags = ["--model.path", f"{made.root}/data/model", "--run.dir", f"{made.root}/warm_start"]
+    done = run("train", "examples/sft_tiny.toml", *made.data, *flags, "--train.steps", "40")
+    assert done.returncode == 0, done.stderr
+    return made

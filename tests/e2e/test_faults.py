@@ -1,0 +1,167 @@
+"""What goes wrong ends the command with one message, the right exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from aiohttp import ClientSession, web
+
+from mcore_rl.__main__ import main
+from mcore_rl.metrics import read_metrics
+from mcore_rl.rollout.fleet import LocalServer
+from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
+    return ["train", "examples/gspo_tiny.toml", *task.rl, "--run.dir", str(directory), *flags]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--parallel.tensr", "2"], "did you mean parallel.tensor?"),
+        (["--train.steps", "0"], "train.steps"),
+        (["--algorithm.name", "gsp"], "did you mean 'gspo'?"),
+    ],
+)
+def test_config_mistakes_end_before_any_rank_starts(flags, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["train", "examples/gspo_tiny.toml", "--run.dir", str(tmp_path / "run"), *flags]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_illegal_layout(task: Task, tmp_path):
+    done = run(*gspo(task, tmp_path, "--parallel.tensor", "3"))
+    assert done.returncode == 2
+    assert done.stderr.count("LayoutError: parallel.tensor = 3 does not divide") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_malformed_line_names_file_line_and_field(task: Task, tmp_path):
+    broken = tmp_path / "train.jsonl"
+    broken.write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
+    done = run(*gspo(task, tmp_path / "run", "--data.train", str(broken)))
+    assert done.returncode == 2
+    assert f"DataError: {broken}:2:label" in done.stderr, done.stderr
+
+
+def test_vocabulary_mismatch(task: Task, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(task.root / "warm_start" / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
+    done = run(*gspo(task, tmp_path / "run", "--model.path", str(model), "--parallel.tensor", "1"))
+    assert done.returncode == 2
+    assert "the tokenizer has token id" in done.stderr, done.stderr
+
+
+def test_dead_server_ends_the_run_within_its_deadline(task: Task, tmp_path):
+    flags = [
+        "--rollout.urls",
+        '["http://127.0.0.1:9"]',
+        "--rollout.start_timeout",
+        "2.0",
+        "--parallel.tensor",
+        "1",
+    ]
+    began = time.monotonic()
+    done = run(*without_threads(gspo(task, tmp_path, *flags)))
+    assert done.returncode == 75, done.stderr
+    assert "not ready after 2 s: http://127.0.0.1:9" in done.stderr
+    assert time.monotonic() - began < 60
+    assert read_metrics(tmp_path / "events.jsonl")[-1]["exit_code"] == 75
+
+
+def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
+    """Old weights under a new version: SGLang does so when it does not know the names that it is sent."""
+
+    async def train_through_proxy(target: str) -> subprocess.CompletedProcess[str]:
+        async with forgetful(target, model) as url:
+            flags = ["--rollout.urls", f'["{url}"]', "--parallel.tensor", "1", "--train.steps", "2"]
+            return await asyncio.to_thread(run, *without_threads(gspo(task, tmp_path / "run", *flags)))
+
+    model = task.root / "warm_start" / "model"
+    with LocalServer(model, log_file=tmp_path / "server.log", threads=1) as server:
+        done = asyncio.run(train_through_proxy(server.url))
+    assert done.returncode == 75, done.stderr
+    assert "WeightSyncError" in done.stderr
+    assert "does not hold the published weights" in done.stderr
+
+
+def without_threads(arguments: list[str]) -> list[str]:
+    """Servers given by url have no threads to set: the key would be refused."""
+    at = arguments.index("--rollout.threads")
+    return arguments[:at] + arguments[at + 2 :]
+
+
+@asynccontextmanager
+async def forgetful(target: str, model: Path) -> AsyncIterator[str]:
+    """A proxy before a real server: the version of every update arrives, the weights stay those of `model`."""
+
+    async def forward(request: web.Request) -> web.Response:
+        sent = await request.read()
+        if request.path == "/update_weights_from_disk":
+            sent = json.dumps(json.loads(sent) | {"model_path": str(model)}).encode()
+        headers = {"Content-Type": request.content_type}
+        async with (
+            ClientSession() as session,
+            session.request(request.method, target + request.path, data=sent, headers=headers) as reply,
+        ):
+            return web.Response(body=await reply.read(), status=reply.status, content_type=reply.content_type)
+
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_route("*", "/{path:.*}", forward)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def test_ctrl_c_leaves_no_process_behind(task: Task, tmp_path):
+    arguments = gspo(task, tmp_path, "--train.steps", "1000")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(*arguments),
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        _wait_for(lambda: b"step 1/" in log.read_bytes(), process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3  # two ranks and a server
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) in (130, 128 + signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.2)

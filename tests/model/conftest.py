@@ -1,0 +1,46 @@
+"""A tiny Qwen3 and a tiny Qwen3-MoE as transformers makes them, and one process with Megatron-Core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcore_rl.parallel.launch import Pool
+from tests.conftest import check_annotations
+from tests.model.support import DENSE, MOE
+
+
+@pytest.fixture(scope="session")
+def pool1() -> Iterator[Pool]:
+    """One process in a gloo group of its own, kept for the session."""
+    with Pool(1, setup=check_annotations) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return save(Qwen3ForCausalLM, Qwen3Config(**DENSE), tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="session")
+def moe_dir(tmp_path_factory) -> Path:
+    """Its second layer is dense."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return save(Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE), tmp_path_factory.mktemp("moe") / "model")
+
+
+def save(kind, config, directory: Path) -> Path:
+    torch.manual_seed(0)
+    model = kind(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones at first, which would hide a norm that is not loaded
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory

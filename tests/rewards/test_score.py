@@ -1,0 +1,115 @@
+"""Rewards: loading by name, scoring, and that nothing but finite numbers gets through."""
+
+import math
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from mcore_rl.errors import ConfigError, RewardError
+from mcore_rl.rewards import load_reward, score_groups
+from mcore_rl.rewards.exact import exact_match
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+
+
+def sample(k, text, label="42"):
+    prompt = Prompt("p", "40+2=", (1,), label)
+    return Sample(f"p@0/{k}", prompt, (2,), (-0.5,), text, "stop", (VersionSpan("0", 0, 1),))
+
+
+GROUPS = [Group("p@0", (sample(0, "42"), sample(1, "41"))), Group("q@0", (sample(2, " 42\n"),))]
+
+
+def test_exact_match_ignores_surrounding_white_space_only():
+    assert exact_match(sample(0, " 42 ")) == 1.0
+    assert exact_match(sample(0, "42", " 42\n")) == 1.0
+    assert [exact_match(sample(0, text)) for text in ("4 2", "042", "", "42.")] == [0.0] * 4
+
+
+def test_rewards_are_attached_and_nothing_else_changes():
+    scored = score_groups(GROUPS, exact_match)
+    assert [[s.reward for s in group.samples] for group in scored] == [[1.0, 0.0], [1.0]]
+    assert [group.id for group in scored] == ["p@0", "q@0"]
+    assert scored[0].samples[1].log_probs == (-0.5,)
+    assert GROUPS[0].samples[0].reward is None
+
+
+@pytest.mark.parametrize(
+    "value", [1, 0.5, np.float32(0.5), np.float64(-2), np.int64(3), Fraction(1, 4), -3e38]
+)
+def test_real_numbers_become_floats(value):
+    reward = score_groups(GROUPS, lambda s: value)[0].samples[0].reward
+    assert type(reward) is float
+    assert reward == value
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (True, "bool"),
+        (np.bool_(True), "bool"),
+        (None, "NoneType"),
+        ("1", "str"),
+        (1j, "complex"),
+        (torch.tensor(1.0), "Tensor"),
+        (np.array(1.0), "ndarray"),
+        ((1.0,), "tuple"),
+        (math.nan, "NaN"),
+        (np.float32("nan"), "NaN"),
+        (math.inf, "infinity"),
+        (-math.inf, "infinity"),
+        (1e39, "beyond float32"),
+        pytest.param(10**5000, "beyond float32", id="huge"),
+    ],
+)
+def test_anything_else_is_refused_with_the_sample_and_the_function(value, what):
+    def my_reward(s):
+        return value if s.id == "p@0/1" else 0.0
+
+    with pytest.raises(RewardError, match=rf"my_reward returned .*{what}.* for sample p@0/1; return a"):
+        score_groups(GROUPS, my_reward)
+
+
+def test_an_exception_names_the_sample_and_keeps_its_cause():
+    def fragile(s):
+        return float(s.text)
+
+    bad = [Group("p@0", (sample(0, "42"), sample(1, "forty")))]
+    with pytest.raises(RewardError, match=r"fragile raised ValueError on sample p@0/1: could not") as caught:
+        score_groups(bad, fragile)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_function_is_loaded_from_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def length(sample):\n    return len(sample.text)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_reward("my_rewards:length")(sample(0, "123")) == 3
+    assert load_reward("mcore_rl.rewards.exact:exact_match") is exact_match
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exact_match", "not of the form `module:function`"),
+        (":f", "not of the form"),
+        ("no_such_module:f", "cannot import no_such_module .*ModuleNotFoundError.*PYTHONPATH"),
+        ("mcore_rl.rewards.exact:exact_mach", "has no exact_mach; did you mean exact_match"),
+        ("mcore_rl.rewards.exact:zzz", "has no zzz; check the name"),
+        ("math:pi", "must be a function of one argument"),
+        ("math:atan2", "must be a function of one argument"),
+    ],
+)
+def test_a_name_that_is_no_reward_function(name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_reward(name)
+
+
+def test_a_module_that_fails_to_import_keeps_its_cause(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("raise OSError('no disk')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot import broken_rewards \(OSError: no disk\)") as caught:
+        load_reward("broken_rewards:f")
+    assert isinstance(caught.value.__cause__, OSError)

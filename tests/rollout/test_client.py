@@ -1,0 +1,190 @@
+"""The client's rules for deadlines, retries and replies, through a failing proxy before a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_rl.errors import EXIT_CONFIG, EXIT_RETRYABLE, ConfigError, RolloutError
+from mcore_rl.rollout import client as client_module
+from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
+from mcore_rl.types import VersionSpan
+from tests.rollout.proxy import Fault, Proxy, body, cut, damaged, hang, proxy, status
+from tests.rollout.support import running, wait_until
+
+PROMPTS = [[1, 2, 3], [4, 5]]
+PARAMS = [{"max_new_tokens": 6, "sampling_seed": seed} for seed in (1, 2)]
+RIDS = ["a", "b"]
+
+
+@pytest.fixture(autouse=True)
+def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_BACKOFF_SECONDS", 0.005)
+
+
+def generate(url: str, *, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Reply]:
+    options = {"timeout": 20.0, "retries": 2} | options
+    return call(
+        RolloutClient(url, **options), lambda c: c.generate(prompts, PARAMS, RIDS, prompt_log_probs=True)
+    )
+
+
+def through(url: str, *script: Fault, **options: Any) -> tuple[list[Reply] | RolloutError, Proxy]:
+    """The outcome of a `generate` through a proxy with this script, and what the proxy saw."""
+
+    async def run() -> tuple[list[Reply] | RolloutError, Proxy]:
+        async with proxy(url, *script) as state:
+            settings = {"timeout": 20.0, "retries": 2} | options
+            async with RolloutClient(state.url, **settings) as client:
+                try:
+                    return await client.generate(PROMPTS, PARAMS, RIDS, prompt_log_probs=True), state
+                except RolloutError as error:
+                    return error, state
+
+    return asyncio.run(run())
+
+
+def test_replies_carry_tokens_log_probs_and_versions(url: str) -> None:
+    replies = generate(url)
+    assert [r.rid for r in replies] == RIDS
+    for reply, prompt in zip(replies, PROMPTS, strict=True):
+        assert len(reply.token_ids) == len(reply.log_probs) == 6
+        assert len(reply.prompt_log_probs) == len(prompt) - 1
+        assert reply.versions == (VersionSpan("default", 0, 6),)
+        assert reply.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(status(code) for code in (500, 502, 503)),
+        status(429),
+        *(cut(share) for share in (0.0, 0.5, 0.99)),
+        body(lambda raw: raw[: len(raw) // 2]),
+        body(lambda raw: b""),
+        body(lambda raw: b"[]"),
+        body(lambda raw: b"[" * 100_000),
+        body(lambda raw: raw.replace(b"-", b"NaN, -", 1)),
+        damaged(lambda reply: reply.pop("output_ids")),
+        damaged(lambda reply: reply["meta_info"].pop("output_token_logprobs")),
+        damaged(lambda reply: reply["meta_info"]["output_token_logprobs"].pop()),
+        damaged(lambda reply: reply["output_ids"].append(7)),
+        damaged(lambda reply: reply["meta_info"]["output_token_logprobs"][0].__setitem__(0, None)),
+        damaged(lambda reply: reply["meta_info"]["output_token_logprobs"][0].__setitem__(0, float("nan"))),
+        damaged(lambda reply: reply["meta_info"]["input_token_logprobs"].pop()),
+        damaged(lambda reply: reply["meta_info"]["weight_versions"].clear()),
+        damaged(lambda reply: reply["meta_info"]["weight_versions"][0].update(end=5)),
+        damaged(lambda reply: reply["meta_info"].update(id="other")),
+        damaged(lambda reply: reply["meta_info"].update(finish_reason=None)),
+    ],
+)
+def test_an_infrastructure_fault_is_retried_without_duplicates(url: str, fault: Fault) -> None:
+    outcome, seen = through(url, fault)
+    assert outcome == generate(url)
+    assert not seen.script, "the fault did not fire"
+    assert [sent["rid"] for sent in seen.bodies("/generate")] == [["a", "b"], ["a~1", "b~1"]]
+    paths = [path for path, _ in seen.calls]
+    assert sorted(sent["rid"] for sent in seen.bodies("/abort_request")) == ["a", "b"]
+    assert paths[0] == paths[-1] == "/generate", "the abort must come before the second attempt"
+
+
+def test_retries_end_with_the_cause(url: str) -> None:
+    outcome, seen = through(url, *[status(503)] * 3)
+    assert isinstance(outcome, RolloutError)
+    assert outcome.exit_code == EXIT_RETRYABLE
+    assert "HTTP 503" in str(outcome)
+    assert "3 attempts" in str(outcome)
+    assert len(seen.bodies("/generate")) == 3
+
+
+def test_retry_after_is_honoured(url: str) -> None:
+    start = time.monotonic()
+    outcome, _ = through(url, status(429, Retry_After="1"))
+    assert outcome == generate(url)
+    assert time.monotonic() - start >= 1
+    late, seen = through(url, status(429, Retry_After="60"), timeout=5.0)
+    assert isinstance(late, RolloutError)
+    assert len(seen.bodies("/generate")) == 1
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("code", [400, 404, 413, 401, 307])
+def test_a_refusal_is_not_retried(url: str, code: int) -> None:
+    outcome, seen = through(url, status(code, Location="http://127.0.0.1:9/elsewhere"))
+    assert isinstance(outcome, RejectedError)
+    assert (outcome.status, outcome.exit_code) == (code, EXIT_CONFIG)
+    assert len(seen.calls) == 1
+
+
+def test_a_refusal_of_the_server_itself_gives_its_reason(url: str) -> None:
+    with pytest.raises(RejectedError, match=r"context length \(512 tokens\)"):
+        generate(url, prompts=[[1] * 600, [2]])
+
+
+def test_a_hanging_server_costs_the_deadline_and_no_more(url: str) -> None:
+    start = time.monotonic()
+    outcome, _ = through(url, hang(60), timeout=0.7)
+    assert isinstance(outcome, RolloutError)
+    assert "0.7 s" in str(outcome)
+    assert 0.6 < time.monotonic() - start < 5
+
+
+def test_a_reply_that_is_too_long_is_refused(url: str) -> None:
+    with pytest.raises(RolloutError, match="max_reply_bytes"):
+        generate(url, max_reply_bytes=100)
+
+
+def test_no_server_is_an_error_within_the_deadline() -> None:
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match="3 attempts"):
+        generate("http://127.0.0.1:9")
+    assert time.monotonic() - start < 10
+
+
+def test_the_key_goes_with_every_request_and_into_no_message(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROLLOUT_TEST_KEY", "canary-secret")
+    client = RolloutClient(url, api_key_env="ROLLOUT_TEST_KEY", retries=0)
+    with pytest.raises(RejectedError) as refused:
+        call(client, lambda c: c.generate([[]], [{}], ["x"]))
+    assert "canary" not in f"{refused.value} {client!r} {vars(client)}"
+    monkeypatch.delenv("ROLLOUT_TEST_KEY")
+    with pytest.raises(ConfigError, match="ROLLOUT_TEST_KEY"):
+        call(client, lambda c: c.ready())
+
+
+def test_weights_and_state_through_the_client(fresh_url: str, dir_b: Path, tmp_path: Path) -> None:
+    async def use(client: RolloutClient) -> None:
+        before = await client.weight_checksums()
+        await client.pause("retract")
+        with pytest.raises(RejectedError, match="safetensors"):
+            await client.update_weights_from_disk(str(tmp_path), "bad")
+        assert await client.weight_checksums() == before
+        await client.update_weights_from_disk(str(dir_b), "7")
+        await client.resume()
+        assert await client.weight_checksums() != before
+        assert (await client.model_info())["weight_version"] == "7"
+        assert "mcore_rl" in (await client.server_info())["version"]
+        assert await client.ready()
+        assert (await client.generate([[1]], [{"max_new_tokens": 1}], ["z"]))[0].versions[0].version == "7"
+
+    call(RolloutClient(fresh_url), use)
+
+
+def test_an_aborted_request_is_a_reply(fresh_url: str) -> None:
+    async def use(client: RolloutClient) -> list[Reply]:
+        long = {"max_new_tokens": 400, "ignore_eos": True}
+        asked = asyncio.create_task(client.generate([[1], [2]], [long, long], ["x", "y"]))
+        await asyncio.to_thread(wait_until, lambda: running(fresh_url) == 2, "both are sampled")
+        await client.pause("abort")
+        await client.resume()
+        return await asked
+
+    replies = call(RolloutClient(fresh_url), use)
+    assert [r.finish_reason for r in replies] == ["abort", "abort"]
+    assert all(len(r.token_ids) == len(r.log_probs) < 400 for r in replies)

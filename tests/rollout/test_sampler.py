@@ -1,0 +1,85 @@
+"""Prompts to groups through a real server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mcore_rl.rollout import sampler
+from mcore_rl.rollout.client import RolloutClient, call
+from mcore_rl.rollout.sampler import Rollout, sample_groups, sample_seed
+from mcore_rl.types import Prompt, VersionSpan
+from tests.rollout.support import running, wait_until
+
+PROMPTS = [Prompt(f"p{i}", f"w{i} w3", (i, 3), label="") for i in range(6)]
+
+
+def decode(ids: object) -> str:
+    return str(list(ids))  # type: ignore[call-overload]
+
+
+async def ask(
+    client: RolloutClient, prompts: list[Prompt] = PROMPTS, *, step: int = 4, seed: int = 1, **params: int
+) -> Rollout:
+    return await sample_groups(
+        client,
+        prompts,
+        step=step,
+        samples_per_prompt=4,
+        sampling_params={"max_new_tokens": 5} | params,
+        tokenizer_decode=decode,
+        seed=seed,
+    )
+
+
+def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
+    rollout = call(RolloutClient(url), ask)
+    assert rollout.num_aborted == 0
+    assert [group.id for group in rollout.groups] == [f"{p.id}@4" for p in PROMPTS]
+    for group, prompt in zip(rollout.groups, PROMPTS, strict=True):
+        assert [sample.id for sample in group.samples] == [f"{group.id}/{k}" for k in range(4)]
+        for sample in group.samples:
+            assert sample.prompt is prompt
+            assert len(sample.token_ids) == len(sample.log_probs) > 0
+            assert sample.text == decode(sample.token_ids)
+            assert sample.versions == (VersionSpan("default", 0, len(sample.token_ids)),)
+            assert sample.reward is None
+
+
+def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens(*rollouts: Rollout) -> list[tuple[int, ...]]:
+        return [s.token_ids for r in rollouts for group in r.groups for s in group.samples]
+
+    client = RolloutClient(url)
+    whole = tokens(call(client, ask))
+    halves = tokens(call(client, lambda c: ask(c, PROMPTS[:2])), call(client, lambda c: ask(c, PROMPTS[2:])))
+    monkeypatch.setattr(sampler, "_SAMPLES_PER_CALL", 8)
+    assert whole == halves == tokens(call(client, ask))
+    assert whole != tokens(call(client, lambda c: ask(c, seed=2)))
+    assert whole != tokens(call(client, lambda c: ask(c, step=5)))
+    assert len(set(whole)) > 20, "samples of a group repeat each other"
+
+
+def test_aborted_samples_are_dropped_and_counted(fresh_url: str) -> None:
+    async def use(client: RolloutClient) -> Rollout:
+        asked = asyncio.create_task(ask(client, max_new_tokens=400, ignore_eos=True))
+        await asyncio.to_thread(wait_until, lambda: running(fresh_url) == 24, "all are sampled")
+        for k in (0, 3):
+            await client.abort(f"p2@4/{k}")
+        await client.abort("p5@4/1")
+        return await asked
+
+    rollout = call(RolloutClient(fresh_url), use)
+    assert rollout.num_aborted == 3
+    assert [len(group.samples) for group in rollout.groups] == [4, 4, 2, 4, 4, 3]
+    assert [s.id for s in rollout.groups[2].samples] == ["p2@4/1", "p2@4/2"]
+
+
+def test_seeds_are_63_bit_and_differ() -> None:
+    seeds = {sample_seed(0, f"p@{step}/{k}") for step in range(100) for k in range(8)}
+    assert len(seeds) == 800
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert max(seeds) > 1 << 61

@@ -1,0 +1,134 @@
+"""Which room of the package may import which: the direction of the arrows keeps the maths testable."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import pytest
+
+from tests.sources import modules, report
+
+EVERYTHING = frozenset({""})
+"""the empty prefix: every module of the package"""
+
+BASE = frozenset({"errors", "types"})
+ALLOWED: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "types": frozenset({"errors"}),
+    "algo": BASE,
+    "parallel": BASE,
+    "model": BASE | {"parallel"},
+    "weights": BASE | {"parallel", "model", "rollout.client", "rollout.fleet"},
+    "rollout": BASE,
+    "rewards": BASE,
+    "data": BASE,
+    "config": BASE | {"algo"},
+    "metrics": BASE,
+    "report": BASE | {"metrics"},
+    "checkpoint": BASE | {"parallel", "model"},
+    "train": EVERYTHING,
+    "verify": EVERYTHING,
+    "verify_golden": EVERYTHING,
+    "verify_layouts": EVERYTHING,
+    "plan": EVERYTHING,
+    "doctor": EVERYTHING,
+    "__main__": EVERYTHING,
+    "__init__": EVERYTHING,
+}
+"""room -> modules of the package that it may import (prefixes), besides itself"""
+
+THIRD_PARTY: dict[str, frozenset[str]] = {
+    "algo": frozenset({"torch", "jaxtyping"}),
+    "parallel": frozenset(
+        {"torch", "jaxtyping", "triton", "megatron.core.parallel_state", "megatron.core.tensor_parallel"}
+    ),
+}
+"""rooms that may import only these from outside the standard library"""
+
+FORBIDDEN: dict[str, frozenset[str]] = {
+    "algo": frozenset({"torch.distributed", "megatron"}),
+    "rollout": frozenset({"torch.distributed", "megatron"}),
+    "rewards": frozenset({"torch.distributed", "megatron"}),
+    "data": frozenset({"torch.distributed", "megatron"}),
+}
+
+
+def room_of(path: str) -> str:
+    """`mcore_rl/algo/kl.py` -> `algo`, `mcore_rl/types.py` -> `types`."""
+    return path.removeprefix("mcore_rl/").removesuffix(".py").split("/")[0]
+
+
+def imports(path: str, tree: ast.AST) -> set[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, wherever in it; `from a import b` is `a.b`."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(node.lineno, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {(node.lineno, f"{module}.{alias.name}") for alias in node.names}
+    return found
+
+
+def within(name: str, prefixes: frozenset[str]) -> bool:
+    return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def violations(path: str, tree: ast.AST) -> list[str]:
+    room = room_of(path)
+    if room not in ALLOWED:
+        return [f"{path}: {room!r} is a new room: say in ALLOWED what it may import"]
+    return [
+        f"{path}:{line}: {room} must not import {name}"
+        for line, name in sorted(imports(path, tree))
+        if not legal(room, name)
+    ]
+
+
+def legal(room: str, name: str) -> bool:
+    if name.startswith("mcore_rl."):
+        return within(name.removeprefix("mcore_rl."), ALLOWED[room] | {room})
+    if within(name, FORBIDDEN.get(room, frozenset())):
+        return False
+    standard = name.split(".")[0] in sys.stdlib_module_names
+    return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
+
+
+def test_imports_follow_the_arrows() -> None:
+    report([problem for path, tree in modules("mcore_rl").items() for problem in violations(path, tree)])
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("mcore_rl/algo/kl.py", "import torch.distributed as dist"),
+        ("mcore_rl/algo/kl.py", "def f():\n    from torch import distributed"),
+        ("mcore_rl/algo/kl.py", "import numpy"),
+        ("mcore_rl/algo/kl.py", "from mcore_rl.parallel import reduce"),
+        ("mcore_rl/algo/kl.py", "from ..parallel.reduce import total"),
+        ("mcore_rl/parallel/head.py", "from mcore_rl import model"),
+        ("mcore_rl/parallel/head.py", "from megatron.core.models.gpt import GPTModel"),
+        ("mcore_rl/rollout/client.py", "from mcore_rl.model.build import build_policy"),
+        ("mcore_rl/model/step.py", "from mcore_rl.config import Config"),
+        ("mcore_rl/weights/publish.py", "from mcore_rl.rollout.sampler import sample_groups"),
+        ("mcore_rl/newcomer.py", ""),
+    ],
+)
+def test_the_gate_sees_a_wrong_arrow(path: str, source: str) -> None:
+    assert len(violations(path, ast.parse(source))) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("mcore_rl/algo/kl.py", "import math, torch\nfrom torch import Tensor\nfrom . import ratio"),
+        ("mcore_rl/parallel/mesh.py", "from megatron.core import parallel_state"),
+        ("mcore_rl/weights/publish.py", "from mcore_rl.rollout.client import RolloutClient"),
+        ("mcore_rl/train/loop.py", "from mcore_rl.config import Config"),
+    ],
+)
+def test_the_gate_lets_the_right_arrows_pass(path: str, source: str) -> None:
+    assert violations(path, ast.parse(source)) == []

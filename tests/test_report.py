@@ -1,0 +1,246 @@
+"""The report page: what it shows, what it leaves out, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcore_rl.errors import DataError
+from mcore_rl.report import write_report
+from mcore_rl.report.plots import SECTIONS
+from mcore_rl.report.runs import read_runs
+from mcore_rl.report.summary import duration, headline
+from mcore_rl.report.svg import Axis, Line, format_number, line_chart, moving_average, thin, ticks
+
+SETTINGS = """
+[run]
+seed = {seed}
+[algorithm]
+name = "gspo"
+[parallel]
+tensor = 2
+[publish]
+tolerance_max = 2e-4
+tolerance_p999 = 2e-5
+"""
+
+
+def step(n: int) -> dict[str, object]:
+    return {
+        "step": n,
+        "reward/mean": 0.5 + n / 100,
+        "loss/policy": -0.001 * n,
+        "ratio/mean": 1.0,
+        "ratio/min": 0.9,
+        "ratio/max": 1.1,
+        "clip/fraction": 0.1,
+        "kl/rollout": 1e-4,
+        "entropy": 0.5,
+        "grad_norm": 1.0,
+        "tokens": 100,
+        "length/mean": 3.5,
+        "length/max": 8,
+        "mismatch/max_abs": 3e-5,
+        "mismatch/p999": 5e-6,
+        "time/rollout": 0.4,
+        "time/train": 0.8,
+        "time/step": 1.25,
+    }
+
+
+def write_run(directory: Path, steps: list[dict[str, object]], seed: int = 0) -> Path:
+    (directory / "samples").mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    (directory / "resolved.toml").write_text(SETTINGS.format(seed=seed))
+    lines = [
+        {"step": 3, "prompt": f"{i}+1=", "response": f"<script>{i}", "label": "2", "reward": 1.0}
+        for i in range(16)
+    ]
+    (directory / "samples" / "step_3.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    evaluated = [{"step": 0, "eval/held_out/accuracy": 0.503}, *map(step, range(1, 31))]
+    evaluated[-1]["eval/held_out/accuracy"] = 0.861
+    return write_run(tmp_path / "demo", evaluated)
+
+
+def charts(page: str) -> dict[str, ElementTree.Element]:
+    found = re.findall(r"<h3>([^<]*)</h3>.*?(<svg.*?</svg>)", page, flags=re.S)
+    return {title: ElementTree.fromstring(re.sub(r" (hidden)/>", r' \1=""/>', svg)) for title, svg in found}
+
+
+def test_a_whole_run_shows_every_plot_and_the_result(run_dir: Path) -> None:
+    path = write_report([run_dir])
+    page = path.read_text()
+    assert path == run_dir / "report.html"
+    assert list(charts(page)) == [
+        *("Held-out accuracy", "Reward", "Response length"),
+        *(
+            "Loss: policy",
+            "Importance ratio",
+            "Clip fraction",
+            "Entropy",
+            "KL divergence: rollout",
+            "Gradient norm",
+        ),
+        *("Log-prob agreement", "Step time", "Time by phase"),
+    ]
+    assert "0.503 \u2192 0.861" in page
+    assert "tolerance, largest" in page
+    assert "<dt>Layout</dt><dd>TP 2</dd>" in page
+    assert "8 of 16 samples" in page
+    assert not list(run_dir.glob("*.partial"))
+
+
+def test_a_plot_without_its_metric_is_left_out(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "sft", [{"step": n, "loss/supervised": 2.0 / n} for n in range(1, 5)])
+    (directory / "resolved.toml").unlink()
+    page = write_report([directory]).read_text()
+    assert list(charts(page)) == ["Loss: supervised"]
+    assert "<h2>Learning" not in page
+    assert "<h2>Settings" not in page
+
+
+def test_the_page_asks_nothing_of_the_network_and_runs_only_its_own_script(run_dir: Path) -> None:
+    page = write_report([run_dir]).read_text()
+    assert not re.search(r"https?://|\bsrc=|\bhref=|url\(|@import", page)
+    assert "<script>1" not in page, "text from a model is escaped"
+    assert "&lt;script&gt;" in page
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert len(scripts) == 1
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+
+
+def test_several_runs_share_the_plots_and_tell_what_differs(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{name}/run", [*map(step, range(1, 5))], seed) for seed, name in enumerate("ab")
+    ]
+    page = write_report(runs, tmp_path / "both.html").read_text()
+    reward = json.loads(charts(page)["Reward"].attrib["data-lines"])
+    assert [line["label"] for line in reward] == ["a/run", "b/run"], "equal names get their parents"
+    assert re.search(r"run\.seed.*<code>0</code>.*<code>1</code>", page)
+    assert "<code>algorithm.name</code>" not in page, "equal settings are not listed"
+    assert not (runs[0] / "report.html").exists()
+
+
+def test_a_cut_line_is_left_out_and_a_gap_is_a_gap(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 31, "reward/mean": None, "entropy": 0.4}) + '\n{"step": 32, "rew')
+    (run,) = read_runs([run_dir])
+    assert run.steps[-1]["step"] == 31
+    assert run.points("reward/mean")[-1] == (31.0, None)
+    write_report([run_dir])
+
+
+def test_a_repeated_step_counts_once(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", [step(1), step(2), {**step(2), "reward/mean": 0.25}])
+    assert read_runs([directory])[0].values("reward/mean") == [0.51, 0.25]
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "rew'])
+def test_without_metrics_it_says_so_and_leaves_the_old_page(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "report.html").write_text("old")
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"metrics\.jsonl: .*(run that has begun|first step)"):
+        write_report([tmp_path])
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_other_bad_input(run_dir: Path) -> None:
+    with pytest.raises(DataError, match="no run directory"):
+        write_report([])
+    with pytest.raises(DataError, match="given twice"):
+        write_report([run_dir, run_dir])
+    (run_dir / "resolved.toml").write_text("seed = = 1")
+    with pytest.raises(DataError, match=r"resolved\.toml: .*restore"):
+        write_report([run_dir])
+
+
+def test_every_plot_can_be_read_without_seeing_it(run_dir: Path) -> None:
+    for title, svg in charts(write_report([run_dir]).read_text()).items():
+        assert svg.attrib["role"] == "img"
+        assert svg.attrib["tabindex"] == "0"
+        assert re.search(r"\d", html.unescape(svg.attrib["aria-label"]).removeprefix(title))
+
+
+def test_the_same_run_gives_the_same_page(run_dir: Path, tmp_path: Path) -> None:
+    first, second = (write_report([run_dir], tmp_path / name).read_bytes() for name in ("1.html", "2.html"))
+    assert first == second
+
+
+def test_thinning_keeps_a_single_spike() -> None:
+    points = [(float(i), 1.0) for i in range(10_000)]
+    points[7001] = (7001.0, 99.0)
+    kept = thin(points)
+    assert len(kept) <= 402
+    assert (7001.0, 99.0) in kept
+    assert [s for s, _ in kept] == sorted(s for s, _ in kept)
+
+
+def test_a_log_axis_has_no_place_for_zero() -> None:
+    assert line_chart("x", [Line("x", [(1.0, 0.0)], 0)], log=True) == ""
+    svg = line_chart("x", [Line("x", [(1.0, 1e-6), (2.0, 0.0), (3.0, 1e-4)], 0)], log=True)
+    assert (
+        len(
+            json.loads(ElementTree.fromstring(svg.replace(" hidden/", " hidden=''/")).attrib["data-lines"])[
+                0
+            ]["points"]
+        )
+        == 2
+    )
+
+
+def test_moving_average_is_the_mean_of_the_window() -> None:
+    points = [(1.0, 1.0), (2.0, None), (3.0, 5.0), (4.0, 9.0)]
+    assert moving_average(points, 3) == [(1.0, 1.0), (2.0, 3.0), (3.0, 7.0), (4.0, 7.0)]
+
+
+@given(low=st.floats(-1e9, 1e9), span=st.floats(1e-6, 1e9))
+def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
+    if low + span * 1e-3 == low:
+        return
+    marks = ticks(Axis(low, low + span, 0.0, 1.0))
+    slack = 1e-6 * span + 1e-9 * abs(low)
+    assert 1 <= len(marks) <= 8
+    assert all(low - slack <= mark <= low + span + slack for mark in marks)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.7023, "0.702"),
+        (1.00031, "1.0003"),
+        (12345.6, "12\u202f346"),
+        (-2.5e-6, "\u22122.5e\u22126"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert format_number(value) == text
+
+
+def test_summary_numbers(run_dir: Path) -> None:
+    tiles = {fact.label: fact for fact in headline(read_runs([run_dir])[0])}
+    assert tiles["Held-out accuracy"].detail == "+0.358, from start to end"
+    assert tiles["Wall time"].value == "38 s"
+    assert tiles["Response tokens"].value == "3\u202f000"
+    assert [duration(s) for s in (41.2, 125, 12_000)] == ["41 s", "2 min 05 s", "3 h 20 min"]
+
+
+def test_the_catalogue_has_no_metric_twice() -> None:
+    keys = [key for plots in SECTIONS.values() for plot in plots for key, _ in plot.metrics]
+    assert len(set(keys)) == len(keys)

@@ -1,0 +1,119 @@
+"""Every layout computes the numbers of one rank, through the real Megatron-Core, and the command says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.errors import LayoutError
+from mcore_rl.verify_layouts import run
+from mcore_rl.verify_layouts.compare import LIMITS, SMALLEST_MOVEMENT
+from mcore_rl.verify_layouts.run import ALGORITHMS, verify_layouts
+from mcore_rl.verify_layouts.worlds import Pools
+from tests.verify.conftest import SharedPools
+
+REQUIRED = ("tp1", "tp2", "pp2", "dp2", "tp2pp2")
+FURTHER = ("tp2+sp", "cp2", "pp2+vpp2", "ep2", "tp2ep2", "pp2:tied+overlap", "dp2:overlap", "tp2:recompute")
+PRODUCTS = ("tp2cp2+sp", "pp2cp2", "tp2dp2", "pp2dp2", "cp2dp2", "tp4", "pp4", "cp4", "tp2ep2dp2", "pp2ep2")
+
+
+def assert_all_agree(worlds, layouts: tuple[str, ...], algorithms: tuple[str, ...]) -> None:
+    results = verify_layouts(layouts, algorithms, worlds)
+    rows = len(algorithms) + ("ppo" in algorithms)  # the critic has a row of its own
+    assert len(results) == rows * len(layouts)
+    assert [(e.layout, e.algorithm, e.largest) for e in results if e.exceeded] == []
+
+
+def test_the_limits_are_those_promised() -> None:
+    assert dict.fromkeys(LIMITS, 1e-5) | {"loss": 2e-6} == LIMITS
+    assert SMALLEST_MOVEMENT == 1e-3
+
+
+def test_the_main_layouts_agree_with_one_rank(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, REQUIRED, ("gspo",))
+
+
+@pytest.mark.parametrize("layout", ["cp2", "ep2"])
+def test_ppo_and_its_critic(worlds: SharedPools, layout: str) -> None:
+    assert_all_agree(worlds, (layout,), ("ppo",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_with_all_algorithms(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, FURTHER, ALGORITHMS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_products_on_four_ranks(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, PRODUCTS, ("ppo", "gspo"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_eight_ranks() -> None:
+    with Pools() as worlds:
+        assert_all_agree(worlds, ("tp2pp2cp2",), ("gspo",))
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "code"), [(1e-5, 0), (-1.0, 1)], ids=["agrees", "fails"])
+def test_the_last_line_is_one_object(
+    worlds: SharedPools, monkeypatch, capsys, limit: float, code: int
+) -> None:
+    monkeypatch.setattr(run, "Pools", lambda: worlds)
+    monkeypatch.setitem(LIMITS, "log_prob", limit)
+    assert run.main(["tp2"], ["grpo"], as_json=True) == code
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    result = json.loads(line)
+    assert (result["layouts"], result["failed"]) == (1, code)
+    assert 0 < result["max_log_prob_error"] < 1e-5
+    assert 0 < result["max_grad_error"] < 1e-5
+    assert 0 <= result["max_loss_error"] < 2e-6
+    assert [(row["layout"], row["algorithm"]) for row in result["rows"]] == [("tp2", "grpo")]
+    assert ("FAILED: log_prob" in captured.err) == bool(code)
+
+
+def test_too_few_ranks_are_said_before_anything_runs(worlds: SharedPools, monkeypatch) -> None:
+    monkeypatch.setattr(worlds, "largest", 2, raising=False)
+    monkeypatch.setattr(worlds, "run", None, raising=False)
+    with pytest.raises(LayoutError, match="layout 'tp4' needs 4 ranks, torchrun started 2"):
+        verify_layouts(("tp2", "tp4"), ("gspo",), worlds)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    launch = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    return subprocess.run(
+        [sys.executable, *launch.split(), "-m", "mcore_rl", "verify", "layouts", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_under_torchrun_the_running_ranks_are_used() -> None:
+    done = torchrun("--layouts", "tp1,tp2,pp2", "--algorithms", "gspo", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["layouts"], result["failed"]) == (3, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_under_torchrun_a_layout_that_is_too_large_ends_all_ranks() -> None:
+    done = torchrun("--layouts", "tp4", "--algorithms", "gspo")
+    assert done.returncode != 0
+    assert "layout 'tp4' needs 4 ranks, torchrun started 2" in done.stderr

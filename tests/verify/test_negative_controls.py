@@ -1,0 +1,176 @@
+"""Known ways to be wrong at a layout, planted one at a time: `verify layouts` must see each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcore_rl.model import build, policy, step, weights_io
+from mcore_rl.parallel import context
+from mcore_rl.train import objective
+from mcore_rl.verify_layouts.compare import Errors
+from mcore_rl.verify_layouts.run import verify_layouts
+from tests.verify.conftest import SharedPools
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def nothing(patch: pytest.MonkeyPatch) -> None:
+    """The control of the controls."""
+
+
+def ratio_per_shard(patch: pytest.MonkeyPatch) -> None:
+    """GSPO's mean log-ratio over this context-parallel rank's tokens instead of the whole sequence's."""
+    original = objective.sequence_sums
+    patch.setattr(objective, "sequence_sums", lambda *args: original(*args[:3], None))
+
+
+def sums_not_reduced(patch: pytest.MonkeyPatch) -> None:
+    """Tokens are counted over all context-parallel ranks, their log-ratios are not summed."""
+    original = objective.sequence_sums
+
+    def counts_only(values: Tensor, sequence: Tensor, n: int, group) -> Tensor:
+        return torch.stack([original(values, sequence, n, None)[0], original(values, sequence, n, group)[1]])
+
+    patch.setattr(objective, "sequence_sums", counts_only)
+
+
+def mean_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    """The loss is a mean over the micro-batch's tokens, averaged over micro-batches and ranks."""
+
+    def scaled(loss, batch, scale, output):
+        count = torch.tensor(max(1, batch.rows.numel()))
+        equal = replace(
+            batch, fields={**batch.fields, "weight": torch.ones_like(batch.fields["weight"]) / count}
+        )
+        total, metrics = loss(equal, output)
+        return total, torch.tensor(1), {name: value.detach().clone() for name, value in metrics.items()}
+
+    patch.setattr(step, "_scaled_loss", scaled)
+
+
+def doubled_tensor_parallel_gradient(patch: pytest.MonkeyPatch) -> None:
+    """A collective whose backward pass sums the copies of a gradient that every rank already has."""
+    original = policy.log_prob_entropy
+
+    def doubled(hidden: Tensor, *args, group, **options):
+        hidden = hidden.view_as(hidden)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient * group.size())
+        return original(hidden, *args, group=group, **options)
+
+    patch.setattr(policy, "log_prob_entropy", doubled)
+
+
+def interleaving_trap(patch: pytest.MonkeyPatch) -> None:
+    """Megatron's default p2p flags with virtual pipeline stages."""
+    original = build.transformer_config
+
+    def trapped(*args, **options):
+        config = original(*args, **options)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    patch.setattr(build, "transformer_config", trapped)
+
+
+def keys_in_plain_order(patch: pytest.MonkeyPatch) -> None:
+    """Keys are looked up as if every rank held one contiguous part, while tokens are split in zig-zag."""
+    original = step._key_layout
+
+    def contiguous(length: int, size: int, rank: int) -> Tensor:
+        return torch.arange(length).chunk(size)[rank]
+
+    def misplaced(*args):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(context, "zigzag_positions", contiguous)
+            return original(*args)
+
+    patch.setattr(step, "_key_layout", misplaced)
+
+
+def unmarked_shards(patch: pytest.MonkeyPatch) -> None:
+    """Megatron takes unmarked shards for duplicates: their gradients are missing from the norm."""
+    patch.setattr(weights_io, "set_tensor_model_parallel_attributes", lambda *args, **options: None)
+
+
+def unreduced_gradients(patch: pytest.MonkeyPatch) -> None:
+    """The schedule is not told how to reduce gradients over data-parallel ranks."""
+    patch.setattr(build, "finalize_model_grads", None)
+
+
+def experts_of_nobody(patch: pytest.MonkeyPatch) -> None:
+    """Experts are reduced like dense weights although tensor-parallel ranks send them different tokens."""
+    original = weights_io._mark
+
+    def as_dense(parameter, entry) -> None:
+        original(parameter, entry)
+        parameter.allreduce = True
+
+    patch.setattr(weights_io, "_mark", as_dense)
+
+
+FAULTS: dict[str, tuple[Plant, str, str, str]] = {
+    "ratio_per_shard": (ratio_per_shard, "cp2", "gspo", "gradient"),
+    "sums_not_reduced": (sums_not_reduced, "cp2", "gspo", "gradient"),
+    "mean_per_micro_batch": (mean_per_micro_batch, "dp2", "liteppo", "gradient"),
+    "doubled_tensor_parallel_gradient": (doubled_tensor_parallel_gradient, "tp2", "grpo", "gradient"),
+    "keys_in_plain_order": (keys_in_plain_order, "cp2", "grpo", "log_prob"),
+    "unmarked_shards": (unmarked_shards, "tp2", "grpo", "metric"),
+    "unreduced_gradients": (unreduced_gradients, "dp2", "grpo", "gradient"),
+    "experts_of_nobody": (experts_of_nobody, "tp2+sp:moe", "grpo", "gradient"),
+}
+"""fault -> (how to plant it, a layout at which it acts, an algorithm, a quantity that shows it)"""
+
+
+def planted(plant: Plant, fn, *args):
+    """`fn(*args)` in a rank with the fault planted."""
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch)
+        return fn(*args)
+
+
+class Sabotaged:
+    """Worlds in which every rank has the fault, the single one of the reference too."""
+
+    largest = None
+    is_main = True
+
+    def __init__(self, worlds: SharedPools, plant: Plant) -> None:
+        self.worlds, self.plant = worlds, plant
+
+    def run(self, size: int, fn, *args):
+        return self.worlds.run(size, planted, self.plant, fn, *args)
+
+
+def verified(worlds: SharedPools, plant: Plant, layout: str, algorithm: str) -> Errors:
+    (errors,) = verify_layouts((layout,), (algorithm,), Sabotaged(worlds, plant))
+    return errors
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(worlds: SharedPools, fault: str) -> None:
+    plant, layout, algorithm, quantity = FAULTS[fault]
+    assert quantity in verified(worlds, plant, layout, algorithm).exceeded
+
+
+LAYOUTS = sorted({"pp2+vpp2", *(layout for _, layout, _, _ in FAULTS.values())})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_fault_the_same_layouts_pass(worlds: SharedPools, layout: str) -> None:
+    assert verified(worlds, nothing, layout, "gspo").exceeded == []
+
+
+def test_the_interleaving_trap_is_seen(worlds: SharedPools) -> None:
+    """Stages mix up micro-batches: wrong numbers, or tensors that do not fit where lengths differ."""
+    try:
+        seen = verified(worlds, interleaving_trap, "pp2+vpp2", "grpo").exceeded
+    except RuntimeError as error:
+        seen = [str(error)] if "must match the size" in str(error) else []
+    assert seen
