@@ -110,7 +110,7 @@ def without_threads(arguments: list[str]) -> list[str]:
 
 @asynccontextmanager
 async def forgetful(target: str, model: Path) -> AsyncIterator[str]:
-    """A proxy before a real server: the version of every update arrives, the weights stay those of `model`."""
+    """A proxy before a real server: each update's version arrives, the weights stay those of `model`."""
 
     async def forward(request: web.Request) -> web.Response:
         sent = await request.read()
