@@ -33,8 +33,8 @@ class Algorithm:
     """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `returns.gae` where `per_token`"""
     aggregation: Aggregation
     """weights of the per-token losses"""
-    sequence_ratio: bool = False
-    """the loss takes the mean log-ratio of the whole sequence"""
+    sequence_ratio: Literal["old", "rollout"] | None = None
+    """the loss takes the mean log-ratio of the whole sequence, to the old or to the sampling log-probs"""
     per_token: bool = False
     """advantages come from token rewards by `returns.gae`; with values 0 where there is no critic"""
     whiten: bool = False
@@ -86,7 +86,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         policy_losses.ppo, advantages.group_normalized, "token-mean", params={"eps_high": 0.28}
     ),
     "gspo": Algorithm(
-        policy_losses.gspo, advantages.group_normalized, "seq-mean-token-mean", sequence_ratio=True
+        policy_losses.gspo, advantages.group_normalized, "seq-mean-token-mean", sequence_ratio="old"
     ),
     "sapo": Algorithm(policy_losses.sapo, advantages.group_normalized, "seq-mean-token-mean"),
     "liteppo": Algorithm(
@@ -111,7 +111,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         policy_losses.deepseek_masked,
         advantages.group_normalized,
         "seq-mean-token-mean",
-        sequence_ratio=True,
+        sequence_ratio="rollout",
         kl_estimator="k3_iw",
         params={"std": "none"},
     ),

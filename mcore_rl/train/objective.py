@@ -43,7 +43,8 @@ class PolicyObjective:
         old = fields.get("old_log_prob", log_prob.detach())
         arguments = [log_prob, old, fields["advantage"]]
         if self.algorithm.sequence_ratio:
-            arguments.append(self._sequence_log_ratio(batch, log_prob.detach(), old))
+            behaviour = old if self.algorithm.sequence_ratio == "old" else fields["rollout_log_prob"]
+            arguments.append(self._sequence_log_ratio(batch, log_prob.detach(), behaviour))
         token = self.algorithm.loss(*arguments, **self.algorithm.loss_params)
         loss = objective(
             token,
@@ -61,9 +62,10 @@ class PolicyObjective:
         old = fields.get("old_log_prob", log_prob.detach())
         return kl(self.algorithm.kl_estimator, log_prob, fields["ref_log_prob"], old)
 
-    def _sequence_log_ratio(self, batch: PackedBatch, log_prob: Tensor, old: Tensor) -> Tensor:
+    def _sequence_log_ratio(self, batch: PackedBatch, log_prob: Tensor, behaviour: Tensor) -> Tensor:
         """[R] the mean log-ratio of the whole sequence that each row belongs to, over its usable rows."""
-        both = torch.stack([difference(log_prob, old), torch.isfinite(old).to(log_prob.dtype)])
+        usable = torch.isfinite(behaviour).to(log_prob.dtype)
+        both = torch.stack([difference(log_prob, behaviour), usable])
         total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
         return (total / count.clamp(min=1))[batch.sequence]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -24,9 +23,6 @@ from mcore_rl.parallel.reduce import (
     moments,
     sum_counts,
 )
-
-ROUNDS = 12
-
 
 # --- in one process ---------------------------------------------------------------------------------------
 
@@ -71,55 +67,42 @@ def test_keys_are_unique_and_paired(keys: list, values: list, message: str) -> N
 # --- over ranks -------------------------------------------------------------------------------------------
 
 
-def rollout(seed: int) -> list[tuple[tuple[str, str], float]]:
-    """Samples of unequal groups, some constant, some short of a sample."""
-    dice = random.Random(seed)
-    samples = []
-    for group in range(dice.randint(1, 6)):
-        reward = (
-            (lambda: 0.7) if dice.random() < 0.3 else (lambda: dice.choice([0.0, 1.0, 0.1, 1e4 + 0.3, -2.5]))
-        )
-        samples += [((f"p{group}@1", str(i)), reward()) for i in range(8) if dice.random() < 0.7]
-    return samples
+SPECIAL = [0.0, 1.0, 0.1, -2.5, 1e4, 1e4 + 0.1, 1e4 + 0.2]
+Placed = list[tuple[tuple[str, str], float, int]]
+"""((group id, sample id), reward, rank that holds it)"""
 
 
-def reference(seed: int) -> list[float]:
-    samples = sorted(rollout(seed))
-    statistics = group_statistics([key[0] for key, _ in samples], [reward for _, reward in samples])
-    return group_normalized(
-        torch.tensor([r for _, r in samples], dtype=torch.float64), statistics, std="batch"
-    ).tolist()
+@st.composite
+def rollouts(draw: st.DrawFn) -> Placed:
+    """Groups of 0 to 6 samples, some constant, in any order, spread over the first 1 to 4 ranks."""
+    ranks = draw(st.integers(1, 4))
+    value = st.sampled_from(SPECIAL) | st.floats(-1e3, 1e3, width=32)
+    group = st.lists(value, max_size=6) | st.tuples(value, st.integers(1, 6)).map(lambda c: [c[0]] * c[1])
+    placed = [
+        ((f"p{number}@1", str(i)), reward, draw(st.integers(0, ranks - 1)))
+        for number, rewards in enumerate(draw(st.lists(group, min_size=1, max_size=6)))
+        for i, reward in enumerate(rewards)
+    ]
+    return draw(st.permutations(placed))
 
 
-def subgroups() -> list[dist.ProcessGroup]:
-    """Groups of 1 to world ranks, each starting at rank 0."""
-    return [dist.new_group(list(range(n))) for n in range(1, dist.get_world_size() + 1)]
+def batch_normalized(keys: list[tuple[str, str]], rewards: list[float]) -> list[float]:
+    statistics = group_statistics([key[0] for key in keys], rewards)
+    return group_normalized(torch.tensor(rewards, dtype=torch.float64), statistics, std="batch").tolist()
 
 
-def advantages_on_ranks() -> list[tuple[int, int, list[float]]]:
-    """(seed, ranks, advantages) of random splits of each rollout over 1 to 4 ranks."""
-    results = []
-    for group in subgroups():
-        if dist.get_rank() >= (ranks := dist.get_world_size(group)) or ranks < 1:
-            continue
-        for seed in range(ROUNDS):
-            dice = random.Random(1000 * ranks + seed)
-            mine = [s for s in rollout(seed) if dice.randrange(ranks) == dist.get_rank()]
-            mine.reverse()
-            keys, values = gather_keyed([key for key, _ in mine], [value for _, value in mine], group)
-            statistics = group_statistics([key[0] for key in keys], values)
-            advantage = group_normalized(torch.tensor(values, dtype=torch.float64), statistics, std="batch")
-            results.append((seed, ranks, advantage.tolist()))
-    return results
+def advantages_on_this_rank(placed: Placed) -> list[float]:
+    mine = [(key, reward) for key, reward, rank in placed if rank == dist.get_rank()]
+    keys, rewards = gather_keyed([k for k, _ in mine], [r for _, r in mine], dist.group.WORLD)
+    return batch_normalized(keys, rewards)
 
 
-def test_advantages_do_not_depend_on_the_split_bit_for_bit(pool4: Pool) -> None:
-    seen = set()
-    for results in pool4.run(advantages_on_ranks):
-        for seed, ranks, advantage in results:
-            assert advantage == reference(seed)
-            seen.add((seed, ranks))
-    assert seen == {(seed, ranks) for seed in range(ROUNDS) for ranks in (1, 2, 3, 4)}
+@settings(max_examples=60)
+@given(placed=rollouts())
+def test_advantages_do_not_depend_on_the_split_bit_for_bit(pool4: Pool, placed: Placed) -> None:
+    together = sorted((key, reward) for key, reward, _ in placed)
+    expected = batch_normalized([key for key, _ in together], [reward for _, reward in together])
+    assert pool4.run(advantages_on_this_rank, placed) == [expected] * 4
 
 
 def token_values(seed: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from examples.arithmetic import main as write_task
@@ -16,7 +15,6 @@ from mcore_rl.config import Config, load_config
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import weights_io
 from mcore_rl.model.mapping import global_parameters
-from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.train.batch import RolloutBatch, build_batch
@@ -26,7 +24,7 @@ from mcore_rl.train.objective import PolicyObjective
 from mcore_rl.train.run import Run, build_reference, build_trained_critic
 from mcore_rl.train.setup import Trainer, build_trainer
 from mcore_rl.train.supervised import train_step
-from mcore_rl.types import Group, PackedBatch, Sample, VersionSpan
+from mcore_rl.types import Group, Sample, VersionSpan
 
 ROUNDS = 3
 PPO = {
@@ -183,47 +181,6 @@ def test_a_supervised_step_logs_the_gradient_scale(pool2, config, tmp_path):
     assert metrics["head/grad_ratio"] == pytest.approx(
         metrics["head/grad_measured"] / metrics["head/grad_predicted"]
     )
-
-
-def objective_of_rows(old: Tensor | None) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """(loss, sums, log-probs, advantages) of four rows under PPO's objective."""
-    log_prob = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4])).requires_grad_()
-    advantage = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    known = {"advantage": advantage, "weight": torch.full((4,), 0.25), "rollout_log_prob": log_prob.detach()}
-    rows = PackedBatch(
-        tokens=torch.zeros(5, dtype=torch.int64),
-        position_ids=torch.arange(5),
-        cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
-        max_seqlen=5,
-        rows=torch.arange(4),
-        targets=torch.zeros(4, dtype=torch.int64),
-        sequence=torch.zeros(4, dtype=torch.int64),
-        fields=known if old is None else known | {"old_log_prob": old},
-    )
-    algorithm = configure("ppo")
-    loss, sums = PolicyObjective(algorithm, None)(rows, HeadOutput(log_prob, torch.ones(4)))
-    return loss, sums, log_prob, advantage
-
-
-def test_the_gradient_scale_is_that_of_the_loss_and_leaves_its_gradient_alone():
-    loss, sums, log_prob, advantage = objective_of_rows(old=None)
-    measured = (advantage.abs() * (1 - log_prob.detach().exp())).sum()
-    assert sums["head"][0].item() == pytest.approx(measured.item())
-    assert torch.equal(sums["head/on_policy"], sums["head"])
-    loss.backward()
-    assert torch.allclose(log_prob.grad, -advantage / 4)
-
-
-def test_clipped_rows_have_no_gradient_scale_and_later_mini_batches_are_not_on_policy():
-    far = torch.log(
-        torch.tensor([0.5, 0.2, 0.9, 0.1])
-    )  # the last row's ratio is 4 with A > 0: its gradient is cut
-    loss, sums, log_prob, advantage = objective_of_rows(far)
-    measured = (advantage.abs() * (1 - log_prob.detach().exp()))[:3].sum()
-    assert sums["head"][0].item() == pytest.approx(measured.item())
-    assert "head/on_policy" not in sums
-    loss.backward()
-    assert log_prob.grad[3] == 0
 
 
 def test_the_alert_comes_once_when_the_ratio_stays_high():

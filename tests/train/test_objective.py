@@ -1,0 +1,76 @@
+"""The objective of one micro-batch: gradients, metric sums, and whose log-probs each ratio is taken to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mcore_rl.algo.algorithms import configure
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.train.objective import PolicyObjective
+from mcore_rl.types import PackedBatch
+
+
+def objective_of_rows(
+    old: Tensor | None, name: str = "ppo", rollout: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss, sums, log-probs, advantages) of one sequence of four rows, by algorithm `name`."""
+    log_prob = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4])).requires_grad_()
+    advantage = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    known = {
+        "advantage": advantage,
+        "weight": torch.full((4,), 0.25),
+        "rollout_log_prob": log_prob.detach() if rollout is None else rollout,
+    }
+    rows = PackedBatch(
+        tokens=torch.zeros(5, dtype=torch.int64),
+        position_ids=torch.arange(5),
+        cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+        max_seqlen=5,
+        rows=torch.arange(4),
+        targets=torch.zeros(4, dtype=torch.int64),
+        sequence=torch.zeros(4, dtype=torch.int64),
+        fields=known if old is None else known | {"old_log_prob": old},
+    )
+    loss, sums = PolicyObjective(configure(name), None)(rows, HeadOutput(log_prob, torch.ones(4)))
+    return loss, sums, log_prob, advantage
+
+
+def test_the_gradient_scale_is_that_of_the_loss_and_leaves_its_gradient_alone():
+    loss, sums, log_prob, advantage = objective_of_rows(old=None)
+    measured = (advantage.abs() * (1 - log_prob.detach().exp())).sum()
+    assert sums["head"][0].item() == pytest.approx(measured.item())
+    assert torch.equal(sums["head/on_policy"], sums["head"])
+    loss.backward()
+    assert torch.allclose(log_prob.grad, -advantage / 4)
+
+
+def test_clipped_rows_have_no_gradient_scale_and_later_mini_batches_are_not_on_policy():
+    far = torch.log(
+        torch.tensor([0.5, 0.2, 0.9, 0.1])
+    )  # the last row's ratio is 4 with A > 0: its gradient is cut
+    loss, sums, log_prob, advantage = objective_of_rows(far)
+    measured = (advantage.abs() * (1 - log_prob.detach().exp()))[:3].sum()
+    assert sums["head"][0].item() == pytest.approx(measured.item())
+    assert "head/on_policy" not in sums
+    loss.backward()
+    assert log_prob.grad[3] == 0
+
+
+def test_dsv32_masks_by_the_sampling_log_probs_and_clips_by_the_old_ones():
+    """A sequence that its sampler (stale, or another engine) liked much more is cut where A < 0."""
+    current = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4]))
+    near, _, log_prob, _ = objective_of_rows(current, "dsv32", rollout=current + 0.05)
+    (kept,) = torch.autograd.grad(near, log_prob)
+    assert (kept != 0).all()
+    far, sums, log_prob, _ = objective_of_rows(current, "dsv32", rollout=current + 0.5)
+    (cut,) = torch.autograd.grad(far, log_prob)
+    assert (cut == 0).tolist() == [False, True, False, False]
+    assert sums["clipped"] == 1
+
+
+def test_gspo_takes_its_ratio_to_the_old_log_probs():
+    current = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4]))
+    same = [objective_of_rows(current, "gspo", rollout=current + shift)[0] for shift in (0.0, 0.5)]
+    assert same[0] == same[1]
