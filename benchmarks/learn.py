@@ -1,9 +1,12 @@
 """Learning curves of the tiny examples: several seeds, and a control with learning rate 0.
 
-    python benchmarks/learn.py gspo [--seeds 0 1 2] [--steps 300] [--out benchmarks]
+    python benchmarks/learn.py gspo [--steps 400] [--seeds 0 1 2] [--runs runs/learn] [--out benchmarks]
 
-Each seed has its own warm start (supervised, then reinforcement learning through `mcore-rl train`). Writes
-OUT/learn_NAME_DATE.json (held-out accuracy per step and seed, hardware, settings) and a picture beside it.
+Each seed has its own warm start (supervised, then reinforcement learning through `mcore-rl train`), and its
+own control. As many runs as there are processors go at once, each with tensor parallelism 1: the layouts
+compute the same numbers (`mcore-rl verify layouts`). A run that finished under RUNS with the same settings is
+not run again, so that a second call goes on where the first was ended. Writes OUT/learn_NAME_DATE.json
+(held-out accuracy per step and seed, hardware, settings) and a picture beside it.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +29,7 @@ from mcore_rl.report.svg import Line, line_chart
 
 ROOT = Path(__file__).parents[1]
 ACCURACY = "eval/eval/accuracy"
-RUN_SECONDS = 3600.0
+RUN_SECONDS = 7200.0
 
 
 @dataclass(frozen=True)
@@ -57,20 +63,38 @@ def warm_start(runs: Path, seed: int) -> Path:
 def learn(name: str, runs: Path, seed: int, steps: int, *, control: bool = False) -> Curve:
     """One reinforcement-learning run of examples/NAME_tiny.toml and its held-out accuracy."""
     run = runs / f"{name}_{seed}{'_control' if control else ''}"
-    flags = {
+    flags: dict[str, object] = {
         "model.path": warm_start(runs, seed),
         "data.train": runs / "data" / "train.jsonl",
         "data.eval": runs / "data" / "eval.jsonl",
+        "parallel.tensor": 1,
+        "rollout.threads": 1,
         "run.dir": run,
         "run.seed": seed,
         "train.steps": steps,
-        "train.eval_every": max(1, steps // 6),
+        "train.eval_every": max(1, steps // 8),
     }
     if control:
-        flags |= {"optimizer.lr": 0.0}
-    command("-m", "mcore_rl", "train", f"examples/{name}_tiny.toml", *_flags(flags))
+        flags |= {"optimizer.lr": 0.0} | ({"critic.lr": 0.0} if name == "ppo" else {})
+    example = ROOT / "examples" / f"{name}_tiny.toml"
+    settings = "\n".join([example.read_text(), *_flags(flags)])
+    finished = run / "finished.txt"
+    if not finished.exists() or finished.read_text() != settings:
+        shutil.rmtree(run, ignore_errors=True)
+        command("-m", "mcore_rl", "train", str(example), *_flags(flags))
+        finished.write_text(settings)
     evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
     return Curve(seed, control, [r["step"] for r in evaluated], [r[ACCURACY] for r in evaluated])
+
+
+def learn_all(name: str, runs: Path, seeds: Sequence[int], steps: int, control_steps: int) -> list[Curve]:
+    """A run of every seed and a control of every seed, several at once."""
+    for seed in seeds:
+        warm_start(runs, seed)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(learn, name, runs, seed, steps) for seed in seeds]
+        jobs += [pool.submit(learn, name, runs, seed, control_steps, control=True) for seed in seeds]
+        return [job.result() for job in jobs]
 
 
 def _flags(values: dict[str, object]) -> list[str]:
@@ -112,19 +136,16 @@ def picture(name: str, curves: list[Curve]) -> str:
 
 
 def main() -> None:
-    """Run every seed, then the control, and write the curves."""
+    """Run every seed and its control, and write the curves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("name", help="such as gspo: examples/NAME_tiny.toml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--control-steps", type=int, default=50, help="of the run with learning rate 0")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--control-steps", type=int, default=40, help="of the runs with learning rate 0")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
-    arguments = parser.parse_args()
-    curves = [learn(arguments.name, arguments.runs, seed, arguments.steps) for seed in arguments.seeds]
-    first = arguments.seeds[0]
-    curves.append(learn(arguments.name, arguments.runs, first, arguments.control_steps, control=True))
-    print(write(arguments.name, curves, arguments.out))
+    a = parser.parse_args()
+    print(write(a.name, learn_all(a.name, a.runs, a.seeds, a.steps, a.control_steps), a.out))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def build_model_config(
 ) -> Qwen3Config:
     """A dense Qwen3 with heads of 32 and two query heads per key-value head.
 
-    initializer_range is 1/sqrt(hidden): Qwen's own 0.02, made for wide models, keeps one of hidden 128 on a
+    initializer_range is 1/sqrt(hidden): Qwen's own 0.02, made for wide models, keeps one of hidden 192 on a
     plateau for hundreds of steps.
     """
     return Qwen3Config(
@@ -134,7 +134,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=6000, help="training problems")
     parser.add_argument("--eval", type=int, default=1000, help="held-out problems")
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=128, help="a multiple of 64")
+    parser.add_argument("--hidden", type=int, default=192, help="a multiple of 64")
     parser.add_argument("--tied", action="store_true", help="share the embedding with the output layer")
     arguments = parser.parse_args(argv)
     if not set(arguments.operations) <= set(OPERATIONS) or len(set(arguments.operations)) != len(

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from benchmarks.learn import Curve, learn, write
+from benchmarks.learn import Curve, learn_all, write
 
-pytestmark = [pytest.mark.learn, pytest.mark.timeout(7200)]
+ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
-STEPS = 400
+STEPS = {"gspo": 400, "ppo": 160, "grpo": 160, "sapo": 160, "liteppo": 160}
+CONTROL_STEPS = 40
+
+pytestmark = [pytest.mark.learn, pytest.mark.timeout(4 * 3600)]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("learn")
+@pytest.fixture(scope="module", params=STEPS)
+def curves(request: pytest.FixtureRequest) -> tuple[str, list[Curve]]:
+    """Of one algorithm; what finished under runs/learn is not run again."""
+    name = request.param
+    made = learn_all(name, ROOT / "runs" / "learn", SEEDS, STEPS[name], CONTROL_STEPS)
+    write(name, made, ROOT / "benchmarks")
+    return name, made
 
 
-@pytest.fixture(scope="module")
-def curves(runs: Path) -> list[Curve]:
-    made = [learn("gspo", runs, seed, STEPS) for seed in SEEDS]
-    made.append(learn("gspo", runs, SEEDS[0], 50, control=True))
-    write("gspo", made, Path(__file__).parents[2] / "benchmarks")
-    return made
-
-
-def test_gspo_learns_from_every_seed(curves: list[Curve]):
-    for curve in curves:
+def test_every_seed_learns(curves: tuple[str, list[Curve]]):
+    name, made = curves
+    for curve in made:
         if not curve.control:
-            assert curve.accuracy[0] <= 0.6
-            assert curve.accuracy[-1] >= 0.9, curve
+            first, last = curve.accuracy[0], curve.accuracy[-1]
+            assert first <= 0.6, curve
+            assert last >= first + 0.2, curve
+            assert last >= 0.9 or name != "gspo", curve
 
 
-def test_without_a_learning_rate_nothing_changes(curves: list[Curve]):
-    (control,) = (curve for curve in curves if curve.control)
-    assert max(abs(value - control.accuracy[0]) for value in control.accuracy) <= 0.05, control
+def test_without_a_learning_rate_nothing_changes(curves: tuple[str, list[Curve]]):
+    """Averaged over the seeds: one evaluation of 1000 problems has a standard error of 0.016."""
+    controls = [curve for curve in curves[1] if curve.control]
+    for accuracies in zip(*(curve.accuracy for curve in controls), strict=True):
+        assert abs(mean(accuracies) - mean(c.accuracy[0] for c in controls)) <= 0.05, controls
