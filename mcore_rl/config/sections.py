@@ -226,6 +226,6 @@ class Publish(Section):
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish."""
     tolerance_p999: Positive = 2e-5
-    """Largest difference of 99.9 % of the compared log-probs."""
+    """Largest difference of 99.9 % of a step's sampled log-probs, trainer to server; beyond it, an event."""
     tolerance_max: Positive = 2e-4
-    """Largest difference of any."""
+    """Largest difference of any log-prob compared after a publish; beyond it, the run ends."""

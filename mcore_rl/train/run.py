@@ -57,8 +57,11 @@ class Run(Trainer):
     """where versions are written for the servers"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """As Trainer's; a gradient scale that stays out of bounds is an event too."""
+        """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
         super().log(step, metrics)
+        mismatch, limit = float(metrics.get("mismatch/p999", 0.0)), self.config.publish.tolerance_p999
+        if mismatch > limit:
+            self.step_log.event("mismatch", step=step, p999=mismatch, limit=limit)
         if self.alert.due(metrics):
             self.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
 
