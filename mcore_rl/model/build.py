@@ -133,7 +133,7 @@ def _build(
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(wrapped)
         )
-        _connect_schedule(config, ddp, wrapped)
+        connect_schedule(config, ddp, wrapped)
     return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source))
 
 
@@ -144,7 +144,7 @@ def _in_bf16(config: TransformerConfig, chunk: PackedGPT) -> Float16Module:
     return wrapped
 
 
-def _connect_schedule(config: TransformerConfig, ddp: DistributedDataParallelConfig, chunks) -> None:
+def connect_schedule(config: TransformerConfig, ddp: DistributedDataParallelConfig, chunks) -> None:
     """Tell Megatron's schedules how to reduce gradients; without the first line none is ever reduced."""
     config.finalize_model_grads_func = finalize_model_grads
     if len(chunks) == 1:

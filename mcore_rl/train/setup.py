@@ -24,6 +24,7 @@ from mcore_rl.metrics import Progress, StepLog, Timers
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
+from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.spec import check_layout, read_architecture, read_hf_config
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
@@ -88,6 +89,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int) -> Trainer:
         random_seed=config.run.seed if config.model.random_init else None,
         ddp=ddp_config(distributed=config.optimizer.distributed),
     )
+    check_gradient_scale(policy)
     on_main(mesh, lambda: write_resolved(config))
     return Trainer(
         config=config,
