@@ -93,18 +93,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model_config(
     tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int, tied: bool
 ) -> Qwen3Config:
-    """A dense Qwen3 with query heads of 32 and two key-value heads.
+    """A dense Qwen3 with heads of 32 and two query heads per key-value head, of which there are 2, 4, 6, ...
 
     initializer_range is 1/sqrt(hidden): Qwen's own 0.02, made for wide models, keeps one of hidden 192 on a
     plateau for hundreds of steps.
     """
+    key_value_heads = 2 * -(-hidden // 128)
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=2,
+        num_attention_heads=2 * key_value_heads,
+        num_key_value_heads=key_value_heads,
         head_dim=32,
         max_position_embeddings=512,
         initializer_range=round(hidden**-0.5, 4),

@@ -1,4 +1,4 @@
-"""The `mcore-rl` command: train, serve, report, verify. `mcore-rl COMMAND --help` explains each."""
+"""The `mcore-rl` command: train, doctor, serve, report, verify. `mcore-rl COMMAND --help` explains each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, serve):
+    if rest and arguments.command not in (train, doctor, serve):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return arguments.command(arguments, rest)
@@ -33,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.set_defaults(command=train)
+
+    add = commands.add_parser("doctor", help="examine machine, config, model, data and servers before a run")
+    add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    add.set_defaults(command=doctor)
 
     about = "serve a Hugging Face model over the SGLang native API"
     add = commands.add_parser("serve", help=about, add_help=False)
@@ -70,6 +75,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if under_torchrun():
         return run_rank(config)
     return launch_node(config, ["train", str(arguments.config), *overrides])
+
+
+def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl doctor CONFIG.toml [--json] [--section.key value ...]`."""
+    from mcore_rl.doctor import main as examine
+
+    return examine(arguments.config, overrides, as_json=arguments.json)
 
 
 def serve(_: argparse.Namespace, options: list[str]) -> int:

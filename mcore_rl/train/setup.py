@@ -30,6 +30,9 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""a tokenizer has one of them"""
+
 
 @dataclass
 class Trainer:
@@ -147,6 +150,8 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     path = config.model.path
     vocab = read_architecture(path).vocab
+    if not any((path / name).exists() for name in TOKENIZER_FILES):  # transformers would make an empty one
+        raise ConfigError(f"{path}: no tokenizer; put tokenizer.json beside config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer

@@ -1,0 +1,81 @@
+"""Every check in turn, and the table or JSON object that tells of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mcore_rl.config import Config, load_config
+from mcore_rl.doctor.finding import Finding, guarded, of_error
+from mcore_rl.doctor.gradient import check_gradient
+from mcore_rl.doctor.inputs import check_inputs
+from mcore_rl.doctor.servers import check_servers
+from mcore_rl.doctor.software import check_software
+from mcore_rl.doctor.storage import PUBLISHED_VERSIONS, check_disk, check_ports, weight_bytes
+from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
+
+_MARKS = {"ok": "ok     ", "note": "note   ", "warning": "WARNING", "error": "ERROR  "}
+
+
+def main(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Print each finding as it comes; the last line of stdout is a JSON object where that is asked for.
+
+    Returns 0 without errors, 75 when only servers are at fault, else 2.
+    """
+    out = sys.stderr if as_json else sys.stdout
+    findings = []
+    for finding in examine(path, overrides):
+        findings.append(finding)
+        print(f"{_MARKS[finding.level]} {finding.check}: {finding.what}", file=out, flush=True)
+        if finding.remedy:
+            print(f"        -> {finding.remedy}", file=out, flush=True)
+    errors = [finding for finding in findings if finding.level == "error"]
+    warnings = sum(finding.level == "warning" for finding in findings)
+    print(f"{len(findings)} checks: {len(errors)} errors, {warnings} warnings", file=out)
+    if as_json:
+        counts = {"errors": len(errors), "warnings": warnings}
+        print(json.dumps({**counts, "findings": [asdict(finding) for finding in findings]}))
+    if not errors:
+        return EXIT_DONE
+    return EXIT_RETRYABLE if all(e.exit_code == EXIT_RETRYABLE for e in errors) else EXIT_CONFIG
+
+
+def examine(path: Path, overrides: Sequence[str] = ()) -> Iterator[Finding]:
+    """The findings, each as soon as its check is done; nothing is written and no server is changed."""
+    sound = True
+    for findings in _checks(path, overrides):
+        for finding in findings():
+            sound &= finding.level != "error"
+            yield finding
+    if not sound:
+        yield Finding("gradient scale", "note", "not probed: the errors above come first")
+        return
+    distributed = load_config(path, overrides).optimizer.distributed
+    yield from guarded("gradient scale", lambda: check_gradient(distributed))
+
+
+def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[Finding]]]:
+    yield check_software
+    yield lambda: list(check_ports())
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        lines = [ConfigError(line) for line in str(error).splitlines()]
+        yield lambda: [of_error("config", line) for line in lines]
+        return
+    yield lambda: [Finding("config", "ok", f"{path}: {config.algorithm.name}, no contradictions")]
+    yield lambda: check_inputs(config, torch.cuda.device_count())
+    yield lambda: list(_disks(config))
+    yield lambda: check_servers(config)
+
+
+def _disks(config: Config) -> Iterator[Finding]:
+    published = PUBLISHED_VERSIONS * weight_bytes(config.model.path)
+    yield from check_disk("run.dir", config.run.dir, published if config.publish.dir is None else 0)
+    if config.publish.dir is not None:
+        yield from check_disk("publish.dir", config.publish.dir, published)

@@ -1,0 +1,152 @@
+"""What the config names: model, tokenizer, prompts, reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from mcore_rl.config import Config
+from mcore_rl.data.prompts import PromptSet
+from mcore_rl.doctor.finding import Finding, guarded
+from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.spec import check_layout, padded_vocab, read_architecture
+from mcore_rl.model.weights_io import hf_reader
+from mcore_rl.rewards import load_reward, score_groups
+from mcore_rl.train.setup import layout_of, load_tokenizer, read_prompts
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+
+_SHOWN = 60
+"""characters of a prompt"""
+
+
+def check_inputs(config: Config, gpus: int) -> list[Finding]:
+    """Model, layout, tokenizer, data and reward, in the order in which one rests on another."""
+    findings = guarded("model", lambda: _model(config))
+    if any(finding.level == "error" for finding in findings):
+        return findings
+    findings += guarded("layout", lambda: _layout(config, gpus))
+    findings += guarded("tokenizer", lambda: _tokenizer(config))
+    if not any(finding.level == "error" and finding.check == "tokenizer" for finding in findings):
+        findings += guarded("data", lambda: _data(config))
+    return findings
+
+
+def _model(config: Config) -> Iterable[Finding]:
+    path = config.model.path
+    architecture = read_architecture(path)
+    what = (
+        f"{path}: {architecture.layers} layers, hidden {architecture.hidden}, vocabulary {architecture.vocab}"
+    )
+    if config.model.random_init:
+        yield Finding("model", "ok", f"{what}; weights start at random (model.random_init)")
+        return
+    hf_reader(path, Mapping(architecture, padded_vocab(architecture, 1)))
+    yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
+
+
+def _layout(config: Config, gpus: int) -> Iterable[Finding]:
+    p = config.parallel
+    replica = p.tensor * p.pipeline * p.context
+    layout = layout_of(config, replica * (p.data or 1))
+    check_layout(read_architecture(config.model.path), layout)
+    yield Finding("layout", "ok", f"legal for this model; one replica takes {replica} ranks")
+    if gpus and replica > gpus:
+        yield Finding("layout", "note", f"this machine has {gpus} GPUs: start on several nodes with torchrun")
+
+
+def _tokenizer(config: Config) -> Iterable[Finding]:
+    tokenizer = load_tokenizer(config)
+    yield Finding("tokenizer", "ok", f"{len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r}")
+    if tokenizer.chat_template:
+        yield from _chat_template(tokenizer)
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
+    """A system and a user turn must both come through, and through the tokens back again."""
+    turns = {"system": "1234567", "user": "7654321"}  # digits: every vocabulary has them
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        decoded = str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
+    except Exception as error:  # templates are programs, and tokenizers raise bare exceptions
+        yield Finding(
+            "chat template",
+            "warning",
+            f"refuses a system and a user turn ({error})",
+            "give prompts without a system turn, or as strings",
+        )
+        return
+    for role, content in turns.items():
+        if content not in text or content not in decoded:
+            lost = "template drops" if content not in text else "tokenizer loses"
+            yield Finding(
+                "chat template",
+                "warning",
+                f"the {lost} the {role} turn",
+                "use the template and tokenizer that belong to the model, or give prompts as strings",
+            )
+            return
+    yield Finding("chat template", "ok", "a system and a user turn come through the tokens and back")
+
+
+def _data(config: Config) -> Iterable[Finding]:
+    tokenizer = load_tokenizer(config)
+    train = read_prompts(config, config.data.train, tokenizer)
+    yield from _prompts("data.train", config.data.train, train)
+    wanted = config.rollout.prompts_per_step
+    if not config.supervised_only and wanted > len(train.prompts):
+        yield Finding(
+            "data.train",
+            "error",
+            f"rollout.prompts_per_step = {wanted}, the file has {len(train.prompts)} usable prompts",
+            "lower it, or give more prompts",
+        )
+    if config.data.eval is not None:
+        held_out = read_prompts(config, config.data.eval, tokenizer)
+        yield from _prompts("data.eval", config.data.eval, held_out)
+        both = {p.text for p in train.prompts} & {p.text for p in held_out.prompts}
+        if both:
+            yield Finding(
+                "data.eval",
+                "warning",
+                f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}",
+                "remove them from one file: accuracy on them is not held out",
+            )
+    if not config.supervised_only:
+        yield from guarded("reward", lambda: _reward(config, train.prompts[0]))
+
+
+def _prompts(check: str, path: Path, found: PromptSet) -> Iterable[Finding]:
+    first = found.prompts[0]
+    longest = max(len(prompt.token_ids) for prompt in found.prompts)
+    yield Finding(
+        check,
+        "ok",
+        f"{path}: {len(found.prompts)} prompts of up to {longest} tokens, the first {first.text[:_SHOWN]!r}",
+    )
+    if found.too_long:
+        yield Finding(
+            check,
+            "warning",
+            f"{len(found.too_long)} prompts exceed data.max_prompt_tokens and are left out",
+            "raise data.max_prompt_tokens if they matter",
+        )
+
+
+def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
+    """The label itself, answered to the first prompt, through the same path as a rollout."""
+    name = config.reward.function
+    function = load_reward(name)
+    sample = Sample(
+        id="doctor/0",
+        prompt=prompt,
+        token_ids=(0,),
+        log_probs=(0.0,),
+        text=prompt.label,
+        finish_reason="stop",
+        versions=(VersionSpan("doctor", 0, 1),),
+    )
+    (group,) = score_groups([Group("doctor", (sample,))], function)
+    yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")

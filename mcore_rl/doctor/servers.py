@@ -1,0 +1,69 @@
+"""The rollout servers that the config names: reachable, ready, of a version and a model that fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from mcore_rl.config import Config
+from mcore_rl.doctor.finding import Finding, guarded
+from mcore_rl.errors import EXIT_RETRYABLE
+from mcore_rl.model.spec import read_hf_config
+from mcore_rl.rollout.client import RolloutClient, call
+
+OLDEST = (0, 5, 21)
+"""SGLang; before it, weight updates have no begin and end"""
+PROBE_SECONDS = 10.0
+"""for one server's answers, all together"""
+
+
+def check_servers(config: Config) -> list[Finding]:
+    """A finding per server, or that the run starts its own."""
+    if config.supervised_only:
+        return []
+    if not config.rollout.urls:
+        return [Finding("server", "ok", "the run starts its own on this machine")]
+    return [
+        finding
+        for url in config.rollout.urls
+        for finding in guarded("server", lambda url=url: _server(config, url))
+    ]
+
+
+def _server(config: Config, url: str) -> Iterable[Finding]:
+    client = RolloutClient(url, api_key_env=config.rollout.api_key_env, timeout=PROBE_SECONDS, retries=0)
+
+    async def ask(opened: RolloutClient) -> tuple[bool, dict[str, Any], dict[str, Any]]:
+        return await opened.ready(), await opened.server_info(), await opened.model_info()
+
+    ready, server, model = call(client, ask)
+    version = str(server.get("version", ""))
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < OLDEST:
+        yield Finding(
+            "server",
+            "error",
+            f"{url} is of version {version or 'unknown'}",
+            f"use SGLang {'.'.join(map(str, OLDEST))} or newer",
+        )
+        return
+    kind = read_hf_config(config.model.path)["model_type"]
+    if model.get("model_type", kind) != kind:
+        yield Finding(
+            "server",
+            "error",
+            f"{url} serves {model.get('model_path')} of type {model['model_type']}, model.path is {kind}",
+            "start the server on the policy's own model",
+        )
+        return
+    if not ready:
+        yield Finding(
+            "server",
+            "error",
+            f"{url} answers, but is not ready",
+            "wait until its model is loaded, or see its log",
+            EXIT_RETRYABLE,
+        )
+        return
+    yield Finding("server", "ok", f"{url}: version {version}, {kind} from {model.get('model_path')}")

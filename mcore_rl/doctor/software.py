@@ -1,0 +1,64 @@
+"""Python, torch, Megatron-Core and the optional accelerators of a GPU machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform as machine
+from collections.abc import Iterable
+from importlib import metadata
+
+import torch
+
+from mcore_rl.doctor.finding import Finding, guarded
+from mcore_rl.model import platform
+
+FP8_CAPABILITY = (8, 9)
+"""Ada; Hopper is (9, 0)"""
+_GIB = 2**30
+
+
+def check_software() -> list[Finding]:
+    """Versions, GPUs and optional packages; nothing here depends on a config."""
+    return [
+        Finding("python", "ok", f"{machine.python_version()} on {machine.system()} {machine.machine()}"),
+        Finding("torch", "ok", f"{torch.__version__}, CUDA build {torch.version.cuda or 'none'}"),
+        *guarded("megatron-core", _megatron),
+        *_gpus(),
+        *_optional("transformer-engine", "transformer_engine", "FP8 and fused layers on GPUs"),
+        *_optional("apex", "apex", "fused optimizer kernels where Transformer Engine has none"),
+    ]
+
+
+def _megatron() -> Iterable[Finding]:
+    yield Finding("megatron-core", "ok", platform.check_version())
+    if importlib.util.find_spec("psutil") is None:
+        yield Finding(
+            "megatron-core",
+            "error",
+            "psutil is missing: Megatron's checkpoint writer would hang",
+            "pip install psutil",
+        )
+
+
+def _gpus() -> Iterable[Finding]:
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "note", "none that torch can use: everything runs on CPU over gloo")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        fp8 = "FP8" if (properties.major, properties.minor) >= FP8_CAPABILITY else "no FP8"
+        memory = f"{properties.total_memory / _GIB:.0f} GiB"
+        yield Finding("gpu", "ok", f"{index}: {properties.name}, {memory}, {fp8}")
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    yield Finding("nccl", "ok", version)
+
+
+def _optional(check: str, module: str, use: str) -> Iterable[Finding]:
+    if importlib.util.find_spec(module) is None:
+        yield Finding(check, "note", f"not installed; it gives {use}")
+        return
+    try:
+        version = metadata.version(check)
+    except metadata.PackageNotFoundError:
+        version = "unknown version"
+    yield Finding(check, "ok", version)

@@ -1,0 +1,5 @@
+"""A reward function that forgets to answer."""
+
+
+def nothing(sample) -> None:
+    """Not a number."""

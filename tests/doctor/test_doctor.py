@@ -1,0 +1,258 @@
+"""A sound setting, then one planted problem at a time: each must be found, with its remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from mcore_rl.__main__ import main
+from mcore_rl.doctor.storage import check_disk
+from mcore_rl.rollout.fleet import LocalServer
+
+ROOT = Path(__file__).parents[2]
+
+
+class Setting(NamedTuple):
+    """A config and what it names, free to be spoilt."""
+
+    config: Path
+    model: Path
+    train: Path
+    eval: Path
+
+    def edit(self, file: str, **changes: object) -> None:
+        """Change keys of a JSON file of the model directory."""
+        path = self.model / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def sound_setting(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sound")
+    generate = [sys.executable, "examples/arithmetic.py", str(root), "--hidden", "64", "--layers", "1"]
+    subprocess.run(generate, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    config = Qwen3Config.from_pretrained(root / "model")
+    Qwen3ForCausalLM(config).save_pretrained(root / "model")
+    return root
+
+
+@pytest.fixture
+def setting(sound_setting: Path, tmp_path: Path) -> Setting:
+    root = tmp_path / "setting"
+    shutil.copytree(sound_setting, root)
+    config = root / "config.toml"
+    config.write_text(
+        f'[run]\ndir = "{root}/run"\n[model]\npath = "{root}/model"\n[data]\ntrain = "{root}/train.jsonl"\n'
+        f'eval = "{root}/eval.jsonl"\n[train]\nsteps = 3\n[algorithm]\nname = "gspo"\n'
+    )
+    return Setting(config, root / "model", root / "train.jsonl", root / "eval.jsonl")
+
+
+def doctor(capsys, config: Path, *flags: str) -> tuple[int, list[dict]]:
+    code = main(["doctor", str(config), "--json", *flags])
+    *_, last = capsys.readouterr().out.splitlines()
+    return code, json.loads(last)["findings"]
+
+
+def bad(findings: list[dict]) -> list[dict]:
+    return [finding for finding in findings if finding["level"] in ("error", "warning")]
+
+
+def test_a_sound_setting_has_no_bad_finding_and_nothing_is_written(capsys, setting: Setting):
+    before = sorted(path for path in setting.config.parent.rglob("*"))
+    code, findings = doctor(capsys, setting.config)
+    assert code == 0
+    assert not bad(findings)
+    looked_at = {finding["check"] for finding in findings}
+    expected = "python torch megatron-core gpu transformer-engine apex ports config model layout tokenizer"
+    expected += " data.train data.eval reward run.dir server"
+    assert looked_at == {*expected.split(), "gradient scale"}
+    assert sorted(path for path in setting.config.parent.rglob("*")) == before
+
+
+# --- planted problems -------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def messages(setting: Setting, template: str | None) -> None:
+    line = {"prompt": [{"role": "user", "content": "1+1="}], "label": "2"}
+    setting.train.write_text(json.dumps(line) + "\n")
+    setting.edit("tokenizer_config.json", chat_template=template)
+
+
+Plant = Callable[[Setting], object]
+PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
+    "unknown key": (
+        lambda s: s.config.write_text(s.config.read_text() + "clip = 1\n"),
+        (),
+        "algorithm.clip",
+        "the keys of [algorithm] are",
+    ),
+    "contradiction": (
+        lambda s: None,
+        ("--parallel.sequence", "true"),
+        "parallel.sequence",
+        "parallel.tensor",
+    ),
+    "no model": (lambda s: shutil.rmtree(s.model), (), "config.json", ""),
+    "unsupported model": (
+        lambda s: s.edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        (),
+        "gpt2",
+        "",
+    ),
+    "weights of another shape": (lambda s: s.edit("config.json", intermediate_size=64), (), "has shape", ""),
+    "damaged weights": (
+        lambda s: (s.model / "model.safetensors").write_bytes(b"x"),
+        (),
+        "safetensors",
+        "again",
+    ),
+    "illegal layout": (lambda s: None, ("--parallel.tensor", "3"), "parallel.tensor = 3", "legal: [1, 2]"),
+    "no tokenizer": (
+        lambda s: [p.unlink() for p in s.model.glob("tokenizer*")],
+        (),
+        "tokenizer",
+        "put tokenizer.json beside config.json",
+    ),
+    "messages without a chat template": (
+        lambda s: messages(s, None),
+        ("--rollout.prompts_per_step", "1"),
+        "no chat template",
+        "give prompts as strings",
+    ),
+    "template without the system turn": (
+        lambda s: messages(s, "{{ messages[-1]['content'] }}"),
+        ("--rollout.prompts_per_step", "1"),
+        "template drops the system turn",
+        "belong to the model",
+    ),
+    "malformed line": (
+        lambda s: s.train.write_text(s.train.read_text() + "{,\n"),
+        (),
+        "train.jsonl:6001",
+        "fix the line",
+    ),
+    "no such file": (lambda s: s.eval.unlink(), (), "eval.jsonl", "check the path"),
+    "held-out prompts in training": (
+        lambda s: s.eval.write_text(s.train.read_text()),
+        (),
+        "held-out prompts are training prompts",
+        "remove them from one file",
+    ),
+    "fewer prompts than a step asks for": (
+        lambda s: s.train.write_text("\n".join(s.train.read_text().split("\n")[:5])),
+        (),
+        "the file has 5 usable prompts",
+        "lower it",
+    ),
+    "no such reward": (
+        lambda s: None,
+        ("--reward.function", "no_such:f"),
+        "cannot import no_such",
+        "PYTHONPATH",
+    ),
+    "reward that is no number": (
+        lambda s: None,
+        ("--reward.function", "tests.doctor.rewards:nothing"),
+        "returned NoneType",
+        "return a float",
+    ),
+    "run directory is a file": (
+        lambda s: (s.config.parent / "run").write_text(""),
+        (),
+        "is a file",
+        "name a directory",
+    ),
+    "dead server": (lambda s: None, ("--rollout.urls", '["http://127.0.0.1:9"]'), "127.0.0.1:9", "log"),
+    "key not set": (
+        lambda s: None,
+        ("--rollout.urls", '["http://127.0.0.1:9"]', "--rollout.api_key_env", "NO_SUCH_KEY"),
+        "NO_SUCH_KEY",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_planted_problem_is_found_with_its_remedy(capsys, setting: Setting, name: str):
+    plant, flags, what, remedy = PROBLEMS[name]
+    plant(setting)
+    code, findings = doctor(capsys, setting.config, *flags)
+    (found,) = bad(findings)
+    assert what in found["what"] + found["remedy"]
+    assert remedy in found["remedy"] + found["what"]
+    assert found["remedy"]
+    assert code == (0 if found["level"] == "warning" else found["exit_code"])
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path):
+    (finding,) = check_disk("run.dir", tmp_path / "new" / "run", needed=1 << 60)
+    assert (finding.level, finding.remedy) == ("error", "free space, or choose a larger disk")
+    assert [f.level for f in check_disk("run.dir", tmp_path / "new" / "run", needed=1)] == ["ok"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_megatron_version(tmp_path: Path, setting: Setting):
+    """A distribution of another version comes first on the path of a process of its own."""
+    planted = tmp_path / "megatron_core-0.15.0.dist-info"
+    planted.mkdir()
+    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.15.0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mcore_rl", "doctor", str(setting.config)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "megatron-core 0.15.0 is not supported" in done.stdout
+    assert "install 0.16.1" in done.stdout
+
+
+# --- servers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(sound_setting: Path, tmp_path_factory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    os.environ["DOCTOR_TEST_KEY"] = "a key"
+    with LocalServer(
+        sound_setting / "model", log_file=log, api_key_env="DOCTOR_TEST_KEY", threads=1
+    ) as local:
+        yield local.url
+    del os.environ["DOCTOR_TEST_KEY"]
+
+
+def test_a_server_that_asks_for_a_key(capsys, setting: Setting, server: str):
+    code, findings = doctor(capsys, setting.config, "--rollout.urls", f'["{server}"]')
+    (found,) = bad(findings)
+    assert "401" in found["what"]
+    assert "set api_key_env" in found["remedy"]
+    assert code == 2
+
+
+def test_a_server_of_another_family(capsys, setting: Setting, server: str):
+    """And with its key, the server is no problem."""
+    flags = ("--rollout.urls", f'["{server}"]', "--rollout.api_key_env", "DOCTOR_TEST_KEY")
+    setting.edit("config.json", model_type="qwen3_moe")
+    _, findings = doctor(capsys, setting.config, *flags, "--rollout.prompts_per_step", "7000")
+    assert any("of type qwen3, model.path is qwen3_moe" in finding["what"] for finding in findings)
+    setting.edit("config.json", model_type="qwen3")
+    _, findings = doctor(capsys, setting.config, *flags, "--rollout.prompts_per_step", "7000")
+    assert [finding["check"] for finding in bad(findings)] == ["data.train"]
+    assert any(finding["check"] == "server" and finding["level"] == "ok" for finding in findings)
