@@ -9,9 +9,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mcore_rl.model.architecture import Architecture
 from mcore_rl.model.mapping import Mapping, Rule
 from mcore_rl.model.policy import PackedGPT, Scored
-from mcore_rl.model.spec import Architecture
 
 VALUE_HEAD = Rule("value_head.weight", ("score.weight",))
 """[1, H]; the HF name is that of transformers' sequence classifiers."""

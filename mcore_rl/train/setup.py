@@ -22,9 +22,10 @@ from mcore_rl.data.prompts import PromptSet, load_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.metrics import Progress, StepLog, Timers
 from mcore_rl.model import platform
+from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
-from mcore_rl.model.spec import check_layout, read_architecture, read_hf_config
+from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of
