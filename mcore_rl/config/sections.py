@@ -73,8 +73,8 @@ class Model(Section):
 
     path: Path
     """Hugging Face directory: config.json, tokenizer, safetensors."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Parameters and activations; log-probs and the optimizer state are fp32 either way."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Parameters and activations; log-probs and the optimizer state are fp32 in any case."""
     random_init: bool = False
     """Start from random weights by run.seed; only config.json and the tokenizer are read."""
 
@@ -203,6 +203,8 @@ class Train(Section):
     """Rollouts to train on; batches with `sft`."""
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch, padding included."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none, those of attention, those of every layer."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000

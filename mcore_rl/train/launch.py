@@ -47,6 +47,9 @@ def run_rank(config: Config) -> int:
 
 
 def _train(config: Config) -> None:
+    from mcore_rl.train.machine import check_rank
+
+    check_rank(config)
     if config.supervised_only:
         from mcore_rl.train.supervised import train_supervised
 
@@ -70,7 +73,13 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
     """Start every rank of the config's layout on this node, by torch's elastic agent; their first exit code.
 
     The rendezvous port is chosen by the system. Ctrl-C ends all ranks and what they started.
+
+    Raises:
+        ConfigError, LayoutError: this node cannot run it; nothing was started.
     """
+    from mcore_rl.train.machine import check_node
+
+    check_node(config)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

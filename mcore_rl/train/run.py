@@ -120,6 +120,7 @@ def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
         mesh,
         precision=m.precision,
         random_seed=config.run.seed if m.random_init else None,
+        recompute=config.train.recompute,
         ddp=ddp_config(distributed=config.optimizer.distributed),
     )
     steps = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs

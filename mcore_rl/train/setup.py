@@ -87,6 +87,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int) -> Trainer:
         mesh,
         precision=config.model.precision,
         random_seed=config.run.seed if config.model.random_init else None,
+        recompute=config.train.recompute,
         ddp=ddp_config(distributed=config.optimizer.distributed),
     )
     on_main(mesh, lambda: write_resolved(config))
