@@ -32,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="latest|previous|PATH",
+        help="continue after a checkpoint of the run",
+    )
     add.set_defaults(command=train)
 
     about = "serve a Hugging Face model over the SGLang native API"
@@ -62,14 +69,15 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--section.key value ...]`."""
+    """`mcore-rl train CONFIG.toml [--resume [latest|previous|PATH]] [--section.key value ...]`."""
     from mcore_rl.config import load_config
     from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 
     config = load_config(arguments.config, overrides)
     if under_torchrun():
-        return run_rank(config)
-    return launch_node(config, ["train", str(arguments.config), *overrides])
+        return run_rank(config, arguments.resume)
+    resume = [] if arguments.resume is None else ["--resume", arguments.resume]
+    return launch_node(config, ["train", str(arguments.config), *resume, *overrides])
 
 
 def serve(_: argparse.Namespace, options: list[str]) -> int:
