@@ -34,6 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.add_argument("--rehearse", action="store_true", help="the same, tiny, on the CPUs of this machine")
     add.add_argument("--rehearse-procs", type=int, metavar="N", help="processes of a rehearsal (default 8)")
+    add.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="latest|previous|PATH",
+        help="continue after a checkpoint of the run",
+    )
     add.set_defaults(command=train)
 
     add = commands.add_parser("plan", help="memory and time of every layout, before anything starts")
@@ -76,7 +83,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--section.key value ...]`."""
+    """`mcore-rl train CONFIG.toml [--resume [latest|previous|PATH]] [--section.key value ...]`."""
     from mcore_rl.config import load_config
     from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 
@@ -86,27 +93,18 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         return rehearse(config, arguments.rehearse_procs)
     if under_torchrun():
-        return run_rank(config)
-    return launch_node(config, ["train", str(arguments.config), *overrides])
+        return run_rank(config, arguments.resume)
+    resume = [] if arguments.resume is None else ["--resume", arguments.resume]
+    return launch_node(config, ["train", str(arguments.config), *resume, *overrides])
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl plan CONFIG.toml [--gpus N] [--gpu-memory GIB] [--json] [--section.key value ...]`."""
     from mcore_rl.plan.command import plan
 
-    options = vars(arguments)
-    names = (
-        "gpus",
-        "gpu_memory",
-        "server_gpus",
-        "prompt_tokens",
-        "response_tokens",
-        "reward_model",
-        "colocated",
-    )
-    return plan(
-        arguments.config, overrides, as_json=arguments.json, **{name: options[name] for name in names}
-    )
+    rest = ("command", "config", "json")
+    options = {name: value for name, value in vars(arguments).items() if name not in rest}
+    return plan(arguments.config, overrides, as_json=arguments.json, **options)
 
 
 def serve(_: argparse.Namespace, options: list[str]) -> int:

@@ -213,6 +213,19 @@ class Train(Section):
     """Seconds after which a step without progress ends the run."""
 
 
+class Checkpoint(Section):
+    """The whole state of the run, saved to resume from."""
+
+    dir: Path | None = None
+    """Where; unset, `checkpoints` in the run directory."""
+    every: NonNegative = 0
+    """Steps between checkpoints, the last step included; 0 saves none."""
+    keep: Count = 2
+    """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; false waits for the disk."""
+
+
 class Supervised(Section):
     """Supervised training, with `algorithm.name = "sft"`."""
 

@@ -32,9 +32,10 @@ _VOCABULARY = ("<pad>", "<eos>", *"0123456789+=")
 
 
 def rehearse(config: Config, processes: int | None = None) -> int:
-    """Train STEPS steps of the shrunk config, each published to a server; returns the exit code.
+    """Train STEPS steps of the shrunk config, go back one and train it again, read the export; the exit code.
 
-    Outside torchrun it starts `processes` ranks on this node; under torchrun it is one of those there are.
+    Outside torchrun it starts `processes` ranks on this node; under torchrun it is one of those there
+    are, which train without going back.
 
     Raises:
         LayoutError: not even degrees of 2 fit into so many processes.
@@ -42,10 +43,17 @@ def rehearse(config: Config, processes: int | None = None) -> int:
     if under_torchrun():
         return _rehearse_as_rank(config)
     file, tiny = write_rehearsal(config, processes or PROCESSES)
-    code = launch_node(tiny, ["train", str(file)])
-    if code == EXIT_DONE:
-        print(f"rehearsal: {_exported(tiny)}", file=sys.stderr, flush=True)
-    return code
+    for resume in ((), ("--resume", "previous")):
+        code = launch_node(tiny, ["train", str(file), *resume])
+        if code != EXIT_DONE:
+            return code
+        _say("resumed and trained the last step again" if resume else f"{STEPS} steps trained and saved")
+    _say(_exported(tiny))
+    return EXIT_DONE
+
+
+def _say(what: str) -> None:
+    print(f"rehearsal: {what}", file=sys.stderr, flush=True)
 
 
 def _rehearse_as_rank(config: Config) -> int:
@@ -71,7 +79,7 @@ def _exported(tiny: Config) -> str:
     (directory,) = (tiny.run.dir / "weights").iterdir()
     arch = read_architecture(directory)
     hf_reader(directory, Mapping(arch, arch.vocab))
-    return f"{STEPS} steps trained and published; the weights are in {directory}, the run in {tiny.run.dir}"
+    return f"exported and read back: {directory}"
 
 
 def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
@@ -94,7 +102,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     file.write_text(to_toml(_shrink_config(config, parallel, directory)))
     tiny = load_config(file)
     for line in _differences(config, tiny):
-        print(f"rehearsal: {line}", file=sys.stderr, flush=True)
+        _say(line)
     return file, tiny
 
 
@@ -192,6 +200,7 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
             "eval_every": 0,
             "eval_samples": 16,
         },
+        "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
         "publish": {"dir": None, "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
     }
