@@ -1,4 +1,4 @@
-"""The `mcore-rl` command: train, doctor, serve, report, verify. `mcore-rl COMMAND --help` explains each."""
+"""The `mcore-rl` command: `mcore-rl --help` lists its parts, `mcore-rl COMMAND --help` explains each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, doctor, serve):
+    if rest and arguments.command not in (train, plan, doctor, serve):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return arguments.command(arguments, rest)
@@ -32,12 +32,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.add_argument("--rehearse", action="store_true", help="the same, tiny, on the CPUs of this machine")
+    add.add_argument("--rehearse-procs", type=int, metavar="N", help="processes of a rehearsal (default 8)")
+    add.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="latest|previous|PATH",
+        help="continue after a checkpoint of the run",
+    )
     add.set_defaults(command=train)
 
     add = commands.add_parser("doctor", help="examine machine, config, model, data and servers before a run")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=doctor)
+    add = commands.add_parser("plan", help="memory and time of every layout, before anything starts")
+    add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.add_argument("--gpus", type=int, help="that train; default: what the config's layout needs")
+    add.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of each (default 80)")
+    add.add_argument("--server-gpus", type=int, help="that sample; default: 8 for each of rollout.urls")
+    add.add_argument("--prompt-tokens", type=float, help="mean; default: the config's limit")
+    add.add_argument("--response-tokens", type=float, help="mean; default: the config's limit")
+    add.add_argument("--reward-model", action="store_true", help="count one of the policy's size too")
+    add.add_argument("--colocated", action="store_true", help="count servers on the training GPUs")
+    add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    add.set_defaults(command=plan)
 
     about = "serve a Hugging Face model over the SGLang native API"
     add = commands.add_parser("serve", help=about, add_help=False)
@@ -67,14 +87,28 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--section.key value ...]`."""
+    """`mcore-rl train CONFIG.toml [--resume [latest|previous|PATH]] [--section.key value ...]`."""
     from mcore_rl.config import load_config
     from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 
     config = load_config(arguments.config, overrides)
+    if arguments.rehearse:
+        from mcore_rl.train.rehearse import rehearse
+
+        return rehearse(config, arguments.rehearse_procs)
     if under_torchrun():
-        return run_rank(config)
-    return launch_node(config, ["train", str(arguments.config), *overrides])
+        return run_rank(config, arguments.resume)
+    resume = [] if arguments.resume is None else ["--resume", arguments.resume]
+    return launch_node(config, ["train", str(arguments.config), *resume, *overrides])
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl plan CONFIG.toml [--gpus N] [--gpu-memory GIB] [--json] [--section.key value ...]`."""
+    from mcore_rl.plan.command import plan
+
+    rest = ("command", "config", "json")
+    options = {name: value for name, value in vars(arguments).items() if name not in rest}
+    return plan(arguments.config, overrides, as_json=arguments.json, **options)
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -46,7 +46,19 @@ class WeightSyncError(McoreRLError, RuntimeError):
 
 
 class CheckpointError(McoreRLError, RuntimeError):
-    """A checkpoint cannot be written, is incomplete, or fails its checksum."""
+    """A checkpoint cannot be written."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved, or not safe to read: a retry would meet it again."""
+
+    exit_code = EXIT_CONFIG
+
+
+class PreemptedError(McoreRLError, RuntimeError):
+    """The run was asked to leave and has saved its state."""
 
     exit_code = EXIT_RETRYABLE
 

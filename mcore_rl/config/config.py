@@ -10,6 +10,7 @@ from mcore_rl.algo.advantages import group_normalized, leave_one_out
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.sections import (
     Algorithm,
+    Checkpoint,
     Critic,
     Data,
     Model,
@@ -39,6 +40,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     critic: Critic = Critic()
     train: Train
+    checkpoint: Checkpoint = Checkpoint()
     supervised: Supervised = Supervised()
     publish: Publish = Publish()
 
@@ -120,6 +122,8 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     name = config.algorithm.name
     if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         unused |= {f"critic.{key}": f"{name} has no critic" for key in Critic.model_fields}
+    if not config.checkpoint.every:
+        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
     if config.rollout.urls:
         unused["rollout.threads"] = "rollout.urls are servers that already run"
     return unused

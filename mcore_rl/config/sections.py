@@ -73,8 +73,8 @@ class Model(Section):
 
     path: Path
     """Hugging Face directory: config.json, tokenizer, safetensors."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Parameters and activations; log-probs and the optimizer state are fp32 either way."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Parameters and activations; log-probs and the optimizer state are fp32 in any case."""
     random_init: bool = False
     """Start from random weights by run.seed; only config.json and the tokenizer are read."""
 
@@ -203,12 +203,27 @@ class Train(Section):
     """Rollouts to train on; batches with `sft`."""
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch, padding included."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none, those of attention, those of every layer."""
     eval_every: NonNegative = 0
     """Steps between evaluations; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000
     """Held-out prompts of one evaluation, at most."""
     step_timeout: Positive = 600.0
     """Seconds after which a step without progress ends the run."""
+
+
+class Checkpoint(Section):
+    """The whole state of the run, saved to resume from."""
+
+    dir: Path | None = None
+    """Where; unset, `checkpoints` in the run directory."""
+    every: NonNegative = 0
+    """Steps between checkpoints, the last step included; 0 saves none."""
+    keep: Count = 2
+    """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; false waits for the disk."""
 
 
 class Supervised(Section):

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from mcore_rl.config import Config
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.spec import check_layout, padded_vocab, read_architecture
+from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
 from mcore_rl.train.setup import layout_of, load_tokenizer, read_prompts

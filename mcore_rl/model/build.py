@@ -19,17 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
+from mcore_rl.model.architecture import Architecture, read_architecture
 from mcore_rl.model.critic import CriticMapping, CriticModel, with_value_head
 from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.policy import PackedGPT, PolicyModel
-from mcore_rl.model.spec import (
-    Architecture,
-    check_layout,
-    padded_vocab,
-    portable_spec,
-    read_architecture,
-    transformer_config,
-)
+from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
+from mcore_rl.model.rotary import rotary_frequencies
+from mcore_rl.model.spec import check_layout, padded_vocab, portable_spec, transformer_config
 from mcore_rl.parallel.mesh import Mesh
 
 
@@ -76,6 +71,14 @@ def build_policy(
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     config = transformer_config(arch, mesh.layout, precision, recompute)
     return _build(kind, config, Mapping(arch, rows), read, mesh, ddp, path)
+
+
+def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32") -> Model:
+    """As a frozen `build_policy`, but the last stage answers with whole logits [R, V]: to compare models."""
+    arch, rows, read = _read(path, mesh, None)
+    kind = partial(LogitsModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
+    config = transformer_config(arch, mesh.layout, precision)
+    return _build(kind, config, Mapping(arch, rows), read, mesh, None, path)
 
 
 def build_critic(
@@ -170,8 +173,8 @@ def _build_chunk(
         pre_process=mesh.pp_rank == 0 and stage == 0,
         post_process=mesh.is_last_stage and stage == last,
         position_embedding_type="rope",
-        rotary_base=mapping.arch.rope_theta,
         parallel_output=True,
         vp_stage=stage if virtual else None,
     )
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(mapping.arch).to(platform.device())
     return model.to(platform.device())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
+from mcore_rl.model.architecture import Architecture
 from mcore_rl.model.mapping import Mapping, Rule
 from mcore_rl.model.policy import PackedGPT, Scored
-from mcore_rl.model.spec import Architecture
 
 VALUE_HEAD = Rule("value_head.weight", ("score.weight",))
 """[1, H]; the HF name is that of transformers' sequence classifiers."""
@@ -51,6 +54,11 @@ class CriticModel(PackedGPT):
         if self.post_process:
             del self.output_layer
             self.value_head = ValueHead(self.config, self.pg_collection.tp)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        """As any module of Megatron describes its shards; GPTModel's own way asks for an output layer."""
+        known = ensure_metadata_has_dp_cp_group(metadata)
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, known)
 
     def head(self, hidden: Tensor, scored: Scored) -> Tensor:
         """Values [R], from the hidden states that the policy scores the same tokens from."""

@@ -15,7 +15,9 @@ all of it).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Mapping as Named
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.spec import Architecture
+from mcore_rl.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ _BACKBONE = (
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Rule("output_layer.weight", ("lm_head.weight",), "vocab", 0),
 )
+_QKV_BIAS = (
+    Rule(
+        f"{_LAYER}self_attention.linear_qkv.bias",
+        tuple(f"{_HF_LAYER}self_attn.{x}_proj.bias" for x in "qkv"),
+        "qkv",
+        0,
+    ),
+)
 _QK_NORM = tuple(
     Rule(f"{_LAYER}self_attention.{x}_layernorm.weight", (f"{_HF_LAYER}self_attn.{x}_norm.weight",))
     for x in "qk"
@@ -86,10 +96,27 @@ _EXPERTS = (
     ),
 )
 TABLES: dict[str, tuple[Rule, ...]] = {
+    "llama": _BACKBONE + _DENSE_MLP,
+    "mistral": _BACKBONE + _DENSE_MLP,
+    "qwen2": _BACKBONE + _QKV_BIAS + _DENSE_MLP,
     "qwen3": _BACKBONE + _QK_NORM + _DENSE_MLP,
     "qwen3_moe": _BACKBONE + _QK_NORM + _DENSE_MLP + _EXPERTS,
 }
 """family -> rules"""
+
+FUSED = (
+    (re.compile(r"\bself_attention\.linear_qkv\.layer_norm_(?=weight$)"), "input_layernorm."),
+    (re.compile(r"\bmlp\.linear_fc1\.layer_norm_(?=weight$)"), "pre_mlp_layernorm."),
+    (
+        re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$"),
+        r"mlp.experts.local_experts.\2.\1.weight",
+    ),
+)
+"""Transformer Engine's name -> that of the portable spec: it joins a norm with the linear layer that follows,
+and the experts of a rank into one grouped linear layer with a numbered weight each"""
+
+HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""types of weights, as safetensors writes them; others are quantized weights, which need their scales"""
 
 _NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")
 
@@ -154,6 +181,29 @@ class Mapping:
         """Every HF tensor that a checkpoint of this model must hold, with its shape."""
         return {name: self._hf_shape(name) for entry in self.entries() for name in entry.hf}
 
+    def problems(self, found: Named[str, tuple[tuple[int, ...], str]]) -> list[str]:
+        """What keeps HF tensors, `found` by name as (shape, type in safetensors), from being this model.
+
+        All must have one floating-point type: gate and up, or query, key and value, become one parameter.
+        """
+        expected = self.hf_shapes()
+        tied = f"config.json has tie_word_embeddings = {str(self.arch.tied).lower()}"
+        why = {"lm_head.weight": f" ({tied})"}
+        problems = [f"missing {name}{why.get(name, '')}" for name in sorted(expected.keys() - found.keys())]
+        problems += [
+            f"unexpected {name}{why.get(name, '')}" for name in sorted(found.keys() - expected.keys())
+        ]
+        common = Counter(dtype for _, dtype in found.values()).most_common(1)[0][0] if found else ""
+        for name in sorted(expected.keys() & found.keys()):
+            shape, dtype = found[name]
+            if shape != expected[name]:
+                problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
+            if dtype not in HF_DTYPES:
+                problems.append(f"{name} has type {dtype}, not one of {', '.join(HF_DTYPES)}")
+            elif dtype != common:
+                problems.append(f"{name} has type {dtype}, most others {common}")
+        return problems
+
     def to_shard(self, entry: Entry, hf: Iterable[Tensor], rank: int, size: int) -> Tensor:
         """HF tensors of one entry -> the parameter of tensor-parallel `rank` of `size`."""
         view = self._merge(entry.rule.merge, list(hf))
@@ -212,6 +262,9 @@ class Mapping:
             "k_proj.weight": (a.kv_heads * a.head_dim, a.hidden),
             "v_proj.weight": (a.kv_heads * a.head_dim, a.hidden),
             "o_proj.weight": (a.hidden, a.heads * a.head_dim),
+            "q_proj.bias": (a.heads * a.head_dim,),
+            "k_proj.bias": (a.kv_heads * a.head_dim,),
+            "v_proj.bias": (a.kv_heads * a.head_dim,),
             "q_norm.weight": (a.head_dim,),
             "k_norm.weight": (a.head_dim,),
             "gate_proj.weight": (intermediate, a.hidden),
@@ -231,10 +284,18 @@ def _entry(rule: Rule, **numbers: int) -> Entry:
     return Entry(rule.megatron.format(**numbers), tuple(name.format(**numbers) for name in rule.hf), rule)
 
 
+def canonical(name: str) -> str:
+    """A parameter's name in the portable spec, whichever spec it comes from; see FUSED."""
+    for pattern, replacement in FUSED:
+        name = pattern.sub(replacement, name)
+    return name
+
+
 def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Parameter]:
     """Global Megatron name -> parameter, of all model chunks on this rank (unwrapped GPTModels).
 
-    Megatron numbers layers within a chunk and experts within a rank; here both are global, from 0.
+    Megatron numbers layers within a chunk and experts within a rank; here both are global, from 0. The names
+    are canonical: those of the portable spec, also where Transformer Engine fuses modules.
     """
     named: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
@@ -244,6 +305,7 @@ def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Paramete
 
 
 def _globalize(name: str, chunk: GPTModel) -> str:
+    name = canonical(name)
     numbers = _numbers(name)
     if not numbers:
         return name

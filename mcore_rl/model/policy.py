@@ -83,6 +83,23 @@ class PackedGPT(GPTModel):
         return self.head(hidden_states, labels)
 
 
+class LogitsModel(PackedGPT):
+    """Ends in the logits, gathered over tensor-parallel ranks: to compare models, not to train one."""
+
+    def __init__(self, *args, live_vocab: int, **kwargs) -> None:
+        """As PolicyModel's."""
+        super().__init__(*args, **kwargs)
+        self.live_vocab = live_vocab
+
+    def head(self, hidden: Tensor, scored: Scored) -> Tensor:
+        """[R, V]"""
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
+        logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=True)
+        return logits.squeeze(1).index_select(0, scored.rows)[:, : self.live_vocab]
+
+
 class PolicyModel(PackedGPT):
     """Ends in the vocab-parallel head: log-probs and entropies."""
 

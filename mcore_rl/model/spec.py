@@ -1,10 +1,7 @@
-"""HF config.json -> Megatron-Core TransformerConfig and layer spec: complete, or refused by name."""
+"""Architecture and layout -> Megatron-Core TransformerConfig and layer spec."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +23,8 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.errors import LayoutError
+from mcore_rl.model.architecture import Architecture, Experts
 from mcore_rl.model.portable import PackedAttention, RMSNorm
 from mcore_rl.parallel.mesh import Layout
 
@@ -39,120 +37,6 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 """which activations the backward pass computes again: none, those of attention, those of every layer"""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts: softmax router, no shared expert, no capacity limit, no auxiliary loss."""
-
-    count: int
-    per_token: int
-    """experts that each token is sent to"""
-    intermediate: int
-    normalized: bool
-    """the weights of a token's experts sum to 1"""
-    sparse_layers: tuple[bool, ...]
-    """[layers] True where the MLP is a mixture"""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The numbers of a decoder that change its maths, read from config.json."""
-
-    family: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    """of dense layers"""
-    vocab: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool
-    """the output layer is the embedding"""
-    qk_norm: bool
-    qkv_bias: bool
-    init_std: float
-    experts: Experts | None = None
-
-    def is_sparse(self, layer: int) -> bool:
-        """True where the MLP of `layer` (from 0) is a mixture of experts."""
-        return self.experts is not None and self.experts.sparse_layers[layer]
-
-
-# Fields of config.json that change the maths, each with the only value this project implements.
-_REQUIRED = {
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-    "attention_bias": False,
-}
-_FAMILIES = {
-    "qwen3": {"qk_norm": True, "qkv_bias": False},
-    "qwen3_moe": {"qk_norm": True, "qkv_bias": False},
-}
-
-
-def read_hf_config(path: Path) -> dict[str, Any]:
-    """The dictionary in `path`/config.json; ConfigError when it is missing or not JSON."""
-    file = Path(path) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: not found; model.path must be a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
-
-
-def read_architecture(path: Path) -> Architecture:
-    """Read `path`/config.json; ConfigError names a field that changes the maths and is not supported."""
-    hf = read_hf_config(path)
-    file = Path(path) / "config.json"
-    family = hf.get("model_type")
-    if family not in _FAMILIES:
-        raise ConfigError(
-            f"{file}: model_type {family!r} is not supported; supported: {', '.join(_FAMILIES)}"
-        )
-    for name, value in _REQUIRED.items():
-        if hf.get(name, value) != value:
-            raise ConfigError(f"{file}: {name} = {hf[name]!r} is not supported, only {value!r}")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ConfigError(f"{file}: rope_type {rope.get('rope_type')!r} is not supported, only 'default'")
-    try:
-        return Architecture(
-            family=family,
-            layers=hf["num_hidden_layers"],
-            hidden=hf["hidden_size"],
-            heads=hf["num_attention_heads"],
-            kv_heads=hf["num_key_value_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            intermediate=hf["intermediate_size"],
-            vocab=hf["vocab_size"],
-            rope_theta=float(rope.get("rope_theta") or hf["rope_theta"]),
-            norm_eps=hf["rms_norm_eps"],
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            init_std=hf.get("initializer_range", 0.02),
-            experts=_read_experts(hf) if family.endswith("_moe") else None,
-            **_FAMILIES[family],
-        )
-    except KeyError as error:
-        raise ConfigError(f"{file}: field {error} is missing") from None
-
-
-def _read_experts(hf: dict[str, Any]) -> Experts:
-    dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
-    return Experts(
-        count=hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
-        per_token=hf["num_experts_per_tok"],
-        intermediate=hf["moe_intermediate_size"],
-        normalized=bool(hf.get("norm_topk_prob", False)),
-        sparse_layers=tuple(
-            layer not in dense and (layer + 1) % step == 0 for layer in range(hf["num_hidden_layers"])
-        ),
-    )
 
 
 def check_layout(arch: Architecture, layout: Layout) -> None:
@@ -265,6 +149,11 @@ def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
     }
 
 
+_CHECKPOINT_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+"""names in Megatron's distributed checkpoints: those of Transformer Engine's fused modules, in either spec"""
+
+
 def portable_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage: Megatron's parallel linears, the portable norm and attention."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -302,5 +191,6 @@ def _layer_spec(config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES if sparse else _CHECKPOINT_NAMES | _DENSE_NAMES,
         ),
     )

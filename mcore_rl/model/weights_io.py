@@ -65,17 +65,15 @@ def hf_reader(directory: Path, mapping: Mapping) -> Callable[[str], Tensor]:
     """A function that reads an HF tensor of `directory` by name, after a strict check of names and shapes.
 
     Raises:
-        ConfigError: lists every missing, unexpected or wrongly shaped tensor.
+        ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
     """
     files = checkpoint_files(directory)
-    expected = mapping.hf_shapes()
-    problems = [f"missing {name}" for name in sorted(expected.keys() - files.keys())]
-    problems += [f"unexpected {name}" for name in sorted(files.keys() - expected.keys())]
-    for name in sorted(expected.keys() & files.keys()):
-        with _open(files[name]) as tensors:
-            shape = tuple(tensors.get_slice(name).get_shape())
-        if shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, file in files.items():
+        with _open(file) as tensors:
+            part = tensors.get_slice(name)
+            found[name] = (tuple(part.get_shape()), part.get_dtype())
+    problems = mapping.problems(found)
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
 
@@ -89,7 +87,7 @@ def hf_reader(directory: Path, mapping: Mapping) -> Callable[[str], Tensor]:
 def random_reader(mapping: Mapping, seed: int) -> Callable[[str], Tensor]:
     """Random HF tensors that depend on (seed, name) only, so that every layout starts from the same weights.
 
-    Norm weights are 1, matrices normal with the config's standard deviation, drawn in float32.
+    Norm weights are 1, biases 0, matrices normal with the config's standard deviation, drawn in float32.
     """
     shapes = mapping.hf_shapes()
     order = {name: i for i, name in enumerate(sorted(shapes))}
@@ -97,7 +95,7 @@ def random_reader(mapping: Mapping, seed: int) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape)
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
         return torch.randn(shape, generator=generator) * mapping.arch.init_std
 
@@ -124,9 +122,9 @@ def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
         # Reduced over the ranks that hold the same experts. Megatron says so only at EP > 1; at TP > 1 alone
         # the experts of the tensor-parallel ranks, which see different tokens, would drift apart.
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-    if entry.rule.axis is not None or entry.is_expert:
+    if (entry.rule.axis is not None or entry.is_expert) and not hasattr(parameter, "tensor_model_parallel"):
         # Without it every shard but the first is taken for a duplicate: the gradient norm, and with it
-        # clipping, is silently too small under TP.
+        # clipping, is silently too small under TP. It marks a bias itself, which it always fills with zeros.
         dim = 1 if entry.rule.merge == "single" else 0
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 

@@ -20,14 +20,14 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_rank(config: Config) -> int:
+def run_rank(config: Config, resume: str | None = None) -> int:
     """Train as this rank; the exit code is also the last line of RUN_DIR/events.jsonl."""
     signal.signal(signal.SIGTERM, _leave)  # so that servers and process groups are closed on the way out
     rank = int(os.environ["RANK"])
     if rank == 0:
         append_event(config.run.dir, "start", world_size=int(os.environ["WORLD_SIZE"]))
     try:
-        _train(config)
+        _train(config, resume)
         code = EXIT_DONE
     except McoreRLError as error:
         code = error.exit_code
@@ -46,15 +46,18 @@ def run_rank(config: Config) -> int:
     return code
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, resume: str | None) -> None:
+    from mcore_rl.train.machine import check_rank
+
+    check_rank(config)
     if config.supervised_only:
         from mcore_rl.train.supervised import train_supervised
 
-        train_supervised(config)
+        train_supervised(config, resume)
     else:
         from mcore_rl.train.loop import train
 
-        train(config)
+        train(config, resume)
 
 
 def _same_on_all_ranks(error: McoreRLError) -> bool:
@@ -70,7 +73,13 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
     """Start every rank of the config's layout on this node, by torch's elastic agent; their first exit code.
 
     The rendezvous port is chosen by the system. Ctrl-C ends all ranks and what they started.
+
+    Raises:
+        ConfigError, LayoutError: this node cannot run it; nothing was started.
     """
+    from mcore_rl.train.machine import check_node
+
+    check_node(config)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -95,7 +104,7 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
             print(f"mcore-rl: rank {first.local_rank} was ended by signal {-first.exitcode}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else EXIT_RETRYABLE
     except SignalException as error:
-        return 128 + error.sigval
+        return EXIT_RETRYABLE if error.sigval == signal.SIGTERM else 128 + error.sigval
     return EXIT_DONE
 
 

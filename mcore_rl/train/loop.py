@@ -18,6 +18,7 @@ from mcore_rl.train.batch import (
     split_mini_batches,
     token_sequence,
 )
+from mcore_rl.train.checkpoint import end_step
 from mcore_rl.train.evaluate import evaluate
 from mcore_rl.train.metrics import StepMetrics, critic_metrics, policy_metrics, rollout_metrics
 from mcore_rl.train.publish import publish
@@ -26,19 +27,22 @@ from mcore_rl.train.score import log_probs, values
 from mcore_rl.types import PackedBatch
 
 
-def train(config: Config) -> None:
-    """Train the policy of `config` for `train.steps` rollouts.
+def train(config: Config, resume: str | None = None) -> None:
+    """Train the policy of `config` for `train.steps` rollouts, from the beginning or a checkpoint.
 
     Raises:
         McoreRLError: the same on every rank, with the remedy in its message.
     """
-    with start(config) as run:
-        run.log(0, publish(run, 0, run.probe_prompts()) | evaluate(run, 0))
-        for step in range(1, config.train.steps + 1):
+    with start(config, resume) as run:
+        published = publish(run, run.step, run.probe_prompts())
+        if run.step == 0:
+            run.log(0, published | evaluate(run, 0))
+        for step in range(run.step + 1, config.train.steps + 1):
             batch = build_batch(rollout(run, step))
             learned = learn(run, batch, step)
             published = publish(run, step, [s.prompt.token_ids + s.token_ids for s in batch.samples])
             run.log(step, learned | published | evaluate(run, step))
+            end_step(run, step)
 
 
 def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:

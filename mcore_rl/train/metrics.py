@@ -122,6 +122,14 @@ class GradientAlert:
         self._above = self._above + 1 if above else 0
         return self._above == self.PATIENCE
 
+    def state(self) -> dict[str, int]:
+        """As JSON, for a checkpoint."""
+        return {"above": self._above}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continue from `state`."""
+        self._above = state["above"]
+
 
 def quantile(histogram: Tensor, fraction: float) -> float:
     """Upper edge of the MISMATCH_EDGES bin in which `fraction` of the counts is reached; 0 for no counts."""

@@ -22,6 +22,7 @@ from mcore_rl.rewards import RewardFn, load_reward, score_groups
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import LocalServer
 from mcore_rl.rollout.sampler import Rollout, sample_groups
+from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.setup import Trainer, optimizer_of, read_prompts, start_trainer
@@ -76,21 +77,30 @@ class Run(Trainer):
 
 
 @contextmanager
-def start(config: Config) -> Iterator[Run]:
-    """Everything a run needs, undone on exit: process group, model, servers."""
+def start(config: Config, resume: str | None = None) -> Iterator[Run]:
+    """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
     algorithm = configure(config.algorithm.name, config.algorithm.params)
     updates = config.algorithm.mini_batches * config.algorithm.epochs
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     reward = load_reward(config.reward.function)
-    with start_trainer(config, optimizer_steps=policy_steps) as trainer, ExitStack() as stack:
+    with (
+        start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
+        ExitStack() as stack,
+    ):
+        alert = GradientAlert()
+        trainer.stateful["alert"] = alert
         reference = build_reference(config, trainer.mesh) if algorithm.needs_reference else None
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
+        if critic is not None:
+            trainer.optimizers["critic."] = critic.optimizer
+        restore(trainer)  # before a server starts on the policy's weights
         weights_dir = config.publish.dir or config.run.dir / "weights"
         urls = server_urls(config, trainer.policy, weights_dir, stack)
         r = config.rollout
         clients = [RolloutClient(url, api_key_env=r.api_key_env, timeout=r.timeout) for url in urls]
         on_main(trainer.mesh, lambda: wait_for_servers(clients, r.start_timeout))
-        on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
+        if trainer.saved is None:
+            on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
         yield Run(
             **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
             algorithm=algorithm,
@@ -99,7 +109,7 @@ def start(config: Config) -> Iterator[Run]:
             ),
             reference=reference,
             critic=critic,
-            alert=GradientAlert(),
+            alert=alert,
             reward=reward,
             eval_prompts=load_eval(config, trainer.tokenizer),
             clients=clients,
@@ -123,6 +133,7 @@ def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
         mesh,
         precision=m.precision,
         random_seed=config.run.seed if m.random_init else None,
+        recompute=config.train.recompute,
         ddp=ddp_config(distributed=config.optimizer.distributed),
     )
     steps = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs

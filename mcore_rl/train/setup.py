@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mcore_rl.checkpoint import Checkpoints, Saved
 from mcore_rl.config import Config, to_toml
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
@@ -22,13 +24,15 @@ from mcore_rl.data.prompts import PromptSet, load_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.metrics import Progress, StepLog, Timers
 from mcore_rl.model import platform
+from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
-from mcore_rl.model.spec import check_layout, read_architecture, read_hf_config
+from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of
+from mcore_rl.train.checkpoint import Stateful, find_start, leave_on_sigterm, open_checkpoints
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """a tokenizer has one of them"""
@@ -51,6 +55,21 @@ class Trainer:
     timers: Timers
     step_log: StepLog
     progress: Progress
+    optimizers: dict[str, Optimizer]
+    """prefix of its tensors in a checkpoint -> the optimizer of each model in training"""
+    stateful: dict[str, Stateful]
+    """what else a checkpoint holds, by name"""
+    checkpoints: Checkpoints | None
+    """None where nothing is saved or resumed"""
+    saved: Saved | None
+    """what the run continues from"""
+    leave: threading.Event
+    """set when this rank is asked to leave"""
+
+    @property
+    def step(self) -> int:
+        """The step that the run continues after; 0 at the beginning."""
+        return self.saved.step if self.saved is not None else 0
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Write a step to metrics.jsonl and say it on the main rank."""
@@ -61,11 +80,14 @@ class Trainer:
 
 
 @contextmanager
-def start_trainer(config: Config, *, optimizer_steps: int) -> Iterator[Trainer]:
+def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -> Iterator[Trainer]:
     """Join the process group, build the model at the config's layout, open the run directory; undone on exit.
+
+    The caller adds what it trains besides to `optimizers` and `stateful`, then calls `checkpoint.restore`.
 
     Args:
         optimizer_steps: of the whole run; a decaying learning rate reaches 0 there.
+        resume: `latest`, `previous` or the path of a checkpoint; None starts at the beginning.
 
     Raises:
         ConfigError, LayoutError, DataError: before any weight is built, where the cause allows it.
@@ -76,13 +98,18 @@ def start_trainer(config: Config, *, optimizer_steps: int) -> Iterator[Trainer]:
     with process_group(config.train.step_timeout):
         mesh = build_mesh(layout, timeout=config.train.step_timeout)
         try:
-            yield build_trainer(config, mesh, optimizer_steps)
+            with open_checkpoints(config, mesh, resume) as checkpoints:
+                saved = find_start(config, mesh, resume)
+                trainer = build_trainer(config, mesh, optimizer_steps, keep_log=saved is not None)
+                trainer.checkpoints, trainer.saved = checkpoints, saved
+                with leave_on_sigterm(active=bool(config.checkpoint.every)) as trainer.leave:
+                    yield trainer
         finally:
             destroy_mesh()
 
 
-def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int) -> Trainer:
-    """The parts of a run at `mesh`; every rank calls it."""
+def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log: bool = False) -> Trainer:
+    """The parts of a run at `mesh`; every rank calls it. An older log is replaced, unless `keep_log`."""
     tokenizer = load_tokenizer(config)
     prompts = read_prompts(config, config.data.train, tokenizer)
     policy = build_policy(
@@ -90,22 +117,30 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int) -> Trainer:
         mesh,
         precision=config.model.precision,
         random_seed=config.run.seed if config.model.random_init else None,
+        recompute=config.train.recompute,
         ddp=ddp_config(distributed=config.optimizer.distributed),
     )
     check_gradient_scale(policy)
+    optimizer = optimizer_of(config, policy, optimizer_steps)
+    cursor = PromptCursor(prompts, config.run.seed)
     on_main(mesh, lambda: write_resolved(config))
     return Trainer(
         config=config,
         mesh=mesh,
         policy=policy,
-        optimizer=optimizer_of(config, policy, optimizer_steps),
+        optimizer=optimizer,
         shape=shape_of(config, mesh),
         tokenizer=tokenizer,
         prompts=prompts,
-        cursor=PromptCursor(prompts, config.run.seed),
+        cursor=cursor,
         timers=Timers(),
-        step_log=StepLog(config.run.dir, rank=mesh.rank),
+        step_log=StepLog(config.run.dir, rank=mesh.rank, resume_step=sys.maxsize if keep_log else None),
         progress=Progress(config.train.steps),
+        optimizers={"": optimizer},
+        stateful={"cursor": cursor},
+        checkpoints=None,
+        saved=None,
+        leave=threading.Event(),
     )
 
 

@@ -17,18 +17,21 @@ from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.control import reduce_sums
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.batch import pack_share
+from mcore_rl.train.checkpoint import end_step, restore
 from mcore_rl.train.metrics import head_metrics
 from mcore_rl.train.setup import Trainer, start_trainer
 from mcore_rl.types import PackedBatch, Prompt
 
 
-def train_supervised(config: Config) -> None:
+def train_supervised(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model."""
-    with start_trainer(config, optimizer_steps=config.train.steps) as run:
-        for step in range(1, config.train.steps + 1):
+    with start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as run:
+        restore(run)
+        for step in range(run.step + 1, config.train.steps + 1):
             with run.timers("train"):
                 metrics = train_step(run, run.cursor.next(config.supervised.batch_size))
             run.log(step, metrics)
+            end_step(run, step)
         run.policy.export(config.run.dir / "model")
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.model import platform
+from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
-from mcore_rl.model.spec import read_hf_config
 from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.model.weights_io import gather_hf
 from mcore_rl.parallel.control import reduce_maxima, reduce_sums

@@ -40,7 +40,7 @@ def save(kind, config, directory: Path) -> Path:
     model = kind(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # all ones at first, which would hide a norm that is not loaded
+            if "norm" in name or name.endswith("bias"):  # all ones or zeros: one not loaded would not be seen
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory

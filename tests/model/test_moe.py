@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.mapping import Mapping, global_parameters
-from mcore_rl.model.spec import check_layout, padded_vocab, read_architecture
+from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
 from tests.model.support import at_layout, expected_log_probs, scored_log_probs, sequences

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import step, weights_io
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.mapping import Mapping, global_parameters
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
-from mcore_rl.model.spec import check_layout, padded_vocab, read_architecture
+from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.launch import Pool
@@ -142,8 +143,11 @@ def test_an_index_cannot_point_out_of_its_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+        (
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3",
+        ),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported, only "silu"'),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
     ],

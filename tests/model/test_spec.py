@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mcore_rl.model.spec import read_architecture, transformer_config
+from mcore_rl.model.architecture import read_architecture
+from mcore_rl.model.spec import transformer_config
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.verify_layouts import problem
 

@@ -1,0 +1,16 @@
+"""Training checkpoints: sharded, committed whole, read back at any layout."""
+
+from mcore_rl.checkpoint.checkpoints import Checkpoints
+from mcore_rl.checkpoint.directory import Saved, committed, find
+from mcore_rl.checkpoint.pieces import count_updates, model_pieces, optimizer_pieces, set_updates
+
+__all__ = [
+    "Checkpoints",
+    "Saved",
+    "committed",
+    "count_updates",
+    "find",
+    "model_pieces",
+    "optimizer_pieces",
+    "set_updates",
+]

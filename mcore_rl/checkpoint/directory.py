@@ -1,0 +1,264 @@
+"""A directory of checkpoints: how one comes into being whole, is found, checked and removed.
+
+    step_12.partial/    being written, or left by a crash
+    step_12/            whole: data, manifest.json (size, SHA-256 of every file), COMMITTED (of the manifest)
+    LOCK                held by the job that writes here
+
+COMMITTED is written last and the directory renamed after it, each step durable before the next. So a
+directory `step_N` with COMMITTED is whole, and after a crash at any point the one before it still is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.checkpoint.image import Written, write_file
+from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
+
+COMMITTED = "COMMITTED"
+MANIFEST = "manifest.json"
+LOCK = "LOCK"
+FORMAT = 1
+"""of manifest.json"""
+
+_STEP = re.compile(r"step_(\d+)")
+_PARTIAL = ".partial"
+_SUPERSEDED = ".superseded"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint whose manifest is intact."""
+
+    path: Path
+    step: int
+    files: Mapping[str, tuple[int, str]]
+    """name -> (bytes, SHA-256)"""
+    document: Mapping[str, Any]
+    """what the run keeps besides tensors, as JSON"""
+
+    def check(self, names: Sequence[str] | None = None) -> None:
+        """Compare files (all by default) with the manifest.
+
+        Raises:
+            DamagedCheckpointError: names the first that is missing, cut, changed or not a plain file.
+        """
+        for name in self.files if names is None else names:
+            _check_file(self.path / name, *self.files[name])
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise _damaged(path, "is missing or not a plain file")
+    if path.stat().st_size != size:
+        raise _damaged(path, f"has {path.stat().st_size} bytes, {size} were written")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise _damaged(path, "does not have the checksum that was written")
+
+
+def _damaged(path: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} {what}: this checkpoint is damaged; use --resume previous")
+
+
+def committed(root: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the committed checkpoints under `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    steps = ((_STEP.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match[1]), path) for match, path in steps if match and (path / COMMITTED).is_file())
+
+
+def find(root: Path, which: str) -> Saved:
+    """The checkpoint that `--resume` names: `latest`, `previous`, or a path.
+
+    Raises:
+        ConfigError: there is none.
+        DamagedCheckpointError: its manifest is not what was committed.
+    """
+    if which not in ("latest", "previous"):
+        return read(Path(which))
+    known, back = committed(root), {"latest": 1, "previous": 2}[which]
+    if len(known) < back:
+        raise ConfigError(
+            f"--resume {which}: {root} holds {len(known)} committed checkpoints; give the path of one, or "
+            "start without --resume"
+        )
+    return read(known[-back][1])
+
+
+def read(path: Path) -> Saved:
+    """The checkpoint in `path`, its manifest checked; `Saved.check` checks the rest. Raises as `find`."""
+    try:
+        mark, manifest = (path / COMMITTED).read_text(), (path / MANIFEST).read_bytes()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            f"--resume: {path} is no committed checkpoint (it lacks {COMMITTED} or {MANIFEST})"
+        ) from None
+    if mark.strip() != hashlib.sha256(manifest).hexdigest() or (path / MANIFEST).is_symlink():
+        raise _damaged(path / MANIFEST, f"is not the one that {COMMITTED} stands for")
+    try:
+        content = json.loads(manifest)
+        version = content["format"]
+        files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in content["files"].items()}
+        saved = Saved(path, int(content["step"]), files, dict(content["run"]))
+        escaping = [name for name in files if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path / MANIFEST, f"cannot be read ({error})") from None
+    if version != FORMAT or escaping:
+        raise ConfigError(f"{path / MANIFEST}: format {version} {escaping}, this version reads {FORMAT}")
+    return saved
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run, for the one process that writes them: the main rank's."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        """`keep`: committed checkpoints that stay, the newest."""
+        self.root = root
+        self._keep = keep
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory, and clear away what a crash left in it.
+
+        The lock ends with the process, however that ends.
+
+        Raises:
+            CheckpointError: another job holds it, or the directory cannot be written.
+        """
+        with _reported(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / LOCK).open("a+")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise CheckpointError(
+                    f"{self.root} is in use by {file.read().strip() or 'another job'}: two jobs would "
+                    "destroy each other's checkpoints. Wait for it, or give this run a directory of its own"
+                ) from None
+            with _reported(self.root):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                self._recover()
+            yield
+
+    def _recover(self) -> None:
+        """Finish or remove what was begun: only a whole checkpoint is ever kept."""
+        for path in sorted(self.root.glob(f"step_*{_PARTIAL}")):
+            try:
+                whole = read(path)
+                whole.check()
+            except (CheckpointError, ConfigError):
+                shutil.rmtree(path)
+            else:
+                self._publish(path, self.root / f"step_{whole.step}")
+        for path in self.root.glob(f"step_*{_SUPERSEDED}"):
+            final = path.with_name(path.name.removesuffix(_SUPERSEDED))
+            shutil.rmtree(path) if final.exists() else path.rename(final)
+        for path in self.root.glob("step_*"):
+            if _STEP.fullmatch(path.name) and not (path / COMMITTED).exists():  # its removal was interrupted
+                shutil.rmtree(path)
+
+    def begin(self, step: int, size: int) -> Path:
+        """An empty directory to write `step` into.
+
+        Raises:
+            CheckpointError: it cannot be made, or has no room for `size` bytes.
+        """
+        partial = self.root / f"step_{step}{_PARTIAL}"
+        with _reported(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            free = shutil.disk_usage(partial).free
+        if free < size:
+            raise CheckpointError(
+                f"{partial}: needs {size} bytes, {free} are free; make room, lower checkpoint.keep, or set "
+                "checkpoint.dir to a larger disk"
+            )
+        return partial
+
+    def commit(
+        self,
+        partial: Path,
+        step: int,
+        data: Sequence[Written],
+        side: Mapping[str, bytes],
+        document: Mapping[str, Any],
+    ) -> Path:
+        """Make `partial`, in which the `data` files lie, the checkpoint of `step`; then remove old ones.
+
+        Raises:
+            CheckpointError: a file cannot be written; no checkpoint was touched.
+        """
+        with _reported(partial):
+            files = [*data, *(write_file(partial / name, content) for name, content in side.items())]
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "run": document,
+                "files": {file.name: [file.size, file.sha256] for file in files},
+            }
+            written = write_file(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+            _sync(partial)
+            write_file(partial / COMMITTED, f"{written.sha256}\n".encode())
+            _sync(partial)
+            final = self.root / f"step_{step}"
+            self._publish(partial, final)
+            self._prune(final)
+        return final
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        superseded = final.with_name(final.name + _SUPERSEDED)
+        if final.exists():  # a run that resumed before this step reaches it again
+            shutil.rmtree(superseded, ignore_errors=True)
+            final.rename(superseded)
+        partial.rename(final)
+        _sync(self.root)
+        shutil.rmtree(superseded, ignore_errors=True)
+
+    def _prune(self, newest: Path) -> None:
+        """Keep `newest` and those before it; later steps belong to a history that a resume has left."""
+        known = [path for _, path in committed(self.root)]
+        at = known.index(newest)
+        for path in [*known[: max(0, at + 1 - self._keep)], *known[at + 1 :]]:
+            (path / COMMITTED).unlink()  # from here on it is none, wherever the removal is interrupted
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _reported(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_error(place, error) from error
+
+
+def write_error(place: Path, error: OSError) -> CheckpointError:
+    """Why nothing can be written at `place`, for people."""
+    return CheckpointError(
+        f"{error.filename or place}: {error.strerror or error}; earlier checkpoints are untouched. Make room "
+        "or make it writable, or set checkpoint.dir to another place"
+    )
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

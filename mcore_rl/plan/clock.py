@@ -1,0 +1,103 @@
+"""Seconds of one step, phase by phase: counted work over the hardware's peak, times one efficiency each.
+
+The efficiencies are fitted to one published step and nothing else; published.py compares the model with it
+and with steps that it was not fitted to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from mcore_rl.data.balance import ModelShape
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.plan.memory import kv_bytes_per_token, weight_bytes
+from mcore_rl.plan.work import Work
+
+PEAK_FLOPS = 989e12
+"""bf16 without sparsity, of one H100 SXM; fp8 is estimated as bf16"""
+PEAK_BYTES = 3.35e12
+"""HBM bytes per second of one H100 SXM"""
+SERVER_GPUS = 8
+"""of one server; a model that does not fit into half their memory needs another fleet than this estimate's"""
+
+LINKS = {"disk 2 GB/s": 2e9, "100 Gb/s": 12.5e9, "400 Gb/s": 50e9, "NVLink 450 GB/s": 450e9}
+"""name -> bytes per second of the one link that a whole copy of the weights passes"""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Share of the peak that each phase reaches."""
+
+    train: float = 0.24
+    """of FLOP/s, forward and backward, the pipeline's bubble apart"""
+    log_probs: float = 0.25
+    """of FLOP/s, forward only"""
+    generate: float = 0.54
+    """of HBM bytes per second while decoding"""
+    publish: float = 10e9
+    """bytes per second at which a new policy reaches the servers"""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The servers that sample."""
+
+    gpus: int
+    tensor: int
+    """GPUs that one copy of the weights is cut over"""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one step."""
+
+    generate: float
+    log_probs: float
+    train: float
+    publish: float
+
+    @property
+    def total(self) -> float:
+        """One phase after the other, as a synchronous step runs them."""
+        return sum(asdict(self).values())
+
+
+def step_seconds(
+    shape: ModelShape,
+    parameters: int,
+    layout: Layout,
+    work: Work,
+    fleet: Fleet,
+    efficiency: Efficiency | None = None,
+) -> Seconds:
+    """Estimate one step; `parameters` of the whole model, `shape` for its FLOPs."""
+    e = efficiency or Efficiency()
+    forward = work.forward_flops(shape) / (layout.world_size * PEAK_FLOPS)
+    passes = 4 if work.recompute == "full" else 3
+    scoring = work.old_log_prob_share + work.reference + work.critic + work.reward_model
+    return Seconds(
+        generate=generate_seconds(shape, parameters, work, fleet, e.generate) if work.generates else 0.0,
+        log_probs=forward * scoring / e.log_probs / (1 - work.bubble(layout)),
+        train=forward * passes * work.epochs * (1 + work.critic) / e.train / (1 - work.bubble(layout)),
+        publish=weight_bytes(work.precision) * parameters / e.publish if work.generates else 0.0,
+    )
+
+
+def generate_seconds(
+    shape: ModelShape, parameters: int, work: Work, fleet: Fleet, efficiency: float
+) -> float:
+    """Decoding reads the weights once per token of the longest response, and every sample's keys and values.
+
+    All samples are in flight at once: the longest response sets the number of decoding steps.
+    """
+    copies = max(1, fleet.gpus // fleet.tensor)
+    weights = 2 * parameters * work.longest_response / fleet.tensor
+    r, p = work.response_tokens, work.prompt_tokens
+    cache = kv_bytes_per_token(shape) * (p * r + r * r / 2) * work.samples / copies / fleet.tensor
+    arithmetic = work.forward_flops(shape) / (fleet.gpus * PEAK_FLOPS)
+    return (weights + cache) / PEAK_BYTES / efficiency + arithmetic / efficiency
+
+
+def publish_seconds(parameters: int, precision: str) -> dict[str, float]:
+    """Seconds for one whole copy of the weights over each of LINKS."""
+    return {name: weight_bytes(precision) * parameters / speed for name, speed in LINKS.items()}

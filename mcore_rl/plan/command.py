@@ -1,0 +1,97 @@
+"""`mcore-rl plan`: from a config and a number of GPUs to layouts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+from mcore_rl.config import Config, load_config
+from mcore_rl.data.balance import model_shape
+from mcore_rl.errors import LayoutError
+from mcore_rl.model.architecture import read_architecture, read_hf_config
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.plan.clock import SERVER_GPUS, Fleet
+from mcore_rl.plan.count import count_policy, distinct
+from mcore_rl.plan.memory import GIB
+from mcore_rl.plan.search import ENOUGH_SPARE, Problem, evaluate, search
+from mcore_rl.plan.show import table, to_json
+from mcore_rl.plan.work import work_of
+from mcore_rl.train.setup import layout_of
+
+
+def plan(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    gpus: int | None = None,
+    gpu_memory: float = 80.0,
+    server_gpus: int | None = None,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+    reward_model: bool = False,
+    colocated: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Print the plan of the config at `path`; 0 when its own layout fits with ENOUGH_SPARE.
+
+    Args:
+        gpus: training GPUs; default: one replica of the config's layout, or parallel.data of them.
+        gpu_memory: GiB of each.
+        server_gpus: GPUs of the servers; default: SERVER_GPUS for each of rollout.urls, or the training GPUs
+            where `colocated`.
+        prompt_tokens, response_tokens: mean lengths; default: the config's limits.
+        reward_model: hold a frozen model of the policy's size on the training ranks too.
+        colocated: the servers' weights and KV cache are on the training GPUs.
+
+    Raises:
+        ConfigError: the config or the model's config.json.
+        LayoutError: the config's layout is illegal, or does not fit; printed plans say what does.
+    """
+    config = load_config(path, overrides)
+    arch, shape = read_architecture(config.model.path), model_shape(read_hf_config(config.model.path))
+    layout = configured_layout(config, gpus)
+    work = work_of(
+        config,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        reward_model=reward_model,
+        colocated=colocated,
+    )
+    servers = layout.world_size if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))
+    fleet = fleet_of(distinct(count_policy(arch, Layout()), Layout()), server_gpus or servers, gpu_memory)
+    problem = Problem(arch, shape, work, fleet, gpu_memory * GIB)
+    configured = evaluate(problem, layout)
+    plans, illegal = search(problem, layout.world_size)
+    text = table(problem, configured, plans, illegal)
+    print(text, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(to_json(problem, configured, plans, illegal)))
+    if not configured.fits:
+        raise LayoutError(
+            f"[parallel] of {path} leaves {configured.spare:.0%} of {gpu_memory:g} GiB, and "
+            f"{ENOUGH_SPARE:.0%} are wanted; take one of the layouts above that fit, or lower "
+            "train.tokens_per_micro_batch"
+        )
+    return 0
+
+
+def configured_layout(config: Config, gpus: int | None) -> Layout:
+    """The layout of [parallel] on `gpus`; LayoutError where they do not divide."""
+    replica = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    layout = layout_of(config, gpus or replica * (config.parallel.data or 1))
+    if gpus is not None and layout.world_size != gpus:
+        raise LayoutError(
+            f"--gpus {gpus}: [parallel] is {layout} and takes {replica} GPUs per replica; give a multiple of "
+            f"{replica}, or change parallel.*"
+        )
+    return layout
+
+
+def fleet_of(parameters: int, gpus: int, gpu_memory: float) -> Fleet:
+    """Servers as small as leaves half of their GPUs' memory to the KV cache."""
+    needed = ceil(2 * parameters / (gpu_memory * GIB / 2))
+    tensor = next((n for n in (1, 2, 4, 8) if n >= needed), SERVER_GPUS)
+    return Fleet(gpus, min(tensor, gpus))

@@ -1,0 +1,238 @@
+"""Bytes on one rank of every pipeline stage, by component.
+
+Parameters, gradients and optimizer state are exact. Activations count what autograd keeps of Megatron's
+layers with the portable norm and attention (model/portable.py), for full micro-batches of equal lengths;
+`tests/plan/test_memory.py` compares them with what a step really keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import prod
+
+from mcore_rl.data.balance import ModelShape
+from mcore_rl.model.architecture import Architecture
+from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.spec import padded_vocab
+from mcore_rl.parallel.head import TILE_ROWS
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
+from mcore_rl.plan.work import Work
+
+GIB = 1 << 30
+OTHER = 3 * GIB
+"""CUDA context, NCCL buffers and fragmentation of one rank: an allowance, not a measurement"""
+SERVER_MEMORY_SHARE = 0.5
+"""of the KV cache that all samples of a step would need at once; servers queue the rest"""
+_SWIGLU = 5
+"""widths that a SwiGLU keeps where no kernel fuses it: gate and up, silu(gate), up again, their product"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    reference: float = 0
+    critic: float = 0
+    """its weights, gradients and optimizer state"""
+    reward_model: float = 0
+    activations: float = 0
+    """kept from forward to backward"""
+    layer_backward: float = 0
+    """while one layer is in its backward pass"""
+    head: float = 0
+    publish: float = 0
+    """buffers of a gather for the servers"""
+    server_weights: float = 0
+    kv_cache: float = 0
+    other: float = OTHER
+
+    @property
+    def step(self) -> float:
+        """At most during forward and backward: the head and the layers take turns."""
+        return self.activations + max(self.layer_backward, self.head)
+
+    @property
+    def total(self) -> float:
+        """At the worst moment: training and publishing take turns too."""
+        turns = self.activations + self.layer_backward + self.head + self.publish
+        return sum(asdict(self).values()) - turns + max(self.step, self.publish)
+
+
+def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]:
+    """Of each pipeline stage, first to last."""
+    policy = count_policy(arch, layout)
+    critic = count_critic(arch, layout) if work.critic else [StageCount()] * layout.pipeline
+    size = weight_bytes(work.precision)
+    return [
+        Memory(
+            weights=_weights(count, work.precision),
+            gradients=4 * count.total,
+            optimizer=optimizer_bytes(count, layout, work),
+            reference=size * count.total * work.reference,
+            critic=_trained(critic[stage], layout, work),
+            reward_model=size * count.total * work.reward_model,
+            activations=kept_bytes(arch, layout, work, stage),
+            layer_backward=backward_bytes(arch, layout, work, stage),
+            head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
+            publish=publish_bytes(arch, layout, work.precision),
+            server_weights=_server_weights(policy, layout) * work.colocated,
+            kv_cache=_kv_cache(arch, layout, work) * work.colocated,
+        )
+        for stage, count in enumerate(policy)
+    ]
+
+
+def weight_bytes(precision: str) -> int:
+    """Of one parameter or activation."""
+    return {"fp32": 4, "bf16": 2, "fp8": 2}[precision]
+
+
+def _weights(count: StageCount, precision: str) -> float:
+    """fp8 keeps bf16 weights, and row- and column-wise fp8 copies of the layers' matrices beside them."""
+    copies = 2 * (count.matrices + count.experts) if precision == "fp8" else 0
+    return weight_bytes(precision) * count.total + copies
+
+
+def optimizer_bytes(count: StageCount, layout: Layout, work: Work) -> float:
+    """Adam's two moments in fp32, and fp32 weights where the model's are not; sharded where distributed."""
+    per_parameter = 8 if work.precision == "fp32" else 12
+    if not work.distributed_optimizer:
+        return per_parameter * count.total
+    replicas = layout.data * layout.context
+    expert_replicas = layout.data * layout.context * layout.tensor / layout.expert
+    return per_parameter * (count.dense / replicas + count.experts / expert_replicas)
+
+
+def _trained(count: StageCount, layout: Layout, work: Work) -> float:
+    return _weights(count, work.precision) + 4 * count.total + optimizer_bytes(count, layout, work)
+
+
+# --- activations ----------------------------------------------------------------------------------------
+
+
+def kept_bytes(arch: Architecture, layout: Layout, work: Work, stage: int) -> float:
+    """Kept from forward to backward on a stage: all of a layer, or its input if it is computed again."""
+    layers, tokens = layers_of(stage, arch.layers, layout), _tokens(layout, work)
+    if work.recompute == "full":
+        kept = len(layers) * weight_bytes(work.precision) * arch.hidden / _sequence(layout)
+    else:
+        kept = sum(_kept_of_layer(arch, layout, work, layer) for layer in layers)
+    return kept * tokens * _in_flight(layout, work, stage)
+
+
+def backward_bytes(arch: Architecture, layout: Layout, work: Work, stage: int) -> float:
+    """The largest layer of a stage in its backward pass, with all it keeps if that is computed again."""
+    again = work.recompute == "full"
+    return _tokens(layout, work) * max(
+        _working_set(arch, layout, work, layer) + again * _kept_of_layer(arch, layout, work, layer)
+        for layer in layers_of(stage, arch.layers, layout)
+    )
+
+
+def _tokens(layout: Layout, work: Work) -> float:
+    """Of a micro-batch on one rank, before sequence parallelism."""
+    return min(work.tokens_per_micro_batch, work.tokens / work.mini_batches / layout.data) / layout.context
+
+
+def _in_flight(layout: Layout, work: Work, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at most, in units of all its layers (1F1B)."""
+    virtual = layout.virtual_pipeline or 1
+    available = work.micro_batches(layout)
+    if virtual == 1:
+        return min(available, layout.pipeline - stage)
+    # Megatron's interleaved schedule: warm-up chunks of this stage, and the one at work.
+    chunks = 2 * (layout.pipeline - stage - 1) + (virtual - 1) * layout.pipeline + 1
+    return min(available * virtual, chunks) / virtual
+
+
+def _sequence(layout: Layout) -> int:
+    return layout.tensor if layout.sequence else 1
+
+
+def _norm(width: float, precision: str) -> float:
+    """Bytes per token that an RMSNorm over `width` keeps: its fp32 input, the normalized and the product."""
+    return width * (4 + 2 * weight_bytes(precision))
+
+
+def _kept_of_layer(arch: Architecture, layout: Layout, work: Work, layer: int) -> float:
+    """Bytes per token of this rank that autograd keeps of one layer without recompute."""
+    size = weight_bytes(work.precision)
+    hidden = arch.hidden / _sequence(layout)
+    query, key = (heads * arch.head_dim / layout.tensor for heads in (arch.heads, arch.kv_heads))
+    attention = size * (query + 2 * key)  # padded copies of query, key and value
+    attention += size * 2 * query  # what attention answers with, padded and packed
+    attention += size * 4 * arch.head_dim  # sines and cosines of the rotation, for queries and for keys
+    if arch.qk_norm:
+        attention += (query + key) * (4 + size)  # the fp32 input and the normalized
+    norms = 2 * _norm(hidden, work.precision)
+    mlp = _experts_of_layer(arch, hidden_tokens=1 / layout.tensor, size=size)
+    if not arch.is_sparse(layer):
+        mlp = size * _SWIGLU * arch.intermediate / layout.tensor
+    return norms + attention + mlp
+
+
+def _experts_of_layer(arch: Architecture, hidden_tokens: float, size: int) -> float:
+    """A rank's experts get as many tokens as it sends, on average: each `per_token` times."""
+    if arch.experts is None:
+        return 0.0
+    routed = arch.experts.per_token * (3 * arch.hidden + _SWIGLU * arch.experts.intermediate) * size
+    return hidden_tokens * (routed + 8 * arch.experts.count)
+
+
+def _working_set(arch: Architecture, layout: Layout, work: Work, layer: int) -> float:
+    """Gradients alive at once in a layer's backward pass: three of the MLP's width, two of its input."""
+    size = weight_bytes(work.precision)
+    width = 3 * arch.intermediate / layout.tensor
+    if arch.experts is not None and arch.is_sparse(layer):
+        width = 3 * arch.experts.intermediate * arch.experts.per_token / layout.tensor
+    gathered = arch.hidden  # sequence parallelism gathers the input of a column-parallel layer again
+    return size * (width + 2 * gathered)
+
+
+def head_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
+    """Last stage: hidden states gathered and picked, their gradients, two fp32 tiles, dW of a tile."""
+    size, local = weight_bytes(work.precision), padded_vocab(arch, layout.tensor) // layout.tensor
+    tokens = _tokens(layout, work)
+    scored = tokens * work.response_tokens / max(1.0, work.prompt_tokens + work.response_tokens)
+    rows = min(TILE_ROWS, scored)
+    hidden = arch.hidden * size * (2 * tokens * (_sequence(layout) > 1) + 2 * scored)
+    tiles = rows * local * (2 * 4 + size)
+    product = local * arch.hidden * (0 if size == 4 else 4)  # fp32 main_grad takes an fp32 product directly
+    return hidden + tiles + product + _norm(arch.hidden / _sequence(layout), work.precision) * tokens
+
+
+# --- servers --------------------------------------------------------------------------------------------
+
+
+def publish_bytes(arch: Architecture, layout: Layout, precision: str) -> float:
+    """The largest parameter, gathered over tensor-parallel ranks and arranged as Hugging Face stores it."""
+    return weight_bytes(precision) * _largest_parameter(arch) * (2 if layout.tensor > 1 else 1)
+
+
+@lru_cache
+def _largest_parameter(arch: Architecture) -> int:
+    mapping = Mapping(arch, arch.vocab)
+    shapes = mapping.hf_shapes()
+    return max(sum(prod(shapes[name]) for name in entry.hf) for entry in mapping.entries())
+
+
+def _server_weights(policy: Sequence[StageCount], layout: Layout) -> float:
+    """bf16 weights of a server that is cut over as many GPUs as the policy is tensor-parallel."""
+    whole = sum(stage.dense + stage.experts * layout.expert / layout.tensor for stage in policy)
+    return 2 * whole
+
+
+def kv_bytes_per_token(arch: Architecture | ModelShape) -> float:
+    """bf16 keys and values of one token in all layers."""
+    return 2 * 2 * arch.layers * arch.kv_heads * arch.head_dim
+
+
+def _kv_cache(arch: Architecture, layout: Layout, work: Work) -> float:
+    length = work.prompt_tokens + work.response_tokens
+    return SERVER_MEMORY_SHARE * work.samples * length * kv_bytes_per_token(arch) / layout.world_size

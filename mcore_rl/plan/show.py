@@ -1,0 +1,108 @@
+"""A plan for people, and as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.plan.clock import publish_seconds
+from mcore_rl.plan.memory import GIB, Memory
+from mcore_rl.plan.search import ENOUGH_SPARE, Plan, Problem
+
+SHOWN = 10
+"""legal layouts in the table, and illegal ones below it"""
+
+
+def to_json(
+    problem: Problem, configured: Plan, plans: Sequence[Plan], illegal: Mapping[Layout, str]
+) -> dict[str, Any]:
+    """Memory in GiB, time in seconds; `layouts` are the legal ones, best first."""
+    forward = problem.work.forward_flops(problem.shape)
+    return {
+        "family": problem.arch.family,
+        "parameters": problem.parameters,
+        "gpus": configured.layout.world_size,
+        "gpu_memory_gib": problem.gpu_memory / GIB,
+        "forward_flops": forward,
+        "publish_seconds": publish_seconds(problem.parameters, problem.work.precision),
+        "configured": plan_json(configured),
+        "layouts": [plan_json(plan) for plan in plans],
+        "illegal": [{"layout": str(layout), "why": why} for layout, why in illegal.items()],
+    }
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """One entry of `layouts`."""
+    return {
+        "layout": str(plan.layout),
+        "parallel": asdict(plan.layout),
+        "fits": plan.fits,
+        "spare": plan.spare,
+        "micro_batches": plan.micro_batches,
+        "bubble": plan.bubble,
+        "seconds": asdict(plan.seconds) | {"total": plan.seconds.total},
+        "stages": [_gib(memory) for memory in plan.stages],
+    }
+
+
+def _gib(memory: Memory) -> dict[str, float]:
+    sizes = asdict(memory) | {"total": memory.total}
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def table(problem: Problem, configured: Plan, plans: Sequence[Plan], illegal: Mapping[Layout, str]) -> str:
+    """What a person decides by: the configured layout in full, then the best ones, then what cannot be."""
+    lines = [*_head(problem, configured), *_stages(configured), ""]
+    best = list(plans[:SHOWN])
+    gpus = configured.layout.world_size
+    lines.append(f"Legal layouts of {gpus} GPUs, best first ({len(best)} of {len(plans)}; * is the config's)")
+    lines.append(
+        f"  {'layout':26} {'GiB':>6} {'spare':>6} {'m.b.':>5} {'bubble':>6}"
+        f" {'generate':>8} {'scores':>7} {'train':>7} {'publish':>7} {'step':>7}"
+    )
+    lines += [_row(plan, "*" if plan.layout == configured.layout else " ") for plan in best]
+    if configured.layout not in [plan.layout for plan in best]:
+        lines.append(_row(configured, "*"))
+    if illegal:
+        lines += ["", f"Not legal ({min(SHOWN, len(illegal))} of {len(illegal)}; --json has all)"]
+        lines += [f"  {layout!s:26} {why}" for layout, why in list(illegal.items())[:SHOWN]]
+    return "\n".join(lines)
+
+
+def _head(problem: Problem, configured: Plan) -> Iterator[str]:
+    work = problem.work
+    yield (
+        f"{problem.arch.family}: {problem.parameters:,} parameters, {configured.layout.world_size} GPUs of "
+        f"{problem.gpu_memory / GIB:g} GiB, {work.precision}, recompute {work.recompute}"
+    )
+    yield (
+        f"A step: {work.samples} samples of {work.prompt_tokens:g} + {work.response_tokens:g} tokens, "
+        f"{work.mini_batches} x {work.epochs} optimizer steps, one forward pass "
+        f"{work.forward_flops(problem.shape):.3g} FLOP"
+    )
+    times = publish_seconds(problem.parameters, work.precision)
+    yield "One copy of the weights: " + ", ".join(f"{s:.3g} s by {link}" for link, s in times.items())
+    yield ""
+
+
+def _stages(plan: Plan) -> Iterator[str]:
+    """A line per component that is not 0, a column per pipeline stage."""
+    yield f"GiB per rank of {plan.layout}, by pipeline stage (spare {plan.spare:.0%})"
+    columns = [_gib(memory) for memory in plan.stages]
+    for name in columns[0]:
+        sizes = [column[name] for column in columns]
+        if any(sizes):
+            yield f"  {name.replace('_', ' '):16}" + "".join(f"{size:8.2f}" for size in sizes)
+
+
+def _row(plan: Plan, mark: str) -> str:
+    fullest = max(memory.total for memory in plan.stages) / GIB
+    s = plan.seconds
+    verdict = "" if plan.fits else "  does not fit" if plan.spare < 0 else f"  under {ENOUGH_SPARE:.0%} spare"
+    return (
+        f"{mark} {plan.layout!s:26} {fullest:6.1f} {plan.spare:6.0%} {plan.micro_batches:5d}"
+        f" {plan.bubble:6.0%}"
+        f" {s.generate:8.1f} {s.log_probs:7.1f} {s.train:7.1f} {s.publish:7.1f} {s.total:7.1f}{verdict}"
+    )

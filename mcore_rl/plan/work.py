@@ -1,0 +1,100 @@
+"""What one step of a config asks for, in numbers that memory and time follow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.config import Config
+from mcore_rl.data.balance import ModelShape, forward_flops
+from mcore_rl.parallel.mesh import Layout
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rollout step, or one batch of supervised training."""
+
+    samples: int
+    prompt_tokens: float
+    """mean"""
+    response_tokens: float
+    """mean"""
+    longest_response: int
+    longest: int
+    """tokens of the longest sequence that is allowed"""
+    mini_batches: int
+    """optimizer steps per pass over the samples"""
+    epochs: int
+    tokens_per_micro_batch: int
+    precision: str
+    recompute: str
+    distributed_optimizer: bool
+    reference: bool
+    critic: bool
+    reward_model: bool
+    """a frozen model of the policy's size on the training ranks"""
+    colocated: bool
+    """the servers run on the training GPUs"""
+    generates: bool
+    old_log_prob_share: float
+    """of the samples that get a forward pass of the policy before the updates"""
+
+    @property
+    def tokens(self) -> float:
+        """Of one step, prompts included."""
+        return self.samples * (self.prompt_tokens + self.response_tokens)
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Of one optimizer step on one replica, when every micro-batch is full."""
+        tokens = self.tokens / self.mini_batches / layout.data
+        filled = ceil(tokens / self.tokens_per_micro_batch)
+        multiple = layout.pipeline if layout.virtual_pipeline else 1
+        return max(1, ceil(filled / multiple)) * multiple
+
+    def bubble(self, layout: Layout) -> float:
+        """Share of a pipeline's time that a stage waits (arXiv 2104.04473, section 2.2)."""
+        idle = (layout.pipeline - 1) / (layout.virtual_pipeline or 1)
+        return idle / (self.micro_batches(layout) + idle)
+
+    def forward_flops(self, shape: ModelShape) -> float:
+        """Of one forward pass over all samples of a step; only response tokens reach the head."""
+        length = self.prompt_tokens + self.response_tokens
+        scored = np.array([self.response_tokens])
+        return self.samples * float(forward_flops(np.array([length]), shape, scored)[0])
+
+
+def work_of(
+    config: Config,
+    *,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+    reward_model: bool = False,
+    colocated: bool = False,
+) -> Work:
+    """The work of one step of `config`; mean lengths that are not given are the config's limits."""
+    r, a = config.rollout, config.algorithm
+    supervised = config.supervised_only
+    algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params)
+    all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
+    return Work(
+        samples=config.supervised.batch_size if supervised else r.prompts_per_step * r.samples_per_prompt,
+        prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
+        response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,
+        longest_response=r.max_new_tokens,
+        longest=config.data.max_prompt_tokens + r.max_new_tokens,
+        mini_batches=1 if supervised else a.mini_batches,
+        epochs=1 if supervised else a.epochs,
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        precision=config.model.precision,
+        recompute=config.train.recompute,
+        distributed_optimizer=config.optimizer.distributed,
+        reference=not supervised and algorithm.needs_reference,
+        critic=not supervised and algorithm.needs_critic,
+        reward_model=reward_model,
+        colocated=colocated,
+        generates=not supervised,
+        old_log_prob_share=0.0 if supervised else 1.0 if all_old else 1 - 1 / a.mini_batches,
+    )

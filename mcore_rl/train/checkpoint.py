@@ -1,0 +1,186 @@
+"""What a training checkpoint holds, when one is due, and how a run continues from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch.distributed as dist
+
+from mcore_rl.checkpoint import (
+    Checkpoints,
+    Saved,
+    committed,
+    count_updates,
+    find,
+    model_pieces,
+    optimizer_pieces,
+    set_updates,
+)
+from mcore_rl.checkpoint.pieces import Piece
+from mcore_rl.config import Config
+from mcore_rl.errors import ConfigError, PreemptedError
+from mcore_rl.metrics import StepLog
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from mcore_rl.train.setup import Trainer
+
+
+class Stateful(Protocol):
+    """A part of the run with a position of its own, the same on every rank."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from it."""
+        ...
+
+
+@contextmanager
+def open_checkpoints(config: Config, mesh: Mesh, resume: str | None) -> Iterator[Checkpoints | None]:
+    """The run's checkpoints under their lock; None where it neither saves nor resumes. Collective."""
+    if not config.checkpoint.every and resume is None:
+        yield None
+        return
+    checkpoints = Checkpoints(
+        root_of(config),
+        mesh,
+        keep=config.checkpoint.keep,
+        background=config.checkpoint.background,
+        timeout=config.train.step_timeout,
+    )
+    with checkpoints.open():
+        yield checkpoints
+
+
+def root_of(config: Config) -> Path:
+    """Where the run's checkpoints are."""
+    return config.checkpoint.dir or config.run.dir / "checkpoints"
+
+
+def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
+    """What the run continues from; None for the beginning. Collective.
+
+    An attempt that torchrun restarted continues from its latest checkpoint unasked.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or a new run would bury those of another.
+        DamagedCheckpointError: its manifest is damaged.
+    """
+    root = root_of(config)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    def look() -> Saved | None:
+        known = committed(root)
+        if resume is not None or (restarted and known):
+            return find(root, resume or "latest")
+        if config.checkpoint.every and known:
+            raise ConfigError(
+                f"{root} holds the checkpoints of a run up to step {known[-1][0]}: continue it with "
+                "--resume latest, or give this run another run.dir"
+            )
+        return None
+
+    return on_main(mesh, look)
+
+
+def restore(run: Trainer) -> None:
+    """Continue from `run.saved`, where there is one: weights, Adam, schedules, cursor, random states, log.
+
+    Raises:
+        DamagedCheckpointError, ConfigError, DataError: before anything of the run directory is changed.
+    """
+    if run.saved is None or run.checkpoints is None:
+        return
+    document = run.saved.document
+    run.checkpoints.load(run.saved, pieces(run))
+    for prefix, optimizer in run.optimizers.items():
+        set_updates(optimizer, document["updates"][prefix])
+    for name, part in run.stateful.items():
+        part.restore(document["state"][name])
+    run.step_log = StepLog(run.config.run.dir, rank=run.mesh.rank, resume_step=run.step)
+    changed = ", ".join(_changed(document["config"], run.config.model_dump(mode="json")))
+    run.step_log.event("resume", step=run.step, path=str(run.saved.path), changed=changed)
+    if run.mesh.is_main:
+        since = f"; changed since: {changed}" if changed else ""
+        print(f"resumed after step {run.step} from {run.saved.path}{since}", file=sys.stderr, flush=True)
+
+
+def end_step(run: Trainer, step: int) -> None:
+    """Save when it is due, or when a rank was asked to leave (SIGTERM); collective.
+
+    Raises:
+        CheckpointError: on every rank, when this or an earlier save failed.
+        PreemptedError: on every rank, once `step` is saved, when one was asked to leave.
+    """
+    if run.checkpoints is None:
+        return
+    with run.timers("save"):
+        run.checkpoints.poll()
+        leaving = _any_rank(run.mesh, run.leave.is_set())
+        every = run.config.checkpoint.every
+        if leaving or (every and (step % every == 0 or step == run.config.train.steps)):
+            run.checkpoints.save(step, pieces(run), run_document(run))
+        if leaving:
+            run.checkpoints.wait()
+            left = PreemptedError(f"SIGTERM: step {step} is saved; --resume latest continues after it")
+            left.shared = True
+            raise left
+
+
+def pieces(run: Trainer) -> list[Piece]:
+    """Every tensor of the run's models and optimizers on this rank."""
+    return [
+        piece
+        for prefix, optimizer in run.optimizers.items()
+        for piece in (*model_pieces(optimizer.model, prefix), *optimizer_pieces(optimizer, prefix))
+    ]
+
+
+def run_document(run: Trainer) -> dict[str, Any]:
+    """All else, as JSON; the random states are added by Checkpoints."""
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "updates": {prefix: count_updates(optimizer) for prefix, optimizer in run.optimizers.items()},
+        "state": {name: part.state() for name, part in run.stateful.items()},
+    }
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for section, keys in now.items():
+        saved = before.get(section, {})
+        yield from (f"{section}.{key}" for key, value in keys.items() if saved.get(key) != value)
+
+
+def _any_rank(mesh: Mesh, flag: bool) -> bool:
+    flags = [False] * mesh.layout.world_size
+    dist.all_gather_object(flags, flag, group=mesh.world)
+    return any(flags)
+
+
+@contextmanager
+def leave_on_sigterm(active: bool) -> Iterator[threading.Event]:
+    """Set by the first SIGTERM where `active`; the second one has the effect that any had before."""
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    if active:
+        signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

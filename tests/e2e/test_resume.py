@@ -1,0 +1,131 @@
+"""A run that is killed, or asked to leave, continues as if nothing had happened: every part real, at TP=2."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from mcore_rl.checkpoint import committed
+from mcore_rl.metrics import read_metrics
+from tests.checkpoint.support import stored
+from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
+STEPS = 6
+
+
+def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
+    steps = ["--train.steps", str(STEPS), "--checkpoint.every", "2", "--checkpoint.keep", "3"]
+    return ["train", "examples/gspo_tiny.toml", *task.rl, "--run.dir", str(directory), *steps, *flags]
+
+
+def interrupted(arguments: list[str], log: Path, when, number: int) -> int:
+    """Start the command, send `number` to it (SIGKILL: to one of its ranks) once `when()`; its exit code."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
+        )
+    try:
+        end = time.monotonic() + 200
+        while not when():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        ranks = [child for child in psutil.Process(process.pid).children() if "mcore_rl" in child.cmdline()]
+        os.kill(ranks[1].pid if number == signal.SIGKILL else process.pid, number)
+        return process.wait(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(task: Task, tmp_path_factory) -> Path:
+    """The run without a fault."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    done = run(*gspo(task, directory))
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Bitwise, but for times: parameters, moments, schedule, random states, data order, metrics."""
+    last = f"checkpoints/step_{STEPS}"
+    tensors, again = stored(one / last), stored(other / last)
+    assert tensors.keys() == again.keys()
+    assert [key for key in tensors if not torch.equal(tensors[key], again[key])] == []
+    lines, its = timeless(one), timeless(other)
+    assert [line["step"] for line in its] == list(range(STEPS + 1))
+    assert lines == its
+    a, b = documents(one / last), documents(other / last)
+    assert a == b
+
+
+def timeless(directory: Path) -> list[dict]:
+    lines = read_metrics(directory / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def documents(checkpoint: Path) -> dict:
+    from mcore_rl.checkpoint import find
+
+    document = dict(find(checkpoint.parent, str(checkpoint)).document)
+    return {key: document[key] for key in ("updates", "state", "rng", "layout")}
+
+
+def test_a_rank_is_killed_and_the_run_resumed(task: Task, whole: Path, tmp_path: Path) -> None:
+    directory, log = tmp_path / "run", tmp_path / "log"
+    step_3 = lambda: b"step 3/" in log.read_bytes()  # noqa: E731
+    code = interrupted(gspo(task, directory), log, step_3, signal.SIGKILL)
+    assert code == 75, log.read_text()
+    assert b"was ended by signal 9" in log.read_bytes(), "the fault fired"
+    assert [step for step, _ in committed(directory / "checkpoints")] == [2]
+    refused = run(*gspo(task, directory))
+    assert refused.returncode == 2
+    assert "up to step 2: continue it with --resume latest" in refused.stderr
+    done = run(*gspo(task, directory, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 2 from" in done.stderr
+    assert_same(whole, directory)
+    events = read_metrics(directory / "events.jsonl")
+    assert [event["step"] for event in events if event["kind"] == "resume"] == [2]
+
+
+def test_sigterm_saves_and_leaves_with_75(task: Task, whole: Path, tmp_path: Path) -> None:
+    directory, log = tmp_path / "run", tmp_path / "log"
+    step_1 = lambda: b"step 1/" in log.read_bytes()  # noqa: E731
+    code = interrupted(gspo(task, directory), log, step_1, signal.SIGTERM)
+    assert code == 75, log.read_text()
+    assert b"is saved; --resume latest continues after it" in log.read_bytes()
+    (step, _), *_ = reversed(committed(directory / "checkpoints"))
+    assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == step < STEPS
+    done = run(*gspo(task, directory, "--resume", "latest"))
+    assert done.returncode == 0, done.stderr
+    assert_same(whole, directory)
+
+
+def test_a_damaged_checkpoint_is_refused_and_previous_continues(
+    task: Task, whole: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    with (directory / "checkpoints" / f"step_{STEPS}" / "__1_0.distcp").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    refused = run(*gspo(task, directory, "--resume"))
+    assert refused.returncode == 2
+    assert refused.stderr.count("__1_0.distcp does not have the checksum") == 1, refused.stderr
+    assert "--resume previous" in refused.stderr
+    done = run(*gspo(task, directory, "--resume", "previous"))
+    assert done.returncode == 0, done.stderr
+    assert_same(whole, directory)

@@ -1,0 +1,82 @@
+"""The plan's bytes against those of a real model and a real step in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.model.architecture import read_architecture
+from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.plan.memory import stage_memory
+from mcore_rl.plan.work import Work
+from tests.plan.measure import measure
+
+LENGTH, COUNT = 256, 8
+WITHIN = 0.1
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def work(precision: str, recompute: str, length: float = LENGTH) -> Work:
+    return Work(
+        samples=COUNT,
+        prompt_tokens=1.0,
+        response_tokens=length - 1,
+        longest_response=LENGTH,
+        longest=LENGTH,
+        mini_batches=1,
+        epochs=1,
+        tokens_per_micro_batch=LENGTH * COUNT,
+        precision=precision,
+        recompute=recompute,
+        distributed_optimizer=True,
+        reference=False,
+        critic=False,
+        reward_model=False,
+        colocated=False,
+        generates=False,
+        old_log_prob_share=0.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool1():
+    with Pool(1) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_takes_what_the_plan_says(
+    pool1: Pool, directory: Path, precision: str, recompute: str
+) -> None:
+    (measured,) = pool1.run(measure, directory, precision, recompute, LENGTH, COUNT)
+    arch = read_architecture(directory)
+    (planned,) = stage_memory(arch, Layout(), work(precision, recompute))
+    for component in ("weights", "gradients", "optimizer"):
+        assert getattr(planned, component) == measured[component], component
+    assert planned.step == pytest.approx(measured["step"], rel=WITHIN)
+    (shorter,) = stage_memory(arch, Layout(), work(precision, recompute, length=0.7 * LENGTH))
+    assert shorter.step != pytest.approx(measured["step"], rel=WITHIN)  # it can fail

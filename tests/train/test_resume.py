@@ -1,0 +1,142 @@
+"""PPO with a critic, stopped and continued on recorded rollouts: the numbers of the uninterrupted run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mcore_rl.checkpoint import Checkpoints, find
+from mcore_rl.config import Config
+from mcore_rl.errors import DataError
+from mcore_rl.metrics import read_metrics
+from mcore_rl.parallel.mesh import Layout, destroy_mesh
+from mcore_rl.train.checkpoint import end_step, pieces, restore, run_document
+from mcore_rl.train.loop import learn
+from mcore_rl.train.run import Run
+from tests.train.test_ppo import build_run, config, recorded
+
+__all__ = ["config"]
+
+
+def checkpointed(config: Config, layout: Layout, directory: Path) -> Run:
+    """A run whose critic and alert belong to its state, saving into `directory`/checkpoints."""
+    checkpoint = config.checkpoint.model_copy(update={"every": 2})
+    run = build_run(config.model_copy(update={"checkpoint": checkpoint}), layout, directory)
+    assert run.critic is not None
+    run.optimizers["critic."] = run.critic.optimizer
+    run.stateful["alert"] = run.alert
+    root = directory / "checkpoints"
+    run.checkpoints = Checkpoints(root, run.mesh, keep=2, background=True, timeout=60.0)
+    return run
+
+
+def state(run: Run) -> dict[str, Tensor]:
+    return {f"{p.key}{p.offset}": p.data.clone() for p in pieces(run)}
+
+
+def step(run: Run, number: int) -> tuple[dict[str, float], list]:
+    """One step's metrics, and what came from the cursor and the random generators."""
+    drawn = [p.id for p in run.cursor.next(3)], random.random(), np.random.rand(), torch.rand(1).item()
+    metrics = learn(run, recorded(run), number)
+    run.log(number, metrics)
+    return metrics, list(drawn)
+
+
+def run_through(config: Config, layout: Layout, directory: Path):
+    """Steps 1 to 4, saved after 2 and 4."""
+    run = checkpointed(config, layout, directory)
+    try:
+        with run.checkpoints.open():
+            done = []
+            for number in range(1, 5):
+                done.append(step(run, number))
+                end_step(run, number)
+        return done, state(run), run_document(run)
+    finally:
+        destroy_mesh()
+
+
+def run_on(config: Config, layout: Layout, directory: Path, saved: Path):
+    """Steps 3 and 4 after `saved`."""
+    run = checkpointed(config, layout, directory)
+    try:
+        with run.checkpoints.open():
+            run.saved = find(saved.parent, str(saved))
+            restore(run)
+            done = [step(run, number) for number in (3, 4)]
+        return done, state(run), run_document(run)
+    finally:
+        destroy_mesh()
+
+
+LAYOUT = Layout(tensor=2)
+
+
+@pytest.fixture(scope="module")
+def whole(pool2, config, tmp_path_factory):
+    """The uninterrupted run: ([(steps, tensors, document)] by rank, its directory)."""
+    directory = tmp_path_factory.mktemp("whole")
+    return pool2.run(run_through, config, LAYOUT, directory, timeout=110.0), directory
+
+
+def test_two_steps_and_two_more_are_four(pool2, config, whole, tmp_path):
+    saved = whole[1] / "checkpoints" / "step_2"
+    rest = pool2.run(run_on, config, LAYOUT, tmp_path, saved, timeout=110.0)
+    for (steps, tensors, document), (last, resumed, again) in zip(whole[0], rest, strict=True):
+        assert last == steps[2:], "metrics, prompts and random numbers"
+        assert steps[1] != steps[2], "which do change from step to step"
+        assert tensors.keys() == resumed.keys()
+        assert all(torch.equal(tensors[key], resumed[key]) for key in tensors)
+        assert any(key.startswith("optimizer.state.exp_avg_sq.critic.") for key in tensors)
+        assert {**document, "config": 0} == {**again, "config": 0}
+
+
+def test_weights_alone_do_not_continue_the_run(pool2, config, whole, tmp_path):
+    """Negative control: the comparison sees moments that start at 0."""
+    saved = whole[1] / "checkpoints" / "step_2"
+    rest = pool2.run(forget_moments, config, LAYOUT, tmp_path, saved, timeout=110.0)
+    assert rest[0][-1] != whole[0][0][0][-1]
+
+
+def test_another_seed_is_refused_and_the_log_stays(pool2, config, whole):
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
+    pool2.run(resume_refused, other, whole[1], timeout=110.0)
+    assert [line["step"] for line in read_metrics(whole[1] / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def forget_moments(config: Config, layout: Layout, directory: Path, saved: Path):
+    run = checkpointed(config, layout, directory)
+    try:
+        with run.checkpoints.open():
+            run.saved = find(saved.parent, str(saved))
+            restore(run)
+            for piece in pieces(run):
+                if "exp_avg." in piece.key:
+                    piece.data.zero_()
+            done = [step(run, number) for number in (3, 4)]
+        return done, state(run), run_document(run)
+    finally:
+        destroy_mesh()
+
+
+def test_another_seed_is_refused(pool2, config, tmp_path):
+    pool2.run(run_through, config, Layout(tensor=2), tmp_path / "a", timeout=110.0)
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
+    pool2.run(resume_refused, other, tmp_path / "a", timeout=110.0)
+    assert [line["step"] for line in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def resume_refused(config: Config, directory: Path) -> None:
+    run = checkpointed(config, LAYOUT, directory / "new")
+    try:
+        with run.checkpoints.open():
+            run.saved = find(directory / "checkpoints", "latest")
+            with pytest.raises(DataError, match="saved with seed 0, this run has 5"):
+                restore(run)
+    finally:
+        destroy_mesh()
