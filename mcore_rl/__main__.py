@@ -63,6 +63,21 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("serve", help=about, add_help=False)
     add.set_defaults(command=serve)
 
+    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
+    add.add_argument(
+        "--tp", type=int, default=1, help="with --pp: write tp x pp files, which any layout reads"
+    )
+    add.add_argument("--pp", type=int, default=1)
+    add.set_defaults(command=convert_hf_to_mcore)
+    _add_conversion(add)
+    add = directions.add_parser("mcore-to-hf", help="torch_dist, or a training checkpoint, to safetensors")
+    add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
+    add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
+    add.set_defaults(command=convert_mcore_to_hf)
+    _add_conversion(add)
+
     add = commands.add_parser("report", help="write RUN_DIR/report.html; several runs are compared")
     add.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     add.set_defaults(command=report)
@@ -80,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=verify_layouts)
     return parser
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="a new directory")
+    parser.add_argument("--certify", action="store_true", help="compare the logits of both sides first")
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -125,6 +147,26 @@ def serve(_: argparse.Namespace, options: list[str]) -> int:
     from mcore_rl.rollout.embedded.server import serve
 
     tyro.cli(serve, prog="mcore-rl serve", args=options)
+    return 0
+
+
+def convert_hf_to_mcore(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl convert hf-to-mcore SOURCE TARGET [--tp N] [--pp N] [--certify] [--json]`."""
+    from mcore_rl.convert.run import hf_to_mcore, print_summary
+
+    a = arguments
+    summary = hf_to_mcore(a.source, a.target, tensor=a.tp, pipeline=a.pp, certified=a.certify)
+    print_summary(a.target, summary, as_json=a.json)
+    return 0
+
+
+def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl convert mcore-to-hf SOURCE TARGET [--config DIR] [--shard-gb N] [--certify] [--json]`."""
+    from mcore_rl.convert.run import mcore_to_hf, print_summary
+
+    a = arguments
+    summary = mcore_to_hf(a.source, a.target, config=a.config, shard_gb=a.shard_gb, certified=a.certify)
+    print_summary(a.target, summary, as_json=a.json)
     return 0
 
 

@@ -33,6 +33,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "verify_layouts": EVERYTHING,
     "plan": EVERYTHING,
     "doctor": EVERYTHING,
+    "convert": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }

@@ -118,6 +118,8 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
         )
     except KeyError as error:
         raise ConfigError(f"{where}: field {error} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}: a field has a value of the wrong type or size: {error}") from None
     _check_numbers(arch, where)
     return arch
 

@@ -73,9 +73,13 @@ def build_policy(
     return _build(kind, config, Mapping(arch, rows), read, mesh, ddp, path)
 
 
-def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32") -> Model:
-    """As a frozen `build_policy`, but the last stage answers with whole logits [R, V]: to compare models."""
-    arch, rows, read = _read(path, mesh, None)
+def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32", weights: Path | None = None) -> Model:
+    """As a frozen `build_policy`, but the last stage answers with whole logits [R, V]: to compare models.
+
+    Args:
+        weights: directory of the weights, where it is not that of config.json.
+    """
+    arch, rows, read = _read(path, mesh, None, weights)
     kind = partial(LogitsModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     config = transformer_config(arch, mesh.layout, precision)
     return _build(kind, config, Mapping(arch, rows), read, mesh, None, path)
@@ -101,7 +105,7 @@ def build_critic(
 
 
 def _read(
-    path: Path, mesh: Mesh, random_seed: int | None
+    path: Path, mesh: Mesh, random_seed: int | None, weights: Path | None = None
 ) -> tuple[Architecture, int, Callable[[str], Tensor]]:
     """The checked architecture of `path`, its padded vocabulary, and a reader of its HF tensors."""
     platform.install()
@@ -110,7 +114,7 @@ def _read(
     rows = padded_vocab(arch, mesh.layout.tensor)
     mapping = Mapping(arch, rows)
     if random_seed is None:
-        return arch, rows, weights_io.hf_reader(path, mapping)
+        return arch, rows, weights_io.reader(weights or path, mapping)
     return arch, rows, weights_io.random_reader(mapping, random_seed)
 
 

@@ -74,8 +74,9 @@ class CriticMapping(Mapping):
         del self._rules["output_layer.weight"]
         self._rules[VALUE_HEAD.megatron] = VALUE_HEAD
 
-    def _hf_shape(self, name: str) -> tuple[int, ...]:
-        return (1, self.arch.hidden) if name in VALUE_HEAD.hf else super()._hf_shape(name)
+    def hf_shape(self, name: str) -> tuple[int, ...]:
+        """As Mapping's; the value head is [1, hidden]."""
+        return (1, self.arch.hidden) if name in VALUE_HEAD.hf else super().hf_shape(name)
 
 
 def with_value_head(

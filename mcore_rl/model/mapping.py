@@ -130,6 +130,11 @@ class Entry:
     rule: Rule
 
     @property
+    def layer(self) -> int | None:
+        """From 0; None for a parameter outside the layers."""
+        return _numbers(self.megatron).get("layer")
+
+    @property
     def is_expert(self) -> bool:
         """The parameter belongs to one expert, so that not every rank of a stage has it."""
         return "{expert}" in self.rule.megatron
@@ -179,7 +184,7 @@ class Mapping:
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every HF tensor that a checkpoint of this model must hold, with its shape."""
-        return {name: self._hf_shape(name) for entry in self.entries() for name in entry.hf}
+        return {name: self.hf_shape(name) for entry in self.entries() for name in entry.hf}
 
     def problems(self, found: Named[str, tuple[tuple[int, ...], str]]) -> list[str]:
         """What keeps HF tensors, `found` by name as (shape, type in safetensors), from being this model.
@@ -252,7 +257,8 @@ class Mapping:
             return shard.view(self.arch.kv_heads // ranks, -1, self.arch.head_dim, *shard.shape[1:])
         return shard
 
-    def _hf_shape(self, name: str) -> tuple[int, ...]:
+    def hf_shape(self, name: str) -> tuple[int, ...]:
+        """Of one HF tensor."""
         a = self.arch
         intermediate = a.experts.intermediate if a.experts and ".experts." in name else a.intermediate
         endings: dict[str, tuple[int, ...]] = {

@@ -11,77 +11,26 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf_files import INDEX, SIDE_FILES, hf_reader
 from mcore_rl.model.mapping import Entry, Mapping, global_parameters
+from mcore_rl.model.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-"""Copied beside exported weights, so that a server or transformers can load the directory."""
 
-
-def checkpoint_files(directory: Path) -> dict[str, Path]:
-    """HF tensor name -> the safetensors file in `directory` that holds it.
+def reader(directory: Path, mapping: Mapping) -> Callable[[str], Tensor]:
+    """HF tensors by name from safetensors, or from a model in torch_dist form (converted, or a checkpoint).
 
     Raises:
-        ConfigError: no safetensors, a damaged file, or an index that points out of the directory.
+        ConfigError: lists what is missing, unexpected, or of a wrong shape or type.
+        CheckpointError: a torch_dist directory is damaged.
     """
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise ConfigError(f"{index}: {name} points to {file!r}, outside the directory")
-        return {name: directory / file for name, file in weight_map.items()}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{directory}: no *.safetensors; convert the model or set model.random_init = true")
-    found: dict[str, Path] = {}
-    for file in files:
-        with _open(file) as tensors:
-            found.update(dict.fromkeys(tensors.keys(), file))
-    return found
-
-
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises its own, untyped error for a damaged header
-        raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error
-
-
-def hf_reader(directory: Path, mapping: Mapping) -> Callable[[str], Tensor]:
-    """A function that reads an HF tensor of `directory` by name, after a strict check of names and shapes.
-
-    Raises:
-        ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
-    """
-    files = checkpoint_files(directory)
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, file in files.items():
-        with _open(file) as tensors:
-            part = tensors.get_slice(name)
-            found[name] = (tuple(part.get_shape()), part.get_dtype())
-    problems = mapping.problems(found)
-    if problems:
-        raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
-
-    def read(name: str) -> Tensor:
-        with _open(files[name]) as tensors:
-            return tensors.get_tensor(name)
-
-    return read
+    read = torch_dist_reader if holds_torch_dist(directory) else hf_reader
+    return read(Path(directory), mapping)
 
 
 def random_reader(mapping: Mapping, seed: int) -> Callable[[str], Tensor]:
@@ -183,9 +132,7 @@ def _finish(
     missing = mapping.hf_shapes().keys() - weight_map.keys()
     if missing:
         raise ConfigError(f"{directory}: export lacks {sorted(missing)}; this is a bug in model/mapping.py")
-    (partial / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
-    )
+    (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, partial / name)

@@ -15,6 +15,7 @@ from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import step, weights_io
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
+from mcore_rl.model.hf_files import checkpoint_files
 from mcore_rl.model.mapping import Mapping, global_parameters
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.spec import check_layout, padded_vocab
@@ -95,7 +96,7 @@ def test_transformers_loads_what_was_exported(pool2: Pool, dense_dir: Path, tmp_
 
 def reader(directory: Path):
     arch = read_architecture(directory)
-    return weights_io.hf_reader(directory, Mapping(arch, padded_vocab(arch, 1)))
+    return weights_io.reader(directory, Mapping(arch, padded_vocab(arch, 1)))
 
 
 def damaged(source: Path, target: Path, change) -> Path:
@@ -137,7 +138,7 @@ def test_an_index_cannot_point_out_of_its_directory(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "../model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="outside the directory"):
-        weights_io.checkpoint_files(tmp_path)
+        checkpoint_files(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Models between Hugging Face safetensors and torch_dist, one tensor at a time."""

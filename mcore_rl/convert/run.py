@@ -1,0 +1,96 @@
+"""`mcore-rl convert`: a conversion with its summary, manifest and certificate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.convert.certify import Certificate, certify
+from mcore_rl.convert.output import Progress, whole_directory, write_manifest
+from mcore_rl.convert.to_hf import write_hf
+from mcore_rl.convert.to_mcore import write_torch_dist
+
+
+def hf_to_mcore(
+    source: Path, target: Path, *, tensor: int = 1, pipeline: int = 1, certified: bool = False
+) -> dict[str, Any]:
+    """Convert an HF directory to torch_dist; the summary that also goes into the manifest.
+
+    Args:
+        tensor, pipeline: their product is the number of files; any layout reads them.
+        certified: compare both models' logits on the same tokens before `target` appears.
+
+    Raises:
+        ConfigError, CheckpointError, NumericsError: nothing is left at `target`.
+    """
+
+    def write(directory: Path) -> Progress:
+        return write_torch_dist(source, directory, tensor=tensor, pipeline=pipeline)
+
+    return _convert(
+        "hf-to-mcore", source, target, write, (lambda new: certify(source, new)) if certified else None
+    )
+
+
+def mcore_to_hf(
+    source: Path, target: Path, *, config: Path | None = None, shard_gb: float = 5.0, certified: bool = False
+) -> dict[str, Any]:
+    """Convert the model part of a torch_dist directory to an HF directory; see `hf_to_mcore`.
+
+    Args:
+        config: HF directory with config.json and tokenizer, where `source` has none (a training checkpoint).
+        shard_gb: largest safetensors file, in 10^9 bytes.
+    """
+    where = source if config is None else config
+
+    def write(directory: Path) -> Progress:
+        return write_hf(source, directory, config=where, shard_bytes=int(shard_gb * 1e9))
+
+    def check(new: Path) -> Certificate:
+        return certify(new, source, config=where)
+
+    return _convert("mcore-to-hf", source, target, write, check if certified else None)
+
+
+def _convert(
+    direction: str,
+    source: Path,
+    target: Path,
+    write: Callable[[Path], Progress],
+    check: Callable[[Path], Certificate] | None,
+) -> dict[str, Any]:
+    with whole_directory(target) as directory:
+        done = write(directory)
+        summary: dict[str, Any] = {
+            "direction": direction,
+            "source": Path(source).resolve().name,
+            "parameters": done.parameters,
+            "bytes": done.bytes,
+            "seconds": round(done.seconds, 2),
+        }
+        if check is not None:
+            print("comparing the logits of both sides", file=sys.stderr, flush=True)
+            summary["certificate"] = asdict(check(directory))
+        write_manifest(directory, summary)
+    return summary
+
+
+def print_summary(target: Path, summary: dict[str, Any], *, as_json: bool) -> None:
+    """One table on stderr or stdout, or the summary as the last line of stdout."""
+    certificate = summary.get("certificate")
+    text = (
+        f"{target}: {summary['parameters']} parameters, {summary['bytes'] / 1e9:.2f} GB "
+        f"in {summary['seconds']:.1f} s"
+    )
+    if certificate:
+        text += (
+            f"; largest logit difference {certificate['max_abs_logit_difference']:.2e} "
+            f"over {certificate['tokens']} tokens ({certificate['precision']})"
+        )
+    print(text, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(summary))

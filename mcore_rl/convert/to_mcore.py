@@ -1,0 +1,130 @@
+"""Hugging Face -> torch_dist: each parameter is read, arranged and written before the next one is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from mcore_rl.convert.output import Progress
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.architecture import read_architecture
+from mcore_rl.model.hf_files import SIDE_FILES, hf_reader
+from mcore_rl.model.mapping import Entry, Mapping
+from mcore_rl.model.torch_dist import Place, place
+
+_MEGATRON = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class LazyPlanner:
+    """The part of a save planner that FileSystemWriter asks: a parameter is made when its turn comes."""
+
+    entries: dict[MetadataIndex, tuple[Entry, Place]]
+    mapping: Mapping
+    read: Callable[[str], Tensor]
+    progress: Progress
+
+    def resolve_data(self, item: WriteItem) -> Tensor:
+        """[size of the box] the parameter of one rank alone."""
+        entry, where = self.entries[item.index]
+        parameter = self.mapping.to_shard(entry, [self.read(name) for name in entry.hf], 0, 1)
+        self.progress.add(parameter.nbytes)
+        # A tensor that owns its storage: torch.save writes all of a storage, not the view of it.
+        whole = parameter.untyped_storage().nbytes() == parameter.nbytes
+        return (parameter if whole else parameter.clone()).view(where.size)
+
+
+class _Writer(FileSystemWriter):
+    """Does not say where on this machine it wrote."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+def write_torch_dist(source: Path, directory: Path, *, tensor: int = 1, pipeline: int = 1) -> Progress:
+    """Write the HF model `source` into the empty `directory`, in `tensor * pipeline` files.
+
+    Weights keep their type. Peak memory is a few times the largest parameter, whatever the model's size.
+
+    Raises:
+        ConfigError: the source is not a supported model, or is not complete.
+    """
+    if min(tensor, pipeline) < 1:
+        raise ConfigError(f"--tp {tensor} --pp {pipeline}: the numbers of writers must be positive")
+    arch = read_architecture(source)
+    mapping = Mapping(arch, arch.vocab)
+    read = hf_reader(source, mapping)
+    dtype = read("model.norm.weight").dtype
+    entries = mapping.entries()
+    placed = {_index(where): (entry, where) for entry in entries for where in [place(entry, mapping)]}
+    plans = [
+        SavePlan([_item(placed[index][1], dtype) for index in part])
+        for part in _distribute(placed, arch.layers, tensor, pipeline)
+    ]
+    planner = LazyPlanner(placed, mapping, read, Progress(len(entries)))
+    writer = _Writer(directory, sync_files=True)
+    plans, metadata = create_default_global_save_plan(plans)
+    plans = writer.prepare_global_plan(plans)
+    try:
+        results = [writer.write_data(plan, cast(Any, planner)).wait() for plan in plans]
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind an error of its own
+            raise error.__context__ from error
+        raise
+    writer.finish(metadata, results)
+    _write_side_files(source, directory)
+    return planner.progress
+
+
+def _index(where: Place) -> MetadataIndex:
+    return MetadataIndex(where.key, torch.Size(where.offset))
+
+
+def _item(where: Place, dtype: torch.dtype) -> WriteItem:
+    box = ChunkStorageMetadata(torch.Size(where.offset), torch.Size(where.size))
+    data = TensorWriteData(box, TensorProperties(dtype=dtype), torch.Size(where.shape))
+    return WriteItem(_index(where), WriteItemType.SHARD, tensor_data=data)
+
+
+def _distribute(
+    placed: dict[MetadataIndex, tuple[Entry, Place]], layers: int, tensor: int, pipeline: int
+) -> list[list[MetadataIndex]]:
+    """Per writer its parameters: a stage's layers together, spread over the stage's writers by size."""
+    parts: list[list[MetadataIndex]] = [[] for _ in range(tensor * pipeline)]
+    load = [0] * len(parts)
+    for index, (entry, where) in placed.items():
+        first = entry.megatron.startswith("embedding.")
+        layer = entry.layer if entry.layer is not None else (0 if first else layers - 1)
+        stage = layer * pipeline // layers
+        mine = min(range(stage * tensor, (stage + 1) * tensor), key=load.__getitem__)
+        parts[mine].append(index)
+        load[mine] += torch.Size(where.size).numel()
+    return [part for part in parts if part]
+
+
+def _write_side_files(source: Path, directory: Path) -> None:
+    """What Megatron's loader looks for, and what a model directory holds beside weights."""
+    (directory / "metadata.json").write_text(json.dumps(_MEGATRON))
+    common = io.BytesIO()
+    torch.save({}, common)
+    (directory / "common.pt").write_bytes(common.getvalue())
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)

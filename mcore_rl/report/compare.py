@@ -1,0 +1,79 @@
+"""Two runs' metrics, step by step: equal, or where and how far apart. Times are not compared."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcore_rl.errors import DataError, McoreRLError, NumericsError
+from mcore_rl.report.runs import RunData, read_runs
+
+TIMES = ("time/",)
+"""prefixes of metrics that no two runs share"""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric that differs."""
+
+    key: str
+    first_step: int
+    steps: int
+    """how many differ"""
+    largest: float
+    """relative; infinite where one of the two is missing or no number"""
+
+
+def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[list[Difference], int]:
+    """The metrics that differ by more than `relative` on the steps of both runs; how many steps those are.
+
+    Raises:
+        DataError: the runs have no step in common.
+    """
+    left, right = ({record["step"]: record for record in run.steps} for run in (one, other))
+    shared = sorted(left.keys() & right.keys())
+    if not shared:
+        raise DataError(f"{one.name} and {other.name} have no step in common")
+    found: dict[str, Difference] = {}
+    for step in shared:
+        for key, distance in _apart(left[step], right[step], relative).items():
+            before = found.get(key, Difference(key, step, 0, 0.0))
+            found[key] = Difference(key, before.first_step, before.steps + 1, max(before.largest, distance))
+    return list(found.values()), len(shared)
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any], relative: float) -> dict[str, float]:
+    keys = [key for key in one.keys() | other.keys() if not key.startswith(TIMES)]
+    distances = {key: _distance(one.get(key), other.get(key)) for key in sorted(keys)}
+    return {key: distance for key, distance in distances.items() if distance > relative}
+
+
+def _distance(one: Any, other: Any) -> float:
+    """Relative; 0 only where the two are equal (two NaNs are)."""
+    if one == other or (one != one and other != other):
+        return 0.0
+    numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in (one, other))
+    return abs(one - other) / max(abs(one), abs(other)) if numbers else math.inf
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`compare_runs.py RUN_DIR RUN_DIR [--rtol R]`: 0 if equal, 70 if not."""
+    parser = argparse.ArgumentParser(prog="compare_runs.py", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN_DIR")
+    parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that counts as equal")
+    arguments = parser.parse_args(argv)
+    try:
+        found, steps = differences(*read_runs(arguments.runs), arguments.rtol)
+    except McoreRLError as error:
+        print(f"compare_runs.py: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    for d in found:
+        where = f"{d.steps} of {steps} steps, first {d.first_step}"
+        print(f"{d.key}: differs in {where}, by up to {d.largest:.3g}")
+    print(f"{steps} steps compared, {len(found)} metrics differ by more than {arguments.rtol:g}")
+    return NumericsError.exit_code if found else 0

@@ -1,0 +1,8 @@
+"""Checks a checkpoint directory: checksums, every parameter, equality with another model."""
+
+import sys
+
+from mcore_rl.convert.verify import main
+
+if __name__ == "__main__":
+    sys.exit(main())
