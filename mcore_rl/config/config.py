@@ -68,6 +68,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
         yield from _against_algorithm(config)
+    yield from _of_servers(rollout)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     if not config.supervised_only and config.algorithm.mini_batches > samples:
         yield (
@@ -95,6 +96,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
 
 
+def _of_servers(rollout: Rollout) -> Iterator[str]:
+    if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
+        yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
+
+
 def _against_algorithm(config: Config) -> Iterator[str]:
     try:
         algorithm = configure(config.algorithm.name, config.algorithm.params)
@@ -120,8 +126,13 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     name = config.algorithm.name
     if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         unused |= {f"critic.{key}": f"{name} has no critic" for key in Critic.model_fields}
+    if config.rollout.server == "embedded":
+        unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
+    else:
+        unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
     if config.rollout.urls:
-        unused["rollout.threads"] = "rollout.urls are servers that already run"
+        keys = ("server", "python", "servers", "options", "threads")
+        unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}
     return unused
 
 

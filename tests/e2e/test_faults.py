@@ -19,7 +19,8 @@ from aiohttp import ClientSession, web
 
 from mcore_rl.__main__ import main
 from mcore_rl.metrics import read_metrics
-from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
@@ -95,7 +96,7 @@ def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
             return await asyncio.to_thread(run, *without_threads(gspo(task, tmp_path / "run", *flags)))
 
     model = task.root / "warm_start" / "model"
-    with LocalServer(model, log_file=tmp_path / "server.log", threads=1) as server:
+    with LocalServer(model, Embedded(threads=1), log_file=tmp_path / "server.log") as server:
         done = asyncio.run(train_through_proxy(server.url))
     assert done.returncode == 75, done.stderr
     assert "WeightSyncError" in done.stderr
