@@ -103,6 +103,37 @@ def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
     assert "does not hold the published weights" in done.stderr
 
 
+@pytest.mark.timeout(600)
+def test_a_killed_server_costs_no_sample_and_comes_back(task: Task, tmp_path):
+    """One of two is killed while the run goes on; it returns through a publish."""
+    arguments = gspo(task, tmp_path, "--rollout.servers", "2", "--train.steps", "12")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
+        )
+    try:
+        _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
+        servers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "mcore_rl.rollout.embedded" in child.cmdline()
+        ]
+        assert len(servers) == 2
+        servers[0].kill()
+        assert process.wait(timeout=280) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=30)
+    steps = read_metrics(tmp_path / "metrics.jsonl")
+    assert [step["samples"] for step in steps[1:]] == [16 * 8] * 12
+    assert min(step["rollout/servers"] for step in steps) == 1
+    assert steps[-1]["rollout/servers"] == 2
+    kinds = [event["kind"] for event in read_metrics(tmp_path / "events.jsonl")]
+    assert kinds.index("server_lost") < kinds.index("server_returned")
+
+
 def without_threads(arguments: list[str]) -> list[str]:
     """Servers given by url have no threads to set: the key would be refused."""
     at = arguments.index("--rollout.threads")

@@ -105,11 +105,11 @@ def _parse(raw: bytes) -> Any:
         return raw.decode()
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    """Polls; fails after DEADLINE."""
-    end = time.monotonic() + DEADLINE
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
+    """Polls; fails after `seconds`."""
+    end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, f"not within {DEADLINE} s: {what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.005)
 
 

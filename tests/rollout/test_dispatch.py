@@ -173,7 +173,7 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     assert pair[0].url in fleet.standing.lost
     assert old not in fleet.standing.urls
     assert [client.url for client in fleet.serving] == [pair[1].url]
-    wait_until(lambda: bool(fleet.returning()), "it answers again")
+    wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
     assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
     copies = [tmp_path / name for name in ("1", "2")]
     for copy in copies:

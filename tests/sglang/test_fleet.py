@@ -112,7 +112,7 @@ def test_killed_in_mid_generation_and_started_anew(
     fleet.restart_lost()
     publish(fleet, tmp_path / "2", seed=1)
     assert [client.url for client in fleet.serving] == [dense_server.url], "it served while it was starting"
-    wait_for(lambda: bool(fleet.returning()), 400)
+    wait_until(lambda: bool(fleet.returning()), "it answers again", 400)
     assert len(fleet.serving) == 1, "it serves weights that were superseded while it was started"
     publish(fleet, tmp_path / "3", seed=2)
     assert {client.url for client in fleet.serving} == {other.url, dense_server.url}
@@ -140,10 +140,3 @@ def check_serves(url: str, seed: int) -> None:
     scores, _ = server_log_probs([RolloutClient(url, api_key_env=KEY_ENV)], [TOKENS], "after")
     want = log_probs_of(build_model(seed, spread=0.15), TOKENS[:1], TOKENS[1:])
     assert largest_error(scores[url][0], want) < 2e-5
-
-
-def wait_for(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.5)
