@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=doctor)
+
     add = commands.add_parser("plan", help="memory and time of every layout, before anything starts")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.add_argument("--gpus", type=int, help="that train; default: what the config's layout needs")

@@ -70,6 +70,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
         yield from _against_algorithm(config)
+    yield from _of_servers(rollout)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     if not config.supervised_only and config.algorithm.mini_batches > samples:
         yield (
@@ -95,6 +96,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
             f"{longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens, padded to {align}); raise it"
         )
+
+
+def _of_servers(rollout: Rollout) -> Iterator[str]:
+    if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
+        yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
 
 
 def _against_algorithm(config: Config) -> Iterator[str]:
@@ -124,8 +130,13 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= {f"critic.{key}": f"{name} has no critic" for key in Critic.model_fields}
     if not config.checkpoint.every:
         unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+    if config.rollout.server == "embedded":
+        unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
+    else:
+        unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
     if config.rollout.urls:
-        unused["rollout.threads"] = "rollout.urls are servers that already run"
+        keys = ("server", "python", "servers", "options", "threads")
+        unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}
     return unused
 
 

@@ -116,10 +116,16 @@ class Data(Section):
 class Rollout(Section):
     """How responses are sampled."""
 
-    server: Literal["embedded"] = "embedded"
+    server: Literal["embedded", "sglang"] = "embedded"
     """Kind of server to launch where no urls are given."""
+    python: Path | None = None
+    """Interpreter that SGLang is installed for; its torch may be another version than the trainer's."""
+    servers: Count = 1
+    """How many to launch."""
+    options: tuple[str, ...] = ()
+    """More command line options of a launched server."""
     urls: tuple[Annotated[str, AfterValidator(_server_url)], ...] = ()
-    """Servers that already run; empty, one is launched on this machine."""
+    """Servers that already run; empty, they are launched on this machine."""
     prompts_per_step: Count = 64
     """Prompts of one rollout over all replicas."""
     samples_per_prompt: Count = 8
@@ -132,6 +138,8 @@ class Rollout(Section):
     """End a response besides the model's own end-of-sequence tokens."""
     timeout: Positive = 120.0
     """Seconds for one request, retries included."""
+    health_timeout: Positive = 60.0
+    """Seconds without a good health check after which a busy server is given up."""
     start_timeout: Positive = 120.0
     """Seconds until a server must be ready."""
     api_key_env: Annotated[str, AfterValidator(_variable_name)] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,9 +10,8 @@ from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import EXIT_RETRYABLE
 from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.rollout.client import RolloutClient, call
+from mcore_rl.rollout.fleet import check_server_info
 
-OLDEST = (0, 5, 21)
-"""SGLang; before it, weight updates have no begin and end"""
 PROBE_SECONDS = 10.0
 """for one server's answers, all together"""
 
@@ -38,16 +36,7 @@ def _server(config: Config, url: str) -> Iterable[Finding]:
         return await opened.ready(), await opened.server_info(), await opened.model_info()
 
     ready, server, model = call(client, ask)
-    version = str(server.get("version", ""))
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    if found is None or tuple(map(int, found.groups())) < OLDEST:
-        yield Finding(
-            "server",
-            "error",
-            f"{url} is of version {version or 'unknown'}",
-            f"use SGLang {'.'.join(map(str, OLDEST))} or newer",
-        )
-        return
+    check_server_info(url, server)
     kind = read_hf_config(config.model.path)["model_type"]
     if model.get("model_type", kind) != kind:
         yield Finding(
@@ -66,4 +55,6 @@ def _server(config: Config, url: str) -> Iterable[Finding]:
             EXIT_RETRYABLE,
         )
         return
-    yield Finding("server", "ok", f"{url}: version {version}, {kind} from {model.get('model_path')}")
+    yield Finding(
+        "server", "ok", f"{url}: version {server.get('version')}, {kind} from {model.get('model_path')}"
+    )

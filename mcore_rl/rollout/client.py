@@ -194,12 +194,11 @@ class RolloutClient:
 
     async def ready(self) -> bool:
         """True when the server answers /ready with 200 within a few seconds; never raises."""
-        try:
-            async with asyncio.timeout(min(self.timeout, _READY_SECONDS)):
-                await self._request("GET", "/ready")
-        except (_TransientError, RolloutError, aiohttp.ClientError, TimeoutError, OSError):
-            return False
-        return True
+        return await self._answers("/ready", min(self.timeout, _READY_SECONDS))
+
+    async def healthy(self, within: float) -> bool:
+        """True when /health, for which an idle server samples a token, is 200 within that; never raises."""
+        return await self._answers("/health", within)
 
     async def model_info(self) -> dict[str, Any]:
         """/model_info; its weight_version may lag, so the versions of replies are what counts."""
@@ -208,6 +207,14 @@ class RolloutClient:
     async def server_info(self) -> dict[str, Any]:
         """/server_info: version, limits, settings."""
         return _object(await self._simple("GET", "/server_info"), f"{self.url}/server_info")
+
+    async def _answers(self, path: str, within: float) -> bool:
+        try:
+            async with asyncio.timeout(within):
+                await self._request("GET", path)
+        except (_TransientError, RolloutError, aiohttp.ClientError, TimeoutError, OSError):
+            return False
+        return True
 
     # -- transport ----------------------------------------------------------------------------------------
 

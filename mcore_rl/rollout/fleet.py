@@ -1,138 +1,168 @@
-"""Rollout servers: started on this machine, or already running somewhere."""
+"""The rollout servers of a run: which of them serve, and how one that was lost comes back."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
-import os
-import signal
-import subprocess
-import sys
+import re
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, TypeVar
 
-from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.client import RolloutClient
+from mcore_rl.errors import ConfigError, RolloutError
+from mcore_rl.rollout.client import RejectedError, RolloutClient
+from mcore_rl.rollout.dispatch import Dispatch
+from mcore_rl.rollout.local import LocalServer
 
-_POLL_SECONDS = 0.05
-_TERM_SECONDS = 5.0
-_LOG_TAIL_BYTES = 4000
+T = TypeVar("T")
+
+OLDEST_SGLANG = (0, 5, 21)
+"""the first with begin/end of a weight update and a version for every span of tokens"""
 
 
-class LocalServer:
-    """An embedded server as a child: `with LocalServer(directory, log_file=...) as server: server.url`.
+@dataclass(frozen=True)
+class Standing:
+    """What all ranks know of the servers."""
 
-    It has a session of its own (Ctrl-C reaches the owner alone, which then closes it) and ends with the
-    process that started it. Linux ties it to the starting *thread*: start it from one that outlives it.
+    urls: tuple[str, ...]
+    lost: Mapping[str, str]
+    """url -> why it does not serve"""
+
+
+class Fleet:
+    """Servers of a run. Every rank has one with the same `standing`; only the main rank owns processes.
 
     Args:
-        model_dir: HF checkpoint directory.
-        log_file: its output; the port is passed through `<log_file>.port`.
-        api_key_env: environment variable with the key that it shall ask for.
-        threads: CPU threads.
-        options: more command line options of `mcore-rl serve`, such as `("--max-length", "512")`.
-        start_timeout: seconds until it must be ready.
+        urls: servers in order.
+        api_key_env: environment variable with their key.
+        timeout: seconds for one call.
+        health_timeout: seconds without a good health check after which a server is given up.
+        local: the servers started here, in the order of `urls`; empty where they run elsewhere.
+        initial: the directory that `local` were started on.
     """
 
     def __init__(
         self,
-        model_dir: Path,
+        urls: Sequence[str],
         *,
-        log_file: Path,
         api_key_env: str | None = None,
-        threads: int = 2,
-        options: Sequence[str] = (),
-        start_timeout: float = 120.0,
+        timeout: float = 600.0,
+        health_timeout: float = 60.0,
+        local: Sequence[LocalServer] = (),
+        initial: Path | None = None,
     ) -> None:
-        self.model_dir = model_dir
-        self.log_file = log_file
-        self.api_key_env = api_key_env
-        self.threads = threads
-        self.options = options
-        self.start_timeout = start_timeout
-        self.url = ""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.standing = Standing(tuple(urls), {})
+        self.version = ""
+        """the weight version that serves"""
+        self.local = list(local)
+        self.published: list[Path] = [] if initial is None else [initial]
+        """main rank: directories of weights that this run wrote and that may still be read, oldest first"""
+        self._restarted: set[str] = set()
+        """urls of servers that were started anew and have not been published to yet"""
+        self.health_timeout = health_timeout
+        self._settings = {"api_key_env": api_key_env, "timeout": timeout}
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
+    def client(self, url: str) -> RolloutClient:
+        """A client that is not open yet."""
+        return RolloutClient(url, **self._settings)  # type: ignore[arg-type]
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    @property
+    def serving(self) -> list[RolloutClient]:
+        """Clients of the servers that hold the current version."""
+        return [self.client(url) for url in self.standing.urls if url not in self.standing.lost]
 
-    def start(self) -> None:
-        """Returns when the server is ready. Raises RolloutError, with the end of its log, when it is not."""
-        port_file = self.log_file.with_name(self.log_file.name + ".port")
-        port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "mcore_rl.rollout.embedded", str(self.model_dir), *self.options]
-        command += [
-            "--threads",
-            str(self.threads),
-            "--port-file",
-            str(port_file),
-            "--parent-pid",
-            str(os.getpid()),
-        ]
-        if self.api_key_env is not None:
-            command += ["--api-key-env", self.api_key_env]
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": str(self.threads)}
-        with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | offline,
-                start_new_session=True,
-            )
-        atexit.register(self.close)
-        try:
-            self._wait_for(port_file)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            port_file.unlink(missing_ok=True)
+    def dispatch(self) -> Dispatch:
+        """A round of requests to the servers that serve."""
+        return Dispatch(self.serving, version=self.version, health_timeout=self.health_timeout)
 
-    def _wait_for(self, port_file: Path) -> None:
-        """The port file appears when requests are answered."""
-        end = time.monotonic() + self.start_timeout
-        while not port_file.exists():
-            self.check()
-            if time.monotonic() > end:
-                raise RolloutError(
-                    f"server for {self.model_dir} not ready after {self.start_timeout:g} s (start_timeout); "
-                    f"{self._log_tail()}"
-                )
-            time.sleep(_POLL_SECONDS)
-        self.url = f"http://127.0.0.1:{int(port_file.read_text())}"
+    def lose(self, lost: Mapping[str, str]) -> None:
+        """These servers serve no more until the next publish. All ranks call it with the same servers."""
+        self.standing = Standing(self.standing.urls, {**lost, **self.standing.lost})
 
-    def check(self) -> None:
-        """Raises RolloutError, with the end of the log, when the server has ended."""
-        if self.process is None:
-            raise RolloutError(f"server for {self.model_dir} was not started; call start() first")
-        code = self.process.poll()
-        if code is not None:
-            raise RolloutError(f"server for {self.model_dir} ended with code {code}; {self._log_tail()}")
+    # -- on the main rank ---------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Ends the server: SIGTERM, then SIGKILL to its process group. May be called again."""
-        atexit.unregister(self.close)
-        if self.process is None or self.process.poll() is not None:
-            return
-        for number, patience in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _TERM_SECONDS)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
-                return
+    def restart_lost(self) -> Standing:
+        """Starts lost servers of this machine anew on the current weights, without waiting for them."""
+        for index, server in enumerate(self.local):
+            restarted = server.url in self._restarted and _lives(server)
+            if server.url in self.standing.lost and not restarted:
+                server.kill()
+                server.model_dir = self.published[-1]
+                server.launch()
+                self._rename(index, server.url)
+                self._restarted.add(server.url)
+        return self.standing
 
-    def _log_tail(self) -> str:
-        text = self.log_file.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-        return f"the end of {self.log_file}:\n{text}"
+    def returning(self) -> list[RolloutClient]:
+        """Lost servers that answer again, emptied of what they were doing; they are to be published to."""
+        starting = {server.url for server in self.local if not _answers(server)}
+        lost = [self.client(url) for url in self.standing.lost if url not in starting]
+        emptied, _ = asyncio.run(on_each(lost, _empty))
+        return [client for client in lost if client.url in emptied]
+
+    def settle(self, loaded: Collection[str], directory: Path) -> None:
+        """After a publish from `directory`: these servers hold it and serve."""
+        lost = {url: why for url, why in self.standing.lost.items() if url not in loaded}
+        self.standing = Standing(self.standing.urls, lost)
+        self._restarted.difference_update(loaded)
+        self.published.append(directory)
+        in_use = {directory, *(server.model_dir for server in self.local if server.url in lost)}
+        for old in set(self.published) - in_use:  # only what this run wrote: others may share the parent
+            shutil.rmtree(old, ignore_errors=True)
+        self.published = [path for path in self.published if path in in_use]
+
+    def _rename(self, index: int, url: str) -> None:
+        """A restarted server has a new port."""
+        urls, lost = list(self.standing.urls), dict(self.standing.lost)
+        lost[url] = lost.pop(urls[index])
+        urls[index] = url
+        self.standing = Standing(tuple(urls), lost)
+
+
+def _answers(server: LocalServer) -> bool:
+    with suppress(RolloutError):
+        return server.is_ready()
+    return False
+
+
+def _lives(server: LocalServer) -> bool:
+    """Answers, or may still be starting."""
+    with suppress(RolloutError):
+        server.is_ready()
+        return True
+    return False
+
+
+async def _empty(client: RolloutClient) -> None:
+    if not await client.ready():
+        raise RolloutError(f"{client.url}: not ready")
+    await client.abort(every=True)
+    await client.resume()
+
+
+async def on_each(
+    clients: Sequence[RolloutClient], use: Callable[[RolloutClient], Awaitable[T]]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """`use` on every server at once: (url -> result, url -> why it failed)."""
+
+    async def run(client: RolloutClient) -> T:
+        async with client:
+            return await use(client)
+
+    outcomes = await asyncio.gather(*map(run, clients), return_exceptions=True)
+    done: dict[str, T] = {}
+    failed: dict[str, str] = {}
+    for client, outcome in zip(clients, outcomes, strict=True):
+        if isinstance(outcome, RolloutError):
+            failed[client.url] = str(outcome)
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            done[client.url] = outcome
+    return done, failed
 
 
 async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> None:
@@ -150,3 +180,35 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
                 f"not ready after {timeout:g} s: {urls}; start them or correct their addresses"
             )
         await asyncio.sleep(min(1.0, timeout / 10))
+
+
+async def check_server(client: RolloutClient) -> None:
+    """Raises ConfigError, with the remedy, for an (opened) server that cannot take part in training."""
+    try:
+        info = await client.server_info()
+    except RejectedError as error:
+        if error.status == 404:
+            raise ConfigError(f"{client.url}: no /server_info; {_NEWER}") from error
+        raise
+    check_server_info(client.url, info)
+
+
+_NEWER = f"SGLang {'.'.join(map(str, OLDEST_SGLANG))} or newer is needed"
+
+
+def check_server_info(url: str, info: Mapping[str, Any]) -> None:
+    """Raises ConfigError for settings under which samples or weights would silently be others than meant."""
+    version = str(info.get("version", ""))
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < OLDEST_SGLANG:
+        raise ConfigError(f"{url}: runs SGLang {version or 'of unknown version'}; {_NEWER}")
+    if info.get("dp_size", 1) != 1:
+        raise ConfigError(
+            f"{url}: dp_size = {info['dp_size']}, and SGLang cannot update the weights of such a server; "
+            "start several servers without --dp-size and list them in rollout.urls"
+        )
+    if info.get("preferred_sampling_params"):
+        raise ConfigError(
+            f"{url}: changes every request by --preferred-sampling-params, and samples would come from "
+            "another distribution than the one that is trained; start it without"
+        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcore_rl.rollout.client import Reply, RolloutClient
+from mcore_rl.rollout.client import Reply
+from mcore_rl.rollout.dispatch import Request
 from mcore_rl.types import Group, Prompt, Sample
 
 _SAMPLES_PER_CALL = 1024
@@ -31,7 +32,7 @@ def sample_seed(run_seed: int, sample_id: str) -> int:
 
 
 async def sample_groups(
-    client: RolloutClient,
+    ask: Callable[[Request], Awaitable[list[Reply]]],
     prompts: Sequence[Prompt],
     *,
     step: int | str,
@@ -39,25 +40,28 @@ async def sample_groups(
     sampling_params: Mapping[str, Any],
     tokenizer_decode: Callable[[Sequence[int]], str],
     seed: int,
+    calls: int = 1,
 ) -> Rollout:
     """`samples_per_prompt` responses to every prompt, as groups `<prompt id>@<step>`.
 
-    Prompts go to the server in few large calls, which it batches. `sampling_params` are SGLang's
-    (max_new_tokens, temperature, ...); a seed per sample is added. Raises RolloutError, RejectedError.
+    Prompts go to `ask` in few large calls, at least `calls` where there are as many prompts; servers batch
+    what they get, and the samples of a prompt stay together, so that its prefix is computed once.
+    `sampling_params` are SGLang's (max_new_tokens, temperature, ...); a seed per sample is added, which acts
+    where the server samples deterministically. Raises RolloutError, RejectedError.
     """
-    size = max(1, _SAMPLES_PER_CALL // samples_per_prompt)
+    size = max(1, min(_SAMPLES_PER_CALL // samples_per_prompt, -(-len(prompts) // calls)))
     chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
-    async def ask(chunk: Sequence[Prompt]) -> list[Reply]:
+    def request(chunk: Sequence[Prompt]) -> Request:
         asked = [(p, f"{p.id}@{step}/{k}") for p in chunk for k in range(samples_per_prompt)]
         params = [
             {**sampling_params, "sampling_seed": sample_seed(seed, sample_id)} for _, sample_id in asked
         ]
-        return await client.generate(
-            [p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked]
-        )
+        return Request([p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked])
 
-    replies = [reply for part in await asyncio.gather(*map(ask, chunks)) for reply in part]
+    replies = [
+        reply for part in await asyncio.gather(*(ask(request(chunk)) for chunk in chunks)) for reply in part
+    ]
     groups = []
     for i, prompt in enumerate(prompts):
         mine = replies[i * samples_per_prompt : (i + 1) * samples_per_prompt]

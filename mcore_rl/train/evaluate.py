@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from mcore_rl.data.cursor import share
-from mcore_rl.parallel.control import gather_replicas
 from mcore_rl.train.run import Run, sample
 
 
@@ -21,15 +19,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     if not run.eval_prompts or not due(step, config.train.steps, config.train.eval_every):
         return {}
     with run.timers("eval"):
-        mine = share(run.eval_prompts, run.mesh.dp_rank, run.mesh.layout.data)
-        groups = sample(run, mine, f"eval{step}", samples_per_prompt=1)
-        rewards = [
-            s.reward
-            for replica in gather_replicas(run.mesh, groups)
-            for g in replica
-            for s in g.samples
-            if s.reward is not None
-        ]
+        groups = sample(run, run.eval_prompts, f"eval{step}", samples_per_prompt=1)
+        rewards = [s.reward for group in groups for s in group.samples if s.reward is not None]
     if not rewards:  # the servers aborted every sample: no accuracy is not an accuracy of 0
         return {}
     name = Path(str(config.data.eval)).stem

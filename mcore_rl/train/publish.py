@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.errors import WeightSyncError
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.train.batch import pack_share
@@ -26,28 +26,37 @@ def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str
 
     Raises:
         WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
+        RolloutError: on every rank, when no server is left.
     """
     version = str(step)
     with run.timers("publish"):
         # Less their last token: a server that scores a full context has no room for the one it must sample.
         probe = [s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1]
         probe = probe[: run.config.publish.probe_sequences]
-        stale = _scores(run, probe, f"{version}-before") if step else []
-        superseded = ("initial", str(step - 1))
-        publish_by_disk(run.policy, run.clients, run.weights_dir, version, superseded)
+        stale = _scores(run, probe, f"{version}-before") if step else {}
+        away = dict(run.fleet.standing.lost)
+        failed = publish_by_disk(run.policy, run.fleet, run.weights_dir, version)
+        run.lose(failed)
         fresh = _scores(run, probe, f"{version}-after")
-        difference = _largest_differences(run, probe, [*fresh, *stale])
-    _check(run, version, difference[: len(fresh)])
+        difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
+    _check(run, version, dict(zip(fresh, difference, strict=False)))
+    for url in away.keys() & fresh.keys():
+        run.step_log.event("server_returned", url=url, version=version)
     metrics: dict[str, float | str] = {
         "weight_version": version,
         "publish/probe_max_abs": max(difference[: len(fresh)]),
+        "rollout/servers": len(run.fleet.serving),
     }
     return metrics | ({"publish/stale_max_abs": max(difference[len(fresh) :])} if stale else {})
 
 
-def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> list[list[list[float]]]:
-    """[servers][sequences][tokens - 1]"""
-    return on_main(run.mesh, lambda: [server_log_probs(client, probe, tag) for client in run.clients])
+def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, list[list[float]]]:
+    """Of every server that serves: url -> [sequences][tokens - 1]. Servers that do not answer are lost."""
+    scores, failed = on_main(run.mesh, lambda: server_log_probs(run.fleet.serving, probe, tag))
+    run.lose(failed)
+    if not scores:
+        raise RolloutError(f"no rollout server is left: {dict(run.fleet.standing.lost)}")
+    return scores
 
 
 def _largest_differences(
@@ -66,12 +75,12 @@ def _largest_differences(
     return [reduced[name].item() for name in fields]
 
 
-def _check(run: Run, version: str, differences: Sequence[float]) -> None:
+def _check(run: Run, version: str, differences: Mapping[str, float]) -> None:
     limit = run.config.publish.tolerance_max
-    for client, difference in zip(run.clients, differences, strict=True):
+    for url, difference in differences.items():
         if not 0 <= difference <= limit:  # neither a NaN nor a comparison of nothing may pass
             raise WeightSyncError(
-                f"{client.url} reports version {version}, but its log-probs differ from the trainer's by "
+                f"{url} reports version {version}, but its log-probs differ from the trainer's by "
                 f"{difference:.2e} (publish.tolerance_max = {limit:g}): it does not hold the "
                 "published weights. See its log"
             )

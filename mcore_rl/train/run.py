@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
-from mcore_rl.errors import RolloutError, WeightSyncError
+from mcore_rl.errors import RolloutError
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.optimizer import Optimizer, ddp_config
 from mcore_rl.parallel.control import gather_replicas, on_leads, on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import RewardFn, load_reward, score_groups
-from mcore_rl.rollout.client import RolloutClient, call
-from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded, SGLang
 from mcore_rl.rollout.sampler import Rollout, sample_groups
 from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
@@ -28,6 +29,9 @@ from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.setup import Trainer, optimizer_of, read_prompts, start_trainer
 from mcore_rl.types import Group, Prompt
 from mcore_rl.weights.publish import wait_for_servers
+
+_CALLS_PER_SERVER = 4
+"""of a rollout: few, for the servers batch; not one, so that what a lost server had is not everything"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Run(Trainer):
     alert: GradientAlert
     reward: RewardFn
     eval_prompts: Sequence[Prompt]
-    clients: Sequence[RolloutClient]
-    """one per server"""
+    fleet: Fleet
+    """the rollout servers"""
     weights_dir: Path
     """where versions are written for the servers"""
 
@@ -65,6 +69,17 @@ class Run(Trainer):
             self.step_log.event("mismatch", step=step, p999=mismatch, limit=limit)
         if self.alert.due(metrics):
             self.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
+
+    def lose(self, lost: Mapping[str, str]) -> None:
+        """These servers (url -> why, the same on every rank) serve no more until a publish; collective.
+
+        Those of this machine are started anew, and are published to when they answer.
+        """
+        for url, why in lost.items():
+            self.step_log.event("server_lost", url=url, why=why)
+        self.fleet.lose(lost)
+        if self.fleet.standing.lost:
+            self.fleet.standing = on_main(self.mesh, self.fleet.restart_lost)
 
     @property
     def temperature(self) -> float:
@@ -95,10 +110,8 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             trainer.optimizers["critic."] = critic.optimizer
         restore(trainer)  # before a server starts on the policy's weights
         weights_dir = config.publish.dir or config.run.dir / "weights"
-        urls = server_urls(config, trainer.policy, weights_dir, stack)
-        r = config.rollout
-        clients = [RolloutClient(url, api_key_env=r.api_key_env, timeout=r.timeout) for url in urls]
-        on_main(trainer.mesh, lambda: wait_for_servers(clients, r.start_timeout))
+        fleet = build_fleet(config, trainer.policy, weights_dir, stack)
+        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
         if trainer.saved is None:
             on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
         yield Run(
@@ -112,7 +125,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             alert=alert,
             reward=reward,
             eval_prompts=load_eval(config, trainer.tokenizer),
-            clients=clients,
+            fleet=fleet,
             weights_dir=weights_dir,
         )
 
@@ -141,25 +154,48 @@ def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
     return Critic(model, optimizer, ValueObjective(c.value_clip or None, c.coef))
 
 
-def server_urls(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> list[str]:
-    """The configured servers, or one that the main rank starts on the policy's own weights; collective."""
-    if config.rollout.urls:
-        return list(config.rollout.urls)
-    initial = weights_dir.resolve() / "initial"
-    policy.export(initial)
+def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> Fleet:
+    """The configured servers, or those that the main rank starts on the policy's own weights; collective."""
+    r = config.rollout
+    local: list[LocalServer] = []
+    initial = None
 
     def launch() -> list[str]:
-        r = config.rollout
-        server = LocalServer(
-            initial,
-            log_file=config.run.dir / "server.log",
-            api_key_env=r.api_key_env,
-            threads=r.threads,
-            start_timeout=r.start_timeout,
-        )
-        return [stack.enter_context(server).url]
+        local.extend(local_servers(config, weights_dir.resolve() / "initial"))
+        for server in local:  # all at once, then wait: most of a start is imports
+            stack.callback(server.close)
+            server.launch()
+        for server in local:
+            server.wait()
+        return [server.url for server in local]
 
-    return on_main(policy.mesh, launch)
+    if r.urls:
+        urls = list(r.urls)
+    else:
+        initial = weights_dir.resolve() / "initial"
+        policy.export(initial)
+        urls = on_main(policy.mesh, launch)
+    return Fleet(
+        urls,
+        api_key_env=r.api_key_env,
+        timeout=r.timeout,
+        health_timeout=r.health_timeout,
+        local=local,
+        initial=initial,
+    )
+
+
+def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:
+    """The servers that [rollout] asks for on this machine, not started; `server.log`, `server_1.log`, ..."""
+    r = config.rollout
+    if r.python is not None:
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.model.precision]
+        program = SGLang(r.python, dtype=dtype, api_key_env=r.api_key_env, options=r.options)
+    else:
+        program = Embedded(api_key_env=r.api_key_env, threads=r.threads, options=r.options)
+    names = ["server.log", *(f"server_{number}.log" for number in range(1, r.servers))]
+    logs = [config.run.dir / name for name in names]
+    return [LocalServer(model_dir, program, log_file=log, start_timeout=r.start_timeout) for log in logs]
 
 
 def load_eval(config: Config, tokenizer) -> tuple[Prompt, ...]:
@@ -172,56 +208,49 @@ def load_eval(config: Config, tokenizer) -> tuple[Prompt, ...]:
 def rollout(run: Run, step: int) -> list[Group]:
     """Sample and score one step's prompts; each replica asks for its own share. All groups, on every rank."""
     prompts = run.cursor.next(run.config.rollout.prompts_per_step)
-    mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
-    groups = gather_replicas(run.mesh, sample(run, mine, step, run.config.rollout.samples_per_prompt))
-    flat = [group for replica in groups for group in replica]
-    if not any(group.samples for group in flat):
-        raise RolloutError(f"step {step}: the servers aborted all {len(flat)} groups; see their logs")
-    check_versions(flat, str(step - 1))
-    save_samples(run, step, flat)
-    return flat
+    groups = sample(run, prompts, step, run.config.rollout.samples_per_prompt)
+    if not any(group.samples for group in groups):
+        raise RolloutError(f"step {step}: the servers aborted all {len(groups)} groups; see their logs")
+    save_samples(run, step, groups)
+    return groups
 
 
 def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_prompt: int) -> list[Group]:
-    """Scored groups of `prompts`, sampled by this replica's lead and known to all its ranks."""
+    """Scored groups of `prompts`, each replica's lead asking for its share; all of them, on every rank.
+
+    Every token comes from the weights that were published last: the ratio of 1 rests on it.
+    """
     r = run.config.rollout
     params = {
         "temperature": r.temperature,
         "max_new_tokens": r.max_new_tokens,
         "stop_token_ids": list(r.stop_token_ids),
     }
-    ask = partial(
-        sample_groups,
-        prompts=prompts,
-        step=step,
-        samples_per_prompt=samples_per_prompt,
-        sampling_params=params,
-        tokenizer_decode=lambda ids: str(run.tokenizer.decode(list(ids), skip_special_tokens=True)),
-        seed=run.config.run.seed,
-    )
-    client = run.clients[run.mesh.dp_rank % len(run.clients)]
+    mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
 
-    def work() -> list[Group]:
+    async def ask() -> tuple[Rollout, Mapping[str, str]]:
+        async with run.fleet.dispatch() as servers:
+            sampled = await sample_groups(
+                servers.ask,
+                mine,
+                step=step,
+                samples_per_prompt=samples_per_prompt,
+                sampling_params=params,
+                tokenizer_decode=lambda ids: str(run.tokenizer.decode(list(ids), skip_special_tokens=True)),
+                seed=run.config.run.seed,
+                calls=_CALLS_PER_SERVER * len(servers) if len(servers) > 1 else 1,
+            )
+        return sampled, servers.lost
+
+    def work() -> tuple[list[Group], Mapping[str, str]]:
         with run.timers("rollout"):
-            sampled: Rollout = call(client, ask)
+            sampled, lost = asyncio.run(ask())
         with run.timers("reward"):
-            return score_groups(sampled.groups, run.reward)
+            return score_groups(sampled.groups, run.reward), lost
 
-    return on_leads(run.mesh, work)
-
-
-def check_versions(groups: Sequence[Group], version: str) -> None:
-    """Every token was sampled from the weights that were published last: the ratio of 1 rests on it.
-
-    Raises:
-        WeightSyncError: on every rank, since all hold the same groups.
-    """
-    seen = {span.version for group in groups for sample in group.samples for span in sample.versions}
-    if seen - {version}:
-        raise WeightSyncError(
-            f"version {version} was published, the samples come from {sorted(seen)}: a server was restarted "
-            "or updated by someone else. Give the run servers of its own"
-        )
+    replicas = gather_replicas(run.mesh, on_leads(run.mesh, work))
+    run.lose({url: why for _, lost in replicas for url, why in lost.items()})
+    return [group for groups, _ in replicas for group in groups]
 
 
 def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:

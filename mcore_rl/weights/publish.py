@@ -8,79 +8,116 @@ that it does not know.
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from mcore_rl.errors import RolloutError, WeightSyncError
+from safetensors import safe_open
+
+from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
+from mcore_rl.model.weights_io import checkpoint_files
 from mcore_rl.parallel.control import on_main
-from mcore_rl.rollout.client import RolloutClient, call
-from mcore_rl.rollout.fleet import wait_ready
+from mcore_rl.rollout.client import RejectedError, RolloutClient
+from mcore_rl.rollout.fleet import Fleet, check_server, on_each, wait_ready
 
 
-def publish_by_disk(
-    model: Model,
-    clients: Sequence[RolloutClient],
-    directory: Path,
-    version: str,
-    superseded: Sequence[str] = (),
-) -> None:
+def publish_by_disk(model: Model, fleet: Fleet, directory: Path, version: str) -> dict[str, str]:
     """Export `model` to `directory`/`version` and make every server load it; collective over all ranks.
 
-    The `superseded` versions in `directory` are removed once all servers have the new one.
+    Servers that were lost and answer again are published to like the others, and serve from then on. Returns
+    those that failed (url -> why), which the caller counts as lost. Older versions are removed.
 
     Raises:
-        WeightSyncError: on every rank, when a server does not take the weights.
+        WeightSyncError: on every rank, when a server refuses the weights, or none is left that has them.
     """
     target = directory.resolve() / version
     model.export(target)
-
-    def load() -> None:
-        for client in clients:
-            _load(client, target, version)
-        for old in superseded:  # only what this run wrote: others may share the directory
-            shutil.rmtree(directory / old, ignore_errors=True)
-
-    on_main(model.mesh, load)
+    expected = model.mapping.hf_shapes()
+    failed = on_main(model.mesh, lambda: publish_directory(fleet, target, version, expected))
+    fleet.standing = on_main(model.mesh, lambda: fleet.standing)
+    fleet.version = version
+    return failed
 
 
-def _load(client: RolloutClient, target: Path, version: str) -> None:
-    async def update(opened: RolloutClient) -> None:
-        await opened.pause("retract")  # nothing samples from half-loaded weights
-        try:
-            await opened.update_weights_from_disk(str(target), version)
-        finally:
-            await opened.resume()
+def publish_directory(
+    fleet: Fleet, target: Path, version: str, expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The main rank's part of publish_by_disk: servers load `target`, if it holds the tensors `expected`."""
+    _check_complete(target, expected)
+    clients = [*fleet.serving, *fleet.returning()]
+    loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, target, version)))
+    if not loaded:
+        reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+        raise WeightSyncError(f"no server has loaded version {version} from {target}:{reasons}")
+    fleet.settle(loaded, target)
+    return failed
 
+
+def _check_complete(target: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Before any server is told: SGLang ignores a name that it does not know, and dies of a wrong shape."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in set(checkpoint_files(target).values()):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        lines = "".join(f"\n  {name}: {found.get(name)}, not {expected.get(name)}" for name in wrong[:5])
+        raise WeightSyncError(
+            f"{target}: {len(wrong)} tensors are not those of the model; no server was told. Something else "
+            f"writes to this directory (publish.dir), or its disk is full:{lines}"
+        )
+
+
+async def load_from_disk(client: RolloutClient, target: Path, version: str) -> None:
+    """Make one (opened) server load the HF directory `target` as `version`.
+
+    Paused, so that nothing is sampled from half-loaded weights; retracted, so that what was running goes on
+    without the cache of the old ones (pausing in place, the server would keep it, or refuse to flush it).
+
+    Raises:
+        WeightSyncError: the server refuses the weights. RolloutError: it gave no usable answer.
+    """
+    await client.pause("retract")
     try:
-        call(client, update)
-    except RolloutError as error:
+        await client.update_weights_from_disk(str(target), version)
+    except RejectedError as error:
         raise WeightSyncError(
             f"{client.url} did not load version {version} from {target}: {error}. The server must see this "
             "path: set publish.dir to a directory that trainer and servers share"
         ) from error
+    finally:
+        await client.resume()
 
 
 def server_log_probs(
-    client: RolloutClient, sequences: Sequence[Sequence[int]], tag: str
-) -> list[list[float]]:
-    """Untempered log-probs of every token but the first of each sequence under the server's weights."""
+    clients: Sequence[RolloutClient], sequences: Sequence[Sequence[int]], tag: str
+) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
+    """Untempered log-probs of every token but the first of each sequence, under the weights of each server.
 
-    async def score(opened: RolloutClient):
+    Returns (url -> log-probs, url -> why it gave none).
+    """
+
+    async def score(opened: RolloutClient) -> list[list[float]]:
         params = [{"max_new_tokens": 1, "temperature": 1.0}] * len(sequences)
         rids = [f"probe-{tag}-{i}" for i in range(len(sequences))]
-        return await opened.generate(sequences, params, rids, prompt_log_probs=True)
+        replies = await opened.generate(sequences, params, rids, prompt_log_probs=True)
+        return [list(reply.prompt_log_probs) for reply in replies]
 
-    return [list(reply.prompt_log_probs) for reply in call(client, score)]
+    return asyncio.run(on_each(clients, score))
 
 
 def wait_for_servers(clients: Sequence[RolloutClient], timeout: float) -> None:
-    """Return when every server is ready; RolloutError names those that are not after `timeout` seconds."""
+    """Return when every server is ready and fit for training.
+
+    Raises RolloutError naming those that are not ready after `timeout` seconds, ConfigError for one that
+    cannot take part.
+    """
 
     async def wait() -> None:
         async with AsyncExitStack() as stack:
-            await wait_ready([await stack.enter_async_context(client) for client in clients], timeout=timeout)
+            opened = [await stack.enter_async_context(client) for client in clients]
+            await wait_ready(opened, timeout=timeout)
+            await asyncio.gather(*map(check_server, opened))
 
     asyncio.run(wait())

@@ -53,6 +53,17 @@ def load(tmp_path):
         ),
         ({"supervised__batch_size": 8}, {"algorithm__name": "sft"}, "supervised.batch_size: has no effect"),
         (
+            {"rollout__server": "sglang"},
+            {"rollout__python": "python3"},
+            "rollout.python: name the interpreter",
+        ),
+        ({"rollout__python": "python3"}, {"rollout__server": "sglang"}, "rollout.python: has no effect"),
+        (
+            {"rollout__servers": 2, "rollout__urls": "['http://a:1']"},
+            {"rollout__urls": "[]"},
+            "rollout.servers: has no",
+        ),
+        (
             {"rollout__threads": 2, "rollout__urls": "['http://a:1']"},
             {"rollout__urls": "[]"},
             "rollout.threads: has no",

@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mcore_rl.__main__ import main
 from mcore_rl.doctor.storage import check_disk
-from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,10 +232,9 @@ def test_another_megatron_version(tmp_path: Path, setting: Setting):
 def server(sound_setting: Path, tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     os.environ["DOCTOR_TEST_KEY"] = "a key"
-    with LocalServer(
-        sound_setting / "model", log_file=log, api_key_env="DOCTOR_TEST_KEY", threads=1
-    ) as local:
-        yield local.url
+    program = Embedded(api_key_env="DOCTOR_TEST_KEY", threads=1)
+    with LocalServer(sound_setting / "model", program, log_file=log) as own:
+        yield own.url
     del os.environ["DOCTOR_TEST_KEY"]
 
 

@@ -19,7 +19,8 @@ from aiohttp import ClientSession, web
 
 from mcore_rl.__main__ import main
 from mcore_rl.metrics import read_metrics
-from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
@@ -95,11 +96,42 @@ def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
             return await asyncio.to_thread(run, *without_threads(gspo(task, tmp_path / "run", *flags)))
 
     model = task.root / "warm_start" / "model"
-    with LocalServer(model, log_file=tmp_path / "server.log", threads=1) as server:
+    with LocalServer(model, Embedded(threads=1), log_file=tmp_path / "server.log") as server:
         done = asyncio.run(train_through_proxy(server.url))
     assert done.returncode == 75, done.stderr
     assert "WeightSyncError" in done.stderr
     assert "does not hold the published weights" in done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_server_costs_no_sample_and_comes_back(task: Task, tmp_path):
+    """One of two is killed while the run goes on; it returns through a publish."""
+    arguments = gspo(task, tmp_path, "--rollout.servers", "2", "--train.steps", "12")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
+        )
+    try:
+        _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
+        servers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "mcore_rl.rollout.embedded" in child.cmdline()
+        ]
+        assert len(servers) == 2
+        servers[0].kill()
+        assert process.wait(timeout=280) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=30)
+    steps = read_metrics(tmp_path / "metrics.jsonl")
+    assert [step["samples"] for step in steps[1:]] == [16 * 8] * 12
+    assert min(step["rollout/servers"] for step in steps) == 1
+    assert steps[-1]["rollout/servers"] == 2
+    kinds = [event["kind"] for event in read_metrics(tmp_path / "events.jsonl")]
+    assert kinds.index("server_lost") < kinds.index("server_returned")
 
 
 def without_threads(arguments: list[str]) -> list[str]:

@@ -9,7 +9,8 @@ import psutil
 import pytest
 from transformers import PreTrainedModel
 
-from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
 from tests.rollout.support import build_model, http, save_model
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def dir_b(tmp_path_factory: pytest.TempPathFactory, model_b: PreTrainedModel) ->
 def server(tmp_path_factory: pytest.TempPathFactory, dir_a: Path) -> Iterator[LocalServer]:
     """Serves model_a; a test that changes its weights or pauses it takes `fresh_url` instead of the url."""
     log_file = tmp_path_factory.mktemp("server") / "server.log"
-    with LocalServer(dir_a, log_file=log_file, threads=1) as running:
+    with LocalServer(dir_a, Embedded(threads=1), log_file=log_file) as running:
         yield running
         running.check()
 

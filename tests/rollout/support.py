@@ -13,14 +13,22 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB, CONTEXT, EOS = 320, 512, 319
 DEADLINE = 30.0
 
 
-def build_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
-    """A random Qwen3 whose next-token distributions are far from uniform."""
+def build_model(seed: int, *, tied: bool = False, spread: float = 0.3) -> PreTrainedModel:
+    """A random Qwen3 whose next-token distributions are far from uniform; `spread` of its weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -33,9 +41,31 @@ def build_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=tied,
         eos_token_id=EOS,
-        initializer_range=0.3,
+        initializer_range=spread,
     )
     return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+
+
+def build_moe_model(seed: int) -> PreTrainedModel:
+    """A random Qwen3-MoE, every layer sparse."""
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        eos_token_id=EOS,
+        initializer_range=0.15,
+    )
+    return Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
 
 
 def save_model(directory: Path, model: PreTrainedModel) -> Path:
@@ -75,11 +105,11 @@ def _parse(raw: bytes) -> Any:
         return raw.decode()
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    """Polls; fails after DEADLINE."""
-    end = time.monotonic() + DEADLINE
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
+    """Polls; fails after `seconds`."""
+    end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, f"not within {DEADLINE} s: {what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.005)
 
 

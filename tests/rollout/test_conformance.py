@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mcore_rl.rollout.fleet import LocalServer
+from mcore_rl.rollout.local import LocalServer
 from tests.rollout.support import Answer, http
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(
@@ -47,6 +47,8 @@ PARTIAL = {
     "loads": {"version", "loads", "timestamp"},
 }
 """replies of which the embedded server gives a part, with at least these fields"""
+EXTRACTS = ("model_info", "server_info")
+"""of these, hundreds of settings of one machine, the recording keeps the fields that mean something here"""
 SAME_BODY = {"pause", "continue", "begin", "begin_twice", "end", "end_twice", "get_weight_version",
              "generate_too_long", "generate_bad_param", "update_weight_version", "update_disk"}  # fmt: skip
 """replies that are equal, not only of the same form"""
@@ -106,6 +108,8 @@ def check(name: str, answer: Answer) -> None:
         return
     assert answer.status == recorded["status"], answer.body
     want, got = form(comparable(name, recorded["response"])), form(comparable(name, answer.body))
+    if URL and name in EXTRACTS:
+        got = {key: got.get(key) for key in want}
     if not URL and name in PARTIAL:
         assert PARTIAL[name] <= got.keys()
         want, got = ({key: f[key] for key in got.keys() & want.keys()} for f in (want, got))

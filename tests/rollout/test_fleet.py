@@ -16,7 +16,9 @@ import pytest
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.embedded import serve
-from mcore_rl.rollout.fleet import LocalServer, wait_ready
+from mcore_rl.rollout.fleet import wait_ready
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
 from tests.rollout.support import http, running, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True}
@@ -27,7 +29,9 @@ def test_a_server_with_a_key_closes_promptly_while_it_generates(
 ) -> None:
     key = "canary-secret"
     monkeypatch.setenv("ROLLOUT_TEST_KEY", key)
-    server = LocalServer(dir_a, log_file=tmp_path / "log", threads=1, api_key_env="ROLLOUT_TEST_KEY")
+    server = LocalServer(
+        dir_a, Embedded(threads=1, api_key_env="ROLLOUT_TEST_KEY"), log_file=tmp_path / "log"
+    )
     server.start()
     process = server.process
     assert process is not None
@@ -61,8 +65,10 @@ def test_a_server_with_a_key_closes_promptly_while_it_generates(
 
 def test_a_server_dies_with_its_owner_and_its_clients_learn_it(tmp_path: Path, dir_a: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from mcore_rl.rollout.fleet import LocalServer\n"
-        "server = LocalServer(Path(sys.argv[1]), log_file=Path(sys.argv[2]), threads=1); server.start()\n"
+        "import sys, time; from pathlib import Path; from mcore_rl.rollout.local import LocalServer\n"
+        "from mcore_rl.rollout.programs import Embedded\n"
+        "server = LocalServer(Path(sys.argv[1]), Embedded(threads=1), log_file=Path(sys.argv[2]))\n"
+        "server.start()\n"
         "print(server.process.pid, server.url, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(dir_a), str(tmp_path / "log")]
@@ -98,7 +104,7 @@ def test_a_key_variable_that_is_not_set_is_named(dir_a: Path) -> None:
 
 
 def test_a_directory_without_a_model_ends_with_the_reason(tmp_path: Path) -> None:
-    second = LocalServer(tmp_path, log_file=tmp_path / "log", threads=1)
+    second = LocalServer(tmp_path, Embedded(threads=1), log_file=tmp_path / "log")
     with pytest.raises(RolloutError, match=r"ended with code 2; .*\n.*no config\.json"):
         second.start()
     assert second.process is not None

@@ -23,7 +23,7 @@ async def ask(
     client: RolloutClient, prompts: list[Prompt] = PROMPTS, *, step: int = 4, seed: int = 1, **params: int
 ) -> Rollout:
     return await sample_groups(
-        client,
+        lambda request: client.generate(request.prompts, request.sampling_params, request.rids),
         prompts,
         step=step,
         samples_per_prompt=4,

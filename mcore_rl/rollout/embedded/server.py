@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import logging
 import os
 import random
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from mcore_rl.rollout.embedded.kv_cache import build_cache
 from mcore_rl.rollout.embedded.weights import load_model
 from mcore_rl.rollout.embedded.worker import Worker
 
-_PR_SET_PDEATHSIG = 1
 _SHUTDOWN_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
@@ -47,15 +44,13 @@ def serve(
     kv_tokens: int | None = None,
     random_seed: int = 0,
     max_body_mib: int = 256,
-    port_file: Path | None = None,
-    parent_pid: int | None = None,
 ) -> None:
     """Serves an HF decoder in float32 over SGLang's native HTTP API (level 0.5.23) until SIGTERM or SIGINT.
 
     Args:
         model_dir: local HF checkpoint directory (config.json, safetensors, optionally a tokenizer).
         host: address to bind.
-        port: 0 lets the system choose; see port_file.
+        port: 0 lets the system choose; the log says which.
         api_key_env: name of the environment variable that holds the key; none: no key is asked.
         threads: CPU threads of the model.
         device: cpu or cuda.
@@ -64,13 +59,9 @@ def serve(
         kv_tokens: KV cache size in tokens; none: what fits in 1 GiB.
         random_seed: seeds the draws of requests that bring no sampling_seed.
         max_body_mib: longest request body.
-        port_file: the port is written here, atomically, once requests are answered.
-        parent_pid: end with this process (Linux), which must be the one that started the server.
 
     Raises ConfigError (bad directory, port in use, key not set) and CheckpointError (incomplete weights).
     """
-    if parent_pid is not None:
-        _die_with(parent_pid)
     api_key = _read_key(api_key_env)
     with _bind(host, port) as sock:  # before the model is loaded: a port in use is known at once
         torch.set_num_threads(threads)
@@ -78,7 +69,7 @@ def serve(
         app = build_app(api, api_key=api_key, max_body_bytes=max_body_mib << 20)
         # What is in flight at the end is dropped, so that its clients turn to another server at once.
         app.on_shutdown.append(lambda _: asyncio.to_thread(api.worker.close, _SHUTDOWN_SECONDS))
-        asyncio.run(_run(app, sock, port_file))
+        asyncio.run(_run(app, sock))
 
 
 def _build_api(
@@ -118,7 +109,7 @@ def _build_api(
     return Api(worker, limits, tokenizer, shapes, info, random.Random(seed))
 
 
-async def _run(app: web.Application, sock: socket.socket, port_file: Path | None) -> None:
+async def _run(app: web.Application, sock: socket.socket) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -136,8 +127,6 @@ async def _run(app: web.Application, sock: socket.socket, port_file: Path | None
             await web.SockSite(runner, sock).start()
         except OSError as error:
             raise _port_error(host, port, error) from error
-        if port_file is not None:
-            _write_atomically(port_file, str(port))
         log.info("serving at http://%s:%d", host, port)
         await stop.wait()
     finally:
@@ -212,17 +201,3 @@ def _eos_ids(
         found.append(GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id)
     lists = [value if isinstance(value, list) else [value] for value in found if value is not None]
     return frozenset(token for ids in lists for token in ids)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _die_with(parent_pid: int) -> None:
-    """SIGKILL when the thread that started this process ends, however it ends; nothing to do off Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it had died before prctl
-        raise ConfigError(f"parent_pid: process {parent_pid} is not the parent of this one; it has ended")

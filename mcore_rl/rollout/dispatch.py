@@ -1,0 +1,143 @@
+"""Requests to several servers: each goes to the least-loaded one, and to another when that one is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from mcore_rl.errors import RolloutError
+from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
+
+_HEALTH_POLLS = 4
+"""health checks per `health_timeout`"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one HTTP call asks: prompts, and for each its sampling parameters and its request id."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling_params: Sequence[Mapping[str, Any]]
+    rids: Sequence[str]
+
+
+@dataclass
+class _Server:
+    client: RolloutClient
+    load: int = 0
+    """prompts in flight"""
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Dispatch:
+    """One round of requests to the servers of `clients` (opened here, closed at the end of the block).
+
+    Args:
+        clients: the servers that serve.
+        version: weight version that every token must come from.
+        health_timeout: seconds without a good health check after which a server is given up.
+    """
+
+    def __init__(self, clients: Sequence[RolloutClient], *, version: str, health_timeout: float) -> None:
+        self.version = version
+        self.health_timeout = health_timeout
+        self.lost: dict[str, str] = {}
+        """url -> why it is not asked any more"""
+        self._servers = [_Server(client) for client in clients]
+
+    def __len__(self) -> int:
+        return len(self._servers)
+
+    async def __aenter__(self) -> Dispatch:
+        self._stack = AsyncExitStack()
+        for server in self._servers:
+            await self._stack.enter_async_context(server.client)
+        self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        await self._stack.aclose()
+
+    async def ask(self, request: Request) -> list[Reply]:
+        """The replies to `request`, all from one server.
+
+        A server that gives none (connection, deadline, health, or another weight version) is lost to the
+        whole round, and the request goes to another: no reply is ever taken twice.
+
+        Raises:
+            RolloutError: every server is lost; the message says why each.
+            RejectedError: a server refuses the request, as any other would.
+        """
+        while True:
+            server = self._choose(request)
+            server.load += len(request.prompts)
+            try:
+                replies = await self._from(server, request)
+                self._check_version(replies)
+                return replies
+            except RejectedError:
+                raise
+            except RolloutError as error:
+                self._lose(server, str(error))
+            finally:
+                server.load -= len(request.prompts)
+
+    def _choose(self, request: Request) -> _Server:
+        """Least load first; among equals the same one for the same prompt, whose prefix it has cached."""
+        left = [server for server in self._servers if not server.lost.is_set()]
+        if not left:
+            reasons = "".join(f"\n  {url}: {why}" for url, why in self.lost.items())
+            raise RolloutError(f"no rollout server is left:{reasons}")
+        least = min(server.load for server in left)
+        prefix = repr(list(request.prompts[0])).encode()
+        return max(
+            (server for server in left if server.load == least),
+            key=lambda server: hashlib.blake2b(server.client.url.encode() + prefix, digest_size=8).digest(),
+        )
+
+    async def _from(self, server: _Server, request: Request) -> list[Reply]:
+        answer = asyncio.create_task(
+            server.client.generate(request.prompts, request.sampling_params, request.rids)
+        )
+        lost = asyncio.create_task(server.lost.wait())
+        try:
+            await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise RolloutError(self.lost[server.client.url])
+            return answer.result()
+        finally:
+            lost.cancel()
+            answer.cancel()
+            with suppress(asyncio.CancelledError, RolloutError):
+                await answer
+
+    def _check_version(self, replies: Sequence[Reply]) -> None:
+        seen = {span.version for reply in replies for span in reply.versions}
+        if seen - {self.version}:
+            raise RolloutError(
+                f"serves weight version {sorted(seen)}, not {self.version!r}: it was restarted, or updated "
+                "by someone else. Give the run servers of its own"
+            )
+
+    def _lose(self, server: _Server, why: str) -> None:
+        self.lost.setdefault(server.client.url, why)
+        server.lost.set()
+
+    async def _watch(self, server: _Server) -> None:
+        """Loses the server when it was not healthy for `health_timeout`: its connections may stay open."""
+        pause = self.health_timeout / _HEALTH_POLLS
+        last = time.monotonic()
+        while time.monotonic() - last < self.health_timeout:
+            await asyncio.sleep(pause)
+            left = self.health_timeout - (time.monotonic() - last)
+            if server.load == 0 or await server.client.healthy(max(left, pause)):
+                last = time.monotonic()
+        self._lose(server, f"no good answer to a health check for {self.health_timeout:g} s")

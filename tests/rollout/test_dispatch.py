@@ -1,0 +1,202 @@
+"""Several servers: who is asked, and what becomes of the requests of one that is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.errors import EXIT_RETRYABLE, ConfigError, RolloutError
+from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
+from mcore_rl.rollout.dispatch import Dispatch, Request
+from mcore_rl.rollout.fleet import Fleet, check_server_info
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
+from tests.rollout.proxy import hang, proxy, status
+from tests.rollout.support import http, running, wait_until
+
+PARAMS = {"max_new_tokens": 4, "sampling_seed": 3}
+LONG = {"max_new_tokens": 480, "ignore_eos": True}
+
+
+@pytest.fixture
+def pair(tmp_path: Path, dir_a: Path) -> Iterator[list[LocalServer]]:
+    """Two servers of their own, for tests that end or stop them."""
+    servers = [LocalServer(dir_a, Embedded(threads=1), log_file=tmp_path / f"log_{i}") for i in range(2)]
+    try:
+        for server in servers:
+            server.launch()
+        for server in servers:
+            server.wait()
+        yield servers
+    finally:
+        for server in servers:
+            server.close()
+
+
+def requests(count: int, params: dict = PARAMS) -> list[Request]:
+    return [Request([[i, 3]] * 2, [params] * 2, [f"{i}/0", f"{i}/1"]) for i in range(count)]
+
+
+def ask_all(
+    urls: list[str], asked: list[Request], fault: Callable[[], None] = lambda: None, **options: float
+) -> tuple[list[list[Reply]], dict[str, str]]:
+    """All replies, and the servers that were lost; `fault` happens when every server has work."""
+
+    async def go() -> tuple[list[list[Reply]], dict[str, str]]:
+        clients = [RolloutClient(url, timeout=60.0, retries=1) for url in urls]
+        async with Dispatch(
+            clients, version="default", health_timeout=options.get("health_timeout", 30.0)
+        ) as servers:
+            replies = asyncio.gather(*map(servers.ask, asked))
+            await asyncio.to_thread(fault)
+            return await replies, servers.lost
+
+    return asyncio.run(go())
+
+
+def every_sample_once(replies: list[list[Reply]], asked: list[Request]) -> None:
+    assert [[reply.rid for reply in part] for part in replies] == [list(request.rids) for request in asked]
+
+
+def end(server: LocalServer, number: signal.Signals) -> Callable[[], None]:
+    def act() -> None:
+        wait_until(lambda: running(server.url) > 0, "it generates")
+        assert server.process is not None
+        os.killpg(server.process.pid, number)
+
+    return act
+
+
+def test_load_is_spread_and_a_prompt_returns_to_its_server(url: str) -> None:
+    async def go() -> list[list[str]]:
+        async with proxy(url) as one, proxy(url) as two:
+            seen: list[list[str]] = []
+            for _ in range(2):
+                async with Dispatch(
+                    [RolloutClient(p.url) for p in (one, two)], version="default", health_timeout=30
+                ) as servers:
+                    await asyncio.gather(*map(servers.ask, requests(8)))
+                    await servers.ask(requests(20)[19])
+                seen.append([rid for sent in one.bodies("/generate") for rid in sent["rid"]])
+            return seen
+
+    first, both = asyncio.run(go())
+    assert Counter(first)["19/0"] in (0, 1)
+    assert len([rid for rid in first if rid != "19/0" and rid != "19/1"]) == 8, "half of 8 x 2 samples each"
+    assert Counter(both)["19/0"] in (0, 2), "an idle fleet sends the same prompt elsewhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_lost_in_mid_generation_costs_no_sample(
+    pair: list[LocalServer], number: signal.Signals
+) -> None:
+    asked = requests(6, LONG)
+    replies, lost = ask_all([s.url for s in pair], asked, end(pair[0], number), health_timeout=4.0)
+    every_sample_once(replies, asked)
+    assert all(len(reply.token_ids) == 480 for part in replies for reply in part)
+    assert list(lost) == [pair[0].url]
+
+
+@pytest.mark.slow
+def test_when_all_are_lost_the_error_names_them_within_its_deadline(pair: list[LocalServer]) -> None:
+    def end_both() -> None:
+        for server, number in zip(pair, (signal.SIGKILL, signal.SIGSTOP), strict=True):
+            end(server, number)()
+
+    began = time.monotonic()
+    with pytest.raises(RolloutError) as caught:
+        ask_all([s.url for s in pair], requests(6, LONG), end_both, health_timeout=4.0)
+    assert time.monotonic() - began < 60
+    assert caught.value.exit_code == EXIT_RETRYABLE
+    assert all(server.url in str(caught.value) for server in pair)
+
+
+def test_a_refusal_is_not_asked_elsewhere(url: str) -> None:
+    with pytest.raises(RejectedError, match="context length"):
+        ask_all([url, url], [Request([[1] * 600], [PARAMS], ["x"])])
+
+
+def test_a_server_of_another_version_is_lost(fresh_url: str, dir_b: Path) -> None:
+    update = {"model_path": str(dir_b), "weight_version": "2"}
+    assert http(fresh_url, "/update_weights_from_disk", update).status == 200
+    with pytest.raises(RolloutError, match=r"serves weight version \['2'\], not 'default'"):
+        ask_all([fresh_url], requests(2))
+
+
+def test_slow_is_not_lost(url: str) -> None:
+    """No reply for longer than the health timeout, while health checks are answered."""
+
+    async def go() -> dict[str, str]:
+        async with proxy(url, hang(3.0)) as slow:
+            async with Dispatch([RolloutClient(slow.url)], version="default", health_timeout=1.5) as servers:
+                await servers.ask(requests(1)[0])
+            return servers.lost
+
+    assert asyncio.run(go()) == {}
+
+
+def test_errors_of_one_server_move_its_requests(url: str) -> None:
+    async def go() -> tuple[list[list[Reply]], dict[str, str]]:
+        async with proxy(url, *[status(503)] * 40) as bad:
+            clients = [RolloutClient(u, retries=1) for u in (bad.url, url)]
+            async with Dispatch(clients, version="default", health_timeout=30) as servers:
+                replies = await asyncio.gather(*map(servers.ask, requests(6)))
+            return list(replies), servers.lost
+
+    replies, lost = asyncio.run(go())
+    every_sample_once(replies, requests(6))
+    assert "HTTP 503" in next(iter(lost.values()))
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
+    pair: list[LocalServer], dir_a: Path, tmp_path: Path
+) -> None:
+    initial = shutil.copytree(dir_a, tmp_path / "initial")
+    fleet = Fleet([s.url for s in pair], timeout=60.0, local=pair, initial=initial)
+    pair[0].kill()
+    fleet.lose({pair[0].url: "killed"})
+    old = pair[0].url
+    fleet.restart_lost()
+    again = pair[0].process
+    fleet.restart_lost()
+    assert pair[0].process is again, "it was starting and was started once more"
+    assert pair[0].url in fleet.standing.lost
+    assert old not in fleet.standing.urls
+    assert [client.url for client in fleet.serving] == [pair[1].url]
+    wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
+    assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
+    copies = [tmp_path / name for name in ("1", "2")]
+    for copy in copies:
+        copy.mkdir()
+    fleet.published.append(copies[0])
+    fleet.settle([server.url for server in pair], copies[1])
+    assert len(fleet.serving) == 2
+    assert fleet.published == [copies[1]]
+    assert not copies[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ({"version": "0.5.20"}, "0.5.21 or newer"),
+        ({"version": "0.4.9.post1"}, "0.5.21 or newer"),
+        ({}, "unknown version"),
+        ({"version": "0.5.23", "dp_size": 2}, "--dp-size"),
+        ({"version": "0.5.23", "preferred_sampling_params": {"top_k": 1}}, "--preferred-sampling-params"),
+    ],
+)
+def test_servers_that_cannot_take_part_are_refused(info: dict, says: str) -> None:
+    check_server_info("http://a:1", {"version": "0.5.21"})
+    check_server_info("http://a:1", {"version": "0.5.23+mcore_rl-embedded", "dp_size": 1})
+    with pytest.raises(ConfigError, match=says):
+        check_server_info("http://a:1", info)
