@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model import versions
 from mcore_rl.model.mapping import Entry, Mapping, global_parameters
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
@@ -128,7 +128,7 @@ def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
         # Without it every shard but the first is taken for a duplicate: the gradient norm, and with it
         # clipping, is silently too small under TP.
         dim = 1 if entry.rule.merge == "single" else 0
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        versions.mark_shard(parameter, dim)
 
 
 def export(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, directory: Path, source: Path) -> None:
