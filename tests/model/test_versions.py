@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ from mcore_rl.parallel.mesh import Mesh
 from tests.model.removal import Outcome, nothing, outcome
 from tests.model.support import at_layout
 from tests.model.test_policy import gradient_norm
+from tests.sources import ROOT
 
 INSTALLED = metadata.version("megatron-core")
 BOTH = r"install 0\.16\.1 \(Python 3\.11\) or 0\.19\.2 \(Python 3\.12 and newer\)"
@@ -35,6 +37,14 @@ def test_a_missing_megatron_is_named(monkeypatch) -> None:
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(ConfigError, match=f"megatron-core is not installed; {BOTH}"):
         platform.install()
+
+
+@pytest.mark.parametrize("file", ["pyproject.toml", "constraints.txt"])
+def test_the_pinned_versions_are_the_supported_ones(file: str) -> None:
+    """A pin that no index offers looks like a missing network to .ci/run, which is no failure."""
+    pin = r"megatron-core==([\d.]+) ?; python_version (< |>= )\"3\.12\""
+    pinned = re.findall(pin, (ROOT / file).read_text())
+    assert dict(pinned) == dict(zip(versions.SUPPORTED, ("< ", ">= "), strict=True))
 
 
 # --- every difference is needed, by the version that it names ---------------------------------------------
