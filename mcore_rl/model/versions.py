@@ -86,7 +86,7 @@ def install() -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """One place where the versions part, and the function of this module that meets both."""
+    """A place where the versions part, and the function here that meets both. For readers and tests."""
 
     met_by: Callable[..., Any]
     version: str

@@ -16,12 +16,13 @@ from mcore_rl.verify_layouts.worlds import Pools
 
 def losses(layouts: Sequence[str], algorithms: Sequence[str]) -> dict[str, float]:
     """`layout algorithm` -> loss of the recorded problem of `verify layouts`."""
+    cases = {text: Case.parse(text) for text in layouts}
     found = {}
     with Pools() as worlds:
-        for text in layouts:
-            case = Case.parse(text)
-            _, log_probs = worlds.run(1, measure, Case(Layout(), case.model), (), None)
-            results, _ = worlds.run(case.layout.world_size, measure, case, algorithms, log_probs)
+        models = {case.model for case in cases.values()}
+        recorded = {model: worlds.run(1, measure, Case(Layout(), model), (), None)[1] for model in models}
+        for text, case in cases.items():
+            results, _ = worlds.run(case.layout.world_size, measure, case, algorithms, recorded[case.model])
             found |= {f"{text} {name}": measured.loss for name, measured in results.items()}
     return found
 

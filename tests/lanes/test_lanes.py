@@ -71,10 +71,12 @@ def demo(environment: str, data: Path, directory: Path) -> dict[str, float]:
     """`run step` -> loss of a few steps of what `make demo` runs."""
     problems = ["--data.train", f"{data}/train.jsonl"]
     warm = ["--model.path", f"{data}/model", "--run.dir", f"{directory}/sft", "--train.steps", "10"]
+    warm += ["--optimizer.warmup_steps", "5"]
     python(environment, *TRAIN, "examples/sft_tiny.toml", *problems, *warm)
     problems += ["--data.eval", f"{data}/eval.jsonl", "--train.eval_samples", "50"]
     rl = ["--model.path", f"{directory}/sft/model", "--run.dir", f"{directory}/rl", "--train.steps", "2"]
-    rl += ["--train.eval_every", "0", "--rollout.prompts_per_step", "16", "--rollout.threads", "1"]
+    rl += ["--optimizer.warmup_steps", "0", "--train.eval_every", "0"]
+    rl += ["--rollout.prompts_per_step", "16", "--rollout.threads", "1"]
     python(environment, *TRAIN, "examples/gspo_tiny.toml", *problems, *rl)
     return {
         f"{run} {step['step']}": step["loss/policy"]
