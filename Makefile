@@ -1,20 +1,38 @@
 # Every target sets up what it needs first and installs nothing the second time. `make` alone lists the targets.
 #
-#   PYTHON=python3.12       the interpreter for .venv (default: python3.11, else python3)
+#   PYTHON=python3.12       the interpreter (default: python3.11, else python3; for .venv-lane what .ci/lane-python finds)
 #   TORCH_INDEX=https://... an index to take torch from, such as one of CPU builds (default: pip's own)
 
 PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 
+LANE_PYTHON = $(if $(filter file,$(origin PYTHON)),$(shell .ci/lane-python),$(PYTHON))
+
 BIN := .venv/bin
 READY := .venv/.ready
+LANE := .venv-lane/bin
+LANE_READY := .venv-lane/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadgroup
 SGLANG := .venv-sglang
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet
+CORRECTNESS := not learn and not gpu and not sglang
+LANE_TESTS := tests/model tests/parallel tests/verify tests/e2e/test_demo.py tests/lanes
 
-.PHONY: help setup demo demo-sglang test test-fast test-learn test-sglang sglang-cpu lint format clean
+# $(call build,ENVIRONMENT,PYTHON,OLDEST): an environment with the versions of constraints.txt, of Python 3.OLDEST to 3.14
+define build
+	@test -n "$(2)" || { echo "No Python 3.$(3)-3.14 found: install python3.$(3), or say make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(2) -c 'import sys; sys.exit(not (3, $(3)) <= sys.version_info < (3, 15))' || \
+		{ echo "$(2) is not Python 3.$(3)-3.14: say make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(1)/bin/python || $(2) -m venv $(1) || \
+		{ rm -rf $(1); echo "$(2) cannot make environments: install its venv package (Debian: python3.$(3)-venv)" >&2; exit 2; }
+	$(1)/bin/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	PIP_CONSTRAINT=constraints.txt $(1)/bin/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+endef
+
+.PHONY: help setup setup-lane demo demo-sglang test test-lane test-fast test-learn test-sglang sglang-cpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -23,14 +41,12 @@ help:  ## list the targets
 setup: $(READY)  ## .venv with the pinned versions of constraints.txt
 
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11-3.14 found: install python3.11, or say make PYTHON=/path/to/python" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
-		{ echo "$(PYTHON) is not Python 3.11-3.14: say make PYTHON=/path/to/python" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
-		{ rm -rf .venv; echo "$(PYTHON) cannot make environments: install its venv package (Debian: python3.11-venv)" >&2; exit 2; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e '.[dev]'
-	@touch $@
+	$(call build,.venv,$(PYTHON),11)
+
+setup-lane: $(LANE_READY)  ## .venv-lane: Python 3.12 or newer, with the newer Megatron-Core
+
+$(LANE_READY): pyproject.toml constraints.txt
+	$(call build,.venv-lane,$(LANE_PYTHON),12)
 
 demo: $(READY)  ## train a tiny policy with GSPO at TP=2 on this machine: a few minutes
 	$(BIN)/python examples/arithmetic.py runs/demo/data --seed 0
@@ -49,10 +65,13 @@ demo-sglang: $(READY) $(SGLANG)/.ready  ## the demo with a real SGLang server on
 DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl --data.eval runs/demo-sglang/data/eval.jsonl
 
 test: lint  ## lint and the whole correctness suite on CPU
-	$(PYTEST) $(PARALLEL) -m "not learn and not gpu and not sglang"
+	$(PYTEST) $(PARALLEL) -m "$(CORRECTNESS) and not lanes"
+
+test-lane: $(LANE_READY)  ## models, layouts and the demo on the newer Megatron-Core, and its losses against the older
+	OMP_NUM_THREADS=1 $(LANE)/python -m pytest $(PARALLEL) -m "$(CORRECTNESS)" $(LANE_TESTS)
 
 test-fast: $(READY)  ## the inner loop: under 3 minutes
-	$(PYTEST) $(PARALLEL) -m "not slow and not learn and not gpu and not sglang"
+	$(PYTEST) $(PARALLEL) -m "not slow and $(CORRECTNESS) and not lanes"
 
 test-learn: $(READY)  ## learning runs: tens of minutes
 	$(PYTEST) -m learn
@@ -82,4 +101,4 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 
 clean:  ## remove what was built; runs/ stays
-	rm -rf .venv $(SGLANG) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lane $(SGLANG) build dist .pytest_cache .ruff_cache .hypothesis

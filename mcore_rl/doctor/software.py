@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.model import platform
+from mcore_rl.model import versions
 
 FP8_CAPABILITY = (8, 9)
 """Ada; Hopper is (9, 0)"""
@@ -30,7 +30,7 @@ def check_software() -> list[Finding]:
 
 
 def _megatron() -> Iterable[Finding]:
-    yield Finding("megatron-core", "ok", platform.check_version())
+    yield Finding("megatron-core", "ok", versions.check())
     if importlib.util.find_spec("psutil") is None:
         yield Finding(
             "megatron-core",

@@ -2,10 +2,10 @@
 
 Megatron-Core names CUDA in its source: `device="cuda"` literals, `torch.cuda.current_device()`, streams,
 generators, type strings. `install()` answers those calls on a machine without CUDA, once, before the first
-use of Megatron-Core; where CUDA is present it only checks the version. Nothing outside `megatron.core`
-changes its behaviour: literals are redirected by a stand-in for the name `torch` INSIDE the modules of
-`TORCH_FACTORY_MODULES`, since wrapping torch's factories globally silently corrupts other libraries
-(transformers' rotary tables, logits off by 0.3).
+use of Megatron-Core; where CUDA is present it only meets the differences listed in versions.py. Nothing
+outside `megatron.core` changes its behaviour: literals are redirected by a stand-in for the name `torch`
+INSIDE the modules of `TORCH_FACTORY_MODULES`, since wrapping torch's factories globally silently corrupts
+other libraries (transformers' rotary tables, logits off by 0.3).
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ import importlib
 import os
 import sys
 import types
-from importlib import metadata
 from typing import Any
 
 import torch
 
-from mcore_rl.errors import ConfigError
-
-SUPPORTED = {"0.16.1": "Python 3.11"}
-"""megatron-core versions whose internals were checked: several fixes reach into them."""
+from mcore_rl.model import versions
 
 TORCH_FACTORY_MODULES = (
     "megatron.core.pipeline_parallel.schedules",
@@ -50,29 +46,16 @@ def install() -> None:
         ConfigError: megatron-core is missing or of a version whose internals are unknown to this module.
     """
     global _installed
-    check_version()
+    versions.check()
     if _installed:
         return
+    versions.install()
     if torch.cuda.is_available():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         for fix in FIXES:
             fix()
     _installed = True
-
-
-def check_version() -> str:
-    """The installed megatron-core version, or a ConfigError that names the supported ones."""
-    known = " or ".join(f"{version} ({python})" for version, python in SUPPORTED.items())
-    try:
-        version = metadata.version("megatron-core")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(f"megatron-core is not installed; install {known}") from None
-    if version not in SUPPORTED:
-        raise ConfigError(
-            f"megatron-core {version} is not supported: mcore_rl does not know its internals; install {known}"
-        )
-    return version
 
 
 def device() -> torch.device:
@@ -181,18 +164,11 @@ class _NullStream:
 
 
 def null_streams() -> None:
-    """Streams and events of the MoE dispatcher and shared-expert overlap."""
+    """Streams and events of the MoE dispatcher, shared-expert overlap, and 0.19.2's DDP."""
     torch.cuda.Stream = torch.cuda.Event = _NullStream
     torch.cuda.stream = _NullStream
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _NullStream()
     torch.Tensor.record_stream = lambda self, stream: None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def answer_without_transformer_engine() -> None:
-    """The router's `te_general_gemm`, which megatron-core 0.16.1 imports only with Transformer Engine."""
-    moe_utils = _module("megatron.core.transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
 
 def list_splits_on_host() -> None:
@@ -215,6 +191,5 @@ FIXES = (
     use_cpu_generator,
     name_cuda_types,
     null_streams,
-    answer_without_transformer_engine,
     list_splits_on_host,
 )

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from mcore_rl.errors import LayoutError
+from mcore_rl.model import versions
 from mcore_rl.model.architecture import Architecture, Experts
 from mcore_rl.model.portable import PackedAttention, RMSNorm
 from mcore_rl.parallel.mesh import Layout
@@ -181,7 +182,7 @@ def _layer_spec(config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     else:
-        mlp = ModuleSpec(module=MLP, submodules=linears)
+        mlp = versions.mlp_module(linears)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model import versions
 from mcore_rl.model.hf_files import INDEX, SIDE_FILES, hf_reader
 from mcore_rl.model.mapping import Entry, Mapping, global_parameters
 from mcore_rl.model.torch_dist import holds_torch_dist, torch_dist_reader
@@ -71,11 +71,11 @@ def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
         # Reduced over the ranks that hold the same experts. Megatron says so only at EP > 1; at TP > 1 alone
         # the experts of the tensor-parallel ranks, which see different tokens, would drift apart.
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-    if (entry.rule.axis is not None or entry.is_expert) and not hasattr(parameter, "tensor_model_parallel"):
+    if entry.rule.axis is not None or entry.is_expert:
         # Without it every shard but the first is taken for a duplicate: the gradient norm, and with it
-        # clipping, is silently too small under TP. It marks a bias itself, which it always fills with zeros.
+        # clipping, is silently too small under TP.
         dim = 1 if entry.rule.merge == "single" else 0
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        versions.mark_shard(parameter, dim)
 
 
 def export(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, directory: Path, source: Path) -> None:

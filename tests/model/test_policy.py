@@ -16,7 +16,7 @@ from mcore_rl.model import step, weights_io
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import Mapping, global_parameters
+from mcore_rl.model.mapping import Entry, Mapping, global_parameters
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
@@ -193,10 +193,15 @@ def batches_at(mesh: Mesh) -> list[PackedBatch]:
     return pack_share(sequences(), {}, shape_at(mesh), mesh)
 
 
+def unmark(parameter: torch.nn.Parameter, entry: Entry) -> None:
+    """Megatron-Core 0.19.2 marks a shard itself."""
+    vars(parameter).pop("tensor_model_parallel", None)
+
+
 def gradient_norm(mesh: Mesh, directory: Path, marked: bool = True) -> float:
     with pytest.MonkeyPatch.context() as patch:
         if not marked:
-            patch.setattr(weights_io, "_mark", lambda parameter, entry: None)
+            patch.setattr(weights_io, "_mark", unmark)
         model = build_policy(directory, mesh, ddp=ddp_config(distributed=False))
     optimizer = build_optimizer(model, lr=0.0, kind="sgd", clip_grad=0.0, distributed=False)
     optimizer.zero_grad()

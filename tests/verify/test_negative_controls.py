@@ -95,7 +95,13 @@ def keys_in_plain_order(patch: pytest.MonkeyPatch) -> None:
 
 def unmarked_shards(patch: pytest.MonkeyPatch) -> None:
     """Megatron takes unmarked shards for duplicates: their gradients are missing from the norm."""
-    patch.setattr(weights_io, "set_tensor_model_parallel_attributes", lambda *args, **options: None)
+    original = weights_io._mark
+
+    def unmark(parameter, entry) -> None:
+        original(parameter, entry)
+        vars(parameter).pop("tensor_model_parallel", None)
+
+    patch.setattr(weights_io, "_mark", unmark)
 
 
 def unreduced_gradients(patch: pytest.MonkeyPatch) -> None:
