@@ -84,7 +84,8 @@ def main() -> int:
     platform.install()
     root = Path(tempfile.mkdtemp(dir=options.directory))
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 1), rank=0, world_size=1)
+        store = (root / "store").as_uri()
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
         pieces = state(options.gib)
         times = measure(root, pieces, options.rounds)
         dist.destroy_process_group()

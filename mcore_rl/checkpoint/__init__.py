@@ -3,6 +3,7 @@
 from mcore_rl.checkpoint.checkpoints import Checkpoints
 from mcore_rl.checkpoint.directory import Saved, committed, find
 from mcore_rl.checkpoint.pieces import count_updates, model_pieces, optimizer_pieces, set_updates
+from mcore_rl.checkpoint.rng import seed_rng
 
 __all__ = [
     "Checkpoints",
@@ -12,5 +13,6 @@ __all__ = [
     "find",
     "model_pieces",
     "optimizer_pieces",
+    "seed_rng",
     "set_updates",
 ]

@@ -213,7 +213,7 @@ class CheckpointDirectory:
                 "run": document,
                 "files": {file.name: [file.size, file.sha256] for file in files},
             }
-            written = write_file(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+            written = write_file(partial / MANIFEST, json.dumps(manifest).encode())
             _sync(partial)
             write_file(partial / COMMITTED, f"{written.sha256}\n".encode())
             _sync(partial)

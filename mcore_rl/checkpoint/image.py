@@ -95,7 +95,7 @@ class FileImage:
 
     def write(self, path: Path) -> Written:
         """Write the image to the new file `path`, durably."""
-        return write_file(path, memoryview(self._buffer.numpy()))
+        return write_file(path, self._buffer.numpy().data)
 
 
 def write_file(path: Path, content: bytes | memoryview) -> Written:

@@ -14,6 +14,13 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 
 
+def seed_rng(seed: int) -> None:
+    """Begin every generator of this process anew, so that two runs of one seed have the same states."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """Of this process."""
     kind, numbers, position, has_gauss, gauss = np.random.get_state()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mcore_rl.checkpoint import Checkpoints, Saved
+from mcore_rl.checkpoint import Checkpoints, Saved, seed_rng
 from mcore_rl.config import Config, to_toml
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
@@ -110,6 +110,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
 
 def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log: bool = False) -> Trainer:
     """The parts of a run at `mesh`; every rank calls it. An older log is replaced, unless `keep_log`."""
+    seed_rng(config.run.seed)
     tokenizer = load_tokenizer(config)
     prompts = read_prompts(config, config.data.train, tokenizer)
     policy = build_policy(

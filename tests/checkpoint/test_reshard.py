@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.checkpoint import count_updates, find, set_updates
-from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.mesh import Layout, Mesh
 from tests.checkpoint.support import build, open_at, pieces, stored, train, weights
 from tests.model.support import at_layout
 
@@ -50,15 +50,20 @@ MATRIX = [
     ("tp2pp2", "dp2", "dense", {}),
     ("cp2", "tp2+sp", "dense", {}),
     ("ep2", "tp1", "moe", {}),
-    ("tp1", "ep2", "moe", {}),
     ("dp2", "dp4", "dense", {"precision": "bf16"}),
+]
+MORE = [
+    ("tp1", "ep2", "moe", {}),
     ("tp2", "dp2", "dense", {"precision": "bf16", "distributed": False}),
     ("pp2+vpp2", "tp2", "dense", {}),
     ("pp2", "dp2", "tied", {"distributed": False}),
 ]
 
 
-@pytest.mark.parametrize(("before", "after", "kind", "options"), MATRIX, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "options"),
+    [*MATRIX[:2], *(pytest.param(*row, marks=pytest.mark.slow) for row in (*MATRIX[2:], *MORE))],
+)
 def test_state_and_continuation_are_those_of_the_saved_run(
     request, models, before, after, kind, options, tmp_path
 ) -> None:
@@ -82,6 +87,4 @@ def test_state_and_continuation_are_those_of_the_saved_run(
 
 
 def ranks(layout: str) -> int:
-    from mcore_rl.parallel.mesh import Layout
-
     return Layout.parse(layout).world_size

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from mcore_rl.checkpoint import committed
+from mcore_rl.checkpoint import committed, find
 from mcore_rl.metrics import read_metrics
 from tests.checkpoint.support import stored
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
@@ -75,16 +75,17 @@ def timeless(directory: Path) -> list[dict]:
 
 
 def documents(checkpoint: Path) -> dict:
-    from mcore_rl.checkpoint import find
-
     document = dict(find(checkpoint.parent, str(checkpoint)).document)
     return {key: document[key] for key in ("updates", "state", "rng", "layout")}
 
 
 def test_a_rank_is_killed_and_the_run_resumed(task: Task, whole: Path, tmp_path: Path) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
-    step_3 = lambda: b"step 3/" in log.read_bytes()  # noqa: E731
-    code = interrupted(gspo(task, directory), log, step_3, signal.SIGKILL)
+
+    def step_3_is_logged_and_step_2_committed() -> bool:
+        return b"step 3/" in log.read_bytes() and bool(committed(directory / "checkpoints"))
+
+    code = interrupted(gspo(task, directory), log, step_3_is_logged_and_step_2_committed, signal.SIGKILL)
     assert code == 75, log.read_text()
     assert b"was ended by signal 9" in log.read_bytes(), "the fault fired"
     assert [step for step, _ in committed(directory / "checkpoints")] == [2]
@@ -101,8 +102,7 @@ def test_a_rank_is_killed_and_the_run_resumed(task: Task, whole: Path, tmp_path:
 
 def test_sigterm_saves_and_leaves_with_75(task: Task, whole: Path, tmp_path: Path) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
-    step_1 = lambda: b"step 1/" in log.read_bytes()  # noqa: E731
-    code = interrupted(gspo(task, directory), log, step_1, signal.SIGTERM)
+    code = interrupted(gspo(task, directory), log, lambda: b"step 1/" in log.read_bytes(), signal.SIGTERM)
     assert code == 75, log.read_text()
     assert b"is saved; --resume latest continues after it" in log.read_bytes()
     (step, _), *_ = reversed(committed(directory / "checkpoints"))
