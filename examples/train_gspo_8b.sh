@@ -6,6 +6,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python=python3
 exec "$python" "$0" "$@"
+: <<'# end of the Python part'
 '''
 import os
 import sys
@@ -15,3 +16,4 @@ from mcore_rl.__main__ import main
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     sys.exit(main(["train", "examples/gspo_8b.toml", *sys.argv[1:]]))
+# end of the Python part

@@ -7,6 +7,7 @@ until it does) and so does expert parallelism. Which ones they hold differs; how
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -19,7 +20,6 @@ from mcore_rl.model.spec import padded_vocab
 from mcore_rl.parallel.mesh import Layout
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,56 @@ def _parts(
     table: type[Mapping], arch: Architecture, tensor: int, expert: int
 ) -> tuple[StageCount, list[StageCount], StageCount]:
     """On one rank: the embedding, each layer, and what follows the last one."""
-    mapping = table(arch, padded_vocab(arch, tensor))
-    shapes = mapping.hf_shapes()
+    padded = padded_vocab(arch, tensor)
     embedding, layers, rest = StageCount(), [StageCount()] * arch.layers, StageCount()
-    for entry in mapping.entries():
-        count = _on_one_rank(entry, sum(prod(shapes[name]) for name in entry.hf), mapping, tensor, expert)
-        layer = _LAYER.match(entry.megatron)
-        if layer:
-            layers[int(layer[1])] += count
-        elif entry.megatron.startswith("embedding."):
+    for part in _tensors(table, arch):
+        count = part.on_one_rank(arch, padded, tensor, expert)
+        if part.layer is not None:
+            layers[part.layer] += count
+        elif part.is_embedding:
             embedding += count
         else:
             rest += count
     return embedding, layers, rest
 
 
-def _on_one_rank(entry: Entry, size: int, mapping: Mapping, tensor: int, ep: int) -> StageCount:
-    """`size`: of the entry's HF tensors together."""
-    expert = _EXPERT.search(entry.megatron)
-    if expert:  # experts are dealt out in stretches; those of expert-parallel rank 0 stand for every rank's
-        experts = mapping.arch.experts.count if mapping.arch.experts else 0
-        return StageCount(experts=size if int(expert[1]) < experts // ep else 0)
+@dataclass(frozen=True)
+class _Tensors:
+    """Tensors of the same kind in the same place."""
+
+    layer: int | None
+    is_embedding: bool
+    kind: str
+    size: int
+    """parameters, all ranks together"""
+
+    def on_one_rank(self, arch: Architecture, padded: int, tensor: int, expert: int) -> StageCount:
+        if self.kind == "experts":  # dealt out evenly; each is whole on its rank
+            return StageCount(experts=self.size // expert)
+        if self.kind == "vocab":
+            rows = self.size // arch.vocab * padded
+            return StageCount(vocabulary=rows // tensor, padding=rows - self.size)
+        if self.kind == "replicated":
+            return StageCount(replicated=self.size)
+        return StageCount(matrices=self.size // tensor)
+
+
+@lru_cache
+def _tensors(table: type[Mapping], arch: Architecture) -> list[_Tensors]:
+    """Of the whole model, from the table that loads it."""
+    mapping = table(arch, arch.vocab)
+    shapes = mapping.hf_shapes()
+    sizes: Counter[tuple[int | None, bool, str]] = Counter()
+    for entry in mapping.entries():
+        layer = _LAYER.match(entry.megatron)
+        place = (int(layer[1]) if layer else None, entry.megatron.startswith("embedding."), _kind(entry))
+        sizes[place] += sum(prod(shapes[name]) for name in entry.hf)
+    return [_Tensors(*place, size) for place, size in sizes.items()]
+
+
+def _kind(entry: Entry) -> str:
+    if entry.is_expert:
+        return "experts"
     if entry.rule.merge == "vocab":
-        padded = size // mapping.arch.vocab * mapping.vocab_rows
-        return StageCount(vocabulary=padded // tensor, padding=padded - size)
-    if entry.rule.axis is None:
-        return StageCount(replicated=size)
-    return StageCount(matrices=size // tensor)
+        return "vocab"
+    return "replicated" if entry.rule.axis is None else "matrices"

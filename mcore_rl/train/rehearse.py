@@ -135,7 +135,6 @@ def shrink_model(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "head_dim": 16,
         "vocab_size": len(_VOCABULARY),
-        "max_position_embeddings": 512,
         "num_experts": 4,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,

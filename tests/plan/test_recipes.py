@@ -1,0 +1,148 @@
+"""Every shipped recipe: small, legal, with memory to spare, and clear about what it lacks on this machine."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.config import load_config
+from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.model.precision import check_precision
+from mcore_rl.plan.command import plan
+from mcore_rl.train.rehearse import shrink_parallel
+from tests.sources import ROOT
+
+SCRIPTS = sorted(path for path in (ROOT / "examples").glob("train_*.sh"))
+RECIPES = [path.with_name(path.name.removeprefix("train_")).with_suffix(".toml") for path in SCRIPTS]
+LINES = 45
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def planned(recipe: Path, capsys: pytest.CaptureFixture[str], **options) -> dict:
+    plan(recipe, as_json=True, **options)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_all_are_here() -> None:
+    names = {path.stem for path in RECIPES}
+    assert names >= {f"{name}_70b" for name in ("gspo", "ppo", "grpo", "sapo", "liteppo")}
+    assert names >= {"gspo_8b", "gspo_30b_a3b"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_fits_with_a_tenth_to_spare(recipe: Path, capsys) -> None:
+    four_models = {"reward_model": True} if recipe.stem.startswith("ppo") else {}
+    found = planned(recipe, capsys, **four_models)
+    assert found["configured"]["spare"] >= 0.1
+    assert found["layouts"][0]["fits"]
+    if four_models:
+        stage = found["configured"]["stages"][0]
+        assert min(stage[name] for name in ("weights", "reference", "critic", "reward_model")) > 0
+
+
+def test_too_little_memory_is_a_layout_error(capsys) -> None:
+    """Negative control: the same recipe on GPUs of half the size."""
+    with pytest.raises(LayoutError, match=r"parallel.*leaves -?\d+% of 40 GiB"):
+        planned(ROOT / "examples" / "gspo_8b.toml", capsys, gpu_memory=40.0)
+
+
+def test_an_illegal_layout_says_why(capsys) -> None:
+    found = planned(ROOT / "examples" / "gspo_8b.toml", capsys)
+    why = {entry["layout"]: entry["why"] for entry in found["illegal"]}
+    assert "does not divide the model's 36 layers" in why["pp4vpp2"]
+    with pytest.raises(LayoutError, match="give a multiple of 4"):
+        planned(ROOT / "examples" / "gspo_8b.toml", capsys, gpus=6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_is_short_and_names_its_sources(recipe: Path) -> None:
+    text = recipe.read_text()
+    assert len(text.splitlines()) <= LINES
+    assert re.search(r"\d{4}\.\d{5}", text)
+    assert load_config(recipe).train.steps > 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_shell_and_python(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    tree = ast.parse(script.read_text())
+    assert f"examples/{script.stem.removeprefix('train_')}.toml" in ast.dump(tree)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False
+    )
+
+
+@pytest.mark.parametrize("starter", ["bash", "torchrun"])
+def test_a_machine_without_gpus_gets_the_launch_line(starter: str) -> None:
+    command = {"bash": ["bash"], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+    done = run(*command[starter], "examples/train_gspo_70b.sh")
+    assert done.returncode == {"bash": 2, "torchrun": 1}[starter]
+    assert "LayoutError: [parallel] asks for tensor 8 x pipeline 4 x context 2 = 64 GPUs" in done.stderr
+    assert "torchrun --nnodes 8 --nproc-per-node 8" in done.stderr
+    assert "mcore-rl plan examples/gspo_70b.toml --gpus N" in done.stderr
+    assert "bash examples/train_gspo_70b.sh --rehearse" in done.stderr
+
+
+def test_fp8_without_a_gpu_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r'model\.precision = "fp8" needs a GPU.*"bf16"'):
+        check_precision("fp8")
+    check_precision("bf16")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "small"),
+    [("gspo_70b", 8, (2, 2, 2, 1, 1)), ("gspo_30b_a3b", 4, (2, 1, 1, 2, 2)), ("gspo_8b", 2, (2, 1, 1, 1, 1))],
+)
+def test_a_rehearsal_keeps_every_kind_of_parallelism(recipe: str, processes: int, small: tuple) -> None:
+    p = shrink_parallel(load_config(ROOT / "examples" / f"{recipe}.toml").parallel, processes)
+    assert (p.tensor, p.pipeline, p.context, p.expert, p.data) == small
+
+
+def test_a_rehearsal_that_cannot_says_how_many_it_needs() -> None:
+    parallel = load_config(ROOT / "examples" / "gspo_70b.toml").parallel
+    with pytest.raises(LayoutError, match="takes 8 processes"):
+        shrink_parallel(parallel, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("e2e")
+def test_a_rehearsal_trains_resumes_and_exports(tmp_path: Path) -> None:
+    """PPO of Llama with all its models, at TP2 PP2."""
+    command = [sys.executable, "examples/train_ppo_70b.sh", "--rehearse", "--rehearse-procs", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--parallel.context", "1", "--run.dir", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=390,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said in (
+        "tp8pp8+sp becomes tp2pp2+sp",
+        "3 steps trained and saved",
+        "resumed",
+        "exported and read back",
+    ):
+        assert said in done.stderr
