@@ -1,6 +1,6 @@
 """A converted directory: written beside its name, checked, then put in place whole.
 
-Two files make it what a training checkpoint is (docs/checkpoints.md): manifest.json with the size and SHA-256
+Two files make it what a training checkpoint is (docs/models.md): manifest.json with the size and SHA-256
 of every other file, and COMMITTED with the checksum of the manifest.
 """
 

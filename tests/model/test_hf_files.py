@@ -1,0 +1,84 @@
+"""Safetensors directories: what is refused by name, and what the streaming writer leaves for the library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf_files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader
+from tests.model.test_mapping import mapping_of
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "b.bias": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "c": torch.arange(20.0).view(4, 5).t(),
+}
+FORMS = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+
+
+def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+    with SafetensorsWriter(tmp_path / "x.safetensors", FORMS) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_the_writer_takes_its_tensors_in_order_and_all_of_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the next tensor"):
+        write(tmp_path / "x", ["b.bias"])
+    with pytest.raises(ValueError, match=r"not written: \['b\.bias', 'c'\]"):
+        write(tmp_path / "y", ["a"])
+
+
+def write(path: Path, names: list[str]) -> None:
+    with SafetensorsWriter(path, FORMS) as writer:
+        for name in names:
+            writer.write(name, TENSORS[name])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "../one.safetensors"}}, "outside the directory"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "outside the directory"),
+        ({"weight_map": {"a": "two.safetensors"}}, r"\['two\.safetensors'\], which are not in the directory"),
+        ({"weight_map": {"a": "one.safetensors", "z": "one.safetensors"}}, r"\['z'\] are not in the files"),
+        ({"weight_map": {"a": 3}}, "not an index"),
+        ({"weight_map": ["a"]}, "not an index"),
+        ({}, "not an index"),
+        ([], "not an index"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path: Path, index, message: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=message):
+        checkpoint_files(tmp_path)
+
+
+def test_one_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ConfigError, match=r"a is in both .*one\.safetensors and .*two\.safetensors"):
+        checkpoint_files(tmp_path)
+
+
+def test_a_tied_model_may_hold_a_copy_of_its_embedding(tmp_path: Path) -> None:
+    mapping = mapping_of("qwen2", tied=True)
+    tensors = {name: torch.randn(shape) for name, shape in mapping.hf_shapes().items()}
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": copy}, tmp_path / "model.safetensors")
+    assert torch.equal(hf_reader(tmp_path, mapping)("model.embed_tokens.weight"), copy)
+    copy[3, 3] += 1
+    save_file(tensors | {"lm_head.weight": copy}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"unexpected lm_head\.weight \(config\.json has tie_word"):
+        hf_reader(tmp_path, mapping)
