@@ -69,7 +69,7 @@ def _by_transformers(directory: Path, rows: list[list[int]]) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
-    model.to(platform.device())
+    torch.nn.Module.to(model, platform.device())  # transformers annotates its own `to` wrongly
     with torch.no_grad():
         logits = [model(torch.tensor([row], device=model.device)).logits[0, :-1] for row in rows]
     return torch.cat(logits).cpu()

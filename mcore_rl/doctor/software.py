@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 
 import torch
+from torch.cuda import nccl
 
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.model import versions
@@ -49,7 +50,7 @@ def _gpus() -> Iterable[Finding]:
         fp8 = "FP8" if (properties.major, properties.minor) >= FP8_CAPABILITY else "no FP8"
         memory = f"{properties.total_memory / _GIB:.0f} GiB"
         yield Finding("gpu", "ok", f"{index}: {properties.name}, {memory}, {fp8}")
-    version = ".".join(map(str, torch.cuda.nccl.version()))
+    version = ".".join(map(str, nccl.version()))
     yield Finding("nccl", "ok", version)
 
 

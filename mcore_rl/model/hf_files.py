@@ -151,7 +151,7 @@ class SafetensorsWriter:
         if name != expected or (tuple(tensor.shape), tensor.dtype) != self._waiting[name]:
             raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not the next tensor, {expected}")
         del self._waiting[name]
-        self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -8,6 +8,7 @@ at another learning rate, silently: so each run asks the real schedule, DDP and 
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ def _build(model: Model) -> list[DistributedDataParallel]:
     """Probes in the place of the model's chunks, under its own configuration and DDP settings."""
     config = copy.copy(model.config)
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
-    ddp = model.chunks[0].ddp_config
+    ddp = cast(DistributedDataParallel, model.chunks[0]).ddp_config
     ranks = model.mesh.layout.data * model.mesh.layout.context
     chunks = [
         DistributedDataParallel(config, ddp, _Probe(config, chunk, ranks), disable_bucketing=i > 0)
@@ -109,7 +110,7 @@ def _run(chunks: list[DistributedDataParallel], factors: list[float], scale: int
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(factors) for _ in chunks],
-        model=chunks,
+        model=list[torch.nn.Module](chunks),
         num_microbatches=len(factors),
         seq_length=8,
         micro_batch_size=1,
@@ -119,7 +120,8 @@ def _run(chunks: list[DistributedDataParallel], factors: list[float], scale: int
 
 def _own_gradients(chunk: DistributedDataParallel, mesh: Mesh) -> Tensor:
     """The gradients that this rank holds in the end: its shard, where the optimizer is distributed."""
-    gradients = chunk.module.weight.main_grad
+    weight: Any = cast(_Probe, chunk.module).weight
+    gradients: Tensor = weight.main_grad
     if not chunk.ddp_config.use_distributed_optimizer:
         return gradients
     rank = dist.get_rank(chunk.dp_cp_group)

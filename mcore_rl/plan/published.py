@@ -110,8 +110,9 @@ def rows() -> list[tuple[str, float, float, float]]:
     found = []
     for step in (LLAMA_70B, *OTHERS):
         estimated, published = step.estimate(), step.published
-        pairs = {"step": (published, estimated.total)}
-        if isinstance(published, Seconds):
+        if not isinstance(published, Seconds):
+            pairs = {"step": (published, estimated.total)}
+        else:
             phases = ("generate", "log_probs", "train", "publish", "total")
             pairs = {name: (getattr(published, name), getattr(estimated, name)) for name in phases}
         found += [(f"{step.name}: {name}", p, e, e / p - 1) for name, (p, e) in pairs.items()]

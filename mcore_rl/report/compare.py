@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that counts as equal")
     arguments = parser.parse_args(argv)
     try:
-        found, steps = differences(*read_runs(arguments.runs), arguments.rtol)
+        one, other = read_runs(arguments.runs)
+        found, steps = differences(one, other, arguments.rtol)
     except McoreRLError as error:
         print(f"compare_runs.py: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

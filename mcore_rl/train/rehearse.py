@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented in torch.distributed
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
-from mcore_rl.model.weights_io import checkpoint_files
+from mcore_rl.model.hf_files import checkpoint_files
 from mcore_rl.parallel.control import on_main
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, check_server, on_each, wait_ready
