@@ -78,7 +78,7 @@ def test_overrides_win_in_order_and_take_both_forms(path):
         (["--run.seed", "-1"], ["run.seed: must be greater than or equal to 0"]),
         (["--rollout.temperature=0"], ["rollout.temperature: must be greater than 0"]),
         (["--optimizer.lr=nan"], ["optimizer.lr: must be a finite number"]),
-        (["--model.precision=fp7"], ["model.precision: must be 'fp32' or 'bf16'"]),
+        (["--model.precision=fp7"], ["model.precision: must be 'fp32', 'bf16' or 'fp8'"]),
         (["--reward.function=exact"], ["reward.function: must be `module:function`"]),
         (["--rollout.urls=['x:1']"], ["rollout.urls.0: must be http(s)://host:port"]),
         (["--algorithm.params.x=[1]"], ["algorithm.params: x must be a finite number"]),
