@@ -110,11 +110,11 @@ def rows() -> list[tuple[str, float, float, float]]:
     found = []
     for step in (LLAMA_70B, *OTHERS):
         estimated, published = step.estimate(), step.published
-        if not isinstance(published, Seconds):
-            pairs = {"step": (published, estimated.total)}
-        else:
+        if isinstance(published, Seconds):
             phases = ("generate", "log_probs", "train", "publish", "total")
-            pairs = {name: (getattr(published, name), getattr(estimated, name)) for name in phases}
+            pairs = {name: (float(getattr(published, name)), getattr(estimated, name)) for name in phases}
+        else:
+            pairs = {"step": (published, estimated.total)}
         found += [(f"{step.name}: {name}", p, e, e / p - 1) for name, (p, e) in pairs.items()]
     return found
 

@@ -11,9 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from pydantic import BaseModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented in torch.distributed
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
@@ -60,7 +60,7 @@ def _rehearse_as_rank(config: Config) -> int:
     """The first rank writes the files, the others wait for them."""
     file = config.run.dir / "rehearsal" / "rehearsal.toml"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS))
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS))
     if int(os.environ["RANK"]) == 0:
         try:
             write_rehearsal(config, world_size())
