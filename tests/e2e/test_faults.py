@@ -105,32 +105,34 @@ def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
 
 @pytest.mark.timeout(600)
 def test_a_killed_server_costs_no_sample_and_comes_back(task: Task, tmp_path):
-    """One of two is killed while the run goes on; it returns through a publish."""
-    arguments = gspo(task, tmp_path, "--rollout.servers", "2", "--train.steps", "12")
-    log = tmp_path / "log"
+    """One of two is killed while the run goes on; it returns through a publish, and then the run may end."""
+    arguments = gspo(task, tmp_path, "--rollout.servers", "2", "--train.steps", "1000")
+    log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
+            command(*arguments),
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
-        servers = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "mcore_rl.rollout.embedded" in child.cmdline()
-        ]
+        family = psutil.Process(process.pid).children(recursive=True)
+        servers = [child for child in family if "mcore_rl.rollout.embedded" in child.cmdline()]
         assert len(servers) == 2
         servers[0].kill()
-        assert process.wait(timeout=280) == 0, log.read_text()
+        _wait_for(lambda: b"server_returned" in events.read_bytes(), process, 240)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
     finally:
         if process.poll() is None:
-            process.terminate()
-            process.wait(timeout=30)
+            os.killpg(process.pid, signal.SIGKILL)
     steps = read_metrics(tmp_path / "metrics.jsonl")
-    assert [step["samples"] for step in steps[1:]] == [16 * 8] * 12
-    assert min(step["rollout/servers"] for step in steps) == 1
-    assert steps[-1]["rollout/servers"] == 2
-    kinds = [event["kind"] for event in read_metrics(tmp_path / "events.jsonl")]
+    assert {step["samples"] for step in steps[1:]} == {16 * 8}
+    assert min(step["rollout/servers"] for step in steps) == 1, "the fault did not fire"
+    kinds = [event["kind"] for event in read_metrics(events)]
     assert kinds.index("server_lost") < kinds.index("server_returned")
 
 
