@@ -17,7 +17,7 @@ from mcore_rl.plan.count import StageCount, count_critic, count_policy, distinct
 from tests.sources import ROOT
 
 MODELS = ROOT / "examples" / "models"
-PUBLISHED = {  # sums over the shapes in the safetensors headers of the published checkpoints
+PUBLISHED = {  # parameters of the published checkpoints
     "Llama-3.3-70B-Instruct": 70_553_706_496,
     "Qwen2.5-72B-Instruct": 72_706_203_648,
     "Qwen3-8B": 8_190_735_360,
