@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,15 +40,23 @@ class LazyPlanner:
     mapping: Mapping
     read: Callable[[str], Tensor]
     progress: Progress
+    last: list[Tensor] = field(default_factory=list)
+    """the parameter handed out before, at most one"""
 
     def resolve_data(self, item: WriteItem) -> Tensor:
         """[size of the box] the parameter of one rank alone."""
+        for written in self.last:
+            # It is in the file; torch.save leaves it in a reference cycle, for the garbage collector.
+            if written.untyped_storage().resizable():
+                written.untyped_storage().resize_(0)
         entry, where = self.entries[item.index]
         parameter = self.mapping.to_shard(entry, [self.read(name) for name in entry.hf], 0, 1)
         self.progress.add(parameter.nbytes)
         # A tensor that owns its storage: torch.save writes all of a storage, not the view of it.
         whole = parameter.untyped_storage().nbytes() == parameter.nbytes
-        return (parameter if whole else parameter.clone()).view(where.size)
+        parameter = parameter if whole else parameter.clone()
+        self.last[:] = [parameter]
+        return parameter.view(where.size)
 
 
 class _Writer(FileSystemWriter):
