@@ -60,7 +60,7 @@ def _rehearse_as_rank(config: Config) -> int:
     """The first rank writes the files, the others wait for them."""
     file = config.run.dir / "rehearsal" / "rehearsal.toml"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS))
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS))  # pyright: ignore[reportPrivateImportUsage]
     if int(os.environ["RANK"]) == 0:
         try:
             write_rehearsal(config, world_size())
