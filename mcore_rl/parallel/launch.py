@@ -34,6 +34,8 @@ from mcore_rl.errors import EXIT_RETRYABLE, McoreRLError
 
 T = TypeVar("T")
 
+ECHO_SECONDS = 0.5
+"""how much later than its peers' broken connections a death may show"""
 GOODBYE_SECONDS = 20.0
 
 
@@ -165,7 +167,13 @@ def _collect(ranks: Sequence[_Rank], deadline: float, what: str) -> list[Any]:
         for rank in sorted(
             (r for r in waiting if r.pipe in ready), key=lambda r: (r.process.is_alive(), r.index)
         ):
-            answers[rank.index] = _receive(rank, len(ranks), what)
+            try:
+                answers[rank.index] = _receive(rank, len(ranks), what)
+            except RankError:
+                raise
+            except Exception:
+                _raise_if_died([r for r in waiting if r is not rank], len(ranks), what)
+                raise
     return [answers[rank.index] for rank in ranks]
 
 
@@ -174,15 +182,26 @@ def _receive(rank: _Rank, world: int, what: str) -> Any:
         value, error, trace = pickle.loads(rank.pipe.recv_bytes())  # noqa: S301  from our own child's pipe
     except (EOFError, ConnectionResetError):
         rank.process.join(timeout=5.0)
-        raise RankError(
-            f"rank {rank.index} of {world} died with exit code {rank.process.exitcode} in {what}; its last "
-            "words are on stderr. -9 is mostly the kernel's out-of-memory killer: use fewer processes or a "
-            "smaller model"
-        ) from None
+        raise _death(rank, world, what) from None
     if error is None:
         return value
     error.add_note(f"on rank {rank.index} of {world} in {what}:\n{trace}")
     raise error
+
+
+def _death(rank: _Rank, world: int, what: str) -> RankError:
+    return RankError(
+        f"rank {rank.index} of {world} died with exit code {rank.process.exitcode} in {what}; its last words "
+        "are on stderr. -9 is mostly the kernel's out-of-memory killer: use fewer processes or a smaller model"
+    )
+
+
+def _raise_if_died(others: Sequence[_Rank], world: int, what: str) -> None:
+    """A rank's error may be the echo of another's death, whose end is not seen yet: give it a moment."""
+    wait([rank.process.sentinel for rank in others], timeout=ECHO_SECONDS)
+    for rank in others:
+        if not rank.process.is_alive():
+            raise _death(rank, world, what)
 
 
 def _describe_hang(waiting: Sequence[_Rank], world: int, what: str) -> str:

@@ -41,7 +41,7 @@ def test_the_files_load_and_every_answer_is_right(task):
 def test_the_model_fits_the_tokenizer(task):
     tokenizer = AutoTokenizer.from_pretrained(task / "model", local_files_only=True)
     config = AutoConfig.from_pretrained(task / "model", local_files_only=True)
-    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("qwen3", 3, 128)
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("qwen3", 3, 192)
     assert (config.vocab_size, config.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
     assert not config.tie_word_embeddings
 

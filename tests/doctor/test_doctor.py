@@ -121,7 +121,7 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "safetensors",
         "again",
     ),
-    "illegal layout": (lambda s: None, ("--parallel.tensor", "3"), "parallel.tensor = 3", "legal: [1, 2]"),
+    "illegal layout": (lambda s: None, ("--parallel.tensor", "3"), "parallel.tensor = 3", "legal: [1, 2"),
     "no tokenizer": (
         lambda s: [p.unlink() for p in s.model.glob("tokenizer*")],
         (),

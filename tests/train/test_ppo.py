@@ -17,6 +17,7 @@ from mcore_rl.model import weights_io
 from mcore_rl.model.mapping import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_reward
+from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.train.batch import RolloutBatch, build_batch
 from mcore_rl.train.loop import learn
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
@@ -71,7 +72,7 @@ def build_run(config: Config, layout: Layout, directory: Path) -> Run:
         alert=GradientAlert(),
         reward=load_reward(config.reward.function),
         eval_prompts=(),
-        clients=(),
+        fleet=Fleet(()),
         weights_dir=directory / "weights",
     )
 
