@@ -191,8 +191,9 @@ def _receive(rank: _Rank, world: int, what: str) -> Any:
 
 def _death(rank: _Rank, world: int, what: str) -> RankError:
     return RankError(
-        f"rank {rank.index} of {world} died with exit code {rank.process.exitcode} in {what}; its last words "
-        "are on stderr. -9 is mostly the kernel's out-of-memory killer: use fewer processes or a smaller model"
+        f"rank {rank.index} of {world} died with exit code {rank.process.exitcode} in {what}; its last "
+        "words are on stderr. -9 is mostly the kernel's out-of-memory killer: use fewer processes or a "
+        "smaller model"
     )
 
 
