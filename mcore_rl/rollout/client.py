@@ -176,8 +176,15 @@ class RolloutClient:
         `flush_cache` must be False while requests are paused in place.
         """
         body = {"model_path": path, "weight_version": version, "flush_cache": flush_cache}
-        data = await self._simple("POST", "/update_weights_from_disk", body)
-        if not isinstance(data, dict) or data.get("success") is not True:
+
+        async def attempt(_: int) -> dict[str, Any]:
+            data = await self._request("POST", "/update_weights_from_disk", body)
+            if not isinstance(data, dict) or not isinstance(data.get("success"), bool):
+                raise _TransientError(f"expected success: true or false, got {_message(data)}")
+            return data
+
+        data = await self._retrying("/update_weights_from_disk", attempt)
+        if not data["success"]:
             raise RejectedError(f"{self.url}/update_weights_from_disk: {_message(data)}", 200)
 
     async def weight_checksums(self) -> list[dict[str, str]]:

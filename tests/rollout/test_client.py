@@ -185,6 +185,24 @@ def test_weights_and_state_through_the_client(fresh_url: str, dir_b: Path, tmp_p
     call(RolloutClient(fresh_url), use)
 
 
+@pytest.mark.parametrize("fault", [status(503), cut(0.5), body(lambda raw: b""), body(lambda raw: b"{}")])
+def test_an_update_whose_answer_was_lost_is_asked_for_again(
+    fresh_url: str, dir_b: Path, fault: Fault
+) -> None:
+    """The server may have done it already: twice is the same. Only `success: false` is a refusal."""
+
+    async def run(*script: Fault) -> Proxy:
+        async with proxy(fresh_url, *script, path="/update_weights_from_disk") as seen:
+            async with RolloutClient(seen.url, timeout=20.0, retries=2) as client:
+                await client.update_weights_from_disk(str(dir_b), "7")
+                assert (await client.model_info())["weight_version"] == "7"
+            return seen
+
+    assert len(asyncio.run(run(fault)).bodies("/update_weights_from_disk")) == 2
+    with pytest.raises(RejectedError, match="scripted"):
+        asyncio.run(run(body(lambda raw: b'{"success": false, "message": "scripted"}')))
+
+
 def test_an_aborted_request_is_a_reply(fresh_url: str) -> None:
     async def use(client: RolloutClient) -> list[Reply]:
         long = {"max_new_tokens": 400, "ignore_eos": True}
