@@ -76,18 +76,19 @@ async def load_from_disk(client: RolloutClient, target: Path, version: str) -> N
     without the cache of the old ones (pausing in place, the server would keep it, or refuse to flush it).
 
     Raises:
-        WeightSyncError: the server refuses the weights. RolloutError: it gave no usable answer.
+        WeightSyncError: the server refuses the weights. RolloutError: it gave no usable answer, and stays
+            paused: to wait for another deadline helps nobody, and `Fleet.returning` resumes who comes back.
     """
     await client.pause("retract")
     try:
         await client.update_weights_from_disk(str(target), version)
     except RejectedError as error:
+        await client.resume()
         raise WeightSyncError(
             f"{client.url} did not load version {version} from {target}: {error}. The server must see this "
             "path: set publish.dir to a directory that trainer and servers share"
         ) from error
-    finally:
-        await client.resume()
+    await client.resume()
 
 
 def server_log_probs(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,10 +66,13 @@ def hang(seconds: float) -> Fault:
 
 @dataclass
 class Proxy:
-    """`calls` are (path, JSON body) in order; the next /generate meets the next fault of the script."""
+    """`calls` are (path, JSON body) in order; the next call of `path` meets the next fault of the script."""
 
     url: str
     script: list[Fault]
+    path: str = "/generate"
+    on_arrival: Callable[[], None] = lambda: None
+    """happens when `path` is called, before the server sees it"""
     calls: list[tuple[str, Any]] = field(default_factory=list)
 
     def bodies(self, path: str) -> list[Any]:
@@ -76,21 +80,26 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(target: str, *script: Fault) -> AsyncIterator[Proxy]:
-    """Forwards everything to `target`; ends with the block."""
-    state = Proxy("", list(script))
+async def proxy(target: str, *script: Fault, **options: Any) -> AsyncIterator[Proxy]:
+    """Forwards everything to `target`; ends with the block. `options` are other fields of Proxy."""
+    state = Proxy("", list(script), **options)
 
     async def forward(request: web.Request) -> web.StreamResponse:
         sent = await request.read()
         state.calls.append((request.path, json.loads(sent) if sent else None))
-        async with (
-            aiohttp.ClientSession() as session,
-            session.request(
-                request.method, target + request.path, data=sent, headers=request.headers
-            ) as reply,
-        ):
-            raw = await reply.read()
-        if request.path == "/generate" and state.script:
+        if request.path == state.path:
+            state.on_arrival()
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.request(
+                    request.method, target + request.path, data=sent, headers=request.headers
+                ) as reply,
+            ):
+                raw = await reply.read()
+        except aiohttp.ClientError as error:
+            return web.Response(status=502, text=str(error))
+        if request.path == state.path and state.script:
             answer = state.script.pop(0)(request, raw)
             return await answer if asyncio.iscoroutine(answer) else answer
         return web.Response(body=raw, status=reply.status, content_type=reply.content_type)
@@ -106,3 +115,19 @@ async def proxy(target: str, *script: Fault) -> AsyncIterator[Proxy]:
         yield state
     finally:
         await runner.cleanup()
+
+
+@contextmanager
+def proxy_beside(target: str, *script: Fault, **options: Any) -> Iterator[Proxy]:
+    """As `proxy`, in a thread with a loop of its own: for callers that are not asynchronous."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    context = proxy(target, *script, **options)
+    try:
+        yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(30)
+    finally:
+        asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -92,6 +92,15 @@ def test_an_infrastructure_fault_is_retried_without_duplicates(url: str, fault: 
     assert paths[0] == paths[-1] == "/generate", "the abort must come before the second attempt"
 
 
+@pytest.mark.parametrize(
+    ("ids", "same"),
+    [([3, 9, 1], True), ([3, 0, 1], True), ([0, 9, 1], False), ([3, 8, 1], False), ([3, 9], False)],
+)
+def test_an_echoed_prompt_may_have_0_for_its_largest_id_only(ids: list[int], same: bool) -> None:
+    """SGLang echoes the vocabulary's last id as 0."""
+    assert client_module._echoes(ids, [3, 9, 1]) is same
+
+
 def test_retries_end_with_the_cause(url: str) -> None:
     outcome, seen = through(url, *[status(503)] * 3)
     assert isinstance(outcome, RolloutError)
@@ -174,6 +183,24 @@ def test_weights_and_state_through_the_client(fresh_url: str, dir_b: Path, tmp_p
         assert (await client.generate([[1]], [{"max_new_tokens": 1}], ["z"]))[0].versions[0].version == "7"
 
     call(RolloutClient(fresh_url), use)
+
+
+@pytest.mark.parametrize("fault", [status(503), cut(0.5), body(lambda raw: b""), body(lambda raw: b"{}")])
+def test_an_update_whose_answer_was_lost_is_asked_for_again(
+    fresh_url: str, dir_b: Path, fault: Fault
+) -> None:
+    """The server may have done it already: twice is the same. Only `success: false` is a refusal."""
+
+    async def run(*script: Fault) -> Proxy:
+        async with proxy(fresh_url, *script, path="/update_weights_from_disk") as seen:
+            async with RolloutClient(seen.url, timeout=20.0, retries=2) as client:
+                await client.update_weights_from_disk(str(dir_b), "7")
+                assert (await client.model_info())["weight_version"] == "7"
+            return seen
+
+    assert len(asyncio.run(run(fault)).bodies("/update_weights_from_disk")) == 2
+    with pytest.raises(RejectedError, match="scripted"):
+        asyncio.run(run(body(lambda raw: b'{"success": false, "message": "scripted"}')))
 
 
 def test_an_aborted_request_is_a_reply(fresh_url: str) -> None:

@@ -1,63 +1,83 @@
-"""A short run of what `make demo-sglang` runs: trainer at TP=2, two real servers, one of them killed."""
+"""What `make demo-sglang` runs, trainer at TP=2, with two real servers: one is killed, then all are."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from mcore_rl.errors import EXIT_RETRYABLE
 from mcore_rl.metrics import read_metrics
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, task  # noqa: F401 a fixture
 from tests.sglang.conftest import PYTHON
 
-STEPS = 40
 
-
-def test_gspo_learns_from_real_servers_one_of_which_is_killed(task: Task, tmp_path: Path) -> None:  # noqa: F811
-    flags = [
-        flag
-        for pair in zip(task.rl[::2], task.rl[1::2], strict=True)
-        if "threads" not in pair[0]
-        for flag in pair
-    ]
-    arguments = ["train", "examples/gspo_sglang_tiny.toml", *flags, "--run.dir", str(tmp_path)]
-    arguments += ["--rollout.python", str(PYTHON), "--rollout.servers", "2", "--train.steps", str(STEPS)]
-    log = tmp_path / "log"
+def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(task: Task, tmp_path: Path) -> None:  # noqa: F811
+    log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
+            command(*arguments(task, tmp_path)),
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=out,
+            stderr=out,
         )
+
+    def wait_for(happened: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+
     try:
-        wait_for_step_1(log, process)
-        first = next(c for c in psutil.Process(process.pid).children(recursive=True) if is_server(c))
+        wait_for(lambda: b"step 1/" in log.read_bytes(), 400)
+        first, _ = servers(process.pid)
         first.kill()
-        assert process.wait(timeout=400) == 0, log.read_text()
+        wait_for(lambda: b"server_returned" in events.read_bytes(), 400)
+        so_far = log.read_bytes().count(b"step ")
+        wait_for(lambda: log.read_bytes().count(b"step ") > so_far, 100)  # the next step samples
+        family = psutil.Process(process.pid).children(recursive=True)
+        for server in servers(process.pid):
+            server.kill()
+        assert process.wait(timeout=60) == EXIT_RETRYABLE, log.read_text()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=60)
-    check(read_metrics(tmp_path / "metrics.jsonl"), read_metrics(tmp_path / "events.jsonl"))
+    steps = read_metrics(tmp_path / "metrics.jsonl")
+    check(steps, read_metrics(events))
+    assert [version.name for version in (tmp_path / "weights").iterdir()] == [str(steps[-1]["step"])]
 
 
-def is_server(process: psutil.Process) -> bool:
-    return "sglang.launch_server" in process.cmdline()
+def arguments(task: Task, directory: Path) -> list[str]:  # noqa: F811
+    pairs = zip(task.rl[::2], task.rl[1::2], strict=True)
+    flags = [flag for pair in pairs if "threads" not in pair[0] for flag in pair]
+    flags += ["--run.dir", str(directory), "--train.steps", "1000"]
+    flags += ["--rollout.python", str(PYTHON), "--rollout.servers", "2"]
+    return ["train", "examples/gspo_sglang_tiny.toml", *flags]
 
 
-def wait_for_step_1(log: Path, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 500
-    while b"step 1/" not in log.read_bytes():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end
-        time.sleep(0.2)
+def servers(trainer: int) -> list[psutil.Process]:
+    """The servers that the trainer started; not what they started themselves."""
+    family = psutil.Process(trainer).children(recursive=True)
+    return [p for p in family if "sglang.launch_server" in p.cmdline()]
 
 
 def check(steps: list[dict], events: list[dict]) -> None:
     trained = steps[1:]
-    assert [step["samples"] for step in trained] == [16 * 8] * STEPS
+    assert {step["samples"] for step in trained} == {16 * 8}
     assert max(step["publish/probe_max_abs"] for step in steps) <= 2e-4
     assert min(step["publish/stale_max_abs"] for step in trained) > 2e-4
-    assert min(step["rollout/servers"] for step in steps) == 1
-    assert "server_lost" in [event["kind"] for event in events]
+    assert min(step["rollout/servers"] for step in steps) == 1, "the fault did not fire"
+    kinds = [event["kind"] for event in events]
+    assert kinds.index("server_lost") < kinds.index("server_returned")
+    error = next(event for event in events if event["kind"] == "error")
+    assert (error["type"], events[-1]["exit_code"]) == ("RolloutError", EXIT_RETRYABLE)
+    assert "no rollout server is left" in error["message"]
