@@ -57,6 +57,14 @@ class Algorithm:
         """Reference log-probs are needed: a KL coefficient is not 0."""
         return self.kl_in_reward != 0 or self.kl_in_loss != 0
 
+    def rowwise(self, *, on_policy: bool) -> bool:
+        """A token's loss follows from its own log-prob and entropy, so that any part of a batch has its sum.
+
+        Not where the whole sequence's mean log-ratio is needed first. `on_policy`: old log-probs are the
+        current ones, and such a mean to them is 0.
+        """
+        return self.sequence_ratio is None or (self.sequence_ratio == "old" and on_policy)
+
     @property
     def loss_params(self) -> dict[str, Param]:
         """Every keyword argument of the loss, resolved."""

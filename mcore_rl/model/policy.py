@@ -7,11 +7,10 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
-from mcore_rl.parallel.head import HeadOutput, log_prob_entropy
+from mcore_rl.parallel.head import HeadOutput, RowLoss, head_loss, log_prob_entropy
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Scored:
     """[R] int64"""
     temperature: float | Tensor
     """of the sampling policy; one number or [R]"""
+    loss: RowLoss | None = None
+    """a policy answers with `parallel.head.head_loss` of it instead of log-probs; a critic ignores it"""
 
 
 class LogProbHead(ColumnParallelLinear):
@@ -45,19 +46,18 @@ class LogProbHead(ColumnParallelLinear):
 
     def forward(  # type: ignore[override]  # only `PolicyModel.head` calls it
         self, hidden: Tensor, weight: Tensor | None = None, *, scored: Scored
-    ) -> HeadOutput:
-        """hidden [T or T/tp, 1, H] -> log-prob and entropy [R]; see parallel.head.log_prob_entropy."""
-        if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        return log_prob_entropy(
-            hidden.squeeze(1).index_select(0, scored.rows),
-            cast(Tensor, self.weight) if weight is None else weight,
-            scored.targets,
-            scored.temperature,
-            group=cast(dist.ProcessGroup, self.tp_group),
-            vocab_size=self.vocab_size,
-            reduce_hidden_grad=not self.sequence_parallel,
-        )
+    ) -> HeadOutput | Tensor:
+        """hidden [T or T/tp, 1, H] -> log-prob and entropy [R], or a scalar; see parallel.head."""
+        states, weight = hidden.squeeze(1), cast(Tensor, self.weight) if weight is None else weight
+        settings: dict[str, Any] = {
+            "rows": scored.rows,
+            "group": cast(dist.ProcessGroup, self.tp_group),
+            "vocab_size": self.vocab_size,
+            "sequence_parallel": self.sequence_parallel,
+        }
+        if scored.loss is None:
+            return log_prob_entropy(states, weight, scored.targets, scored.temperature, **settings)
+        return head_loss(states, weight, scored.targets, scored.loss, scored.temperature, **settings)
 
 
 class PackedGPT(GPTModel):
@@ -101,7 +101,7 @@ class LogitsModel(PackedGPT):
 
 
 class PolicyModel(PackedGPT):
-    """Ends in the vocab-parallel head: log-probs and entropies."""
+    """Ends in the vocab-parallel head: log-probs and entropies, or the loss on them."""
 
     def __init__(self, *args, live_vocab: int, **kwargs) -> None:
         """`live_vocab`: tokens without padding; the rest are GPTModel's arguments."""
@@ -109,8 +109,8 @@ class PolicyModel(PackedGPT):
         if self.post_process:
             LogProbHead.adopt(self.output_layer, live_vocab)
 
-    def head(self, hidden: Tensor, scored: Scored) -> HeadOutput:
-        """Log-prob and entropy [R]."""
+    def head(self, hidden: Tensor, scored: Scored) -> HeadOutput | Tensor:
+        """Log-prob and entropy [R], or the scalar of `scored.loss`."""
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -16,15 +16,28 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.policy import Scored
 from mcore_rl.model.portable import KeyLayout, PackedLayout
 from mcore_rl.parallel.context import local_tokens
-from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.parallel.head import HeadOutput, RowLoss
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.types import PackedBatch
 
-Loss = Callable[[PackedBatch, Any], tuple[Tensor, Mapping[str, Tensor]]]
-"""(this rank's rows of a micro-batch, a policy's HeadOutput or a critic's values [R] on them)
--> (sum of w * l over those rows, metric sums).
 
-w carries the GLOBAL denominators of the optimizer step, so the loss is a pure sum: no mean, no collective."""
+class Loss(Protocol):
+    """A pure sum over rows, no mean: w carries the GLOBAL denominators of the optimizer step."""
+
+    def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(this rank's rows of a micro-batch, a policy's HeadOutput or a critic's values [R] on them).
+
+        Returns the sum of w * l over those rows, and metric sums.
+        """
+        ...
+
+    def rowwise(self, batch: PackedBatch, /) -> bool:
+        """A policy's loss of which any part of `batch`'s rows can be asked alone.
+
+        The head then asks it while it has the logits (`parallel.head.head_loss`, three GEMMs); else it
+        computes them twice (`log_prob_entropy`, four). Equal on every rank of a tensor-parallel group.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ def forward(
         def collect(output, non_loss_data: bool = False) -> tuple[PackedBatch, HeadOutput | Tensor]:
             return batch.packed, _output(output)
 
-        return collect
+        return None, collect
 
     with torch.no_grad():
         return _run(model, batches, temperature, collector, forward_only=True, collect_non_loss_data=True)
@@ -67,14 +80,43 @@ def forward_backward(
     Every rank must pass the same number of micro-batches. The gradient buffers must have been zeroed. After
     the call the gradients are reduced over data-parallel ranks, as Megatron's optimizer expects them.
 
-    Returns the metric sums per micro-batch on the last pipeline stage, nothing elsewhere.
+    Returns the metric sums of every call of `loss`, on the last pipeline stage, nothing elsewhere. There is
+    one per micro-batch at least.
     """
     scale = loss_scale(len(batches), model.mesh)
 
     def of_batch(batch: LocalBatch):
-        return partial(_scaled_loss, loss, batch.packed, scale)
+        if not loss.rowwise(batch.packed):
+            return None, partial(_scaled_loss, loss, batch.packed, scale)
+        in_parts = _InParts(loss, batch.packed)
+        return in_parts, partial(_scaled_head_loss, in_parts.metrics, scale)
 
-    return _run(model, batches, temperature, of_batch, forward_only=False)
+    calls = _run(model, batches, temperature, of_batch, forward_only=False)
+    return [metrics for of_one in calls for metrics in of_one]
+
+
+class _InParts:
+    """A row-wise loss as the head asks it: by some rows of a micro-batch at a time."""
+
+    def __init__(self, loss: Loss, batch: PackedBatch) -> None:
+        self.loss, self.batch = loss, batch
+        self.metrics: list[Mapping[str, Tensor]] = []
+        """of each call, in order; the backward pass fills it"""
+
+    def __call__(self, rows: slice, head: HeadOutput) -> Tensor:
+        total, metrics = self.loss(_some_rows(self.batch, rows), head)
+        self.metrics.append({name: value.detach() for name, value in metrics.items()})
+        return total
+
+
+def _some_rows(batch: PackedBatch, rows: slice) -> PackedBatch:
+    return replace(
+        batch,
+        rows=batch.rows[rows],
+        targets=batch.targets[rows],
+        sequence=batch.sequence[rows],
+        fields={name: value[rows] for name, value in batch.fields.items()},
+    )
 
 
 def loss_scale(num_microbatches: int, mesh: Mesh) -> int:
@@ -91,23 +133,33 @@ def _scaled_loss(loss: Loss, batch: PackedBatch, scale: int, output):
     total, metrics = loss(batch, _output(output))
     # Token count 1: with `calculate_per_token_loss` off, the schedule divides by max(count, 1) and by M only.
     # It divides in place: metrics must not alias the loss.
-    return total * scale, torch.tensor(1), {name: value.detach().clone() for name, value in metrics.items()}
+    return total * scale, torch.tensor(1), [{name: value.detach().clone() for name, value in metrics.items()}]
 
 
-def _run(model: Model, batches, temperature, loss_of_batch, **schedule):
+def _scaled_head_loss(metrics: list, scale: int, output: Tensor):
+    """As `_scaled_loss`, of the head's own scalar: what is scaled is the gradient that it will receive."""
+    return output * scale, torch.tensor(1), metrics
+
+
+OfBatch = Callable[[LocalBatch], tuple[RowLoss | None, Callable]]
+"""micro-batch -> (what the head asks, if the loss is row-wise; what the schedule calls with its answer)"""
+
+
+def _run(model: Model, batches, temperature, of_batch: OfBatch, **schedule):
     local = [localize(batch, model.mesh, platform.device()) for batch in batches]
 
     def step(iterator, chunk):
         batch = next(iterator)
         packed = batch.packed
+        row_loss, loss_function = of_batch(batch)
         output = chunk(
             packed.tokens[None],
             packed.position_ids[None],
             None,
-            labels=Scored(packed.rows, packed.targets, temperature),
+            labels=Scored(packed.rows, packed.targets, temperature, row_loss),
             packed_seq_params=batch.layout,
         )
-        return _output(output), loss_of_batch(batch)
+        return _output(output), loss_function
 
     return get_forward_backward_func()(
         forward_step_func=step,

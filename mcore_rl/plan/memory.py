@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 
+import torch
+
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.model.architecture import Architecture
 from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.spec import padded_vocab
-from mcore_rl.parallel.head import TILE_ROWS
+from mcore_rl.model.spec import DTYPES, padded_vocab
 from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.tiling import Tiling
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
 from mcore_rl.plan.work import Work
 
@@ -196,13 +198,14 @@ def _working_set(arch: Architecture, layout: Layout, work: Work, layer: int) -> 
 
 
 def head_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
-    """Last stage: hidden states gathered and picked, their gradients, two fp32 tiles, dW of a tile."""
+    """Last stage: hidden states gathered and picked, their gradients, logits and theirs, dW of a chunk."""
     size, local = weight_bytes(work.precision), padded_vocab(arch, layout.tensor) // layout.tensor
     tokens = _tokens(layout, work)
     scored = tokens * work.response_tokens / max(1.0, work.prompt_tokens + work.response_tokens)
-    rows = min(TILE_ROWS, scored)
+    tiling = Tiling.of(local, DTYPES["fp32" if size == 4 else "bf16"], torch.device("cuda"))
     hidden = arch.hidden * size * (2 * tokens * (_sequence(layout) > 1) + 2 * scored)
-    tiles = rows * local * (2 * 4 + size)
+    # logits in fp32; in bf16 their gradient lies apart
+    tiles = local * (4 * min(tiling.wave, scored) + (0 if size == 4 else size) * min(tiling.chunk, scored))
     product = local * arch.hidden * (0 if size == 4 else 4)  # fp32 main_grad takes an fp32 product directly
     return hidden + tiles + product + _norm(arch.hidden / _sequence(layout), work.precision) * tokens
 

@@ -36,6 +36,10 @@ class PolicyObjective:
     cp: dist.ProcessGroup | None
     """context-parallel group, over which sequence sums run"""
 
+    def rowwise(self, batch: PackedBatch) -> bool:
+        """See `Loss`; the algorithm says it."""
+        return self.algorithm.rowwise(on_policy="old_log_prob" not in batch.fields)
+
     def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """-> (sum of weight * loss over this rank's rows, sums and maxima of metrics)."""
         log_prob, entropy = head
@@ -50,7 +54,8 @@ class PolicyObjective:
             token,
             kl=self._kl(log_prob, fields),
             kl_coef=self.algorithm.kl_in_loss,
-            entropy=entropy,
+            # 0 times the entropy would have the head compute the gradient of it
+            entropy=entropy if self.algorithm.entropy_coef else 0.0,
             entropy_coef=self.algorithm.entropy_coef,
         )
         total = weighted_sum(loss, fields["weight"])
@@ -64,6 +69,8 @@ class PolicyObjective:
 
     def _sequence_log_ratio(self, batch: PackedBatch, log_prob: Tensor, behaviour: Tensor) -> Tensor:
         """[R] the mean log-ratio of the whole sequence that each row belongs to, over its usable rows."""
+        if self.rowwise(batch):
+            return torch.zeros_like(log_prob)  # to itself, and the rows may be a part of their sequence
         usable = torch.isfinite(behaviour).to(log_prob.dtype)
         both = torch.stack([difference(log_prob, behaviour), usable])
         total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
@@ -123,6 +130,10 @@ class ValueObjective:
     """values may move this far from the old ones before the gradient is cut; None does not clip"""
     coef: float = 1.0
     """factor of the loss"""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        """No: a critic answers with values, not through the head."""
+        return False
 
     def __call__(self, batch: PackedBatch, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """values [R] -> (sum of coef * weight * loss over this rank's rows, metric sums)."""

@@ -46,7 +46,7 @@ def train_step(run: Trainer, prompts: Sequence[Prompt]) -> dict[str, float]:
     tokens = sum(sequence.scored for sequence in sequences)
     batches = pack_share(sequences, {"weight": [1.0 / tokens] * len(sequences)}, run.shape, run.mesh)
     run.optimizer.zero_grad()
-    sums = forward_backward(run.policy, batches, negative_log_likelihood, temperature=1.0)
+    sums = forward_backward(run.policy, batches, NegativeLogLikelihood(), temperature=1.0)
     norm = run.optimizer.step()
     totals = reduce_sums(
         run.mesh, {name: torch.stack([s[name] for s in sums]).sum(0) for name in (sums or [{}])[0]}
@@ -64,12 +64,19 @@ def train_step(run: Trainer, prompts: Sequence[Prompt]) -> dict[str, float]:
     }
 
 
-def negative_log_likelihood(batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
-    loss = weighted_sum(sft(head.log_prob), batch.fields["weight"])
-    one = torch.ones_like(head.log_prob)
-    scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
-    return loss, {"loss": loss.double(), "entropy": head.entropy.double().sum(), "head": scale}
+class NegativeLogLikelihood:
+    """Called by model.step for every micro-batch; see `Loss` there."""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
+        loss = weighted_sum(sft(head.log_prob), batch.fields["weight"])
+        one = torch.ones_like(head.log_prob)
+        scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
+        return loss, {"loss": loss.double(), "entropy": head.entropy.double().sum(), "head": scale}
 
 
 def label_tokens(tokenizer, prompt: Prompt) -> list[int]:

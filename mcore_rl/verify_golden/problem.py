@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mcore_rl.algo import advantages
 from mcore_rl.algo.segments import offsets_of
 from mcore_rl.errors import DataError
 from mcore_rl.parallel import head
+from mcore_rl.parallel.tiling import Tiling
 
 Arrays = Mapping[str, np.ndarray]
 Outputs = dict[str, Tensor]
@@ -75,6 +77,8 @@ class Problem:
     files: Mapping[str, Arrays]
     dtype: torch.dtype
     group: dist.ProcessGroup | None = None
+    fused: bool = False
+    """losses are differentiated in the head's fused mode, not in its recompute mode"""
 
     def tensor(self, name: str, file: str = "batch") -> Tensor:
         """One input, floating-point ones cast."""
@@ -153,35 +157,64 @@ class Problem:
         dlogits comes from the head with hidden := logits and weight := identity, dW and dH from the real
         ones.
         """
-        scored, hidden, shard = self._head(self.tensor("H"), self.tensor("W"))
-        loss = loss_of(scored.log_prob, scored.entropy)
-        inputs = (scored.log_prob, hidden, shard)
-        coef, d_hidden, d_shard = torch.autograd.grad(
-            loss, inputs, allow_unused=True, materialize_grads=True, retain_graph=True
-        )
+        loss, coef, d_hidden, d_shard = self._differentiate(loss_of, self.tensor("H"), self.tensor("W"))
         eye = torch.eye(self.logits.shape[-1], dtype=self.dtype)
-        scored, logits, _ = self._head(self.logits, eye)
-        (d_logits,) = torch.autograd.grad(loss_of(scored.log_prob, scored.entropy), logits)
+        _, _, d_logits, _ = self._differentiate(loss_of, self.logits, eye)
         return {
-            "loss": loss.detach(),
+            "loss": loss,
             "coef": coef,
             "dlogits": d_logits,
             "dW": self._gather(d_shard)[: len(eye)],
             "dH": d_hidden,
         }
 
+    def _differentiate(
+        self, loss_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, dL/dlog_prob [N, T], dL/dhidden [N, T, .], dL/dweight of this rank's shard)."""
+        if self.fused:
+            return self._differentiate_fused(loss_of, hidden, weight)
+        scored, hidden, shard = self._head(hidden, weight)
+        loss = loss_of(scored.log_prob, scored.entropy)
+        gradients = torch.autograd.grad(
+            loss, (scored.log_prob, hidden, shard), allow_unused=True, materialize_grads=True
+        )
+        return loss.detach(), gradients[0], gradients[1], gradients[2]
+
+    def _differentiate_fused(self, loss_of, hidden: Tensor, weight: Tensor):
+        """As `_differentiate`. The batch is one chunk, so that losses of whole sequences are exact too."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def row_loss(rows: slice, scored: head.HeadOutput) -> Tensor:
+            loss = loss_of(*(x.view(self.mask.shape) for x in scored))
+            (coef,) = torch.autograd.grad(
+                loss, scored.log_prob, allow_unused=True, materialize_grads=True, retain_graph=True
+            )
+            seen.append((loss.detach(), coef.view(self.mask.shape)))
+            return loss
+
+        states, shard, arguments, settings = self._arguments(hidden, weight)
+        total = head.head_loss(states.flatten(0, 1), shard, arguments[0], row_loss, arguments[1], **settings)
+        d_states, d_shard = torch.autograd.grad(total, (states, shard))
+        return *seen[0], d_states, d_shard
+
     def _head(self, hidden: Tensor, weight: Tensor) -> tuple[head.HeadOutput, Tensor, Tensor]:
         """The [N, T] outputs and the leaves they came from: hidden [N, T, .], this rank's weight shard."""
-        hidden, shard = hidden.clone().requires_grad_(), self._shard(weight).requires_grad_()
-        scored = head.log_prob_entropy(
-            hidden.flatten(0, 1),
-            shard,
-            self.tensor("y").flatten(),
-            self.scalar("temperature"),
-            group=self.group,
-            vocab_size=len(weight),
-        )
-        return head.HeadOutput(*(x.view(self.mask.shape) for x in scored)), hidden, shard
+        states, shard, arguments, settings = self._arguments(hidden, weight)
+        scored = head.log_prob_entropy(states.flatten(0, 1), shard, *arguments, **settings)
+        return head.HeadOutput(*(x.view(self.mask.shape) for x in scored)), states, shard
+
+    def _arguments(self, hidden: Tensor, weight: Tensor):
+        """Leaves of hidden [N, T, .] and of this rank's weight shard; targets and temperature; the layout."""
+        targets = self.tensor("y").flatten()
+        rows = targets.numel()
+        settings: dict[str, Any] = {
+            "group": self.group,
+            "vocab_size": len(weight),
+            "tiling": Tiling(rows, rows, rows),
+        }
+        leaves = hidden.clone().requires_grad_(), self._shard(weight).requires_grad_()
+        return *leaves, (targets, self.scalar("temperature")), settings
 
     def _shard(self, weight: Tensor) -> Tensor:
         """This rank's rows of `weight`, padded to divide evenly. NaN padding: whoever reads it shows."""

@@ -48,6 +48,9 @@ CASES: Mapping[str, Mapping[str, samples.Case]] = {
 }
 """file -> pattern of the case's name -> how to compute it"""
 
+DIFFERENTIATED = ("policy_losses", "preference")
+"""files whose cases go through the backward pass of the head: in both of its modes"""
+
 DEADLINE_SECONDS = 300.0
 
 
@@ -58,7 +61,7 @@ class CaseReport:
     name: str
     """`<file>/<case>`"""
     errors: Mapping[str, Mapping[str, float]]
-    """precision -> array -> error; empty for a case that the library does not know"""
+    """precision, and mode of the head -> array -> error; empty for a case that the library does not know"""
     passed: bool
 
 
@@ -112,7 +115,7 @@ def _run_rank(directory: str) -> Report:
 
 def run_cases(files: Mapping[str, Arrays], group: dist.ProcessGroup | None) -> Report:
     """Collective over `group`: each rank runs every case and gets the report of its own copies."""
-    problems = [Problem(files, dtype, group) for dtype in TOLERANCE]
+    problems = [Problem(files, dtype, group, fused) for dtype in TOLERANCE for fused in (False, True)]
     return Report(tuple(_run_case(problems, file, name) for file, name in _case_names(files)))
 
 
@@ -129,9 +132,12 @@ def _run_case(problems: Sequence[Problem], file: str, name: str) -> CaseReport:
     errors = {}
     passed = True
     for problem in problems:
+        if problem.fused and file not in DIFFERENTIATED:
+            continue
         outputs = case(problem)
         found = _compare(problem, file, name, outputs if isinstance(outputs, dict) else {"value": outputs})
-        errors[str(problem.dtype).removeprefix("torch.")] = found
+        precision = str(problem.dtype).removeprefix("torch.")
+        errors[f"{precision} fused" if problem.fused else precision] = found
         passed &= all(error <= TOLERANCE[problem.dtype] for error in found.values())
     return CaseReport(f"{file}/{name}", errors, passed)
 

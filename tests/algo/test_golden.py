@@ -30,7 +30,7 @@ from mcore_rl.parallel import head
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.verify_golden import Report, main, verify_golden
 from mcore_rl.verify_golden.problem import load
-from mcore_rl.verify_golden.run import INPUTS, _run_rank, run_cases
+from mcore_rl.verify_golden.run import DIFFERENTIATED, INPUTS, _run_rank, run_cases
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 CASES = 98
@@ -44,7 +44,10 @@ def test_every_case_passes_on_one_rank() -> None:
     report = verify_golden(GOLDEN)
     assert len(report.cases) == CASES
     assert failed(report) == set()
-    assert all(set(case.errors) == {"float64", "float32"} for case in report.cases)
+    plain = {"float64", "float32"}
+    for case in report.cases:
+        fused = {"float64 fused", "float32 fused"} if case.name.split("/")[0] in DIFFERENTIATED else set()
+        assert set(case.errors) == plain | fused, case.name
     assert report.max_error < 2e-5
 
 

@@ -23,7 +23,7 @@ from mcore_rl.model.weights_io import gather_hf
 from mcore_rl.parallel.control import reduce_sums
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.batch import pack_share
-from mcore_rl.train.supervised import negative_log_likelihood
+from mcore_rl.train.supervised import NegativeLogLikelihood
 from tests.model.support import sequences, shape_at
 
 
@@ -45,7 +45,7 @@ def train(optimizer: Optimizer, steps: range) -> list[float]:
         weight = [1.0 / sum(s.scored for s in scored)] * len(scored)
         batches = pack_share(scored, {"weight": weight}, shape_at(mesh), mesh)
         optimizer.zero_grad()
-        sums = forward_backward(optimizer.model, batches, negative_log_likelihood, temperature=1.0)
+        sums = forward_backward(optimizer.model, batches, NegativeLogLikelihood(), temperature=1.0)
         optimizer.step()
         names = (sums or [{}])[0]
         totals = reduce_sums(mesh, {name: torch.stack([s[name] for s in sums]).sum(0) for name in names})

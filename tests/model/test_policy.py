@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -184,9 +185,17 @@ def test_illegal_layouts(dense_dir: Path, layout: Layout, message: str) -> None:
 # --- gradients --------------------------------------------------------------------------------------------
 
 
-def negative_log_likelihood(batch: PackedBatch, head: HeadOutput):
-    total = -head.log_prob.sum()
-    return total, {"loss": total}
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    in_parts: bool = True
+    """the head may ask it in parts: fused mode, else recompute mode"""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        return self.in_parts
+
+    def __call__(self, batch: PackedBatch, head: HeadOutput):
+        total = -head.log_prob.sum()
+        return total, {"loss": total, "rows": torch.tensor(head.log_prob.numel())}
 
 
 def batches_at(mesh: Mesh) -> list[PackedBatch]:
@@ -205,7 +214,7 @@ def gradient_norm(mesh: Mesh, directory: Path, marked: bool = True) -> float:
         model = build_policy(directory, mesh, ddp=ddp_config(distributed=False))
     optimizer = build_optimizer(model, lr=0.0, kind="sgd", clip_grad=0.0, distributed=False)
     optimizer.zero_grad()
-    forward_backward(model, batches_at(mesh), negative_log_likelihood, 1.0)
+    forward_backward(model, batches_at(mesh), NegativeLogLikelihood(), 1.0)
     return optimizer.step()
 
 
@@ -222,7 +231,7 @@ def test_the_gradient_norm_counts_every_shard(pool1: Pool, pool2: Pool, dense_di
 def test_metrics_do_not_share_memory_with_the_loss(name: str) -> None:
     """The schedule divides the loss in place, after the metrics were taken."""
     total = torch.tensor(6.0, requires_grad=True).clone()
-    scaled, count, metrics = step._scaled_loss(
+    scaled, count, (metrics,) = step._scaled_loss(
         lambda batch, output: (total, {"loss": total}), None, 4, torch.zeros(3)
     )
     assert (scaled.item(), count.item()) == (24.0, 1)
@@ -232,25 +241,43 @@ def test_metrics_do_not_share_memory_with_the_loss(name: str) -> None:
     assert not metrics["loss"].requires_grad
 
 
-def main_gradients(mesh: Mesh, directory: Path, grad_scale: float) -> dict[str, torch.Tensor]:
-    """HF name -> gradient of three micro-batches under a loss scaler."""
+def main_gradients(
+    mesh: Mesh, directory: Path, grad_scale: float, in_parts: bool
+) -> tuple[dict[str, torch.Tensor], list]:
+    """HF name -> gradient of three micro-batches under a loss scaler; the metrics."""
     model = build_policy(directory, mesh, ddp=ddp_config(distributed=False))
     model.config.grad_scale_func = partial(torch.mul, other=torch.tensor(grad_scale))
     batches = batches_at(mesh)[:3]
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
-    forward_backward(model, batches, negative_log_likelihood, 1.0)
+    metrics = forward_backward(model, batches, NegativeLogLikelihood(in_parts), 1.0)
     parameters = global_parameters(model.unwrapped)
     gradients = {name: parameter.main_grad for name, parameter in parameters.items()}
-    return weights_io.gather_hf(gradients, model.mapping, mesh)
+    return weights_io.gather_hf(gradients, model.mapping, mesh), metrics
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_a_loss_scaler_reaches_the_head(pool2: Pool, dense_dir: Path, layout: str) -> None:
-    """The head adds its weight gradient to main_grad itself: scaled like all others."""
-    plain = at_layout(pool2, layout, main_gradients, dense_dir, 1.0)
-    scaled = at_layout(pool2, layout, main_gradients, dense_dir, 1024.0)
-    for one, other in zip(plain, scaled, strict=True):
-        for name, gradient in one.items():
-            assert torch.equal(other[name], 1024 * gradient), name
-    assert any("lm_head.weight" in one and one["lm_head.weight"].abs().max() > 0 for one in plain)
+@pytest.mark.parametrize("layout", ["tp2", "tp2+sp", "pp2"])
+def test_a_loss_scaler_reaches_the_head_in_both_modes(pool2: Pool, dense_dir: Path, layout: str) -> None:
+    """The head adds its weight gradient to main_grad itself: scaled like all others, in either mode."""
+    plain = at_layout(pool2, layout, main_gradients, dense_dir, 1.0, False)
+    for in_parts in (False, True):
+        scaled = at_layout(pool2, layout, main_gradients, dense_dir, 1024.0, in_parts)
+        for (one, _), (other, _) in zip(plain, scaled, strict=True):
+            for name, gradient in one.items():
+                if in_parts:
+                    torch.testing.assert_close(other[name] / 1024, gradient, rtol=1e-5, atol=1e-6)
+                else:
+                    assert torch.equal(other[name], 1024 * gradient), name
+    assert any("lm_head.weight" in one and one["lm_head.weight"].abs().max() > 0 for one, _ in plain)
+
+
+def test_metrics_are_those_of_the_loss_in_both_modes(pool2: Pool, dense_dir: Path) -> None:
+    """In fused mode the loss is known after the backward pass of each micro-batch."""
+    apart, fused = (
+        [metrics for _, metrics in at_layout(pool2, "pp2", main_gradients, dense_dir, 1.0, in_parts)]
+        for in_parts in (False, True)
+    )
+    assert apart[0] == fused[0] == []
+    assert [m["rows"] for m in fused[1]] == [m["rows"] for m in apart[1]]
+    torch.testing.assert_close([m["loss"] for m in fused[1]], [m["loss"] for m in apart[1]])
+    assert all(m["loss"] > 1 for m in fused[1])

@@ -30,7 +30,7 @@ def measure(directory: Path, precision: str, recompute: str, length: int, count:
         sequences = [TokenSequence((1,), tuple(range(2, length + 1))) for _ in range(count)]
         batch = pack(sequences, list(range(count)), {}, align=1)
         optimizer.zero_grad()
-        rise = _rise(lambda: forward_backward(model, [batch], _mean, 1.0))
+        rise = _rise(lambda: forward_backward(model, [batch], _Sum(), 1.0))
         optimizer.step()
         parameters = list(model.unwrapped[0].parameters())
         return {
@@ -43,8 +43,14 @@ def measure(directory: Path, precision: str, recompute: str, length: int, count:
         destroy_mesh()
 
 
-def _mean(batch: PackedBatch, output) -> tuple[Tensor, dict[str, Tensor]]:
-    return output.log_prob.mean(), {}
+class _Sum:
+    """Of the log-probs, which the head cannot be asked in parts: recompute mode holds the most."""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        return False
+
+    def __call__(self, batch: PackedBatch, output) -> tuple[Tensor, dict[str, Tensor]]:
+        return output.log_prob.sum(), {}
 
 
 def _bytes(tensor: Tensor) -> int:

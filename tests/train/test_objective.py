@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.algorithms import configure
+from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.model.step import _some_rows
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.objective import PolicyObjective
 from mcore_rl.types import PackedBatch
@@ -16,6 +17,13 @@ def objective_of_rows(
     old: Tensor | None, name: str = "ppo", rollout: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
     """(loss, sums, log-probs, advantages) of one sequence of four rows, by algorithm `name`."""
+    rows, log_prob = rows_of(old, rollout)
+    loss, sums = PolicyObjective(configure(name), None)(rows, HeadOutput(log_prob, torch.ones(4)))
+    return loss, sums, log_prob, rows.fields["advantage"]
+
+
+def rows_of(old: Tensor | None, rollout: Tensor | None = None) -> tuple[PackedBatch, Tensor]:
+    """One sequence of four rows, and their log-probs."""
     log_prob = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4])).requires_grad_()
     advantage = torch.tensor([1.0, -2.0, 0.5, 3.0])
     known = {
@@ -33,8 +41,7 @@ def objective_of_rows(
         sequence=torch.zeros(4, dtype=torch.int64),
         fields=known if old is None else known | {"old_log_prob": old},
     )
-    loss, sums = PolicyObjective(configure(name), None)(rows, HeadOutput(log_prob, torch.ones(4)))
-    return loss, sums, log_prob, advantage
+    return rows, log_prob
 
 
 def test_the_gradient_scale_is_that_of_the_loss_and_leaves_its_gradient_alone():
@@ -74,3 +81,35 @@ def test_gspo_takes_its_ratio_to_the_old_log_probs():
     current = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4]))
     same = [objective_of_rows(current, "gspo", rollout=current + shift)[0] for shift in (0.0, 0.5)]
     assert same[0] == same[1]
+
+
+WHOLE_SEQUENCES = {"gspo", "dsv32"}
+"""algorithms that need a sequence's mean log-ratio"""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_rowwise_losses_are_those_whose_parts_add_up(name: str, on_policy: bool) -> None:
+    """What an algorithm says of itself is what its loss and its gradient do."""
+    behaviour = torch.tensor([0.3, -0.4, 0.2, 0.5]) - 1
+    batch, log_prob = rows_of(None if on_policy else behaviour, rollout=behaviour)
+    objective = PolicyObjective(
+        configure(name, {"eps_low": 0.9, "eps_high": 0.9} if name == "gspo" else {}), None
+    )
+    whole, sums = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    parts = [
+        objective(_some_rows(batch, rows), HeadOutput(log_prob[rows], torch.ones(4)[rows]))
+        for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(0, 0))
+    ]
+    added = torch.stack([part for part, _ in parts]).sum()
+    same = torch.allclose(
+        torch.stack([*torch.autograd.grad(whole, log_prob)]),
+        torch.stack([*torch.autograd.grad(added, log_prob)]),
+    )
+    assert objective.rowwise(batch) == (name not in WHOLE_SEQUENCES or (on_policy and name == "gspo"))
+    if objective.rowwise(batch):
+        assert same
+        torch.testing.assert_close(added, whole)
+        torch.testing.assert_close(torch.stack([one["head"] for _, one in parts]).sum(0), sums["head"])
+    elif name == "gspo":
+        assert not same

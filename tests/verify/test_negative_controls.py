@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from mcore_rl.model import build, policy, step, weights_io
-from mcore_rl.parallel import context
+from mcore_rl.parallel import context, head, head_passes
 from mcore_rl.train import objective
 from mcore_rl.verify_layouts.compare import Errors
 from mcore_rl.verify_layouts.run import verify_layouts
@@ -48,22 +49,39 @@ def mean_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
             batch, fields={**batch.fields, "weight": torch.ones_like(batch.fields["weight"]) / count}
         )
         total, metrics = loss(equal, output)
-        return total, torch.tensor(1), {name: value.detach().clone() for name, value in metrics.items()}
+        return total, torch.tensor(1), [{name: value.detach().clone() for name, value in metrics.items()}]
 
     patch.setattr(step, "_scaled_loss", scaled)
+    patch.setattr(objective.PolicyObjective, "rowwise", lambda self, batch: False)
 
 
 def doubled_tensor_parallel_gradient(patch: pytest.MonkeyPatch) -> None:
     """A collective whose backward pass sums the copies of a gradient that every rank already has."""
-    original = policy.log_prob_entropy
 
-    def doubled(hidden: Tensor, *args, group, **options):
+    def doubled(original, hidden: Tensor, *args, group, **options):
         hidden = hidden.view_as(hidden)
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: gradient * group.size())
         return original(hidden, *args, group=group, **options)
 
-    patch.setattr(policy, "log_prob_entropy", doubled)
+    for name in ("log_prob_entropy", "head_loss"):
+        patch.setattr(policy, name, partial(doubled, getattr(policy, name)))
+
+
+def unreduced_hidden_gradient(patch: pytest.MonkeyPatch) -> None:
+    """Each tensor-parallel rank goes on with the gradient of its own part of the vocabulary."""
+    original = head_passes.begin_reduction
+
+    def alone(grad_rows: Tensor, tokens: int, call):
+        return original(grad_rows, tokens, call._replace(shard=call.shard._replace(group=None)))
+
+    patch.setattr(head, "begin_reduction", alone)
+
+
+def unscaled_head(patch: pytest.MonkeyPatch) -> None:
+    """Fused mode takes the gradient of its loss for 1: Megatron's factors never reach it."""
+    original = step._scaled_head_loss
+    patch.setattr(step, "_scaled_head_loss", lambda metrics, scale, output: original(metrics, 1, output))
 
 
 def interleaving_trap(patch: pytest.MonkeyPatch) -> None:
@@ -125,6 +143,8 @@ FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "sums_not_reduced": (sums_not_reduced, "cp2", "gspo", "gradient"),
     "mean_per_micro_batch": (mean_per_micro_batch, "dp2", "liteppo", "gradient"),
     "doubled_tensor_parallel_gradient": (doubled_tensor_parallel_gradient, "tp2", "grpo", "gradient"),
+    "unreduced_hidden_gradient": (unreduced_hidden_gradient, "tp2", "gspo", "gradient"),
+    "unscaled_head": (unscaled_head, "dp2", "grpo", "gradient"),
     "keys_in_plain_order": (keys_in_plain_order, "cp2", "grpo", "log_prob"),
     "unmarked_shards": (unmarked_shards, "tp2", "grpo", "metric"),
     "unreduced_gradients": (unreduced_gradients, "dp2", "grpo", "gradient"),

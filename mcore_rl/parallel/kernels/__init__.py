@@ -1,0 +1,1 @@
+"""The row kernels of the head: what is done with logits between their GEMM and the two of the gradient."""

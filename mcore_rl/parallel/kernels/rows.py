@@ -1,0 +1,179 @@
+"""The row kernels in torch: four statistics of each row of logits, and the gradient in its logits.
+
+On a CPU they go through blocks of rows that fit its cache; a GPU gets them whole.
+
+Legend: C rows of one tile, L live vocabulary rows of this rank's shard. With logits l, temperature t, M the
+largest logit of the whole row and S = sum e^((l - M) / t) over the whole vocabulary:
+
+    log p = (l - M) / t - log S
+
+The maximum is subtracted first, from the logits as they are: what is left is small and exact, however large
+the logits were.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 17
+"""of a block on a CPU: two of them in float32 fill the second-level cache of a core"""
+
+Scale = float | Float[Tensor, " C"]
+"""1 / temperature: one number, or one per row"""
+
+
+class RowTerms(NamedTuple):
+    """What the gradient of a row needs to know of the whole vocabulary and of the loss."""
+
+    top: Float[Tensor, " C"]
+    """M"""
+    log_total: Float[Tensor, " C"]
+    """log S"""
+    entropy: Float[Tensor, " C"]
+    """-sum p log p"""
+    grad_log_prob: Float[Tensor, " C"]
+    """dL/dlog p(target)"""
+    grad_entropy: Float[Tensor, " C"] | None
+    """dL/dentropy; None where the loss does not depend on it"""
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of statistics and sums over values of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def shard_statistics(
+    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: Scale, keep: Bool[Tensor, "C L"] | None
+) -> Float[Tensor, "4 C"]:
+    """(m, s, u, l_y) of each row: max l, sum e^z, sum z e^z with z = scale (l - m), target logit if owned.
+
+    m and l_y are logits before the temperature; l_y is 0 where `local` lies outside the shard. The max is
+    subtracted BEFORE the product: log s + m - sum p l would cancel at large logits. A row without an entry,
+    or of which `keep` leaves none, has m = -inf, s = u = 0.
+    """
+    rows, live = logits.shape
+    stats = logits.new_zeros(4, rows, dtype=accumulate_dtype(logits.dtype))
+    stats[0] = -torch.inf
+    if live == 0:
+        return stats
+    z, e = _scratch(logits)
+    for block in _blocks(logits):
+        _block_statistics(logits[block], _of(scale, block), _of(keep, block), z, e, stats[:, block])
+    owned = (local >= 0) & (local < live)
+    target = logits.gather(1, local.clamp(0, live - 1)[:, None]).squeeze(1)
+    stats[3] = torch.where(owned, target, 0)
+    return stats
+
+
+def logit_gradient(
+    logits: Float[Tensor, "C L"],
+    local: Int[Tensor, " C"],
+    terms: RowTerms,
+    scale: Scale,
+    keep: Bool[Tensor, "C L"] | None,
+    out: Float[Tensor, "C L"],
+) -> None:
+    """out = dL/dlogits = scale (a (onehot - p) - b p (log p + entropy)); `out` may be `logits` itself.
+
+    a and b are the loss's derivatives in log-prob and entropy. Nothing flows to what `keep` leaves out.
+    """
+    live = logits.shape[1]
+    if live == 0:
+        return
+    a = terms.grad_log_prob * scale
+    slope = None if terms.grad_entropy is None else -terms.grad_entropy * scale
+    level = -a if slope is None else slope * terms.entropy - a
+    place = local.clamp(0, live - 1)[:, None]
+    at_target = torch.where((local >= 0) & (local < live), a, 0)[:, None]
+    z, e = _scratch(logits)
+    for block in _blocks(logits):
+        n = block.stop - block.start
+        grad = _block_gradient(
+            z[:n].copy_(logits[block]).sub_(terms.top[block, None]),
+            e[:n],
+            _of(scale, block),
+            _of(keep, block),
+            terms.log_total[block, None],
+            level[block, None],
+            None if slope is None else slope[block, None],
+        )
+        out[block] = grad.scatter_add_(1, place[block], at_target[block])
+
+
+def merge_statistics(
+    stats: Float[Tensor, "ranks 4 C"], scale: Scale
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Merge per-shard (m, s, u, l_y) into (log_prob, entropy, M, log S), each [C].
+
+    M = max m_r;  d_r = scale (m_r - M);  S = sum e^d_r s_r;  U = sum e^d_r (u_r + d_r s_r);
+    log_prob = scale (l_y - M) - log S;  entropy = log S - U / S. A shard without a live entry sends m = -inf,
+    s = u = 0 and is left out: -inf * 0 is NaN.
+    """
+    m, s, u, target = stats.unbind(1)
+    top = m.amax(0)
+    shift = torch.where(s > 0, (m - top) * scale, 0)
+    weight = torch.where(s > 0, shift.exp(), 0)
+    total = (weight * s).sum(0)
+    log_total = total.log()
+    entropy = log_total - (weight * (u + shift * s)).sum(0) / total
+    return (target.sum(0) - top) * scale - log_total, entropy, top, log_total
+
+
+def _block_statistics(logits, scale, keep, z, e, stats) -> None:
+    """Write m, s and u of a few rows to `stats` [4, rows]; z and e are room for them."""
+    z, e = z[: len(logits)].copy_(logits), e[: len(logits)]
+    if keep is not None:
+        z.masked_fill_(~keep, -torch.inf)
+    torch.amax(z, 1, out=stats[0])
+    z.sub_(torch.where(stats[0].isneginf(), 0, stats[0])[:, None])
+    _rescale(z, scale)
+    torch.exp(z, out=e)
+    torch.sum(e, 1, out=stats[1])
+    if keep is not None:
+        z.masked_fill_(~keep, 0)  # -inf times its probability 0
+    torch.sum(e.mul_(z), 1, out=stats[2])
+
+
+def _block_gradient(z, e, scale, keep, log_total, level, slope) -> Tensor:
+    """p (level + slope log p) of z = l - M, in one of the two given rooms."""
+    _rescale(z, scale).sub_(log_total)
+    if keep is not None:
+        z.masked_fill_(~keep, -torch.inf)
+    if slope is None:
+        return z.exp_().mul_(level)
+    torch.exp(z, out=e)
+    if keep is not None:
+        z.masked_fill_(~keep, 0)
+    return z.mul_(slope).add_(level).mul_(e)
+
+
+def _rescale(z: Tensor, scale) -> Tensor:
+    if isinstance(scale, Tensor):
+        return z.mul_(scale[:, None])
+    return z if scale == 1 else z.mul_(scale)
+
+
+def _of(per_row, block: slice):
+    """Rows `block` of what has a value per row; anything else as it is."""
+    return per_row[block] if isinstance(per_row, Tensor) else per_row
+
+
+def _block_rows(logits: Tensor) -> int:
+    rows, width = logits.shape
+    return max(1, BLOCK_ELEMENTS // width) if logits.device.type == "cpu" else max(1, rows)
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    rows, step = logits.shape[0], _block_rows(logits)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _scratch(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two blocks, made once: memory that is new at every block costs more in page faults than the maths."""
+    shape = (min(_block_rows(logits), logits.shape[0]), logits.shape[1])
+    dtype = accumulate_dtype(logits.dtype)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=dtype)
