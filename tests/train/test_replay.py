@@ -114,11 +114,12 @@ def replay(config: Config, dump: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mcore_rl", "train", str(file), "--replay", str(dump)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_command_says_where_and_ends_with_70(gspo, broken):
     done = replay(gspo, broken[1])
     assert done.returncode == 70, done.stderr
