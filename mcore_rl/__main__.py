@@ -41,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="latest|previous|PATH",
         help="continue after a checkpoint of the run",
     )
+    add.add_argument(
+        "--replay",
+        type=Path,
+        metavar="DUMP",
+        help="run a recorded micro-batch alone: RUN_DIR/numerics/step_N",
+    )
     add.set_defaults(command=train)
 
     add = commands.add_parser("doctor", help="examine machine, config, model, data and servers before a run")
@@ -110,7 +116,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--resume [latest|previous|PATH]] [--section.key value ...]`."""
+    """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--replay DUMP] [--section.key value ...]`."""
     from mcore_rl.config import load_config
     from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 
@@ -120,9 +126,10 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         return rehearse(config, arguments.rehearse_procs)
     if under_torchrun():
-        return run_rank(config, arguments.resume)
-    resume = [] if arguments.resume is None else ["--resume", arguments.resume]
-    return launch_node(config, ["train", str(arguments.config), *resume, *overrides])
+        return run_rank(config, arguments.resume, arguments.replay)
+    options = {"--resume": arguments.resume, "--replay": arguments.replay}
+    flags = [str(part) for item in options.items() if item[1] is not None for part in item]
+    return launch_node(config, ["train", str(arguments.config), *flags, *overrides])
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -52,17 +52,17 @@ def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
     _append(run_dir / EVENTS, _record({"time": round(time.time(), 3), "kind": kind, **fields}))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, since: int = 0) -> list[dict[str, Any]]:
     """All complete lines of a metrics or events file, in order; lines cut by a crash are left out.
 
-    Raises DataError when there is no such file.
+    `since` is a byte at which a line begins. Raises DataError when there is no such file.
     """
-    return [record for record, _ in _records(path)]
+    return [record for record, _ in _records(path, since)]
 
 
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _records(path: Path, since: int = 0) -> Iterator[tuple[dict[str, Any], bytes]]:
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = path.read_bytes()[since:].splitlines(keepends=True)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give the directory of a run that has begun") from None
     for line in lines:

@@ -44,21 +44,23 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self) -> float:
+    def step(self, *, finite: bool = True) -> float:
         """Clip, update, advance the schedule. Returns the global gradient norm before clipping.
 
+        Args:
+            finite: of the loss on this rank.
+
         Raises:
-            NumericsError: on every rank alike, before any weight changes, when the gradient is not finite.
+            NumericsError: on every rank alike, before any weight changes, when the loss of a rank or the
+                gradient is not finite.
         """
         found_inf = self.megatron.prepare_grads()
         norm = self.megatron.get_grad_norm()
-        bad = torch.tensor([float(found_inf or not math.isfinite(norm))])
+        bad = torch.tensor([float(found_inf or not math.isfinite(norm)), float(not finite)])
         dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.model.mesh.world)
-        if bad.item():
-            raise NumericsError(
-                f"gradient norm is {norm}: no weight was changed. Lower optimizer.lr or look for "
-                "a reward or log-prob that is not finite in the last step's metrics"
-            )
+        if bad.any():
+            what = f"gradient norm is {norm}" if bad[0] else "the loss is not finite"
+            raise NumericsError(f"{what}: no weight was changed")
         if not cast("tuple[bool, ...]", self.megatron.step())[0]:
             raise NumericsError("Megatron's optimizer skipped the update although the gradient is finite")
         self.schedule.step(increment=1)

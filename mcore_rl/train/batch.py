@@ -74,7 +74,7 @@ def pack_mini_batch(
     """This replica's micro-batches of one mini-batch; every replica gets equally many.
 
     Each row carries its `weight` (aggregation weight with the mini-batch's GLOBAL denominators), the server's
-    `rollout_log_prob`, and `fields`: by name what holds an entry for each of `members`.
+    `rollout_log_prob`, the number of its `sample`, and `fields`: by name what has an entry for each member.
     """
     samples = [batch.samples[i] for i in members]
     sequences = [token_sequence(sample) for sample in samples]
@@ -89,6 +89,7 @@ def pack_mini_batch(
     rows = {
         "weight": weight.tolist(),
         "rollout_log_prob": [sample.log_probs for sample in samples],
+        "sample": members.tolist(),
     }
     rows |= {name: [values[i] for i in members] for name, values in fields.items()}
     return pack_share(sequences, rows, shape, mesh)

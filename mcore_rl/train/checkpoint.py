@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ from mcore_rl.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from mcore_rl.train.setup import Trainer
+
+
+_ONE_REQUEST_SECONDS = 1.0
 
 
 class Stateful(Protocol):
@@ -71,14 +75,16 @@ def root_of(config: Config) -> Path:
 def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
     """What the run continues from; None for the beginning. Collective.
 
-    An attempt that torchrun restarted continues from its latest checkpoint unasked.
+    An attempt that torchrun or Slurm restarted continues from its latest checkpoint unasked. Every agent of
+    torchrun counts the restarts that it began itself: one of them is enough.
 
     Raises:
         ConfigError: there is no such checkpoint, or a new run would bury those of another.
         DamagedCheckpointError: its manifest is damaged.
     """
     root = root_of(config)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    counts = [os.environ.get(f"{starter}_RESTART_COUNT", "0") for starter in ("TORCHELASTIC", "SLURM")]
+    restarted = _any_rank(mesh, any(int(count) for count in counts))
 
     def look() -> Saved | None:
         known = committed(root)
@@ -117,7 +123,7 @@ def restore(run: Trainer) -> None:
 
 
 def end_step(run: Trainer, step: int) -> None:
-    """Save when it is due, or when a rank was asked to leave (SIGTERM); collective.
+    """Save when it is due, or when a rank was asked to leave (SIGTERM, SIGINT); collective.
 
     Raises:
         CheckpointError: on every rank, when this or an earlier save failed.
@@ -133,7 +139,7 @@ def end_step(run: Trainer, step: int) -> None:
             run.checkpoints.save(step, pieces(run), run_document(run))
         if leaving:
             run.checkpoints.wait()
-            left = PreemptedError(f"SIGTERM: step {step} is saved; --resume latest continues after it")
+            left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")
             left.shared = True
             raise left
 
@@ -169,18 +175,28 @@ def _any_rank(mesh: Mesh, flag: bool) -> bool:
 
 
 @contextmanager
-def leave_on_sigterm(active: bool) -> Iterator[threading.Event]:
-    """Set by the first SIGTERM where `active`; the second one has the effect that any had before."""
+def leave_when_asked(active: bool) -> Iterator[threading.Event]:
+    """Set by the first SIGTERM or SIGINT where `active`; another one has the effect that any had before.
+
+    Not one within a second: a launcher's and that of a process group are one request.
+    """
     asked = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    first = [0.0]
 
     def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, before)
+        if not asked.is_set():
+            first[0] = time.monotonic()
+            asked.set()
+        elif time.monotonic() - first[0] > _ONE_REQUEST_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     if active:
-        signal.signal(signal.SIGTERM, ask)
+        for number in before:
+            signal.signal(number, ask)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,13 +6,22 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
 from types import FrameType
 
 from mcore_rl.config import Config
-from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, ConfigError, DataError, McoreRLError
+from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE
 from mcore_rl.metrics import append_event
+from mcore_rl.train.ending import (
+    append,
+    end_of_events,
+    end_with_parent,
+    last_words,
+    not_worth_a_restart,
+    say,
+)
 
 
 def under_torchrun() -> bool:
@@ -20,37 +29,37 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_rank(config: Config, resume: str | None = None) -> int:
-    """Train as this rank; the exit code is also the last line of RUN_DIR/events.jsonl."""
+def run_rank(config: Config, resume: str | None = None, replay: Path | None = None) -> int:
+    """Train as this rank, or replay a dump; the exit code is also the last line of RUN_DIR/events.jsonl."""
+    end_with_parent()
     signal.signal(signal.SIGTERM, _leave)  # so that servers and process groups are closed on the way out
-    rank = int(os.environ["RANK"])
-    if rank == 0:
-        append_event(config.run.dir, "start", world_size=int(os.environ["WORLD_SIZE"]))
+    rank, run_dir = int(os.environ["RANK"]), config.run.dir
+    if (last := not_worth_a_restart(run_dir)) is not None:
+        if rank == 0:
+            say(f"a restart would meet it again: {last['type']}: {last['message']}")
+        return int(last["exit_code"])
+    since = end_of_events(run_dir)
     try:
-        _train(config, resume)
+        if rank == 0:
+            append_event(run_dir, "start", world_size=int(os.environ["WORLD_SIZE"]))
+        _run(config, resume, replay)
         code = EXIT_DONE
-    except McoreRLError as error:
-        code = error.exit_code
-        if rank == 0 or not _same_on_all_ranks(error):
-            print(f"mcore-rl: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            append_event(config.run.dir, "error", rank=rank, type=type(error).__name__, message=str(error))
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a full disk, a peer that is gone, a collective past its deadline
-        code = EXIT_RETRYABLE
-        traceback.print_exc()
-        append_event(config.run.dir, "error", rank=rank, type=type(error).__name__, message=str(error))
+    except Exception as error:
+        code = last_words(run_dir, error, since)
     if rank == 0 or code != EXIT_DONE:
-        append_event(config.run.dir, "end", rank=rank, exit_code=code)
+        append(run_dir, "end", exit_code=code)
     return code
 
 
-def _train(config: Config, resume: str | None) -> None:
+def _run(config: Config, resume: str | None, replay: Path | None) -> None:
     from mcore_rl.train.machine import check_rank
 
     check_rank(config)
-    if config.supervised_only:
+    if replay is not None:
+        from mcore_rl.train.replay import replay_dump
+
+        replay_dump(config, replay)
+    elif config.supervised_only:
         from mcore_rl.train.supervised import train_supervised
 
         train_supervised(config, resume)
@@ -60,11 +69,6 @@ def _train(config: Config, resume: str | None) -> None:
         train(config, resume)
 
 
-def _same_on_all_ranks(error: McoreRLError) -> bool:
-    """Read from the same files by every rank, or handed round by parallel.control: rank 0 says it once."""
-    return isinstance(error, ConfigError | DataError) or error.shared
-
-
 def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
@@ -72,7 +76,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def launch_node(config: Config, arguments: Sequence[str]) -> int:
     """Start every rank of the config's layout on this node, by torch's elastic agent; their first exit code.
 
-    The rendezvous port is chosen by the system. Ctrl-C ends all ranks and what they started.
+    The rendezvous port is chosen by the system. SIGTERM and Ctrl-C are passed on to the ranks, which finish
+    and save their step where checkpoints are kept; a second one ends them and what they started.
 
     Raises:
         ConfigError, LayoutError: this node cannot run it; nothing was started.
@@ -86,6 +91,7 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
 
     ranks = processes(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says its own error
     agent = LaunchConfig(
         min_nodes=1,

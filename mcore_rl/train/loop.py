@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch import Tensor
 
 from mcore_rl.config import Config
-from mcore_rl.model.optimizer import Optimizer
-from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.train.advantage import Advantages, Scores, compute_advantages
 from mcore_rl.train.batch import (
     RolloutBatch,
@@ -24,6 +21,7 @@ from mcore_rl.train.metrics import StepMetrics, critic_metrics, policy_metrics, 
 from mcore_rl.train.publish import publish
 from mcore_rl.train.run import Run, rollout, start
 from mcore_rl.train.score import log_probs, values
+from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch
 
 
@@ -54,10 +52,12 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     policy, critic = StepMetrics(), StepMetrics()
     with run.timers("train"):
         for mini_batch in mini_batches(run, batch, parts, scores, advantages):
+            data = (mini_batch, run.temperature, [sample.id for sample in batch.samples])
             if run.critic is not None:
-                critic.add(*update(run.critic.optimizer, run.critic.objective, mini_batch, run.temperature))
+                trained = run.critic.optimizer, run.critic.objective
+                critic.add(*run_update(run, Update("critic", step, *trained, *data)))
             if step > run.config.critic.warmup_rollouts:
-                policy.add(*update(run.optimizer, run.objective, mini_batch, run.temperature))
+                policy.add(*run_update(run, Update("policy", step, run.optimizer, run.objective, *data)))
     return (
         rollout_metrics(batch, advantages.fields["advantage"])
         | advantages.metrics
@@ -91,12 +91,3 @@ def mini_batches(
             old = {} if epoch == number == 0 else {"old_log_prob": scores.old_log_probs}
             fields = {**advantages.fields, **old}
             yield pack_mini_batch(batch, part, run.algorithm, run.shape, run.mesh, fields)
-
-
-def update(
-    optimizer: Optimizer, objective: Loss, mini_batch: Sequence[PackedBatch], temperature: float
-) -> tuple[list[Mapping[str, Tensor]], float]:
-    """One optimizer step: the objective's sums of each micro-batch, and the gradient norm."""
-    optimizer.zero_grad()
-    sums = forward_backward(optimizer.model, mini_batch, objective, temperature)
-    return sums, optimizer.step()

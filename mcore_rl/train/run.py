@@ -114,6 +114,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
         if trainer.saved is None:
             on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
+        trainer.reached("the servers were ready")
         yield Run(
             **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
             algorithm=algorithm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,13 @@ from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.spec import check_layout
+from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of
-from mcore_rl.train.checkpoint import Stateful, find_start, leave_on_sigterm, open_checkpoints
+from mcore_rl.train.checkpoint import Stateful, find_start, leave_when_asked, open_checkpoints
+from mcore_rl.train.ending import recorded
+from mcore_rl.train.watchdog import Watchdog
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """a tokenizer has one of them"""
@@ -65,6 +69,8 @@ class Trainer:
     """what the run continues from"""
     leave: threading.Event
     """set when this rank is asked to leave"""
+    watchdog: Watchdog | None
+    """ends the process when no step is finished; None where nobody waits for this run"""
 
     @property
     def step(self) -> int:
@@ -77,6 +83,12 @@ class Trainer:
         self.step_log.write(step, record)
         if self.mesh.is_main:
             print(self.progress.line(step, record), file=sys.stderr, flush=True)
+        self.reached(f"step {step}")
+
+    def reached(self, what: str) -> None:
+        """The run goes on: the watchdog's clock starts again."""
+        if self.watchdog is not None:
+            self.watchdog.progress(what)
 
 
 @contextmanager
@@ -98,11 +110,16 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     with process_group(config.train.step_timeout):
         mesh = build_mesh(layout, timeout=config.train.step_timeout)
         try:
-            with open_checkpoints(config, mesh, resume) as checkpoints:
+            with (
+                recorded(config.run.dir),
+                watched(config, mesh) as watchdog,
+                open_checkpoints(config, mesh, resume) as checkpoints,
+            ):
                 saved = find_start(config, mesh, resume)
                 trainer = build_trainer(config, mesh, optimizer_steps, keep_log=saved is not None)
-                trainer.checkpoints, trainer.saved = checkpoints, saved
-                with leave_on_sigterm(active=bool(config.checkpoint.every)) as trainer.leave:
+                trainer.checkpoints, trainer.saved, trainer.watchdog = checkpoints, saved, watchdog
+                trainer.reached("the model was built")
+                with leave_when_asked(active=bool(config.checkpoint.every)) as trainer.leave:
                     yield trainer
         finally:
             destroy_mesh()
@@ -142,7 +159,17 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         checkpoints=None,
         saved=None,
         leave=threading.Event(),
+        watchdog=None,
     )
+
+
+@contextmanager
+def watched(config: Config, mesh: Mesh) -> Iterator[Watchdog]:
+    """A watchdog over this rank; collective."""
+    attempt = on_main(mesh, lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))
+    watchdog = Watchdog(config.run.dir, attempt, mesh.layout.world_size, config.train.step_timeout)
+    with watchdog.watching():
+        yield watchdog
 
 
 @contextmanager
@@ -151,7 +178,10 @@ def process_group(timeout: float) -> Iterator[None]:
     platform.install()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(platform.backend(), timeout=timedelta(seconds=timeout))
+    store, rank, world_size = attempt_store(timeout)
+    dist.init_process_group(
+        platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )
     try:
         yield
     finally:

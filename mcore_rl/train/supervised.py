@@ -13,13 +13,13 @@ from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_s
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.control import reduce_sums
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.checkpoint import end_step, restore
 from mcore_rl.train.metrics import head_metrics
 from mcore_rl.train.setup import Trainer, start_trainer
+from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
 
 
@@ -29,13 +29,13 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         restore(run)
         for step in range(run.step + 1, config.train.steps + 1):
             with run.timers("train"):
-                metrics = train_step(run, run.cursor.next(config.supervised.batch_size))
+                metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)
             run.log(step, metrics)
             end_step(run, step)
         run.policy.export(config.run.dir / "model")
 
 
-def train_step(run: Trainer, prompts: Sequence[Prompt]) -> dict[str, float]:
+def train_step(run: Trainer, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
     """One optimizer step on whole sequences; the loss is the mean over the label tokens of all replicas.
 
     Raises:
@@ -44,10 +44,10 @@ def train_step(run: Trainer, prompts: Sequence[Prompt]) -> dict[str, float]:
     """
     sequences = [TokenSequence(prompt.token_ids, label_tokens(run.tokenizer, prompt)) for prompt in prompts]
     tokens = sum(sequence.scored for sequence in sequences)
-    batches = pack_share(sequences, {"weight": [1.0 / tokens] * len(sequences)}, run.shape, run.mesh)
-    run.optimizer.zero_grad()
-    sums = forward_backward(run.policy, batches, NegativeLogLikelihood(), temperature=1.0)
-    norm = run.optimizer.step()
+    fields = {"weight": [1.0 / tokens] * len(sequences), "sample": range(len(sequences))}
+    batches = pack_share(sequences, fields, run.shape, run.mesh)
+    objective, ids = NegativeLogLikelihood(), [prompt.id for prompt in prompts]
+    sums, norm = run_update(run, Update("supervised", step, run.optimizer, objective, batches, 1.0, ids))
     totals = reduce_sums(
         run.mesh, {name: torch.stack([s[name] for s in sums]).sum(0) for name in (sums or [{}])[0]}
     )

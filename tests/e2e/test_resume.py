@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,12 +28,13 @@ def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
     return ["train", "examples/gspo_tiny.toml", *task.rl, "--run.dir", str(directory), *steps, *flags]
 
 
-def interrupted(arguments: list[str], log: Path, when, number: int) -> int:
-    """Start the command, send `number` to it (SIGKILL: to one of its ranks) once `when()`; its exit code."""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def interrupted(start: list[str], log: Path, when, number: int) -> int:
+    """Start a command, send `number` to it (SIGKILL: to one of its ranks) once `when()`; its exit code."""
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
-        )
+        process = subprocess.Popen(start, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out)
     try:
         end = time.monotonic() + 200
         while not when():
@@ -79,34 +81,34 @@ def documents(checkpoint: Path) -> dict:
     return {key: document[key] for key in ("updates", "state", "rng", "layout")}
 
 
-def test_a_rank_is_killed_and_the_run_resumed(task: Task, whole: Path, tmp_path: Path) -> None:
+def test_a_rank_is_killed_and_torchrun_restarts_it(task: Task, whole: Path, tmp_path: Path) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
 
     def step_3_is_logged_and_step_2_committed() -> bool:
         return b"step 3/" in log.read_bytes() and bool(committed(directory / "checkpoints"))
 
-    code = interrupted(gspo(task, directory), log, step_3_is_logged_and_step_2_committed, signal.SIGKILL)
-    assert code == 75, log.read_text()
-    assert b"was ended by signal 9" in log.read_bytes(), "the fault fired"
-    assert [step for step, _ in committed(directory / "checkpoints")] == [2]
-    refused = run(*gspo(task, directory))
-    assert refused.returncode == 2
-    assert "up to step 2: continue it with --resume latest" in refused.stderr
-    done = run(*gspo(task, directory, "--resume"))
-    assert done.returncode == 0, done.stderr
-    assert "resumed after step 2 from" in done.stderr
+    restarted = [*TORCHRUN, "--max-restarts", "1", "-m", "mcore_rl", *gspo(task, directory)]
+    code = interrupted(restarted, log, step_3_is_logged_and_step_2_committed, signal.SIGKILL)
+    assert code == 0, log.read_text()
+    assert b"exitcode: -9" in log.read_bytes(), "the fault fired"
+    assert b"resumed after step 2 from" in log.read_bytes()
     assert_same(whole, directory)
     events = read_metrics(directory / "events.jsonl")
     assert [event["step"] for event in events if event["kind"] == "resume"] == [2]
+    assert [event["exit_code"] for event in events if event["kind"] == "end"][-1] == 0
 
 
 def test_sigterm_saves_and_leaves_with_75(task: Task, whole: Path, tmp_path: Path) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
-    code = interrupted(gspo(task, directory), log, lambda: b"step 1/" in log.read_bytes(), signal.SIGTERM)
+    start = command(*gspo(task, directory))
+    code = interrupted(start, log, lambda: b"step 1/" in log.read_bytes(), signal.SIGTERM)
     assert code == 75, log.read_text()
     assert b"is saved; --resume latest continues after it" in log.read_bytes()
     (step, _), *_ = reversed(committed(directory / "checkpoints"))
     assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == step < STEPS
+    refused = run(*gspo(task, directory))
+    assert refused.returncode == 2
+    assert f"up to step {step}: continue it with --resume latest" in refused.stderr
     done = run(*gspo(task, directory, "--resume", "latest"))
     assert done.returncode == 0, done.stderr
     assert_same(whole, directory)

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from mcore_rl.config import load_config
 from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.metrics import read_metrics
 from mcore_rl.model.precision import check_precision
 from mcore_rl.plan.command import plan
 from mcore_rl.train.rehearse import shrink_parallel
@@ -146,3 +148,36 @@ def test_a_rehearsal_trains_resumes_and_exports(tmp_path: Path) -> None:
         "exported and read back",
     ):
         assert said in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("e2e")
+def test_a_rehearsal_on_two_nodes(tmp_path: Path) -> None:
+    """Two agents of torchrun on this machine, as on a cluster: one rendezvous, a rank each, TP over both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "examples/train_gspo_8b.sh"]
+    command += ["--rehearse", "--run.dir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"agent_{number}" for number in range(2)]
+    agents = []
+    try:
+        for log in logs:
+            with log.open("wb") as out:
+                agents.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                )
+        codes = [agent.wait(timeout=380) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    said = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], said[-3000:]
+    assert "tp2" in said
+    assert said.count("step 3/3") == 1, "one of the agents has rank 0"
+    events = read_metrics(tmp_path / "run" / "rehearsal" / "events.jsonl")
+    assert [event["world_size"] for event in events if event["kind"] == "start"] == [2]

@@ -171,7 +171,7 @@ def supervised_step(config: Config, directory: Path) -> dict[str, float]:
     try:
         chosen = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
         run = build_trainer(chosen, mesh, 10)
-        return train_step(run, run.prompts.prompts[:8])
+        return train_step(run, run.prompts.prompts[:8], 1)
     finally:
         destroy_mesh()
 

@@ -1,0 +1,111 @@
+"""`mcore-rl train CONFIG.toml --replay DUMP`: one recorded micro-batch alone, and its first non-finite value.
+
+No servers, no optimizer, nothing written but events.jsonl. DUMP is what train.update left.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mcore_rl.algo.algorithms import configure
+from mcore_rl.checkpoint import Checkpoints, Saved, find, model_pieces
+from mcore_rl.config import Config
+from mcore_rl.errors import ConfigError, NumericsError
+from mcore_rl.model.build import Model, build_critic, build_policy
+from mcore_rl.model.optimizer import ddp_config
+from mcore_rl.model.step import Loss, forward_backward
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
+from mcore_rl.train.batch import align_of
+from mcore_rl.train.ending import recorded
+from mcore_rl.train.finite import Finding, Inspector
+from mcore_rl.train.objective import PolicyObjective, ValueObjective
+from mcore_rl.train.setup import layout_of, process_group, watched, world_size
+from mcore_rl.train.supervised import NegativeLogLikelihood
+from mcore_rl.train.update import alone, from_json
+
+
+def replay_dump(config: Config, path: Path) -> None:
+    """Run the micro-batch of `path` with the weights of `path`, every replica the same one.
+
+    Raises:
+        NumericsError: on every rank: the first value that is not finite, and where it is.
+        ConfigError: `path` is no dump, or is cut for another layout.
+    """
+    saved = find(path.parent, str(path))
+    if "numerics" not in saved.document:
+        raise ConfigError(f"--replay: {path} holds no micro-batch; name a directory RUN_DIR/numerics/step_N")
+    dump = saved.document["numerics"]
+    layout = layout_of(config, world_size())
+    layout.check(world_size())
+    with process_group(config.train.step_timeout):
+        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+        try:
+            with recorded(config.run.dir), watched(config, mesh):
+                _replay(config, mesh, saved, dump)
+        finally:
+            destroy_mesh()
+
+
+def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> None:
+    if dump["align"] % align_of(mesh):
+        raise ConfigError(
+            f"--replay: its sequences are padded to {dump['align']} tokens, {mesh.layout} needs "
+            f"{align_of(mesh)}; replay it at the recorded layout: {saved.document['layout']}"
+        )
+    model = _build(config, mesh, dump["kind"])
+    checkpoints = Checkpoints(
+        saved.path.parent, mesh, keep=1, background=False, timeout=config.train.step_timeout
+    )
+    checkpoints.load(saved, model_pieces(model))
+    batch = from_json(dump)
+    with Inspector(model, batch, dump["samples"]) as inspector:
+        objective = inspector.observed(_objective(config, mesh, dump["kind"]))
+        forward_backward(model, alone(batch, mesh), objective, dump["temperature"])
+        findings = _gathered(mesh, inspector.findings())
+    _report(mesh, saved, dump, findings)
+
+
+def _build(config: Config, mesh: Mesh, kind: str) -> Model:
+    build = build_critic if kind == "critic" else build_policy
+    return build(
+        config.model.path,
+        mesh,
+        precision=config.model.precision,
+        random_seed=config.run.seed if config.model.random_init else None,
+        recompute=config.train.recompute,
+        ddp=ddp_config(distributed=config.optimizer.distributed),
+    )
+
+
+def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
+    if kind == "supervised":
+        return NegativeLogLikelihood()
+    if kind == "critic":
+        return ValueObjective(config.critic.value_clip or None, config.critic.coef)
+    algorithm = configure(config.algorithm.name, config.algorithm.params)
+    return PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None)
+
+
+def _gathered(mesh: Mesh, findings: list[Finding]) -> list[Finding]:
+    everyone: list[list[Finding]] = [[]] * mesh.layout.world_size
+    dist.all_gather_object(everyone, findings, group=mesh.world)
+    return sorted(finding for its in everyone for finding in its)
+
+
+def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[Finding]) -> None:
+    """Say the first finding of every phase, then raise the first of all."""
+    first = {finding.phase: finding for finding in reversed(findings)}
+    if mesh.is_main:
+        known = ", ".join(f"{key} {dump[key]}" for key in ("kind", "step", "micro_batch", "replica", "ranks"))
+        lines = [known, f"samples {', '.join(dump['samples'])}", *(str(first[p]) for p in sorted(first))]
+        print("\n".join(f"replay: {line}" for line in lines), file=sys.stderr, flush=True)
+        if not findings:
+            print("replay: every value is finite; the fault does not repeat", file=sys.stderr, flush=True)
+    if findings:
+        error = NumericsError(f"{saved.path}: first non-finite value: {findings[0]}")
+        error.shared = True
+        raise error

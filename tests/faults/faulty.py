@@ -1,0 +1,55 @@
+"""`torchrun ... tests/faults/faulty.py FAULTS train ...`: the mcore-rl command with ranks that misbehave.
+
+FAULTS is JSON: one fault for each attempt of torchrun, `{"do": ..., "rank": r, "step": s}`, or null. It fires
+in the middle of supervised step s: the gradients are there, no weight has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mcore_rl.__main__ import main
+from mcore_rl.errors import ConfigError
+from mcore_rl.train import update
+
+
+def refuse() -> None:
+    raise ConfigError("only this rank has a wrong file")
+
+
+def fail() -> None:
+    raise ValueError("only this rank has this bug")
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "raise": fail,
+    "refuse": refuse,
+    "hang": lambda: time.sleep(600),
+    "slow": lambda: time.sleep(4),
+}
+
+
+def plant(fault: dict[str, Any]) -> None:
+    """Between the backward pass and the optimizer's step, on the rank and at the step that it names."""
+    original, steps = update.forward_backward, iter(range(1, 1000))
+
+    def forward_backward(*arguments: Any) -> Any:
+        sums = original(*arguments)
+        if next(steps) == fault["step"] and os.environ["RANK"] == str(fault["rank"]):
+            print(f"fault: {fault['do']} in process {os.getpid()}", file=sys.stderr, flush=True)
+            FAULTS[fault["do"]]()
+        return sums
+
+    update.forward_backward = forward_backward
+
+
+if __name__ == "__main__":
+    mine = json.loads(sys.argv[1])[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
+    if mine is not None:
+        plant(mine)
+    sys.exit(main(sys.argv[2:]))

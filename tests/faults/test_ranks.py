@@ -1,0 +1,144 @@
+"""Ranks that die, hang, raise or are asked to leave under torchrun: nobody waits, and one says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from examples.arithmetic import main as write_task
+from mcore_rl.checkpoint import committed
+from mcore_rl.metrics import read_metrics
+from tests.sources import ROOT
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of four supervised steps of a model of one layer."""
+    folder = tmp_path_factory.mktemp("faults")
+    small = ["--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]
+    assert write_task([str(folder), *small]) == 0
+    return [
+        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/model"),
+        *("--train.steps", "4", "--optimizer.warmup_steps", "0", "--supervised.batch_size", "16"),
+    ]
+
+
+@contextmanager
+def torchrun(run_dir: Path, ranks: int, faults: list, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """`run_dir`.log has what it says; what is left of it in the end is killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "--max-restarts", str(len(faults) - 1)]
+    command += ["tests/faults/faulty.py", json.dumps(faults), "train", "examples/sft_tiny.toml"]
+    command += ["--run.dir", str(run_dir), "--parallel.tensor", str(ranks), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with run_dir.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+    family = [psutil.Process(process.pid)]
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            family += family[0].children(recursive=True)
+            for member in family:
+                member.kill()
+            process.wait()
+
+
+def said(run_dir: Path) -> str:
+    return run_dir.with_suffix(".log").read_text()
+
+
+def wait_until(condition, process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_an_error_of_one_rank_ends_all_and_is_the_one_that_is_printed(task: list[str], tmp_path: Path):
+    """A bug is worth a restart, a wrong file is not: the third attempt ends before it begins."""
+    run_dir = tmp_path / "run"
+    faults = [{"do": "raise", "rank": 1, "step": 2}, {"do": "refuse", "rank": 1, "step": 2}, None]
+    with torchrun(run_dir, 2, faults, *task) as process:
+        assert process.wait(timeout=280) == 1
+    log = said(run_dir)
+    assert log.count("fault: raise") == log.count("fault: refuse") == 1, "the faults fired"
+    assert log.count("mcore-rl: ValueError on rank 1: only this rank has this bug") == 1
+    assert log.count("mcore-rl: ConfigError: only this rank has a wrong file") == 1
+    assert "mcore-rl: RuntimeError" not in log, "the echo on rank 0"
+    assert log.count("Traceback (most recent call last)") == 2, "of the bug, and torchrun's own"
+    events = read_metrics(run_dir / "events.jsonl")
+    codes = [event["exit_code"] for event in events if event["kind"] == "end"]
+    assert codes == [1, 1, 2, 2], "an echo ends with the code of its cause"
+    assert log.count("a restart would meet it again: ConfigError") == 1
+    assert sum(event["kind"] == "start" for event in events) == 2
+
+
+def test_a_rank_that_never_comes_leaves_the_stacks_of_all(task: list[str], tmp_path: Path):
+    run_dir, limit = tmp_path / "run", 15.0
+    fault = {"do": "hang", "rank": 1, "step": 2}
+    with torchrun(run_dir, 2, [fault], *task, "--train.step_timeout", str(limit)) as process:
+        wait_until(lambda: "fault: hang" in said(run_dir), process)
+        since = time.monotonic()
+        assert process.wait(timeout=120) == 1
+        assert time.monotonic() - since < 2 * limit + 15
+    log = said(run_dir)
+    assert "no progress for 15 s (train.step_timeout) since step 1; stacks of 2 of 2 ranks" in log
+    assert "  rank 1: " in log
+    assert "faulty.py" in log.split("  rank 1: ")[1].partition("\n")[0]
+    (attempt,) = (run_dir / "stacks").iterdir()
+    stacks = {path.name: path.read_text() for path in attempt.iterdir()}
+    assert stacks.keys() == {"rank_0.txt", "rank_1.txt"}
+    assert "faulty.py" in stacks["rank_1.txt"]
+    assert "optimizer.py" in stacks["rank_0.txt"]
+    assert read_metrics(run_dir / "events.jsonl")[-1]["type"] == "Hang"
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_the_first_interrupt_saves_the_step_and_the_second_does_not_wait(
+    task: list[str], tmp_path: Path, patient: bool
+):
+    run_dir = tmp_path / "run"
+    fault = {"do": "slow" if patient else "hang", "rank": 0, "step": 2}
+    with torchrun(run_dir, 1, [fault], *task, "--checkpoint.every", "100") as process:
+        wait_until(lambda: "fault: " in said(run_dir), process)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        if not patient:
+            time.sleep(4)
+            assert all(rank.is_running() for rank in ranks), "the first one waits for the step"
+            process.send_signal(signal.SIGINT)
+        since = time.monotonic()
+        process.wait(timeout=60)
+        assert time.monotonic() - since < 30
+        assert not psutil.wait_procs(ranks, timeout=5)[1]
+    saved = [step for step, _ in committed(run_dir / "checkpoints")]
+    assert saved == ([2] if patient else [])
+    assert ("asked to leave: step 2 is saved" in said(run_dir)) == patient
+
+
+def test_a_killed_launcher_leaves_no_rank(task: list[str], tmp_path: Path):
+    run_dir = tmp_path / "run"
+    with torchrun(run_dir, 1, [{"do": "hang", "rank": 0, "step": 1}], *task) as process:
+        wait_until(lambda: "fault: hang" in said(run_dir), process)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert ranks
+        process.kill()
+        process.wait()
+        alive = psutil.wait_procs(ranks, timeout=10)[1]
+        for rank in alive:
+            rank.kill()
+        assert not alive

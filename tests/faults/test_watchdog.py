@@ -1,0 +1,97 @@
+"""The watchdog and the last words by themselves, in processes that import no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.metrics import append_event, read_metrics
+from mcore_rl.train.ending import end_of_events, last_words, not_worth_a_restart, record
+from tests.sources import ROOT
+
+HANG = """
+import ctypes, sys, time
+from pathlib import Path
+from mcore_rl.train import watchdog
+watchdog.GRACE_SECONDS = 0.2
+with watchdog.Watchdog(Path(sys.argv[1]), "now", 1, 1.0).watching() as _:
+    {call}
+print("left in peace")
+"""
+
+
+def hang(directory: Path, call: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", HANG.format(call=call), str(directory)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_hang_ends_with_the_place(tmp_path: Path):
+    done = hang(tmp_path, "time.sleep(50)")
+    assert done.returncode == 75, done.stderr
+    assert "no progress for 1 s" in done.stderr
+    assert "<string>" in (tmp_path / "stacks" / "now" / "rank_0.txt").read_text()
+
+
+def test_a_hang_that_keeps_the_interpreter_ends_too(tmp_path: Path):
+    done = hang(tmp_path, "ctypes.PyDLL(None).sleep(50)")
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "<string>" in done.stderr
+
+
+def test_who_makes_progress_is_left_in_peace(tmp_path: Path):
+    """Negative control."""
+    done = hang(tmp_path, "[(time.sleep(0.4), _) for _ in range(2)]")
+    assert done.returncode == 0
+    assert "left in peace" in done.stdout
+    assert not (tmp_path / "stacks").exists()
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch):
+    return lambda number: monkeypatch.setenv("RANK", str(number))
+
+
+def test_the_same_error_of_two_ranks_is_said_once(tmp_path: Path, as_rank, capsys):
+    since = end_of_events(tmp_path)
+    for rank in (1, 0):
+        as_rank(rank)
+        assert last_words(tmp_path, ConfigError("no such file"), since) == 2
+    assert capsys.readouterr().err.count("ConfigError: no such file") == 1
+    as_rank(2)
+    assert last_words(tmp_path, ConfigError("another file"), since) == 2
+    assert "another file" in capsys.readouterr().err
+    assert len(read_metrics(tmp_path / "events.jsonl")) == 2
+
+
+def test_an_echo_is_silent_and_a_cause_is_not(tmp_path: Path, as_rank, capsys):
+    as_rank(1)
+    record(tmp_path, KeyError("of an earlier attempt"))
+    since = end_of_events(tmp_path)
+    cause = MemoryError("the cause")
+    record(tmp_path, cause)
+    as_rank(0)
+    assert last_words(tmp_path, RuntimeError("Connection closed by peer"), since) == 1
+    assert capsys.readouterr().err == ""
+    as_rank(1)
+    assert last_words(tmp_path, cause, since) == 1
+    assert "MemoryError on rank 1: the cause" in capsys.readouterr().err
+    as_rank(2)
+    assert last_words(tmp_path, ValueError("no echo has this type"), since) == 1
+    assert "no echo" in capsys.readouterr().err
+
+
+def test_a_restart_of_what_no_restart_mends(tmp_path: Path, as_rank, monkeypatch):
+    as_rank(1)
+    append_event(tmp_path, "start")
+    record(tmp_path, ConfigError("wrong"))
+    assert not_worth_a_restart(tmp_path) is None, "a new launch tries again"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert (not_worth_a_restart(tmp_path) or {})["message"] == "wrong"
+    append_event(tmp_path, "start")
+    record(tmp_path, OSError("a disk"))
+    assert not_worth_a_restart(tmp_path) is None
