@@ -51,7 +51,7 @@ class Algorithm:
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
     correction: CorrectionName = "none"
-    """weights of the policy term against the difference of the policy that sampled: an entry of CORRECTIONS"""
+    """weights of the policy term where another policy sampled than the old one: a key of CORRECTIONS"""
     correction_low: float | None = None
     """its lower bound; None: that of the entry"""
     correction_high: float | None = None
@@ -69,9 +69,13 @@ class Algorithm:
         """The entry of CORRECTIONS with this algorithm's bounds; None for "none"."""
         if self.correction == "none":
             return None
-        entry, given = CORRECTIONS[self.correction], {"low": self.correction_low, "high": self.correction_high}
+        entry, given = (
+            CORRECTIONS[self.correction],
+            {"low": self.correction_low, "high": self.correction_high},
+        )
         return replace(
-            entry, params={**entry.params, **{key: value for key, value in given.items() if value is not None}}
+            entry,
+            params={**entry.params, **{key: value for key, value in given.items() if value is not None}},
         )
 
     @property
@@ -186,7 +190,9 @@ def _check_correction(algorithm: Algorithm) -> None:
     known = {} if entry is None else _resolve(entry.weight, entry.params)
     for bound in ("low", "high"):
         if getattr(algorithm, f"correction_{bound}") is not None and bound not in known:
-            raise ConfigError(f"{place}_{bound}: has no effect on correction {algorithm.correction!r}; remove it")
+            raise ConfigError(
+                f"{place}_{bound}: has no effect on correction {algorithm.correction!r}; remove it"
+            )
     low, high = known.get("low", 0.0), known.get("high", 1.0)
     if not (isinstance(low, float) and isinstance(high, float) and low < high):
         raise ConfigError(f"{place}_low: {low} leaves nothing below correction_high = {high}; lower it")

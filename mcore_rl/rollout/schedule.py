@@ -26,9 +26,9 @@ class Batch:
 class Schedule:
     """The groups in flight, oldest first.
 
-    Step s takes, of the oldest `groups + extra`, the first `groups` to finish. Those left keep generating, under
-    new weights too, until no later step could train them. Without `extra` the groups of a step are therefore
-    those that were asked for it, in whatever order they finish, and none is ever discarded.
+    Step s takes, of the oldest `groups + extra`, the first `groups` to finish. Those left keep generating,
+    under new weights too, until no later step could train them. Without `extra` the groups of a step are
+    therefore those that were asked for it, in whatever order they finish, and none is ever discarded.
 
     Args:
         groups: trained per step.
@@ -50,10 +50,10 @@ class Schedule:
         """Asked, and neither trained nor discarded: id -> version that served when it was asked."""
         return self._asked
 
-    @property
-    def wanted(self) -> int:
-        """Groups to ask now: this step's and those of the `max_staleness` steps that these weights may serve."""
-        return max(0, (self.max_staleness + 1) * self.groups + self.extra - len(self._asked))
+    def wanted(self, steps: int) -> int:
+        """Groups to ask now: for this step and `max_staleness` more, as far as `steps` are left."""
+        ahead = min(self.max_staleness + 1, steps)
+        return max(0, ahead * self.groups + self.extra - len(self._asked))
 
     def ask(self, ids: Iterable[str], version: int) -> None:
         """These are asked while `version` serves."""

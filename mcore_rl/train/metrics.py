@@ -89,11 +89,11 @@ def policy_metrics(totals: Totals) -> dict[str, float]:
 
 
 def mismatch_metrics(totals: Totals) -> dict[str, float]:
-    """`mismatch/*`: the servers against the trainer, on tokens of the weights in training, where there are any.
+    """`mismatch/*`: the servers against the trainer, on tokens of the weights in training, if there are any.
 
     `behaviour/*`: the policy that sampled (stale, or another engine) against the one in training, on all
-    tokens: KL estimates k1 and k3, the effective sample size over the number of tokens (1: no difference), and
-    the largest difference of a log-prob.
+    tokens: KL estimates k1 and k3, the effective sample size over the number of tokens (1: no difference),
+    and the largest difference of a log-prob.
     """
     known = {
         "behaviour/k1": totals.mean("behaviour_k1"),

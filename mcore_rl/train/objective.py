@@ -29,8 +29,8 @@ class PolicyObjective:
 
     Fields of a row: `advantage`, `weight` (aggregation weight with the optimizer step's global denominators),
     `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, `old_log_prob` except in a
-    rollout's first mini-batch (ratio 1 by construction), and `age` (weight versions since the row was sampled)
-    where samples may be older than the weights in training.
+    rollout's first mini-batch (ratio 1 by construction), and `age` (weight versions since the row was
+    sampled) where samples may be older than the weights in training.
     """
 
     algorithm: Algorithm
@@ -70,7 +70,7 @@ class PolicyObjective:
         return kl(self.algorithm.kl_estimator, log_prob, fields["ref_log_prob"], old)
 
     def _correction(self, batch: PackedBatch, log_weight: Tensor) -> Tensor | float:
-        """[R] weights of the policy term by `log_weight` [R], old - rollout log-probs; 1 where none is asked."""
+        """[R] weights of the policy term by `log_weight` [R], old - rollout; 1 where none is asked."""
         used = self.algorithm.corrects
         if used is None:
             return 1.0
@@ -116,7 +116,7 @@ def _metrics(loss: Tensor, token: TokenLoss, old: Tensor, head: HeadOutput, fiel
 
 
 def _behaviour(log_ratio: Tensor) -> dict[str, Tensor]:
-    """How far the policy that sampled, whatever its age and engine, is from the old one; [R] old - rollout."""
+    """How far the policy that sampled, of any age and engine, is from the old one; [R] old - rollout."""
     x = log_ratio.double()
     weight = bounded(x).exp()
     return {

@@ -21,7 +21,7 @@ SIZE = 8
 
 def ask(schedule: Schedule, version: int, number: int) -> int:
     """Ask what is wanted, groups named by number from `number` on; the next number."""
-    new = range(number, number + schedule.wanted)
+    new = range(number, number + schedule.wanted(9))
     schedule.ask(map(str, new), version)
     return new.stop
 
@@ -60,13 +60,13 @@ def test_without_extra_groups_a_step_trains_what_was_asked_for_it() -> None:
     assert schedule.take(1) is None, "two have finished, of the next step"
     schedule.finish("b")
     assert schedule.take(1) == Batch(("a", "b"), {})
-    assert schedule.wanted == 2
+    assert schedule.wanted(9) == 2
     assert schedule.take(2) == Batch(("c", "d"), {})
 
 
 def test_the_early_stop_leaves_the_slowest_and_discards_what_is_too_old() -> None:
     schedule = Schedule(groups=2, extra=2, max_staleness=1)
-    assert schedule.wanted == 6
+    assert schedule.wanted(9) == 6
     schedule.ask("abcdef", 0)
     for group in "bfca":
         schedule.finish(group)
@@ -81,9 +81,14 @@ def test_the_early_stop_leaves_the_slowest_and_discards_what_is_too_old() -> Non
     assert schedule.take(3) == Batch(("g", "i"), {"h": "stale"})
 
 
+def test_nothing_is_asked_for_steps_that_will_not_come() -> None:
+    schedule = Schedule(groups=2, extra=1, max_staleness=2)
+    assert [schedule.wanted(steps) for steps in (9, 3, 2, 1)] == [7, 7, 5, 3]
+
+
 def test_a_replica_without_groups_never_waits() -> None:
     schedule = Schedule(groups=0, extra=0, max_staleness=1)
-    assert schedule.wanted == 0
+    assert schedule.wanted(9) == 0
     assert schedule.take(1) == Batch((), {})
 
 
@@ -92,7 +97,7 @@ def test_a_replica_without_groups_never_waits() -> None:
 
 @dataclass
 class Simulation:
-    """Servers that run `slots` samples at once, each as long as a lognormal draw, and a trainer beside them."""
+    """Servers that run `slots` samples at once, each for a lognormal draw, and a trainer beside them."""
 
     schedule: Schedule
     train: float
@@ -169,8 +174,8 @@ def test_a_step_takes_as_long_as_the_longer_of_generation_and_training(spread, s
     """Within 5 %, where one after the other (bound 0: the negative control) takes their sum.
 
     Generation is as long as the batch's slowest sample and varies from step to step. A bound of 2 evens that
-    out: max(mean generation, training). A bound of 1 cannot, since no batch may be asked before the step before
-    last is published: mean(max(generation, training)).
+    out: max(mean generation, training). A bound of 1 cannot, since no batch may be asked before the step
+    before last is published: mean(max(generation, training)).
     """
     _, alone = simulate(0, 0.0, spread, slots)
     generation = alone.waits[STEPS // 4 + 1 :]

@@ -126,7 +126,9 @@ def test_bounds_that_a_correction_does_not_have_are_refused():
 def test_behaviour_is_of_all_tokens_and_mismatch_of_those_of_the_current_weights():
     """p_old / p_rollout of the four tokens: 1, 4, 1/4, 3/2."""
     for age, mismatch in ((None, math.log(4)), ([1, 1, 1, 0], math.log(1.5)), ([1, 1, 2, 1], None)):
-        rows = objective_of_rows(None, rollout=CURRENT - SHIFT, age=None if age is None else torch.tensor(age))
+        rows = objective_of_rows(
+            None, rollout=CURRENT - SHIFT, age=None if age is None else torch.tensor(age)
+        )
         known = mismatch_metrics(Totals(rows[1], 1, 0.0))
         ratios = [1.0, 4.0, 0.25, 1.5]
         assert known["behaviour/k1"] == pytest.approx(-math.log(1.5) / 4)
