@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.model.mapping import HF_DTYPES, Entry, Mapping
+from mcore_rl.model.unpickle import read_metadata
 
 METADATA = ".metadata"
 OTHER_STATE = ("optimizer.", "common_state")
@@ -149,49 +150,3 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
             )
         if not (directory / info.relative_path).is_file():
             raise CheckpointError(f"{directory}: {info.relative_path} is missing")
-
-
-_RECORDS = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
-        "TensorStorageMetadata _MEM_FORMAT_ENCODING"
-    ),
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
-    # Megatron keeps every rank's plan in the metadata that it writes itself.
-    "torch.distributed.checkpoint.planner": (
-        "BytesIOWriteData SavePlan TensorWriteData WriteItem WriteItemType"
-    ),
-    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata",
-    "torch.serialization": "_get_layout",
-    "torch": "Size",
-    "pathlib": "PosixPath",  # where it was written
-    "collections": "OrderedDict",
-}
-_ALLOWED = {(module, name) for module, names in _RECORDS.items() for name in names.split()} | {
-    ("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)
-}
-
-
-class _Records(pickle.Unpickler):
-    """A pickle runs what it names: this one may name the records of torch_dist only."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def read_metadata(path: Path) -> Metadata:
-    """The description of a torch_dist directory, which is a pickle: read without running anything in it.
-
-    Raises:
-        CheckpointError: not such a description, or it names something else than its records.
-    """
-    try:
-        with path.open("rb") as file:
-            metadata = _Records(file).load()
-    except Exception as error:  # whatever a damaged pickle raises
-        raise CheckpointError(f"{path}: refused: {error}; nothing in it was run") from None
-    if not isinstance(metadata, Metadata) or not metadata.storage_data:
-        raise CheckpointError(f"{path}: not the description of a torch_dist checkpoint")
-    return metadata

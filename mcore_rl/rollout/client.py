@@ -344,7 +344,7 @@ def _parse_reply(item: Any, rid: str, sent: str, prompt: Sequence[int] | None) -
         scored: tuple[float, ...] = ()
         if prompt is not None and not aborted_early:
             scored, ids = _scores(meta["input_token_logprobs"][1:])
-            _check(ids == tuple(prompt[1:]), "meta_info.input_token_logprobs", "disagrees with the prompt")
+            _check(_echoes(ids, prompt[1:]), "meta_info.input_token_logprobs", "disagrees with the prompt")
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise _TransientError(f"request {rid}: reply without a usable field: {error!r}") from error
     return Reply(rid, token_ids, log_probs[0], scored, finish, spans)
@@ -355,6 +355,17 @@ def _scores(entries: Sequence[Sequence[Any]]) -> tuple[tuple[float, ...], tuple[
     values = tuple(float(entry[0]) for entry in entries)
     _check(all(map(math.isfinite, values)), "token_logprobs", "not finite")
     return values, tuple(entry[1] for entry in entries)
+
+
+def _echoes(ids: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether `ids` are `tokens`, where SGLang echoes the vocabulary's last id as 0 (its log-prob is right).
+
+    SGLang 0.5.23, logprob_result_processor.py: `x if x < vocab_size - 1 else 0`. No other id is as large.
+    """
+    last = max(tokens, default=0)
+    return len(ids) == len(tokens) and all(
+        echo == token or (echo == 0 and token == last) for echo, token in zip(ids, tokens, strict=True)
+    )
 
 
 def _check(holds: bool, field: str, what: str) -> None:

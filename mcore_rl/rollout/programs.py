@@ -92,10 +92,19 @@ class SGLang:
         return ["--config", str(file)]
 
     def environment(self) -> Mapping[str, str]:
-        """This process's, offline, without what changes the meaning of log-probs or the server's imports."""
-        kept = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_SGLANG}
-        return kept | _OFFLINE
+        """This process's, offline, without what misleads the server (_NOT_FOR_SGLANG, _TORCHRUN)."""
+        left_out = _NOT_FOR_SGLANG | _TORCHRUN
+        return {name: value for name, value in os.environ.items() if name not in left_out} | _OFFLINE
 
 
 _NOT_FOR_SGLANG = frozenset({"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "SGLANG_RETURN_ORIGINAL_LOGPROB"})
 """paths of this interpreter; a switch that returns log-probs before the temperature"""
+
+_TORCHRUN = frozenset(
+    {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    | {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"}
+    | {"TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"}
+    | {"TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"}
+)
+"""What torchrun tells a rank of itself. With TORCHELASTIC_USE_AGENT_STORE torch takes the store of every new
+process group for one that torchrun serves: the server would wait for its own, for ever."""

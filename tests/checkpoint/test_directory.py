@@ -18,8 +18,8 @@ import torch
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.checkpoint.directory import COMMITTED, MANIFEST, CheckpointDirectory
 from mcore_rl.checkpoint.torch_dist import METADATA, data_file
-from mcore_rl.checkpoint.unpickle import read_metadata
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from mcore_rl.model.unpickle import read_metadata
 from tests.checkpoint.support import step_in, write
 
 FILES = (data_file(0), METADATA, "metadata.json", "common.pt", MANIFEST, COMMITTED)

@@ -143,7 +143,7 @@ class Malice:
 def test_a_pickle_in_the_metadata_runs_nothing(converted: Path, tmp_path: Path) -> None:
     bad, witness = shutil.copytree(converted, tmp_path / "bad"), tmp_path / "ran"
     (bad / ".metadata").write_bytes(pickle.dumps(Malice(witness)))
-    with pytest.raises(CheckpointError, match=r"refused: it names posix\.mkdir; nothing in it was run"):
+    with pytest.raises(CheckpointError, match=r"refused: it names posix\.mkdir; nothing of it was run"):
         mcore_to_hf(bad, tmp_path / "hf")
     assert not witness.exists()
     pickle.loads((bad / ".metadata").read_bytes())  # noqa: S301  # the control: the pickle does run

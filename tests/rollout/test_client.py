@@ -92,6 +92,15 @@ def test_an_infrastructure_fault_is_retried_without_duplicates(url: str, fault: 
     assert paths[0] == paths[-1] == "/generate", "the abort must come before the second attempt"
 
 
+@pytest.mark.parametrize(
+    ("ids", "same"),
+    [([3, 9, 1], True), ([3, 0, 1], True), ([0, 9, 1], False), ([3, 8, 1], False), ([3, 9], False)],
+)
+def test_an_echoed_prompt_may_have_0_for_its_largest_id_only(ids: list[int], same: bool) -> None:
+    """SGLang echoes the vocabulary's last id as 0."""
+    assert client_module._echoes(ids, [3, 9, 1]) is same
+
+
 def test_retries_end_with_the_cause(url: str) -> None:
     outcome, seen = through(url, *[status(503)] * 3)
     assert isinstance(outcome, RolloutError)

@@ -18,7 +18,7 @@ from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.embedded import serve
 from mcore_rl.rollout.fleet import wait_ready
 from mcore_rl.rollout.local import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.programs import Embedded, SGLang
 from tests.rollout.support import http, running, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True}
@@ -119,3 +119,13 @@ def test_waiting_for_absent_servers_ends_and_names_them(server: LocalServer) -> 
 
     with pytest.raises(RolloutError, match=r"not ready after 0\.5 s: http://127\.0\.0\.1:9;"):
         asyncio.run(wait())
+
+
+def test_sglang_is_not_told_what_torchrun_tells_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process groups would look for their stores in torchrun, for ever."""
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "PYTHONPATH"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    told = SGLang(Path("python"), dtype="float32").environment()
+    assert told["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "PYTHONPATH"} & told.keys()

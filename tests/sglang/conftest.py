@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 
+TWO_RANKS = ("SGLANG_CPU_OMP_THREADS_BIND", "0|1" if len(os.sched_getaffinity(0)) > 1 else "0|0")
+"""variable and value: the cores of each rank, without which SGLang wants a memory node for each"""
 KEY, KEY_ENV = "canary-key-of-the-sglang-tests", "MCORE_RL_SGLANG_TEST_KEY"
 
 ON_CPU = (
@@ -39,7 +43,7 @@ def sglang_server(model_dir: Path, log_file: Path, *options: str, key: str | Non
 
 
 @pytest.fixture(scope="session", autouse=True)
-def key() -> Iterator[None]:
+def environment() -> Iterator[None]:
     """The variable that servers and clients are told the name of."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_ENV, KEY)
@@ -91,11 +95,13 @@ def dense_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def moe_server(
     moe_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    """As the recordings were made. The surroundings ask for log-probs before the temperature: hazard 1."""
+    """As the recordings were made, from surroundings that ask for log-probs before the temperature (hazard 1)
+    and are those of a rank under torchrun, in which SGLang would wait for ever for torchrun's store."""
     log_file = tmp_path_factory.mktemp("moe_server") / "log"
     server = sglang_server(moe_dirs[0], log_file, "--enable-return-routed-experts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+        patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         server.launch()
     try:
         server.wait()
@@ -120,6 +126,29 @@ def dense_server(
     log_file = tmp_path_factory.mktemp("dense_server") / "log"
     with sglang_server(dense_dirs[0], log_file, key=KEY_ENV) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def other_dense_server(
+    dense_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    """As dense_server, with tensor parallelism 2; tests may end it and start it again."""
+    log_file = tmp_path_factory.mktemp("other_dense_server") / "log"
+    server = sglang_server(dense_dirs[0], log_file, "--tp", "2", key=KEY_ENV)
+    with two_ranks():
+        server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextmanager
+def two_ranks() -> Iterator[None]:
+    """Servers of tensor parallelism 2 start on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*TWO_RANKS)
+        yield
 
 
 @pytest.fixture

@@ -23,7 +23,15 @@ from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet, check_server, check_server_info
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.weights.publish import load_from_disk, publish_directory, server_log_probs
-from tests.rollout.support import build_moe_model, http, largest_error, log_probs_of, running, wait_until
+from tests.rollout.support import (
+    VOCAB,
+    build_moe_model,
+    http,
+    largest_error,
+    log_probs_of,
+    running,
+    wait_until,
+)
 from tests.sglang.conftest import processes_of_sglang
 
 T = TypeVar("T")
@@ -222,6 +230,20 @@ def test_h15_seeds_do_not_act_here(moe_url: str) -> None:
     assert info["enable_deterministic_inference"] is False
     outputs = {generate(moe_url, sampling_seed=5).token_ids for _ in range(3)}
     assert len(outputs) > 1, "seeds act: resume may be exact with SGLang too, tell the docs"
+
+
+def test_h16_the_last_id_of_the_vocabulary_is_echoed_as_0(moe_url: str) -> None:
+    """In the log-probs of a prompt only; a reply that differs from the prompt is otherwise refused."""
+    tokens = [5, VOCAB - 1, 3, VOCAB - 1, 8]
+    body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1}, "return_logprob": True}
+    raw = http(moe_url, "/generate", body | {"logprob_start_len": 0}).body["meta_info"][
+        "input_token_logprobs"
+    ]
+    assert [entry[1] for entry in raw] == [5, 0, 3, 0, 8], "SGLang echoes it now: tell the docs"
+    scores, failed = server_log_probs([RolloutClient(moe_url)], [tokens], "h16")
+    assert not failed
+    want = log_probs_of(build_moe_model(0), tokens[:1], tokens[1:])
+    assert largest_error(scores[moe_url][0], want) < 2e-5
 
 
 def test_launch_settings_name_no_key(moe_server: LocalServer) -> None:

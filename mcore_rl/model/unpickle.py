@@ -35,8 +35,10 @@ _RECORDS = {
         "WriteItem",
         "WriteItemType",
     ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata",),
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),  # where it was written
     "collections": ("OrderedDict",),
 }
 ALLOWED = {(module, name) for module, names in _RECORDS.items() for name in names} | {
@@ -65,6 +67,6 @@ def read_metadata(path: Path) -> Metadata:
         raise DamagedCheckpointError(f"{path}: {error.strerror}") from None
     except Exception as error:  # whatever a damaged pickle raises
         raise DamagedCheckpointError(f"{path}: refused: {error}; nothing of it was run") from None
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+    if not isinstance(metadata, Metadata) or not metadata.storage_data:
         raise DamagedCheckpointError(f"{path}: not the metadata of a torch_dist checkpoint")
     return metadata
