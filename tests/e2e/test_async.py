@@ -34,14 +34,8 @@ def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
     return [
         *("train", "examples/gspo_tiny.toml", *task.data, "--run.dir", str(directory)),
         *("--data.eval", f"{task.root}/data/eval.jsonl", "--train.eval_samples", "8"),
-        *(
-            "--train.eval_every",
-            "0",
-            "--model.path",
-            f"{task.root}/data/model",
-            "--model.random_init",
-            "true",
-        ),
+        *("--train.eval_every", "0", "--reward.function", "tests.e2e.rewards:brevity"),
+        *("--model.random_init", "true", "--model.path", f"{task.root}/data/model"),
         *("--parallel.tensor", "1", "--train.steps", str(STEPS), "--checkpoint.every", "2"),
         *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH)),
         *("--rollout.threads", "1", "--rollout.max_new_tokens", "48", "--optimizer.warmup_steps", "0"),
