@@ -59,10 +59,10 @@ class Run(Trainer):
     eval_prompts: Sequence[Prompt]
     fleet: Fleet
     """the rollout servers"""
-    ahead: Ahead | None
-    """generates beside training; None where rollouts and training take turns"""
     weights_dir: Path
     """where versions are written for the servers"""
+    ahead: Ahead | None = None
+    """generates beside training; None where rollouts and training take turns"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
@@ -144,8 +144,8 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             reward=reward,
             eval_prompts=load_eval(config, trainer.tokenizer),
             fleet=fleet,
-            ahead=ahead,
             weights_dir=weights_dir,
+            ahead=ahead,
         )
 
 

@@ -15,7 +15,7 @@ from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.inflight import Group, InFlight
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.weights.publish import load_from_disk
-from tests.rollout.proxy import hang, proxy
+from tests.rollout.proxy import Proxy, hang, proxy, status
 from tests.rollout.support import largest_error, log_probs_of, running, wait_until
 
 LENGTH = 300
@@ -152,6 +152,34 @@ def test_requests_of_a_server_that_does_not_hold_the_version_move(zero: str, dir
             assert groups.lost() == {}, "whoever published knows it"
 
     with_proxies(zero, work)
+
+
+def test_a_lost_server_is_told_once_and_asked_again_after_a_publish(zero: str, dir_b: Path) -> None:
+    def work(bad: Proxy, sound: Proxy) -> None:
+        with in_flight([bad.url, sound.url], groups=8) as groups:
+            groups.add([group(str(name), 4) for name in range(8)])
+            for name, replies in groups.take(1).replies.items():
+                every_sample_once(replies, name, 4)
+            assert "HTTP 503" in groups.lost()[bad.url]
+            assert groups.lost() == {}
+            asked = len(bad.bodies("/generate"))
+            assert asked, "the fault fired"
+            groups.add([group(str(name), 4) for name in range(8, 16)])
+            groups.take(2)
+            assert len(bad.bodies("/generate")) == asked
+            bad.script.clear()
+            groups.expect("1")
+            publish(zero, dir_b, "1")
+            groups.serve([RolloutClient(url) for url in (bad.url, sound.url)], "1")
+            groups.add([group(str(name), 4, version=1) for name in range(16, 24)])
+            groups.take(3)
+            assert len(bad.bodies("/generate")) > asked
+
+    async def go() -> None:
+        async with proxy(zero, *[status(503)] * 40) as bad, proxy(zero) as sound:
+            await asyncio.to_thread(work, bad, sound)
+
+    asyncio.run(go())
 
 
 def test_groups_that_do_not_come_end_the_wait(zero: str) -> None:
