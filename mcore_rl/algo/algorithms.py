@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mcore_rl.algo import advantages, policy_losses, returns
 from mcore_rl.algo.aggregation import Aggregation
+from mcore_rl.algo.corrections import CORRECTIONS, Correction, CorrectionName
 from mcore_rl.algo.kl import KLEstimator
 from mcore_rl.algo.policy_losses import TokenLoss
 from mcore_rl.errors import ConfigError
@@ -49,6 +50,12 @@ class Algorithm:
     """of the KL in the loss"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
+    correction: CorrectionName = "none"
+    """weights of the policy term where another policy sampled than the old one: a key of CORRECTIONS"""
+    correction_low: float | None = None
+    """its lower bound; None: that of the entry"""
+    correction_high: float | None = None
+    """its upper bound; None: that of the entry"""
     params: Mapping[str, Param] = field(default_factory=dict)
     """keyword arguments of loss and advantage that differ from the functions' own defaults"""
 
@@ -60,10 +67,25 @@ class Algorithm:
     def rowwise(self, *, on_policy: bool) -> bool:
         """A token's loss follows from its own log-prob and entropy, so that any part of a batch has its sum.
 
-        Not where the whole sequence's mean log-ratio is needed first. `on_policy`: old log-probs are the
-        current ones, and such a mean to them is 0.
+        Not where a log-ratio of the whole sequence is needed first. `on_policy`: old log-probs are the
+        current ones, and the mean log-ratio to them is 0.
         """
-        return self.sequence_ratio is None or (self.sequence_ratio == "old" and on_policy)
+        by_row = self.sequence_ratio is None or (self.sequence_ratio == "old" and on_policy)
+        return by_row and (self.corrects is None or self.corrects.reads == "token")
+
+    @property
+    def corrects(self) -> Correction | None:
+        """The entry of CORRECTIONS with this algorithm's bounds; None for "none"."""
+        if self.correction == "none":
+            return None
+        entry, given = (
+            CORRECTIONS[self.correction],
+            {"low": self.correction_low, "high": self.correction_high},
+        )
+        return replace(
+            entry,
+            params={**entry.params, **{key: value for key, value in given.items() if value is not None}},
+        )
 
     @property
     def loss_params(self) -> dict[str, Param]:
@@ -125,7 +147,10 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     ),
 }
 
-_SETTINGS = ("aggregation", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef")
+_SETTINGS = (
+    *("aggregation", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef"),
+    *("correction", "correction_low", "correction_high"),
+)
 
 _LARGEST = 1e6
 _RANGES: Mapping[str, tuple[float, float]] = {
@@ -164,7 +189,22 @@ def configure(name: str, overrides: Mapping[str, object] | None = None) -> Algor
         raise ConfigError(
             f"algorithm.params.kl_in_reward: {name} has one advantage per sample; use kl_in_loss instead"
         )
+    _check_correction(algorithm)
     return algorithm
+
+
+def _check_correction(algorithm: Algorithm) -> None:
+    """Raises ConfigError for a bound that the correction does not have, or bounds that leave nothing."""
+    place, entry = "algorithm.params.correction", algorithm.corrects
+    known = {} if entry is None else _resolve(entry.weight, entry.params)
+    for bound in ("low", "high"):
+        if getattr(algorithm, f"correction_{bound}") is not None and bound not in known:
+            raise ConfigError(
+                f"{place}_{bound}: has no effect on correction {algorithm.correction!r}; remove it"
+            )
+    low, high = known.get("low", 0.0), known.get("high", 1.0)
+    if not (isinstance(low, float) and isinstance(high, float) and low < high):
+        raise ConfigError(f"{place}_low: {low} leaves nothing below correction_high = {high}; lower it")
 
 
 def objective(

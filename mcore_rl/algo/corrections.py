@@ -56,7 +56,11 @@ class Correction:
     params: Mapping[str, float] = field(default_factory=dict)
 
 
-CORRECTIONS: Mapping[str, Correction] = {
+CorrectionName = Literal[
+    "none", "tis-token", "tis-sequence", "mis-token", "mis-sequence", "icepop", "geometric", "decoupled"
+]
+
+CORRECTIONS: Mapping[CorrectionName, Correction] = {
     "tis-token": Correction(truncate, "token"),
     "tis-sequence": Correction(truncate, "sequence-sum"),
     "mis-token": Correction(mask_outside, "token"),

@@ -109,6 +109,11 @@ def _against_algorithm(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
+    if config.rollout.max_staleness and algorithm.corrects is None:
+        yield (
+            "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
+            'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
+        )
     if algorithm.advantage in (group_normalized, leave_one_out) and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
@@ -121,7 +126,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     unused: dict[str, str] = {}
     if config.supervised_only:
         keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
-        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt")
+        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
@@ -134,6 +139,8 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
     else:
         unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
+    if not config.rollout.max_staleness:
+        unused["rollout.over_sampling"] = "rollout.max_staleness is 0, and a step waits for all its samples"
     if config.rollout.urls:
         keys = ("server", "python", "servers", "options", "threads")
         unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}

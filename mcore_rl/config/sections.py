@@ -130,6 +130,10 @@ class Rollout(Section):
     """Prompts of one rollout over all replicas."""
     samples_per_prompt: Count = 8
     """Responses per prompt: the group size."""
+    max_staleness: NonNegative = 0
+    """Versions that a trained token may be old; 0 takes turns, 1 or more generates beside training."""
+    over_sampling: NonNegative = 0
+    """Prompts in flight beyond those of the steps, so that a step need not wait for the slowest."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs are taken at it everywhere."""
     max_new_tokens: Count = 64
@@ -146,6 +150,15 @@ class Rollout(Section):
     """NAME of the environment variable that holds the servers' key."""
     threads: Count = 2
     """CPU threads of a launched embedded server."""
+
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """What every sample is asked with, as SGLang names it."""
+        return {
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "stop_token_ids": list(self.stop_token_ids),
+        }
 
 
 class Reward(Section):

@@ -12,24 +12,24 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 _POLL_SECONDS = 0.05
 _NAME = "mcore_rl"
 
 
-def attempt_store(timeout: float) -> tuple[dist.Store, int, int]:
+def attempt_store(timeout: float) -> tuple[Store, int, int]:
     """(store of this attempt alone, rank, world size), from torchrun's environment; collective.
 
     Raises:
         TimeoutError: some rank did not come within `timeout` seconds.
     """
     store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
-    return dist.PrefixStore(agree(store, rank, world_size, timeout), store), rank, world_size
+    return PrefixStore(agree(store, rank, world_size, timeout), store), rank, world_size
 
 
-def agree(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+def agree(store: Store, rank: int, world_size: int, timeout: float) -> str:
     """A name that all ranks return and no earlier attempt had, whatever earlier attempts left in `store`.
 
     Every rank writes a word of its own. Rank 0 proposes a name beside the words that it sees, a new one when
@@ -43,7 +43,7 @@ def agree(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
     return f"{_NAME}/{name}"
 
 
-def _propose(store: dist.Store, world_size: int, deadline: float) -> str:
+def _propose(store: Store, world_size: int, deadline: float) -> str:
     others = range(1, world_size)
     words: list[str] = []
     name = uuid.uuid4().hex
@@ -59,7 +59,7 @@ def _propose(store: dist.Store, world_size: int, deadline: float) -> str:
         _sleep(deadline, f"ranks {missing or list(others)}")
 
 
-def _accept(store: dist.Store, rank: int, deadline: float) -> str:
+def _accept(store: Store, rank: int, deadline: float) -> str:
     word = uuid.uuid4().hex
     store.set(f"{_NAME}/word/{rank}", word)
     accepted = ""
@@ -72,7 +72,7 @@ def _accept(store: dist.Store, rank: int, deadline: float) -> str:
     return accepted
 
 
-def _get(store: dist.Store, key: str) -> str:
+def _get(store: Store, key: str) -> str:
     """The value, empty where there is none."""
     key = f"{_NAME}/{key}"
     return store.get(key).decode() if store.check([key]) else ""

@@ -109,7 +109,11 @@ class RolloutClient:
                 )
             headers["Authorization"] = f"Bearer {key}"
         self._session = aiohttp.ClientSession(
-            headers=headers, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None)
+            # No limit of connections: requests, health checks too, would wait behind it unseen.
+            connector=aiohttp.TCPConnector(limit=0),
+            headers=headers,
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None),
         )
         return self
 

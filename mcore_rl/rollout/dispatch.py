@@ -32,14 +32,18 @@ class _Server:
     load: int = 0
     """prompts in flight"""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+    why: str = ""
+    """it is lost"""
 
 
 class Dispatch:
-    """One round of requests to the servers of `clients` (opened here, closed at the end of the block).
+    """Requests to the servers of `clients` (opened here, closed at the end of the block).
+
+    Requests may run over a publish: `expect` before it, `serve` after it.
 
     Args:
         clients: the servers that serve.
-        version: weight version that every token must come from.
+        version: weight version that they hold.
         health_timeout: seconds without a good health check after which a server is given up.
     """
 
@@ -47,7 +51,9 @@ class Dispatch:
         self.version = version
         self.health_timeout = health_timeout
         self.lost: dict[str, str] = {}
-        """url -> why it is not asked any more"""
+        """url -> why it is not asked any more, of those whom nobody else knows to be lost"""
+        self._versions = [version]
+        """that tokens may come from: up to `version`, then one that is being published"""
         self._servers = [_Server(client) for client in clients]
 
     def __len__(self) -> int:
@@ -60,6 +66,28 @@ class Dispatch:
         self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
         return self
 
+    def expect(self, version: str) -> None:
+        """From now on tokens may come from `version` too: its publish begins."""
+        self._versions.append(version)
+
+    async def serve(self, clients: Sequence[RolloutClient], version: str) -> None:
+        """`version` is published, and these servers hold it: no others are asked.
+
+        One that was lost meanwhile, and that the publish cannot have known of, stays so.
+        """
+        self.version = version
+        urls = {client.url for client in clients}
+        for server in self._servers:
+            if server.client.url not in urls and not server.lost.is_set():
+                server.why = f"does not hold weight version {version}"
+                server.lost.set()
+        left = {server.client.url for server in self._servers if not server.lost.is_set()}
+        for client in clients:
+            if client.url not in left and client.url not in self.lost:
+                await self._stack.enter_async_context(client)
+                self._servers.append(_Server(client))
+                self._watches.append(asyncio.create_task(self._watch(self._servers[-1])))
+
     async def __aexit__(self, *exc: object) -> None:
         for watch in self._watches:
             watch.cancel()
@@ -69,8 +97,9 @@ class Dispatch:
     async def ask(self, request: Request) -> list[Reply]:
         """The replies to `request`, all from one server.
 
-        A server that gives none (connection, deadline, health, or another weight version) is lost to the
-        whole round, and the request goes to another: no reply is ever taken twice.
+        Their tokens come from the version that serves when the server is asked, or from later ones. A server
+        that gives none (connection, deadline, health, or other weights) is lost to all requests, and this one
+        goes to another: no reply is ever taken twice.
 
         Raises:
             RolloutError: every server is lost; the message says why each.
@@ -79,9 +108,10 @@ class Dispatch:
         while True:
             server = self._choose(request)
             server.load += len(request.prompts)
+            oldest = self._versions.index(self.version)
             try:
                 replies = await self._from(server, request)
-                self._check_version(replies)
+                self._check_version(replies, self._versions[oldest:])
                 return replies
             except RejectedError:
                 raise
@@ -94,7 +124,7 @@ class Dispatch:
         """Least load first; among equals the same one for the same prompt, whose prefix it has cached."""
         left = [server for server in self._servers if not server.lost.is_set()]
         if not left:
-            reasons = "".join(f"\n  {url}: {why}" for url, why in self.lost.items())
+            reasons = "".join(f"\n  {server.client.url}: {server.why}" for server in self._servers)
             raise RolloutError(f"no rollout server is left:{reasons}")
         least = min(server.load for server in left)
         prefix = repr(list(request.prompts[0])).encode()
@@ -111,7 +141,7 @@ class Dispatch:
         try:
             await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                raise RolloutError(self.lost[server.client.url])
+                raise RolloutError(server.why)
             return answer.result()
         finally:
             lost.cancel()
@@ -119,17 +149,18 @@ class Dispatch:
             with suppress(asyncio.CancelledError, RolloutError):
                 await answer
 
-    def _check_version(self, replies: Sequence[Reply]) -> None:
+    def _check_version(self, replies: Sequence[Reply], allowed: Sequence[str]) -> None:
         seen = {span.version for reply in replies for span in reply.versions}
-        if seen - {self.version}:
+        if seen - set(allowed):
             raise RolloutError(
-                f"serves weight version {sorted(seen)}, not {self.version!r}: it was restarted, or updated "
-                "by someone else. Give the run servers of its own"
+                f"serves weight version {sorted(seen)}, not {' or '.join(map(repr, allowed))}: it was "
+                "restarted, or updated by someone else. Give the run servers of its own"
             )
 
     def _lose(self, server: _Server, why: str) -> None:
-        self.lost.setdefault(server.client.url, why)
-        server.lost.set()
+        if not server.lost.is_set():
+            server.why = self.lost[server.client.url] = why
+            server.lost.set()
 
     async def _watch(self, server: _Server) -> None:
         """Loses the server when it was not healthy for `health_timeout`: its connections may stay open."""
@@ -137,6 +168,8 @@ class Dispatch:
         last = time.monotonic()
         while time.monotonic() - last < self.health_timeout:
             await asyncio.sleep(pause)
+            if server.lost.is_set():
+                return
             left = self.health_timeout - (time.monotonic() - last)
             if server.load == 0 or await server.client.healthy(max(left, pause)):
                 last = time.monotonic()

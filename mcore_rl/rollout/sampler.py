@@ -53,11 +53,9 @@ async def sample_groups(
     chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def request(chunk: Sequence[Prompt]) -> Request:
-        asked = [(p, f"{p.id}@{step}/{k}") for p in chunk for k in range(samples_per_prompt)]
-        params = [
-            {**sampling_params, "sampling_seed": sample_seed(seed, sample_id)} for _, sample_id in asked
-        ]
-        return Request([p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked])
+        return group_request(
+            [(p, f"{p.id}@{step}") for p in chunk], samples_per_prompt, sampling_params, seed=seed
+        )
 
     replies = [
         reply for part in await asyncio.gather(*(ask(request(chunk)) for chunk in chunks)) for reply in part
@@ -65,11 +63,29 @@ async def sample_groups(
     groups = []
     for i, prompt in enumerate(prompts):
         mine = replies[i * samples_per_prompt : (i + 1) * samples_per_prompt]
-        samples = tuple(
-            _sample(reply, prompt, tokenizer_decode) for reply in mine if reply.finish_reason != "abort"
-        )
-        groups.append(Group(f"{prompt.id}@{step}", samples))
+        groups.append(build_group(f"{prompt.id}@{step}", prompt, mine, tokenizer_decode))
     return Rollout(groups, sum(reply.finish_reason == "abort" for reply in replies))
+
+
+def group_request(
+    groups: Sequence[tuple[Prompt, str]],
+    samples_per_prompt: int,
+    sampling_params: Mapping[str, Any],
+    *,
+    seed: int,
+) -> Request:
+    """One call for all samples of these (prompt, group id), each with the seed that its id gives it."""
+    asked = [(p, f"{group_id}/{k}") for p, group_id in groups for k in range(samples_per_prompt)]
+    params = [{**sampling_params, "sampling_seed": sample_seed(seed, sample_id)} for _, sample_id in asked]
+    return Request([p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked])
+
+
+def build_group(
+    group_id: str, prompt: Prompt, replies: Sequence[Reply], decode: Callable[[Sequence[int]], str]
+) -> Group:
+    """The samples of one prompt, without those that the server aborted."""
+    samples = (_sample(reply, prompt, decode) for reply in replies if reply.finish_reason != "abort")
+    return Group(group_id, tuple(samples))
 
 
 def _sample(reply: Reply, prompt: Prompt, decode: Callable[[Sequence[int]], str]) -> Sample:

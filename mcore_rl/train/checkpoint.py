@@ -109,11 +109,17 @@ def restore(run: Trainer) -> None:
     if run.saved is None or run.checkpoints is None:
         return
     document = run.saved.document
+    if "ahead" in document["state"].keys() - run.stateful.keys():
+        raise ConfigError(
+            f"{run.saved.path} holds samples in flight, and their prompts would never be trained: resume "
+            "with rollout.max_staleness of 1 or more"
+        )
     run.checkpoints.load(run.saved, pieces(run))
     for prefix, optimizer in run.optimizers.items():
         set_updates(optimizer, document["updates"][prefix])
     for name, part in run.stateful.items():
-        part.restore(document["state"][name])
+        if name in document["state"]:  # the saved run may have generated nothing ahead
+            part.restore(document["state"][name])
     run.step_log = StepLog(run.config.run.dir, rank=run.mesh.rank, resume_step=run.step)
     changed = ", ".join(_changed(document["config"], run.config.model_dump(mode="json")))
     run.step_log.event("resume", step=run.step, path=str(run.saved.path), changed=changed)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mcore_rl.config import Config
 from mcore_rl.train.advantage import Advantages, Scores, compute_advantages
+from mcore_rl.train.ahead import token_ages
 from mcore_rl.train.batch import (
     RolloutBatch,
     build_batch,
@@ -51,7 +52,7 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     advantages = compute_advantages(batch, run.algorithm, scores)
     policy, critic = StepMetrics(), StepMetrics()
     with run.timers("train"):
-        for mini_batch in mini_batches(run, batch, parts, scores, advantages):
+        for mini_batch in mini_batches(run, batch, parts, scores, advantages, step):
             data = (mini_batch, run.temperature, [sample.id for sample in batch.samples])
             if run.critic is not None:
                 trained = run.critic.optimizer, run.critic.objective
@@ -69,8 +70,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
 def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
     """One forward pass of each model that the algorithm asks, before the rollout's first update.
 
-    The first mini-batch needs no old log-probs on its first visit: the policy is the one that sampled, so the
-    ratio is 1 by construction. A KL in the reward needs them of all samples.
+    The first mini-batch needs no old log-probs on its first visit: the policy is the old one, so the ratio is
+    1 by construction. A KL in the reward needs them of all samples.
     """
     all_of_them = run.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
     members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
@@ -83,11 +84,17 @@ def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
 
 
 def mini_batches(
-    run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray], scores: Scores, advantages: Advantages
+    run: Run,
+    batch: RolloutBatch,
+    parts: Sequence[np.ndarray],
+    scores: Scores,
+    advantages: Advantages,
+    step: int,
 ) -> Iterator[list[PackedBatch]]:
     """Each optimizer step of one rollout, packed: its parts, visited `algorithm.epochs` times."""
     for epoch in range(run.config.algorithm.epochs):
         for number, part in enumerate(parts):
             old = {} if epoch == number == 0 else {"old_log_prob": scores.old_log_probs}
-            fields = {**advantages.fields, **old}
+            ages = {} if run.ahead is None else {"age": token_ages(batch.samples, step - 1)}
+            fields = {**advantages.fields, **old, **ages}
             yield pack_mini_batch(batch, part, run.algorithm, run.shape, run.mesh, fields)

@@ -77,8 +77,7 @@ def policy_metrics(totals: Totals) -> dict[str, float]:
         "clip/fraction": totals.mean("clipped"),
         "entropy": totals.mean("entropy"),
         "kl/rollout": totals.mean("kl_rollout"),
-        "mismatch/max_abs": totals["max/mismatch"],
-        "mismatch/p999": quantile(totals.values["mismatch"], 0.999),
+        **mismatch_metrics(totals),
         "grad_norm": totals.grad_norm,
         **head_metrics(gradient_scale(totals.values["head"])),
     }
@@ -86,6 +85,28 @@ def policy_metrics(totals: Totals) -> dict[str, float]:
         known["kl/reference"] = totals.mean("kl_reference")
     if "head/on_policy" in totals.values:
         known[ON_POLICY_RATIO] = gradient_scale(totals.values["head/on_policy"]).ratio
+    return known
+
+
+def mismatch_metrics(totals: Totals) -> dict[str, float]:
+    """`mismatch/*`: the servers against the trainer, on tokens of the weights in training, if there are any.
+
+    `behaviour/*`: the policy that sampled (stale, or another engine) against the one in training, on all
+    tokens: KL estimates k1 and k3, the effective sample size over the number of tokens (1: no difference),
+    and the largest difference of a log-prob.
+    """
+    known = {
+        "behaviour/k1": totals.mean("behaviour_k1"),
+        "behaviour/k3": totals.mean("behaviour_k3"),
+        "behaviour/ess": totals["behaviour_weight"] ** 2
+        / max(totals["behaviour_weight_squared"] * totals["tokens"], 1e-300),
+        "behaviour/max_abs": totals["max/behaviour"],
+    }
+    if totals.values["mismatch"].sum() > 0:
+        known["mismatch/max_abs"] = totals["max/mismatch"]
+        known["mismatch/p999"] = quantile(totals.values["mismatch"], 0.999)
+    if "correction" in totals.values:
+        known["correction/mean"] = totals.mean("correction")
     return known
 
 

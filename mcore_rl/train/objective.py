@@ -13,7 +13,7 @@ from mcore_rl.algo.algorithms import Algorithm, objective
 from mcore_rl.algo.diagnostics import gradient_scale_sums
 from mcore_rl.algo.kl import kl
 from mcore_rl.algo.policy_losses import TokenLoss
-from mcore_rl.algo.ratio import difference
+from mcore_rl.algo.ratio import bounded, difference
 from mcore_rl.algo.value import value_loss
 from mcore_rl.parallel.context import sequence_sums
 from mcore_rl.parallel.head import HeadOutput
@@ -28,8 +28,9 @@ class PolicyObjective:
     """Called by model.step for every micro-batch; see `Loss` there.
 
     Fields of a row: `advantage`, `weight` (aggregation weight with the optimizer step's global denominators),
-    `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, and `old_log_prob` except in
-    the first, on-policy mini-batch (ratio 1 by construction).
+    `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, `old_log_prob` except in a
+    rollout's first mini-batch (ratio 1 by construction), and `age` (weight versions since the row was
+    sampled) where samples may be older than the weights in training.
     """
 
     algorithm: Algorithm
@@ -50,8 +51,11 @@ class PolicyObjective:
             behaviour = old if self.algorithm.sequence_ratio == "old" else fields["rollout_log_prob"]
             arguments.append(self._sequence_log_ratio(batch, log_prob.detach(), behaviour))
         token = self.algorithm.loss(*arguments, **self.algorithm.loss_params)
+        rollout_log_ratio = -difference(fields["rollout_log_prob"], old)
+        correction = self._correction(batch, rollout_log_ratio)
         loss = objective(
             token,
+            correction=correction,
             kl=self._kl(log_prob, fields),
             kl_coef=self.algorithm.kl_in_loss,
             # 0 times the entropy would have the head compute the gradient of it
@@ -59,7 +63,10 @@ class PolicyObjective:
             entropy_coef=self.algorithm.entropy_coef,
         )
         total = weighted_sum(loss, fields["weight"])
-        return total, _metrics(loss, token, old, head, fields) | _gradient_scale(loss, head, fields)
+        metrics = _metrics(loss, token, old, head, fields) | _behaviour(rollout_log_ratio)
+        if isinstance(correction, Tensor):
+            metrics["correction"] = correction.double().sum()
+        return total, metrics | _gradient_scale(loss, head, fields)
 
     def _kl(self, log_prob: Tensor, fields) -> Tensor | float:
         if self.algorithm.kl_in_loss == 0:
@@ -67,14 +74,28 @@ class PolicyObjective:
         old = fields.get("old_log_prob", log_prob.detach())
         return kl(self.algorithm.kl_estimator, log_prob, fields["ref_log_prob"], old)
 
+    def _correction(self, batch: PackedBatch, log_weight: Tensor) -> Tensor | float:
+        """[R] weights of the policy term by `log_weight` [R], old - rollout; 1 where none is asked."""
+        used = self.algorithm.corrects
+        if used is None:
+            return 1.0
+        if used.reads != "token":
+            total, mean = self._sequence(batch, log_weight, torch.ones_like(log_weight))
+            log_weight = total if used.reads == "sequence-sum" else mean
+        return used.weight(log_weight, **used.params)
+
     def _sequence_log_ratio(self, batch: PackedBatch, log_prob: Tensor, behaviour: Tensor) -> Tensor:
         """[R] the mean log-ratio of the whole sequence that each row belongs to, over its usable rows."""
         if self.rowwise(batch):
             return torch.zeros_like(log_prob)  # to itself, and the rows may be a part of their sequence
         usable = torch.isfinite(behaviour).to(log_prob.dtype)
-        both = torch.stack([difference(log_prob, behaviour), usable])
+        return self._sequence(batch, difference(log_prob, behaviour), usable)[1]
+
+    def _sequence(self, batch: PackedBatch, values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+        """[R] sum of `values` over the whole sequence of each row, and its mean over the `usable` rows."""
+        both = torch.stack([values, usable])
         total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
-        return (total / count.clamp(min=1))[batch.sequence]
+        return total[batch.sequence], (total / count.clamp(min=1))[batch.sequence]
 
 
 def _metrics(loss: Tensor, token: TokenLoss, old: Tensor, head: HeadOutput, fields) -> dict[str, Tensor]:
@@ -82,6 +103,8 @@ def _metrics(loss: Tensor, token: TokenLoss, old: Tensor, head: HeadOutput, fiel
     log_prob, entropy = (x.detach().double() for x in head)
     loss = loss.detach()
     gap = difference(old, fields["rollout_log_prob"]).abs().double()
+    if "age" in fields:  # engines are compared on the same weights
+        gap = gap[fields["age"] == 0]
     ratio = token.ratio.double()
     return {
         "loss": weighted_sum(loss, fields["weight"]).double(),
@@ -99,6 +122,19 @@ def _metrics(loss: Tensor, token: TokenLoss, old: Tensor, head: HeadOutput, fiel
     }
 
 
+def _behaviour(log_ratio: Tensor) -> dict[str, Tensor]:
+    """How far the policy that sampled, of any age and engine, is from the old one; [R] old - rollout."""
+    x = log_ratio.double()
+    weight = bounded(x).exp()
+    return {
+        "behaviour_k1": -x.sum(),
+        "behaviour_k3": (weight - 1 - x).sum(),
+        "behaviour_weight": weight.sum(),
+        "behaviour_weight_squared": weight.square().sum(),
+        "max/behaviour": _largest(x.abs()),
+    }
+
+
 def _reference_kl(log_prob: Tensor, fields) -> dict[str, Tensor]:
     if "ref_log_prob" not in fields:
         return {}
@@ -112,7 +148,8 @@ def _gradient_scale(loss: Tensor, head: HeadOutput, fields) -> dict[str, Tensor]
     """
     (coefficient,) = torch.autograd.grad(loss.sum(), head.log_prob, retain_graph=True)
     sums = gradient_scale_sums(*head, fields["advantage"], coefficient)
-    return {"head": sums, **({} if "old_log_prob" in fields else {"head/on_policy": sums})}
+    on_policy = "old_log_prob" not in fields and "age" not in fields
+    return {"head": sums, **({"head/on_policy": sums} if on_policy else {})}
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str
         RolloutError: on every rank, when no server is left.
     """
     version = str(step)
+    if run.ahead is not None:
+        run.ahead.expect(run, version)
     with run.timers("publish"):
         # Less their last token: a server that scores a full context has no room for the one it must sample.
         probe = [s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1]
@@ -40,6 +42,8 @@ def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str
         fresh = _scores(run, probe, f"{version}-after")
         difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
     _check(run, version, dict(zip(fresh, difference, strict=False)))
+    if run.ahead is not None:
+        run.ahead.serve(run)
     for url in away.keys() & fresh.keys():
         run.step_log.event("server_returned", url=url, version=version)
     metrics: dict[str, float | str] = {

@@ -23,6 +23,7 @@ from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
 from mcore_rl.rollout.sampler import Rollout, sample_groups
+from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
@@ -60,9 +61,13 @@ class Run(Trainer):
     """the rollout servers"""
     weights_dir: Path
     """where versions are written for the servers"""
+    ahead: Ahead | None = None
+    """generates beside training; None where rollouts and training take turns"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
+        if self.ahead is not None:
+            metrics = {**metrics, **self.ahead.metrics}
         super().log(step, metrics)
         mismatch, limit = float(metrics.get("mismatch/p999", 0.0)), self.config.publish.tolerance_p999
         if mismatch > limit:
@@ -73,8 +78,11 @@ class Run(Trainer):
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers (url -> why, the same on every rank) serve no more until a publish; collective.
 
-        Those of this machine are started anew, and are published to when they answer.
+        Those of this machine are started anew, and are published to when they answer. One that is known to be
+        lost already, or was under an address that it has no more, is no news.
         """
+        serving = {client.url for client in self.fleet.serving}
+        lost = {url: why for url, why in lost.items() if url in serving}
         for url, why in lost.items():
             self.step_log.event("server_lost", url=url, why=why)
         self.fleet.lose(lost)
@@ -85,6 +93,10 @@ class Run(Trainer):
     def temperature(self) -> float:
         """Of sampling, and therefore of every log-prob."""
         return self.config.rollout.temperature
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A response as text, for rewards and people."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def probe_prompts(self) -> list[tuple[int, ...]]:
         """Token sequences for the check of the first publish, before anything was sampled."""
@@ -108,10 +120,16 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
         if critic is not None:
             trainer.optimizers["critic."] = critic.optimizer
+        ahead = Ahead(config, trainer.prompts.prompts) if config.rollout.max_staleness else None
+        if ahead is not None:
+            trainer.stateful["ahead"] = ahead
         restore(trainer)  # before a server starts on the policy's weights
         weights_dir = config.publish.dir or config.run.dir / "weights"
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
+        if ahead is not None:
+            ahead.start(trainer.mesh, fleet)
+            stack.callback(ahead.close)
         if trainer.saved is None:
             on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
         trainer.reached("the servers were ready")
@@ -128,6 +146,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             eval_prompts=load_eval(config, trainer.tokenizer),
             fleet=fleet,
             weights_dir=weights_dir,
+            ahead=ahead,
         )
 
 
@@ -208,8 +227,11 @@ def load_eval(config: Config, tokenizer) -> tuple[Prompt, ...]:
 
 def rollout(run: Run, step: int) -> list[Group]:
     """Sample and score one step's prompts; each replica asks for its own share. All groups, on every rank."""
-    prompts = run.cursor.next(run.config.rollout.prompts_per_step)
-    groups = sample(run, prompts, step, run.config.rollout.samples_per_prompt)
+    if run.ahead is not None:
+        groups = run.ahead.collect(run, step)
+    else:
+        prompts = run.cursor.next(run.config.rollout.prompts_per_step)
+        groups = sample(run, prompts, step, run.config.rollout.samples_per_prompt)
     if not any(group.samples for group in groups):
         raise RolloutError(f"step {step}: the servers aborted all {len(groups)} groups; see their logs")
     save_samples(run, step, groups)
@@ -221,12 +243,6 @@ def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_pro
 
     Every token comes from the weights that were published last: the ratio of 1 rests on it.
     """
-    r = run.config.rollout
-    params = {
-        "temperature": r.temperature,
-        "max_new_tokens": r.max_new_tokens,
-        "stop_token_ids": list(r.stop_token_ids),
-    }
     mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
 
     async def ask() -> tuple[Rollout, Mapping[str, str]]:
@@ -236,8 +252,8 @@ def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_pro
                 mine,
                 step=step,
                 samples_per_prompt=samples_per_prompt,
-                sampling_params=params,
-                tokenizer_decode=lambda ids: str(run.tokenizer.decode(list(ids), skip_special_tokens=True)),
+                sampling_params=run.config.rollout.sampling_params,
+                tokenizer_decode=run.decode,
                 seed=run.config.run.seed,
                 calls=_CALLS_PER_SERVER * len(servers) if len(servers) > 1 else 1,
             )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from mcore_rl.checkpoint import Checkpoints, model_pieces
@@ -129,7 +128,7 @@ def alone(batch: PackedBatch, mesh: Mesh) -> list[PackedBatch]:
 
 def gradients_are_finite(model: Model) -> bool:
     """Of all gradient buffers of this rank."""
-    chunks = [cast(DistributedDataParallel, chunk) for chunk in model.chunks]
+    chunks: list[Any] = list(model.chunks)
     buffers = chain.from_iterable((*chunk.buffers, *chunk.expert_parallel_buffers) for chunk in chunks)
     return all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
 

@@ -51,6 +51,16 @@ def load(tmp_path):
             {"algorithm__name": "ppo"},
             "rollout.samples_per_prompt: .*2",
         ),
+        (
+            {"rollout__max_staleness": 1},
+            {"algorithm__params.correction": '"tis-token"'},
+            'rollout.max_staleness: .*algorithm.params.correction = "tis-token"',
+        ),
+        (
+            {"rollout__over_sampling": 8},
+            {"rollout__max_staleness": 1, "algorithm__params.correction": '"icepop"'},
+            "rollout.over_sampling: has no effect because rollout.max_staleness is 0",
+        ),
         ({"supervised__batch_size": 8}, {"algorithm__name": "sft"}, "supervised.batch_size: has no effect"),
         (
             {"rollout__server": "sglang"},
@@ -79,7 +89,10 @@ def test_a_contradiction_is_refused_and_its_remedy_accepted(load, bad, good, mes
 
 @pytest.mark.parametrize(
     "key",
-    ["algorithm.epochs", "algorithm.mini_batches", "rollout.prompts_per_step", "rollout.samples_per_prompt"],
+    [
+        *("algorithm.epochs", "algorithm.mini_batches"),
+        *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness"),
+    ],
 )
 def test_supervised_training_refuses_the_keys_of_rollouts(load, key):
     with pytest.raises(ConfigError, match=f'{key}: has no effect because algorithm.name is "sft"'):

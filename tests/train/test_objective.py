@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.errors import ConfigError
 from mcore_rl.model.step import _some_rows
 from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.train.metrics import Totals, mismatch_metrics
 from mcore_rl.train.objective import PolicyObjective
 from mcore_rl.types import PackedBatch
 
 
 def objective_of_rows(
-    old: Tensor | None, name: str = "ppo", rollout: Tensor | None = None
+    old: Tensor | None,
+    name: str = "ppo",
+    rollout: Tensor | None = None,
+    params: Mapping[str, object] | None = None,
+    age: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
     """(loss, sums, log-probs, advantages) of one sequence of four rows, by algorithm `name`."""
-    rows, log_prob = rows_of(old, rollout)
-    loss, sums = PolicyObjective(configure(name), None)(rows, HeadOutput(log_prob, torch.ones(4)))
+    rows, log_prob = rows_of(old, rollout, age)
+    loss, sums = PolicyObjective(configure(name, params), None)(rows, HeadOutput(log_prob, torch.ones(4)))
     return loss, sums, log_prob, rows.fields["advantage"]
 
 
-def rows_of(old: Tensor | None, rollout: Tensor | None = None) -> tuple[PackedBatch, Tensor]:
+def rows_of(
+    old: Tensor | None, rollout: Tensor | None = None, age: Tensor | None = None
+) -> tuple[PackedBatch, Tensor]:
     """One sequence of four rows, and their log-probs."""
     log_prob = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4])).requires_grad_()
     advantage = torch.tensor([1.0, -2.0, 0.5, 3.0])
@@ -31,6 +42,7 @@ def rows_of(old: Tensor | None, rollout: Tensor | None = None) -> tuple[PackedBa
         "weight": torch.full((4,), 0.25),
         "rollout_log_prob": log_prob.detach() if rollout is None else rollout,
     }
+    known |= {} if age is None else {"age": age}
     rows = PackedBatch(
         tokens=torch.zeros(5, dtype=torch.int64),
         position_ids=torch.arange(5),
@@ -113,3 +125,66 @@ def test_rowwise_losses_are_those_whose_parts_add_up(name: str, on_policy: bool)
         torch.testing.assert_close(torch.stack([one["head"] for _, one in parts]).sum(0), sums["head"])
     elif name == "gspo":
         assert not same
+
+
+@pytest.mark.parametrize("name", ["gspo", "grpo"])
+def test_a_correction_by_the_sequence_is_not_rowwise(name: str) -> None:
+    batch, _ = rows_of(None)
+    known = {
+        correction: PolicyObjective(configure(name, {"correction": correction}), None).rowwise(batch)
+        for correction in ("tis-token", "icepop", "tis-sequence", "geometric")
+    }
+    assert known == {"tis-token": True, "icepop": True, "tis-sequence": False, "geometric": False}
+
+
+CURRENT = torch.log(torch.tensor([0.5, 0.2, 0.9, 0.4]))
+SHIFT = torch.log(torch.tensor([1.0, 4.0, 0.25, 1.5]))
+"""of the old policy's probabilities over those of the policy that sampled"""
+
+
+@pytest.mark.parametrize(
+    ("params", "weights"),
+    [
+        ({}, [1.0, 1.0, 1.0, 1.0]),
+        ({"correction": "tis-token"}, [1.0, 2.0, 0.25, 1.5]),
+        ({"correction": "tis-token", "correction_high": 1.25}, [1.0, 1.25, 0.25, 1.25]),
+        ({"correction": "mis-token"}, [1.0, 0.0, 0.25, 1.5]),
+        ({"correction": "icepop"}, [1.0, 4.0, 0.0, 1.5]),
+        ({"correction": "decoupled"}, [1.0, 4.0, 0.25, 1.5]),
+        ({"correction": "tis-sequence"}, [1.5] * 4),
+        ({"correction": "geometric", "correction_high": 1.2}, [1.0] * 4),
+        ({"correction": "geometric"}, [0.0] * 4),
+    ],
+)
+def test_a_correction_weighs_the_gradient_by_old_over_rollout_log_probs(params, weights):
+    loss, sums, log_prob, advantage = objective_of_rows(None, rollout=CURRENT - SHIFT, params=params)
+    loss.backward()
+    assert torch.allclose(log_prob.grad, -advantage / 4 * torch.tensor(weights))
+    assert ("correction" in sums) == bool(params)
+
+
+def test_bounds_that_a_correction_does_not_have_are_refused():
+    for params in (
+        {"correction_high": 2.0},
+        {"correction": "tis-token", "correction_low": 0.5},
+        {"correction": "icepop", "correction_low": 6.0},
+        {"correction": "tis"},
+    ):
+        with pytest.raises(ConfigError, match=r"algorithm\.params\.correction"):
+            configure("gspo", params)
+
+
+def test_behaviour_is_of_all_tokens_and_mismatch_of_those_of_the_current_weights():
+    """p_old / p_rollout of the four tokens: 1, 4, 1/4, 3/2."""
+    for age, mismatch in ((None, math.log(4)), ([1, 1, 1, 0], math.log(1.5)), ([1, 1, 2, 1], None)):
+        rows = objective_of_rows(
+            None, rollout=CURRENT - SHIFT, age=None if age is None else torch.tensor(age)
+        )
+        known = mismatch_metrics(Totals(rows[1], 1, 0.0))
+        ratios = [1.0, 4.0, 0.25, 1.5]
+        assert known["behaviour/k1"] == pytest.approx(-math.log(1.5) / 4)
+        assert known["behaviour/k3"] == pytest.approx((sum(ratios) - 4 - math.log(1.5)) / 4)
+        assert known["behaviour/ess"] == pytest.approx(sum(ratios) ** 2 / 4 / sum(r * r for r in ratios))
+        assert known["behaviour/max_abs"] == pytest.approx(math.log(4))
+        assert known.get("mismatch/max_abs") == (None if mismatch is None else pytest.approx(mismatch))
+        assert ("head/on_policy" in rows[1]) == (age is None), "its bound is of tokens from these weights"

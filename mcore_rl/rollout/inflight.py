@@ -1,0 +1,179 @@
+"""Groups that are generated while the trainer trains: a thread with the requests of a `Schedule`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mcore_rl.errors import RolloutError
+from mcore_rl.rollout.client import Reply, RolloutClient
+from mcore_rl.rollout.dispatch import Dispatch, Request
+from mcore_rl.rollout.schedule import Discarded, Schedule
+
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one prompt, being generated or waiting for their step."""
+
+    id: str
+    version: int
+    """served when it was asked"""
+    request: Request
+    replies: list[Reply] | None = None
+    """one per sample, once all have finished"""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One step's groups."""
+
+    replies: Mapping[str, list[Reply]]
+    """group id -> one reply per sample, groups in the order in which they were asked"""
+    discarded: Mapping[str, Discarded]
+
+
+class InFlight:
+    """The requests of one replica, one call per group. The schedule and the servers belong to the thread.
+
+    A publish does not wait for requests: the server retracts what runs, loads, and continues it under the new
+    weights. Nothing is taken meanwhile, since whoever publishes is whoever takes.
+
+    Args:
+        dispatch: not open yet.
+        timeout: seconds for any call here; RolloutError after it.
+    """
+
+    def __init__(self, dispatch: Dispatch, schedule: Schedule, *, timeout: float) -> None:
+        self._dispatch, self._schedule, self._timeout = dispatch, schedule, timeout
+        self._requests: dict[str, Request] = {}
+        """of all groups in flight"""
+        self._replies: dict[str, list[Reply]] = {}
+        """of the groups that have finished"""
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """of those that have not"""
+        self._error: Exception | None = None
+        self._loop = asyncio.new_event_loop()
+        self._changed = asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mcore_rl-rollout", daemon=True)
+        self._thread.start()
+        self._call(self._dispatch.__aenter__())
+
+    def close(self) -> None:
+        """Ends requests and thread; a server stops generating for a request whose connection closes."""
+        with suppress(RolloutError):
+            self._call(self._end(), _CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    # -- what the lead calls ------------------------------------------------------------------------------
+
+    def wanted(self, steps: int) -> int:
+        """Groups to ask now, with so many steps left."""
+        return self._call(self._wanted(steps))
+
+    def add(self, groups: Iterable[Group]) -> None:
+        """These are in flight from now on, in this order: those without replies are asked."""
+        self._call(self._add(groups))
+
+    def take(self, step: int) -> Taken:
+        """The groups of `step`, waiting for them.
+
+        Raises:
+            RolloutError: no server is left, or they do not finish within the timeout.
+            RejectedError: a server refuses one of the groups in flight.
+        """
+        return self._call(self._take(step))
+
+    def lost(self) -> dict[str, str]:
+        """Servers lost since the last call: url -> why."""
+        return self._call(self._lost())
+
+    def expect(self, version: str) -> None:
+        """The publish of `version` begins."""
+        self._call(self._expect(version))
+
+    def serve(self, clients: Sequence[RolloutClient], version: str) -> None:
+        """`version` is published and verified; `clients` hold it."""
+        self._call(self._dispatch.serve(clients, version))
+
+    def groups(self) -> list[Group]:
+        """Every group in flight, oldest first: what `add` continues with."""
+        return self._call(self._groups())
+
+    # -- on the thread ------------------------------------------------------------------------------------
+
+    def _call(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(self._timeout if timeout is None else timeout)
+        except FutureTimeout as error:
+            future.cancel()
+            raise RolloutError(
+                f"the groups in flight did not answer within {self._timeout:g} s; see the servers' logs, "
+                "ask for fewer (rollout.max_staleness, rollout.over_sampling), or raise train.step_timeout"
+            ) from error
+
+    async def _wanted(self, steps: int) -> int:
+        return self._schedule.wanted(steps)
+
+    async def _add(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            self._schedule.ask([group.id], group.version)
+            self._requests[group.id] = group.request
+            if group.replies is None:
+                self._tasks[group.id] = asyncio.create_task(self._generate(group.id, group.request))
+            else:
+                self._replies[group.id] = group.replies
+                self._schedule.finish(group.id)
+
+    async def _generate(self, group: str, request: Request) -> None:
+        try:
+            self._replies[group] = await self._dispatch.ask(request)
+            self._schedule.finish(group)
+        except Exception as error:  # raised by the next `take`: this thread has no caller
+            self._error = self._error or error
+        finally:
+            self._tasks.pop(group, None)
+            self._changed.set()
+
+    async def _take(self, step: int) -> Taken:
+        while (batch := self._schedule.take(step)) is None:
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+        for group in (*batch.trained, *batch.discarded):
+            del self._requests[group]
+        for group in batch.discarded:
+            self._replies.pop(group, None)
+            if group in self._tasks:
+                self._tasks[group].cancel()
+        return Taken({group: self._replies.pop(group) for group in batch.trained}, batch.discarded)
+
+    async def _lost(self) -> dict[str, str]:
+        lost, self._dispatch.lost = self._dispatch.lost, {}
+        return lost
+
+    async def _expect(self, version: str) -> None:
+        self._dispatch.expect(version)
+
+    async def _groups(self) -> list[Group]:
+        in_flight = self._schedule.in_flight.items()
+        return [Group(id, version, self._requests[id], self._replies.get(id)) for id, version in in_flight]
+
+    async def _end(self) -> None:
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._dispatch.__aexit__(None, None, None)

@@ -1,0 +1,239 @@
+"""Generation beside training (rollout.max_staleness of 1 and more): what every rank knows of it.
+
+A replica's lead holds the groups in flight. Prompts are drawn by all ranks alike, from counts that all know;
+a group is named after the step that it is asked for. Version v is the weights after step v.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mcore_rl.config import Config
+from mcore_rl.data.cursor import share
+from mcore_rl.parallel.control import gather_replicas, on_leads
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rewards import score_groups
+from mcore_rl.rollout.client import Reply
+from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.inflight import Group as Asked
+from mcore_rl.rollout.inflight import InFlight
+from mcore_rl.rollout.sampler import build_group, group_request
+from mcore_rl.rollout.schedule import Schedule
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+
+if TYPE_CHECKING:
+    from mcore_rl.train.run import Run
+
+_OF_STEP_TIMEOUT = 0.9
+"""of it, a lead may wait: it names the cause before the ranks that wait for it run out of time"""
+
+
+class Ahead:
+    """The groups in flight of all replicas. Every method is collective, but `restore` and `close`."""
+
+    def __init__(self, config: Config, prompts: Sequence[Prompt]) -> None:
+        self.config = config
+        self.metrics: dict[str, float] = {}
+        """of the last step: what became of all samples ever asked, and how old the trained tokens were"""
+        self._prompts = {prompt.id: prompt for prompt in prompts}
+        self._totals: Counter[str] = Counter()
+        self._saved: list[dict[str, Any]] = []
+        """groups in flight of the checkpoint that the run continues from, until they are in flight again"""
+        self._lead: InFlight | None = None
+        """on a replica's lead"""
+
+    def start(self, mesh: Mesh, fleet: Fleet) -> None:
+        """Open the connections of this rank, if it is a replica's lead; nothing is asked before `collect`."""
+        self._mesh = mesh
+        r = self.config.rollout
+        schedule = Schedule(
+            groups=self._share(r.prompts_per_step, mesh.dp_rank),
+            extra=self._share(r.over_sampling, mesh.dp_rank),
+            max_staleness=r.max_staleness,
+        )
+        timeout = _OF_STEP_TIMEOUT * self.config.train.step_timeout
+        if mesh.is_replica_lead:
+            self._lead = InFlight(fleet.dispatch(), schedule, timeout=timeout)
+
+    def close(self) -> None:
+        """End what is in flight."""
+        if self._lead is not None:
+            self._lead.close()
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def collect(self, run: Run, step: int) -> list[Group]:
+        """The scored groups of `step`, of all replicas, on every rank; asks before it waits for them."""
+        self._ask(run, step)
+
+        def work() -> tuple[list[Group], Counter[str], int, dict[str, str]]:
+            lead = self._of_lead()
+            with run.timers("rollout"):
+                taken = lead.take(step)
+            with run.timers("reward"):
+                groups = [
+                    build_group(group, self._prompt(group), replies, run.decode)
+                    for group, replies in taken.replies.items()
+                ]
+                scored = score_groups(groups, run.reward)
+            return scored, Counter(taken.discarded.values()), len(lead.groups()), lead.lost()
+
+        replicas = gather_replicas(run.mesh, on_leads(run.mesh, work))
+        run.lose({url: why for *_, lost in replicas for url, why in lost.items()})
+        groups = [group for scored, *_ in replicas for group in scored]
+        discarded = sum((counts for _, counts, _, _ in replicas), Counter())
+        self._count(groups, discarded, sum(left for _, _, left, _ in replicas))
+        samples = [sample for group in groups for sample in group.samples]
+        self.metrics |= staleness_metrics(samples, step - 1)
+        return groups
+
+    def _ask(self, run: Run, step: int) -> None:
+        """Fill up what is in flight; the weights of step - 1 serve."""
+        self._resume(step - 1)
+        replicas = range(run.mesh.layout.data)
+        left = self.config.train.steps - step + 1
+        wanted = gather_replicas(run.mesh, on_leads(run.mesh, lambda: self._of_lead().wanted(left)))
+        bound, r = self.config.rollout.max_staleness, self.config.rollout
+        ahead = min(bound + 1, left)
+        rounds = [(step + bound, wanted)]
+        if sum(wanted) == ahead * r.prompts_per_step + r.over_sampling:  # nothing is in flight: the beginning
+            own = [self._share(r.prompts_per_step, replica) for replica in replicas]
+            extra = [self._share(r.over_sampling, replica) for replica in replicas]
+            first = [a + b for a, b in zip(own, extra, strict=True)]
+            rounds = [(step, first), *((step + i, own) for i in range(1, ahead))]
+        for name, counts in rounds:
+            drawn = run.cursor.next(sum(counts)) if sum(counts) else []
+            end = list(accumulate(counts))[run.mesh.dp_rank]
+            mine = drawn[end - counts[run.mesh.dp_rank] : end]
+            asked = [self._asked(f"{prompt.id}@{name}", step - 1) for prompt in mine]
+            on_leads(run.mesh, lambda asked=asked: self._of_lead().add(asked))
+            self._totals["asked"] += sum(counts) * r.samples_per_prompt
+
+    def _count(self, groups: Sequence[Group], discarded: Counter[str], left: int) -> None:
+        each = self.config.rollout.samples_per_prompt
+        trained = sum(len(group.samples) for group in groups)
+        self._totals["trained"] += trained
+        self._totals["discarded_aborted"] += len(groups) * each - trained
+        for reason in ("stale", "unfinished"):
+            self._totals[f"discarded_{reason}"] += discarded[reason] * each
+        self.metrics = {f"async/{name}": float(count) for name, count in self._totals.items()}
+        self.metrics["async/in_flight"] = float(left * each)
+
+    # -- a publish ----------------------------------------------------------------------------------------
+
+    def expect(self, run: Run, version: str) -> None:
+        """The publish of `version` begins: every rank knows which servers were lost since the last step."""
+
+        def work() -> dict[str, str]:
+            self._of_lead().expect(version)
+            return self._of_lead().lost()
+
+        lost = gather_replicas(run.mesh, on_leads(run.mesh, work))
+        run.lose({url: why for part in lost for url, why in part.items()})
+
+    def serve(self, run: Run) -> None:
+        """The publish is verified: the servers that hold it are asked from now on, and no others."""
+        fleet = run.fleet
+        on_leads(run.mesh, lambda: self._of_lead().serve(fleet.serving, fleet.version))
+
+    # -- a checkpoint -------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """As JSON: every group in flight, oldest first, with its replies where it has finished."""
+
+        def work() -> list[dict[str, Any]]:
+            return [
+                {"id": g.id, "version": g.version, "replies": g.replies and [asdict(r) for r in g.replies]}
+                for g in self._of_lead().groups()
+            ]
+
+        replicas = gather_replicas(self._mesh, on_leads(self._mesh, work))
+        groups = sorted((group for replica in replicas for group in replica), key=_asked_for)
+        return {"groups": groups, "totals": dict(self._totals)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, at the next `collect`."""
+        self._saved = list(state["groups"])
+        self._totals = Counter(state["totals"])
+
+    def _resume(self, version: int) -> None:
+        """What had finished is kept; the rest is asked again, under the seeds that its ids give it."""
+        groups: list[Asked] = []
+        for name in sorted({_asked_for(group) for group in self._saved}):
+            of_step = [group for group in self._saved if _asked_for(group) == name]
+            for group in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
+                if group["replies"] is None:
+                    groups.append(self._asked(group["id"], version))
+                else:
+                    replies = [_reply(reply) for reply in group["replies"]]
+                    groups.append(self._asked(group["id"], group["version"], replies))
+        if self._saved:
+            on_leads(self._mesh, lambda: self._of_lead().add(groups))
+        self._saved = []
+
+    # -- small things -------------------------------------------------------------------------------------
+
+    def _share(self, count: int, replica: int) -> int:
+        return len(share(range(count), replica, self._mesh.layout.data))
+
+    def _of_lead(self) -> InFlight:
+        if self._lead is None:
+            raise RuntimeError("only a replica's lead holds groups in flight, once `start` was called")
+        return self._lead
+
+    def _prompt(self, group: str) -> Prompt:
+        return self._prompts[group.rpartition("@")[0]]
+
+    def _asked(self, group: str, version: int, replies: list[Reply] | None = None) -> Asked:
+        r = self.config.rollout
+        params = r.sampling_params
+        one = [(self._prompt(group), group)]
+        return Asked(
+            group,
+            version,
+            group_request(one, r.samples_per_prompt, params, seed=self.config.run.seed),
+            replies,
+        )
+
+
+def token_ages(samples: Sequence[Sample], version: int) -> list[np.ndarray]:
+    """[N] of [n_i]: weight versions from the one that sampled each token to `version`."""
+    return [
+        np.concatenate(
+            [np.zeros(0), *(np.full(s.end - s.start, version - int(s.version)) for s in sample.versions)]
+        )
+        for sample in samples
+    ]
+
+
+def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """Over tokens, mean and largest age; over samples, the share that more than one version sampled."""
+    ages = np.concatenate([np.zeros(0), *token_ages(samples, version)])
+    mixed = [len({span.version for span in sample.versions}) > 1 for sample in samples]
+    return {
+        "staleness/mean": float(ages.mean()) if ages.size else 0.0,
+        "staleness/max": float(ages.max(initial=0.0)),
+        "staleness/mixed": float(np.mean(mixed)) if mixed else 0.0,
+    }
+
+
+def _asked_for(group: Mapping[str, Any]) -> int:
+    """The step in a saved group's name."""
+    return int(group["id"].rpartition("@")[2])
+
+
+def _reply(saved: Mapping[str, Any]) -> Reply:
+    return Reply(
+        rid=saved["rid"],
+        token_ids=tuple(saved["token_ids"]),
+        log_probs=tuple(saved["log_probs"]),
+        prompt_log_probs=tuple(saved["prompt_log_probs"]),
+        finish_reason=saved["finish_reason"],
+        versions=tuple(VersionSpan(**span) for span in saved["versions"]),
+    )

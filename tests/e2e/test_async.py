@@ -1,0 +1,90 @@
+"""Generation beside training: a whole run with rollout.max_staleness = 1, resumed with samples in flight."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.checkpoint import find
+from mcore_rl.metrics import read_metrics
+from tests.e2e.conftest import DEADLINE, ROOT, Task, run
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
+STEPS, PROMPTS, EACH, EXTRA = 4, 8, 4, 2
+SHOWN = "samples/step_3.jsonl"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """The arithmetic problems; no warm start is needed."""
+    made = Task(tmp_path_factory.mktemp("task"))
+    generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
+    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
+    return made
+
+
+def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
+    """Long responses of random weights, so that a publish meets them half generated."""
+    return [
+        *("train", "examples/gspo_tiny.toml", *task.data, "--run.dir", str(directory)),
+        *("--data.eval", f"{task.root}/data/eval.jsonl", "--train.eval_samples", "8"),
+        *("--train.eval_every", "0", "--reward.function", "tests.e2e.rewards:brevity"),
+        *("--model.random_init", "true", "--model.path", f"{task.root}/data/model"),
+        *("--parallel.tensor", "1", "--train.steps", str(STEPS), "--checkpoint.every", "2"),
+        *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH)),
+        *("--rollout.threads", "1", "--rollout.max_new_tokens", "48", "--optimizer.warmup_steps", "0"),
+        *("--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token", *flags),
+    ]
+
+
+def check(lines: list[dict]) -> None:
+    """What was asked was trained, discarded or is in flight; what was trained is at most one version old."""
+    for line in lines:
+        discarded = sum(value for key, value in line.items() if key.startswith("async/discarded_"))
+        assert line["async/asked"] == line["async/trained"] + discarded + line["async/in_flight"]
+        assert line["async/trained"] == line["step"] * PROMPTS * EACH
+        assert line["samples"] == PROMPTS * EACH
+        assert line["staleness/max"] <= 1
+        assert all(math.isfinite(line[f"behaviour/{name}"]) for name in ("k1", "k3", "ess", "max_abs"))
+        assert line.get("mismatch/p999", 0.0) <= 2e-5, "tokens of older weights said to be of these"
+        assert line["publish/probe_max_abs"] <= 2e-4
+    assert lines[0]["async/asked"] == 2 * PROMPTS * EACH
+    assert lines[0]["staleness/max"] == 0
+    assert all(line["staleness/mean"] > 0 for line in lines[1:]), "generation runs beside training"
+    assert max(line["behaviour/max_abs"] for line in lines[1:]) > 1e-3, "the control: older weights sampled"
+
+
+def test_no_token_is_older_than_the_bound_and_the_counts_add_up(task: Task, tmp_path: Path) -> None:
+    """And a resume, at another bound of over-sampling and two replicas, has the prompts of the whole run."""
+    directory, again = tmp_path / "run", tmp_path / "again"
+    done = run(*gspo(task, directory))
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(directory / "metrics.jsonl")[1:]
+    check(lines)
+    assert lines[-1]["async/in_flight"] == 0, "nothing is asked for steps that will not come"
+    saved = find(directory / "checkpoints", "previous").document["state"]["ahead"]["groups"]
+    assert [group["id"].endswith("@3") for group in saved] == [True] * PROMPTS
+
+    shutil.copytree(directory, again)
+    (again / SHOWN).unlink()
+    flags = ("--resume", "previous", "--parallel.data", "2", "--rollout.over_sampling", str(EXTRA))
+    done = run(*gspo(task, again, *flags))
+    assert done.returncode == 0, done.stderr
+    resumed = read_metrics(again / "metrics.jsonl")[1:]
+    assert resumed[:2] == lines[:2]
+    check(resumed)
+    assert resumed[-1]["async/asked"] == lines[-1]["async/asked"] + EXTRA * EACH
+    late = resumed[-1]["async/discarded_unfinished"] + resumed[-1]["async/discarded_stale"]
+    assert late == EXTRA * EACH, "the last step leaves them"
+    assert len(prompts(again)) == PROMPTS
+
+
+def prompts(directory: Path) -> list[str]:
+    """Of the third step."""
+    return [json.loads(line)["prompt"] for line in (directory / SHOWN).read_text().splitlines()]
