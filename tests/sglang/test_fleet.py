@@ -1,4 +1,4 @@
-"""Two real servers, one of which is killed or stopped in mid-generation, and comes back."""
+"""Two real servers, one of which is killed or stopped in mid-generation or mid-publish, and comes back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,21 +18,22 @@ from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.weights.publish import publish_directory, server_log_probs
+from tests.rollout.proxy import proxy_beside
 from tests.rollout.support import build_model, http, largest_error, log_probs_of, save_model, wait_until
-from tests.sglang.conftest import KEY, KEY_ENV, put_back, sglang_server
+from tests.sglang.conftest import KEY, KEY_ENV, put_back, two_ranks
 
 LONG = {"max_new_tokens": 450, "ignore_eos": True}
 TOKENS = [5, 9, 200, 17, 3, 44, 8, 101]
 HEALTH_SECONDS = 12.0
 """a real server's health check takes 1 s when all is well, more on a busy machine"""
+SILENCE_SECONDS = 15.0
+UPDATE = "/update_weights_from_disk"
 
 
-@pytest.fixture(scope="module")
-def other(dense_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A second dense server, for these tests to end and start."""
-    log_file = tmp_path_factory.mktemp("other") / "log"
-    with sglang_server(dense_dirs[0], log_file, key=KEY_ENV) as server:
-        yield server
+@pytest.fixture
+def other(other_dense_server: LocalServer) -> LocalServer:
+    """A server of two ranks, for these tests to stop, to end and to start; it holds what they left."""
+    return other_dense_server
 
 
 def ask_all(
@@ -91,15 +92,64 @@ def test_a_server_that_goes_on_is_emptied_and_published_to_before_it_serves(
     fleet = Fleet([dense_server.url, other.url], api_key_env=KEY_ENV, timeout=60.0)
     fleet.lose({other.url: "stopped"})
     assert [client.url for client in fleet.serving] == [dense_server.url]
-    publish(fleet, tmp_path / "2", seed=1)
+    assert publish(fleet, tmp_path / "2", seed=1) == {}
     assert len(fleet.serving) == 2
     check_serves(other.url, seed=1)
     for server in (dense_server, other):
         put_back(server.url, dense_dirs[0])
 
 
-def test_killed_in_mid_generation_and_started_anew(
+def test_stopped_in_mid_publish(
     dense_server: LocalServer, other: LocalServer, dense_dirs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Between its pause and its new weights: the publish ends without it, and the next one has it again."""
+    with proxy_beside(other.url, path=UPDATE, on_arrival=lambda: send(other, signal.SIGSTOP)) as way:
+        fleet = Fleet([way.url, dense_server.url], api_key_env=KEY_ENV, timeout=SILENCE_SECONDS)
+        began = time.monotonic()
+        try:
+            failed = publish(fleet, tmp_path / "2", seed=1)
+        finally:
+            way.on_arrival = lambda: None
+            send(other, signal.SIGCONT)
+        assert time.monotonic() - began < 3 * SILENCE_SECONDS
+        assert list(failed) == [way.url]
+        fleet.lose(failed)
+        check_serves(dense_server.url, seed=1)
+        wait_until(lambda: bool(fleet.returning()), "it answers again", 60)
+        assert len(fleet.serving) == 1, "it serves before it was published to"
+        assert publish(fleet, tmp_path / "3", seed=2) == {}
+        assert len(fleet.serving) == 2
+        check_serves(way.url, seed=2)
+    for server in (dense_server, other):
+        put_back(server.url, dense_dirs[0])
+
+
+def test_killed_in_mid_publish_and_started_anew(
+    dense_server: LocalServer,
+    other: LocalServer,
+    dense_dirs: tuple[Path, Path],
+    tmp_path: Path,
+    several_ranks: None,
+) -> None:
+    initial = save_model(tmp_path / "initial", build_model(0, spread=0.15))
+    with proxy_beside(other.url, path=UPDATE, on_arrival=lambda: send(other, signal.SIGKILL)) as way:
+        other.url = way.url
+        urls = [way.url, dense_server.url]
+        fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0, local=[other], initial=initial)
+        failed = publish(fleet, tmp_path / "2", seed=1)
+    assert list(failed) == [way.url]
+    check_serves(dense_server.url, seed=1)
+    check_return(fleet, failed, dense_server, other, tmp_path)
+    put_back(dense_server.url, dense_dirs[0])
+    put_back(other.url, dense_dirs[0])
+
+
+def test_killed_in_mid_generation_and_started_anew(
+    dense_server: LocalServer,
+    other: LocalServer,
+    dense_dirs: tuple[Path, Path],
+    tmp_path: Path,
+    several_ranks: None,
 ) -> None:
     replies, lost = ask_all([other.url, dense_server.url], in_mid_generation(other, signal.SIGKILL))
     check_every_sample_once(replies)
@@ -108,16 +158,31 @@ def test_killed_in_mid_generation_and_started_anew(
     initial = save_model(tmp_path / "initial", build_model(0, spread=0.15))
     urls = [other.url, dense_server.url]
     fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0, local=[other], initial=initial)
+    check_return(fleet, lost, dense_server, other, tmp_path)
+    put_back(dense_server.url, dense_dirs[0])
+    put_back(other.url, dense_dirs[0])
+
+
+def check_return(
+    fleet: Fleet, lost: Mapping[str, str], kept: LocalServer, other: LocalServer, directory: Path
+) -> None:
+    """A dead server is started anew, misses a publish meanwhile, and serves after the next."""
     fleet.lose(lost)
     fleet.restart_lost()
-    publish(fleet, tmp_path / "2", seed=1)
-    assert [client.url for client in fleet.serving] == [dense_server.url], "it served while it was starting"
+    assert publish(fleet, directory / "3", seed=1) == {}
+    assert [client.url for client in fleet.serving] == [kept.url], "it served while it was starting"
     wait_until(lambda: bool(fleet.returning()), "it answers again", 400)
     assert len(fleet.serving) == 1, "it serves weights that were superseded while it was started"
-    publish(fleet, tmp_path / "3", seed=2)
-    assert {client.url for client in fleet.serving} == {other.url, dense_server.url}
+    assert publish(fleet, directory / "4", seed=2) == {}
+    assert {client.url for client in fleet.serving} == {other.url, kept.url}
     check_serves(other.url, seed=2)
-    put_back(dense_server.url, dense_dirs[0])
+
+
+@pytest.fixture
+def several_ranks() -> Iterator[None]:
+    """For a start of `other`."""
+    with two_ranks():
+        yield
 
 
 def test_all_lost_is_an_error_within_the_deadline(other: LocalServer) -> None:
@@ -130,10 +195,10 @@ def test_all_lost_is_an_error_within_the_deadline(other: LocalServer) -> None:
     assert time.monotonic() - began < 5 * HEALTH_SECONDS
 
 
-def publish(fleet: Fleet, target: Path, seed: int) -> None:
+def publish(fleet: Fleet, target: Path, seed: int) -> dict[str, str]:
     save_model(target, build_model(seed, spread=0.15))
     shapes = {name: tuple(t.shape) for name, t in load_file(target / "model.safetensors").items()}
-    assert publish_directory(fleet, target, target.name, shapes) == {}
+    return publish_directory(fleet, target, target.name, shapes)
 
 
 def check_serves(url: str, seed: int) -> None:

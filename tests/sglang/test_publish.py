@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -15,25 +18,32 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.local import LocalServer
 from mcore_rl.train.score import log_probs
 from mcore_rl.weights.publish import publish_by_disk, server_log_probs
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
-from tests.sglang.conftest import KEY_ENV
+from tests.sglang.conftest import KEY_ENV, processes_of_sglang, put_back
 
 P999, LARGEST = 2e-5, 2e-4
-SEQUENCES = [np.random.default_rng(i).integers(VOCAB - 1, size=24 + 4 * i).tolist() for i in range(16)]
+SEQUENCES = [
+    [*np.random.default_rng(i).integers(VOCAB, size=24 + 4 * i).tolist(), VOCAB - 1, 1] for i in range(16)
+]
+"""[24-84 tokens + 2] each with the vocabulary's last id, which SGLang echoes as 0"""
 
 
-def published(mesh: Mesh, source: Path, url: str, directory: Path, version: str) -> tuple[Tensor, Tensor]:
-    """[tokens] |Megatron - server| after publishing `source` from this layout, and before."""
+def published(
+    mesh: Mesh, source: Path, urls: Sequence[str], directory: Path, version: str
+) -> tuple[Tensor, Tensor]:
+    """[servers tokens] |Megatron - server| after publishing `source` from this layout, and before."""
     model = build_policy(source, mesh)
-    fleet = Fleet([url], api_key_env=KEY_ENV, timeout=60.0)
+    fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0)
 
     def served(tag: str) -> Tensor:
         scores, failed = on_main(mesh, lambda: server_log_probs(fleet.serving, SEQUENCES, tag))
         assert not failed
-        return torch.tensor([value for row in scores[url] for value in row], dtype=torch.float64)
+        rows = [[value for row in scores[url] for value in row] for url in urls]
+        return torch.tensor(rows, dtype=torch.float64)
 
     stale = served(f"{version}-stale")
     assert publish_by_disk(model, fleet, directory, version) == {}
@@ -48,24 +58,93 @@ def pool(request: pytest.FixtureRequest, layout: str) -> Pool:
     return request.getfixturevalue(f"pool{Layout.parse(layout).world_size}")
 
 
-def check(pool: Pool, layout: str, source: Path, url: str, directory: Path) -> None:
-    fresh, stale = at_layout(pool, layout, published, source, url, directory, layout)[0]
-    assert len(fresh) > 800
-    assert fresh.quantile(0.999) <= P999
-    assert fresh.max() <= LARGEST
-    assert stale.max() > LARGEST, "the check cannot see stale weights"
-    assert stale.quantile(0.5) > P999
+def check(pool: Pool, layout: str, source: Path, urls: Sequence[str], directory: Path) -> None:
+    fresh, stale = at_layout(pool, layout, published, source, urls, directory, layout)[0]
+    for of_server, of_stale in zip(fresh, stale, strict=True):
+        assert len(of_server) > 800
+        assert of_server.quantile(0.999) <= P999
+        assert of_server.max() <= LARGEST
+        assert of_stale.max() > LARGEST, "the check cannot see stale weights"
+        assert of_stale.quantile(0.5) > P999
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "tp2pp2"])
 def test_dense(
-    pool: Pool, layout: str, dense_url: str, dense_dirs: tuple[Path, Path], tmp_path: Path
+    pool: Pool, layout: str, dense_urls: list[str], dense_dirs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    check(pool, layout, dense_dirs[1], dense_url, tmp_path)
+    check(pool, layout, dense_dirs[1], dense_urls, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2ep2", "tp2pp2ep2"])
 def test_mixture_of_experts(
     pool: Pool, layout: str, moe_url: str, moe_dirs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    check(pool, layout, moe_dirs[1], moe_url, tmp_path)
+    check(pool, layout, moe_dirs[1], [moe_url], tmp_path)
+
+
+@pytest.fixture
+def dense_urls(
+    dense_url: str, other_dense_server: LocalServer, dense_dirs: tuple[Path, Path]
+) -> Iterator[list[str]]:
+    """Servers of tensor parallelism 1 and 2."""
+    yield [dense_url, other_dense_server.url]
+    put_back(other_dense_server.url, dense_dirs[0])
+
+
+def publish_often(
+    mesh: Mesh, source: Path, urls: Sequence[str], directory: Path
+) -> tuple[Holdings, Holdings]:
+    """What trainer and servers hold after 5 publishes, and after 20 more."""
+    model = build_policy(source, mesh)
+    fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0)
+    seen = []
+    for number in range(1, 26):
+        assert publish_by_disk(model, fleet, directory, str(number)) == {}
+        if number in (5, 25):
+            seen.append(on_main(mesh, lambda: holdings(directory)))
+    return seen[0], seen[1]
+
+
+def holdings(directory: Path) -> Holdings:
+    """Of this process, of all servers' processes, and of the disk."""
+    processes = [psutil.Process(), *map(psutil.Process, processes_of_sglang())]
+    return Holdings(
+        processes=len(processes),
+        files=sum(process.num_fds() for process in processes),
+        threads=sum(process.num_threads() for process in processes),
+        mebibytes=sum(process.memory_info().rss for process in processes) / 2**20,
+        on_disk=len(list(directory.rglob("*.safetensors"))),
+    )
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Counts, and resident memory."""
+
+    processes: int
+    files: int
+    threads: int
+    mebibytes: float
+    on_disk: int
+
+
+def test_20_publishes_leak_nothing(
+    pool2: Pool, dense_urls: list[str], dense_dirs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    before, after = at_layout(pool2, "tp2", publish_often, dense_dirs[1], dense_urls, tmp_path / "weights")[0]
+    print(before, after)
+    assert before.processes > 6
+    assert after.on_disk == 1
+    assert leaked(before, after) == []
+
+
+def test_the_comparison_sees_one_file_left_open(tmp_path: Path) -> None:
+    before = holdings(tmp_path)
+    with (tmp_path / "left_open").open("w"):
+        assert leaked(before, holdings(tmp_path)) == ["files"]
+
+
+def leaked(before: Holdings, after: Holdings) -> list[str]:
+    """What there is more of; memory breathes, by far less than 20 copies of the weights in 7 processes."""
+    grown = [f.name for f in fields(before) if getattr(after, f.name) > getattr(before, f.name)]
+    return [name for name in grown if name != "mebibytes" or after.mebibytes - before.mebibytes > 16]
