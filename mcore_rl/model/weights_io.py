@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,7 +64,17 @@ def load(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, read: Callabl
                     f"{name}: shard has shape {tuple(shard.shape)}, the model {tuple(parameter.shape)}"
                 )
             parameter.copy_(shard)
+            _keep_unrounded(parameter, shard)
             _mark(parameter, entry)
+
+
+def _keep_unrounded(parameter: Any, shard: Tensor) -> None:
+    """Of a weight kept in FP8: what the optimizer's fp32 weights begin with, else they begin rounded to FP8.
+
+    Transformer Engine remembers what the parameter was before it was rounded; that was before this load.
+    """
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = shard.detach().cpu()
 
 
 def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
@@ -115,6 +127,7 @@ def gather_hf(tensors: dict[str, Tensor], mapping: Mapping, mesh: Mesh) -> dict[
     first_replica = mesh.dp_rank == mesh.cp_rank == 0
     for name, tensor in tensors.items():
         entry = mapping.entry(name)
+        tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
         if (mapping.arch.tied and name == "output_layer.weight") or not (entry.is_expert or first_replica):
             continue
         shards = [tensor.detach()]

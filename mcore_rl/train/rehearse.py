@@ -172,7 +172,11 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
     rollout, train, algorithm = config.rollout, config.train, config.algorithm
     changes: dict[str, dict[str, Any]] = {
         "run": {"dir": directory},
-        "model": {"path": directory / "model", "precision": "fp32", "random_init": True},
+        "model": {
+            "path": directory / "model",
+            "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys
+            "random_init": True,
+        },
         "data": {
             "train": directory / "problems.jsonl",
             "eval": config.data.eval and directory / "problems.jsonl",

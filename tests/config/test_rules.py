@@ -57,6 +57,32 @@ def load(tmp_path):
             'rollout.max_staleness: .*algorithm.params.correction = "tis-token"',
         ),
         (
+            {"model__precision": "fp8", "train__tokens_per_micro_batch": 1100, "parallel__context": 2},
+            {"train__tokens_per_micro_batch": 1120},
+            "padded to 32",
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_recipe": "delayed", "model__fp8_first_last_bf16": "true"},
+            {"model__fp8_recipe": "tensorwise"},
+            'model.fp8_first_last_bf16: .*"delayed" recipe',
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_recipe": "delayed", "checkpoint__every": 1},
+            {"model__fp8_recipe": "blockwise"},
+            "model.fp8_recipe: a checkpoint does not hold",
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_param_gather": "true", "checkpoint__every": 1},
+            {"checkpoint__every": 0},
+            "model.fp8_param_gather: a checkpoint does not hold",
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_param_gather": "true", "optimizer__distributed": "false"},
+            {"optimizer__distributed": "true"},
+            "model.fp8_param_gather: it is the distributed optimizer",
+        ),
+        ({"model__fp8_recipe": "mxfp8"}, {"model__precision": "fp8"}, "model.fp8_recipe: has no effect"),
+        (
             {"rollout__over_sampling": 8},
             {"rollout__max_staleness": 1, "algorithm__params.correction": '"icepop"'},
             "rollout.over_sampling: has no effect because rollout.max_staleness is 0",
