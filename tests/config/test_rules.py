@@ -57,7 +57,12 @@ def load(tmp_path):
             'rollout.max_staleness: .*algorithm.params.correction = "tis-token"',
         ),
         (
-            {"model__precision": "fp8", "train__tokens_per_micro_batch": 1100, "parallel__context": 2},
+            {
+                "model__precision": "fp8",
+                "train__tokens_per_micro_batch": 1100,
+                "rollout__max_new_tokens": 66,
+                "parallel__context": 2,
+            },
             {"train__tokens_per_micro_batch": 1120},
             "padded to 32",
         ),
