@@ -73,6 +73,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from _against_algorithm(config)
     yield from _of_servers(rollout)
     yield from _of_fp8(config)
+    if config.publish.quantize == "fp8":
+        yield from _of_quantized(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     if not config.supervised_only and config.algorithm.mini_batches > samples:
         yield (
@@ -134,6 +136,19 @@ def _of_fp8(config: Config) -> Iterator[str]:
         yield (
             "model.fp8_param_gather: it is the distributed optimizer that gathers; drop it, or set "
             "optimizer.distributed = true"
+        )
+
+
+def _of_quantized(config: Config) -> Iterator[str]:
+    publish, rollout = config.publish, config.rollout
+    if rollout.server == "embedded" and not rollout.urls:
+        yield 'publish.quantize: the embedded server has no FP8; set rollout.server = "sglang" or drop it'
+    if config.model.precision == "fp32":
+        yield 'publish.quantize: SGLang computes beside FP8 weights in bf16; set model.precision = "bf16"'
+    if not {"tolerance_max", "tolerance_p999"} <= publish.model_fields_set:
+        yield (
+            "publish.quantize: the servers' log-probs differ from the trainer's by the rounding to FP8; say "
+            "how far they may, in publish.tolerance_p999 and publish.tolerance_max"
         )
 
 

@@ -267,6 +267,8 @@ class Publish(Section):
 
     dir: Path | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
+    quantize: Literal["none", "fp8"] = "none"
+    """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish."""
     tolerance_p999: Positive = 2e-5

@@ -44,9 +44,10 @@ class Model:
     source: Path
     """HF directory that config.json and the tokenizer came from"""
 
-    def export(self, directory: Path) -> None:
-        """Write the weights as an HF directory; collective over all ranks."""
-        weights_io.export(self.unwrapped, self.mapping, self.mesh, directory, self.source)
+    def export(self, directory: Path, *, quantized: bool = False) -> None:
+        """Write the weights as an HF directory, `quantized` in FP8 for a server; collective."""
+        where = (directory, self.source)
+        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized)
 
 
 def build_policy(

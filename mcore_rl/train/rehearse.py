@@ -205,7 +205,7 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
         },
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
-        "publish": {"dir": None, "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
+        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
     }
     sections: dict[str, BaseModel] = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()

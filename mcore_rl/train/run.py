@@ -198,7 +198,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = list(r.urls)
     else:
         initial = weights_dir.resolve() / "initial"
-        policy.export(initial)
+        policy.export(initial, quantized=config.publish.quantize == "fp8")
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
