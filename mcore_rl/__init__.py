@@ -4,6 +4,12 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core warns at import, on every rank, that Apex and Transformer Engine are absent.
-for _text in (".*Apex.* not installed.*", "Apex is not installed.*"):
+# What libraries say to their own developers, on every rank: Apex and Transformer Engine are absent, an unset
+# field has a deprecated default, and a collective that Megatron-Core calls has a new name in newer torch.
+for _text in (
+    ".*Apex.* not installed.*",
+    "Apex is not installed.*",
+    "full scope is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+):
     warnings.filterwarnings("ignore", message=_text)
