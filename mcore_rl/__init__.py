@@ -5,11 +5,13 @@ import warnings
 __version__ = "0.1.0"
 
 # What libraries say to their own developers, on every rank: Apex and Transformer Engine are absent, an unset
-# field has a deprecated default, and a collective that Megatron-Core calls has a new name in newer torch.
+# field has a deprecated default, and collectives that Megatron-Core calls have new names in newer torch.
 for _text in (
     ".*Apex.* not installed.*",
     "Apex is not installed.*",
     "full scope is deprecated",
-    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_text)
+# Its optimizer looks for a gradient on parameters that are views of one buffer.
+warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", module="megatron.core.optimizer")

@@ -70,7 +70,7 @@ TRAIN = ("-m", "mcore_rl", "train")
 def demo(environment: str, data: Path, directory: Path) -> dict[str, float]:
     """`run step` -> loss of a few steps of what `make demo` runs."""
     problems = ["--data.train", f"{data}/train.jsonl"]
-    warm = ["--model.path", f"{data}/model", "--run.dir", f"{directory}/sft", "--train.steps", "40"]
+    warm = ["--model.path", f"{data}/model", "--run.dir", f"{directory}/sft", "--train.steps", "160"]
     python(environment, *TRAIN, "examples/sft_tiny.toml", *problems, *warm)
     problems += ["--data.eval", f"{data}/eval.jsonl", "--train.eval_samples", "50"]
     rl = ["--model.path", f"{directory}/sft/model", "--run.dir", f"{directory}/rl", "--train.steps", "2"]
@@ -89,6 +89,6 @@ def test_the_demo(tmp_path: Path) -> None:
     data = tmp_path / "data"
     python(ENVIRONMENTS["0.16.1"], "examples/arithmetic.py", str(data), "--seed", "0")
     older, newer = (demo(place, data, tmp_path / version) for version, place in ENVIRONMENTS.items())
-    assert len(older) == 40 + 2
+    assert len(older) == 160 + 2
     assert all(newer.values())  # rewards that are all equal would train nothing, and agree
     assert differences(older, newer) == {}

@@ -44,13 +44,13 @@ def test_ppo_and_its_critic(worlds: SharedPools, layout: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_ranks_with_all_algorithms(worlds: SharedPools) -> None:
     assert_all_agree(worlds, FURTHER, ALGORITHMS)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_products_on_four_ranks(worlds: SharedPools) -> None:
     assert_all_agree(worlds, PRODUCTS, ("ppo", "gspo"))
 
