@@ -140,7 +140,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
     clock = Clock([psutil.Process(cast(Any, server.process).pid) for server in run.fleet.local])
     megatron = Stopwatch()
     update.forward_backward = megatron.of(update.forward_backward)
-    Optimizer.step = megatron.of(Optimizer.step)  # type: ignore[method-assign]
+    Optimizer.step = megatron.of(Optimizer.step)
     publish(run, 0, run.probe_prompts())
     step = 0
     while True:

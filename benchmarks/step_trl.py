@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from datasets import Dataset
+from datasets import Dataset  # pyright: ignore[reportMissingImports]  # of TRL's environment
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 
 def cpu_seconds() -> float:
@@ -33,9 +33,9 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 class Turns(TrainerCallback):
     """One step for every line on stdin; from one end of a step to the next, logging included."""
 
-    def __init__(self, answers: TextIO, model: torch.nn.Module) -> None:
+    def __init__(self, answers: TextIO, model: Any) -> None:
         self.answers, self.generate_seconds, self.tokens = answers, 0.0, 0
-        self._generate, model.generate = model.generate, self.generate  # type: ignore[method-assign]
+        self._generate, model.generate = model.generate, self.generate
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The model's own, with the clock read before and after."""
