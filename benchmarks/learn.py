@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mcore_rl.metrics import read_metrics
-from mcore_rl.report.svg import Line, line_chart
+from mcore_rl.report.picture import picture
+from mcore_rl.report.svg import Line
 
 ROOT = Path(__file__).parents[1]
 ACCURACY = "eval/eval/accuracy"
@@ -113,26 +114,22 @@ def write(name: str, curves: list[Curve], out: Path) -> Path:
     }
     path = out / f"learn_{name}_{today}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".svg").write_text(picture(name, curves))
+    path.with_suffix(".svg").write_text(chart(name, curves))
     return path
 
 
-def picture(name: str, curves: list[Curve]) -> str:
-    """Accuracy over steps, a line per run, in the report's style and readable by itself."""
+def chart(name: str, curves: list[Curve]) -> str:
+    """Accuracy over steps: a line per seed, and its control in the same colour."""
     lines = [
         Line(
-            f"seed {curve.seed}" + (", learning rate 0" if curve.control else ""),
+            f"seed {curve.seed}",
             list(zip(curve.steps, curve.accuracy, strict=True)),
-            color=index,
+            color=curve.seed,
+            faint=curve.control,
         )
-        for index, curve in enumerate(curves)
+        for curve in curves
     ]
-    chart = line_chart(f"{name}: held-out accuracy", lines)
-    style = (ROOT / "mcore_rl" / "report" / "style.css").read_text()
-    head, body = chart.split(">", 1)
-    return (
-        f'{head} xmlns="http://www.w3.org/2000/svg" style="background: #fff"><style>{style}</style>{body}\n'
-    )
+    return picture(f"{name}: accuracy on 1000 held-out problems", lines, faint="learning rate 0")
 
 
 def main() -> None:

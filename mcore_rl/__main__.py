@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = directions.add_parser("mcore-to-hf", help="torch_dist, or a training checkpoint, to safetensors")
     add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
     add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
+    add.add_argument("--quantize", choices=["fp8"], help="FP8 in blocks of 128 x 128, for SGLang")
     add.set_defaults(command=convert_mcore_to_hf)
     _add_conversion(add)
 
@@ -169,11 +170,12 @@ def convert_hf_to_mcore(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
-    """`mcore-rl convert mcore-to-hf SOURCE TARGET [--config DIR] [--shard-gb N] [--certify] [--json]`."""
+    """`mcore-rl convert mcore-to-hf SOURCE TARGET [--config DIR] [--shard-gb N] [--quantize fp8] ...`."""
     from mcore_rl.convert.run import mcore_to_hf, print_summary
 
     a = arguments
-    summary = mcore_to_hf(a.source, a.target, config=a.config, shard_gb=a.shard_gb, certified=a.certify)
+    options = {"config": a.config, "shard_gb": a.shard_gb, "quantized": a.quantize == "fp8"}
+    summary = mcore_to_hf(a.source, a.target, **options, certified=a.certify)
     print_summary(a.target, summary, as_json=a.json)
     return 0
 

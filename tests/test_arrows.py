@@ -12,10 +12,11 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types"})
+BASE = frozenset({"errors", "types", "precision"})
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
+    "precision": frozenset(),
     "algo": BASE,
     "parallel": BASE,
     "model": BASE | {"parallel"},

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mcore_rl.errors import DataError
 from mcore_rl.report import write_report
+from mcore_rl.report.picture import picture
 from mcore_rl.report.plots import SECTIONS
 from mcore_rl.report.runs import read_runs
 from mcore_rl.report.summary import duration, headline
@@ -244,3 +245,11 @@ def test_summary_numbers(run_dir: Path) -> None:
 def test_the_catalogue_has_no_metric_twice() -> None:
     keys = [key for plots in SECTIONS.values() for plot in plots for key, _ in plot.metrics]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_picture_stands_alone():
+    lines = [Line("a < b", [(0.0, 0.2), (5.0, 0.9)], 0), Line("control", [(0.0, 0.2)], 0, faint=True)]
+    svg = ElementTree.fromstring(picture("Accuracy & steps", lines, faint="learning rate 0"))
+    words = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Accuracy & steps", "a < b", "thin, in the same colours: learning rate 0"} <= set(words)
+    assert "control" not in words

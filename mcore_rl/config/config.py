@@ -25,6 +25,7 @@ from mcore_rl.config.sections import (
     Train,
 )
 from mcore_rl.errors import ConfigError
+from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
 
 class Config(Section):
@@ -71,6 +72,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if not config.supervised_only:
         yield from _against_algorithm(config)
     yield from _of_servers(rollout)
+    yield from _of_fp8(config)
+    if config.publish.quantize == "fp8":
+        yield from _of_quantized(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     if not config.supervised_only and config.algorithm.mini_batches > samples:
         yield (
@@ -88,9 +92,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"critic.warmup_rollouts: the policy would never learn in a run of {train.steps} rollouts; "
             "lower it, or raise train.steps"
         )
+    yield from _of_lengths(config)
+
+
+def _of_lengths(config: Config) -> Iterator[str]:
+    parallel, train, rollout = config.parallel, config.train, config.rollout
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    align = parallel.tensor if parallel.sequence else 1
-    align *= 2 * parallel.context if parallel.context > 1 else 1
+    tokens = token_multiple(config.model.precision, config.model.fp8_recipe)
+    align = packed_multiple(parallel.tensor, parallel.context, tokens, sequence=parallel.sequence)
     if -(-longest // align) * align > train.tokens_per_micro_batch:
         yield (
             f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
@@ -101,6 +110,46 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _of_servers(rollout: Rollout) -> Iterator[str]:
     if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
         yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
+
+
+def _of_fp8(config: Config) -> Iterator[str]:
+    model, saves = config.model, bool(config.checkpoint.every)
+    if model.precision != "fp8":
+        return
+    if RECIPES[model.fp8_recipe].remembers:
+        if model.fp8_first_last_bf16:
+            yield (
+                f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
+                'bf16; set model.fp8_recipe = "blockwise" or drop it'
+            )
+        if saves:
+            yield (
+                f'model.fp8_recipe: a checkpoint does not hold the scales that "{model.fp8_recipe}" '
+                'remembers, and a resumed run would differ; set it to "blockwise", or checkpoint.every = 0'
+            )
+    if model.fp8_param_gather and saves:
+        yield (
+            "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
+            "checkpoint.every = 0"
+        )
+    if model.fp8_param_gather and not config.optimizer.distributed:
+        yield (
+            "model.fp8_param_gather: it is the distributed optimizer that gathers; drop it, or set "
+            "optimizer.distributed = true"
+        )
+
+
+def _of_quantized(config: Config) -> Iterator[str]:
+    publish, rollout = config.publish, config.rollout
+    if rollout.server == "embedded" and not rollout.urls:
+        yield 'publish.quantize: the embedded server has no FP8; set rollout.server = "sglang" or drop it'
+    if config.model.precision == "fp32":
+        yield 'publish.quantize: SGLang computes beside FP8 weights in bf16; set model.precision = "bf16"'
+    if not {"tolerance_max", "tolerance_p999"} <= publish.model_fields_set:
+        yield (
+            "publish.quantize: the servers' log-probs differ from the trainer's by the rounding to FP8; say "
+            "how far they may, in publish.tolerance_p999 and publish.tolerance_max"
+        )
 
 
 def _against_algorithm(config: Config) -> Iterator[str]:
@@ -130,6 +179,9 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
+    if config.model.precision != "fp8":
+        keys = ("fp8_recipe", "fp8_param_gather", "fp8_first_last_bf16")
+        unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
     name = config.algorithm.name
     if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         unused |= {f"critic.{key}": f"{name} has no critic" for key in Critic.model_fields}

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from mcore_rl.precision import PrecisionName, RecipeName
+
 
 def _reward_name(name: str) -> str:
     if not re.fullmatch(r"[\w.]+:\w+", name):
@@ -73,8 +75,14 @@ class Model(Section):
 
     path: Path
     """Hugging Face directory: config.json, tokenizer, safetensors."""
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    precision: PrecisionName = "fp32"
     """Parameters and activations; log-probs and the optimizer state are fp32 in any case."""
+    fp8_recipe: RecipeName = "blockwise"
+    """How Transformer Engine scales what the layers' GEMMs round to FP8; all else is in bf16."""
+    fp8_param_gather: bool = False
+    """Keep the layers' weights in FP8 and gather them so; saves their bf16 copy."""
+    fp8_first_last_bf16: bool = False
+    """Keep the first and the last layer in bf16."""
     random_init: bool = False
     """Start from random weights by run.seed; only config.json and the tokenizer are read."""
 
@@ -259,6 +267,8 @@ class Publish(Section):
 
     dir: Path | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
+    quantize: Literal["none", "fp8"] = "none"
+    """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish."""
     tolerance_p999: Positive = 2e-5

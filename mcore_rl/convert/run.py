@@ -13,6 +13,7 @@ from mcore_rl.convert.certify import Certificate, certify
 from mcore_rl.convert.output import Progress, whole_directory, write_manifest
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
+from mcore_rl.errors import ConfigError
 
 
 def hf_to_mcore(
@@ -37,18 +38,30 @@ def hf_to_mcore(
 
 
 def mcore_to_hf(
-    source: Path, target: Path, *, config: Path | None = None, shard_gb: float = 5.0, certified: bool = False
+    source: Path,
+    target: Path,
+    *,
+    config: Path | None = None,
+    shard_gb: float = 5.0,
+    quantized: bool = False,
+    certified: bool = False,
 ) -> dict[str, Any]:
     """Convert the model part of a torch_dist directory to an HF directory; see `hf_to_mcore`.
 
     Args:
         config: HF directory with config.json and tokenizer, where `source` has none (a training checkpoint).
         shard_gb: largest safetensors file, in 10^9 bytes.
+        quantized: in FP8 for a server (model.quantize).
     """
+    if quantized and certified:
+        raise ConfigError(
+            "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
+            "--quantize"
+        )
     where = source if config is None else config
 
     def write(directory: Path) -> Progress:
-        return write_hf(source, directory, config=where, shard_bytes=int(shard_gb * 1e9))
+        return write_hf(source, directory, config=where, shard_bytes=int(shard_gb * 1e9), quantized=quantized)
 
     def check(new: Path) -> Certificate:
         return certify(new, source, config=where)

@@ -12,9 +12,8 @@ from torch.cuda import nccl
 
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.model import versions
+from mcore_rl.precision import RECIPES
 
-FP8_CAPABILITY = (8, 9)
-"""Ada; Hopper is (9, 0)"""
 _GIB = 2**30
 
 
@@ -47,9 +46,10 @@ def _gpus() -> Iterable[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        fp8 = "FP8" if (properties.major, properties.minor) >= FP8_CAPABILITY else "no FP8"
+        capability = (properties.major, properties.minor)
+        fp8 = ", ".join(name for name, recipe in RECIPES.items() if capability >= recipe.capability)
         memory = f"{properties.total_memory / _GIB:.0f} GiB"
-        yield Finding("gpu", "ok", f"{index}: {properties.name}, {memory}, {fp8}")
+        yield Finding("gpu", "ok", f"{index}: {properties.name}, {memory}, FP8 {fp8 or 'none'}")
     version = ".".join(map(str, nccl.version()))
     yield Finding("nccl", "ok", version)
 

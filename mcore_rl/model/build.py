@@ -20,12 +20,14 @@ from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
 from mcore_rl.model.architecture import Architecture, read_architecture
+from mcore_rl.model.block import block_spec
 from mcore_rl.model.critic import CriticMapping, CriticModel, with_value_head
 from mcore_rl.model.mapping import Mapping
 from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
 from mcore_rl.model.rotary import rotary_frequencies
-from mcore_rl.model.spec import check_layout, padded_vocab, portable_spec, transformer_config
+from mcore_rl.model.spec import check_layout, padded_vocab, transformer_config
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.precision import DEFAULT_FP8, Fp8
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class Model:
     source: Path
     """HF directory that config.json and the tokenizer came from"""
 
-    def export(self, directory: Path) -> None:
-        """Write the weights as an HF directory; collective over all ranks."""
-        weights_io.export(self.unwrapped, self.mapping, self.mesh, directory, self.source)
+    def export(self, directory: Path, *, quantized: bool = False) -> None:
+        """Write the weights as an HF directory, `quantized` in FP8 for a server; collective."""
+        where = (directory, self.source)
+        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized)
 
 
 def build_policy(
@@ -52,6 +55,7 @@ def build_policy(
     mesh: Mesh,
     *,
     precision: str = "fp32",
+    fp8: Fp8 = DEFAULT_FP8,
     random_seed: int | None = None,
     recompute: str = "none",
     ddp: DistributedDataParallelConfig | None = None,
@@ -59,17 +63,19 @@ def build_policy(
     """Build the model of the HF directory `path` at `mesh`'s layout and load its weights.
 
     Args:
+        precision: a key of spec.DTYPES; bf16 and fp8 take Transformer Engine's layers where it can run.
+        fp8: what of FP8 is chosen, at that precision.
         random_seed: start from random weights of this seed instead of the directory's.
         recompute: which activations the backward pass computes again, a key of spec.RECOMPUTE.
         ddp: wrap for training; None for a frozen model (reference).
 
     Raises:
-        ConfigError: the directory does not hold a supported model.
+        ConfigError: the directory does not hold a supported model, or FP8 cannot run here.
         LayoutError: it does not divide by the layout.
     """
     arch, rows, read = _read(path, mesh, random_seed)
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
-    config = transformer_config(arch, mesh.layout, precision, recompute)
+    config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
     return _build(kind, config, Mapping(arch, rows), read, mesh, ddp, path)
 
 
@@ -90,6 +96,7 @@ def build_critic(
     mesh: Mesh,
     *,
     precision: str = "fp32",
+    fp8: Fp8 = DEFAULT_FP8,
     random_seed: int | None = None,
     recompute: str = "none",
     ddp: DistributedDataParallelConfig | None = None,
@@ -100,7 +107,7 @@ def build_critic(
     """
     arch, rows, read = _read(path, mesh, random_seed)
     read = with_value_head(read, arch, random_seed)
-    config = transformer_config(arch, mesh.layout, precision, recompute)
+    config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
     return _build(CriticModel, config, CriticMapping(arch, rows), read, mesh, ddp, path)
 
 
@@ -171,7 +178,7 @@ def _build_chunk(
     last = (virtual or 1) - 1
     model = kind(
         config=config,
-        transformer_layer_spec=portable_spec(config, vp_stage=stage if virtual else None),
+        transformer_layer_spec=block_spec(config, vp_stage=stage if virtual else None),
         vocab_size=mapping.vocab_rows,
         max_sequence_length=1 << 20,  # rotary positions have no table of this size; Megatron only stores it
         pre_process=mesh.pp_rank == 0 and stage == 0,

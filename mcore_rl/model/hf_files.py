@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ SIDE_FILES = (
 )
 """Copied beside weights, so that a server or transformers can load the directory."""
 
-_NAMES = {dtype: name for name, dtype in HF_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in HF_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 Form = tuple[tuple[int, ...], torch.dtype]
 """shape and type of a tensor"""
 
@@ -124,6 +125,17 @@ def hf_reader(directory: Path, table: Table) -> Callable[[str], Tensor]:
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
     return read
+
+
+def copy_side_files(source: Path, directory: Path, quantization: Mapping[str, Any] | None = None) -> None:
+    """config.json, tokenizer and the rest of SIDE_FILES; `quantization` becomes part of config.json."""
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    if quantization is not None:
+        config = json.loads((source / "config.json").read_text())
+        text = json.dumps({**config, "quantization_config": quantization}, indent=2)
+        (directory / "config.json").write_text(text + "\n")
 
 
 class SafetensorsWriter:

@@ -17,15 +17,19 @@ from megatron.core.transformer.module import MegatronModule
 from mcore_rl.errors import NumericsError
 from mcore_rl.model.build import Model
 from mcore_rl.model.spec import DTYPES
+from mcore_rl.precision import DEFAULT_FP8, Fp8
 
 
-def ddp_config(*, distributed: bool = True, overlap: bool = False) -> DistributedDataParallelConfig:
+def ddp_config(
+    *, distributed: bool = True, overlap: bool = False, fp8_param_gather: bool = False
+) -> DistributedDataParallelConfig:
     """Megatron DDP: fp32 gradient buffers; `distributed` shards optimizer state over data-parallel ranks."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed,
         use_distributed_optimizer=distributed,
+        fp8_param_gather=fp8_param_gather,
         average_in_collective=False,  # our loss carries global denominators; see step.loss_scale
     )
 
@@ -83,6 +87,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     clip_grad: float = 1.0,
     precision: str = "fp32",
+    fp8: Fp8 = DEFAULT_FP8,
     warmup_steps: int = 0,
     decay_steps: int | None = None,
     decay: str = "constant",
@@ -104,7 +109,8 @@ def build_optimizer(
         adam_eps=eps,
         sgd_momentum=0.0,
         clip_grad=clip_grad,
-        bf16=precision == "bf16",
+        bf16=precision in ("bf16", "fp8"),
+        fp8_recipe=fp8.recipe if precision == "fp8" else None,
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=distributed,
     )

@@ -35,12 +35,20 @@ class PackedLayout(PackedSeqParams):
     """[B, L] index into the local tokens; T (one past the end) where a sequence is shorter"""
     from_padded: Tensor
     """[T] index into the flattened [B * L]"""
+    boundaries: Tensor
+    """[B+1] int32 boundaries of the whole sequences, all context-parallel shares together"""
     keys: KeyLayout | None = None
     """set under context parallelism, where keys come from all ranks of the group"""
 
     @classmethod
-    def of(cls, position_ids: Tensor, cu_seqlens: Tensor, keys: KeyLayout | None = None) -> PackedLayout:
-        """From the local tokens' positions [T] and boundaries [B+1] (the whole sequence's when CP is 1)."""
+    def of(
+        cls,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        keys: KeyLayout | None = None,
+        boundaries: Tensor | None = None,
+    ) -> PackedLayout:
+        """From the local tokens' positions [T] and boundaries [B+1]; `boundaries` where CP is not 1."""
         to_padded, from_padded, longest = _padding_index(cu_seqlens.to(torch.int64))
         whole = longest if keys is None else keys.longest
         return cls(
@@ -50,6 +58,7 @@ class PackedLayout(PackedSeqParams):
             position_ids=position_ids,
             to_padded=to_padded,
             from_padded=from_padded,
+            boundaries=cu_seqlens if boundaries is None else boundaries,
             keys=keys,
         )
 

@@ -7,29 +7,45 @@ from importlib.util import find_spec
 import torch
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.precision import RECIPES
 
-FP8_CAPABILITY = (8, 9)
-"""CUDA compute capability of the first GPUs with FP8 tensor cores (Ada; Hopper is 9.0)"""
 _REMEDY = 'set model.precision = "bf16"'
+NEEDS_ENGINE = (
+    'model.precision = "fp8" needs Transformer Engine, which is not installed: tools/gpu_machine.sh '
+    f"installs it; or {_REMEDY}"
+)
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: str, recipe: str = "blockwise") -> None:
     """Raise ConfigError where `precision` cannot run on this machine."""
-    if precision != "fp8":
-        return
+    if precision == "fp8":
+        check_fp8(recipe)
+
+
+def check_fp8(recipe: str) -> None:
+    """Raise ConfigError where Transformer Engine cannot run `recipe` on this machine."""
     if not torch.cuda.is_available():
         raise ConfigError(
             f'model.precision = "fp8" needs a GPU, and this machine has none; {_REMEDY}, '
             "or try the code here with --rehearse"
         )
-    capability = torch.cuda.get_device_capability()
-    if capability < FP8_CAPABILITY:
-        name = torch.cuda.get_device_name()
-        raise ConfigError(f'model.precision = "fp8": {name} has no FP8 (capability {capability}); {_REMEDY}')
-    if find_spec("transformer_engine") is None:
+    capability, needed = torch.cuda.get_device_capability(), RECIPES[recipe]
+    if capability < needed.capability:
+        able = [name for name, other in RECIPES.items() if capability >= other.capability]
+        remedy = f'set it to "{able[-1]}"' if able else _REMEDY
         raise ConfigError(
-            f'model.precision = "fp8" needs Transformer Engine, which is not installed; {_REMEDY}'
+            f'model.fp8_recipe = "{recipe}" needs {needed.gpus}, and {torch.cuda.get_device_name()} has '
+            f"capability {capability[0]}.{capability[1]}; {remedy}"
         )
-    raise ConfigError(
-        f'model.precision = "fp8": the layers of this version are not built on Transformer Engine; {_REMEDY}'
-    )
+    if not engine_is_importable():
+        raise ConfigError(NEEDS_ENGINE)
+
+
+def takes_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether layers of `dtype` are Transformer Engine's here; float32 stays portable, to compare with."""
+    return dtype == torch.bfloat16 and torch.cuda.is_available() and engine_is_importable()
+
+
+def engine_is_importable() -> bool:
+    """Transformer Engine is installed."""
+    return find_spec("transformer_engine") is not None

@@ -1,4 +1,4 @@
-"""Architecture and layout -> Megatron-Core TransformerConfig and layer spec."""
+"""Architecture, layout and precision -> Megatron-Core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -6,30 +6,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
 
-from mcore_rl.errors import LayoutError
-from mcore_rl.model import versions
+from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.architecture import Architecture, Experts
-from mcore_rl.model.portable import PackedAttention, RMSNorm
+from mcore_rl.model.precision import NEEDS_ENGINE, engine_is_importable
 from mcore_rl.parallel.mesh import Layout
+from mcore_rl.precision import DEFAULT_FP8, Fp8
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,  # of all that is no GEMM of a layer: arXiv 2209.05433
+    "fp64": torch.float64,
+}
 """precision -> parameter dtype. fp64 is for verification only."""
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -77,14 +67,19 @@ def padded_vocab(arch: Architecture, tensor: int, align: int = 1) -> int:
 
 
 def transformer_config(
-    arch: Architecture, layout: Layout, precision: str, recompute: str = "none"
+    arch: Architecture, layout: Layout, precision: str, recompute: str = "none", fp8: Fp8 = DEFAULT_FP8
 ) -> TransformerConfig:
     """Megatron's configuration of `arch` at `layout`; `recompute` is a key of RECOMPUTE.
 
     The flags that differ from Megatron's defaults: no dropout, RMSNorm, SwiGLU, no biases, fusions that need
     CUDA off on CPU; p2p flags without which the interleaved schedule is silently wrong (grad norm 5.5 instead
     of 1.96).
+
+    Raises:
+        ConfigError: experts in FP8 without Transformer Engine.
     """
+    if precision == "fp8" and arch.experts is not None and not engine_is_importable():
+        raise ConfigError(NEEDS_ENGINE)  # Megatron compares versions with one that is absent: a TypeError
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[precision]
     return TransformerConfig(
@@ -112,7 +107,7 @@ def transformer_config(
         expert_tensor_parallel_size=1,  # an expert is never cut; parallel.mesh builds the groups so
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=precision == "bf16",
+        bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, dense models too
         overlap_p2p_comm=layout.virtual_pipeline is not None,
@@ -128,8 +123,23 @@ def transformer_config(
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         **_expert_settings(arch.experts, precision),
+        **(_fp8_settings(fp8) if precision == "fp8" else {}),
         **RECOMPUTE[recompute],
     )
+
+
+def _fp8_settings(fp8: Fp8) -> dict[str, Any]:
+    """Megatron enters the recipe around its layers only: embedding and lm_head are never in FP8."""
+    return {
+        "fp8": "hybrid",  # e4m3 forward, e5m2 for the gradients of activations
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.param_gather,
+        "fp8_amax_history_len": 1024,  # Transformer Engine's own; read by "delayed" only
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": fp8.first_last_bf16,
+        "fp8_dot_product_attention": False,  # its softmax is what log-probs rest on
+        "fp8_multi_head_attention": False,
+    }
 
 
 def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
@@ -148,50 +158,3 @@ def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": False,
     }
-
-
-_CHECKPOINT_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-_DENSE_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-"""names in Megatron's distributed checkpoints: those of Transformer Engine's fused modules, in either spec"""
-
-
-def portable_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage: Megatron's parallel linears, the portable norm and attention."""
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    sparse = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
-    layers = [_layer_spec(config, sparse=bool(sparse[first + i])) for i in range(count)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
-
-
-def _layer_spec(config: TransformerConfig, *, sparse: bool) -> ModuleSpec:
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,  # pyright: ignore[reportArgumentType]
-            linear_proj=RowParallelLinear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if sparse:
-        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
-    else:
-        mlp = versions.mlp_module(linears)
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-            sharded_state_dict_keys_map=_CHECKPOINT_NAMES if sparse else _CHECKPOINT_NAMES | _DENSE_NAMES,
-        ),
-    )

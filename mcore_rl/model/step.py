@@ -195,7 +195,8 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
     keys = _key_layout(batch.cu_seqlens.to(torch.int64), packed, size)
     packed = _to(packed, device)
     keys = KeyLayout(keys.to_padded.to(device), keys.mask.to(device), keys.longest)
-    return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, keys))
+    boundaries = batch.cu_seqlens.to(device)
+    return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, keys, boundaries))
 
 
 def _key_layout(cu_seqlens: Tensor, local: PackedBatch, size: int) -> KeyLayout:

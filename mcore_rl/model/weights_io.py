@@ -6,17 +6,20 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model import versions
-from mcore_rl.model.hf_files import INDEX, SIDE_FILES, hf_reader
+from mcore_rl.model.hf_files import INDEX, copy_side_files, hf_reader
 from mcore_rl.model.mapping import Entry, Mapping, global_parameters
+from mcore_rl.model.quantize import is_quantized, quantization_config, quantize_blocks, quantized_shapes
 from mcore_rl.model.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
@@ -62,7 +65,17 @@ def load(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, read: Callabl
                     f"{name}: shard has shape {tuple(shard.shape)}, the model {tuple(parameter.shape)}"
                 )
             parameter.copy_(shard)
+            _keep_unrounded(parameter, shard)
             _mark(parameter, entry)
+
+
+def _keep_unrounded(parameter: Any, shard: Tensor) -> None:
+    """Of a weight kept in FP8: what the optimizer's fp32 weights begin with, else they begin rounded to FP8.
+
+    Transformer Engine remembers what the parameter was before it was rounded; that was before this load.
+    """
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter._high_precision_init_val = shard.detach().cpu()
 
 
 def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
@@ -78,8 +91,16 @@ def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
         versions.mark_shard(parameter, dim)
 
 
-def export(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, directory: Path, source: Path) -> None:
-    """Write the model as an HF directory; collective over all ranks.
+def export(
+    chunks: Iterable[GPTModel],
+    mapping: Mapping,
+    mesh: Mesh,
+    directory: Path,
+    source: Path,
+    *,
+    quantized: bool = False,
+) -> None:
+    """Write the model as an HF directory, `quantized` in FP8 (model.quantize); collective over all ranks.
 
     Each pipeline stage and each rank with experts of its own writes a file; the directory appears complete or
     not at all. `source` supplies config.json and the tokenizer.
@@ -89,12 +110,17 @@ def export(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, directory: 
     if mesh.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    tensors = gather_hf(dict(global_parameters(chunks)), mapping, mesh)
+    tensors: dict[str, Tensor] = {}
+    error: Exception | None = None
+    try:
+        tensors = gather_hf(dict(global_parameters(chunks)), mapping, mesh, quantized=quantized)
+    except NumericsError as caught:
+        error = caught
+    raise_everywhere(mesh, error)
     names: list[list[str]] = [[] for _ in range(mesh.layout.world_size)]
     dist.all_gather_object(names, sorted(tensors), group=mesh.world)
     writers = [rank for rank, owned in enumerate(names) if owned]
     files = {rank: f"model-{i + 1:05d}-of-{len(writers):05d}.safetensors" for i, rank in enumerate(writers)}
-    error: Exception | None = None
     try:
         if tensors:
             save_file(tensors, partial / files[mesh.rank], metadata={"format": "pt"})
@@ -102,10 +128,12 @@ def export(chunks: Iterable[GPTModel], mapping: Mapping, mesh: Mesh, directory: 
         error = caught
     raise_everywhere(mesh, error)
     weight_map = dict(sorted((name, files[rank]) for rank, owned in enumerate(names) for name in owned))
-    on_main(mesh, lambda: _finish(partial, directory, weight_map, Path(source), mapping))
+    on_main(mesh, lambda: _finish(partial, directory, weight_map, Path(source), mapping, quantized))
 
 
-def gather_hf(tensors: dict[str, Tensor], mapping: Mapping, mesh: Mesh) -> dict[str, Tensor]:
+def gather_hf(
+    tensors: dict[str, Tensor], mapping: Mapping, mesh: Mesh, *, quantized: bool = False
+) -> dict[str, Tensor]:
     """Parameters, or their gradients, by global Megatron name -> full HF tensors, each on one rank.
 
     Collective over the tensor-parallel groups; every rank may call it. The first replica answers for its
@@ -115,6 +143,7 @@ def gather_hf(tensors: dict[str, Tensor], mapping: Mapping, mesh: Mesh) -> dict[
     first_replica = mesh.dp_rank == mesh.cp_rank == 0
     for name, tensor in tensors.items():
         entry = mapping.entry(name)
+        tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
         if (mapping.arch.tied and name == "output_layer.weight") or not (entry.is_expert or first_replica):
             continue
         shards = [tensor.detach()]
@@ -122,19 +151,25 @@ def gather_hf(tensors: dict[str, Tensor], mapping: Mapping, mesh: Mesh) -> dict[
             shards = [torch.empty_like(tensor) for _ in range(mesh.layout.tensor)]
             dist.all_gather(shards, tensor.detach().contiguous(), group=mesh.tp)
         if mesh.expert_dp_rank == 0 if entry.is_expert else mesh.tp_rank == 0:
-            out.update(zip(entry.hf, (t.cpu().clone() for t in mapping.to_hf(entry, shards)), strict=True))
+            for hf, whole in zip(entry.hf, mapping.to_hf(entry, shards), strict=True):
+                written = quantize_blocks(hf, whole) if quantized and is_quantized(hf) else {hf: whole}
+                out |= {key: value.cpu().clone() for key, value in written.items()}
     return out
 
 
 def _finish(
-    partial: Path, directory: Path, weight_map: dict[str, str], source: Path, mapping: Mapping
+    partial: Path,
+    directory: Path,
+    weight_map: dict[str, str],
+    source: Path,
+    mapping: Mapping,
+    quantized: bool,
 ) -> None:
-    missing = mapping.hf_shapes().keys() - weight_map.keys()
+    shapes = mapping.hf_shapes()
+    missing = (quantized_shapes(shapes) if quantized else shapes).keys() - weight_map.keys()
     if missing:
         raise ConfigError(f"{directory}: export lacks {sorted(missing)}; this is a bug in model/mapping.py")
     (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    for name in SIDE_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, partial / name)
+    copy_side_files(source, partial, quantization_config(shapes) if quantized else None)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)

@@ -22,6 +22,7 @@ from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.tiling import Tiling
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
 from mcore_rl.plan.work import Work
+from mcore_rl.precision import ITEM_BYTES
 
 GIB = 1 << 30
 OTHER = 3 * GIB
@@ -73,7 +74,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
     size = weight_bytes(work.precision)
     return [
         Memory(
-            weights=_weights(count, work.precision),
+            weights=_weights(count, work),
             gradients=4 * count.total,
             optimizer=optimizer_bytes(count, layout, work),
             reference=size * count.total * work.reference,
@@ -92,13 +93,15 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
 
 def weight_bytes(precision: str) -> int:
     """Of one parameter or activation."""
-    return {"fp32": 4, "bf16": 2, "fp8": 2}[precision]
+    return ITEM_BYTES[precision]
 
 
-def _weights(count: StageCount, precision: str) -> float:
-    """fp8 keeps bf16 weights, and row- and column-wise fp8 copies of the layers' matrices beside them."""
-    copies = 2 * (count.matrices + count.experts) if precision == "fp8" else 0
-    return weight_bytes(precision) * count.total + copies
+def _weights(count: StageCount, work: Work) -> float:
+    """fp8 keeps row- and column-wise fp8 copies of the layers' matrices, beside the bf16 ones or instead."""
+    size, matrices = weight_bytes(work.precision), count.matrices + count.experts
+    if work.precision != "fp8":
+        return size * count.total
+    return size * (count.total - matrices * work.fp8.param_gather) + 2 * matrices
 
 
 def optimizer_bytes(count: StageCount, layout: Layout, work: Work) -> float:
@@ -112,7 +115,7 @@ def optimizer_bytes(count: StageCount, layout: Layout, work: Work) -> float:
 
 
 def _trained(count: StageCount, layout: Layout, work: Work) -> float:
-    return _weights(count, work.precision) + 4 * count.total + optimizer_bytes(count, layout, work)
+    return _weights(count, work) + 4 * count.total + optimizer_bytes(count, layout, work)
 
 
 # --- activations ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mcore_rl.plan.clock import Fleet, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
 from mcore_rl.plan.memory import Memory, stage_memory
 from mcore_rl.plan.work import Work
+from mcore_rl.precision import packed_multiple, token_multiple
 
 ENOUGH_SPARE = 0.1
 """of a GPU's memory: what a plan needs to be recommended"""
@@ -124,8 +125,8 @@ def candidates(arch: Architecture, gpus: int) -> Iterator[Layout]:
 
 
 def _check_micro_batch(work: Work, layout: Layout) -> None:
-    align = layout.tensor if layout.sequence else 1
-    align *= 2 * layout.context if layout.context > 1 else 1
+    tokens = token_multiple(work.precision, work.fp8.recipe)
+    align = packed_multiple(layout.tensor, layout.context, tokens, sequence=layout.sequence)
     longest = -(-work.longest // align) * align
     if longest > work.tokens_per_micro_batch:
         raise LayoutError(

@@ -11,6 +11,8 @@ from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config import Config
 from mcore_rl.data.balance import ModelShape, forward_flops
 from mcore_rl.parallel.mesh import Layout
+from mcore_rl.precision import DEFAULT_FP8, Fp8
+from mcore_rl.train.setup import fp8_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Work:
     generates: bool
     old_log_prob_share: float
     """of the samples that get a forward pass of the policy before the updates"""
+    fp8: Fp8 = DEFAULT_FP8
 
     @property
     def tokens(self) -> float:
@@ -97,4 +100,5 @@ def work_of(
         colocated=colocated,
         generates=not supervised,
         old_log_prob_share=0.0 if supervised else 1.0 if all_old else 1 - 1 / a.mini_batches,
+        fp8=fp8_of(config),
     )

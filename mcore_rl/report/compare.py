@@ -32,6 +32,8 @@ class Difference:
 def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[list[Difference], int]:
     """The metrics that differ by more than `relative` on the steps of both runs; how many steps those are.
 
+    A step between them that only one run has differs too. One run may have begun later or ended earlier.
+
     Raises:
         DataError: the runs have no step in common.
     """
@@ -40,6 +42,9 @@ def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[li
     if not shared:
         raise DataError(f"{one.name} and {other.name} have no step in common")
     found: dict[str, Difference] = {}
+    gaps = sorted(s for s in left.keys() ^ right.keys() if shared[0] < s < shared[-1])
+    if gaps:
+        found["step"] = Difference("step", gaps[0], len(gaps), math.inf)
     for step in shared:
         for key, distance in _apart(left[step], right[step], relative).items():
             before = found.get(key, Difference(key, step, 0, 0.0))
@@ -76,5 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for d in found:
         where = f"{d.steps} of {steps} steps, first {d.first_step}"
         print(f"{d.key}: differs in {where}, by up to {d.largest:.3g}")
+    alone = " and ".join(f"{len(run.steps) - steps} of {run.name}" for run in (one, other))
     print(f"{steps} steps compared, {len(found)} metrics differ by more than {arguments.rtol:g}")
+    print(f"not compared, in one run only: {alone}")
     return NumericsError.exit_code if found else 0

@@ -17,6 +17,7 @@ from mcore_rl.algo.aggregation import aggregation_weight
 from mcore_rl.algo.algorithms import Algorithm
 from mcore_rl.data.packing import TokenSequence, micro_batches, pack, padded
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.precision import packed_multiple
 from mcore_rl.types import Group, PackedBatch, Sample
 
 PerSample = Sequence[Any] | Mapping[int, Any]
@@ -112,7 +113,7 @@ def pack_share(
     return [pack(sequences, one, fields, align=shape.align) for one in bins[mesh.dp_rank]]
 
 
-def align_of(mesh: Mesh) -> int:
-    """Packed lengths are multiples of 2 x CP (zig-zag) x TP under sequence parallelism."""
+def align_of(mesh: Mesh, tokens: int = 1) -> int:
+    """Packed lengths are multiples of this; `tokens` is precision.token_multiple of the model."""
     layout = mesh.layout
-    return (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence else 1)
+    return packed_multiple(layout.tensor, layout.context, tokens, sequence=layout.sequence)

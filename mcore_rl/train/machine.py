@@ -29,7 +29,7 @@ def check_rank(config: Config) -> None:
     wanted = replica * (config.parallel.data or max(1, running // replica))
     if running != wanted:
         raise LayoutError(_what_to_do(config, f"{running} of {wanted} processes are running"))
-    check_precision(config.model.precision)
+    check_precision(config.model.precision, config.model.fp8_recipe)
 
 
 def check_node(config: Config) -> None:
@@ -42,7 +42,7 @@ def check_node(config: Config) -> None:
     room = gpus or max(CPU_RANKS, os.cpu_count() or 1)
     if ranks > room:
         raise LayoutError(_what_to_do(config, f"this machine has {gpus} GPUs"))
-    check_precision(config.model.precision)
+    check_precision(config.model.precision, config.model.fp8_recipe)
 
 
 def replica_size(config: Config) -> int:

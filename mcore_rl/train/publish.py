@@ -37,7 +37,8 @@ def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str
         probe = probe[: run.config.publish.probe_sequences]
         stale = _scores(run, probe, f"{version}-before") if step else {}
         away = dict(run.fleet.standing.lost)
-        failed = publish_by_disk(run.policy, run.fleet, run.weights_dir, version)
+        quantized = run.config.publish.quantize == "fp8"
+        failed = publish_by_disk(run.policy, run.fleet, run.weights_dir, version, quantized=quantized)
         run.lose(failed)
         fresh = _scores(run, probe, f"{version}-after")
         difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])

@@ -172,7 +172,11 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
     rollout, train, algorithm = config.rollout, config.train, config.algorithm
     changes: dict[str, dict[str, Any]] = {
         "run": {"dir": directory},
-        "model": {"path": directory / "model", "precision": "fp32", "random_init": True},
+        "model": {
+            "path": directory / "model",
+            "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys
+            "random_init": True,
+        },
         "data": {
             "train": directory / "problems.jsonl",
             "eval": config.data.eval and directory / "problems.jsonl",
@@ -201,7 +205,7 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
         },
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
-        "publish": {"dir": None, "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
+        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
     }
     sections: dict[str, BaseModel] = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()

@@ -16,14 +16,21 @@ from mcore_rl.checkpoint import Checkpoints, Saved, find, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
+from mcore_rl.precision import token_multiple
 from mcore_rl.train.batch import align_of
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.finite import Finding, Inspector
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
-from mcore_rl.train.setup import layout_of, process_group, watched, world_size
+from mcore_rl.train.setup import (
+    layout_of,
+    model_settings,
+    process_group,
+    trained_ddp,
+    watched,
+    world_size,
+)
 from mcore_rl.train.supervised import NegativeLogLikelihood
 from mcore_rl.train.update import alone, from_json
 
@@ -51,10 +58,11 @@ def replay_dump(config: Config, path: Path) -> None:
 
 
 def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> None:
-    if dump["align"] % align_of(mesh):
+    align = align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe))
+    if dump["align"] % align:
         raise ConfigError(
             f"--replay: its sequences are padded to {dump['align']} tokens, {mesh.layout} needs "
-            f"{align_of(mesh)}; replay it at the recorded layout: {saved.document['layout']}"
+            f"{align}; replay it at the recorded layout: {saved.document['layout']}"
         )
     model = _build(config, mesh, dump["kind"])
     checkpoints = Checkpoints(
@@ -74,10 +82,9 @@ def _build(config: Config, mesh: Mesh, kind: str) -> Model:
     return build(
         config.model.path,
         mesh,
-        precision=config.model.precision,
-        random_seed=config.run.seed if config.model.random_init else None,
+        **model_settings(config),
         recompute=config.train.recompute,
-        ddp=ddp_config(distributed=config.optimizer.distributed),
+        ddp=trained_ddp(config),
     )
 
 

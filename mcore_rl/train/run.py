@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mcore_rl.algo.algorithms import Algorithm, configure
@@ -15,7 +15,7 @@ from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
 from mcore_rl.errors import RolloutError
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.optimizer import Optimizer, ddp_config
+from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.control import gather_replicas, on_leads, on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import RewardFn, load_reward, score_groups
@@ -27,7 +27,14 @@ from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
-from mcore_rl.train.setup import Trainer, optimizer_of, read_prompts, start_trainer
+from mcore_rl.train.setup import (
+    Trainer,
+    model_settings,
+    optimizer_of,
+    read_prompts,
+    start_trainer,
+    trained_ddp,
+)
 from mcore_rl.types import Group, Prompt
 from mcore_rl.weights.publish import wait_for_servers
 
@@ -152,22 +159,20 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
 
 def build_reference(config: Config, mesh: Mesh) -> Model:
     """The policy's starting weights, frozen."""
-    m = config.model
-    return build_policy(
-        m.path, mesh, precision=m.precision, random_seed=config.run.seed if m.random_init else None
-    )
+    settings = model_settings(config)
+    settings["fp8"] = replace(settings["fp8"], param_gather=False)  # nothing gathers a frozen model
+    return build_policy(config.model.path, mesh, **settings)
 
 
 def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
     """A critic on the policy's starting weights, with its own Adam."""
-    c, m = config.critic, config.model
+    c = config.critic
     model = build_critic(
-        m.path,
+        config.model.path,
         mesh,
-        precision=m.precision,
-        random_seed=config.run.seed if m.random_init else None,
+        **model_settings(config),
         recompute=config.train.recompute,
-        ddp=ddp_config(distributed=config.optimizer.distributed),
+        ddp=trained_ddp(config),
     )
     steps = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs
     optimizer = optimizer_of(config, model, steps, c.lr)
@@ -193,7 +198,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = list(r.urls)
     else:
         initial = weights_dir.resolve() / "initial"
-        policy.export(initial)
+        policy.export(initial, quantized=config.publish.quantize == "fp8")
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
@@ -209,7 +214,7 @@ def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:
     """The servers that [rollout] asks for on this machine, not started; `server.log`, `server_1.log`, ..."""
     r = config.rollout
     if r.python is not None:
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.model.precision]
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision]
         program = SGLang(r.python, dtype=dtype, api_key_env=r.api_key_env, options=r.options)
     else:
         program = Embedded(api_key_env=r.api_key_env, threads=r.threads, options=r.options)

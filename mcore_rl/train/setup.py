@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mcore_rl.checkpoint import Checkpoints, Saved, seed_rng
@@ -33,6 +35,7 @@ from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.precision import Fp8, token_multiple
 from mcore_rl.train.batch import Shape, align_of
 from mcore_rl.train.checkpoint import Stateful, find_start, leave_when_asked, open_checkpoints
 from mcore_rl.train.ending import recorded
@@ -133,10 +136,9 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
     policy = build_policy(
         config.model.path,
         mesh,
-        precision=config.model.precision,
-        random_seed=config.run.seed if config.model.random_init else None,
+        **model_settings(config),
         recompute=config.train.recompute,
-        ddp=ddp_config(distributed=config.optimizer.distributed),
+        ddp=trained_ddp(config),
     )
     check_gradient_scale(policy)
     optimizer = optimizer_of(config, policy, optimizer_steps)
@@ -247,6 +249,29 @@ def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase)
     )
 
 
+def fp8_of(config: Config) -> Fp8:
+    """What [model] says of FP8."""
+    m = config.model
+    return Fp8(m.fp8_recipe, m.fp8_param_gather, m.fp8_first_last_bf16)
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """How policy, reference and critic are built alike."""
+    return {
+        "precision": config.model.precision,
+        "fp8": fp8_of(config),
+        "random_seed": config.run.seed if config.model.random_init else None,
+    }
+
+
+def trained_ddp(config: Config) -> DistributedDataParallelConfig:
+    """Megatron's DDP around a model in training."""
+    return ddp_config(
+        distributed=config.optimizer.distributed,
+        fp8_param_gather=config.model.precision == "fp8" and config.model.fp8_param_gather,
+    )
+
+
 def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = None) -> Optimizer:
     """Megatron's Adam with the numbers of [optimizer], at another learning rate where `lr` is given."""
     o = config.optimizer
@@ -259,6 +284,7 @@ def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = No
         weight_decay=o.weight_decay,
         clip_grad=o.clip_grad,
         precision=config.model.precision,
+        fp8=fp8_of(config),
         warmup_steps=o.warmup_steps,
         decay_steps=steps - o.warmup_steps,
         decay=o.schedule,
@@ -273,7 +299,7 @@ def shape_of(config: Config, mesh: Mesh) -> Shape:
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         max_new_tokens=config.rollout.max_new_tokens,
         cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
-        align=align_of(mesh),
+        align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
     )
 
 

@@ -17,13 +17,19 @@ from safetensors import safe_open
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf_files import checkpoint_files
+from mcore_rl.model.quantize import quantized_shapes
 from mcore_rl.parallel.control import on_main
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, check_server, on_each, wait_ready
 
 
-def publish_by_disk(model: Model, fleet: Fleet, directory: Path, version: str) -> dict[str, str]:
+def publish_by_disk(
+    model: Model, fleet: Fleet, directory: Path, version: str, *, quantized: bool = False
+) -> dict[str, str]:
     """Export `model` to `directory`/`version` and make every server load it; collective over all ranks.
+
+    Args:
+        quantized: in FP8 (model.quantize), which the servers must have been started with.
 
     Servers that were lost and answer again are published to like the others, and serve from then on. Returns
     those that failed (url -> why), which the caller counts as lost. Older versions are removed.
@@ -32,8 +38,9 @@ def publish_by_disk(model: Model, fleet: Fleet, directory: Path, version: str) -
         WeightSyncError: on every rank, when a server refuses the weights, or none is left that has them.
     """
     target = directory.resolve() / version
-    model.export(target)
+    model.export(target, quantized=quantized)
     expected = model.mapping.hf_shapes()
+    expected = quantized_shapes(expected) if quantized else expected
     failed = on_main(model.mesh, lambda: publish_directory(fleet, target, version, expected))
     fleet.standing = on_main(model.mesh, lambda: fleet.standing)
     fleet.version = version

@@ -8,6 +8,15 @@ from mcore_rl.errors import ConfigError
 BASE = {"run.dir": "r", "model.path": "m", "data.train": "t.jsonl", "train.steps": 10}
 
 
+FP8_WEIGHTS = {
+    "publish__quantize": "fp8",
+    "publish__tolerance_max": 1.0,
+    "publish__tolerance_p999": 0.5,
+    "model__precision": "bf16",
+    "rollout__urls": "['http://a:1']",
+}
+
+
 @pytest.fixture
 def load(tmp_path):
     path = tmp_path / "empty.toml"
@@ -56,6 +65,52 @@ def load(tmp_path):
             {"algorithm__params.correction": '"tis-token"'},
             'rollout.max_staleness: .*algorithm.params.correction = "tis-token"',
         ),
+        (
+            {
+                "model__precision": "fp8",
+                "train__tokens_per_micro_batch": 1100,
+                "rollout__max_new_tokens": 66,
+                "parallel__context": 2,
+            },
+            {"train__tokens_per_micro_batch": 1120},
+            "padded to 32",
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_recipe": "delayed", "model__fp8_first_last_bf16": "true"},
+            {"model__fp8_recipe": "tensorwise"},
+            'model.fp8_first_last_bf16: .*"delayed" recipe',
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_recipe": "delayed", "checkpoint__every": 1},
+            {"model__fp8_recipe": "blockwise"},
+            "model.fp8_recipe: a checkpoint does not hold",
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_param_gather": "true", "checkpoint__every": 1},
+            {"checkpoint__every": 0},
+            "model.fp8_param_gather: a checkpoint does not hold",
+        ),
+        (
+            {"model__precision": "fp8", "model__fp8_param_gather": "true", "optimizer__distributed": "false"},
+            {"optimizer__distributed": "true"},
+            "model.fp8_param_gather: it is the distributed optimizer",
+        ),
+        (
+            FP8_WEIGHTS | {"rollout__urls": "[]"},
+            {"rollout__urls": "['http://a:1']"},
+            "publish.quantize: the embedded server has no FP8",
+        ),
+        (
+            FP8_WEIGHTS | {"model__precision": "fp32"},
+            {"model__precision": "bf16"},
+            "publish.quantize: SGLang computes",
+        ),
+        (
+            {name: value for name, value in FP8_WEIGHTS.items() if "tolerance" not in name},
+            FP8_WEIGHTS,
+            "publish.quantize: the servers' log-probs differ",
+        ),
+        ({"model__fp8_recipe": "mxfp8"}, {"model__precision": "fp8"}, "model.fp8_recipe: has no effect"),
         (
             {"rollout__over_sampling": 8},
             {"rollout__max_staleness": 1, "algorithm__params.correction": '"icepop"'},

@@ -63,3 +63,12 @@ def test_runs_are_compared_without_their_times(tmp_path: Path, capsys) -> None:
     assert "loss: differs in 1 of 2 steps, first 1, by up to 2e-07" in printed
     assert "extra: differs in 1 of 2 steps, first 1, by up to inf" in printed
     assert compare_runs([str(one), str(tmp_path / "none")]) == 2
+
+
+def test_a_step_that_one_run_lacks_is_seen(tmp_path: Path, capsys) -> None:
+    records = [{"step": i, "loss": 1.0} for i in range(4)]
+    one = run_dir(tmp_path / "one", *records)
+    assert compare_runs([str(one), str(run_dir(tmp_path / "short", *records[:2]))]) == 0
+    assert "in one run only: 2 of one and 0 of short" in capsys.readouterr().out
+    assert compare_runs([str(one), str(run_dir(tmp_path / "gap", records[0], *records[2:]))]) == 70
+    assert "step: differs in 1 of 3 steps, first 1" in capsys.readouterr().out
