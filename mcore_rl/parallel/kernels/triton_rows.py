@@ -32,7 +32,7 @@ def shard_statistics(
     if rows:
         _statistics[(rows,)](
             stats, *_matrix(logits), *_mask(keep), local, _per_row(scale, logits), rows, live,
-            keep is not None, block=_block(live), num_warps=WARPS,
+            keep is not None, block=_block(live), num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return stats
 
@@ -54,7 +54,7 @@ def logit_gradient(
     _gradient[(rows, triton.cdiv(live, block))](
         *_matrix(out), *_matrix(logits), *_mask(keep), local, _per_row(scale, logits),
         terms.top, terms.log_total, a, level, level if slope is None else slope,
-        live, keep is not None, slope is not None, block=block, num_warps=WARPS,
+        live, keep is not None, slope is not None, block=block, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 
@@ -136,4 +136,4 @@ def _per_row(scale: Scale, logits: Tensor) -> Tensor:
 
 
 def _block(live: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(max(live, 16)))
+    return min(BLOCK, max(16, 1 << (live - 1).bit_length()))
