@@ -1,7 +1,8 @@
 """Training checkpoints: sharded, committed whole, read back at any layout."""
 
 from mcore_rl.checkpoint.checkpoints import Checkpoints
-from mcore_rl.checkpoint.directory import Saved, committed, find
+from mcore_rl.checkpoint.directory import committed, find
+from mcore_rl.checkpoint.manifest import Saved
 from mcore_rl.checkpoint.pieces import count_updates, model_pieces, optimizer_pieces, set_updates
 from mcore_rl.checkpoint.rng import seed_rng
 

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mcore_rl.checkpoint.directory import CheckpointDirectory, Saved, write_error
+from mcore_rl.checkpoint.directory import CheckpointDirectory, write_error
 from mcore_rl.checkpoint.image import Entry, FileImage, Written
+from mcore_rl.checkpoint.manifest import Saved
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.checkpoint.rng import rng_state, set_rng_state
 from mcore_rl.checkpoint.torch_dist import data_file, load_pieces, side_files

@@ -12,64 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.checkpoint import manifest
 from mcore_rl.checkpoint.image import Written, write_file
-from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from mcore_rl.checkpoint.manifest import COMMITTED, Saved
+from mcore_rl.errors import CheckpointError, ConfigError
 
-COMMITTED = "COMMITTED"
-MANIFEST = "manifest.json"
 LOCK = "LOCK"
-FORMAT = 1
-"""of manifest.json"""
 
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
 _SUPERSEDED = ".superseded"
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A committed checkpoint whose manifest is intact."""
-
-    path: Path
-    step: int
-    files: Mapping[str, tuple[int, str]]
-    """name -> (bytes, SHA-256)"""
-    document: Mapping[str, Any]
-    """what the run keeps besides tensors, as JSON"""
-
-    def check(self, names: Sequence[str] | None = None) -> None:
-        """Compare files (all by default) with the manifest.
-
-        Raises:
-            DamagedCheckpointError: names the first that is missing, cut, changed or not a plain file.
-        """
-        for name in self.files if names is None else names:
-            _check_file(self.path / name, *self.files[name])
-
-
-def _check_file(path: Path, size: int, sha256: str) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise _damaged(path, "is missing or not a plain file")
-    if path.stat().st_size != size:
-        raise _damaged(path, f"has {path.stat().st_size} bytes, {size} were written")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise _damaged(path, "does not have the checksum that was written")
-
-
-def _damaged(path: Path, what: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"{path} {what}: this checkpoint is damaged; use --resume previous")
 
 
 def committed(root: Path) -> list[tuple[int, Path]]:
@@ -88,37 +48,14 @@ def find(root: Path, which: str) -> Saved:
         DamagedCheckpointError: its manifest is not what was committed.
     """
     if which not in ("latest", "previous"):
-        return read(Path(which))
+        return manifest.read(Path(which))
     known, back = committed(root), {"latest": 1, "previous": 2}[which]
     if len(known) < back:
         raise ConfigError(
             f"--resume {which}: {root} holds {len(known)} committed checkpoints; give the path of one, or "
             "start without --resume"
         )
-    return read(known[-back][1])
-
-
-def read(path: Path) -> Saved:
-    """The checkpoint in `path`, its manifest checked; `Saved.check` checks the rest. Raises as `find`."""
-    try:
-        mark, manifest = (path / COMMITTED).read_text(), (path / MANIFEST).read_bytes()
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(
-            f"--resume: {path} is no committed checkpoint (it lacks {COMMITTED} or {MANIFEST})"
-        ) from None
-    if mark.strip() != hashlib.sha256(manifest).hexdigest() or (path / MANIFEST).is_symlink():
-        raise _damaged(path / MANIFEST, f"is not the one that {COMMITTED} stands for")
-    try:
-        content = json.loads(manifest)
-        version = content["format"]
-        files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in content["files"].items()}
-        saved = Saved(path, int(content["step"]), files, dict(content["run"]))
-        escaping = [name for name in files if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path / MANIFEST, f"cannot be read ({error})") from None
-    if version != FORMAT or escaping:
-        raise ConfigError(f"{path / MANIFEST}: format {version} {escaping}, this version reads {FORMAT}")
-    return saved
+    return manifest.read(known[-back][1])
 
 
 class CheckpointDirectory:
@@ -161,7 +98,7 @@ class CheckpointDirectory:
         """Finish or remove what was begun: only a whole checkpoint is ever kept."""
         for path in sorted(self.root.glob(f"step_*{_PARTIAL}")):
             try:
-                whole = read(path)
+                whole = manifest.read(path)
                 whole.check()
             except (CheckpointError, ConfigError):
                 shutil.rmtree(path)
@@ -207,16 +144,7 @@ class CheckpointDirectory:
         """
         with _reported(partial):
             files = [*data, *(write_file(partial / name, content) for name, content in side.items())]
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "run": document,
-                "files": {file.name: [file.size, file.sha256] for file in files},
-            }
-            written = write_file(partial / MANIFEST, json.dumps(manifest).encode())
-            _sync(partial)
-            write_file(partial / COMMITTED, f"{written.sha256}\n".encode())
-            _sync(partial)
+            manifest.commit(partial, files, step=step, run=document)
             final = self.root / f"step_{step}"
             self._publish(partial, final)
             self._prune(final)
@@ -228,7 +156,7 @@ class CheckpointDirectory:
             shutil.rmtree(superseded, ignore_errors=True)
             final.rename(superseded)
         partial.rename(final)
-        _sync(self.root)
+        manifest.sync_directory(self.root)
         shutil.rmtree(superseded, ignore_errors=True)
 
     def _prune(self, newest: Path) -> None:
@@ -254,11 +182,3 @@ def write_error(place: Path, error: OSError) -> CheckpointError:
         f"{error.filename or place}: {error.strerror or error}; earlier checkpoints are untouched. Make room "
         "or make it writable, or set checkpoint.dir to another place"
     )
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.checkpoint import manifest
 from mcore_rl.convert.certify import Certificate, certify
-from mcore_rl.convert.output import Progress, whole_directory, write_manifest
+from mcore_rl.convert.output import Progress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.errors import ConfigError
@@ -88,7 +89,8 @@ def _convert(
         if check is not None:
             print("comparing the logits of both sides", file=sys.stderr, flush=True)
             summary["certificate"] = asdict(check(directory))
-        write_manifest(directory, summary)
+        files = [manifest.checksum(path) for path in sorted(directory.iterdir())]
+        manifest.commit(directory, files, conversion=summary)
     return summary
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mcore_rl.convert.output import check_manifest
+from mcore_rl.checkpoint import manifest
 from mcore_rl.errors import McoreRLError, NumericsError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.mapping import Mapping
@@ -31,7 +31,7 @@ def verify_checkpoint(
         ConfigError, CheckpointError: not a committed checkpoint of that model, or damaged.
         NumericsError: lists the tensors that are not finite, or differ.
     """
-    check_manifest(directory)
+    manifest.read(Path(directory)).check()
     arch = read_architecture(config or directory)
     mapping = Mapping(arch, arch.vocab)
     read = reader(directory, mapping)

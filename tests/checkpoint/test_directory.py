@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from mcore_rl.checkpoint import committed, find
-from mcore_rl.checkpoint.directory import COMMITTED, MANIFEST, CheckpointDirectory
+from mcore_rl.checkpoint.directory import CheckpointDirectory
+from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.checkpoint.torch_dist import METADATA, data_file
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from mcore_rl.model.unpickle import read_metadata

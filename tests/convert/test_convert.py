@@ -16,9 +16,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from safetensors.torch import load_file, save_file
 
+from mcore_rl.checkpoint import manifest
+from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.convert import output
 from mcore_rl.convert.certify import certify
-from mcore_rl.convert.output import COMMITTED, MANIFEST, Progress, check_manifest
+from mcore_rl.convert.output import Progress
 from mcore_rl.convert.run import hf_to_mcore, mcore_to_hf
 from mcore_rl.convert.verify import verify_checkpoint
 from mcore_rl.errors import CheckpointError, ConfigError, NumericsError
@@ -170,20 +172,20 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "flipped": (lambda d: flip(d / "__0_0.distcp"), r"\['__0_0\.distcp'\] are missing"),
+    "flipped": (lambda d: flip(d / "__0_0.distcp"), r"__0_0\.distcp does not have the checksum"),
     "cut": (
         lambda d: os.truncate(d / "__1_0.distcp", 99),
-        r"\['__1_0\.distcp'\] are missing",
+        r"__1_0\.distcp has 99 bytes",
     ),
-    "deleted": (lambda d: (d / "__2_0.distcp").unlink(), r"\['__2_0\.distcp'\] are missing"),
-    "manifest": (lambda d: flip(d / MANIFEST), "not what COMMITTED stands for"),
+    "deleted": (lambda d: (d / "__2_0.distcp").unlink(), r"__2_0\.distcp is missing"),
+    "manifest": (lambda d: flip(d / MANIFEST), "not the one that COMMITTED stands for"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(converted: Path, tmp_path: Path, damage: str) -> None:
     bad = shutil.copytree(converted, tmp_path / "bad")
-    check_manifest(bad)
+    manifest.read(bad).check()
     change, message = DAMAGE[damage]
     change(bad)
     with pytest.raises(CheckpointError, match=message):

@@ -42,7 +42,7 @@ def test_verify_says_what_is_wrong(dense_source: Path, tmp_path: Path, capsys) -
     assert "no committed checkpoint" in capsys.readouterr().err
     hf_to_mcore(dense_source, tmp_path / "mcore")
     (tmp_path / "mcore" / "__0_0.distcp").write_bytes(b"")
-    assert tool("verify_checkpoint.py", tmp_path / "mcore") == 75
+    assert tool("verify_checkpoint.py", tmp_path / "mcore") == 2
 
 
 def run_dir(directory: Path, *records: dict) -> Path:
