@@ -59,7 +59,7 @@ class Offloaded:
     def __init__(
         self,
         kept: Callable[[], Iterable[Tensor]],
-        scratch: Callable[[], Iterable[Tensor]] = tuple,
+        scratch: Callable[[], Iterable[Tensor]] = lambda: (),
         *,
         constant: bool = False,
     ) -> None:
@@ -176,7 +176,8 @@ def state_of(optimizer: Optimizer) -> list[Tensor]:
     """Adam's moments and the fp32 weights on this rank, less tensors that are weights of the model itself."""
     models = {storage._cdata for storage in storages(weights_of(optimizer.model), empty=True)}
     found: list[Tensor] = []
-    for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+    parts: list[Any] = getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron])
+    for part in parts:
         for group in part.optimizer.param_groups if part.optimizer is not None else ():
             for parameter in group["params"]:
                 state = part.optimizer.state.get(parameter, {}).values()

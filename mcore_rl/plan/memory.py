@@ -96,7 +96,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
     size = weight_bytes(work.precision)
     stages = []
     for stage, count in enumerate(policy):
-        waiting = {
+        waiting: dict[str, float] = {
             "optimizer": optimizer_bytes(count, layout, work),
             "reference": size * count.total * work.reference,
             "critic": critic_bytes(arch, critic[stage], layout, work, stage),
