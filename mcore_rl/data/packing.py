@@ -236,7 +236,7 @@ def _field(
                 f"field {name!r} of sequence {i} has shape {part.shape} for {count} response tokens; "
                 "give one number, or one per response token"
             )
-        parts.append(np.broadcast_to(part, (count,)))
+        parts.append(part if part.shape else np.full(count, part))
     rows = torch.from_numpy(np.concatenate(parts)[keep])
     if rows.is_floating_point():
         return rows.to(dtype)

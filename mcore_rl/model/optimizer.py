@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
@@ -65,10 +66,18 @@ class Optimizer:
         if bad.any():
             what = f"gradient norm is {norm}" if bad[0] else "the loss is not finite"
             raise NumericsError(f"{what}: no weight was changed")
-        if not cast("tuple[bool, ...]", self.megatron.step())[0]:
+        self._clip(norm)
+        if not self.megatron.step_with_ready_grads():
             raise NumericsError("Megatron's optimizer skipped the update although the gradient is finite")
         self.schedule.step(increment=1)
         return norm
+
+    def _clip(self, norm: float) -> None:
+        """What Megatron's own `step` does between the norm, which it would compute again, and the update."""
+        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
 
 
 def _trained(model: Model) -> list[DistributedDataParallel]:

@@ -227,6 +227,33 @@ def test_the_gradient_norm_counts_every_shard(pool1: Pool, pool2: Pool, dense_di
     assert unmarked[0] < 0.99 * alone
 
 
+def stepped(mesh: Mesh, directory: Path, clip: float, by_megatron: bool) -> tuple[torch.Tensor, int]:
+    """The weights of this rank after one step that `clip` acts on, and how often the norm was computed."""
+    model = build_policy(directory, mesh, ddp=ddp_config())
+    optimizer = build_optimizer(model, lr=0.1, eps=1.0, clip_grad=clip)
+    optimizer.zero_grad()
+    forward_backward(model, batches_at(mesh), NegativeLogLikelihood(), 1.0)
+    norms = []
+    norm = optimizer.megatron.get_grad_norm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer.megatron, "get_grad_norm", lambda: norms.append(norm()) or norms[-1])
+        (optimizer.megatron if by_megatron else optimizer).step()
+    assert norms[0] > 2 * clip
+    weights = [parameter.detach().flatten() for parameter in global_parameters(model.unwrapped).values()]
+    return torch.cat(weights), len(norms)
+
+
+def test_a_step_clips_and_updates_as_megatrons_own(pool2: Pool, dense_dir: Path) -> None:
+    """Ours looks at the norm before any weight changes, and must not ask for it a second time."""
+    ours = at_layout(pool2, "tp2", stepped, dense_dir, 1.0, False)
+    megatrons = at_layout(pool2, "tp2", stepped, dense_dir, 1.0, True)
+    unclipped = at_layout(pool2, "tp2", stepped, dense_dir, 0.0, False)
+    for (weights, norms), (expected, _), (other, _) in zip(ours, megatrons, unclipped, strict=True):
+        assert torch.equal(weights, expected)
+        assert not torch.equal(weights, other)
+        assert norms == 1
+
+
 @pytest.mark.parametrize("name", ["scaled", "total"])
 def test_metrics_do_not_share_memory_with_the_loss(name: str) -> None:
     """The schedule divides the loss in place, after the metrics were taken."""

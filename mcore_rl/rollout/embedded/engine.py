@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mcore_rl.errors import NumericsError
+from mcore_rl.rollout.embedded.decode import build_decoder
 from mcore_rl.rollout.embedded.kv_cache import SlotCache
 from mcore_rl.rollout.embedded.sampling import sample
 from mcore_rl.rollout.embedded.sequence import Details, Rows, Sequence, build_rows
@@ -37,6 +38,8 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, *, max_running: int) -> None:
         self.model = model
+        self.decoder = build_decoder(model)
+        """None: the model's own forward decodes"""
         self.cache = cache
         self.max_running = max_running
         self.vocab_size: int = model.config.get_text_config().vocab_size
@@ -217,6 +220,8 @@ class Engine:
         width = int(rows.position.max()) + 1
         self.cache.at_decode(rows.position, width)
         seen = torch.arange(width, device=rows.position.device) <= rows.position[:, None]
+        if self.decoder is not None:
+            return self.decoder(rows.token, rows.position, seen, self.cache).float()
         output = self.model(
             input_ids=rows.token[:, None],
             attention_mask=seen[:, None, None, :],

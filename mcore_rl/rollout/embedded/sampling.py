@@ -82,7 +82,7 @@ def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R
     cdf = probs.cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cdf, (knobs.uniform * cdf[:, -1])[:, None], right=True)[:, 0]
     drawn = drawn.clamp(max=logits.shape[-1] - 1)
-    return torch.where(greedy, logits.argmax(-1), drawn), log_probs
+    return torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn, log_probs
 
 
 def sample(

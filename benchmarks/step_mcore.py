@@ -1,0 +1,239 @@
+"""One side of benchmarks/step.py: GRPO steps of this project, in one rank with one embedded server.
+
+The functions of a step are those of `mcore_rl.train.loop.train`, in its order; a clock is read between them.
+CPU-seconds are of the trainer and of its server together, system time and all threads included but those of
+gloo that wait for connections: an idle process group takes some 0.8 ms of CPU time per second of the wall.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from mcore_rl.config import Config
+from mcore_rl.config.sections import Rollout
+from mcore_rl.model.mapping import global_parameters
+from mcore_rl.model.optimizer import Optimizer
+from mcore_rl.model.step import forward_backward
+from mcore_rl.model.weights_io import gather_hf
+from mcore_rl.train import update
+from mcore_rl.train.batch import RolloutBatch, build_batch, pack_mini_batch, token_sequence
+from mcore_rl.train.checkpoint import end_step
+from mcore_rl.train.loop import learn
+from mcore_rl.train.publish import publish
+from mcore_rl.train.run import Run, rollout, start
+from mcore_rl.train.score import log_probs
+from mcore_rl.types import Prompt, Sample, VersionSpan
+
+ADVANTAGES = (1.5, -0.5, 0.25, -2.0)
+"""of the witness's sequences, in turn; their mean is not 0, or the loss would be"""
+
+
+class FixedLength(Rollout):
+    """Every response has `max_new_tokens` tokens, as TRL's have with `min_new_tokens`."""
+
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """As Rollout's, and an end-of-sequence token ends nothing."""
+        return {**super().sampling_params, "ignore_eos": True}
+
+
+def reward(sample: Sample) -> float:
+    """Follows from the response alone; the samples of a group differ."""
+    return score_text(sample.text)
+
+
+def score_text(text: str) -> float:
+    """Some number in [0, 1); TRL's side computes the same."""
+    return sum(map(ord, text)) % 97 / 97
+
+
+class Clock:
+    """CPU-seconds of this process and of its rollout servers; made when all process groups are there."""
+
+    def __init__(self, servers: Sequence[psutil.Process]) -> None:
+        self.servers = servers
+        self.listeners = [
+            _thread_clock(thread) for thread in Path("/proc/self/task").iterdir() if _idles(thread)
+        ]
+        """of threads that ask their sockets a hundred times a second, whatever the step does"""
+
+    def __call__(self) -> float:
+        """Since they were started."""
+        served = sum(sum(server.cpu_times()[:2]) for server in self.servers)
+        return served + time.process_time() - self.idle()
+
+    def idle(self) -> float:
+        """Of the listeners, which are not counted: their time is that of the wall."""
+        return sum(map(time.clock_gettime, self.listeners))
+
+
+def _idles(thread: Path) -> bool:
+    return (thread / "comm").read_text().strip() == "gloo_tcp_loop"
+
+
+def _thread_clock(thread: Path) -> int:
+    """The number that Linux gives the CPU clock of a thread (MAKE_THREAD_CPUCLOCK in its sources)."""
+    return (~int(thread.name) << 3) | 6
+
+
+class Stopwatch:
+    """CPU-seconds of this process inside some functions, since they were last asked for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, and its time is counted."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - began
+
+        return timed
+
+    def take(self) -> float:
+        """The seconds; starts anew."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
+
+def config_of(task: dict[str, Any]) -> Config:
+    """A run of as many steps as are asked for; nothing is evaluated or saved."""
+    rollout = FixedLength(
+        prompts_per_step=task["prompts_per_step"],
+        samples_per_prompt=task["samples_per_prompt"],
+        max_new_tokens=task["new_tokens"],
+        threads=1,
+    )
+    config = Config.model_validate(
+        {
+            "run": {"dir": Path(task["run_dir"])},
+            "model": {"path": Path(task["model"])},
+            "data": {"train": Path(task["prompts"]), "max_prompt_tokens": task["prompt_tokens"]},
+            "reward": {"function": "benchmarks.step_mcore:reward"},
+            "algorithm": {"name": "grpo", "mini_batches": 1},
+            "optimizer": {"lr": task["lr"], "beta2": 0.999},
+            "train": {"steps": 1_000_000},
+            "publish": {"probe_sequences": task["probe_sequences"]},
+        }
+    )
+    return config.model_copy(update={"rollout": rollout})
+
+
+def steps(run: Run) -> Iterator[dict[str, float]]:
+    """CPU-seconds of one step after another, by what was done."""
+    clock = Clock([psutil.Process(cast(Any, server.process).pid) for server in run.fleet.local])
+    megatron = Stopwatch()
+    update.forward_backward = megatron.of(update.forward_backward)
+    Optimizer.step = megatron.of(Optimizer.step)
+    publish(run, 0, run.probe_prompts())
+    step = 0
+    while True:
+        step += 1
+        times = [clock()]
+        batch = build_batch(rollout(run, step))
+        times.append(clock())
+        learned = learn(run, batch, step)
+        times.append(clock())
+        published = publish(run, step, [s.prompt.token_ids + s.token_ids for s in batch.samples])
+        times.append(clock())
+        run.log(step, learned | published)
+        end_step(run, step)
+        times.append(clock())
+        generate, train, sync, log = (b - a for a, b in pairwise(times))
+        tokens = sum(len(sample.token_ids) for sample in batch.samples)
+        yield {
+            "generate": generate,
+            "train": train + log,
+            "publish": sync,
+            "tokens": tokens,
+            "driver": train + log - megatron.take(),
+        }
+
+
+def witness(run: Run, directory: Path) -> None:
+    """Random sequences with the loss and the gradient that this project computes for them.
+
+    DIRECTORY/batch.safetensors holds prompts, responses, their lengths, advantages and old log-probs (off the
+    present ones by noise that reaches both sides of the clip), DIRECTORY/gradient.safetensors the answer.
+    """
+    batch = random_batch(run)
+    sequences = [token_sequence(sample) for sample in batch.samples]
+    own = log_probs(run.policy, sequences, run.shape, run.temperature)
+    rng = np.random.default_rng(1)
+    old = [(values + 0.3 * rng.standard_normal(values.shape)).astype(np.float32) for values in own]
+    advantages = [ADVANTAGES[i % len(ADVANTAGES)] for i in range(len(sequences))]
+    fields = {"advantage": advantages, "old_log_prob": old}
+    micro_batches = pack_mini_batch(
+        batch, np.arange(len(sequences)), run.algorithm, run.shape, run.mesh, fields
+    )
+    run.optimizer.zero_grad()
+    sums = forward_backward(run.policy, micro_batches, run.objective, run.temperature)
+    loss = torch.stack([one["loss"] for one in sums]).sum()
+    parameters = global_parameters(run.policy.unwrapped)
+    mains = {name: cast(Any, parameter).main_grad for name, parameter in parameters.items()}
+    gradient = {name: g.contiguous() for name, g in gather_hf(mains, run.policy.mapping, run.mesh).items()}
+    directory.mkdir(parents=True)
+    save_file(gradient | {"loss": loss.reshape(1)}, directory / "gradient.safetensors")
+    longest = max(len(sample.token_ids) for sample in batch.samples)
+
+    def padded(rows) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+
+    recorded = {
+        "prompts": torch.tensor([sample.prompt.token_ids for sample in batch.samples]),
+        "responses": padded([torch.tensor(sample.token_ids) for sample in batch.samples]),
+        "lengths": torch.tensor([len(sample.token_ids) for sample in batch.samples]),
+        "advantages": torch.tensor(advantages),
+        "old_log_probs": padded([torch.from_numpy(values) for values in old]),
+    }
+    save_file(recorded, directory / "batch.safetensors")
+
+
+def random_batch(run: Run) -> RolloutBatch:
+    """As many sequences as a step has, the responses of different lengths."""
+    rng = np.random.default_rng(0)
+    vocab, rollout = run.policy.arch.vocab, run.config.rollout
+    samples = []
+    for i in range(rollout.prompts_per_step * rollout.samples_per_prompt):
+        prompt = rng.integers(2, vocab, run.config.data.max_prompt_tokens)
+        length = int(rng.integers(1, rollout.max_new_tokens + 1))
+        tokens = tuple(rng.integers(2, vocab, length).tolist())
+        asked = Prompt(str(i), "", tuple(prompt.tolist()), "")
+        zeros, spans = (0.0,) * length, (VersionSpan("0", 0, length),)
+        samples.append(Sample(str(i), asked, tokens, zeros, "", "stop", spans, 0.0))
+    return RolloutBatch(tuple(samples), tuple(sample.id for sample in samples))
+
+
+def main() -> None:
+    """A step for every line on stdin, its times as a line of JSON on stdout; ends with stdin."""
+    task = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"})
+    with start(config_of(task)) as run:
+        witness(run, Path(task["witness"]))
+        print("{}", file=answers)
+        for _, times in zip(sys.stdin, steps(run), strict=False):
+            print(json.dumps(times), file=answers)
+
+
+if __name__ == "__main__":
+    main()
