@@ -176,12 +176,13 @@ def state_of(optimizer: Optimizer) -> list[Tensor]:
     """Adam's moments and the fp32 weights on this rank, less tensors that are weights of the model itself."""
     models = {storage._cdata for storage in storages(weights_of(optimizer.model), empty=True)}
     found: list[Tensor] = []
-    parts: list[Any] = getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron])
-    for part in parts:
-        for group in part.optimizer.param_groups if part.optimizer is not None else ():
-            for parameter in group["params"]:
-                state = part.optimizer.state.get(parameter, {}).values()
-                found += [parameter.data, *(x for x in state if isinstance(x, Tensor) and x.numel() > 1)]
+    for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+        adam = part.optimizer
+        if adam is None:  # this rank has none of its parameters
+            continue
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            state = adam.state.get(parameter, {}).values()
+            found += [parameter.data, *(x for x in state if isinstance(x, Tensor) and x.numel() > 1)]
     return [tensor for tensor in found if tensor.untyped_storage()._cdata not in models]
 
 
