@@ -17,6 +17,7 @@ from mcore_rl.config.sections import (
     Optimizer,
     Parallel,
     Publish,
+    Residency,
     Reward,
     Rollout,
     Run,
@@ -41,6 +42,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     critic: Critic = Critic()
     train: Train
+    residency: Residency = Residency()
     checkpoint: Checkpoint = Checkpoint()
     supervised: Supervised = Supervised()
     publish: Publish = Publish()
@@ -132,6 +134,11 @@ def _of_fp8(config: Config) -> Iterator[str]:
             "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
             "checkpoint.every = 0"
         )
+    if model.fp8_param_gather and set(config.residency.model_dump().values()) != {"resident"}:
+        yield (
+            "model.fp8_param_gather: what is kept in FP8 cannot wait in host memory yet; drop it, or "
+            "[residency]"
+        )
     if model.fp8_param_gather and not config.optimizer.distributed:
         yield (
             "model.fp8_param_gather: it is the distributed optimizer that gathers; drop it, or set "
@@ -170,6 +177,13 @@ def _against_algorithm(config: Config) -> Iterator[str]:
         )
 
 
+def _needs_reference(config: Config) -> bool:
+    try:
+        return configure(config.algorithm.name, config.algorithm.params).needs_reference
+    except ConfigError:  # `sft`; of any other, _against_algorithm says what is wrong
+        return False
+
+
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
     unused: dict[str, str] = {}
@@ -184,7 +198,10 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
     name = config.algorithm.name
     if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
-        unused |= {f"critic.{key}": f"{name} has no critic" for key in Critic.model_fields}
+        keys = [f"critic.{key}" for key in Critic.model_fields] + ["residency.critic"]
+        unused |= dict.fromkeys(keys, f"{name} has no critic")
+    if not _needs_reference(config):
+        unused["residency.reference"] = f"{name} has no reference"
     if not config.checkpoint.every:
         unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
     if config.rollout.server == "embedded":

@@ -242,6 +242,17 @@ class Train(Section):
     """Seconds after which a step without progress ends the run."""
 
 
+class Residency(Section):
+    """What waits in host memory while it is not used."""
+
+    reference: Literal["resident", "offloaded", "swapped"] = "resident"
+    """`swapped`: no second model; for scoring, the policy takes its first weights back."""
+    critic: Literal["resident", "offloaded"] = "resident"
+    """Its weights and gradients, outside of its own scoring and updates."""
+    optimizer: Literal["resident", "offloaded"] = "resident"
+    """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
+
+
 class Checkpoint(Section):
     """The whole state of the run, saved to resume from."""
 

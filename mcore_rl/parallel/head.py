@@ -37,8 +37,10 @@ from mcore_rl.parallel.head_passes import (
     merged,
     scored_hidden,
     statistics,
+    statistics_of,
+    weight_grad,
 )
-from mcore_rl.parallel.kernels.rows import RowTerms, accumulate_dtype, shard_statistics
+from mcore_rl.parallel.kernels.rows import RowTerms, accumulate_dtype
 from mcore_rl.parallel.tiling import Tiling
 
 
@@ -107,7 +109,7 @@ def log_prob_entropy(
         tiling: rows worked on at once; default: by size, dtype and device.
 
     A weight that Megatron's DDP owns (it has `main_grad`) gets its gradient added there directly; see
-    `head_passes._weight_grad`.
+    `head_passes.weight_grad`.
     """
     shard = VocabShard.of(weight.shape[0], vocab_size, group)
     tiling = tiling or Tiling.of(weight.shape[0], hidden.dtype, hidden.device)
@@ -196,8 +198,7 @@ class _HeadLoss(torch.autograd.Function):
         scored = scored_hidden(hidden, call)
 
         def terms(rows: slice, logits: Tensor) -> RowTerms:
-            stats = shard_statistics(logits, call.local(rows), call.scale_of(rows), call.keep_of(rows))
-            log_prob, entropy, top, log_total = merged(stats, call, rows)
+            log_prob, entropy, top, log_total = merged(statistics_of(logits, call, rows), call, rows)
             a, b = _derivatives(loss, rows, HeadOutput(log_prob, entropy))
             return RowTerms(top, log_total, entropy, a * grad, None if b is None else b * grad)
 
@@ -213,7 +214,10 @@ def _backward(ctx, scored, weight, terms) -> tuple[Tensor | None, Tensor | None]
     def begin(grad_rows: Tensor) -> Callable[[], Tensor]:
         return begin_reduction(grad_rows, ctx.tokens, ctx.call)
 
-    return gradients(scored, weight, ctx.call, terms, begin if need_hidden else None, need_weight)
+    hidden_grad, total = gradients(
+        scored, weight, ctx.call, terms, begin if need_hidden else None, need_weight
+    )
+    return hidden_grad, weight_grad(weight, total)
 
 
 def _derivatives(loss: RowLoss, rows: slice, head: HeadOutput) -> tuple[Tensor, Tensor | None]:

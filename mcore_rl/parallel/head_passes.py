@@ -12,13 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.parallel.kernels.rows import (
-    RowTerms,
-    accumulate_dtype,
-    logit_gradient,
-    merge_statistics,
-    shard_statistics,
-)
+from mcore_rl.parallel.kernels import row_kernels
+from mcore_rl.parallel.kernels.rows import RowTerms, accumulate_dtype, combined, merge_statistics
 from mcore_rl.parallel.tiling import Tiling, in_place, parts
 
 PRODUCT_ELEMENTS = 1 << 20
@@ -118,11 +113,32 @@ def statistics(hidden: Tensor, weight: Tensor, call: Call) -> Tensor:
     """[4, R] of this shard; holds one tile of logits."""
     stats = hidden.new_zeros(4, len(hidden), dtype=accumulate_dtype(hidden.dtype))
     live = weight[: call.shard.live]
-    room = _room(hidden, min(call.tiling.tile, len(hidden)), len(live))
+    room = _room(hidden, min(call.tiling.tile, len(hidden)), min(call.tiling.columns, len(live)))
     for tile in parts(slice(0, len(hidden)), call.tiling.tile):
-        logits = _logits(hidden[tile], live, room[: tile.stop - tile.start])
-        stats[:, tile] = shard_statistics(logits, call.local(tile), call.scale_of(tile), call.keep_of(tile))
+
+        def logits(columns: slice, tile: slice = tile) -> Tensor:
+            width = columns.stop - columns.start
+            return _logits(hidden[tile], live[columns], room[: tile.stop - tile.start, :width])
+
+        stats[:, tile] = _row_statistics(logits, call, tile)
     return stats
+
+
+def statistics_of(logits: Tensor, call: Call, rows: slice) -> Tensor:
+    """[4, C] of this shard's logits [C, live] of `rows`, bit by bit those of `statistics`."""
+    return _row_statistics(lambda columns: logits[:, columns], call, rows)
+
+
+def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slice) -> Tensor:
+    """By blocks of columns, each asked for once and not kept."""
+    found = []
+    for columns in parts(slice(0, call.shard.live), call.tiling.columns) or [slice(0, 0)]:
+        keep = call.keep_of(rows)
+        keep = None if keep is None else keep[:, columns]
+        local, logits = call.local(rows) - columns.start, logits_of(columns)
+        kernels = row_kernels(logits.device, logits.dtype)
+        found.append(kernels.shard_statistics(logits, local, call.scale_of(rows), keep))
+    return combined(torch.stack(found), call.scale_of(rows)) if len(found) > 1 else found[0]
 
 
 def merged(stats: Tensor, call: Call, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +154,7 @@ def gradients(
     begin: Callable[[Tensor], Callable[[], Tensor]] | None,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of what `begin` reduces, gradient of the weight), from one more GEMM for logits and two.
+    """(what `begin` reduces, where the weight's gradient was summed), from one more GEMM for logits and two.
 
     Args:
         hidden: [R, H] scored rows.
@@ -165,7 +181,7 @@ def gradients(
             finish = begin(grad_hidden) if chunk.stop == everything.stop else finish
         if accumulator is not None:
             _add_product(accumulator[: len(live)], dlogits, hidden[chunk])
-    return (None if finish is None else finish()), _weight_grad(weight, accumulator)
+    return (None if finish is None else finish()), accumulator
 
 
 def _wave_gradient(
@@ -173,9 +189,12 @@ def _wave_gradient(
 ) -> None:
     logits = out if apart is None else apart[: len(out)]
     for tile in parts(wave, call.tiling.tile):
-        _logits(hidden[tile], live, logits[tile.start - wave.start : tile.stop - wave.start])
+        place = logits[tile.start - wave.start : tile.stop - wave.start]
+        for columns in parts(slice(0, len(live)), call.tiling.columns):
+            _logits(hidden[tile], live[columns], place[:, columns])
     terms = terms_of(wave, logits)
-    logit_gradient(logits, call.local(wave), terms, call.scale_of(wave), call.keep_of(wave), out)
+    kernels = row_kernels(logits.device, logits.dtype)
+    kernels.logit_gradient(logits, call.local(wave), terms, call.scale_of(wave), call.keep_of(wave), out)
 
 
 # --- GEMMs and collectives ------------------------------------------------------------------------------
@@ -213,19 +232,15 @@ def _add_product(accumulator: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     if accumulator.dtype == dlogits.dtype:
         accumulator.addmm_(dlogits.T, hidden)
         return
-    step = max(1, PRODUCT_ELEMENTS // hidden.shape[1]) if hidden.device.type == "cpu" else len(accumulator)
-    for some in parts(slice(0, len(accumulator)), step):
-        accumulator[some].add_(_product(dlogits[:, some].T, hidden, accumulator.dtype))
+    if hidden.is_cuda:
+        torch.addmm(accumulator, dlogits.T, hidden, out_dtype=accumulator.dtype, out=accumulator)
+        return
+    for some in parts(slice(0, len(accumulator)), max(1, PRODUCT_ELEMENTS // hidden.shape[1])):
+        accumulator[some].add_(torch.mm(dlogits[:, some].T, hidden))
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    if left.is_cuda and dtype == torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
-
-
-def _weight_grad(weight: Tensor, accumulator: Tensor | None) -> Tensor | None:
-    """What autograd gets for the weight.
+def weight_grad(weight: Tensor, accumulator: Tensor | None) -> Tensor | None:
+    """What autograd gets for the weight; asked for when the logits are gone, as it has the weight's size.
 
     Megatron's contract for a gradient that already lies in `main_grad`: set `grad_added_to_main_grad` and
     return a dummy, so that DDP's hook still fires (never None); zeros where `zero_out_wgrad` says that the

@@ -21,25 +21,27 @@ class Tiling(NamedTuple):
     """whose logits are alive between their statistics and their gradient"""
     chunk: int
     """of one GEMM each for the gradient in hidden states and weight"""
+    columns: int
+    """vocabulary rows of one GEMM for logits, the same in every pass as well"""
 
     @classmethod
     def of(cls, vocab_rows: int, dtype: torch.dtype, device: torch.device) -> Tiling:
         """For `vocab_rows` lm_head rows per rank, padding included: the same on every rank of a group.
 
-        On a CPU logits have the dtype of the GEMM, their gradient takes their place, and a GEMM does not mind
-        few rows: 16 MiB to score, 32 (bf16: 64, as each adds a rounded dW to an fp32 one) to differentiate.
+        On a CPU logits have the dtype of the GEMM and their gradient takes their place: 64 MiB of them to
+        differentiate, 16 to score. Rows are what a GEMM wants more of, since each tile of rows reads the
+        whole weight again, so logits are cut along the vocabulary as well.
         On a GPU 16-bit inputs give fp32 logits, at most 320 MiB of them, and 16-bit gradients, at most 160
         MiB: 1024 and 4096 rows at 16032 (a 128256-token vocabulary on 8 ranks), 64 and 125 MiB.
         """
         if device.type == "cpu":
-            tile = _rows(16 * MIB, vocab_rows * dtype.itemsize)
-            chunk = min(MAX_ROWS, tile * (2 if dtype.itemsize >= 4 else 4))
-            return cls(tile, chunk, chunk)
+            rows = _rows(64 * MIB, vocab_rows * dtype.itemsize)
+            return cls(rows, rows, rows, 16 * MIB // (rows * dtype.itemsize))
         tile = _rows(320 * MIB, vocab_rows * accumulate_dtype(dtype).itemsize)
         if in_place(dtype, device):
-            return cls(tile, tile, tile)
+            return cls(tile, tile, tile, vocab_rows)
         fitting = 160 * MIB // (vocab_rows * dtype.itemsize) // tile
-        return cls(tile, tile, tile * max(1, min(4, fitting)))
+        return cls(tile, tile, tile * max(1, min(4, fitting)), vocab_rows)
 
 
 def in_place(dtype: torch.dtype, device: torch.device) -> bool:

@@ -8,7 +8,7 @@ layers with the portable norm and attention (model/portable.py), for full micro-
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -17,6 +17,7 @@ import torch
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.model.architecture import Architecture
 from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.residency import NEEDED, PHASES
 from mcore_rl.model.spec import DTYPES, padded_vocab
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.tiling import Tiling
@@ -24,6 +25,11 @@ from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_o
 from mcore_rl.plan.work import Work
 from mcore_rl.precision import ITEM_BYTES
 
+_STATE = (
+    *("weights", "gradients", "optimizer", "reference", "critic", "critic_optimizer", "reward_model"),
+    *("server_weights", "kv_cache", "other"),
+)
+"""components that stay, unless they are offloaded; the others come and go with a phase"""
 GIB = 1 << 30
 OTHER = 3 * GIB
 """CUDA context, NCCL buffers and fragmentation of one rank: an allowance, not a measurement"""
@@ -42,7 +48,8 @@ class Memory:
     optimizer: float = 0
     reference: float = 0
     critic: float = 0
-    """its weights, gradients and optimizer state"""
+    """its weights and gradients"""
+    critic_optimizer: float = 0
     reward_model: float = 0
     activations: float = 0
     """kept from forward to backward"""
@@ -54,17 +61,32 @@ class Memory:
     server_weights: float = 0
     kv_cache: float = 0
     other: float = OTHER
+    host: float = 0
+    """not on the GPU: in pinned host memory, what of the above is offloaded or swapped"""
+    offloaded: frozenset[str] = frozenset()
+    """components that are on the GPU only in the phases of residency.NEEDED"""
 
     @property
     def step(self) -> float:
         """At most during forward and backward: the head and the layers take turns."""
         return self.activations + max(self.layer_backward, self.head)
 
+    def at(self, phase: str) -> float:
+        """At most during one of residency.PHASES."""
+        scoring = max(self.layer_backward, self.head)  # no more than that: a layer or the head, forward only
+        working = {"policy": self.step, "critic": self.step, "publish": self.publish}
+        working |= dict.fromkeys(("reference", "values"), scoring)
+        state = sum(
+            getattr(self, name)
+            for name in _STATE
+            if name not in self.offloaded or phase in NEEDED.get(name, ())
+        )
+        return state + working.get(phase, 0)
+
     @property
     def total(self) -> float:
-        """At the worst moment: training and publishing take turns too."""
-        turns = self.activations + self.layer_backward + self.head + self.publish
-        return sum(asdict(self).values()) - turns + max(self.step, self.publish)
+        """At the worst moment: the phases take turns."""
+        return max(self.at(phase) for phase in PHASES)
 
 
 def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]:
@@ -72,23 +94,31 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
     policy = count_policy(arch, layout)
     critic = count_critic(arch, layout) if work.critic else [StageCount()] * layout.pipeline
     size = weight_bytes(work.precision)
-    return [
-        Memory(
-            weights=_weights(count, work),
-            gradients=4 * count.total,
-            optimizer=optimizer_bytes(count, layout, work),
-            reference=size * count.total * work.reference,
-            critic=_trained(critic[stage], layout, work),
-            reward_model=size * count.total * work.reward_model,
-            activations=kept_bytes(arch, layout, work, stage),
-            layer_backward=backward_bytes(arch, layout, work, stage),
-            head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
-            publish=publish_bytes(arch, layout, work.precision),
-            server_weights=_server_weights(policy, layout) * work.colocated,
-            kv_cache=_kv_cache(arch, layout, work) * work.colocated,
+    stages = []
+    for stage, count in enumerate(policy):
+        waiting: dict[str, float] = {
+            "optimizer": optimizer_bytes(count, layout, work),
+            "reference": size * count.total * work.reference,
+            "critic": critic_bytes(arch, critic[stage], layout, work, stage),
+            "critic_optimizer": critic_optimizer_bytes(arch, critic[stage], layout, work, stage),
+        }
+        stages.append(
+            Memory(
+                weights=_weights(count, work),
+                gradients=4 * count.total,
+                **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
+                reward_model=size * count.total * work.reward_model,
+                activations=kept_bytes(arch, layout, work, stage),
+                layer_backward=backward_bytes(arch, layout, work, stage),
+                head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
+                publish=publish_bytes(arch, layout, work.precision),
+                server_weights=_server_weights(policy, layout) * work.colocated,
+                kv_cache=_kv_cache(arch, layout, work) * work.colocated,
+                host=_host(waiting, 4 * critic[stage].total, work),
+                offloaded=work.offloaded,
+            )
         )
-        for stage, count in enumerate(policy)
-    ]
+    return stages
 
 
 def weight_bytes(precision: str) -> int:
@@ -114,8 +144,30 @@ def optimizer_bytes(count: StageCount, layout: Layout, work: Work) -> float:
     return per_parameter * (count.dense / replicas + count.experts / expert_replicas)
 
 
-def _trained(count: StageCount, layout: Layout, work: Work) -> float:
-    return _weights(count, work) + 4 * count.total + optimizer_bytes(count, layout, work)
+def critic_bytes(arch: Architecture, count: StageCount, layout: Layout, work: Work, stage: int) -> float:
+    """Weights and gradients; the value head's weights are in fp32 at least."""
+    wider = (4 - weight_bytes(work.precision)) * _value_head(arch, layout, work, stage)
+    return _weights(count, work) + 4 * count.total + wider
+
+
+def critic_optimizer_bytes(
+    arch: Architecture, count: StageCount, layout: Layout, work: Work, stage: int
+) -> float:
+    """As optimizer_bytes; the value head needs no fp32 weights beside its own."""
+    replicas = layout.data * layout.context if work.distributed_optimizer else 1
+    saved = 4 * (work.precision != "fp32") * _value_head(arch, layout, work, stage) / replicas
+    return optimizer_bytes(count, layout, work) - saved
+
+
+def _value_head(arch: Architecture, layout: Layout, work: Work, stage: int) -> int:
+    """Parameters of it on a stage."""
+    return arch.hidden * (work.critic and stage == layout.pipeline - 1)
+
+
+def _host(waiting: dict[str, float], gradients: float, work: Work) -> float:
+    """A copy of what waits; the critic's gradients are not copied, and a swap takes the weights twice."""
+    copies = sum(waiting[name] for name in work.offloaded)
+    return copies - gradients * ("critic" in work.offloaded) + 2 * waiting["reference"] * work.swapped
 
 
 # --- activations ----------------------------------------------------------------------------------------

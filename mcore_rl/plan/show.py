@@ -48,7 +48,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _gib(memory: Memory) -> dict[str, float]:
-    sizes = asdict(memory) | {"total": memory.total}
+    sizes = {name: size for name, size in asdict(memory).items() if name != "offloaded"}
+    sizes |= {"total": memory.total}
     return {name: size / GIB for name, size in sizes.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -44,6 +45,10 @@ class Work:
     old_log_prob_share: float
     """of the samples that get a forward pass of the policy before the updates"""
     fp8: Fp8 = DEFAULT_FP8
+    offloaded: frozenset[str] = frozenset()
+    """parts (residency.NEEDED) that wait in host memory"""
+    swapped: bool = False
+    """the reference is the policy with its first weights"""
 
     @property
     def tokens(self) -> float:
@@ -101,4 +106,16 @@ def work_of(
         generates=not supervised,
         old_log_prob_share=0.0 if supervised else 1.0 if all_old else 1 - 1 / a.mini_batches,
         fp8=fp8_of(config),
+        offloaded=frozenset(_offloaded(config)),
+        swapped=config.residency.reference == "swapped",
     )
+
+
+def _offloaded(config: Config) -> Iterator[str]:
+    where = config.residency
+    if where.reference == "offloaded":
+        yield "reference"
+    if where.critic == "offloaded":
+        yield "critic"
+    if where.optimizer == "offloaded":
+        yield from ("optimizer", "critic_optimizer")

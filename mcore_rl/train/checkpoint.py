@@ -142,7 +142,8 @@ def end_step(run: Trainer, step: int) -> None:
         leaving = _any_rank(run.mesh, run.leave.is_set())
         every = run.config.checkpoint.every
         if leaving or (every and (step % every == 0 or step == run.config.train.steps)):
-            run.checkpoints.save(step, pieces(run), run_document(run))
+            with run.residency.during("save"):
+                run.checkpoints.save(step, pieces(run), run_document(run))
         if leaving:
             run.checkpoints.wait()
             left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")

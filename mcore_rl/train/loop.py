@@ -78,8 +78,10 @@ def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
     sequences = [token_sequence(sample) for sample in batch.samples]
     later = [sequences[i] for i in members]
     old = log_probs(run.policy, later, run.shape, run.temperature) if later else []
-    ref = log_probs(run.reference, sequences, run.shape, run.temperature) if run.reference else []
-    value = values(run.critic.model, sequences, run.shape) if run.critic else []
+    with run.residency.during("reference"):
+        ref = log_probs(run.reference, sequences, run.shape, run.temperature) if run.reference else []
+    with run.residency.during("values"):
+        value = values(run.critic.model, sequences, run.shape) if run.critic else []
     return Scores(dict(zip(members, old, strict=True)), ref, value)
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from mcore_rl.algo.algorithms import Algorithm, configure
@@ -16,6 +17,7 @@ from mcore_rl.data.cursor import share
 from mcore_rl.errors import RolloutError
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.optimizer import Optimizer
+from mcore_rl.model.residency import Offloaded, Swapped, gradients_of, weights_of
 from mcore_rl.parallel.control import gather_replicas, on_leads, on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import RewardFn, load_reward, score_groups
@@ -30,6 +32,7 @@ from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.setup import (
     Trainer,
     model_settings,
+    offload_optimizers,
     optimizer_of,
     read_prompts,
     start_trainer,
@@ -123,7 +126,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     ):
         alert = GradientAlert()
         trainer.stateful["alert"] = alert
-        reference = build_reference(config, trainer.mesh) if algorithm.needs_reference else None
+        reference = place_reference(trainer) if algorithm.needs_reference else None
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
         if critic is not None:
             trainer.optimizers["critic."] = critic.optimizer
@@ -131,6 +134,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         if ahead is not None:
             trainer.stateful["ahead"] = ahead
         restore(trainer)  # before a server starts on the policy's weights
+        offload_trained(trainer, critic)
         weights_dir = config.publish.dir or config.run.dir / "weights"
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
@@ -154,6 +158,28 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             fleet=fleet,
             weights_dir=weights_dir,
             ahead=ahead,
+        )
+
+
+def place_reference(trainer: Trainer) -> Model:
+    """The reference where [residency] says; `swapped`, the policy, with its start in that phase."""
+    where = trainer.config.residency.reference
+    if where == "swapped":
+        trainer.residency.parts["reference"] = Swapped(trainer.policy)
+        return trainer.policy
+    reference = build_reference(trainer.config, trainer.mesh)
+    if where == "offloaded":
+        trainer.residency.parts["reference"] = Offloaded(partial(weights_of, reference), constant=True)
+    return reference
+
+
+def offload_trained(trainer: Trainer, critic: Critic | None) -> None:
+    """After `restore`: optimizer states and the critic wait in host memory, where [residency] says so."""
+    offload_optimizers(trainer)
+    if critic is not None and trainer.config.residency.critic == "offloaded":
+        model = critic.model
+        trainer.residency.parts["critic"] = Offloaded(
+            partial(weights_of, model), partial(gradients_of, model)
         )
 
 

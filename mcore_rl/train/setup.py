@@ -31,6 +31,7 @@ from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
+from mcore_rl.model.residency import Offloaded, Residency, state_of
 from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
@@ -72,6 +73,8 @@ class Trainer:
     """what the run continues from"""
     leave: threading.Event
     """set when this rank is asked to leave"""
+    residency: Residency
+    """what of it is on the device, and when"""
     watchdog: Watchdog | None
     """ends the process when no step is finished; None where nobody waits for this run"""
 
@@ -161,6 +164,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         checkpoints=None,
         saved=None,
         leave=threading.Event(),
+        residency=Residency(),
         watchdog=None,
     )
 
@@ -290,6 +294,14 @@ def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = No
         decay=o.schedule,
         distributed=o.distributed,
     )
+
+
+def offload_optimizers(trainer: Trainer) -> None:
+    """After `restore`: their state waits in host memory from now on, where [residency] says so."""
+    if trainer.config.residency.optimizer == "offloaded":
+        for prefix, optimizer in trainer.optimizers.items():
+            name = "critic_optimizer" if prefix else "optimizer"
+            trainer.residency.parts[name] = Offloaded(partial(state_of, optimizer))
 
 
 def shape_of(config: Config, mesh: Mesh) -> Shape:

@@ -18,7 +18,7 @@ from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.checkpoint import end_step, restore
 from mcore_rl.train.metrics import head_metrics
-from mcore_rl.train.setup import Trainer, start_trainer
+from mcore_rl.train.setup import Trainer, offload_optimizers, start_trainer
 from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
 
@@ -27,6 +27,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model."""
     with start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as run:
         restore(run)
+        offload_optimizers(run)
         for step in range(run.step + 1, config.train.steps + 1):
             with run.timers("train"):
                 metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)

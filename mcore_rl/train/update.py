@@ -42,6 +42,11 @@ class Update:
     ids: Sequence[str]
     """of the samples that the rows' field `sample` numbers"""
 
+    @property
+    def phase(self) -> str:
+        """Whose update it is, in residency.PHASES."""
+        return "critic" if self.kind == "critic" else "policy"
+
 
 def run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]], float]:
     """The objective's sums of each micro-batch, and the gradient norm.
@@ -50,11 +55,18 @@ def run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]]
         NumericsError: on every rank, before any weight changes, when a loss or the gradient is not finite.
             The first micro-batch that does it alone is kept in RUN_DIR/numerics, with the weights.
     """
+    with run.residency.during(update.phase):
+        return _run_update(run, update)
+
+
+def _run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]], float]:
     optimizer = update.optimizer
     optimizer.zero_grad()
     sums = forward_backward(optimizer.model, update.batches, update.objective, update.temperature)
+    finite = all(bool(one["loss"].isfinite()) for one in sums)
     try:
-        return sums, optimizer.step(finite=all(bool(one["loss"].isfinite()) for one in sums))
+        with run.residency.during(f"{update.phase} step"):
+            return sums, optimizer.step(finite=finite)
     except NumericsError as error:
         raised = NumericsError(f"step {update.step}, {update.kind}: {error}. {_dump(run, update)}")
         raised.shared = True

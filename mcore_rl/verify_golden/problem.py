@@ -211,7 +211,7 @@ class Problem:
         settings: dict[str, Any] = {
             "group": self.group,
             "vocab_size": len(weight),
-            "tiling": Tiling(rows, rows, rows),
+            "tiling": Tiling(rows, rows, rows, len(weight)),
         }
         leaves = hidden.clone().requires_grad_(), self._shard(weight).requires_grad_()
         return *leaves, (targets, self.scalar("temperature")), settings

@@ -22,7 +22,7 @@ from mcore_rl.train.batch import RolloutBatch, build_batch
 from mcore_rl.train.loop import learn
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective
-from mcore_rl.train.run import Run, build_reference, build_trained_critic
+from mcore_rl.train.run import Run, build_trained_critic, offload_trained, place_reference
 from mcore_rl.train.setup import Trainer, build_trainer
 from mcore_rl.train.supervised import train_step
 from mcore_rl.types import Group, Sample, VersionSpan
@@ -63,12 +63,17 @@ def build_run(config: Config, layout: Layout, directory: Path) -> Run:
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
     trainer = build_trainer(config, build_mesh(layout, timeout=60.0), 40)
     algorithm = configure(config.algorithm.name, config.algorithm.params)
+    reference = place_reference(trainer) if algorithm.needs_reference else None
+    critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
+    if critic is not None:
+        trainer.optimizers["critic."] = critic.optimizer
+    offload_trained(trainer, critic)
     return Run(
         **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
         algorithm=algorithm,
         objective=PolicyObjective(algorithm, None),
-        reference=build_reference(config, trainer.mesh) if algorithm.needs_reference else None,
-        critic=build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None,
+        reference=reference,
+        critic=critic,
         alert=GradientAlert(),
         reward=load_reward(config.reward.function),
         eval_prompts=(),
