@@ -204,8 +204,12 @@ class RolloutClient:
     # -- state --------------------------------------------------------------------------------------------
 
     async def ready(self) -> bool:
-        """True when the server answers /ready with 200 within a few seconds; never raises."""
+        """True when /ready is 200 within a few seconds, as it is unless starting or paused; never raises."""
         return await self._answers("/ready", min(self.timeout, _READY_SECONDS))
+
+    async def end_pause(self) -> bool:
+        """As `resume`, in one attempt of a few seconds: whether it was answered; never raises."""
+        return await self._answers("/continue_generation", min(self.timeout, _READY_SECONDS), {})
 
     async def healthy(self, within: float) -> bool:
         """True when /health, for which an idle server samples a token, is 200 within that; never raises."""
@@ -219,10 +223,10 @@ class RolloutClient:
         """/server_info: version, limits, settings."""
         return _object(await self._simple("GET", "/server_info"), f"{self.url}/server_info")
 
-    async def _answers(self, path: str, within: float) -> bool:
+    async def _answers(self, path: str, within: float, body: Mapping[str, Any] | None = None) -> bool:
         try:
             async with asyncio.timeout(within):
-                await self._request("GET", path)
+                await self._request("GET" if body is None else "POST", path, body)
         except (_TransientError, RolloutError, aiohttp.ClientError, TimeoutError, OSError):
             return False
         return True

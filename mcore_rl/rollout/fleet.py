@@ -137,10 +137,10 @@ def _lives(server: LocalServer) -> bool:
 
 
 async def _empty(client: RolloutClient) -> None:
+    await client.end_pause()  # a paused server is not ready, and what paused it may be gone
     if not await client.ready():
         raise RolloutError(f"{client.url}: not ready")
     await client.abort(every=True)
-    await client.resume()
 
 
 async def on_each(
@@ -174,6 +174,9 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
         absent = [client for client, is_ready in zip(absent, ready, strict=True) if not is_ready]
         if not absent:
             return
+        await asyncio.gather(
+            *(client.end_pause() for client in absent)
+        )  # of a trainer that died in a publish
         if time.monotonic() > end:
             urls = ", ".join(client.url for client in absent)
             raise RolloutError(

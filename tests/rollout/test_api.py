@@ -259,7 +259,9 @@ def test_pause_with_abort_ends_everything(fresh_url: str, threads: ThreadPoolExe
     waiting = threads.submit(generate, fresh_url, {"max_new_tokens": 1})
     wait_until(lambda: load(fresh_url)["num_waiting_reqs"] == 1, "a new request waits")
     assert not waiting.done()
+    assert http(fresh_url, "/ready", method="GET").status == 503
     http(fresh_url, "/continue_generation", {})
+    assert http(fresh_url, "/ready", method="GET").status == 200
     assert waiting.result(30).status == 200
 
 

@@ -121,6 +121,17 @@ def test_waiting_for_absent_servers_ends_and_names_them(server: LocalServer) -> 
         asyncio.run(wait())
 
 
+def test_a_server_that_a_dead_trainer_left_paused_is_waited_for_and_serves(fresh_url: str) -> None:
+    async def wait() -> None:
+        async with RolloutClient(fresh_url) as client:
+            await client.pause("retract")
+            assert not await client.ready()
+            await wait_ready([client], timeout=5)
+            assert await client.ready()
+
+    asyncio.run(wait())
+
+
 def test_sglang_is_not_told_what_torchrun_tells_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process groups would look for their stores in torchrun, for ever."""
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "PYTHONPATH"):

@@ -189,7 +189,7 @@ class Api:
     # -- state --------------------------------------------------------------------------------------------
 
     async def ready(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if self.worker.engine.paused else 200)
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when the engine thread answers between two steps, else 503."""
