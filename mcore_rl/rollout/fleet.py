@@ -176,7 +176,7 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
             return
         await asyncio.gather(
             *(client.end_pause() for client in absent)
-        )  # of a trainer that died in a publish
+        )
         if time.monotonic() > end:
             urls = ", ".join(client.url for client in absent)
             raise RolloutError(
