@@ -174,9 +174,7 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
         absent = [client for client, is_ready in zip(absent, ready, strict=True) if not is_ready]
         if not absent:
             return
-        await asyncio.gather(
-            *(client.end_pause() for client in absent)
-        )
+        await asyncio.gather(*(client.end_pause() for client in absent))
         if time.monotonic() > end:
             urls = ", ".join(client.url for client in absent)
             raise RolloutError(
