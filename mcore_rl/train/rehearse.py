@@ -28,7 +28,8 @@ from mcore_rl.train.setup import layout_of, world_size
 STEPS = 3
 PROCESSES = 8
 _WAIT_SECONDS = 60.0
-_VOCABULARY = ("<pad>", "<eos>", *"0123456789+=")
+_VOCABULARY = ("<|endoftext|>", "<eos>", *"0123456789+=")
+"""pads with the token that transformers adds to every tokenizer of a Qwen2 model that lacks it"""
 
 
 def rehearse(config: Config, processes: int | None = None) -> int:

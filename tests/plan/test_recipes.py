@@ -12,13 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from mcore_rl.config import load_config
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.metrics import read_metrics
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.precision import check_precision
 from mcore_rl.plan.command import plan
-from mcore_rl.train.rehearse import shrink_parallel
+from mcore_rl.train.rehearse import shrink_parallel, write_rehearsal
 from tests.sources import ROOT
 
 SCRIPTS = sorted(path for path in (ROOT / "examples").glob("train_*.sh"))
@@ -116,6 +118,15 @@ def test_fp8_without_a_gpu_names_the_remedy() -> None:
 def test_a_rehearsal_keeps_every_kind_of_parallelism(recipe: str, processes: int, small: tuple) -> None:
     p = shrink_parallel(load_config(ROOT / "examples" / f"{recipe}.toml").parallel, processes)
     assert (p.tensor, p.pipeline, p.context, p.expert, p.data) == small
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_rehearsed_model_and_its_tokenizer_belong_together(recipe: Path, tmp_path: Path) -> None:
+    """Of some families transformers adds tokens that a tokenizer lacks."""
+    _, tiny = write_rehearsal(load_config(recipe, ["--run.dir", str(tmp_path)]), 8)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model.path, local_files_only=True)
+    assert len(tokenizer) == read_architecture(tiny.model.path).vocab
+    assert tokenizer.decode(tokenizer.encode("13+4=")) == "13+4="
 
 
 def test_a_rehearsal_that_cannot_says_how_many_it_needs() -> None:
