@@ -74,7 +74,9 @@ def check(steps: list[dict], events: list[dict]) -> None:
     trained = steps[1:]
     assert {step["samples"] for step in trained} == {16 * 8}
     assert max(step["publish/probe_max_abs"] for step in steps) <= 2e-4
-    assert min(step["publish/stale_max_abs"] for step in trained) > 2e-4
+    moved = [step for step in trained if step["grad_norm"] > 0]  # equal rewards leave the first weights
+    assert moved
+    assert min(step["publish/stale_max_abs"] for step in moved) > 2e-4
     assert min(step["rollout/servers"] for step in steps) == 1, "the fault did not fire"
     kinds = [event["kind"] for event in events]
     assert kinds.index("server_lost") < kinds.index("server_returned")
