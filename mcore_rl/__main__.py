@@ -69,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("serve", help=about, add_help=False)
     add.set_defaults(command=serve)
 
+    add = commands.add_parser("follow", help="keep a copy of the newest weights on a server's own machine")
+    add.add_argument("source", type=Path, metavar="SOURCE", help="publish.dir of the run")
+    add.add_argument(
+        "target", type=Path, metavar="TARGET", help="publish.replica: where this machine keeps it"
+    )
+    add.set_defaults(command=follow)
+
     convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
     add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
@@ -155,6 +162,20 @@ def serve(_: argparse.Namespace, options: list[str]) -> int:
     from mcore_rl.rollout.embedded.server import serve
 
     tyro.cli(serve, prog="mcore-rl serve", args=options)
+    return 0
+
+
+def follow(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl follow SOURCE TARGET`: until SIGTERM or Ctrl-C."""
+    import signal
+
+    from mcore_rl.weights.follow import Follower
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    Follower(arguments.source, arguments.target).run()
     return 0
 
 
