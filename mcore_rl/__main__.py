@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mcore_rl.errors import McoreRLError
 
@@ -96,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     add.set_defaults(command=report)
 
+    _add_verify(commands)
+    return parser
+
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser("verify", help="prove the maths and the layouts on this machine")
     checks = verify.add_subparsers(required=True, metavar="CHECK")
     add = checks.add_parser("golden", help="float64 golden cases through the library's own functions")
@@ -108,7 +114,6 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--algorithms", type=_names, help="such as gspo,ppo")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=verify_layouts)
-    return parser
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
