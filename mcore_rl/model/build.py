@@ -44,10 +44,14 @@ class Model:
     source: Path
     """HF directory that config.json and the tokenizer came from"""
 
-    def export(self, directory: Path, *, quantized: bool = False) -> None:
+    def export(
+        self, directory: Path, *, quantized: bool = False, write: weights_io.Write = weights_io.write_file
+    ) -> None:
         """Write the weights as an HF directory, `quantized` in FP8 for a server; collective."""
         where = (directory, self.source)
-        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized)
+        weights_io.export(
+            self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized, write=write
+        )
 
 
 def build_policy(
