@@ -7,6 +7,7 @@ has opened a file, and is chosen by a switch for the whole process. A server run
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import uuid
 from collections.abc import Callable
@@ -51,7 +52,8 @@ class SharedBytes:
                 f"{_ROOT} has no room for a bucket of {nbytes} bytes ({error}); enlarge it (docker: "
                 "--shm-size), or lower publish.bucket_mib"
             ) from error
-        mapped = torch.from_file(str(self._path), shared=True, size=_HEADER + nbytes, dtype=torch.uint8)
+        self._map = mmap.mmap(self._file, _HEADER + nbytes)
+        mapped = torch.frombuffer(self._map, dtype=torch.uint8)
         mapped[:4].view(torch.int32).fill_(_USERS)
         self.data: Tensor = mapped[_HEADER:]
         """[nbytes] uint8"""
@@ -68,6 +70,11 @@ class SharedBytes:
     @property
     def _name(self) -> bytes:
         return f"/{self._path.name}".encode()
+
+    def hollow(self) -> None:
+        """Give the memory back but for the first page; the name can still be opened, to zeros."""
+        if len(self._map) > mmap.PAGESIZE:
+            self._map.madvise(mmap.MADV_REMOVE, mmap.PAGESIZE)
 
     def close(self) -> None:
         """Remove the file; who has it open keeps its memory. May be called again."""

@@ -27,18 +27,26 @@ _DEVICE = 6
 """where in the arguments of torch's rebuild_cuda_tensor the device is"""
 
 
-class _Memory(Protocol):
+class Memory(Protocol):
+    """What a bucket is filled in: SharedBytes, or CudaBytes."""
+
     data: Tensor
 
     def handle(self, nbytes: int) -> object: ...
+    def hollow(self) -> None: ...
     def close(self) -> None: ...
 
 
 class TensorChannel:
-    """One owner's two buffers, and the calls that hand their handles to every server."""
+    """One owner's two buffers, and the calls that hand their handles to every server.
+
+    Args:
+        kept: gets those whose names must stay, for whoever closes them in the end.
+    """
 
     def __init__(
         self,
+        kept: list[Memory],
         clients: Mapping[RolloutClient, int],
         version: str,
         nbytes: int,
@@ -46,11 +54,12 @@ class TensorChannel:
         device: torch.device,
     ) -> None:
         self.failed: dict[str, str] = {}
+        self._kept = kept
         self._clients = dict(clients)
         self._version = version
         self._nbytes = nbytes
         self._device = device
-        self._buffers: list[_Memory] = []
+        self._buffers: list[Memory] = []
         try:
             for _ in range(min(2, count)):
                 self._buffers.append(self._allocate())
@@ -58,7 +67,7 @@ class TensorChannel:
             self.close()
             raise
 
-    def _allocate(self) -> _Memory:
+    def _allocate(self) -> Memory:
         return (
             CudaBytes(self._nbytes, self._device)
             if self._device.type == "cuda"
@@ -103,9 +112,16 @@ class TensorChannel:
             raise WeightSyncError(f"no server has loaded version {self._version}:{reasons}")
 
     def close(self) -> None:
-        """As Channel.close."""
+        """As Channel.close.
+
+        A server that gave no answer may yet open what it was told of, and would end if it were not there.
+        """
         for buffer in self._buffers:
-            buffer.close()
+            if self.failed:
+                buffer.hollow()
+                self._kept.append(buffer)
+            else:
+                buffer.close()
 
 
 def serialize(bucket: Bucket, shared: object) -> str:
@@ -137,6 +153,10 @@ class CudaBytes:
         # SGLang looks for the GPU by its UUID: its numbers may be others than ours.
         uuid = str(torch.cuda.get_device_properties(self.data.device).uuid)
         return Rebuilt(function, *arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])
+
+    def hollow(self) -> None:
+        """As `close`: CUDA keeps what a server may still open."""
+        self.close()
 
     def close(self) -> None:
         """Give it back; torch waits until no server uses it."""

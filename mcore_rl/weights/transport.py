@@ -14,7 +14,7 @@ from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.weights.distributed import DistributedChannel, Membership
 from mcore_rl.weights.online import publish_online
 from mcore_rl.weights.publish import publish_by_disk
-from mcore_rl.weights.tensor import TensorChannel
+from mcore_rl.weights.tensor import Memory, TensorChannel
 
 
 class Transport(Protocol):
@@ -73,14 +73,17 @@ class SharedTensor:
                 'ranks are on this one; set it to "distributed"'
             )
         self._bucket_bytes = bucket_bytes
+        self._kept: list[Memory] = []
 
     def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
         """As Transport.publish."""
-        channel = partial(TensorChannel, device=platform.device())
+        channel = partial(TensorChannel, self._kept, device=platform.device())
         return publish_online(model, fleet, version, self._bucket_bytes, channel)
 
     def close(self, fleet: Fleet) -> None:
         """As Transport.close."""
+        while self._kept:
+            self._kept.pop().close()
 
 
 class Distributed:

@@ -38,8 +38,9 @@ def files() -> set[Path]:
 
 def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path: Path) -> None:
     before = files()
-    memory = SharedBytes(100)
+    memory = SharedBytes(100_000)
     memory.data[:22] = 3
+    memory.data[-5:] = 1
     payload = serialize(BUCKET, memory.handle(BUCKET.nbytes))
     for _ in range(2):  # two users, one after the other, and neither is the last one
         out = tmp_path / "out"  # a file: a daemon of torch that a user starts holds its streams
@@ -47,7 +48,12 @@ def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path:
             command = [sys.executable, "-c", READER]
             subprocess.run(command, input=payload, stdout=stream, text=True, timeout=100, check=True)
         assert out.read_text() == "66 22 one 16 16 torch.bfloat16 (3,)\n"
-    assert len(files() - before) == 1
+    (left,) = files() - before
+    assert left.stat().st_blocks > 100_000 / 512
+    memory.hollow()
+    assert left.stat().st_blocks <= 4096 / 512
+    assert memory.data[:22].sum() == 66
+    assert memory.data[-5:].sum() == 0
     memory.close()
     memory.close()
     assert files() == before
