@@ -1,83 +1,64 @@
-"""Transport `distributed`: owners broadcast their buckets to the ranks of all servers (NCCL; gloo on CPU)."""
+"""Transport `distributed`: owners broadcast buckets to the ranks of every server (NCCL; gloo on CPU)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mcore_rl.errors import RolloutError, WeightSyncError
-from mcore_rl.rollout.client import RolloutClient
+from mcore_rl.rollout.client import RejectedError, RolloutClient
+from mcore_rl.rollout.fleet import on_each
 from mcore_rl.weights.calls import update_body
 from mcore_rl.weights.plan import Bucket
-from mcore_rl.weights.server_group import ServerGroup, ask_each, forget
+from mcore_rl.weights.server_group import ServerGroup, forget
 
-_SHARE = 0.5
-"""of a call's timeout, after which the group is broken: servers that wait for a missing one answer in time"""
 _FAREWELL_SECONDS = 10.0
 
 
-class Membership:
-    """This owner's group with the servers that serve: kept over publishes, remade when they change."""
+class Groups:
+    """This owner's groups, one with every server: kept over publishes, remade when one breaks.
+
+    In one group of all servers a dead member would end the others: NCCL's watchdog ends their processes, and
+    in gloo's tree whoever waits behind a stopped one waits for torch's half an hour.
+    """
 
     def __init__(self) -> None:
-        self._group: ServerGroup | None = None
-        self._names: dict[str, list[str]] = {}
-        """url -> groups that the server was told of, and may still know"""
+        self._groups: dict[str, ServerGroup] = {}
+        self._names: dict[str, str] = {}
+        """url -> the group that the server was told of last"""
 
-    async def of(
-        self, clients: Mapping[RolloutClient, int], backend: str, failed: dict[str, str]
-    ) -> ServerGroup:
-        """The group of those `clients` (-> tensor-parallel size) that are not, or become, `failed`.
+    async def of(self, client: RolloutClient, ranks: int, backend: str) -> tuple[ServerGroup, bool]:
+        """The group with one (opened) server, and whether it is new. Raises RolloutError."""
+        group = self._groups.get(client.url)
+        if group is not None and group.ranks == ranks:
+            return group, False
+        self.abandon(client.url)
+        if client.url in self._names:
+            await forget(client, self._names.pop(client.url))
+        group = ServerGroup(ranks, backend, client.timeout)
+        self._names[client.url] = group.name
+        await group.form(client)
+        self._groups[client.url] = group
+        return group, True
 
-        Raises:
-            WeightSyncError: servers that answer cannot be joined. RolloutError: none is left.
-        """
-        for attempt in range(len(clients) + 1):
-            members = {client.url: size for client, size in clients.items() if client.url not in failed}
-            if self._group is not None and self._group.members == members:
-                return self._group
-            self.abandon()
-            alive = [client for client in clients if client.url in members]
-            failed |= await forget(alive, self._names)
-            alive = [client for client in alive if client.url not in failed]
-            if not alive:
-                break
-            members = {client.url: clients[client] for client in alive}
-            self._names = {url: names for url, names in self._names.items() if url not in members}
-            group = ServerGroup(members, backend, _SHARE * alive[0].timeout)
-            for url in members:
-                self._names[url] = [group.name]
-            refused, silent = await group.form(alive)
-            if not refused and not silent:
-                self._group = group
-                return group
+    def abandon(self, url: str) -> None:
+        """Break the group with a server, if there is one."""
+        group = self._groups.pop(url, None)
+        if group is not None:
             group.abandon()
-            failed |= silent
-            if not silent and attempt:
-                raise WeightSyncError(
-                    f"no process group with the servers: {refused}. They must reach this machine, and it "
-                    "them, on any port (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface); or "
-                    'set publish.transport = "disk"'
-                )
-        raise RolloutError(f"no rollout server is left: {failed}")
 
-    def abandon(self) -> None:
-        """Break the group."""
-        if self._group is not None:
-            self._group.abandon()
-            self._group = None
-
-    def close(self, clients: list[RolloutClient]) -> None:
+    def close(self, clients: Sequence[RolloutClient]) -> None:
         """Leave the servers as they were, as far as they answer."""
-        self.abandon()
-        if not self._names:
-            return
-        for client in clients:
+        told = [client for client in clients if client.url in self._names]
+        for client in told:
             client.timeout = min(client.timeout, _FAREWELL_SECONDS)
-        asyncio.run(forget(clients, self._names))
+        asyncio.run(on_each(told, lambda client: forget(client, self._names[client.url])))
+        for url in list(self._groups):
+            self.abandon(url)
 
 
 class DistributedChannel:
@@ -85,7 +66,7 @@ class DistributedChannel:
 
     def __init__(
         self,
-        membership: Membership,
+        groups: Groups,
         clients: Mapping[RolloutClient, int],
         version: str,
         nbytes: int,
@@ -93,7 +74,7 @@ class DistributedChannel:
         device: torch.device,
     ) -> None:
         self.failed: dict[str, str] = {}
-        self._membership = membership
+        self._groups = groups
         self._clients = dict(clients)
         self._version = version
         self._backend = "nccl" if device.type == "cuda" else "gloo"
@@ -104,68 +85,56 @@ class DistributedChannel:
         return self._buffers[number % 2]
 
     def send(self, bucket: Bucket, number: int, *, last: bool) -> None:
-        """As Channel.send.
-
-        A server that fails breaks the group for all: it is remade without those that do not answer, and the
-        bucket sent again to those that may have missed it. To load a bucket twice does no harm.
-        """
+        """As Channel.send."""
         data = self.buffer(number)[: bucket.nbytes]
-        try:
-            asyncio.run(self._send(bucket, data, last=last))
-        except RolloutError as error:
-            raise WeightSyncError(f"version {self._version} reached no server: {error}") from error
-
-    async def _send(self, bucket: Bucket, data: Tensor, *, last: bool) -> None:
-        refusals = 0
-        while refusals < 2:
-            group = await self._membership.of(self._clients, self._backend, self.failed)
-            refused, silent = await self._broadcast(group, bucket, data, last=last)
-            self.failed |= silent
-            if refused or silent:
-                self._membership.abandon()
-            if not refused and len(silent) < len(group.members):
-                return
-            refusals += bool(refused and not silent)
-        raise WeightSyncError(
-            f"version {self._version} was refused, twice: {refused}. The servers stay paused. See their logs"
-        )
-
-    async def _broadcast(
-        self, group: ServerGroup, bucket: Bucket, data: Tensor, *, last: bool
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """One attempt: (url -> why it refused, url -> why it gave no answer)."""
         body = {
             "names": [slot.name for slot in bucket.slots],
             "dtypes": [str(slot.dtype).removeprefix("torch.") for slot in bucket.slots],
             "shapes": [list(slot.shape) for slot in bucket.slots],
-            "group_name": group.name,
             **update_body(bucket, self._version, last=last),
         }
+        alive = [client for client in self._clients if client.url not in self.failed]
+        loaded, failed = asyncio.run(on_each(alive, lambda client: self._load(client, body, data)))
+        self.failed |= failed
+        if not loaded:
+            reasons = "".join(f"\n  {url}: {why}" for url, why in self.failed.items())
+            raise WeightSyncError(f"no server has loaded version {self._version}:{reasons}")
 
-        async def load(client: RolloutClient) -> None:
-            try:
-                # Once: a second call would wait for a second broadcast.
-                await client.control("/update_weights_from_distributed", body, retries=0)
-            except RolloutError:
-                group.abandon()  # the others, and our own broadcast, need not wait for it
-                raise
-
-        alive = [client for client in self._clients if client.url in group.members]
-        late = asyncio.get_running_loop().call_later(_SHARE * alive[0].timeout, group.abandon)
-        sent = asyncio.create_task(asyncio.to_thread(group.broadcast, data))
-        outcome = asyncio.create_task(ask_each(alive, load))
-        broken = ""
+    async def _load(self, client: RolloutClient, body: Mapping[str, Any], data: Tensor) -> None:
+        """One server; again in a new group, where it may have been started anew since the last publish."""
+        group, new = await self._groups.of(client, self._clients[client], self._backend)
         try:
-            await sent
-        except RuntimeError as error:
-            group.abandon()  # servers that wait for the rest of it answer now
-            broken = str(error)
-        refused, silent = await outcome
-        late.cancel()
-        if broken and not silent:
-            refused = dict.fromkeys(group.members, broken) | refused
-        return refused, silent
+            await _broadcast(group, client, body, data)
+        except RejectedError as error:
+            self._groups.abandon(client.url)
+            if new:
+                raise WeightSyncError(
+                    f"{client.url} did not load version {self._version}: {error}. It stays paused. "
+                    "See its log"
+                ) from error
+            await self._load(client, body, data)
+        except RolloutError:
+            self._groups.abandon(client.url)
+            raise
 
     def close(self) -> None:
-        """As Channel.close; the group stays."""
+        """As Channel.close; the groups stay."""
         self._buffers = []
+
+
+async def _broadcast(
+    group: ServerGroup, client: RolloutClient, body: Mapping[str, Any], data: Tensor
+) -> None:
+    """Both sides of one broadcast. Raises RolloutError."""
+    sent = asyncio.create_task(asyncio.to_thread(group.broadcast, data))
+    sent.add_done_callback(lambda task: group.abandon() if task.exception() else None)  # it need not wait
+    try:
+        # Once: a second call would wait for a second broadcast.
+        await client.control(
+            "/update_weights_from_distributed", {**body, "group_name": group.name}, retries=0
+        )
+    except RolloutError:
+        group.abandon()
+        await asyncio.gather(sent, return_exceptions=True)
+        raise
+    await sent

@@ -38,6 +38,7 @@ class SharedBytes:
 
     def __init__(self, nbytes: int) -> None:
         _sweep()
+        self._links: set[Path] = set()
         name = f"{_PREFIX}{uuid.uuid4().hex}"
         self._path = _ROOT / f".{name}"  # not swept before it is locked
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -58,18 +59,21 @@ class SharedBytes:
         self.data: Tensor = mapped[_HEADER:]
         """[nbytes] uint8"""
 
-    def handle(self, nbytes: int) -> object:
-        """Pickles to what another process unpickles to the tensor [nbytes] of the first bytes."""
-        storage = Rebuilt(
-            reductions.rebuild_storage_filename, torch.UntypedStorage, b"", self._name, self.data.numel()
-        )
+    def handle(self, nbytes: int, user: int) -> object:
+        """Pickles to what another process unpickles to the tensor [nbytes] of the first bytes.
+
+        Every process is a `user` with a name of its own for the file: when it ends, its daemon of torch
+        removes the names that it was told, and others may still have to open theirs.
+        """
+        link = self._path.with_name(f"{self._path.name}.{user}")
+        if link not in self._links:
+            link.hardlink_to(self._path)
+            self._links.add(link)
+        name, size = f"/{link.name}".encode(), self.data.numel()
+        storage = Rebuilt(reductions.rebuild_storage_filename, torch.UntypedStorage, b"", name, size)
         typed = Rebuilt(reductions.rebuild_typed_storage, storage, torch.uint8)
         view = (0, torch.Size([nbytes]), (1,), False)
         return Rebuilt(reductions.rebuild_tensor, Tensor, typed, view)
-
-    @property
-    def _name(self) -> bytes:
-        return f"/{self._path.name}".encode()
 
     def hollow(self) -> None:
         """Give the memory back but for the first page; the name can still be opened, to zeros."""
@@ -78,8 +82,8 @@ class SharedBytes:
 
     def close(self) -> None:
         """Remove the file; who has it open keeps its memory. May be called again."""
-        with suppress(FileNotFoundError):
-            self._path.unlink()
+        for path in (*self._links, self._path):
+            path.unlink(missing_ok=True)
         with suppress(OSError):
             os.close(self._file)
 

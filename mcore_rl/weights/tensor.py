@@ -32,7 +32,7 @@ class Memory(Protocol):
 
     data: Tensor
 
-    def handle(self, nbytes: int) -> object: ...
+    def handle(self, nbytes: int, user: int) -> object: ...
     def hollow(self) -> None: ...
     def close(self) -> None: ...
 
@@ -55,7 +55,11 @@ class TensorChannel:
     ) -> None:
         self.failed: dict[str, str] = {}
         self._kept = kept
-        self._clients = dict(clients)
+        self._users: dict[RolloutClient, range] = {}
+        """one for each process that opens the memory"""
+        for client, ranks in clients.items():
+            begin = sum(map(len, self._users.values()))
+            self._users[client] = range(begin, begin + ranks)
         self._version = version
         self._nbytes = nbytes
         self._device = device
@@ -93,7 +97,8 @@ class TensorChannel:
 
         async def load(client: RolloutClient) -> None:
             # One handle for each that opens it: CUDA's count users.
-            entries = [serialize(bucket, memory.handle(bucket.nbytes)) for _ in range(self._clients[client])]
+            users = self._users[client]
+            entries = [serialize(bucket, memory.handle(bucket.nbytes, user)) for user in users]
             try:
                 await client.control(
                     "/update_weights_from_tensor", {"serialized_named_tensors": entries, **body}
@@ -104,7 +109,7 @@ class TensorChannel:
                     "It stays paused. See its log"
                 ) from error
 
-        alive = [client for client in self._clients if client.url not in self.failed]
+        alive = [client for client in self._users if client.url not in self.failed]
         loaded, failed = asyncio.run(on_each(alive, load))
         self.failed |= failed
         if not loaded:
@@ -147,7 +152,7 @@ class CudaBytes:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.data: Tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def handle(self, nbytes: int) -> object:
+    def handle(self, nbytes: int, user: int) -> object:
         """Pickles to what an SGLang server unpickles to the tensor [nbytes] of the first bytes."""
         function, arguments = reductions.reduce_tensor(self.data[:nbytes])
         # SGLang looks for the GPU by its UUID: its numbers may be others than ours.

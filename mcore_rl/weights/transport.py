@@ -11,7 +11,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.weights.distributed import DistributedChannel, Membership
+from mcore_rl.weights.distributed import DistributedChannel, Groups
 from mcore_rl.weights.online import publish_online
 from mcore_rl.weights.publish import publish_by_disk
 from mcore_rl.weights.tensor import Memory, TensorChannel
@@ -95,13 +95,13 @@ class Distributed:
 
     def __init__(self, bucket_bytes: int) -> None:
         self._bucket_bytes = bucket_bytes
-        self._membership = Membership()
+        self._groups = Groups()
 
     def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
         """As Transport.publish."""
-        channel = partial(DistributedChannel, self._membership, device=platform.device())
+        channel = partial(DistributedChannel, self._groups, device=platform.device())
         return publish_online(model, fleet, version, self._bucket_bytes, channel)
 
     def close(self, fleet: Fleet) -> None:
         """As Transport.close."""
-        self._membership.close(fleet.serving)
+        self._groups.close(fleet.serving)

@@ -24,7 +24,7 @@ from mcore_rl.weights.publish import server_log_probs
 from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
-from tests.sglang.conftest import KEY_ENV, processes_of_sglang, put_back
+from tests.sglang.conftest import KEY_ENV, daemons_of_torch, processes_of_sglang, put_back
 
 P999, LARGEST = 2e-5, 2e-4
 SEQUENCES = [
@@ -130,7 +130,7 @@ def publish_often(
 
 def holdings(directory: Path) -> Holdings:
     """Of this process, of all servers' processes, and of the disk."""
-    processes = [psutil.Process(), *map(psutil.Process, processes_of_sglang())]
+    processes = [psutil.Process(), *map(psutil.Process, [*processes_of_sglang(), *daemons_of_torch()])]
     return Holdings(
         processes=len(processes),
         files=sum(process.num_fds() for process in processes),
