@@ -49,9 +49,7 @@ class Model:
     ) -> None:
         """Write the weights as an HF directory, `quantized` in FP8 for a server; collective."""
         where = (directory, self.source)
-        weights_io.export(
-            self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized, write=write
-        )
+        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized, write=write)
 
 
 def build_policy(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.control import on_main
 from mcore_rl.rollout.fleet import Fleet, on_each
@@ -40,6 +39,9 @@ class Changes:
         fleet.standing = on_main(model.mesh, lambda: fleet.standing)
         fleet.version = version
         return failed
+
+    def close(self, fleet: Fleet) -> None:
+        """As Transport.close: followers go on, for the run that resumes this one."""
 
     def _somebody_needs_all(self) -> bool:
         """A follower that does not hold what was published last cannot change it."""
