@@ -25,13 +25,7 @@ async def open_update(client: RolloutClient) -> int:
     await client.pause("retract")
     try:
         await client.control("/begin_weight_update", {})
-    except RejectedError as error:
-        if error.status == 404:
-            await client.resume()
-            raise ConfigError(
-                f"{client.url}: no /begin_weight_update, as before SGLang 0.5.21 and in the embedded server; "
-                'use a newer SGLang, or set publish.transport = "disk"'
-            ) from error
+    except RejectedError:
         # Open already: by a publish that broke off, or by an attempt whose answer was lost.
         await client.control("/end_weight_update", {})
         await client.control("/begin_weight_update", {})
@@ -39,6 +33,11 @@ async def open_update(client: RolloutClient) -> int:
 
 
 def _tensor_parallel_size(url: str, info: Mapping[str, Any]) -> int:
+    if "embedded" in str(info.get("version", "")):
+        raise ConfigError(
+            f"{url}: the embedded server loads weights from disk only; use an SGLang server, or set "
+            'publish.transport = "disk"'
+        )
     if info.get("pp_size", 1) != 1:
         raise ConfigError(
             f"{url}: pp_size = {info['pp_size']}, and SGLang gives weights to the first stage only; start it "

@@ -185,7 +185,7 @@ def test_a_dead_server_is_an_error_and_an_update_that_was_left_open_is_none(
 
 def beside_embedded(mesh: Mesh, source: Path, url: str) -> None:
     for name in UPDATES:
-        with pytest.raises(ConfigError, match=r'no /begin_weight_update.*publish\.transport = "disk"'):
+        with pytest.raises(ConfigError, match=r'embedded server.*publish\.transport = "disk"'):
             transport_of(name, Path()).publish(build_policy(source, mesh), Fleet([url], timeout=20.0), "1")
 
 
