@@ -133,6 +133,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 
     config = load_config(arguments.config, overrides)
+    _check_flags(arguments)
     if arguments.rehearse:
         from mcore_rl.train.rehearse import rehearse
 
@@ -142,6 +143,19 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     options = {"--resume": arguments.resume, "--replay": arguments.replay}
     flags = [str(part) for item in options.items() if item[1] is not None for part in item]
     return launch_node(config, ["train", str(arguments.config), *flags, *overrides])
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags of which one would be ignored."""
+    from mcore_rl.errors import ConfigError
+
+    a = arguments
+    given = {"--rehearse": a.rehearse, "--resume": a.resume is not None, "--replay": a.replay is not None}
+    chosen = [flag for flag, is_given in given.items() if is_given]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)}: only one of them at a time")
+    if a.rehearse_procs is not None and not a.rehearse:
+        raise ConfigError("--rehearse-procs: only with --rehearse; add it, or this would be the real run")
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -84,11 +84,14 @@ def place_reward_model(trainer: Trainer) -> Model | None:
 
 
 def check_same_tokens(config: Config) -> None:
-    """Raises ConfigError where the reward model would read other words in the ids that the policy samples."""
+    """Raises ConfigError where the reward model would read other words in the ids that the policy samples.
+
+    It may have tokens of its own besides, such as one for padding.
+    """
     path = config.reward.model
     assert path is not None
     ours, theirs = (load_tokenizer(where).get_vocab() for where in (config.model.path, path))
-    differing = sorted({token for token, _ in ours.items() ^ theirs.items()})
+    differing = sorted(token for token, number in ours.items() if theirs.get(token) != number)
     if differing:
         raise ConfigError(
             f"reward.model: {path} and model.path have different tokenizers ({len(differing)} tokens, such "
