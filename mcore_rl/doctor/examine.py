@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from mcore_rl.algo.algorithms import ALGORITHMS
 from mcore_rl.config import Config, load_config
 from mcore_rl.doctor.finding import Finding, guarded, of_error
 from mcore_rl.doctor.gradient import check_gradient
@@ -18,6 +19,8 @@ from mcore_rl.doctor.servers import check_servers
 from mcore_rl.doctor.software import check_software
 from mcore_rl.doctor.storage import PUBLISHED_VERSIONS, check_disk, check_ports, weight_bytes
 from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
+from mcore_rl.model.architecture import read_hf_config
+from mcore_rl.model.precision import check_precision
 
 _MARKS = {"ok": "ok     ", "note": "note   ", "warning": "WARNING", "error": "ERROR  "}
 
@@ -69,9 +72,21 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
         yield lambda: [of_error("config", line) for line in lines]
         return
     yield lambda: [Finding("config", "ok", f"{path}: {config.algorithm.name}, no contradictions")]
+    yield lambda: _precision(config)
     yield lambda: check_inputs(config, torch.cuda.device_count())
     yield lambda: list(_disks(config))
     yield lambda: check_servers(config)
+
+
+def _precision(config: Config) -> list[Finding]:
+    """Of this machine; one without GPUs may not be the one that trains."""
+    m = config.model
+    try:
+        check_precision(m.precision, m.fp8_recipe)
+    except ConfigError as error:
+        found = of_error("precision", error)
+        return [found if torch.cuda.is_available() else replace(found, level="warning")]
+    return []
 
 
 def _disks(config: Config) -> Iterator[Finding]:
@@ -80,3 +95,17 @@ def _disks(config: Config) -> Iterator[Finding]:
     yield from check_disk("run.dir", config.run.dir, published if config.publish.dir is None else 0)
     if config.publish.dir is not None:
         yield from check_disk("publish.dir", config.publish.dir, published)
+    if config.checkpoint.every:
+        where = config.checkpoint.dir or config.run.dir / "checkpoints"
+        yield from check_disk("checkpoint.dir", where, _checkpoint_bytes(config))
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Of those that are kept and the one being written: weights, Adam's two moments and its fp32 weights."""
+    half = read_hf_config(config.model.path).get("torch_dtype") in ("bfloat16", "float16")
+    models = 2 if _has_critic(config) else 1
+    return (config.checkpoint.keep + 1) * models * (7 if half else 3) * weight_bytes(config.model.path)
+
+
+def _has_critic(config: Config) -> bool:
+    return config.algorithm.name in ALGORITHMS and ALGORITHMS[config.algorithm.name].needs_critic

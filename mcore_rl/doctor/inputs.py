@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mcore_rl.config import Config
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.model.architecture import read_architecture
+from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.critic import CriticMapping
 from mcore_rl.model.mapping import Mapping
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
@@ -49,6 +49,19 @@ def _model(config: Config) -> Iterable[Finding]:
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
 
 
+def _lengths(config: Config, prompts: PromptSet) -> Iterable[Finding]:
+    trained = read_hf_config(config.model.path).get("max_position_embeddings")
+    longest = max(len(prompt.token_ids) for prompt in prompts.prompts) + config.rollout.max_new_tokens
+    if trained is not None and longest > trained:
+        yield Finding(
+            "lengths",
+            "warning",
+            f"the longest prompt and rollout.max_new_tokens make {longest} tokens, the model has {trained} "
+            "positions",
+            "lower rollout.max_new_tokens: servers refuse what is longer, and the model has not learnt it",
+        )
+
+
 def _layout(config: Config, gpus: int) -> Iterable[Finding]:
     p = config.parallel
     replica = p.tensor * p.pipeline * p.context
@@ -61,6 +74,13 @@ def _layout(config: Config, gpus: int) -> Iterable[Finding]:
 
 def _tokenizer(config: Config) -> Iterable[Finding]:
     tokenizer = load_tokenizer(config.model.path)
+    vocab = read_architecture(config.model.path).vocab
+    beyond = [number for number in config.rollout.stop_token_ids if number >= vocab]
+    if beyond:
+        what = f"rollout.stop_token_ids: {beyond}, and the vocabulary ends at {vocab - 1}"
+        yield Finding(
+            "tokenizer", "error", what, "name ids of this model's tokenizer: no response would stop"
+        )
     yield Finding("tokenizer", "ok", f"{len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r}")
     if tokenizer.chat_template:
         yield from _chat_template(tokenizer)
@@ -118,6 +138,7 @@ def _data(config: Config) -> Iterable[Finding]:
                 "remove them from one file: accuracy on them is not held out",
             )
     if not config.supervised_only:
+        yield from _lengths(config, train)
         yield from guarded("reward", lambda: _reward(config, train.prompts[0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,13 @@ def check_servers(config: Config) -> list[Finding]:
     """A finding per server, or that the run starts its own."""
     if config.supervised_only:
         return []
+    python = config.rollout.python
+    if python is not None and shutil.which(python) is None:
+        what, remedy = (
+            f"rollout.python: {python} is no program",
+            "name the interpreter that SGLang is installed for",
+        )
+        return [Finding("server", "error", what, remedy)]
     if not config.rollout.urls:
         return [Finding("server", "ok", "the run starts its own on this machine")]
     return [

@@ -177,6 +177,31 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "is a file",
         "name a directory",
     ),
+    "checkpoints into a file": (
+        lambda s: (s.config.parent / "saved").write_text(""),
+        ("--checkpoint.every", "1", "--checkpoint.dir", "SETTING/saved"),
+        "is a file",
+        "name a directory",
+    ),
+    "FP8 without a GPU": (lambda s: None, ("--model.precision", "fp8"), "needs a GPU", "bf16"),
+    "no server interpreter": (
+        lambda s: None,
+        ("--rollout.server", "sglang", "--rollout.python", "/nowhere/python"),
+        "/nowhere/python is no program",
+        "name the interpreter",
+    ),
+    "longer than the model": (
+        lambda s: s.edit("config.json", max_position_embeddings=64),
+        ("--rollout.max_new_tokens", "100"),
+        "64 positions",
+        "lower rollout.max_new_tokens",
+    ),
+    "a stop token of another tokenizer": (
+        lambda s: None,
+        ("--rollout.stop_token_ids", "[999]"),
+        "[999]",
+        "name ids of this model",
+    ),
     "dead server": (lambda s: None, ("--rollout.urls", '["http://127.0.0.1:9"]'), "127.0.0.1:9", "log"),
     "key not set": (
         lambda s: None,
@@ -191,7 +216,8 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
 def test_a_planted_problem_is_found_with_its_remedy(capsys, setting: Setting, name: str):
     plant, flags, what, remedy = PROBLEMS[name]
     plant(setting)
-    code, findings = doctor(capsys, setting.config, *flags)
+    here = [flag.replace("SETTING", str(setting.config.parent)) for flag in flags]
+    code, findings = doctor(capsys, setting.config, *here)
     (found,) = bad(findings)
     assert what in found["what"] + found["remedy"]
     assert remedy in found["remedy"] + found["what"]
