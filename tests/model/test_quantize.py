@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -168,7 +167,6 @@ def test_export_and_conversion_write_the_same(pool2: Pool, tmp_path: Path, kind:
         read_architecture(tmp_path / "published")  # for servers: training does not start from it
 
 
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="transformers reads FP8 models with accelerate")
 def test_transformers_loads_the_directory(tmp_path: Path) -> None:
     source = make("Qwen3Config", BLOCKS, tmp_path / "hf")
     in_bf16(source)
