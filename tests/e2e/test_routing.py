@@ -53,9 +53,3 @@ def test_a_run_replays_and_saves_what_is_in_flight(task: Task, tmp_path: Path) -
         assert not experts[:, 0].any()
         chosen |= {*experts[:, 1:].flatten().tolist()}
     assert chosen == set(range(8)), "routers choose among all"
-
-
-def test_a_dense_model_is_refused(task: Task, tmp_path: Path) -> None:  # noqa: F811
-    done = run(*gspo(task, tmp_path / "run"), "--rollout.routing_replay", "true")
-    assert done.returncode == 2
-    assert "rollout.routing_replay: a qwen3 model has no experts" in done.stderr

@@ -6,12 +6,14 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mcore_rl.config import load_config
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout import client as client_module
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
@@ -22,6 +24,7 @@ from mcore_rl.rollout.programs import Embedded
 from mcore_rl.rollout.routing import encode_experts, parse_experts
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.train.ahead import _reply, _saved, _unrouted
+from mcore_rl.train.run import local_servers, replayed_experts
 from mcore_rl.types import ExpertLayers, Prompt
 from tests.rollout.proxy import damaged, proxy
 from tests.rollout.support import build_moe_model, save_model
@@ -173,3 +176,27 @@ def test_a_model_without_experts_says_so(url: str) -> None:
     check_server_info(url, info | {"enable_return_routed_experts": True}, experts=True)
     with pytest.raises(ConfigError, match=r"start it with --enable-return-routed-experts, or set rollout"):
         check_server_info(url, info, experts=True)
+
+
+def test_a_policy_without_experts_is_refused(dir_a: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f'run.dir = "{tmp_path}"\nmodel.path = "{dir_a}"\ndata.train = "d"\ntrain.steps = 1\n')
+    assert replayed_experts(load_config(file)) is None
+    moe = save_model(tmp_path / "moe", build_moe_model(0))
+    flags = ["--rollout.routing_replay=true"]
+    assert replayed_experts(load_config(file, [*flags, f"--model.path={moe}"])) == OF_MODEL
+    with pytest.raises(ConfigError, match=r"rollout\.routing_replay: a qwen3 model has no experts"):
+        replayed_experts(load_config(file, flags))
+
+
+def test_a_launched_server_is_told_to_return_them(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    text = f'run.dir = "{tmp_path}"\nmodel.path = "m"\ndata.train = "d"\ntrain.steps = 1\n'
+    file.write_text(text + '[rollout]\nserver = "sglang"\npython = "p"\noptions = ["--tp", "2"]\n')
+
+    def command(*flags: str) -> list[str]:
+        (server,) = local_servers(load_config(file, flags), tmp_path)
+        return server.program.command(tmp_path, 1, tmp_path)
+
+    assert command("--rollout.routing_replay=true")[-3:] == ["--enable-return-routed-experts", "--tp", "2"]
+    assert "--enable-return-routed-experts" not in command()
