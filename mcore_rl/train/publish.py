@@ -13,7 +13,7 @@ from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.train.batch import pack_share
-from mcore_rl.weights.publish import publish_by_disk, server_log_probs
+from mcore_rl.weights.publish import server_log_probs
 
 if TYPE_CHECKING:
     from mcore_rl.train.run import Run
@@ -38,8 +38,7 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         probe = list(islice(cut, run.config.publish.probe_sequences))
         stale = _scores(run, probe, f"{version}-before") if step else {}
         away = dict(run.fleet.standing.lost)
-        quantized = run.config.publish.quantize == "fp8"
-        failed = publish_by_disk(run.policy, run.fleet, run.weights_dir, version, quantized=quantized)
+        failed = run.transport.publish(run.policy, run.fleet, version)
         run.lose(failed)
         fresh = _scores(run, probe, f"{version}-after")
         difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
