@@ -47,6 +47,17 @@ class VersionSpan:
 
 
 @dataclass(frozen=True)
+class ExpertLayers:
+    """What a mixture-of-experts model can choose from."""
+
+    experts: int
+    per_token: int
+    """K, experts of each token"""
+    sparse: tuple[bool, ...]
+    """[layers] True where the MLP is a mixture"""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One response to a prompt, as the server sampled it."""
 
@@ -65,6 +76,8 @@ class Sample:
     """Weight version of every token span, in order, covering [0, n)."""
     reward: float | None = None
     """Finite, set by the reward function."""
+    experts: npt.NDArray[np.integer] | None = None
+    """[P+n-1, layers, K] experts of every token but the last, where routing is replayed."""
 
     @property
     def truncated(self) -> bool:
@@ -105,6 +118,8 @@ class PackedBatch:
     """[R] int64 into [0, B): which sequence of this micro-batch the row belongs to"""
     fields: Mapping[str, torch.Tensor]
     """name -> [R]: what the loss needs per row (advantage, old_log_prob, weight, ...)"""
+    experts: torch.Tensor | None = None
+    """[T, layers, K] int16 experts of every token, -1 where the router chooses; None: it always does"""
 
     @property
     def num_sequences(self) -> int:

@@ -219,7 +219,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.supervised_only:
         keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("reward.model",)
+        keys += ("reward.model", "rollout.routing_replay")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'

@@ -166,6 +166,8 @@ class Rollout(Section):
     """Sampling temperature; log-probs are taken at it everywhere."""
     max_new_tokens: Count = 64
     """Longest response."""
+    routing_replay: bool = False
+    """Train a mixture of experts with the experts that the servers sent each token to (R3)."""
     stop_token_ids: tuple[NonNegative, ...] = ()
     """End a response besides the model's own end-of-sequence tokens."""
     timeout: Positive = 120.0

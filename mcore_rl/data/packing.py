@@ -136,6 +136,8 @@ class TokenSequence:
     """[n] token ids"""
     loss_mask: Sequence[bool] | None = None
     """[n] which response tokens are scored; None scores all"""
+    experts: npt.NDArray[np.integer] | None = None
+    """[P+n-1, layers, K] experts of all tokens but the last; None where routers choose themselves"""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -200,7 +202,21 @@ def pack(
         fields={
             name: _field(name, values, members, responses, keep, dtype) for name, values in fields.items()
         },
+        experts=_experts(chosen, offsets.tolist(), int(ends[-1])),
     )
+
+
+def _experts(chosen: Sequence[TokenSequence], offsets: Sequence[int], tokens: int) -> torch.Tensor | None:
+    """[T, layers, K] int16; -1 for padding and a sequence's last token, on which no scored row depends."""
+    routed = [(offset, one.experts) for offset, one in zip(offsets, chosen, strict=False)]
+    form = next((experts.shape[1:] for _, experts in routed if experts is not None), None)
+    if form is None:
+        return None
+    placed = np.full((tokens, *form), -1, np.int16)
+    for offset, experts in routed:
+        if experts is not None:
+            placed[offset : offset + len(experts)] = experts
+    return torch.from_numpy(placed)
 
 
 def _check_sequence(index: int, one: TokenSequence) -> None:
@@ -208,6 +224,11 @@ def _check_sequence(index: int, one: TokenSequence) -> None:
         raise DataError(
             f"sequence {index} has no prompt token, and its first response token nothing to be scored from; "
             "give every prompt at least one token"
+        )
+    if one.experts is not None and len(one.experts) != len(one) - 1:
+        raise DataError(
+            f"sequence {index}: experts of {len(one.experts)} tokens for a sequence of {len(one)}; give "
+            "those of all tokens but the last"
         )
     if one.loss_mask is not None and len(one.loss_mask) != len(one.response):
         raise DataError(

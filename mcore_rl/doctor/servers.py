@@ -44,7 +44,7 @@ def _server(config: Config, url: str) -> Iterable[Finding]:
         return await opened.ready(), await opened.server_info(), await opened.model_info()
 
     ready, server, model = call(client, ask)
-    check_server_info(url, server)
+    check_server_info(url, server, experts=config.rollout.routing_replay)
     kind = read_hf_config(config.model.path)["model_type"]
     if model.get("model_type", kind) != kind:
         yield Finding(

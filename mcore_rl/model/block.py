@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 from mcore_rl.model import versions
 from mcore_rl.model.portable import PackedAttention, RMSNorm
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
+from mcore_rl.model.routing import ReplayedLayer
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -97,7 +98,7 @@ def layer_spec(config: TransformerConfig, parts: Parts, *, sparse: bool) -> Modu
         mlp = versions.mlp_module(linears)
     names = {} if fused else _ATTENTION_NORM if sparse else _ATTENTION_NORM | _MLP_NORM
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ReplayedLayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else parts.norm,
             self_attention=attention,

@@ -39,6 +39,8 @@ class PackedLayout(PackedSeqParams):
     """[B+1] int32 boundaries of the whole sequences, all context-parallel shares together"""
     keys: KeyLayout | None = None
     """set under context parallelism, where keys come from all ranks of the group"""
+    experts: Tensor | None = None
+    """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class PackedLayout(PackedSeqParams):
         cu_seqlens: Tensor,
         keys: KeyLayout | None = None,
         boundaries: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> PackedLayout:
         """From the local tokens' positions [T] and boundaries [B+1]; `boundaries` where CP is not 1."""
         to_padded, from_padded, longest = _padding_index(cu_seqlens.to(torch.int64))
@@ -60,6 +63,7 @@ class PackedLayout(PackedSeqParams):
             from_padded=from_padded,
             boundaries=cu_seqlens if boundaries is None else boundaries,
             keys=keys,
+            experts=experts,
         )
 
 

@@ -177,7 +177,8 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
     size = mesh.layout.context
     if size == 1:
         packed = _to(batch, device)
-        return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens))
+        experts = _local_experts(packed.experts, mesh)
+        return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, experts=experts))
     mine = local_tokens(batch.cu_seqlens, size, mesh.cp_rank)
     position = torch.full((batch.tokens.numel(),), -1, dtype=torch.int64)
     position[mine] = torch.arange(mine.numel())
@@ -191,12 +192,20 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
         targets=batch.targets[owned],
         sequence=batch.sequence[owned],
         fields={name: value[owned] for name, value in batch.fields.items()},
+        experts=None if batch.experts is None else batch.experts[mine],
     )
     keys = _key_layout(batch.cu_seqlens.to(torch.int64), packed, size)
     packed = _to(packed, device)
     keys = KeyLayout(keys.to_padded.to(device), keys.mask.to(device), keys.longest)
-    boundaries = batch.cu_seqlens.to(device)
-    return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, keys, boundaries))
+    rest = keys, batch.cu_seqlens.to(device), _local_experts(packed.experts, mesh)
+    return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, *rest))
+
+
+def _local_experts(experts: Tensor | None, mesh: Mesh) -> Tensor | None:
+    """Of the tokens whose states this rank's routers see: under sequence parallelism, its part of them."""
+    if experts is None or not mesh.layout.sequence:
+        return experts
+    return experts.chunk(mesh.layout.tensor)[mesh.tp_rank]
 
 
 def _key_layout(cu_seqlens: Tensor, local: PackedBatch, size: int) -> KeyLayout:
@@ -221,4 +230,6 @@ def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
         n: getattr(batch, n).to(device)
         for n in ("tokens", "position_ids", "cu_seqlens", "rows", "targets", "sequence")
     }
-    return replace(batch, **moved, fields={n: v.to(device) for n, v in batch.fields.items()})
+    experts = None if batch.experts is None else batch.experts.to(device)
+    fields = {n: v.to(device) for n, v in batch.fields.items()}
+    return replace(batch, **moved, fields=fields, experts=experts)

@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
+import numpy as np
+import numpy.typing as npt
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
-from mcore_rl.types import VersionSpan
+from mcore_rl.rollout.routing import parse_experts
+from mcore_rl.types import ExpertLayers, VersionSpan
 
 T = TypeVar("T")
 
@@ -66,6 +69,8 @@ class Reply:
     """`stop`, `length` or `abort`"""
     versions: tuple[VersionSpan, ...]
     """covering [0, n)"""
+    experts: npt.NDArray[np.integer] | None = None
+    """[P+n-1, layers, K] of every token but the last, where they were asked for"""
 
 
 class RolloutClient:
@@ -131,8 +136,11 @@ class RolloutClient:
         rids: Sequence[str],
         *,
         prompt_log_probs: bool = False,
+        experts: ExpertLayers | None = None,
     ) -> list[Reply]:
         """One response per prompt, in one HTTP call; `sampling_params` and `rids` have one entry per prompt.
+
+        With `experts`, of the served model, replies say which of them every token was sent to.
 
         An attempt whose reply was lost may still be running: its requests are aborted before the next
         attempt, whose request ids are its own (`rid~1`), so that none is refused as a duplicate.
@@ -148,14 +156,13 @@ class RolloutClient:
                 "rid": sent,
                 "return_logprob": True,
                 "logprob_start_len": 0 if prompt_log_probs else -1,
-            }
+            } | ({} if experts is None else {"return_routed_experts": True})
             data = await self._request("POST", "/generate", body)
             if not isinstance(data, list) or len(data) != len(prompts):
                 raise _TransientError(f"expected a list of {len(prompts)} responses")
-            scored = prompts if prompt_log_probs else [None] * len(prompts)
             return [
-                _parse_reply(item, rid, name, prompt)
-                for item, rid, name, prompt in zip(data, rids, sent, scored, strict=True)
+                _parse_reply(item, rid, name, prompt, prompt_log_probs, experts)
+                for item, rid, name, prompt in zip(data, rids, sent, prompts, strict=True)
             ]
 
         return await self._retrying("/generate", attempt) if prompts else []
@@ -339,8 +346,10 @@ def _object(data: object, where: str) -> dict[str, Any]:
     return data
 
 
-def _parse_reply(item: Any, rid: str, sent: str, prompt: Sequence[int] | None) -> Reply:
-    """Raises _TransientError naming the field that is absent or wrong; `prompt` when it was scored."""
+def _parse_reply(
+    item: Any, rid: str, sent: str, prompt: Sequence[int], prompt_scored: bool, experts: ExpertLayers | None
+) -> Reply:
+    """Raises _TransientError naming the field that is absent or wrong."""
     try:
         meta, token_ids = item["meta_info"], tuple(item["output_ids"])
         finish = meta["finish_reason"]["type"]
@@ -360,12 +369,25 @@ def _parse_reply(item: Any, rid: str, sent: str, prompt: Sequence[int] | None) -
             f"{spans} for {len(token_ids)} tokens",
         )
         scored: tuple[float, ...] = ()
-        if prompt is not None and not aborted_early:
+        if prompt_scored and not aborted_early:
             scored, ids = _scores(meta["input_token_logprobs"][1:])
             _check(_echoes(ids, prompt[1:]), "meta_info.input_token_logprobs", "disagrees with the prompt")
+        routed = None
+        if experts is not None and finish != "abort":
+            routed = _routed(meta, experts, len(prompt) + len(token_ids) - 1)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise _TransientError(f"request {rid}: reply without a usable field: {error!r}") from error
-    return Reply(rid, token_ids, log_probs[0], scored, finish, spans)
+    return Reply(rid, token_ids, log_probs[0], scored, finish, spans, routed)
+
+
+def _routed(meta: Mapping[str, Any], experts: ExpertLayers, tokens: int) -> npt.NDArray[np.integer]:
+    encoded = meta.get("routed_experts")
+    _check(
+        isinstance(encoded, str),
+        "meta_info.routed_experts",
+        "absent, and rollout.routing_replay needs it; start the server with --enable-return-routed-experts",
+    )
+    return parse_experts(str(encoded), experts, tokens)
 
 
 def _scores(entries: Sequence[Sequence[Any]]) -> tuple[tuple[float, ...], tuple[int, ...]]:

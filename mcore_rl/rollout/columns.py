@@ -1,14 +1,14 @@
 """Groups as a few arrays: what a replica's lead hands to its ranks, and replicas to each other.
 
-Eight bytes a token, and no Python object per token. Prompts travel by their ids, since every rank has read
-them; texts do not travel, since rewards have been given.
+Eight bytes a token (and its experts, where routing is replayed), and no Python object per token. Prompts
+travel by their ids, since every rank has read them; texts do not travel, since rewards have been given.
 
 Legend: N samples, R tokens of all of them, n_i of sample i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,6 +32,10 @@ class Columns:
     """[R]"""
     log_probs: npt.NDArray[np.float32]
     """[R]"""
+    expert_ends: npt.NDArray[np.int64]
+    """[N] where the rows of each sample end"""
+    experts: npt.NDArray[np.integer]
+    """[rows, layers, K] one after another; a sample without has none"""
 
 
 def pack_groups(groups: Sequence[Group]) -> Columns:
@@ -46,6 +50,8 @@ def pack_groups(groups: Sequence[Group]) -> Columns:
         ends=np.cumsum([len(s.token_ids) for s in samples], dtype=np.int64),
         tokens=_join([s.token_ids for s in samples], np.int32),
         log_probs=_join([s.log_probs for s in samples], np.float32),
+        expert_ends=np.cumsum([0 if s.experts is None else len(s.experts) for s in samples], dtype=np.int64),
+        experts=_join_experts([s.experts for s in samples if s.experts is not None]),
     )
 
 
@@ -55,8 +61,7 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     Args:
         prompts: id -> prompt, of all that the groups name.
     """
-    bounds = pairwise([0, *columns.ends.tolist()])
-    rest = iter(zip(columns.samples, bounds, strict=True))
+    rest = zip(columns.samples, _slices(columns.ends), _slices(columns.expert_ends), strict=True)
     return [
         Group(id, tuple(_sample(columns, prompts[prompt], *next(rest)) for _ in range(count)))
         for id, prompt, count in columns.groups
@@ -67,9 +72,12 @@ def _prompt_id(group: Group) -> str:
     return group.samples[0].prompt.id if group.samples else ""
 
 
-def _sample(columns: Columns, prompt: Prompt, row: tuple, bounds: tuple[int, int]) -> Sample:
+def _slices(ends: npt.NDArray[np.int64]) -> Iterator[slice]:
+    return (slice(start, end) for start, end in pairwise([0, *ends.tolist()]))
+
+
+def _sample(columns: Columns, prompt: Prompt, row: tuple, mine: slice, routed: slice) -> Sample:
     id, finish_reason, reward, spans = row
-    mine = slice(*bounds)
     return Sample(
         id=id,
         prompt=prompt,
@@ -79,7 +87,12 @@ def _sample(columns: Columns, prompt: Prompt, row: tuple, bounds: tuple[int, int
         finish_reason=finish_reason,
         versions=tuple(VersionSpan(*span) for span in spans),
         reward=reward,
+        experts=columns.experts[routed] if routed.start < routed.stop else None,
     )
+
+
+def _join_experts(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
+    return np.concatenate(parts) if parts else np.zeros((0, 0, 0), np.uint8)
 
 
 def _join(parts: Sequence, dtype: npt.DTypeLike) -> npt.NDArray:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
+from mcore_rl.types import ExpertLayers
 
 _HEALTH_POLLS = 4
 """health checks per `health_timeout`"""
@@ -24,6 +25,8 @@ class Request:
     prompts: Sequence[Sequence[int]]
     sampling_params: Sequence[Mapping[str, Any]]
     rids: Sequence[str]
+    experts: ExpertLayers | None = None
+    """of the served model, where its choice of them is asked for"""
 
 
 @dataclass
@@ -135,7 +138,9 @@ class Dispatch:
 
     async def _from(self, server: _Server, request: Request) -> list[Reply]:
         answer = asyncio.create_task(
-            server.client.generate(request.prompts, request.sampling_params, request.rids)
+            server.client.generate(
+                request.prompts, request.sampling_params, request.rids, experts=request.experts
+            )
         )
         lost = asyncio.create_task(server.lost.wait())
         try:

@@ -190,22 +190,31 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
         await asyncio.sleep(min(1.0, timeout / 10))
 
 
-async def check_server(client: RolloutClient) -> None:
-    """Raises ConfigError, with the remedy, for an (opened) server that cannot take part in training."""
+async def check_server(client: RolloutClient, *, experts: bool = False) -> None:
+    """Raises ConfigError, with the remedy, for an (opened) server that cannot take part in training.
+
+    Args:
+        experts: it must say which experts it sends tokens to.
+    """
     try:
         info = await client.server_info()
     except RejectedError as error:
         if error.status == 404:
             raise ConfigError(f"{client.url}: no /server_info; {_NEWER}") from error
         raise
-    check_server_info(client.url, info)
+    check_server_info(client.url, info, experts=experts)
 
 
 _NEWER = f"SGLang {'.'.join(map(str, OLDEST_SGLANG))} or newer is needed"
 
 
-def check_server_info(url: str, info: Mapping[str, Any]) -> None:
+def check_server_info(url: str, info: Mapping[str, Any], *, experts: bool = False) -> None:
     """Raises ConfigError for settings under which samples or weights would silently be others than meant."""
+    if experts and not info.get("enable_return_routed_experts"):
+        raise ConfigError(
+            f"{url}: does not return routed experts; start it with --enable-return-routed-experts, or set "
+            "rollout.routing_replay = false"
+        )
     version = str(info.get("version", ""))
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < OLDEST_SGLANG:

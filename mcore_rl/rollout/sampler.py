@@ -12,7 +12,7 @@ import numpy as np
 
 from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.dispatch import Request
-from mcore_rl.types import Group, Prompt, Sample
+from mcore_rl.types import ExpertLayers, Group, Prompt, Sample
 
 _SAMPLES_PER_CALL = 1024
 
@@ -43,20 +43,26 @@ async def sample_groups(
     tokenizer_decode: Callable[[Sequence[int]], str],
     seed: int,
     calls: int = 1,
+    experts: ExpertLayers | None = None,
 ) -> Rollout:
     """`samples_per_prompt` responses to every prompt, as groups `<prompt id>@<step>`.
 
     Prompts go to `ask` in few large calls, at least `calls` where there are as many prompts; servers batch
     what they get, and the samples of a prompt stay together, so that its prefix is computed once.
     `sampling_params` are SGLang's (max_new_tokens, temperature, ...); a seed per sample is added, which acts
-    where the server samples deterministically. Raises RolloutError, RejectedError.
+    where the server samples deterministically. `experts`: of the model, to have samples say which of them
+    their tokens were sent to. Raises RolloutError, RejectedError.
     """
     size = max(1, min(_SAMPLES_PER_CALL // samples_per_prompt, -(-len(prompts) // calls)))
     chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def request(chunk: Sequence[Prompt]) -> Request:
         return group_request(
-            [(p, f"{p.id}@{step}") for p in chunk], samples_per_prompt, sampling_params, seed=seed
+            [(p, f"{p.id}@{step}") for p in chunk],
+            samples_per_prompt,
+            sampling_params,
+            seed=seed,
+            experts=experts,
         )
 
     replies = [
@@ -75,11 +81,12 @@ def group_request(
     sampling_params: Mapping[str, Any],
     *,
     seed: int,
+    experts: ExpertLayers | None = None,
 ) -> Request:
     """One call for all samples of these (prompt, group id), each with the seed that its id gives it."""
     asked = [(p, f"{group_id}/{k}") for p, group_id in groups for k in range(samples_per_prompt)]
     params = [{**sampling_params, "sampling_seed": sample_seed(seed, sample_id)} for _, sample_id in asked]
-    return Request([p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked])
+    return Request([p.token_ids for p, _ in asked], params, [sample_id for _, sample_id in asked], experts)
 
 
 def build_group(
@@ -99,4 +106,5 @@ def _sample(reply: Reply, prompt: Prompt, decode: Callable[[Sequence[int]], str]
         text=decode(reply.token_ids),
         finish_reason=reply.finish_reason,
         versions=reply.versions,
+        experts=reply.experts,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rollout import routing
 from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.inflight import Group as Asked
@@ -25,7 +26,7 @@ from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.train.share import share_groups
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from mcore_rl.types import ExpertLayers, Group, Prompt, Sample, VersionSpan
 
 if TYPE_CHECKING:
     from mcore_rl.train.run import Run
@@ -37,8 +38,12 @@ _OF_STEP_TIMEOUT = 0.9
 class Ahead:
     """The groups in flight of all replicas. Every method is collective, but `restore` and `close`."""
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, config: Config, prompts: Sequence[Prompt], experts: ExpertLayers | None = None
+    ) -> None:
         self.config = config
+        self.experts = experts
+        """of the policy, where its routing is replayed"""
         self.metrics: dict[str, float] = {}
         """of the last step: what became of all samples ever asked, and how old the trained tokens were"""
         self._prompts = {prompt.id: prompt for prompt in prompts}
@@ -150,7 +155,7 @@ class Ahead:
 
         def work() -> list[dict[str, Any]]:
             return [
-                {"id": g.id, "version": g.version, "replies": g.replies and [asdict(r) for r in g.replies]}
+                {"id": g.id, "version": g.version, "replies": g.replies and [_saved(r) for r in g.replies]}
                 for g in self._of_lead().groups()
             ]
 
@@ -169,10 +174,10 @@ class Ahead:
         for name in sorted({_asked_for(group) for group in self._saved}):
             of_step = [group for group in self._saved if _asked_for(group) == name]
             for group in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
-                if group["replies"] is None:
+                if group["replies"] is None or (self.experts is not None and _unrouted(group)):
                     groups.append(self._asked(group["id"], version))
                 else:
-                    replies = [_reply(reply) for reply in group["replies"]]
+                    replies = [_reply(reply, routed=self.experts is not None) for reply in group["replies"]]
                     groups.append(self._asked(group["id"], group["version"], replies))
         if self._saved:
             on_leads(self._mesh, lambda: self._of_lead().add(groups))
@@ -198,7 +203,7 @@ class Ahead:
         return Asked(
             group,
             version,
-            group_request(one, r.samples_per_prompt, params, seed=self.config.run.seed),
+            group_request(one, r.samples_per_prompt, params, seed=self.config.run.seed, experts=self.experts),
             replies,
         )
 
@@ -229,7 +234,19 @@ def _asked_for(group: Mapping[str, Any]) -> int:
     return int(group["id"].rpartition("@")[2])
 
 
-def _reply(saved: Mapping[str, Any]) -> Reply:
+def _saved(reply: Reply) -> dict[str, Any]:
+    """As JSON."""
+    rest = asdict(replace(reply, experts=None))
+    return rest if reply.experts is None else rest | {"experts": routing.to_json(reply.experts)}
+
+
+def _unrouted(saved: Mapping[str, Any]) -> bool:
+    """Of a group that was saved without routing replay."""
+    return any(r.get("experts") is None and r["finish_reason"] != "abort" for r in saved["replies"])
+
+
+def _reply(saved: Mapping[str, Any], *, routed: bool) -> Reply:
+    experts = saved.get("experts")
     return Reply(
         rid=saved["rid"],
         token_ids=tuple(saved["token_ids"]),
@@ -237,4 +254,5 @@ def _reply(saved: Mapping[str, Any]) -> Reply:
         prompt_log_probs=tuple(saved["prompt_log_probs"]),
         finish_reason=saved["finish_reason"],
         versions=tuple(VersionSpan(**span) for span in saved["versions"]),
+        experts=routing.from_json(experts) if routed and experts is not None else None,
     )

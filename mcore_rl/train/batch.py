@@ -97,8 +97,8 @@ def pack_mini_batch(
 
 
 def token_sequence(sample: Sample) -> TokenSequence:
-    """What is trained on: the prompt, and every response token scored."""
-    return TokenSequence(sample.prompt.token_array, sample.token_ids)
+    """What is trained on: the prompt, and every response token scored; its experts, where there are any."""
+    return TokenSequence(sample.prompt.token_array, sample.token_ids, experts=sample.experts)
 
 
 def whole_sequence(sample: Sample) -> list[int]:

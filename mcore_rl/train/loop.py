@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
             data = (mini_batch, run.temperature, [sample.id for sample in batch.samples])
             if run.critic is not None:
                 trained = run.critic.optimizer, run.critic.objective
-                critic.add(*run_update(run, Update("critic", step, *trained, *data)))
+                own = [replace(micro_batch, experts=None) for micro_batch in mini_batch]
+                critic.add(*run_update(run, Update("critic", step, *trained, own, *data[1:])))
             if step > run.config.critic.warmup_rollouts:
                 policy.add(*run_update(run, Update("policy", step, run.optimizer, run.objective, *data)))
     return (
@@ -76,8 +78,9 @@ def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
     """
     all_of_them = run.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
     members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
-    sequences = [token_sequence(sample) for sample in batch.samples]
-    later = [sequences[i] for i in members]
+    routed = [token_sequence(sample) for sample in batch.samples]
+    sequences = [replace(sequence, experts=None) for sequence in routed]  # other models route for themselves
+    later = [routed[i] for i in members]
     old = log_probs(run.policy, later, run.shape, run.temperature) if later else []
     with run.residency.during("reference"):
         ref = log_probs(run.reference, sequences, run.shape, run.temperature) if run.reference else []

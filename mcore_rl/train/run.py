@@ -16,7 +16,8 @@ import numpy as np
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
-from mcore_rl.errors import RolloutError
+from mcore_rl.errors import ConfigError, RolloutError
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Offloaded, Swapped, gradients_of, weights_of
@@ -42,7 +43,7 @@ from mcore_rl.train.setup import (
     trained_ddp,
 )
 from mcore_rl.train.share import share_groups
-from mcore_rl.types import Group, Prompt, Tokens
+from mcore_rl.types import ExpertLayers, Group, Prompt, Tokens
 from mcore_rl.weights.changes import Changes
 from mcore_rl.weights.publish import wait_for_servers
 from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
@@ -80,6 +81,8 @@ class Run(Trainer):
     """how versions reach the servers"""
     ahead: Ahead | None = None
     """generates beside training; None where rollouts and training take turns"""
+    experts: ExpertLayers | None = None
+    """of the policy, where its routing is replayed"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
@@ -127,6 +130,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     updates = config.algorithm.mini_batches * config.algorithm.epochs
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     reward = load_reward(config.reward.function)
+    experts = replayed_experts(config)
     with (
         start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
         ExitStack() as stack,
@@ -137,7 +141,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
         if critic is not None:
             trainer.optimizers["critic."] = critic.optimizer
-        ahead = Ahead(config, trainer.prompts.prompts) if config.rollout.max_staleness else None
+        ahead = Ahead(config, trainer.prompts.prompts, experts) if config.rollout.max_staleness else None
         if ahead is not None:
             trainer.stateful["ahead"] = ahead
         judge = Judge(reward, place_reward_model(trainer))
@@ -147,7 +151,8 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         stack.callback(transport.close, fleet)
-        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
+        start_timeout, replays = config.rollout.start_timeout, experts is not None
+        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, start_timeout, experts=replays))
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)
@@ -168,7 +173,25 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             fleet=fleet,
             transport=transport,
             ahead=ahead,
+            experts=experts,
         )
+
+
+def replayed_experts(config: Config) -> ExpertLayers | None:
+    """What replies have to choose from, with rollout.routing_replay.
+
+    Raises:
+        ConfigError: the model has no experts.
+    """
+    if not config.rollout.routing_replay:
+        return None
+    arch = read_architecture(config.model.path)
+    if arch.experts is None:
+        raise ConfigError(
+            f"rollout.routing_replay: a {arch.family} model has no experts whose choice could be replayed; "
+            "set it to false"
+        )
+    return ExpertLayers(arch.experts.count, arch.experts.per_token, arch.experts.sparse_layers)
 
 
 def place_reference(trainer: Trainer) -> Model:
@@ -264,7 +287,8 @@ def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:
     r = config.rollout
     if r.python is not None:
         dtype = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision]
-        program = SGLang(r.python, dtype=dtype, api_key_env=r.api_key_env, options=r.options)
+        options = (*(["--enable-return-routed-experts"] if r.routing_replay else []), *r.options)
+        program = SGLang(r.python, dtype=dtype, api_key_env=r.api_key_env, options=options)
     else:
         program = Embedded(api_key_env=r.api_key_env, threads=r.threads, options=r.options)
     names = ["server.log", *(f"server_{number}.log" for number in range(1, r.servers))]
@@ -285,14 +309,22 @@ def rollout(run: Run, step: int) -> list[Group]:
         groups = run.ahead.collect(run, step)
     else:
         prompts = run.cursor.next(run.config.rollout.prompts_per_step)
-        groups = sample(run, prompts, step, run.config.rollout.samples_per_prompt)
+        each = run.config.rollout.samples_per_prompt
+        groups = sample(run, prompts, step, each, experts=run.experts)
     if not any(group.samples for group in groups):
         raise RolloutError(f"step {step}: the servers aborted all {len(groups)} groups; see their logs")
     save_samples(run, step, groups)
     return groups
 
 
-def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_prompt: int) -> list[Group]:
+def sample(
+    run: Run,
+    prompts: Sequence[Prompt],
+    step: int | str,
+    samples_per_prompt: int,
+    *,
+    experts: ExpertLayers | None = None,
+) -> list[Group]:
     """Scored groups of `prompts`, each replica's lead asking for its share; all of them, on every rank.
 
     Every token comes from the weights that were published last: the ratio of 1 rests on it.
@@ -310,6 +342,7 @@ def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_pro
                 tokenizer_decode=run.decode,
                 seed=run.config.run.seed,
                 calls=_CALLS_PER_SERVER * len(servers) if len(servers) > 1 else 1,
+                experts=experts,
             )
         return sampled, servers.lost
 

@@ -17,6 +17,7 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rollout import routing
 from mcore_rl.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def to_json(batch: PackedBatch, ids: Sequence[str]) -> dict[str, Any]:
         "max_seqlen": batch.max_seqlen,
         "batch": {name: _numbers(getattr(batch, name)) for name in TENSORS},
         "fields": {name: _numbers(values) for name, values in batch.fields.items()},
+        "experts": None if batch.experts is None else routing.to_json(batch.experts.cpu().numpy()),
     }
 
 
@@ -160,7 +162,9 @@ def from_json(recorded: Mapping[str, Any]) -> PackedBatch:
     """The micro-batch of `to_json`."""
     tensors = {name: _tensor(values) for name, values in recorded["batch"].items()}
     fields = {name: _tensor(values) for name, values in recorded["fields"].items()}
-    return PackedBatch(**tensors, max_seqlen=recorded["max_seqlen"], fields=fields)
+    saved = recorded.get("experts")
+    experts = None if saved is None else torch.from_numpy(routing.from_json(saved))
+    return PackedBatch(**tensors, max_seqlen=recorded["max_seqlen"], fields=fields, experts=experts)
 
 
 def _numbers(tensor: Tensor) -> dict[str, Any]:

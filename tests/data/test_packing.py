@@ -182,9 +182,27 @@ def test_every_scored_token_is_scored_once_from_the_token_before_it(parts, align
     [
         (TokenSequence((), (1, 2)), 0.0, "sequence 1 has no prompt token"),
         (TokenSequence((1,), (1, 2), (True,)), 0.0, "sequence 1: loss mask of 1 for 2"),
+        (
+            TokenSequence((1,), (1, 2), experts=np.zeros((3, 1, 1), np.uint8)),
+            0.0,
+            "sequence 1: experts of 3 tokens for a sequence of 3; give those of all tokens but the last",
+        ),
         (TokenSequence((1,), (1, 2)), (0.0,), r"field 'f' of sequence 1 has shape \(1,\) for 2"),
     ],
 )
 def test_sequences_and_fields_that_do_not_fit(sequence, field, message):
     with pytest.raises(DataError, match=message):
         pack([SEQUENCES[0], sequence], [1], {"f": [0.0, field]})
+
+
+def test_experts_lie_beside_their_tokens():
+    """The last token of a sequence, padding and a sequence without any are -1."""
+    told = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3)
+    sequences = [TokenSequence((1, 2), (3,), experts=told), TokenSequence((4,), (5, 6))]
+    experts = pack(sequences, [1, 0], {}, align=4).experts
+    assert experts is not None
+    assert (experts.dtype, experts.shape) == (torch.int16, (8, 2, 3))
+    assert np.array_equal(experts[4:6], told)
+    assert (experts[[0, 1, 2, 3, 6, 7]] == -1).all()
+    assert pack(sequences, [1], {}).experts is None
+    assert pack(sequences, [], {}, align=2).experts is None

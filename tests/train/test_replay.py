@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.train.loop import learn
 from mcore_rl.train.replay import _replay, replay_dump
-from mcore_rl.train.update import from_json
+from mcore_rl.train.update import from_json, to_json
+from mcore_rl.types import PackedBatch
 from tests.sources import ROOT
 from tests.train.test_ppo import build_run, config, recorded
 
@@ -87,6 +90,30 @@ def test_no_weight_changes_and_the_micro_batch_is_named_and_kept(broken):
     assert TOKEN in batch.tokens
     assert len(document["samples"]) == batch.num_sequences
     assert batch.fields["advantage"].dtype == torch.float32
+
+
+def test_replayed_experts_are_kept():
+    experts = torch.randint(-1, 300, (3, 2, 2), dtype=torch.int16)
+    number = torch.zeros(1, dtype=torch.int64)
+    rows = {
+        "tokens": torch.tensor([1, 2, 3]),
+        "position_ids": torch.arange(3),
+        "rows": number,
+        "targets": number,
+    }
+    batch = PackedBatch(
+        **rows,
+        cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
+        max_seqlen=3,
+        sequence=number,
+        fields={"sample": number},
+        experts=experts,
+    )
+    again = from_json(json.loads(json.dumps(to_json(batch, ["a"]))))
+    assert again.experts is not None
+    assert again.experts.dtype == torch.int16
+    assert torch.equal(again.experts, experts)
+    assert from_json(to_json(replace(batch, experts=None), ["a"])).experts is None
 
 
 def test_a_replay_at_another_layout_finds_the_value(pool2, gspo, broken):

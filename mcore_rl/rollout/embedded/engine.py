@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from mcore_rl.errors import NumericsError
 from mcore_rl.rollout.embedded.decode import build_decoder
 from mcore_rl.rollout.embedded.kv_cache import SlotCache
+from mcore_rl.rollout.embedded.routing import routed_experts
 from mcore_rl.rollout.embedded.sampling import sample
 from mcore_rl.rollout.embedded.sequence import Details, Rows, Sequence, build_rows
 
@@ -262,6 +263,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: dict[str, object]) -> None:
         sequence.finish_reason = reason
         sequence.final_version = self.version
+        if sequence.wanted.experts and sequence.output_ids:
+            sequence.experts = routed_experts(self.model, sequence.tokens)
 
 
 def _prefill_order(group: list[Sequence]) -> tuple[bool, int]:

@@ -29,6 +29,7 @@ class ModelLimits:
     context_length: int
     """tokens of prompt and response together"""
     eos_ids: frozenset[int]
+    has_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def parse_generate(
         wanted = (
             replace(hidden, log_probs=True, prompt_from=start, top=top, token_ids=shown) if scored else hidden
         )
+        wanted = replace(wanted, experts=request.return_routed_experts)
         _check(prompt, param, wanted, limits)
         sequences += _sequences(prompt, rid, param, wanted, limits, seeds)
     return Generation(sequences, batch or len(sequences) > 1)
@@ -126,6 +128,8 @@ def _check(prompt: list[int], params: SamplingParams, wanted: Wanted, limits: Mo
             f"Requested token count exceeds the model's maximum context length of {context} tokens: "
             f"{len(prompt)} of the prompt and {params.max_new_tokens} of max_new_tokens; lower either."
         )
+    if wanted.experts and not limits.has_experts:
+        raise RequestError("return_routed_experts: the model has no experts; drop it.")
     scored = [*wanted.token_ids, *(params.stop_token_ids or [])]
     for what, ids in (("input_ids", prompt), ("token_ids_logprob and stop_token_ids", scored)):
         if ids and not (min(ids) >= 0 and max(ids) < vocab):

@@ -40,6 +40,8 @@ def _meta(sequence: Sequence) -> dict[str, Any]:
         "e2e_latency": time.monotonic() - sequence.created,
         "response_sent_to_client_ts": time.time(),
     }
+    if sequence.experts:
+        meta["routed_experts"] = sequence.experts
     return meta | _log_probs(sequence) if sequence.wanted.log_probs else meta
 
 

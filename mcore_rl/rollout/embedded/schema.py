@@ -37,7 +37,6 @@ NEUTRAL_GENERATE: Mapping[str, tuple[object, ...]] = {
     "return_sampling_mask": (False,),
     "sampling_logprobs_mode": (None, "selected"),
     "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
     "routed_experts_start_len": (0,),
     "return_indexer_topk": (False,),
     "return_flat_raw_top_logprobs": (False,),
@@ -148,6 +147,7 @@ class GenerateBody(_Body):
     logprob_start_len: int | list[int] = -1
     top_logprobs_num: int | list[int] = 0
     token_ids_logprob: list[int] | list[list[int]] | None = None
+    return_routed_experts: bool = False
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

@@ -51,6 +51,8 @@ class Wanted:
     token_ids: tuple[int, ...] = ()
     """Tokens whose log-probs are shown at every scored position."""
     skip_special_tokens: bool = True
+    experts: bool = False
+    """Which experts every token but the last is sent to."""
 
     @property
     def extras(self) -> bool:
@@ -93,6 +95,8 @@ class Sequence:
     num_retractions: int = 0
     finish_reason: dict[str, object] | None = None
     final_version: str = ""
+    experts: str = ""
+    """As the reply has them; empty unless wanted."""
 
     @property
     def tokens(self) -> list[int]:

@@ -23,6 +23,7 @@ from mcore_rl.rollout.embedded.api import Api, build_app
 from mcore_rl.rollout.embedded.engine import Engine
 from mcore_rl.rollout.embedded.generate import ModelLimits
 from mcore_rl.rollout.embedded.kv_cache import build_cache
+from mcore_rl.rollout.embedded.routing import has_experts
 from mcore_rl.rollout.embedded.weights import load_model
 from mcore_rl.rollout.embedded.worker import Worker
 
@@ -103,8 +104,10 @@ def _build_api(
         "tp_size": 1,
         "dp_size": 1,
         "status": "ready",
+        "enable_return_routed_experts": has_experts(model),
     }
-    limits = ModelLimits(config.vocab_size, context, _eos_ids(model, model_dir, tokenizer))
+    eos_ids = _eos_ids(model, model_dir, tokenizer)
+    limits = ModelLimits(config.vocab_size, context, eos_ids, has_experts(model))
     worker = Worker(Engine(model, cache, max_running=max_running))
     return Api(worker, limits, tokenizer, shapes, info, random.Random(seed))
 

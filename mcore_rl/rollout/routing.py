@@ -1,0 +1,59 @@
+"""The experts that a server's tokens were sent to, as SGLang returns them (`return_routed_experts`)."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mcore_rl.types import ExpertLayers
+
+
+def parse_experts(encoded: str, of: ExpertLayers, tokens: int) -> npt.NDArray[np.integer]:
+    """[tokens, layers, K] from base64 of int32; uint8 where that is enough, 0 in dense layers.
+
+    Args:
+        tokens: all of a sequence but the last, which the server has sampled and not read.
+
+    Raises:
+        ValueError: the size is another, or a token of a layer with experts has one that the model has not, or
+            one twice.
+    """
+    raw = base64.b64decode(encoded, validate=True)
+    shape = (tokens, len(of.sparse), of.per_token)
+    if len(raw) != 4 * int(np.prod(shape)):
+        raise ValueError(f"routed_experts: {len(raw)} bytes, not those of int32 {list(shape)}")
+    experts = np.frombuffer(raw, "<i4").reshape(shape)
+    sparse = np.array(of.sparse)
+    chosen = np.sort(experts[:, sparse], axis=-1)
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < of.experts:
+        raise ValueError(f"routed_experts: {chosen.min()} to {chosen.max()}, of {of.experts} experts")
+    if (chosen[..., 1:] == chosen[..., :-1]).any():
+        raise ValueError("routed_experts: a token has an expert twice")
+    kept = np.where(sparse[:, None], experts, 0)
+    return kept.astype(np.uint8 if of.experts <= 256 else np.int16)
+
+
+def encode_experts(experts: npt.NDArray[np.integer]) -> str:
+    """What `parse_experts` reads."""
+    return base64.b64encode(experts.astype("<i4").tobytes()).decode()
+
+
+def to_json(experts: npt.NDArray[np.integer]) -> dict[str, Any]:
+    """For a checkpoint or a dump: experts in the type that they have, uint8 or int16."""
+    raw = experts.astype(experts.dtype.newbyteorder("<")).tobytes()
+    return {
+        "dtype": experts.dtype.name,
+        "shape": list(experts.shape),
+        "base64": base64.b64encode(raw).decode(),
+    }
+
+
+def from_json(saved: Mapping[str, Any]) -> npt.NDArray[np.integer]:
+    """The experts of `to_json`."""
+    dtype = np.dtype(saved["dtype"])
+    flat = np.frombuffer(base64.b64decode(saved["base64"]), dtype.newbyteorder("<"))
+    return flat.reshape(saved["shape"]).astype(dtype)
