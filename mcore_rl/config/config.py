@@ -115,21 +115,15 @@ def _of_servers(rollout: Rollout) -> Iterator[str]:
 
 
 def _of_fp8(config: Config) -> Iterator[str]:
-    model, saves = config.model, bool(config.checkpoint.every)
+    model = config.model
     if model.precision != "fp8":
         return
-    if RECIPES[model.fp8_recipe].remembers:
-        if model.fp8_first_last_bf16:
-            yield (
-                f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
-                'bf16; set model.fp8_recipe = "blockwise" or drop it'
-            )
-        if saves:
-            yield (
-                f'model.fp8_recipe: a checkpoint does not hold the scales that "{model.fp8_recipe}" '
-                'remembers, and a resumed run would differ; set it to "blockwise", or checkpoint.every = 0'
-            )
-    if model.fp8_param_gather and saves:
+    if RECIPES[model.fp8_recipe].remembers and model.fp8_first_last_bf16:
+        yield (
+            f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
+            'bf16; set model.fp8_recipe = "blockwise" or drop it'
+        )
+    if model.fp8_param_gather and config.checkpoint.every:
         yield (
             "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
             "checkpoint.every = 0"

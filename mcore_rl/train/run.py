@@ -167,7 +167,7 @@ def place_reference(trainer: Trainer) -> Model:
     if where == "swapped":
         trainer.residency.parts["reference"] = Swapped(trainer.policy)
         return trainer.policy
-    reference = build_reference(trainer.config, trainer.mesh)
+    reference = trainer.frozen["reference."] = build_reference(trainer.config, trainer.mesh)
     if where == "offloaded":
         trainer.residency.parts["reference"] = Offloaded(partial(weights_of, reference), constant=True)
     return reference

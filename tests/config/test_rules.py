@@ -81,11 +81,6 @@ def load(tmp_path):
             'model.fp8_first_last_bf16: .*"delayed" recipe',
         ),
         (
-            {"model__precision": "fp8", "model__fp8_recipe": "delayed", "checkpoint__every": 1},
-            {"model__fp8_recipe": "blockwise"},
-            "model.fp8_recipe: a checkpoint does not hold",
-        ),
-        (
             {"model__precision": "fp8", "model__fp8_param_gather": "true", "checkpoint__every": 1},
             {"checkpoint__every": 0},
             "model.fp8_param_gather: a checkpoint does not hold",
