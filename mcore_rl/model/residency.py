@@ -22,8 +22,11 @@ NEEDED: dict[str, frozenset[str]] = {
     "critic": frozenset({"values", "critic", "critic step", "save"}),
     "critic_optimizer": frozenset({"critic step", "save"}),
     "optimizer": frozenset({"policy step", "save"}),
+    "server_weights": frozenset({"publish"}),
+    "kv_cache": frozenset({"publish"}),
 }
-"""part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients"""
+"""part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients. The
+last two are of servers on the trainer's GPUs (train/colocated.py)"""
 
 PHASES = ("publish", "reference", "values", "policy", "policy step", "critic", "critic step", "save")
 """of a step: scoring by a model, forward and backward of one, its optimizer's update, a checkpoint"""

@@ -44,13 +44,14 @@ def plan(
             where `colocated`.
         prompt_tokens, response_tokens: mean lengths; default: the config's limits.
         reward_model: hold a frozen model of the policy's size on the training ranks too.
-        colocated: the servers' weights and KV cache are on the training GPUs.
+        colocated: the servers' weights and KV cache are on the training GPUs; said by residency.servers too.
 
     Raises:
         ConfigError: the config or the model's config.json.
         LayoutError: the config's layout is illegal, or does not fit; printed plans say what does.
     """
     config = load_config(path, overrides)
+    colocated = colocated or config.residency.servers == "released"
     arch, shape = read_architecture(config.model.path), model_shape(read_hf_config(config.model.path))
     layout = configured_layout(config, gpus)
     work = work_of(

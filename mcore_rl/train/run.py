@@ -88,8 +88,9 @@ class Run(Trainer):
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers (url -> why, the same on every rank) serve no more until a publish; collective.
 
-        Those of this machine are started anew, and are published to when they answer. One that is known to be
-        lost already, or was under an address that it has no more, is no news.
+        Those of this machine are started anew, at once or (residency.servers) at the next publish, and are
+        published to when they answer. One that is known to be lost already, or was under an address that it
+        has no more, is no news.
         """
         serving = {client.url for client in self.fleet.serving}
         lost = {url: why for url, why in lost.items() if url in serving}
@@ -97,7 +98,9 @@ class Run(Trainer):
             self.step_log.event("server_lost", url=url, why=why)
         self.fleet.lose(lost)
         if self.fleet.standing.lost:
-            self.fleet.standing = on_main(self.mesh, self.fleet.restart_lost)
+            shared = self.config.residency.servers == "released"  # one that starts would take the memory
+            again = self.fleet.end_lost if shared else self.fleet.restart_lost
+            self.fleet.standing = on_main(self.mesh, again)
 
     @property
     def temperature(self) -> float:
@@ -137,7 +140,9 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         offload_trained(trainer, critic)
         weights_dir = config.publish.dir or config.run.dir / "weights"
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
-        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
+        releases = config.residency.servers == "released"
+        timeout = config.rollout.start_timeout
+        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, timeout, releases=releases))
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)

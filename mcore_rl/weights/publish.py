@@ -115,8 +115,8 @@ def server_log_probs(
     return asyncio.run(on_each(clients, score))
 
 
-def wait_for_servers(clients: Sequence[RolloutClient], timeout: float) -> None:
-    """Return when every server is ready and fit for training.
+def wait_for_servers(clients: Sequence[RolloutClient], timeout: float, *, releases: bool = False) -> None:
+    """Return when every server is ready and fit for training; and to give up its memory, where it `releases`.
 
     Raises RolloutError naming those that are not ready after `timeout` seconds, ConfigError for one that
     cannot take part.
@@ -126,6 +126,6 @@ def wait_for_servers(clients: Sequence[RolloutClient], timeout: float) -> None:
         async with AsyncExitStack() as stack:
             opened = [await stack.enter_async_context(client) for client in clients]
             await wait_ready(opened, timeout=timeout)
-            await asyncio.gather(*map(check_server, opened))
+            await asyncio.gather(*(check_server(client, releases=releases) for client in opened))
 
     asyncio.run(wait())
