@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import get_fp8_recipe
+from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 from torch import Tensor
 
 from mcore_rl.checkpoint.pieces import Piece
@@ -50,13 +50,16 @@ def fp8_pieces(model: Model, prefix: str = "") -> list[Piece]:
 
 def _states(model: Model) -> States:
     names = {id(parameter): name for name, parameter in global_parameters(model.unwrapped).items()}
-    recipe = get_fp8_recipe(model.config)
-    return {
-        names[id(module.weight)]: _state(module, recipe)
+    linears: list[Any] = [
+        module
         for chunk in model.unwrapped
         for module in chunk.modules()
         if hasattr(module, "fp8_meta") and hasattr(module, "weight")  # attention is not asked for FP8
-    }
+    ]
+    recipe = get_fp8_recipe(model.config)
+    # A new state looks at the recipe in force; without gradients, leaving it updates no scale.
+    with torch.no_grad(), get_fp8_context(model.config):
+        return {names[id(module.weight)]: _state(module, recipe) for module in linears}
 
 
 def _state(module: Any, recipe: Any) -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _of_lengths(config: Config) -> Iterator[str]:
     parallel, train, rollout = config.parallel, config.train, config.rollout
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    longest += config.reward.model is not None  # its score is a row of its own behind the response
     tokens = token_multiple(config.model.precision, config.model.fp8_recipe)
     align = packed_multiple(parallel.tensor, parallel.context, tokens, sequence=parallel.sequence)
     if -(-longest // align) * align > train.tokens_per_micro_batch:
@@ -197,7 +198,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.supervised_only:
         keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("residency.servers",)
+        keys += ("reward.model", "residency.servers")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
@@ -210,6 +211,10 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= dict.fromkeys(keys, f"{name} has no critic")
     if not _needs_reference(config):
         unused["residency.reference"] = f"{name} has no reference"
+    if config.reward.model is None:
+        unused["residency.reward_model"] = "there is no reward.model"
+    else:
+        unused["reward.function"] = "reward.model gives the rewards"
     if not config.checkpoint.every:
         unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
     if config.rollout.server == "embedded":

@@ -174,6 +174,8 @@ class Reward(Section):
 
     function: Annotated[str, AfterValidator(_reward_name)] = "mcore_rl.rewards.exact:exact_match"
     """`module:function` that scores one sample."""
+    model: Path | None = None
+    """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 
 
 class Algorithm(Section):
@@ -249,6 +251,8 @@ class Residency(Section):
     """`swapped`: no second model; for scoring, the policy takes its first weights back."""
     critic: Literal["resident", "offloaded"] = "resident"
     """Its weights and gradients, outside of its own scoring and updates."""
+    reward_model: Literal["resident", "offloaded"] = "resident"
+    """Its weights, outside of scoring."""
     optimizer: Literal["resident", "offloaded"] = "resident"
     """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
     servers: Literal["resident", "released"] = "resident"

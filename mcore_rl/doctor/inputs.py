@@ -11,10 +11,12 @@ from mcore_rl.config import Config
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.model.architecture import read_architecture
+from mcore_rl.model.critic import CriticMapping
 from mcore_rl.model.mapping import Mapping
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
+from mcore_rl.train.judge import check_same_tokens
 from mcore_rl.train.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
@@ -58,7 +60,7 @@ def _layout(config: Config, gpus: int) -> Iterable[Finding]:
 
 
 def _tokenizer(config: Config) -> Iterable[Finding]:
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model.path)
     yield Finding("tokenizer", "ok", f"{len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r}")
     if tokenizer.chat_template:
         yield from _chat_template(tokenizer)
@@ -93,7 +95,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
 
 
 def _data(config: Config) -> Iterable[Finding]:
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model.path)
     train = read_prompts(config, config.data.train, tokenizer)
     yield from _prompts("data.train", config.data.train, train)
     wanted = config.rollout.prompts_per_step
@@ -136,8 +138,20 @@ def _prompts(check: str, path: Path, found: PromptSet) -> Iterable[Finding]:
         )
 
 
+def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
+    arch = read_architecture(path)
+    p = config.parallel
+    check_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
+    check_same_tokens(config)
+    hf_reader(path, CriticMapping(arch, padded_vocab(arch, 1)))
+    yield Finding("reward", "ok", f"{path}: a reward model over the policy's tokens, its weights complete")
+
+
 def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
     """The label itself, answered to the first prompt, through the same path as a rollout."""
+    if config.reward.model is not None:
+        yield from _reward_model(config, config.reward.model)
+        return
     name = config.reward.function
     function = load_reward(name)
     sample = Sample(

@@ -74,7 +74,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{file}: not found; model.path must be a Hugging Face model directory") from None
+        raise ConfigError(f"{file}: not found; give the path of a Hugging Face model directory") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
     if not isinstance(content, dict):

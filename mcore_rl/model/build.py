@@ -1,4 +1,4 @@
-"""Builds policy, reference and critic on this rank: config, layers, head, weights, Megatron's DDP."""
+"""Builds the models of a run on this rank: config, layers, head, weights, Megatron's DDP."""
 
 from __future__ import annotations
 
@@ -109,6 +109,20 @@ def build_critic(
     read = with_value_head(read, arch, random_seed)
     config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
     return _build(CriticModel, config, CriticMapping(arch, rows), read, mesh, ddp, path)
+
+
+def build_reward_model(path: Path, mesh: Mesh, *, precision: str = "fp32", fp8: Fp8 = DEFAULT_FP8) -> Model:
+    """The frozen sequence classifier of the HF directory `path`: one label, `score.weight` [1, H], no bias.
+
+    Its value of a row is the score of the tokens up to there. Raises ConfigError, LayoutError as
+    `build_policy`.
+    """
+    platform.install()
+    arch = read_architecture(path)
+    check_layout(arch, mesh.layout)
+    mapping = CriticMapping(arch, padded_vocab(arch, mesh.layout.tensor))
+    config = transformer_config(arch, mesh.layout, precision, "none", fp8)
+    return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, None, path)
 
 
 def _read(

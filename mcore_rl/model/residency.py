@@ -19,16 +19,27 @@ from mcore_rl.model.optimizer import Optimizer
 
 NEEDED: dict[str, frozenset[str]] = {
     "reference": frozenset({"reference"}),
+    "reward_model": frozenset({"rewards"}),
     "critic": frozenset({"values", "critic", "critic step", "save"}),
     "critic_optimizer": frozenset({"critic step", "save"}),
     "optimizer": frozenset({"policy step", "save"}),
-    "server_weights": frozenset({"publish"}),
-    "kv_cache": frozenset({"publish"}),
+    "server_weights": frozenset({"publish", "rewards"}),
+    "kv_cache": frozenset({"publish", "rewards"}),
 }
 """part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients. The
 last two are of servers on the trainer's GPUs (train/colocated.py)"""
 
-PHASES = ("publish", "reference", "values", "policy", "policy step", "critic", "critic step", "save")
+PHASES = (
+    "publish",
+    "rewards",
+    "reference",
+    "values",
+    "policy",
+    "policy step",
+    "critic",
+    "critic step",
+    "save",
+)
 """of a step: scoring by a model, forward and backward of one, its optimizer's update, a checkpoint"""
 
 

@@ -31,7 +31,6 @@ def plan(
     server_gpus: int | None = None,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
-    reward_model: bool = False,
     colocated: bool = False,
     as_json: bool = False,
 ) -> int:
@@ -43,7 +42,6 @@ def plan(
         server_gpus: GPUs of the servers; default: SERVER_GPUS for each of rollout.urls, or the training GPUs
             where `colocated`.
         prompt_tokens, response_tokens: mean lengths; default: the config's limits.
-        reward_model: hold a frozen model of the policy's size on the training ranks too.
         colocated: the servers' weights and KV cache are on the training GPUs; said by residency.servers too.
 
     Raises:
@@ -58,7 +56,6 @@ def plan(
         config,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
-        reward_model=reward_model,
         colocated=colocated,
     )
     servers = layout.world_size if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))

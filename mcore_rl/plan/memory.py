@@ -75,7 +75,7 @@ class Memory:
         """At most during one of residency.PHASES."""
         scoring = max(self.layer_backward, self.head)  # no more than that: a layer or the head, forward only
         working = {"policy": self.step, "critic": self.step, "publish": self.publish}
-        working |= dict.fromkeys(("reference", "values"), scoring)
+        working |= dict.fromkeys(("rewards", "reference", "values"), scoring)
         state = sum(
             getattr(self, name)
             for name in _STATE
@@ -92,13 +92,16 @@ class Memory:
 def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]:
     """Of each pipeline stage, first to last."""
     policy = count_policy(arch, layout)
-    critic = count_critic(arch, layout) if work.critic else [StageCount()] * layout.pipeline
+    nothing = [StageCount()] * layout.pipeline
+    critic = count_critic(arch, layout) if work.critic else nothing
+    judge = nothing if work.reward_model is None else count_critic(work.reward_model, layout)
     size = weight_bytes(work.precision)
     stages = []
     for stage, count in enumerate(policy):
         waiting: dict[str, float] = {
             "optimizer": optimizer_bytes(count, layout, work),
             "reference": size * count.total * work.reference,
+            "reward_model": _judge_bytes(judge[stage], layout, work, stage),
             "critic": critic_bytes(arch, critic[stage], layout, work, stage),
             "critic_optimizer": critic_optimizer_bytes(arch, critic[stage], layout, work, stage),
         }
@@ -107,7 +110,6 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
                 weights=_weights(count, work),
                 gradients=4 * count.total,
                 **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
-                reward_model=size * count.total * work.reward_model,
                 activations=kept_bytes(arch, layout, work, stage),
                 layer_backward=backward_bytes(arch, layout, work, stage),
                 head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
@@ -148,6 +150,13 @@ def critic_bytes(arch: Architecture, count: StageCount, layout: Layout, work: Wo
     """Weights and gradients; the value head's weights are in fp32 at least."""
     wider = (4 - weight_bytes(work.precision)) * _value_head(arch, layout, work, stage)
     return _weights(count, work) + 4 * count.total + wider
+
+
+def _judge_bytes(count: StageCount, layout: Layout, work: Work, stage: int) -> float:
+    """Weights of the reward model; its value head's are in fp32 at least."""
+    size = weight_bytes(work.precision)
+    head = work.reward_model.hidden if work.reward_model and stage == layout.pipeline - 1 else 0
+    return size * count.total + (4 - size) * head
 
 
 def critic_optimizer_bytes(

@@ -67,6 +67,8 @@ def evaluate(problem: Problem, layout: Layout) -> Plan:
         LayoutError: the model cannot be cut that way, or a micro-batch cannot hold the longest sequence.
     """
     check_layout(problem.arch, layout)
+    if problem.work.reward_model is not None:
+        check_layout(problem.work.reward_model, layout)
     _check_micro_batch(problem.work, layout)
     stages = stage_memory(problem.arch, layout, problem.work)
     fullest = max(memory.total for memory in stages)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config import Config
-from mcore_rl.data.balance import ModelShape, forward_flops
+from mcore_rl.data.balance import ModelShape, forward_flops, model_shape
+from mcore_rl.model.architecture import Architecture, read_architecture, read_hf_config
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 from mcore_rl.train.setup import fp8_of
@@ -37,8 +39,10 @@ class Work:
     distributed_optimizer: bool
     reference: bool
     critic: bool
-    reward_model: bool
-    """a frozen model of the policy's size on the training ranks"""
+    reward_model: Architecture | None
+    """a frozen model on the training ranks"""
+    reward_flops: float
+    """of its forward pass over a token, the policy's taken as 1"""
     colocated: bool
     """the servers run on the training GPUs"""
     generates: bool
@@ -79,13 +83,13 @@ def work_of(
     *,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
-    reward_model: bool = False,
     colocated: bool = False,
 ) -> Work:
     """The work of one step of `config`; mean lengths that are not given are the config's limits."""
     r, a = config.rollout, config.algorithm
     supervised = config.supervised_only
     algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params)
+    reward = None if supervised else config.reward.model
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
     return Work(
         samples=config.supervised.batch_size if supervised else r.prompts_per_step * r.samples_per_prompt,
@@ -101,7 +105,8 @@ def work_of(
         distributed_optimizer=config.optimizer.distributed,
         reference=not supervised and algorithm.needs_reference,
         critic=not supervised and algorithm.needs_critic,
-        reward_model=reward_model,
+        reward_model=None if reward is None else read_architecture(reward),
+        reward_flops=0.0 if reward is None else _flops_of(reward) / _flops_of(config.model.path),
         colocated=colocated,
         generates=not supervised,
         old_log_prob_share=0.0 if supervised else 1.0 if all_old else 1 - 1 / a.mini_batches,
@@ -111,12 +116,20 @@ def work_of(
     )
 
 
+def _flops_of(path: Path) -> float:
+    """Of a forward pass over one token without context, the head apart."""
+    shape = model_shape(read_hf_config(path))
+    return float(forward_flops(np.array([1.0]), shape, np.array([0.0]))[0])
+
+
 def _offloaded(config: Config) -> Iterator[str]:
     where = config.residency
     if where.reference == "offloaded":
         yield "reference"
     if where.critic == "offloaded":
         yield "critic"
+    if where.reward_model == "offloaded":
+        yield "reward_model"
     if where.optimizer == "offloaded":
         yield from ("optimizer", "critic_optimizer")
     if where.servers == "released":

@@ -18,7 +18,6 @@ from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import score_groups
 from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.inflight import Group as Asked
@@ -81,12 +80,14 @@ class Ahead:
                     build_group(group, self._prompt(group), replies, run.decode)
                     for group, replies in taken.replies.items()
                 ]
-                scored = score_groups(groups, run.reward)
+                scored = run.judge.by_function(groups)
             return scored, Counter(taken.discarded.values()), len(lead.groups()), lead.lost()
 
         replicas = gather_replicas(run.mesh, on_leads(run.mesh, work))
         run.lose({url: why for *_, lost in replicas for url, why in lost.items()})
         groups = [group for scored, *_ in replicas for group in scored]
+        with run.timers("reward"), run.residency.during("rewards"):
+            groups = run.judge.by_model(groups, run.shape)
         discarded = sum((counts for _, counts, _, _ in replicas), Counter())
         self._count(groups, discarded, sum(left for _, _, left, _ in replicas))
         samples = [sample for group in groups for sample in group.samples]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from pydantic import BaseModel
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,8 +21,9 @@ from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.sections import Parallel
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
+from mcore_rl.model.critic import CriticMapping, with_value_head
 from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.weights_io import hf_reader
+from mcore_rl.model.weights_io import hf_reader, random_reader
 from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 from mcore_rl.train.setup import layout_of, world_size
 
@@ -96,6 +98,8 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
+    if config.reward.model is not None:
+        _write_reward_model(directory / "reward_model", config.reward.model, parallel, config.run.seed)
     problems = [{"prompt": f"{a}+{b}=", "label": str(a + b)} for a in range(1, 10) for b in range(1, 10)]
     lines = "".join(json.dumps(problem) + "\n" for problem in problems)
     (directory / "problems.jsonl").write_text(lines)
@@ -168,6 +172,15 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
 
 
+def _write_reward_model(directory: Path, source: Path, parallel: Parallel, seed: int) -> None:
+    """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
+    _write_model(directory, shrink_model(read_hf_config(source), parallel))
+    arch = read_architecture(directory)
+    mapping = CriticMapping(arch, arch.vocab)
+    read = with_value_head(random_reader(mapping, seed), arch, seed)
+    save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
+
+
 def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Config:
     """Not validated: `load_config` reads the file that is written of it."""
     rollout, train, algorithm = config.rollout, config.train, config.algorithm
@@ -194,7 +207,10 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
             "api_key_env": None,
             "threads": 1,
         },
-        "reward": {"function": "mcore_rl.rewards.exact:exact_match"},
+        "reward": {
+            "function": "mcore_rl.rewards.exact:exact_match",
+            "model": config.reward.model and directory / "reward_model",
+        },
         "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
         "optimizer": {"warmup_steps": 0},
         "critic": {"warmup_rollouts": min(1, config.critic.warmup_rollouts)},
@@ -225,7 +241,8 @@ def _differences(config: Config, tiny: Config) -> Iterator[str]:
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_experts")
     changed = [f"{name} {big[name]} -> {small[name]}" for name in sizes if name in big]
     yield f"a tiny {big['model_type']} with random weights: {', '.join(changed)}"
-    yield "rollouts from the embedded server on this machine, sums of two digits, exact-match reward"
+    reward = "a tiny reward model" if tiny.reward.model else "exact-match reward"
+    yield f"rollouts from the embedded server on this machine, sums of two digits, {reward}"
     for section, value in tiny:
         for key, now in value:
             then = getattr(getattr(config, section), key)

@@ -20,13 +20,14 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Offloaded, Swapped, gradients_of, weights_of
 from mcore_rl.parallel.control import gather_replicas, on_leads, on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import RewardFn, load_reward, score_groups
+from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
 from mcore_rl.rollout.sampler import Rollout, sample_groups
 from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
+from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.setup import (
@@ -65,7 +66,8 @@ class Run(Trainer):
     critic: Critic | None
     """where the algorithm needs one"""
     alert: GradientAlert
-    reward: RewardFn
+    judge: Judge
+    """gives every sample its reward"""
     eval_prompts: Sequence[Prompt]
     fleet: Fleet
     """the rollout servers"""
@@ -136,6 +138,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         ahead = Ahead(config, trainer.prompts.prompts) if config.rollout.max_staleness else None
         if ahead is not None:
             trainer.stateful["ahead"] = ahead
+        judge = Judge(reward, place_reward_model(trainer))
         restore(trainer)  # before a server starts on the policy's weights
         offload_trained(trainer, critic)
         weights_dir = config.publish.dir or config.run.dir / "weights"
@@ -158,7 +161,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             reference=reference,
             critic=critic,
             alert=alert,
-            reward=reward,
+            judge=judge,
             eval_prompts=load_eval(config, trainer.tokenizer),
             fleet=fleet,
             weights_dir=weights_dir,
@@ -299,11 +302,12 @@ def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_pro
         with run.timers("rollout"):
             sampled, lost = asyncio.run(ask())
         with run.timers("reward"):
-            return score_groups(sampled.groups, run.reward), lost
+            return run.judge.by_function(sampled.groups), lost
 
     replicas = gather_replicas(run.mesh, on_leads(run.mesh, work))
     run.lose({url: why for _, lost in replicas for url, why in lost.items()})
-    return [group for groups, _ in replicas for group in groups]
+    with run.timers("reward"), run.residency.during("rewards"):
+        return run.judge.by_model([group for groups, _ in replicas for group in groups], run.shape)
 
 
 def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:

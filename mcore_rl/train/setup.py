@@ -136,7 +136,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
 def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log: bool = False) -> Trainer:
     """The parts of a run at `mesh`; every rank calls it. An older log is replaced, unless `keep_log`."""
     seed_rng(config.run.seed)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     policy = build_policy(
         config.model.path,
@@ -217,13 +217,12 @@ def layout_of(config: Config, world_size: int) -> Layout:
     )
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of model.path, checked against the model's vocabulary.
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model directory `path`, checked against the model's vocabulary.
 
     Raises:
         ConfigError: there is none, it has no end-of-sequence token, or an id that the model has no row for.
     """
-    path = config.model.path
     vocab = read_architecture(path).vocab
     if not any((path / name).exists() for name in TOKENIZER_FILES):  # transformers would make an empty one
         raise ConfigError(f"{path}: no tokenizer; put tokenizer.json beside config.json")

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from mcore_rl.checkpoint import find, fp8_pieces, model_pieces
+from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model
 from mcore_rl.model.mapping import global_parameters
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from tests.checkpoint.support import open_at, stored
-from tests.model.engine import NEEDS_ENGINE, built
+from tests.model.engine import HOPPER, NEEDS_ENGINE, answers_like, built
 from tests.model.support import at_layout
 
 pytestmark = NEEDS_ENGINE
@@ -29,7 +30,7 @@ KINDS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 
 @contextmanager
 def states_on_the_cpu() -> Iterator[None]:
-    """A recipe state is made on CUDA unless it is told otherwise, which its module does not."""
+    """On a GPU of Hopper's kind, but a recipe state is made on the CPU: its module does not say where."""
     from transformer_engine.pytorch import quantization
 
     made = quantization.DelayedScalingRecipeState.__init__
@@ -37,9 +38,14 @@ def states_on_the_cpu() -> Iterator[None]:
     def make(self, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **{**kwargs, "device": torch.device("cpu")})
 
-    with pytest.MonkeyPatch.context() as patch:
+    with answers_like(HOPPER), pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization.DelayedScalingRecipeState, "__init__", make)
         yield
+
+
+def pieces_of(model: Model) -> list[Piece]:
+    with states_on_the_cpu():
+        return fp8_pieces(model)
 
 
 def linears(model: Model) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def numbers(shape: tuple[int, ...], key: str) -> Tensor:
 def trained(mesh: Mesh, directory: Path) -> Model:
     """As after some steps: numbers by name, the same on all ranks but for the amaxes of its own tokens."""
     model = built(mesh, directory, "delayed", seed=3)
-    fp8_pieces(model)
+    pieces_of(model)
     for name, module in linears(model).items():
         for way in ("fwd", "bwd"):
             state = module.fp8_meta[f"scaling_{way}"]
@@ -69,18 +75,19 @@ def trained(mesh: Mesh, directory: Path) -> Model:
 
 def saved(mesh: Mesh, directory: Path, root: Path) -> dict[str, Tensor]:
     """Key -> tensor of this rank, once it is saved; what Transformer Engine would save is the same."""
-    with states_on_the_cpu():
-        model = trained(mesh, directory)
-        before = {p.key: p.data.clone() for p in [*fp8_pieces(model)]}
-        checkpoints = open_at(mesh, root)
-        with checkpoints.open():
-            checkpoints.save(1, [*model_pieces(model), *fp8_pieces(model)], {})
-        for name, module in linears(model).items():
-            theirs = engines_own(module)
-            assert theirs.keys() - {"recipe", "extra_fp8_variables"} == set(KINDS)
-            for kind in KINDS:
-                assert torch.equal(theirs[kind], before[f"fp8.{kind}.{name}"])
-        return before
+    model = trained(mesh, directory)
+    pieces = pieces_of(model)
+    before = {piece.key: piece.data.clone() for piece in pieces}
+    checkpoints = open_at(mesh, root)
+    with checkpoints.open():
+        checkpoints.save(1, [*model_pieces(model), *pieces], {})
+    for name, module in linears(model).items():
+        theirs = engines_own(module)
+        assert theirs.keys() - {"recipe", "extra_fp8_variables"} == set(KINDS)
+        for kind in KINDS:
+            assert torch.equal(theirs[kind], before[f"fp8.{kind}.{name}"])
+    assert model_pieces(model)  # now that the modules say that they keep a state
+    return before
 
 
 def engines_own(module: Any) -> dict[str, Any]:
@@ -92,20 +99,19 @@ def engines_own(module: Any) -> dict[str, Any]:
 
 def loaded(mesh: Mesh, directory: Path, root: Path) -> tuple[dict[str, Tensor], bool]:
     """(key -> tensor of a new model, from the checkpoint; its quantizers read these very tensors)."""
-    with states_on_the_cpu():
-        model = built(mesh, directory, "delayed", seed=3)
-        pieces = fp8_pieces(model)
-        assert all((p.data == ("scale" in p.key)).all() for p in pieces)  # 1 and 0: as a new run begins
-        checkpoints = open_at(mesh, root)
-        with checkpoints.open():
-            checkpoints.load(find(root, "latest"), pieces)
-        views = [
-            torch.equal(quantizer.scale, module.fp8_meta[f"scaling_{way}"].scale[i])
-            for module in linears(model).values()
-            for way in ("fwd", "bwd")
-            for i, quantizer in enumerate(module.quantizers[f"scaling_{way}"])
-        ]
-        return {p.key: p.data for p in pieces}, all(views) and len(views) == 5 * len(pieces) // 4
+    model = built(mesh, directory, "delayed", seed=3)
+    pieces = pieces_of(model)
+    assert all((p.data == ("scale" in p.key)).all() for p in pieces)  # 1 and 0: as a new run begins
+    checkpoints = open_at(mesh, root)
+    with checkpoints.open():
+        checkpoints.load(find(root, "latest"), pieces)
+    views = [
+        torch.equal(quantizer.scale, module.fp8_meta[f"scaling_{way}"].scale[i])
+        for module in linears(model).values()
+        for way in ("fwd", "bwd")
+        for i, quantizer in enumerate(module.quantizers[f"scaling_{way}"])
+    ]
+    return {p.key: p.data for p in pieces}, all(views) and len(views) == 5 * len(pieces) // 4
 
 
 @pytest.mark.parametrize(
@@ -143,9 +149,10 @@ def test_a_checkpoint_without_them_is_refused(models: dict[str, Path], pool1: Po
 def from_another_recipe(mesh: Mesh, directory: Path, root: Path) -> bool:
     model = built(mesh, directory, "blockwise", seed=3)
     assert fp8_pieces(model) == []
+    asked = pieces_of(built(mesh, directory, "delayed", seed=3))
     checkpoints = open_at(mesh, root)
     with checkpoints.open():
         checkpoints.save(1, model_pieces(model), {})
-        with states_on_the_cpu(), pytest.raises(ConfigError, match=r"has no tensor fp8\.scale_fwd"):
-            checkpoints.load(find(root, "latest"), fp8_pieces(built(mesh, directory, "delayed", seed=3)))
+        with pytest.raises(ConfigError, match=r"has no tensor fp8\.scale_fwd"):
+            checkpoints.load(find(root, "latest"), asked)
     return True

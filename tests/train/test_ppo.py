@@ -19,6 +19,7 @@ from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.train.batch import RolloutBatch, build_batch
+from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.loop import learn
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective
@@ -75,7 +76,7 @@ def build_run(config: Config, layout: Layout, directory: Path) -> Run:
         reference=reference,
         critic=critic,
         alert=GradientAlert(),
-        reward=load_reward(config.reward.function),
+        judge=Judge(load_reward(config.reward.function), place_reward_model(trainer)),
         eval_prompts=(),
         fleet=Fleet(()),
         weights_dir=directory / "weights",
