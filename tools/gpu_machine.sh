@@ -70,8 +70,8 @@ for f in check_software(): print(f"{f.level:8}{f.check}: {f.what}")'
 cpu() {
     local dir=$1 env=$1/cpu site
     "$PYTHON" -m venv "$env"
-    # The extension runs with the torch that it was built against only: its pin holds instead of ours.
-    { echo "torch==$TORCH"; grep -v -e '^torch==' -e '^triton==' constraints.txt; } > "$env/constraints.txt"
+    # The extension runs with the torch that it was built against only: its pins hold instead of ours.
+    { echo "torch==$TORCH"; grep -v -E '^(torch|triton|setuptools|sympy|nvidia|cuda)[-=]' constraints.txt; } > "$env/constraints.txt"
     PIP_CONSTRAINT=$env/constraints.txt "$env/bin/python" -m pip install --quiet -e '.[dev]'
     site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     export LD_LIBRARY_PATH=$site/nvidia/nccl/lib:$site/nvidia/cu13/lib:$site/nvidia/cudnn/lib
