@@ -34,7 +34,8 @@ def bring_back(run: Run, part: Part) -> None:
     away = run.fleet.released
     if any(part in parts for parts in away.values()):
         done = _ask(run, lambda url: part in away.get(url, ()), lambda client: client.resume_memory(part))
-        run.fleet.released |= {url: away[url] - {part} for url in done}
+        left = run.fleet.released | {url: away[url] - {part} for url in done}
+        run.fleet.released = {url: parts for url, parts in left.items() if parts}
 
 
 def restart_ended(run: Run) -> None:
