@@ -74,7 +74,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
         yield from _against_algorithm(config)
-    yield from _of_servers(rollout)
+    yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)
     if config.publish.quantize == "fp8":
@@ -112,7 +112,19 @@ def _of_lengths(config: Config) -> Iterator[str]:
         )
 
 
-def _of_servers(rollout: Rollout) -> Iterator[str]:
+def _of_servers(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if config.residency.servers == "released":
+        if rollout.server == "embedded" and not rollout.urls:
+            yield (
+                "residency.servers: the embedded server keeps its memory; set "
+                'rollout.server = "sglang", or drop it'
+            )
+        if rollout.max_staleness:
+            yield (
+                "residency.servers: servers that generate beside training cannot give up their memory; set "
+                "rollout.max_staleness = 0, or drop it"
+            )
     if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
         yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
 
@@ -144,26 +156,21 @@ def _is_loopback(url: str) -> bool:
 
 
 def _of_fp8(config: Config) -> Iterator[str]:
-    model, saves = config.model, bool(config.checkpoint.every)
+    model = config.model
     if model.precision != "fp8":
         return
-    if RECIPES[model.fp8_recipe].remembers:
-        if model.fp8_first_last_bf16:
-            yield (
-                f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
-                'bf16; set model.fp8_recipe = "blockwise" or drop it'
-            )
-        if saves:
-            yield (
-                f'model.fp8_recipe: a checkpoint does not hold the scales that "{model.fp8_recipe}" '
-                'remembers, and a resumed run would differ; set it to "blockwise", or checkpoint.every = 0'
-            )
-    if model.fp8_param_gather and saves:
+    if RECIPES[model.fp8_recipe].remembers and model.fp8_first_last_bf16:
+        yield (
+            f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
+            'bf16; set model.fp8_recipe = "blockwise" or drop it'
+        )
+    if model.fp8_param_gather and config.checkpoint.every:
         yield (
             "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
             "checkpoint.every = 0"
         )
-    if model.fp8_param_gather and set(config.residency.model_dump().values()) != {"resident"}:
+    waiting = config.residency.model_dump(exclude={"servers"})
+    if model.fp8_param_gather and set(waiting.values()) != {"resident"}:
         yield (
             "model.fp8_param_gather: what is kept in FP8 cannot wait in host memory yet; drop it, or "
             "[residency]"
@@ -219,7 +226,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.supervised_only:
         keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("reward.model", "rollout.routing_replay")
+        keys += ("reward.model", "rollout.routing_replay", "residency.servers")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'

@@ -267,7 +267,7 @@ class Train(Section):
 
 
 class Residency(Section):
-    """What waits in host memory while it is not used."""
+    """What leaves the GPU while it is not used, to wait in host memory but for the servers'."""
 
     reference: Literal["resident", "offloaded", "swapped"] = "resident"
     """`swapped`: no second model; for scoring, the policy takes its first weights back."""
@@ -277,6 +277,8 @@ class Residency(Section):
     """Its weights, outside of scoring."""
     optimizer: Literal["resident", "offloaded"] = "resident"
     """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
+    servers: Literal["resident", "released"] = "resident"
+    """Of SGLang on the trainer's own GPUs: weights and KV cache, given up while the trainer trains."""
 
 
 class Checkpoint(Section):

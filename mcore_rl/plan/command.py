@@ -42,7 +42,7 @@ def plan(
         server_gpus: GPUs of the servers; default: SERVER_GPUS for each of rollout.urls, or the training GPUs
             where `colocated`.
         prompt_tokens, response_tokens: mean lengths; default: the config's limits.
-        colocated: the servers' weights and KV cache are on the training GPUs.
+        colocated: the servers' weights and KV cache are on the training GPUs; said by residency.servers too.
 
     Raises:
         ConfigError: the config or the model's config.json.
@@ -57,6 +57,7 @@ def plan(
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
     )
+    colocated = colocated or config.residency.servers == "released"
     arch, shape = read_architecture(config.model.path), model_shape(read_hf_config(config.model.path))
     layout = configured_layout(config, gpus)
     work = work_of(

@@ -77,7 +77,9 @@ def place_reward_model(trainer: Trainer) -> Model | None:
     check_same_tokens(config)
     settings = model_settings(config)
     fp8 = replace(settings["fp8"], param_gather=False)  # nothing gathers a frozen model
-    model = build_reward_model(path, trainer.mesh, precision=settings["precision"], fp8=fp8)
+    model = trainer.frozen["reward_model."] = build_reward_model(
+        path, trainer.mesh, precision=settings["precision"], fp8=fp8
+    )
     if config.residency.reward_model == "offloaded":
         trainer.residency.parts["reward_model"] = Offloaded(partial(weights_of, model), constant=True)
     return model

@@ -98,8 +98,9 @@ class Run(Trainer):
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers (url -> why, the same on every rank) serve no more until a publish; collective.
 
-        Those of this machine are started anew, and are published to when they answer. One that is known to be
-        lost already, or was under an address that it has no more, is no news.
+        Those of this machine are started anew, at once or (residency.servers) at the next publish, and are
+        published to when they answer. One that is known to be lost already, or was under an address that it
+        has no more, is no news.
         """
         serving = {client.url for client in self.fleet.serving}
         lost = {url: why for url, why in lost.items() if url in serving}
@@ -107,7 +108,9 @@ class Run(Trainer):
             self.step_log.event("server_lost", url=url, why=why)
         self.fleet.lose(lost)
         if self.fleet.standing.lost:
-            self.fleet.standing = on_main(self.mesh, self.fleet.restart_lost)
+            shared = self.config.residency.servers == "released"  # one that starts would take the memory
+            again = self.fleet.end_lost if shared else self.fleet.restart_lost
+            self.fleet.standing = on_main(self.mesh, again)
 
     @property
     def temperature(self) -> float:
@@ -151,8 +154,14 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         stack.callback(transport.close, fleet)
-        start_timeout, replays = config.rollout.start_timeout, experts is not None
-        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, start_timeout, experts=replays))
+        wait = partial(
+            wait_for_servers,
+            fleet.serving,
+            config.rollout.start_timeout,
+            experts=experts is not None,
+            releases=config.residency.servers == "released",
+        )
+        on_main(trainer.mesh, wait)
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)
@@ -200,7 +209,7 @@ def place_reference(trainer: Trainer) -> Model:
     if where == "swapped":
         trainer.residency.parts["reference"] = Swapped(trainer.policy)
         return trainer.policy
-    reference = build_reference(trainer.config, trainer.mesh)
+    reference = trainer.frozen["reference."] = build_reference(trainer.config, trainer.mesh)
     if where == "offloaded":
         trainer.residency.parts["reference"] = Offloaded(partial(weights_of, reference), constant=True)
     return reference

@@ -120,8 +120,14 @@ def server_log_probs(
     return asyncio.run(on_each(clients, score))
 
 
-def wait_for_servers(clients: Sequence[RolloutClient], timeout: float, *, experts: bool = False) -> None:
-    """Return when every server is ready and fit for training, with `experts` for routing replay too.
+def wait_for_servers(
+    clients: Sequence[RolloutClient], timeout: float, *, experts: bool = False, releases: bool = False
+) -> None:
+    """Return when every server is ready and fit for training.
+
+    Args:
+        experts: for routing replay too.
+        releases: and to give up its memory.
 
     Raises RolloutError naming those that are not ready after `timeout` seconds, ConfigError for one that
     cannot take part.
@@ -131,6 +137,7 @@ def wait_for_servers(clients: Sequence[RolloutClient], timeout: float, *, expert
         async with AsyncExitStack() as stack:
             opened = [await stack.enter_async_context(client) for client in clients]
             await wait_ready(opened, timeout=timeout)
-            await asyncio.gather(*(check_server(client, experts=experts) for client in opened))
+            checks = (check_server(client, experts=experts, releases=releases) for client in opened)
+            await asyncio.gather(*checks)
 
     asyncio.run(wait())
