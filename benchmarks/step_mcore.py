@@ -28,7 +28,13 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import gather_hf
 from mcore_rl.train import update
-from mcore_rl.train.batch import RolloutBatch, build_batch, pack_mini_batch, token_sequence
+from mcore_rl.train.batch import (
+    RolloutBatch,
+    build_batch,
+    pack_mini_batch,
+    token_sequence,
+    whole_sequence,
+)
 from mcore_rl.train.checkpoint import end_step
 from mcore_rl.train.loop import learn
 from mcore_rl.train.publish import publish
@@ -153,7 +159,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
         times.append(clock())
         learned = learn(run, batch, step)
         times.append(clock())
-        published = publish(run, step, [s.prompt.token_ids + s.token_ids for s in batch.samples])
+        published = publish(run, step, (whole_sequence(s) for s in batch.samples))
         times.append(clock())
         run.log(step, learned | published)
         end_step(run, step)

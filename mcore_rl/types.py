@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Tokens = npt.NDArray[np.int32] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class Prompt:
     label: str
     """What the reward function compares with."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def token_array(self) -> npt.NDArray[np.int32]:
+        """[P] `token_ids`, converted once for all samples and steps."""
+        return np.array(self.token_ids, np.int32)
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,12 @@ class Sample:
     id: str
     """`<group id>/<index in the group>`; unique within a rollout batch."""
     prompt: Prompt
-    token_ids: tuple[int, ...]
+    token_ids: Tokens
     """[n] response token ids, the stop token included when it was sampled."""
-    log_probs: tuple[float, ...]
+    log_probs: npt.NDArray[np.float32] | tuple[float, ...]
     """[n] log-probability under the sampling policy at its temperature, before top-p and top-k."""
     text: str
-    """Decoded response: for rewards and people."""
+    """Decoded response: for rewards; empty once they are given."""
     finish_reason: str
     """`stop`, `length` or `abort`."""
     versions: tuple[VersionSpan, ...]

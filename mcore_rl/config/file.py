@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from mcore_rl.config import toml
 from mcore_rl.config.config import Config, unused_keys
-from mcore_rl.config.sections import Section
+from mcore_rl.config.sections import REFUSED_SAMPLING, Section
 from mcore_rl.errors import ConfigError
 
 KEYS: dict[str, dict[str, FieldInfo]] = {
@@ -110,6 +110,8 @@ def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
     dotted = ".".join(map(str, details["loc"]))
     reason = str(details.get("ctx", {}).get("error", details["msg"]))
     match details["type"]:
+        case "extra_forbidden" if dotted.partition(".")[2] in REFUSED_SAMPLING:
+            yield dotted, REFUSED_SAMPLING[dotted.partition(".")[2]]
         case "extra_forbidden":
             yield dotted, f"unknown {'key' if '.' in dotted else 'section'}; {_suggestion(dotted)}"
         case "missing":

@@ -42,6 +42,26 @@ def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
+_WRONG_RATIO = "so that every importance ratio would be wrong"
+_TRUNCATES = (
+    "refused: it cuts the distribution that tokens are drawn from, but servers answer with log-probs from "
+    f"before the cut, {_WRONG_RATIO}; drop it, or sharpen with rollout.temperature, at which log-probs are "
+    "taken everywhere"
+)
+_SHIFTS = f"refused: it shifts the servers' logits, and training's know nothing of that, {_WRONG_RATIO}"
+REFUSED_SAMPLING = {
+    **dict.fromkeys(("top_p", "top_k", "min_p"), _TRUNCATES),
+    **dict.fromkeys(
+        ("frequency_penalty", "presence_penalty", "repetition_penalty"),
+        f"{_SHIFTS}; drop it, or discourage repetition in the reward",
+    ),
+    "logit_bias": f"{_SHIFTS}; drop it, or change what the reward prefers",
+    "min_new_tokens": f"{_SHIFTS}; drop it, or prefer longer responses in the reward",
+    "sampling_params": "refused: they are the same for every prompt, and keys of [rollout] themselves "
+    "(temperature, max_new_tokens, stop_token_ids); set those",
+}
+"""what servers could do to the distribution and training does not follow -> why not, and the remedy"""
+
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

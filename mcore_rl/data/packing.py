@@ -13,7 +13,7 @@ import torch
 
 from mcore_rl.data.balance import balance
 from mcore_rl.errors import DataError
-from mcore_rl.types import PackedBatch
+from mcore_rl.types import PackedBatch, Tokens
 
 PAD_TOKEN = 0
 """Any valid id does: padding is never a target, and causal attention keeps it out of every scored row."""
@@ -130,9 +130,9 @@ def _spread(bins: list[list[int]], costs: npt.NDArray[np.float64], count: int) -
 class TokenSequence:
     """Prompt and response of one training sequence."""
 
-    prompt: Sequence[int]
+    prompt: Sequence[int] | Tokens
     """[P >= 1] token ids"""
-    response: Sequence[int]
+    response: Sequence[int] | Tokens
     """[n] token ids"""
     loss_mask: Sequence[bool] | None = None
     """[n] which response tokens are scored; None scores all"""
@@ -179,7 +179,9 @@ def pack(
 
     tokens = np.full(ends[-1], PAD_TOKEN, np.int64)
     for offset, one in zip(offsets, chosen, strict=False):
-        tokens[offset : offset + len(one)] = (*one.prompt, *one.response)
+        response = offset + len(one.prompt)
+        tokens[offset:response] = one.prompt
+        tokens[response : offset + len(one)] = one.response
     positions = np.arange(ends[-1]) - np.repeat(offsets, spans)
 
     responses = lengths - prompts

@@ -42,7 +42,8 @@ def load_prompts(
 
     A prompt is a string, encoded as it stands with no special token added, or a list of messages
     (`{"role": ..., "content": ...}`), rendered by the tokenizer's chat template up to the assistant's turn.
-    `id` is optional and defaults to the line number; other keys become the prompt's metadata.
+    `id` is optional and defaults to the line number; other keys become the prompt's metadata, but for
+    `sampling_params`, which would not act and is refused.
 
     Raises:
         DataError: `file:line:field: what, remedy` for anything malformed, an empty file, a duplicate id, or
@@ -119,6 +120,11 @@ def _prompt(
         if key not in record:
             have = ", ".join(sorted(record)) or "none"
             raise DataError(f"{place}:{key}: missing (keys here: {have}); add it, or name the key in [data]")
+    if "sampling_params" in record:
+        raise DataError(
+            f"{place}:sampling_params: no prompt is sampled by parameters of its own, since training takes "
+            "log-probs at one temperature, untruncated; remove it, and set [rollout]"
+        )
     label = _string(place, label_key, record[label_key])
     name = record.get("id", place.rpartition(":")[2])
     text = _text(f"{place}:{prompt_key}", record[prompt_key], tokenizer)

@@ -1,12 +1,14 @@
 """Control between ranks: work that only a replica's lead does, errors that all ranks share, metric sums.
 
-Everything here runs on gloo groups, on the host: small objects and float64 numbers.
+Everything here runs on gloo groups, on the host: small objects, float64 numbers, and numpy arrays, whose
+memory travels as it is beside the pickled rest.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,9 @@ from mcore_rl.errors import McoreRLError
 from mcore_rl.parallel.mesh import Mesh
 
 T = TypeVar("T")
+
+_SMALL_BYTES = 4096
+"""an array of fewer bytes is pickled with the rest: a collective of its own would cost more"""
 
 
 def on_leads(mesh: Mesh, work: Callable[[], T]) -> T:
@@ -30,8 +35,7 @@ def on_leads(mesh: Mesh, work: Callable[[], T]) -> T:
         except Exception as caught:  # handed to all ranks below
             error = caught
     raise_everywhere(mesh, error)
-    dist.broadcast_object_list(result, group_src=0, group=mesh.replica)
-    return result[0]  # type: ignore[return-value]
+    return _broadcast(result[0], mesh.replica)  # type: ignore[return-value]
 
 
 def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
@@ -44,8 +48,7 @@ def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
         except Exception as caught:  # handed to all ranks below
             error = caught
     raise_everywhere(mesh, error)
-    dist.broadcast_object_list(result, group_src=0, group=mesh.world)
-    return result[0]  # type: ignore[return-value]
+    return _broadcast(result[0], mesh.world)  # type: ignore[return-value]
 
 
 def raise_everywhere(mesh: Mesh, error: Exception | None) -> None:
@@ -69,10 +72,63 @@ def _portable(error: Exception | None) -> Exception | None:
 
 def gather_replicas(mesh: Mesh, value: T) -> list[T]:
     """Every replica's value, in data-parallel order, on every rank."""
-    values: list[T] = [value] * mesh.layout.data
-    if mesh.layout.data > 1:
-        dist.all_gather_object(values, value, group=mesh.data)
+    if mesh.layout.data == 1:
+        return [value]
+    mine = apart(value)
+    parts: list[tuple[bytes, list[int]]] = [(b"", [])] * mesh.layout.data
+    dist.all_gather_object(parts, (mine[0], _sizes(mine[1])), group=mesh.data)
+    values = []
+    for replica, (rest, sizes) in enumerate(parts):
+        own = replica == mesh.dp_rank
+        memory = _broadcast_memory(mine[1] if own else None, sizes, mesh.data, replica)
+        values.append(value if own else together(rest, memory))
     return values
+
+
+def _broadcast(value: T, group: dist.ProcessGroup) -> T:
+    """The value of the group's first rank, on all of its ranks; there, the object itself."""
+    if group.size() == 1:
+        return value
+    first = group.rank() == 0
+    rest, memory = apart(value) if first else (b"", None)
+    head = [(rest, _sizes(memory or []))]
+    dist.broadcast_object_list(head, group_src=0, group=group)
+    memory = _broadcast_memory(memory, head[0][1], group, 0)
+    return value if first else together(head[0][0], memory)
+
+
+def _broadcast_memory(
+    mine: list[torch.Tensor] | None, sizes: list[int], group: dist.ProcessGroup, source: int
+) -> list[torch.Tensor]:
+    """The byte tensors of rank `source` of the group, which passes them as `mine`."""
+    memory = [torch.empty(size, dtype=torch.uint8) for size in sizes] if mine is None else mine
+    for one in memory:
+        dist.broadcast(one, group_src=source, group=group)
+    return memory
+
+
+def _sizes(memory: list[torch.Tensor]) -> list[int]:
+    return [one.numel() for one in memory]
+
+
+def apart(value: object) -> tuple[bytes, list[torch.Tensor]]:
+    """`value` pickled, and the memory [bytes] of its arrays, not copied."""
+    memory: list[torch.Tensor] = []
+
+    def within(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.readonly or raw.nbytes < _SMALL_BYTES:
+            return True
+        memory.append(torch.frombuffer(raw, dtype=torch.uint8))
+        return False
+
+    return pickle.dumps(value, protocol=5, buffer_callback=within), memory
+
+
+def together(rest: bytes, memory: list[torch.Tensor]) -> Any:
+    """The value of `apart`; its arrays are this memory."""
+    # From ranks of this run alone, as everything that torch.distributed carries.
+    return pickle.loads(rest, buffers=[one.numpy() for one in memory])  # noqa: S301
 
 
 def reduce_sums(mesh: Mesh, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

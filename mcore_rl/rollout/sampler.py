@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.types import Group, Prompt, Sample
@@ -92,8 +94,8 @@ def _sample(reply: Reply, prompt: Prompt, decode: Callable[[Sequence[int]], str]
     return Sample(
         id=reply.rid,
         prompt=prompt,
-        token_ids=reply.token_ids,
-        log_probs=reply.log_probs,
+        token_ids=np.array(reply.token_ids, np.int32),
+        log_probs=np.array(reply.log_probs, np.float32),
         text=decode(reply.token_ids),
         finish_reason=reply.finish_reason,
         versions=reply.versions,

@@ -24,6 +24,7 @@ from mcore_rl.rollout.inflight import Group as Asked
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.schedule import Schedule
+from mcore_rl.train.share import share_groups
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Ahead:
         """The scored groups of `step`, of all replicas, on every rank; asks before it waits for them."""
         self._ask(run, step)
 
-        def work() -> tuple[list[Group], Counter[str], int, dict[str, str]]:
+        def work() -> tuple[list[Group], tuple[Counter[str], int, dict[str, str]]]:
             lead = self._of_lead()
             with run.timers("rollout"):
                 taken = lead.take(step)
@@ -81,15 +82,14 @@ class Ahead:
                     for group, replies in taken.replies.items()
                 ]
                 scored = run.judge.by_function(groups)
-            return scored, Counter(taken.discarded.values()), len(lead.groups()), lead.lost()
+            return scored, (Counter(taken.discarded.values()), len(lead.groups()), lead.lost())
 
-        replicas = gather_replicas(run.mesh, on_leads(run.mesh, work))
-        run.lose({url: why for *_, lost in replicas for url, why in lost.items()})
-        groups = [group for scored, *_ in replicas for group in scored]
+        groups, counted = share_groups(run.mesh, self._prompts, work)
+        run.lose({url: why for *_, lost in counted for url, why in lost.items()})
         with run.timers("reward"), run.residency.during("rewards"):
             groups = run.judge.by_model(groups, run.shape)
-        discarded = sum((counts for _, counts, _, _ in replicas), Counter())
-        self._count(groups, discarded, sum(left for _, _, left, _ in replicas))
+        discarded = sum((counts for counts, _, _ in counted), Counter())
+        self._count(groups, discarded, sum(left for _, left, _ in counted))
         samples = [sample for group in groups for sample in group.samples]
         self.metrics |= staleness_metrics(samples, step - 1)
         return groups

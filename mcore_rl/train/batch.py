@@ -98,7 +98,12 @@ def pack_mini_batch(
 
 def token_sequence(sample: Sample) -> TokenSequence:
     """What is trained on: the prompt, and every response token scored."""
-    return TokenSequence(sample.prompt.token_ids, sample.token_ids)
+    return TokenSequence(sample.prompt.token_array, sample.token_ids)
+
+
+def whole_sequence(sample: Sample) -> list[int]:
+    """Prompt and response."""
+    return [*sample.prompt.token_ids, *np.asarray(sample.token_ids).tolist()]
 
 
 def pack_share(

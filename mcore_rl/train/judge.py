@@ -14,7 +14,7 @@ from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.model.build import Model, build_reward_model
 from mcore_rl.model.residency import Offloaded, weights_of
 from mcore_rl.rewards import RewardFn, score_groups
-from mcore_rl.train.batch import Shape
+from mcore_rl.train.batch import Shape, whole_sequence
 from mcore_rl.train.score import values
 from mcore_rl.train.setup import Trainer, load_tokenizer, model_settings
 from mcore_rl.types import Group
@@ -41,7 +41,7 @@ class Judge:
             return list(groups)
         samples = [sample for group in groups for sample in group.samples]
         # What is scored is the state before a row's token: one more token, of any id, has the whole sample.
-        whole = [TokenSequence(s.prompt.token_ids + s.token_ids, (0,)) for s in samples]
+        whole = [TokenSequence(whole_sequence(s), (0,)) for s in samples]
         scores = [float(score[0]) for score in values(self.model, whole, shape)] if whole else []
         for sample, score in zip(samples, scores, strict=True):
             if not isfinite(score):

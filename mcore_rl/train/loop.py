@@ -15,6 +15,7 @@ from mcore_rl.train.batch import (
     pack_mini_batch,
     split_mini_batches,
     token_sequence,
+    whole_sequence,
 )
 from mcore_rl.train.checkpoint import end_step
 from mcore_rl.train.colocated import release_servers
@@ -41,7 +42,7 @@ def train(config: Config, resume: str | None = None) -> None:
             batch = build_batch(rollout(run, step))
             release_servers(run)
             learned = learn(run, batch, step)
-            published = publish(run, step, [s.prompt.token_ids + s.token_ids for s in batch.samples])
+            published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
             run.log(step, learned | published | evaluate(run, step))
             end_step(run, step)
 

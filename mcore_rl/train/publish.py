@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mcore_rl.train.run import Run
 
 
-def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str, float | str]:
+def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str, float | str]:
     """Publish version `step` and compare log-probs of `sequences`, Megatron's against every server's.
 
     The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
@@ -35,8 +36,8 @@ def publish(run: Run, step: int, sequences: Sequence[Sequence[int]]) -> dict[str
         run.ahead.expect(run, version)
     with run.timers("publish"):
         # Less their last token: a server that scores a full context has no room for the one it must sample.
-        probe = [s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1]
-        probe = probe[: run.config.publish.probe_sequences]
+        cut = (s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1)
+        probe = list(islice(cut, run.config.publish.probe_sequences))
         stale = _scores(run, probe, f"{version}-before") if step and not run.fleet.released else {}
         restart_ended(run)
         bring_back(run, "weights")

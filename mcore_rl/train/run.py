@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
@@ -18,7 +20,7 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Offloaded, Swapped, gradients_of, weights_of
-from mcore_rl.parallel.control import gather_replicas, on_leads, on_main
+from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
@@ -39,7 +41,8 @@ from mcore_rl.train.setup import (
     start_trainer,
     trained_ddp,
 )
-from mcore_rl.types import Group, Prompt
+from mcore_rl.train.share import share_groups
+from mcore_rl.types import Group, Prompt, Tokens
 from mcore_rl.weights.publish import wait_for_servers
 
 _CALLS_PER_SERVER = 4
@@ -109,9 +112,9 @@ class Run(Trainer):
         """Of sampling, and therefore of every log-prob."""
         return self.config.rollout.temperature
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Tokens) -> str:
         """A response as text, for rewards and people."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
 
     def probe_prompts(self) -> list[tuple[int, ...]]:
         """Token sequences for the check of the first publish, before anything was sampled."""
@@ -304,10 +307,10 @@ def sample(run: Run, prompts: Sequence[Prompt], step: int | str, samples_per_pro
         with run.timers("reward"):
             return run.judge.by_function(sampled.groups), lost
 
-    replicas = gather_replicas(run.mesh, on_leads(run.mesh, work))
-    run.lose({url: why for _, lost in replicas for url, why in lost.items()})
+    groups, losses = share_groups(run.mesh, {prompt.id: prompt for prompt in prompts}, work)
+    run.lose({url: why for lost in losses for url, why in lost.items()})
     with run.timers("reward"), run.residency.during("rewards"):
-        return run.judge.by_model([group for groups, _ in replicas for group in groups], run.shape)
+        return run.judge.by_model(groups, run.shape)
 
 
 def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:
@@ -321,7 +324,7 @@ def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -
         {
             "step": step,
             "prompt": s.prompt.text,
-            "response": s.text,
+            "response": run.decode(s.token_ids),
             "label": s.prompt.label,
             "reward": s.reward,
         }

@@ -96,6 +96,36 @@ def test_a_wrong_flag_is_named_with_its_remedy(path, flags, parts):
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "why", "remedy"),
+    [
+        ("top_p", 0.9, "log-probs from before the cut", "sharpen with rollout.temperature"),
+        ("top_k", 20, "log-probs from before the cut", "drop it"),
+        ("min_p", 0.05, "log-probs from before the cut", "drop it"),
+        ("repetition_penalty", 1.1, "shifts the servers' logits", "in the reward"),
+        ("frequency_penalty", 0.1, "shifts the servers' logits", "in the reward"),
+        ("presence_penalty", 0.1, "shifts the servers' logits", "in the reward"),
+        ("min_new_tokens", 4, "shifts the servers' logits", "in the reward"),
+    ],
+)
+def test_what_would_change_the_behaviour_policy_is_refused_with_its_reason(path, key, value, why, remedy):
+    flag = refusal(path, f"--rollout.{key}={value}")
+    path.write_text(MINIMAL + f"[rollout]\n{key} = {value}\n")
+    file = refusal(path)
+    for source, message in (("command line", flag), (str(path), file)):
+        assert message.startswith(f"{source}: rollout.{key}: refused: "), message
+        assert why in message, message
+        assert "every importance ratio would be wrong" in message, message
+        assert remedy in message, message
+
+
+def test_sampling_params_are_keys_of_their_own(path):
+    message = refusal(path, "--rollout.sampling_params.top_p=0.9")
+    assert "rollout.sampling_params: refused" in message
+    assert "keys of [rollout] themselves (temperature" in message
+    assert load_config(path, ["--rollout.temperature=0.9"]).rollout.temperature == 0.9, "the control"
+
+
 def test_a_mistake_in_the_file_names_the_file_and_all_mistakes_are_listed(path):
     path.write_text(MINIMAL.replace("steps", "stpes") + "[rollout]\nthreads = 'two'\n")
     lines = refusal(path, "--run.seed=x").splitlines()

@@ -98,6 +98,7 @@ def test_long_prompts_are_dropped_and_named(load):
         ({**GOOD, "id": "b", "prompt": [{"role": "user"}]}, r":2:prompt\[0\]: expected"),
         ({**GOOD, "id": "b", "prompt": "1z"}, r":2:prompt: the tokenizer refuses it"),
         ({**GOOD, "id": "b", "prompt": "\ud800"}, r":2:prompt: the tokenizer refuses it"),
+        ({**GOOD, "sampling_params": {"top_p": 0.9}}, r":2:sampling_params: no prompt .*; remove it"),
         (GOOD, r":2:id: 'a' is already the id at .*p.jsonl:1"),
     ],
 )

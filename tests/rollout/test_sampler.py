@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from mcore_rl.rollout import sampler
@@ -42,7 +43,7 @@ def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
         for sample in group.samples:
             assert sample.prompt is prompt
             assert len(sample.token_ids) == len(sample.log_probs) > 0
-            assert sample.text == decode(sample.token_ids)
+            assert sample.text == decode(np.asarray(sample.token_ids).tolist())
             assert sample.versions == (VersionSpan("default", 0, len(sample.token_ids)),)
             assert sample.reward is None
 
@@ -51,7 +52,7 @@ def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tokens(*rollouts: Rollout) -> list[tuple[int, ...]]:
-        return [s.token_ids for r in rollouts for group in r.groups for s in group.samples]
+        return [tuple(s.token_ids) for r in rollouts for group in r.groups for s in group.samples]
 
     client = RolloutClient(url)
     whole = tokens(call(client, ask))

@@ -1,0 +1,67 @@
+"""Groups as columns: the same groups again, and few bytes for a token."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from benchmarks.data_plane import bytes_per_token, hand_over, random_groups
+from mcore_rl.rollout.columns import pack_groups, unpack_groups
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+
+PROMPTS = {name: Prompt(name, "", (1, 2, 3), "") for name in "ab"}
+
+
+def sample(id: str, prompt: str, n: int, reward: float | None = 0.5) -> Sample:
+    spans = (VersionSpan("3", 0, n // 2), VersionSpan("4", n // 2, n))
+    tokens, log_probs = np.arange(n, dtype=np.int32) + n, -np.arange(n, dtype=np.float32) / 7
+    return Sample(id, PROMPTS[prompt], tokens, log_probs, "text", "length", spans, reward)
+
+
+GROUPS = [
+    Group("b@4", (sample("b@4/0", "b", 3), sample("b@4/2", "b", 0, None))),
+    Group("a@4", ()),
+    Group("a@5", (sample("a@5/1", "a", 5, -1.0),)),
+]
+
+
+def test_groups_come_back_without_their_texts() -> None:
+    got = unpack_groups(pack_groups(GROUPS), PROMPTS)
+    assert [(group.id, len(group.samples)) for group in got] == [("b@4", 2), ("a@4", 0), ("a@5", 1)]
+    for group, wanted in zip(got, GROUPS, strict=True):
+        for one, other in zip(group.samples, wanted.samples, strict=True):
+            assert one.prompt is other.prompt
+            assert (one.id, one.finish_reason, one.versions) == (
+                other.id,
+                other.finish_reason,
+                other.versions,
+            )
+            assert (one.reward, one.text) == (other.reward, "")
+            assert np.array_equal(one.token_ids, other.token_ids)
+            assert np.array_equal(one.log_probs, other.log_probs)
+
+
+def test_nothing_comes_back_as_nothing() -> None:
+    assert unpack_groups(pack_groups([]), PROMPTS) == []
+
+
+def test_a_token_takes_at_most_nine_bytes() -> None:
+    groups, prompts = random_groups(samples=16, tokens=512)
+    assert bytes_per_token(groups) <= 9.0
+    got = hand_over(groups, prompts)
+    for group, wanted in zip(got, groups, strict=True):
+        for one, other in zip(group.samples, wanted.samples, strict=True):
+            assert np.array_equal(one.token_ids, other.token_ids)
+            assert np.array_equal(one.log_probs, other.log_probs)
+    of_objects = len(pickle.dumps(groups)) / sum(len(s.token_ids) for g in groups for s in g.samples)
+    assert of_objects > 9.0, "the control: the samples themselves, texts and prompts included, take more"
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array])
+def test_what_a_reward_may_have_made_of_a_sample_is_packed_too(kind) -> None:
+    one = Sample("a@1/0", PROMPTS["a"], kind([4, 5]), kind([-1.5, -0.25]), "", "stop", (), 1.0)
+    columns = pack_groups([Group("a@1", (one,))])
+    assert (columns.tokens.dtype, columns.log_probs.dtype) == (np.int32, np.float32)
+    assert (columns.tokens.tolist(), columns.log_probs.tolist()) == ([4, 5], [-1.5, -0.25])
