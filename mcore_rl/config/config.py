@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
@@ -74,6 +75,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if not config.supervised_only:
         yield from _against_algorithm(config)
     yield from _of_servers(config)
+    yield from _of_transport(config)
     yield from _of_fp8(config)
     if config.publish.quantize == "fp8":
         yield from _of_quantized(config)
@@ -118,6 +120,8 @@ def _of_servers(config: Config) -> Iterator[str]:
                 "residency.servers: the embedded server keeps its memory; set "
                 'rollout.server = "sglang", or drop it'
             )
+        if config.publish.transport != "disk":
+            yield 'residency.servers: only weights from disk fill released memory; set publish.transport = "disk"'
         if rollout.max_staleness:
             yield (
                 "residency.servers: servers that generate beside training cannot give up their memory; set "
@@ -125,6 +129,30 @@ def _of_servers(config: Config) -> Iterator[str]:
             )
     if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
         yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
+
+
+def _of_transport(config: Config) -> Iterator[str]:
+    publish, rollout = config.publish, config.rollout
+    if publish.transport == "disk":
+        return
+    if rollout.server == "embedded" and not rollout.urls:
+        yield (
+            'publish.transport: the embedded server loads weights from disk only; set it to "disk", or '
+            'rollout.server = "sglang"'
+        )
+    if publish.quantize != "none":
+        yield 'publish.quantize: weights in FP8 go by disk only; set publish.transport = "disk" or drop it'
+    away = [url for url in rollout.urls if not _is_loopback(url)]
+    if publish.transport == "tensor" and away:
+        yield (
+            f'publish.transport: "tensor" hands over memory of this machine, which {away[0]} may not be on; '
+            'name servers by their loopback address (http://127.0.0.1:...), or set it to "distributed"'
+        )
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _of_fp8(config: Config) -> Iterator[str]:
@@ -223,10 +251,20 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
     if not config.rollout.max_staleness:
         unused["rollout.over_sampling"] = "rollout.max_staleness is 0, and a step waits for all its samples"
+    unused |= _unused_of_transport(config)
     if config.rollout.urls:
         keys = ("server", "python", "servers", "options", "threads")
         unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}
     return unused
+
+
+def _unused_of_transport(config: Config) -> Mapping[str, str]:
+    transport = config.publish.transport
+    if transport == "disk":
+        return {"publish.bucket_mib": 'publish.transport is "disk"'}
+    if config.rollout.urls:
+        return {"publish.dir": f'publish.transport is "{transport}", which writes no files'}
+    return {}
 
 
 def _without_effect(config: Config) -> Iterator[str]:

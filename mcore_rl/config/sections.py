@@ -302,6 +302,10 @@ class Supervised(Section):
 class Publish(Section):
     """Weights for the servers, and the check that they arrived."""
 
+    transport: Literal["disk", "tensor", "distributed"] = "disk"
+    """By files; out of memory, to servers on the trainer's machine; or by broadcast (NCCL, gloo on CPU)."""
+    bucket_mib: Count = 512
+    """What the last two send at once, in 2^20 bytes; a rank that sends holds two of them meanwhile."""
     dir: Path | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
     quantize: Literal["none", "fp8"] = "none"

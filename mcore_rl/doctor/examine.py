@@ -75,7 +75,8 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
 
 
 def _disks(config: Config) -> Iterator[Finding]:
-    published = PUBLISHED_VERSIONS * weight_bytes(config.model.path)
+    by_files = config.publish.transport == "disk" or not config.rollout.urls
+    published = PUBLISHED_VERSIONS * weight_bytes(config.model.path) if by_files else 0
     yield from check_disk("run.dir", config.run.dir, published if config.publish.dir is None else 0)
     if config.publish.dir is not None:
         yield from check_disk("publish.dir", config.publish.dir, published)

@@ -223,6 +223,23 @@ class Mapping:
         view = views[0] if rule.axis is None else torch.cat(views, dim=rule.axis)
         return [tensor.contiguous() for tensor in self._split(rule.merge, view)]
 
+    def place(self, entry: Entry, shard: Tensor, rank: int, size: int, out: list[Tensor]) -> None:
+        """Copy the parameter of tensor-parallel `rank` of `size` to where it belongs in HF tensors `out`.
+
+        What `to_hf` makes of the shards of all ranks, one at a time and into memory that is there.
+        """
+        rule = entry.rule
+        parts = self._parts(rule.merge, self._unflatten(rule.merge, shard, size))
+        for part, tensor in zip(parts, out, strict=True):
+            if rule.axis is None:
+                tensor.view(part.shape).copy_(part)
+                continue
+            axis = rule.axis - 1 if rule.merge == "stack" else rule.axis  # of one part, without the stack's
+            whole = tensor.view(self.arch.kv_heads, *part.shape[1:]) if rule.merge == "qkv" else tensor
+            begin = rank * part.shape[axis]
+            live = max(0, min(part.shape[axis], whole.shape[axis] - begin))  # less the vocabulary's padding
+            whole.narrow(axis, min(begin, whole.shape[axis]), live).copy_(part.narrow(axis, 0, live))
+
     # --- the four arrangements ---
 
     def _merge(self, merge: str, hf: list[Tensor]) -> Tensor:
@@ -238,11 +255,16 @@ class Mapping:
     def _split(self, merge: str, view: Tensor) -> list[Tensor]:
         if merge == "vocab":
             return [view[: self.arch.vocab]]
+        if merge == "qkv":
+            return [x.flatten(0, 2) for x in self._parts(merge, view)]
+        return self._parts(merge, view)
+
+    def _parts(self, merge: str, view: Tensor) -> list[Tensor]:
+        """A shard's view -> its part of each HF tensor, not copied."""
         if merge == "stack":
             return list(view)
         if merge == "qkv":
-            queries = self.arch.heads // self.arch.kv_heads
-            return [x.flatten(0, 2) for x in view.split([queries, 1, 1], dim=1)]
+            return list(view.split([self.arch.heads // self.arch.kv_heads, 1, 1], dim=1))
         return [view]
 
     def _flatten(self, merge: str, view: Tensor) -> Tensor:

@@ -144,17 +144,29 @@ def gather_hf(
     for name, tensor in tensors.items():
         entry = mapping.entry(name)
         tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
-        if (mapping.arch.tied and name == "output_layer.weight") or not (entry.is_expert or first_replica):
+        if not is_published(mapping, name) or not (entry.is_expert or first_replica):
             continue
         shards = [tensor.detach()]
         if entry.rule.axis is not None and mesh.layout.tensor > 1:
             shards = [torch.empty_like(tensor) for _ in range(mesh.layout.tensor)]
             dist.all_gather(shards, tensor.detach().contiguous(), group=mesh.tp)
-        if mesh.expert_dp_rank == 0 if entry.is_expert else mesh.tp_rank == 0:
+        if is_owner(mesh, entry):
             for hf, whole in zip(entry.hf, mapping.to_hf(entry, shards), strict=True):
                 written = quantize_blocks(hf, whole) if quantized and is_quantized(hf) else {hf: whole}
                 out |= {key: value.cpu().clone() for key, value in written.items()}
     return out
+
+
+def is_published(mapping: Mapping, name: str) -> bool:
+    """False for a tied output layer, which is the embedding again."""
+    return not (mapping.arch.tied and name == "output_layer.weight")
+
+
+def is_owner(mesh: Mesh, entry: Entry) -> bool:
+    """Whether this rank, of all that hold a parameter or its shards, answers for it."""
+    if entry.is_expert:
+        return mesh.expert_dp_rank == 0
+    return mesh.dp_rank == mesh.cp_rank == mesh.tp_rank == 0
 
 
 def _finish(

@@ -51,6 +51,13 @@ def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
     return _broadcast(result[0], mesh.world)  # type: ignore[return-value]
 
 
+def from_rank(mesh: Mesh, value: T, rank: int) -> T:
+    """The `value` of global `rank`, on every rank; collective."""
+    values = [value]
+    dist.broadcast_object_list(values, group_src=rank, group=mesh.world)
+    return values[0]
+
+
 def raise_everywhere(mesh: Mesh, error: Exception | None) -> None:
     """Collective: if any rank passes an error, all raise the first by rank, its type kept, `shared` set."""
     errors: list[Exception | None] = [None] * mesh.layout.world_size

@@ -113,7 +113,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
                 activations=kept_bytes(arch, layout, work, stage),
                 layer_backward=backward_bytes(arch, layout, work, stage),
                 head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
-                publish=publish_bytes(arch, layout, work.precision),
+                publish=publish_bytes(arch, layout, work),
                 server_weights=_server_weights(policy, layout) * work.colocated,
                 kv_cache=_kv_cache(arch, layout, work) * work.colocated,
                 host=_host(waiting, 4 * critic[stage].total, work),
@@ -277,9 +277,13 @@ def head_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
 # --- servers --------------------------------------------------------------------------------------------
 
 
-def publish_bytes(arch: Architecture, layout: Layout, precision: str) -> float:
-    """The largest parameter, gathered over tensor-parallel ranks and arranged as Hugging Face stores it."""
-    return weight_bytes(precision) * _largest_parameter(arch) * (2 if layout.tensor > 1 else 1)
+def publish_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
+    """By disk, the largest parameter, gathered and arranged as Hugging Face stores it; else two buckets."""
+    largest = weight_bytes(work.precision) * _largest_parameter(arch)
+    if not work.bucket_bytes:
+        return largest * (2 if layout.tensor > 1 else 1)
+    shard = largest / layout.tensor if layout.tensor > 1 else 0
+    return max(2 * work.bucket_bytes, 2 * largest + shard)
 
 
 @lru_cache

@@ -53,6 +53,8 @@ class Work:
     """parts (residency.NEEDED) that leave the GPU"""
     swapped: bool = False
     """the reference is the policy with its first weights"""
+    bucket_bytes: int = 0
+    """of a bucket of weights on its way to the servers; 0 where they go by disk"""
 
     @property
     def tokens(self) -> float:
@@ -113,6 +115,7 @@ def work_of(
         fp8=fp8_of(config),
         offloaded=frozenset(_offloaded(config)),
         swapped=config.residency.reference == "swapped",
+        bucket_bytes=0 if config.publish.transport == "disk" else config.publish.bucket_mib << 20,
     )
 
 

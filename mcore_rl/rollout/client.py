@@ -181,16 +181,20 @@ class RolloutClient:
         `flush_cache` must be False while requests are paused in place.
         """
         body = {"model_path": path, "weight_version": version, "flush_cache": flush_cache}
+        await self.control("/update_weights_from_disk", body)
+
+    async def control(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> None:
+        """A call that the server answers with {success, message}; raises RejectedError for success: false."""
 
         async def attempt(_: int) -> dict[str, Any]:
-            data = await self._request("POST", "/update_weights_from_disk", body)
+            data = await self._request("POST", path, body)
             if not isinstance(data, dict) or not isinstance(data.get("success"), bool):
                 raise _TransientError(f"expected success: true or false, got {_message(data)}")
             return data
 
-        data = await self._retrying("/update_weights_from_disk", attempt)
+        data = await self._retrying(path, attempt, retries)
         if not data["success"]:
-            raise RejectedError(f"{self.url}/update_weights_from_disk: {_message(data)}", 200)
+            raise RejectedError(f"{self.url}{path}: {_message(data)}", 200)
 
     async def weight_checksums(self) -> list[dict[str, str]]:
         """Per rank of the server: tensor name -> checksum, in the server's own names and hash."""

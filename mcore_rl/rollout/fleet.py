@@ -124,12 +124,19 @@ class Fleet:
         emptied, _ = asyncio.run(on_each(lost, _empty))
         return [client for client in lost if client.url in emptied]
 
-    def settle(self, loaded: Collection[str], directory: Path) -> None:
-        """After a publish from `directory`: these servers hold it and serve."""
+    def settle(self, loaded: Collection[str], directory: Path | None = None) -> Standing:
+        """After a publish, from `directory` if it was one from disk: these servers hold it and serve."""
         lost = {url: why for url, why in self.standing.lost.items() if url not in loaded}
         self.standing = Standing(self.standing.urls, lost)
         self._restarted.difference_update(loaded)
+        if directory is not None:
+            self._keep(directory)
+        return self.standing
+
+    def _keep(self, directory: Path) -> None:
+        """Of the versions on disk, the newest and those that a lost server was started on."""
         self.published.append(directory)
+        lost = self.standing.lost
         in_use = {directory, *(server.model_dir for server in self.local if server.url in lost)}
         for old in set(self.published) - in_use:  # only what this run wrote: others may share the parent
             shutil.rmtree(old, ignore_errors=True)

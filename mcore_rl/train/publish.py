@@ -14,7 +14,7 @@ from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.colocated import bring_back, restart_ended
-from mcore_rl.weights.publish import publish_by_disk, server_log_probs
+from mcore_rl.weights.publish import server_log_probs
 
 if TYPE_CHECKING:
     from mcore_rl.train.run import Run
@@ -42,8 +42,7 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         restart_ended(run)
         bring_back(run, "weights")
         away = dict(run.fleet.standing.lost)
-        quantized = run.config.publish.quantize == "fp8"
-        failed = publish_by_disk(run.policy, run.fleet, run.weights_dir, version, quantized=quantized)
+        failed = run.transport.publish(run.policy, run.fleet, version)
         run.lose(failed)
         bring_back(run, "kv_cache")
         fresh = _scores(run, probe, f"{version}-after")

@@ -44,6 +44,7 @@ from mcore_rl.train.setup import (
 from mcore_rl.train.share import share_groups
 from mcore_rl.types import Group, Prompt, Tokens
 from mcore_rl.weights.publish import wait_for_servers
+from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 
 _CALLS_PER_SERVER = 4
 """of a rollout: few, for the servers batch; not one, so that what a lost server had is not everything"""
@@ -74,8 +75,8 @@ class Run(Trainer):
     eval_prompts: Sequence[Prompt]
     fleet: Fleet
     """the rollout servers"""
-    weights_dir: Path
-    """where versions are written for the servers"""
+    transport: Transport
+    """how versions reach the servers"""
     ahead: Ahead | None = None
     """generates beside training; None where rollouts and training take turns"""
 
@@ -145,7 +146,9 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         restore(trainer)  # before a server starts on the policy's weights
         offload_trained(trainer, critic)
         weights_dir = config.publish.dir or config.run.dir / "weights"
+        transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
+        stack.callback(transport.close, fleet)
         releases = config.residency.servers == "released"
         timeout = config.rollout.start_timeout
         on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, timeout, releases=releases))
@@ -167,7 +170,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             judge=judge,
             eval_prompts=load_eval(config, trainer.tokenizer),
             fleet=fleet,
-            weights_dir=weights_dir,
+            transport=transport,
             ahead=ahead,
         )
 
@@ -245,6 +248,16 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         local=local,
         initial=initial,
     )
+
+
+def transport_of(config: Config, weights_dir: Path) -> Transport:
+    """The configured one. Raises ConfigError where it cannot work in this launch."""
+    p = config.publish
+    if p.transport == "tensor":
+        return SharedTensor(p.bucket_mib << 20)
+    if p.transport == "distributed":
+        return Distributed(p.bucket_mib << 20)
+    return Disk(weights_dir, quantized=p.quantize == "fp8")
 
 
 def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:

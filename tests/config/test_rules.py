@@ -15,6 +15,7 @@ FP8_WEIGHTS = {
     "model__precision": "bf16",
     "rollout__urls": "['http://a:1']",
 }
+DISTRIBUTED = {"publish__transport": "distributed", "rollout__urls": "['http://a:1']"}
 
 
 @pytest.fixture
@@ -88,6 +89,15 @@ def load(tmp_path):
         (
             {
                 "residency__servers": "released",
+                "rollout__urls": "['http://127.0.0.1:1']",
+                "publish__transport": '"tensor"',
+            },
+            {"publish__transport": '"disk"'},
+            "residency.servers: only weights from disk",
+        ),
+        (
+            {
+                "residency__servers": "released",
                 "rollout__urls": "['http://a:1']",
                 "rollout__max_staleness": 1,
                 "algorithm__params.correction": '"tis-token"',
@@ -143,6 +153,28 @@ def load(tmp_path):
             {"rollout__urls": "[]"},
             "rollout.threads: has no",
         ),
+        (
+            {"publish__transport": "tensor"},
+            {"rollout__server": "sglang", "rollout__python": "python3"},
+            "publish.transport: the embedded server loads weights from disk only",
+        ),
+        (
+            FP8_WEIGHTS | {"publish__transport": "distributed"},
+            {"publish__transport": "disk"},
+            "publish.quantize: weights in FP8 go by disk only",
+        ),
+        (
+            {"publish__transport": "tensor", "rollout__urls": "['http://127.0.0.1:1', 'http://a:1']"},
+            {"rollout__urls": "['http://127.0.0.1:1', 'http://localhost:2']"},
+            "publish.transport: .*http://a:1 may not be on",
+        ),
+        (
+            {"publish__transport": "tensor", "rollout__urls": "['http://a:1']"},
+            {"publish__transport": "distributed"},
+            'publish.transport: .*set it to "distributed"',
+        ),
+        ({"publish__bucket_mib": 64}, DISTRIBUTED, "publish.bucket_mib: has no effect"),
+        (DISTRIBUTED | {"publish__dir": "w"}, {"publish__transport": "disk"}, "publish.dir: has no effect"),
     ],
 )
 def test_a_contradiction_is_refused_and_its_remedy_accepted(load, bad, good, message):

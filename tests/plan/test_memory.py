@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def work(precision: str, recompute: str, length: float = LENGTH, count: int = CO
         generates=False,
         old_log_prob_share=0.0,
     )
+
+
+def test_the_buckets_of_a_sender_are_counted(directory: Path) -> None:
+    arch = read_architecture(directory)
+    disk, buckets = (replace(work("bf16", "none"), bucket_bytes=size) for size in (0, 1 << 30))
+    largest = 2 * 2 * 1024 * 256  # gate and up in bf16
+    assert stage_memory(arch, Layout(), disk)[0].publish == largest
+    assert stage_memory(arch, Layout(), buckets)[0].publish == 2 << 30
+    tiny = replace(buckets, bucket_bytes=1)
+    assert stage_memory(arch, Layout(tensor=2, data=1), tiny)[0].publish == 2.5 * largest
 
 
 @pytest.fixture(scope="module")

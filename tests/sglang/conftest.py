@@ -12,6 +12,7 @@ import pytest
 
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import SGLang
+from tests.model.conftest import pool1  # noqa: F401 a fixture
 from tests.rollout.support import build_model, build_moe_model, http, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -54,10 +55,17 @@ def environment() -> Iterator[None]:
 def no_orphans() -> Iterator[None]:
     """Every process of .venv-sglang that these tests started, directly or not, has ended when they have."""
     assert PYTHON.exists(), f"{PYTHON} is missing: run `make sglang-cpu`"
-    before = set(processes_of_sglang())
+    before = {*processes_of_sglang(), *daemons_of_torch()}
     yield
-    psutil.wait_procs([psutil.Process(pid) for pid in set(processes_of_sglang()) - before], timeout=10)
-    assert not set(processes_of_sglang()) - before
+    left = {*processes_of_sglang(), *daemons_of_torch()} - before
+    psutil.wait_procs([psutil.Process(pid) for pid in left], timeout=20)
+    assert not {*processes_of_sglang(), *daemons_of_torch()} - before
+
+
+def daemons_of_torch() -> list[int]:
+    """Which a server starts to open shared memory, and which end with it."""
+    processes = psutil.process_iter(["cmdline"])
+    return [p.pid for p in processes if (p.info["cmdline"] or [""])[0] == "torch_shm_manager"]
 
 
 def processes_of_sglang() -> list[int]:

@@ -20,20 +20,29 @@ from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.train.score import log_probs
-from mcore_rl.weights.publish import publish_by_disk, server_log_probs
+from mcore_rl.weights.publish import server_log_probs
+from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
-from tests.sglang.conftest import KEY_ENV, processes_of_sglang, put_back
+from tests.sglang.conftest import KEY_ENV, daemons_of_torch, processes_of_sglang, put_back
 
 P999, LARGEST = 2e-5, 2e-4
 SEQUENCES = [
     [*np.random.default_rng(i).integers(VOCAB, size=24 + 4 * i).tolist(), VOCAB - 1, 1] for i in range(16)
 ]
 """[24-84 tokens + 2] each with the vocabulary's last id, which SGLang echoes as 0"""
+TRANSPORTS = ["disk", "tensor", "distributed"]
+BUCKET = 30_000
+"""bytes: several buckets for an owner"""
+
+
+def transport_of(name: str, directory: Path) -> Transport:
+    kinds = {"tensor": SharedTensor, "distributed": Distributed}
+    return kinds[name](BUCKET) if name in kinds else Disk(directory, quantized=False)
 
 
 def published(
-    mesh: Mesh, source: Path, urls: Sequence[str], directory: Path, version: str
+    mesh: Mesh, source: Path, urls: Sequence[str], directory: Path, version: str, name: str
 ) -> tuple[Tensor, Tensor]:
     """[servers tokens] |Megatron - server| after publishing `source` from this layout, and before."""
     model = build_policy(source, mesh)
@@ -46,7 +55,9 @@ def published(
         return torch.tensor(rows, dtype=torch.float64)
 
     stale = served(f"{version}-stale")
-    assert publish_by_disk(model, fleet, directory, version) == {}
+    transport = transport_of(name, directory)
+    assert transport.publish(model, fleet, version) == {}
+    transport.close(fleet)
     scored = [TokenSequence(tokens[:1], tokens[1:]) for tokens in SEQUENCES]
     held = torch.from_numpy(np.concatenate(log_probs(model, scored, shape_at(mesh, 256), 1.0))).double()
     return (held - served(f"{version}-fresh")).abs(), (held - stale).abs()
@@ -58,8 +69,11 @@ def pool(request: pytest.FixtureRequest, layout: str) -> Pool:
     return request.getfixturevalue(f"pool{Layout.parse(layout).world_size}")
 
 
-def check(pool: Pool, layout: str, source: Path, urls: Sequence[str], directory: Path) -> None:
-    fresh, stale = at_layout(pool, layout, published, source, urls, directory, layout)[0]
+def check(
+    pool: Pool, layout: str, source: Path, urls: Sequence[str], directory: Path, transport: str
+) -> None:
+    args = source, urls, directory, f"{layout}-{transport}", transport
+    fresh, stale = at_layout(pool, layout, published, *args)[0]
     for of_server, of_stale in zip(fresh, stale, strict=True):
         assert len(of_server) > 800
         assert of_server.quantile(0.999) <= P999
@@ -68,18 +82,25 @@ def check(pool: Pool, layout: str, source: Path, urls: Sequence[str], directory:
         assert of_stale.quantile(0.5) > P999
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "tp2pp2"])
 def test_dense(
-    pool: Pool, layout: str, dense_urls: list[str], dense_dirs: tuple[Path, Path], tmp_path: Path
+    pool: Pool,
+    layout: str,
+    transport: str,
+    dense_urls: list[str],
+    dense_dirs: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
-    check(pool, layout, dense_dirs[1], dense_urls, tmp_path)
+    check(pool, layout, dense_dirs[1], dense_urls, tmp_path, transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2ep2", "tp2pp2ep2"])
 def test_mixture_of_experts(
-    pool: Pool, layout: str, moe_url: str, moe_dirs: tuple[Path, Path], tmp_path: Path
+    pool: Pool, layout: str, transport: str, moe_url: str, moe_dirs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    check(pool, layout, moe_dirs[1], [moe_url], tmp_path)
+    check(pool, layout, moe_dirs[1], [moe_url], tmp_path, transport)
 
 
 @pytest.fixture
@@ -92,28 +113,31 @@ def dense_urls(
 
 
 def publish_often(
-    mesh: Mesh, source: Path, urls: Sequence[str], directory: Path
+    mesh: Mesh, source: Path, urls: Sequence[str], directory: Path, name: str
 ) -> tuple[Holdings, Holdings]:
     """What trainer and servers hold after 5 publishes, and after 20 more."""
     model = build_policy(source, mesh)
     fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0)
+    transport = transport_of(name, directory)
     seen = []
     for number in range(1, 26):
-        assert publish_by_disk(model, fleet, directory, str(number)) == {}
+        assert transport.publish(model, fleet, str(number)) == {}
         if number in (5, 25):
             seen.append(on_main(mesh, lambda: holdings(directory)))
+    transport.close(fleet)
     return seen[0], seen[1]
 
 
 def holdings(directory: Path) -> Holdings:
     """Of this process, of all servers' processes, and of the disk."""
-    processes = [psutil.Process(), *map(psutil.Process, processes_of_sglang())]
+    processes = [psutil.Process(), *map(psutil.Process, [*processes_of_sglang(), *daemons_of_torch()])]
     return Holdings(
         processes=len(processes),
         files=sum(process.num_fds() for process in processes),
         threads=sum(process.num_threads() for process in processes),
         mebibytes=sum(process.memory_info().rss for process in processes) / 2**20,
         on_disk=len(list(directory.rglob("*.safetensors"))),
+        in_memory=len(list(Path("/dev/shm").glob("*mcore_rl_*"))),
     )
 
 
@@ -126,15 +150,19 @@ class Holdings:
     threads: int
     mebibytes: float
     on_disk: int
+    in_memory: int
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_20_publishes_leak_nothing(
-    pool2: Pool, dense_urls: list[str], dense_dirs: tuple[Path, Path], tmp_path: Path
+    pool2: Pool, transport: str, dense_urls: list[str], dense_dirs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    before, after = at_layout(pool2, "tp2", publish_often, dense_dirs[1], dense_urls, tmp_path / "weights")[0]
+    args = dense_dirs[1], dense_urls, tmp_path / "weights", transport
+    before, after = at_layout(pool2, "tp2", publish_often, *args)[0]
     print(before, after)
     assert before.processes > 6
-    assert after.on_disk == 1
+    assert after.on_disk == (transport == "disk")
+    assert after.in_memory == 0
     assert leaked(before, after) == []
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from mcore_rl.errors import EXIT_RETRYABLE
 from mcore_rl.metrics import read_metrics
@@ -16,11 +17,16 @@ from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, task  # noqa: F
 from tests.sglang.conftest import PYTHON
 
 
-def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(task: Task, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(
+    task: Task,  # noqa: F811
+    transport: str,
+    tmp_path: Path,
+) -> None:
     log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(*arguments(task, tmp_path)),
+            command(*arguments(task, tmp_path), "--publish.transport", transport),
             cwd=ROOT,
             env=os.environ | ENVIRONMENT,
             stdout=out,
@@ -53,7 +59,8 @@ def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(task: Task
             process.wait(timeout=60)
     steps = read_metrics(tmp_path / "metrics.jsonl")
     check(steps, read_metrics(events))
-    assert [version.name for version in (tmp_path / "weights").iterdir()] == [str(steps[-1]["step"])]
+    last = str(steps[-1]["step"]) if transport == "disk" else "initial"
+    assert [version.name for version in (tmp_path / "weights").iterdir()] == [last]
 
 
 def arguments(task: Task, directory: Path) -> list[str]:  # noqa: F811

@@ -27,6 +27,7 @@ from mcore_rl.train.run import Run, build_trained_critic, offload_trained, place
 from mcore_rl.train.setup import Trainer, build_trainer
 from mcore_rl.train.supervised import train_step
 from mcore_rl.types import Group, Sample, VersionSpan
+from mcore_rl.weights.transport import Disk
 
 ROUNDS = 3
 PPO = {
@@ -79,7 +80,7 @@ def build_run(config: Config, layout: Layout, directory: Path) -> Run:
         judge=Judge(load_reward(config.reward.function), place_reward_model(trainer)),
         eval_prompts=(),
         fleet=Fleet(()),
-        weights_dir=directory / "weights",
+        transport=Disk(directory / "weights", quantized=False),
     )
 
 

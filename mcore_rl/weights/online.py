@@ -1,0 +1,93 @@
+"""Weights straight into servers that run, bucket by bucket, without a file in between.
+
+All names are known to be there before any server is told. Then every server is paused, its requests
+retracted, and an update opened; the owners send their buckets, one owner after the other; the update is
+closed, and the pause ends. A server that fails on the way stays paused, for it holds neither version, and is
+lost alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch.distributed as dist
+
+from mcore_rl.errors import WeightSyncError
+from mcore_rl.model.build import Model
+from mcore_rl.parallel.control import from_rank, on_main, raise_everywhere
+from mcore_rl.rollout.client import RolloutClient
+from mcore_rl.rollout.fleet import Fleet, on_each
+from mcore_rl.weights.calls import end_update, open_update
+from mcore_rl.weights.gather import Channel, plan_of, take_turn
+from mcore_rl.weights.plan import Plan
+
+OpenChannel = Callable[[Mapping[RolloutClient, int], str, int, int], Channel]
+"""(clients -> tensor-parallel sizes, version, bytes of a buffer, how many buckets) -> the owner's channel"""
+
+
+def publish_online(
+    model: Model, fleet: Fleet, version: str, bucket_bytes: int, open_channel: OpenChannel
+) -> dict[str, str]:
+    """Every server takes the weights of `model` as `version`; collective over all ranks.
+
+    Servers that were lost and answer again are published to like the others. Returns those that failed
+    (url -> why), which the caller counts as lost.
+
+    Raises:
+        WeightSyncError: on every rank, when a server refuses the weights, or none is left that has them.
+        ConfigError: on every rank, when a server cannot be updated so.
+    """
+    plan = plan_of(model, bucket_bytes)
+    sizes, failed = on_main(model.mesh, lambda: _open(fleet))
+    for owner in plan.owners:
+        alive = {fleet.client(url): size for url, size in sizes.items() if url not in failed}
+        if not alive:
+            raise _nobody(fleet, version, failed)
+        failed |= _turn(model, plan, owner, partial(open_channel, alive, version))
+    alive = {fleet.client(url): size for url, size in sizes.items() if url not in failed}
+    loaded, unended = on_main(model.mesh, lambda: asyncio.run(on_each(list(alive), end_update)))
+    failed |= unended
+    if not loaded:
+        raise _nobody(fleet, version, failed)
+    fleet.standing = on_main(model.mesh, lambda: fleet.settle(loaded))
+    fleet.version = version
+    return failed
+
+
+def _open(fleet: Fleet) -> tuple[dict[str, int], dict[str, str]]:
+    """(url -> tensor-parallel size of the servers that wait for weights, url -> why another one does not)."""
+    clients = [*fleet.serving, *fleet.returning()]
+    return asyncio.run(on_each(clients, open_update))
+
+
+def _turn(
+    model: Model, plan: Plan, owner: int, open_channel: Callable[[int, int], Channel]
+) -> dict[str, str]:
+    """One owner's buckets; collective over all ranks, which return the servers that failed."""
+    mesh = model.mesh
+    channel: Channel | None = None
+    error: Exception | None = None
+    if mesh.rank == owner:
+        buckets = plan.of(owner)
+        try:
+            channel = open_channel(max(bucket.nbytes for bucket in buckets), len(buckets))
+        except Exception as caught:  # raised on every rank, before another one waits for this
+            error = caught
+    raise_everywhere(mesh, error)
+    try:
+        if owner in dist.get_process_group_ranks(mesh.tp):
+            take_turn(model, plan, owner, channel)
+    except Exception as caught:
+        error = caught
+    finally:
+        if channel is not None:
+            channel.close()
+    raise_everywhere(mesh, error)
+    return from_rank(mesh, channel.failed if channel is not None else {}, owner)
+
+
+def _nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
+    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+    return WeightSyncError(f"no server has loaded version {version}:{reasons}")

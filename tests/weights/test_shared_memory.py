@@ -1,0 +1,107 @@
+"""Memory that another process opens by name: what SGLang unpickles; nothing is left behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.weights.plan import Bucket, Part, Slot
+from mcore_rl.weights.shared_memory import SharedBytes
+from mcore_rl.weights.tensor import serialize
+
+READER = """
+import base64, pickle, sys
+found = pickle.loads(base64.b64decode(sys.stdin.read()))
+data, (one, two) = found["flattened_tensor"], found["metadata"]
+print(data.sum().item(), data.numel(), one.name, one.end_idx, two.start_idx, two.dtype, tuple(two.shape))
+"""
+BUCKET = Bucket(
+    0,
+    (
+        Part("a", (Slot("one", (2, 2), torch.float32, 0),)),
+        Part("b", (Slot("two", (3,), torch.bfloat16, 16),)),
+    ),
+)
+
+
+def files() -> set[Path]:
+    return set(Path("/dev/shm").glob("*mcore_rl_*"))
+
+
+def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path: Path) -> None:
+    before = files()
+    memory = SharedBytes(100_000)
+    memory.data[:22] = 3
+    memory.data[-5:] = 1
+    for user in range(2):  # the first one's daemon removes its name when it has ended
+        payload = serialize(BUCKET, memory.handle(BUCKET.nbytes, user))
+        out = tmp_path / "out"  # a file: a daemon of torch that a user starts holds its streams
+        with out.open("w") as stream:
+            command = [sys.executable, "-c", READER]
+            subprocess.run(command, input=payload, stdout=stream, text=True, timeout=100, check=True)
+        assert out.read_text() == "66 22 one 16 16 torch.bfloat16 (3,)\n"
+    left = sorted(files() - before)[0]
+    assert left.stat().st_blocks > 100_000 / 512
+    memory.hollow()
+    assert left.stat().st_blocks <= 4096 / 512
+    assert memory.data[:22].sum() == 66
+    assert memory.data[-5:].sum() == 0
+    memory.close()
+    memory.close()
+    assert files() == before
+
+
+def test_the_payload_names_nothing_that_sglang_does_not_allow() -> None:
+    """Exactly these, so that neither side needs a class of the other (SafeUnpickler of 0.5.21 to 0.5.23)."""
+    memory = SharedBytes(100)
+    names = set()
+
+    class Listing(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            names.add((module, name))
+            return super().find_class(module, name)
+
+    Listing(io.BytesIO(base64.b64decode(serialize(BUCKET, memory.handle(22, 0))))).load()
+    memory.close()
+    assert names == {
+        ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
+        ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
+        ("torch.multiprocessing.reductions", "rebuild_tensor"),
+        ("torch.storage", "UntypedStorage"),
+        ("torch", "Tensor"),
+        ("torch", "Size"),
+        ("torch", "uint8"),
+        ("torch", "float32"),
+        ("torch", "bfloat16"),
+        ("types", "SimpleNamespace"),
+    }
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one() -> None:
+    code = (
+        "import os; from mcore_rl.weights.shared_memory import SharedBytes; m = SharedBytes(9); os._exit(1)"
+    )
+    before = files()
+    subprocess.run([sys.executable, "-c", code], timeout=100, check=False)
+    (left,) = files() - before
+    living = SharedBytes(9)
+    assert not left.exists()
+    SharedBytes(9).close()
+    assert len(files() - before) == 1, "one that is in use was removed"
+    living.close()
+
+
+def test_too_little_shared_memory_is_an_error_with_the_remedy() -> None:
+    """Without it, the first write to what is not there would end the process."""
+    before = files()
+    with pytest.raises(ConfigError, match=r"publish\.bucket_mib"):
+        SharedBytes(1 << 50)
+    assert files() == before
