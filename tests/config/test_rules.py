@@ -90,9 +90,9 @@ def load(tmp_path):
             {
                 "residency__servers": "released",
                 "rollout__urls": "['http://127.0.0.1:1']",
-                "publish__transport": '"tensor"',
+                "publish__transport": "tensor",
             },
-            {"publish__transport": '"disk"'},
+            {"publish__transport": "disk"},
             "residency.servers: only weights from disk",
         ),
         (
