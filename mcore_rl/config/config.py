@@ -136,6 +136,8 @@ def _of_servers(config: Config) -> Iterator[str]:
 
 def _of_transport(config: Config) -> Iterator[str]:
     publish, rollout = config.publish, config.rollout
+    if publish.replica is not None and not rollout.urls:
+        yield "publish.replica: the servers that a run starts read publish.dir; set rollout.urls or drop it"
     if publish.transport == "disk":
         return
     if rollout.server == "embedded" and not rollout.urls:
@@ -265,9 +267,8 @@ def _unused_of_transport(config: Config) -> Mapping[str, str]:
     transport = config.publish.transport
     if transport == "disk":
         return {"publish.bucket_mib": 'publish.transport is "disk"'}
-    if config.rollout.urls:
-        return {"publish.dir": f'publish.transport is "{transport}", which writes no files'}
-    return {}
+    why = f'publish.transport is "{transport}", which writes no files'
+    return dict.fromkeys(("publish.replica", *(["publish.dir"] if config.rollout.urls else [])), why)
 
 
 def _without_effect(config: Config) -> Iterator[str]:

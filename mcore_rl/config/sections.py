@@ -308,6 +308,8 @@ class Publish(Section):
     """What the last two send at once, in 2^20 bytes; a rank that sends holds two of them meanwhile."""
     dir: Path | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
+    replica: Path | None = None
+    """Where `mcore-rl follow` keeps them on every server's machine; set, `dir` gets only what changed."""
     quantize: Literal["none", "fp8"] = "none"
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8

@@ -43,6 +43,7 @@ from mcore_rl.train.setup import (
 )
 from mcore_rl.train.share import share_groups
 from mcore_rl.types import Group, Prompt, Tokens
+from mcore_rl.weights.changes import Changes
 from mcore_rl.weights.publish import wait_for_servers
 from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 
@@ -257,6 +258,9 @@ def transport_of(config: Config, weights_dir: Path) -> Transport:
         return SharedTensor(p.bucket_mib << 20)
     if p.transport == "distributed":
         return Distributed(p.bucket_mib << 20)
+    if p.replica is not None:
+        timeout = config.rollout.timeout
+        return Changes(weights_dir, p.replica, quantized=p.quantize == "fp8", timeout=timeout)
     return Disk(weights_dir, quantized=p.quantize == "fp8")
 
 

@@ -55,10 +55,15 @@ def publish_directory(
     clients = [*fleet.serving, *fleet.returning()]
     loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, target, version)))
     if not loaded:
-        reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
-        raise WeightSyncError(f"no server has loaded version {version} from {target}:{reasons}")
+        raise nobody(fleet, version, failed)
     fleet.settle(loaded, target)
     return failed
+
+
+def nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
+    """The error of a publish that reached no server; `failed`: url -> why."""
+    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+    return WeightSyncError(f"no server has loaded version {version}:{reasons}")
 
 
 def _check_complete(target: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
