@@ -10,7 +10,8 @@ for _text in (
     ".*Apex.* not installed.*",
     "Apex is not installed.*",
     "full scope is deprecated",
-    "When using async grad allreduce",  # model.platform sets what it asks for
+    # model.platform sets what this asks for
+    "When using (async grad allreduce|sequence parallelism) it is recommended",
     "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
 ):
     warnings.filterwarnings("ignore", message=_text)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mcore_rl.errors import McoreRLError
 
@@ -69,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("serve", help=about, add_help=False)
     add.set_defaults(command=serve)
 
+    add = commands.add_parser("follow", help="keep a copy of the newest weights on a server's own machine")
+    add.add_argument("source", type=Path, metavar="SOURCE", help="publish.dir of the run")
+    add.add_argument(
+        "target", type=Path, metavar="TARGET", help="publish.replica: where this machine keeps it"
+    )
+    add.set_defaults(command=follow)
+
     convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
     add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
@@ -89,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     add.set_defaults(command=report)
 
+    _add_verify(commands)
+    return parser
+
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser("verify", help="prove the maths and the layouts on this machine")
     checks = verify.add_subparsers(required=True, metavar="CHECK")
     add = checks.add_parser("golden", help="float64 golden cases through the library's own functions")
@@ -101,7 +114,6 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--algorithms", type=_names, help="such as gspo,ppo")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=verify_layouts)
-    return parser
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +133,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 
     config = load_config(arguments.config, overrides)
+    _check_flags(arguments)
     if arguments.rehearse:
         from mcore_rl.train.rehearse import rehearse
 
@@ -130,6 +143,19 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     options = {"--resume": arguments.resume, "--replay": arguments.replay}
     flags = [str(part) for item in options.items() if item[1] is not None for part in item]
     return launch_node(config, ["train", str(arguments.config), *flags, *overrides])
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags of which one would be ignored."""
+    from mcore_rl.errors import ConfigError
+
+    a = arguments
+    given = {"--rehearse": a.rehearse, "--resume": a.resume is not None, "--replay": a.replay is not None}
+    chosen = [flag for flag, is_given in given.items() if is_given]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)}: only one of them at a time")
+    if a.rehearse_procs is not None and not a.rehearse:
+        raise ConfigError("--rehearse-procs: only with --rehearse; add it, or this would be the real run")
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -155,6 +181,20 @@ def serve(_: argparse.Namespace, options: list[str]) -> int:
     from mcore_rl.rollout.embedded.server import serve
 
     tyro.cli(serve, prog="mcore-rl serve", args=options)
+    return 0
+
+
+def follow(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl follow SOURCE TARGET`: until SIGTERM or Ctrl-C."""
+    import signal
+
+    from mcore_rl.weights.follow import Follower
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    Follower(arguments.source, arguments.target).run()
     return 0
 
 

@@ -149,10 +149,9 @@ def _shards(model: Model, prefix: str) -> Iterator[_Shard]:
                     yield _Shard(entry.data, _start(part, entry.data), part)
             elif isinstance(entry, ShardedTensor):
                 yield _Shard(_tensor(entry), 0, entry)
-            elif isinstance(entry, ShardedObject) and _is_filled(entry.data):
+            elif isinstance(entry, ShardedObject) and _is_filled(entry.data) and not model.config.fp8:
                 raise CheckpointError(
-                    f"{entry.key}: a module keeps state that is no tensor, which a checkpoint does not hold; "
-                    "use a recipe without it (FP8 with current or block scaling)"
+                    f"{entry.key}: a module keeps state that is no tensor, which a checkpoint does not hold"
                 )
 
 
@@ -174,7 +173,7 @@ def _tensor(sharded: ShardedTensor) -> Tensor:
 
 
 def _is_filled(data: Any) -> bool:
-    """Transformer Engine's modules have extra state, which is empty unless they record FP8 scales."""
+    """Transformer Engine's modules have such state, empty unless they record scales (checkpoint/fp8.py)."""
     if data is None:
         return False
     return data.numel() > 0 if isinstance(data, Tensor) else bool(getattr(data, "getbuffer", lambda: b"x")())

@@ -74,7 +74,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
         yield from _against_algorithm(config)
-    yield from _of_servers(rollout)
+    yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)
     if config.publish.quantize == "fp8":
@@ -112,13 +112,32 @@ def _of_lengths(config: Config) -> Iterator[str]:
         )
 
 
-def _of_servers(rollout: Rollout) -> Iterator[str]:
+def _of_servers(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if config.residency.servers == "released":
+        if rollout.server == "embedded" and not rollout.urls:
+            yield (
+                "residency.servers: the embedded server keeps its memory; set "
+                'rollout.server = "sglang", or drop it'
+            )
+        if config.publish.transport != "disk":
+            yield (
+                "residency.servers: only weights from disk fill released memory; set "
+                'publish.transport = "disk", or drop it'
+            )
+        if rollout.max_staleness:
+            yield (
+                "residency.servers: servers that generate beside training cannot give up their memory; set "
+                "rollout.max_staleness = 0, or drop it"
+            )
     if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
         yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
 
 
 def _of_transport(config: Config) -> Iterator[str]:
     publish, rollout = config.publish, config.rollout
+    if publish.replica is not None and not rollout.urls:
+        yield "publish.replica: the servers that a run starts read publish.dir; set rollout.urls or drop it"
     if publish.transport == "disk":
         return
     if rollout.server == "embedded" and not rollout.urls:
@@ -142,26 +161,21 @@ def _is_loopback(url: str) -> bool:
 
 
 def _of_fp8(config: Config) -> Iterator[str]:
-    model, saves = config.model, bool(config.checkpoint.every)
+    model = config.model
     if model.precision != "fp8":
         return
-    if RECIPES[model.fp8_recipe].remembers:
-        if model.fp8_first_last_bf16:
-            yield (
-                f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
-                'bf16; set model.fp8_recipe = "blockwise" or drop it'
-            )
-        if saves:
-            yield (
-                f'model.fp8_recipe: a checkpoint does not hold the scales that "{model.fp8_recipe}" '
-                'remembers, and a resumed run would differ; set it to "blockwise", or checkpoint.every = 0'
-            )
-    if model.fp8_param_gather and saves:
+    if RECIPES[model.fp8_recipe].remembers and model.fp8_first_last_bf16:
+        yield (
+            f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
+            'bf16; set model.fp8_recipe = "blockwise" or drop it'
+        )
+    if model.fp8_param_gather and config.checkpoint.every:
         yield (
             "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
             "checkpoint.every = 0"
         )
-    if model.fp8_param_gather and set(config.residency.model_dump().values()) != {"resident"}:
+    waiting = config.residency.model_dump(exclude={"servers"})
+    if model.fp8_param_gather and set(waiting.values()) != {"resident"}:
         yield (
             "model.fp8_param_gather: what is kept in FP8 cannot wait in host memory yet; drop it, or "
             "[residency]"
@@ -217,7 +231,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.supervised_only:
         keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("reward.model",)
+        keys += ("reward.model", "residency.servers")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
@@ -253,9 +267,8 @@ def _unused_of_transport(config: Config) -> Mapping[str, str]:
     transport = config.publish.transport
     if transport == "disk":
         return {"publish.bucket_mib": 'publish.transport is "disk"'}
-    if config.rollout.urls:
-        return {"publish.dir": f'publish.transport is "{transport}", which writes no files'}
-    return {}
+    why = f'publish.transport is "{transport}", which writes no files'
+    return dict.fromkeys(("publish.replica", *(["publish.dir"] if config.rollout.urls else [])), why)
 
 
 def _without_effect(config: Config) -> Iterator[str]:

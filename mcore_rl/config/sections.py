@@ -265,7 +265,7 @@ class Train(Section):
 
 
 class Residency(Section):
-    """What waits in host memory while it is not used."""
+    """What leaves the GPU while it is not used, to wait in host memory but for the servers'."""
 
     reference: Literal["resident", "offloaded", "swapped"] = "resident"
     """`swapped`: no second model; for scoring, the policy takes its first weights back."""
@@ -275,6 +275,8 @@ class Residency(Section):
     """Its weights, outside of scoring."""
     optimizer: Literal["resident", "offloaded"] = "resident"
     """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
+    servers: Literal["resident", "released"] = "resident"
+    """Of SGLang on the trainer's own GPUs: weights and KV cache, given up while the trainer trains."""
 
 
 class Checkpoint(Section):
@@ -306,6 +308,8 @@ class Publish(Section):
     """What the last two send at once, in 2^20 bytes; a rank that sends holds two of them meanwhile."""
     dir: Path | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
+    replica: Path | None = None
+    """Where `mcore-rl follow` keeps them on every server's machine; set, `dir` gets only what changed."""
     quantize: Literal["none", "fp8"] = "none"
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8

@@ -13,7 +13,7 @@ from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.critic import CriticMapping
 from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.spec import check_layout, padded_vocab
+from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
 from mcore_rl.train.judge import check_same_tokens
@@ -141,7 +141,7 @@ def _prompts(check: str, path: Path, found: PromptSet) -> Iterable[Finding]:
 def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
     arch = read_architecture(path)
     p = config.parallel
-    check_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
+    check_reward_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
     check_same_tokens(config)
     hf_reader(path, CriticMapping(arch, padded_vocab(arch, 1)))
     yield Finding("reward", "ok", f"{path}: a reward model over the policy's tokens, its weights complete")

@@ -25,7 +25,7 @@ from mcore_rl.model.critic import CriticMapping, CriticModel, with_value_head
 from mcore_rl.model.mapping import Mapping
 from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
 from mcore_rl.model.rotary import rotary_frequencies
-from mcore_rl.model.spec import check_layout, padded_vocab, transformer_config
+from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab, transformer_config
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
@@ -44,10 +44,12 @@ class Model:
     source: Path
     """HF directory that config.json and the tokenizer came from"""
 
-    def export(self, directory: Path, *, quantized: bool = False) -> None:
+    def export(
+        self, directory: Path, *, quantized: bool = False, write: weights_io.Write = weights_io.write_file
+    ) -> None:
         """Write the weights as an HF directory, `quantized` in FP8 for a server; collective."""
         where = (directory, self.source)
-        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized)
+        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized, write=write)
 
 
 def build_policy(
@@ -119,7 +121,7 @@ def build_reward_model(path: Path, mesh: Mesh, *, precision: str = "fp32", fp8: 
     """
     platform.install()
     arch = read_architecture(path)
-    check_layout(arch, mesh.layout)
+    check_reward_layout(arch, mesh.layout)
     mapping = CriticMapping(arch, padded_vocab(arch, mesh.layout.tensor))
     config = transformer_config(arch, mesh.layout, precision, "none", fp8)
     return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, None, path)

@@ -23,8 +23,11 @@ NEEDED: dict[str, frozenset[str]] = {
     "critic": frozenset({"values", "critic", "critic step", "save"}),
     "critic_optimizer": frozenset({"critic step", "save"}),
     "optimizer": frozenset({"policy step", "save"}),
+    "server_weights": frozenset({"publish", "rewards"}),
+    "kv_cache": frozenset({"publish", "rewards"}),
 }
-"""part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients"""
+"""part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients. The
+last two are of servers on the trainer's GPUs (train/colocated.py)"""
 
 PHASES = (
     "publish",

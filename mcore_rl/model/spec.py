@@ -30,6 +30,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 """which activations the backward pass computes again: none, those of attention, those of every layer"""
 
 
+def check_reward_layout(arch: Architecture, layout: Layout) -> None:
+    """As check_layout, of the reward model, which is cut as the policy is."""
+    try:
+        check_layout(arch, layout)
+    except LayoutError as error:
+        raise LayoutError(f"reward.model is cut as the policy is: {error}") from error
+
+
 def check_layout(arch: Architecture, layout: Layout) -> None:
     """Raise LayoutError, naming the number that does not divide, before any process group exists."""
     layout.check()

@@ -91,6 +91,15 @@ def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
         versions.mark_shard(parameter, dim)
 
 
+Write = Callable[[dict[str, Tensor], Path], None]
+"""puts tensors into the safetensors file of this name"""
+
+
+def write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """`path` in safetensors' own way."""
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def export(
     chunks: Iterable[GPTModel],
     mapping: Mapping,
@@ -99,6 +108,7 @@ def export(
     source: Path,
     *,
     quantized: bool = False,
+    write: Write = write_file,
 ) -> None:
     """Write the model as an HF directory, `quantized` in FP8 (model.quantize); collective over all ranks.
 
@@ -123,7 +133,7 @@ def export(
     files = {rank: f"model-{i + 1:05d}-of-{len(writers):05d}.safetensors" for i, rank in enumerate(writers)}
     try:
         if tensors:
-            save_file(tensors, partial / files[mesh.rank], metadata={"format": "pt"})
+            write(tensors, partial / files[mesh.rank])
     except Exception as caught:  # a full disk, in whatever type safetensors reports it: raised on every rank
         error = caught
     raise_everywhere(mesh, error)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 
 from mcore_rl.config import Config, load_config
 from mcore_rl.data.balance import model_shape
-from mcore_rl.errors import LayoutError
+from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import SERVER_GPUS, Fleet
@@ -42,13 +42,22 @@ def plan(
         server_gpus: GPUs of the servers; default: SERVER_GPUS for each of rollout.urls, or the training GPUs
             where `colocated`.
         prompt_tokens, response_tokens: mean lengths; default: the config's limits.
-        colocated: the servers' weights and KV cache are on the training GPUs.
+        colocated: the servers' weights and KV cache are on the training GPUs; said by residency.servers too.
 
     Raises:
         ConfigError: the config or the model's config.json.
         LayoutError: the config's layout is illegal, or does not fit; printed plans say what does.
     """
     config = load_config(path, overrides)
+    colocated = colocated or config.residency.servers == "released"
+    _check_numbers(
+        config,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        server_gpus=server_gpus,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
     arch, shape = read_architecture(config.model.path), model_shape(read_hf_config(config.model.path))
     layout = configured_layout(config, gpus)
     work = work_of(
@@ -73,6 +82,21 @@ def plan(
             "train.tokens_per_micro_batch"
         )
     return 0
+
+
+def _check_numbers(config: Config, **numbers: float | None) -> None:
+    """Raises ConfigError for what no machine has, and for mean lengths beyond the config's limits."""
+    limits = {
+        "prompt_tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        "response_tokens": ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+    }
+    for name, number in numbers.items():
+        flag = f"--{name.replace('_', '-')}"
+        key, limit = limits.get(name, ("", inf))
+        if number is not None and not 0 < number < inf:
+            raise ConfigError(f"{flag} {number}: give a number above 0")
+        if number is not None and number > limit:
+            raise ConfigError(f"{flag} {number}: a mean above {key} = {limit}; lower it, or raise {key}")
 
 
 def configured_layout(config: Config, gpus: int | None) -> Layout:

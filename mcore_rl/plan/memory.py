@@ -175,7 +175,7 @@ def _value_head(arch: Architecture, layout: Layout, work: Work, stage: int) -> i
 
 def _host(waiting: dict[str, float], gradients: float, work: Work) -> float:
     """A copy of what waits; the critic's gradients are not copied, and a swap takes the weights twice."""
-    copies = sum(waiting[name] for name in work.offloaded)
+    copies = sum(waiting[name] for name in work.offloaded & waiting.keys())  # servers keep no copy
     return copies - gradients * ("critic" in work.offloaded) + 2 * waiting["reference"] * work.swapped
 
 

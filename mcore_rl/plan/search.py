@@ -9,7 +9,7 @@ from itertools import product
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.errors import LayoutError
 from mcore_rl.model.architecture import Architecture
-from mcore_rl.model.spec import check_layout
+from mcore_rl.model.spec import check_layout, check_reward_layout
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import Fleet, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
@@ -68,7 +68,7 @@ def evaluate(problem: Problem, layout: Layout) -> Plan:
     """
     check_layout(problem.arch, layout)
     if problem.work.reward_model is not None:
-        check_layout(problem.work.reward_model, layout)
+        check_reward_layout(problem.work.reward_model, layout)
     _check_micro_batch(problem.work, layout)
     stages = stage_memory(problem.arch, layout, problem.work)
     fullest = max(memory.total for memory in stages)

@@ -50,7 +50,7 @@ class Work:
     """of the samples that get a forward pass of the policy before the updates"""
     fp8: Fp8 = DEFAULT_FP8
     offloaded: frozenset[str] = frozenset()
-    """parts (residency.NEEDED) that wait in host memory"""
+    """parts (residency.NEEDED) that leave the GPU"""
     swapped: bool = False
     """the reference is the policy with its first weights"""
     bucket_bytes: int = 0
@@ -135,3 +135,5 @@ def _offloaded(config: Config) -> Iterator[str]:
         yield "reward_model"
     if where.optimizer == "offloaded":
         yield from ("optimizer", "critic_optimizer")
+    if where.servers == "released":
+        yield from ("server_weights", "kv_cache")

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import aiohttp
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 _BACKOFF_SECONDS = 0.2
 _BACKOFF_MAX_SECONDS = 5.0
 _READY_SECONDS = 5.0
+_IDLE_SECONDS = 30.0
 _MESSAGE_CHARS = 500
 
 
@@ -205,6 +206,21 @@ class RolloutClient:
                 f"{self.url}/weights_checker: reply without ranks[].checksums ({error!r})"
             ) from error
 
+    # -- memory -------------------------------------------------------------------------------------------
+
+    async def release_memory(self) -> None:
+        """Gives up weights and KV cache with their content, once nothing runs; see `resume_memory`.
+
+        In one attempt: SGLang ends when it is asked while it works, or twice.
+        """
+        path = f"/flush_cache?timeout={min(self.timeout, _IDLE_SECONDS):g}"  # 200 when nothing runs
+        await self._retrying(path, lambda _: self._raw("POST", path))
+        await self._simple("POST", "/release_memory_occupation", {"tags": ["weights", "kv_cache"]}, retries=0)
+
+    async def resume_memory(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes the memory of a part back, empty. In one attempt: SGLang ends when it was not released."""
+        await self._simple("POST", "/resume_memory_occupation", {"tags": [part]}, retries=0)
+
     # -- state --------------------------------------------------------------------------------------------
 
     async def ready(self) -> bool:
@@ -237,8 +253,10 @@ class RolloutClient:
 
     # -- transport ----------------------------------------------------------------------------------------
 
-    async def _simple(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return await self._retrying(path, lambda _: self._request(method, path, body))
+    async def _simple(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, retries: int | None = None
+    ) -> Any:
+        return await self._retrying(path, lambda _: self._request(method, path, body), retries)
 
     async def _retrying(
         self, path: str, attempt: Callable[[int], Awaitable[T]], retries: int | None = None
@@ -267,6 +285,11 @@ class RolloutClient:
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """One attempt: the JSON of a 200, None for an empty body."""
+        raw = await self._raw(method, path, body)
+        return _decode(raw) if raw else None
+
+    async def _raw(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        """One attempt: the body of a 200."""
         if self._session is None:
             raise RuntimeError("RolloutClient is used outside of `async with`")
         url = f"{self.url}{path}"
@@ -279,10 +302,10 @@ class RolloutClient:
                         f"{url}: reply longer than {self.max_reply_bytes} bytes (max_reply_bytes)"
                     )
             if response.status == 200:
-                return _decode(bytes(raw)) if raw else None
+                return bytes(raw)
             self._raise_for(url, response.status, bytes(raw), response.headers.get("Retry-After", ""))
 
-    def _raise_for(self, url: str, status: int, raw: bytes, retry_after: str) -> None:
+    def _raise_for(self, url: str, status: int, raw: bytes, retry_after: str) -> NoReturn:
         text = raw[:_MESSAGE_CHARS].decode(errors="replace")
         if status == 429 or status >= 500:
             wait = float(retry_after) if retry_after.strip().isdecimal() else 0.0

@@ -60,6 +60,8 @@ class Fleet:
         self.local = list(local)
         self.published: list[Path] = [] if initial is None else [initial]
         """main rank: directories of weights that this run wrote and that may still be read, oldest first"""
+        self.released: dict[str, frozenset[str]] = {}
+        """url -> parts of its memory (weights, kv_cache) that a serving server has given up; on every rank"""
         self._restarted: set[str] = set()
         """urls of servers that were started anew and have not been published to yet"""
         self.health_timeout = health_timeout
@@ -81,6 +83,7 @@ class Fleet:
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers serve no more until the next publish. All ranks call it with the same servers."""
         self.standing = Standing(self.standing.urls, {**lost, **self.standing.lost})
+        self.released = {url: parts for url, parts in self.released.items() if url not in lost}
 
     # -- on the main rank ---------------------------------------------------------------------------------
 
@@ -95,6 +98,24 @@ class Fleet:
                 self._rename(index, server.url)
                 self._restarted.add(server.url)
         return self.standing
+
+    def end_lost(self) -> Standing:
+        """Ends lost servers of this machine, whose memory is needed; `restart_and_wait` brings them back."""
+        for server in self.local:
+            if server.url in self.standing.lost:
+                server.kill()
+        return self.standing
+
+    def restart_and_wait(self) -> Standing:
+        """As restart_lost, until they answer; one that does not is ended again, and stays lost."""
+        standing = self.restart_lost()
+        for server in self.local:
+            if server.url in self._restarted:
+                try:
+                    server.wait()
+                except RolloutError:
+                    server.kill()
+        return standing
 
     def returning(self) -> list[RolloutClient]:
         """Lost servers that answer again, emptied of what they were doing; they are to be published to."""
@@ -190,8 +211,12 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
         await asyncio.sleep(min(1.0, timeout / 10))
 
 
-async def check_server(client: RolloutClient) -> None:
-    """Raises ConfigError, with the remedy, for an (opened) server that cannot take part in training."""
+async def check_server(client: RolloutClient, *, releases: bool = False) -> None:
+    """Raises ConfigError, with the remedy, for an (opened) server that cannot take part in training.
+
+    Args:
+        releases: it shall give up its memory between rollouts.
+    """
     try:
         info = await client.server_info()
     except RejectedError as error:
@@ -199,6 +224,8 @@ async def check_server(client: RolloutClient) -> None:
             raise ConfigError(f"{client.url}: no /server_info; {_NEWER}") from error
         raise
     check_server_info(client.url, info)
+    if releases:
+        check_release(client.url, info)
 
 
 _NEWER = f"SGLang {'.'.join(map(str, OLDEST_SGLANG))} or newer is needed"
@@ -219,4 +246,15 @@ def check_server_info(url: str, info: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{url}: changes every request by --preferred-sampling-params, and samples would come from "
             "another distribution than the one that is trained; start it without"
+        )
+
+
+def check_release(url: str, info: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a server that would answer to a release and keep its memory."""
+    if "enable_memory_saver" not in info:
+        raise ConfigError(f"{url}: cannot give up its memory; use SGLang, or drop residency.servers")
+    if not info["enable_memory_saver"] and info.get("device") != "cpu":  # on a CPU there is none to give
+        raise ConfigError(
+            f"{url}: would keep its memory when it is asked to give it up; start it with "
+            "--enable-memory-saver (rollout.options), or drop residency.servers"
         )

@@ -20,6 +20,7 @@ from mcore_rl.checkpoint import (
     committed,
     count_updates,
     find,
+    fp8_pieces,
     model_pieces,
     optimizer_pieces,
     set_updates,
@@ -152,11 +153,16 @@ def end_step(run: Trainer, step: int) -> None:
 
 
 def pieces(run: Trainer) -> list[Piece]:
-    """Every tensor of the run's models and optimizers on this rank."""
+    """Every tensor of the run's models and optimizers on this rank; collective.
+
+    A model that only scores is read from its directory, but what its FP8 recipe remembers is of this run.
+    """
+    trained = {prefix: optimizer.model for prefix, optimizer in run.optimizers.items()}
+    remembered = [fp8_pieces(model, prefix) for prefix, model in (trained | run.frozen).items()]
     return [
-        piece
-        for prefix, optimizer in run.optimizers.items()
-        for piece in (*model_pieces(optimizer.model, prefix), *optimizer_pieces(optimizer, prefix))
+        *(piece for prefix, model in trained.items() for piece in model_pieces(model, prefix)),
+        *(piece for prefix, one in run.optimizers.items() for piece in optimizer_pieces(one, prefix)),
+        *(piece for found in remembered for piece in found),
     ]
 
 

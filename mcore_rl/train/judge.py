@@ -11,6 +11,7 @@ from math import isfinite
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import ConfigError, RewardError
+from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.model.build import Model, build_reward_model
 from mcore_rl.model.residency import Offloaded, weights_of
 from mcore_rl.rewards import RewardFn, score_groups
@@ -34,14 +35,16 @@ class Judge:
     def by_model(self, groups: Sequence[Group], shape: Shape) -> list[Group]:
         """On all ranks, of the same groups: with the model's rewards; as they are where there is none.
 
-        The score of a sample is that of its last token, as transformers' classifiers take it, over the
-        ids that were sampled, not over their text. Collective. Raises RewardError for one that is no number.
+        The score of a sample is that of its last token but padding, as transformers' classifiers take it,
+        over the ids that were sampled, not over their text. Collective. Raises RewardError for one that is
+        no number.
         """
         if self.model is None:
             return list(groups)
         samples = [sample for group in groups for sample in group.samples]
+        pad = read_hf_config(self.model.source).get("pad_token_id")
         # What is scored is the state before a row's token: one more token, of any id, has the whole sample.
-        whole = [TokenSequence(whole_sequence(s), (0,)) for s in samples]
+        whole = [TokenSequence(_up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
         scores = [float(score[0]) for score in values(self.model, whole, shape)] if whole else []
         for sample, score in zip(samples, scores, strict=True):
             if not isfinite(score):
@@ -51,6 +54,14 @@ class Judge:
                 )
         judged = iter([replace(s, reward=score) for s, score in zip(samples, scores, strict=True)])
         return [replace(group, samples=tuple(islice(judged, len(group.samples)))) for group in groups]
+
+
+def _up_to_padding(ids: list[int], pad: int | None) -> list[int]:
+    """Less the padding at the end: where that is the end of sequence, no classifier learnt to score there."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad:
+        end -= 1
+    return ids[:end]
 
 
 def place_reward_model(trainer: Trainer) -> Model | None:
@@ -66,18 +77,23 @@ def place_reward_model(trainer: Trainer) -> Model | None:
     check_same_tokens(config)
     settings = model_settings(config)
     fp8 = replace(settings["fp8"], param_gather=False)  # nothing gathers a frozen model
-    model = build_reward_model(path, trainer.mesh, precision=settings["precision"], fp8=fp8)
+    model = trainer.frozen["reward_model."] = build_reward_model(
+        path, trainer.mesh, precision=settings["precision"], fp8=fp8
+    )
     if config.residency.reward_model == "offloaded":
         trainer.residency.parts["reward_model"] = Offloaded(partial(weights_of, model), constant=True)
     return model
 
 
 def check_same_tokens(config: Config) -> None:
-    """Raises ConfigError where the reward model would read other words in the ids that the policy samples."""
+    """Raises ConfigError where the reward model would read other words in the ids that the policy samples.
+
+    It may have tokens of its own besides, such as one for padding.
+    """
     path = config.reward.model
     assert path is not None
     ours, theirs = (load_tokenizer(where).get_vocab() for where in (config.model.path, path))
-    differing = sorted({token for token, _ in ours.items() ^ theirs.items()})
+    differing = sorted(token for token, number in ours.items() if theirs.get(token) != number)
     if differing:
         raise ConfigError(
             f"reward.model: {path} and model.path have different tokenizers ({len(differing)} tokens, such "

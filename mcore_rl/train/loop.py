@@ -18,6 +18,7 @@ from mcore_rl.train.batch import (
     whole_sequence,
 )
 from mcore_rl.train.checkpoint import end_step
+from mcore_rl.train.colocated import release_servers
 from mcore_rl.train.evaluate import evaluate
 from mcore_rl.train.metrics import StepMetrics, critic_metrics, policy_metrics, rollout_metrics
 from mcore_rl.train.publish import publish
@@ -39,6 +40,7 @@ def train(config: Config, resume: str | None = None) -> None:
             run.log(0, published | evaluate(run, 0))
         for step in range(run.step + 1, config.train.steps + 1):
             batch = build_batch(rollout(run, step))
+            release_servers(run)
             learned = learn(run, batch, step)
             published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
             run.log(step, learned | published | evaluate(run, step))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -54,8 +54,8 @@ def _what_to_do(config: Config, found: str) -> str:
     """What is missing, the launch line, and the two commands that need no cluster."""
     ranks = replica_size(config) * (config.parallel.data or 1)
     gpus = torch.cuda.device_count()
-    per_node = min(ranks, gpus or NODE_GPUS)
-    nodes = ceil(ranks / per_node)
+    per_node = max(n for n in range(1, (gpus or NODE_GPUS) + 1) if ranks % n == 0)
+    nodes = ranks // per_node
     more = "" if config.parallel.data else ", or a multiple of it for more replicas"
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 " if nodes > 1 else "--standalone "
     rendezvous += "--max-restarts 3 " if config.checkpoint.every else ""
@@ -91,4 +91,5 @@ def _config_file() -> str:
     named = [argument for argument in sys.argv[1:] if argument.endswith(".toml")]
     if named:
         return named[0]
-    return sys.argv[0].replace("train_", "").removesuffix(".sh") + ".toml"
+    script = Path(sys.argv[0])
+    return str(script.with_name(script.stem.removeprefix("train_") + ".toml"))

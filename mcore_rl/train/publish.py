@@ -13,6 +13,7 @@ from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.train.batch import pack_share
+from mcore_rl.train.colocated import bring_back, restart_ended
 from mcore_rl.weights.publish import server_log_probs
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
 
     The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
     previous weights are from the new ones on these tokens, shows that the comparison can tell them apart.
+    Servers that have released their memory hold no previous weights to compare.
 
     Raises:
         WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
@@ -36,10 +38,13 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         # Less their last token: a server that scores a full context has no room for the one it must sample.
         cut = (s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1)
         probe = list(islice(cut, run.config.publish.probe_sequences))
-        stale = _scores(run, probe, f"{version}-before") if step else {}
+        stale = _scores(run, probe, f"{version}-before") if step and not run.fleet.released else {}
+        restart_ended(run)
+        bring_back(run, "weights")
         away = dict(run.fleet.standing.lost)
         failed = run.transport.publish(run.policy, run.fleet, version)
         run.lose(failed)
+        bring_back(run, "kv_cache")
         fresh = _scores(run, probe, f"{version}-after")
         difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
     _check(run, version, dict(zip(fresh, difference, strict=False)))

@@ -222,6 +222,7 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
         },
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
+        "residency": {"servers": "resident"},  # the embedded server keeps its memory
         "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
     }
     sections: dict[str, BaseModel] = {

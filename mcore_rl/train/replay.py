@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mcore_rl.algo.algorithms import configure
-from mcore_rl.checkpoint import Checkpoints, Saved, find, model_pieces
+from mcore_rl.checkpoint import Checkpoints, Saved, find, fp8_pieces, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model.build import Model, build_critic, build_policy
@@ -68,7 +68,7 @@ def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> N
     checkpoints = Checkpoints(
         saved.path.parent, mesh, keep=1, background=False, timeout=config.train.step_timeout
     )
-    checkpoints.load(saved, model_pieces(model))
+    checkpoints.load(saved, [*model_pieces(model), *fp8_pieces(model)])
     batch = from_json(dump)
     with Inspector(model, batch, dump["samples"]) as inspector:
         objective = inspector.observed(_objective(config, mesh, dump["kind"]))

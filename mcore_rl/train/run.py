@@ -43,6 +43,7 @@ from mcore_rl.train.setup import (
 )
 from mcore_rl.train.share import share_groups
 from mcore_rl.types import Group, Prompt, Tokens
+from mcore_rl.weights.changes import Changes
 from mcore_rl.weights.publish import wait_for_servers
 from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 
@@ -94,8 +95,9 @@ class Run(Trainer):
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers (url -> why, the same on every rank) serve no more until a publish; collective.
 
-        Those of this machine are started anew, and are published to when they answer. One that is known to be
-        lost already, or was under an address that it has no more, is no news.
+        Those of this machine are started anew, at once or (residency.servers) at the next publish, and are
+        published to when they answer. One that is known to be lost already, or was under an address that it
+        has no more, is no news.
         """
         serving = {client.url for client in self.fleet.serving}
         lost = {url: why for url, why in lost.items() if url in serving}
@@ -103,7 +105,9 @@ class Run(Trainer):
             self.step_log.event("server_lost", url=url, why=why)
         self.fleet.lose(lost)
         if self.fleet.standing.lost:
-            self.fleet.standing = on_main(self.mesh, self.fleet.restart_lost)
+            shared = self.config.residency.servers == "released"  # one that starts would take the memory
+            again = self.fleet.end_lost if shared else self.fleet.restart_lost
+            self.fleet.standing = on_main(self.mesh, again)
 
     @property
     def temperature(self) -> float:
@@ -146,7 +150,9 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         stack.callback(transport.close, fleet)
-        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, config.rollout.start_timeout))
+        releases = config.residency.servers == "released"
+        timeout = config.rollout.start_timeout
+        on_main(trainer.mesh, lambda: wait_for_servers(fleet.serving, timeout, releases=releases))
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)
@@ -176,7 +182,7 @@ def place_reference(trainer: Trainer) -> Model:
     if where == "swapped":
         trainer.residency.parts["reference"] = Swapped(trainer.policy)
         return trainer.policy
-    reference = build_reference(trainer.config, trainer.mesh)
+    reference = trainer.frozen["reference."] = build_reference(trainer.config, trainer.mesh)
     if where == "offloaded":
         trainer.residency.parts["reference"] = Offloaded(partial(weights_of, reference), constant=True)
     return reference
@@ -252,6 +258,9 @@ def transport_of(config: Config, weights_dir: Path) -> Transport:
         return SharedTensor(p.bucket_mib << 20)
     if p.transport == "distributed":
         return Distributed(p.bucket_mib << 20)
+    if p.replica is not None:
+        timeout = config.rollout.timeout
+        return Changes(weights_dir, p.replica, quantized=p.quantize == "fp8", timeout=timeout)
     return Disk(weights_dir, quantized=p.quantize == "fp8")
 
 

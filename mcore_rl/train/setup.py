@@ -65,6 +65,8 @@ class Trainer:
     progress: Progress
     optimizers: dict[str, Optimizer]
     """prefix of its tensors in a checkpoint -> the optimizer of each model in training"""
+    frozen: dict[str, Model]
+    """prefix -> a model that only scores"""
     stateful: dict[str, Stateful]
     """what else a checkpoint holds, by name"""
     checkpoints: Checkpoints | None
@@ -160,6 +162,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         step_log=StepLog(config.run.dir, rank=mesh.rank, resume_step=sys.maxsize if keep_log else None),
         progress=Progress(config.train.steps),
         optimizers={"": optimizer},
+        frozen={},
         stateful={"cursor": cursor},
         checkpoints=None,
         saved=None,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.checkpoint import Checkpoints, model_pieces
+from mcore_rl.checkpoint import Checkpoints, fp8_pieces, model_pieces
 from mcore_rl.errors import CheckpointError, NumericsError
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
@@ -118,7 +118,8 @@ def _save(run: Trainer, update: Update, recorded: Mapping[str, Any]) -> None:
     checkpoints = Checkpoints(root, run.mesh, keep=2, background=False, timeout=timeout)
     with checkpoints.open():
         document = {"config": run.config.model_dump(mode="json"), "numerics": recorded}
-        checkpoints.save(update.step, model_pieces(update.optimizer.model), document)
+        model = update.optimizer.model
+        checkpoints.save(update.step, [*model_pieces(model), *fp8_pieces(model)], document)
 
 
 def _is_broken_alone(update: Update, batch: PackedBatch) -> bool:

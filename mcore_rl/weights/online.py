@@ -14,7 +14,6 @@ from functools import partial
 
 import torch.distributed as dist
 
-from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.control import from_rank, on_main, raise_everywhere
 from mcore_rl.rollout.client import RolloutClient
@@ -22,6 +21,7 @@ from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.weights.calls import end_update, open_update
 from mcore_rl.weights.gather import Channel, plan_of, take_turn
 from mcore_rl.weights.plan import Plan
+from mcore_rl.weights.publish import nobody
 
 OpenChannel = Callable[[Mapping[RolloutClient, int], str, int, int], Channel]
 """(clients -> tensor-parallel sizes, version, bytes of a buffer, how many buckets) -> the owner's channel"""
@@ -44,13 +44,13 @@ def publish_online(
     for owner in plan.owners:
         alive = {fleet.client(url): size for url, size in sizes.items() if url not in failed}
         if not alive:
-            raise _nobody(fleet, version, failed)
+            raise nobody(fleet, version, failed)
         failed |= _turn(model, plan, owner, partial(open_channel, alive, version))
     alive = {fleet.client(url): size for url, size in sizes.items() if url not in failed}
     loaded, unended = on_main(model.mesh, lambda: asyncio.run(on_each(list(alive), end_update)))
     failed |= unended
     if not loaded:
-        raise _nobody(fleet, version, failed)
+        raise nobody(fleet, version, failed)
     fleet.standing = on_main(model.mesh, lambda: fleet.settle(loaded))
     fleet.version = version
     return failed
@@ -86,8 +86,3 @@ def _turn(
             channel.close()
     raise_everywhere(mesh, error)
     return from_rank(mesh, channel.failed if channel is not None else {}, owner)
-
-
-def _nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
-    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
-    return WeightSyncError(f"no server has loaded version {version}:{reasons}")

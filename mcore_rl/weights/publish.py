@@ -55,10 +55,15 @@ def publish_directory(
     clients = [*fleet.serving, *fleet.returning()]
     loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, target, version)))
     if not loaded:
-        reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
-        raise WeightSyncError(f"no server has loaded version {version} from {target}:{reasons}")
+        raise nobody(fleet, version, failed)
     fleet.settle(loaded, target)
     return failed
+
+
+def nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
+    """The error of a publish that reached no server; `failed`: url -> why."""
+    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+    return WeightSyncError(f"no server has loaded version {version}:{reasons}")
 
 
 def _check_complete(target: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -115,8 +120,8 @@ def server_log_probs(
     return asyncio.run(on_each(clients, score))
 
 
-def wait_for_servers(clients: Sequence[RolloutClient], timeout: float) -> None:
-    """Return when every server is ready and fit for training.
+def wait_for_servers(clients: Sequence[RolloutClient], timeout: float, *, releases: bool = False) -> None:
+    """Return when every server is ready and fit for training; and to give up its memory, where it `releases`.
 
     Raises RolloutError naming those that are not ready after `timeout` seconds, ConfigError for one that
     cannot take part.
@@ -126,6 +131,6 @@ def wait_for_servers(clients: Sequence[RolloutClient], timeout: float) -> None:
         async with AsyncExitStack() as stack:
             opened = [await stack.enter_async_context(client) for client in clients]
             await wait_ready(opened, timeout=timeout)
-            await asyncio.gather(*map(check_server, opened))
+            await asyncio.gather(*(check_server(client, releases=releases) for client in opened))
 
     asyncio.run(wait())

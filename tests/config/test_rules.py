@@ -82,9 +82,28 @@ def load(tmp_path):
             'model.fp8_first_last_bf16: .*"delayed" recipe',
         ),
         (
-            {"model__precision": "fp8", "model__fp8_recipe": "delayed", "checkpoint__every": 1},
-            {"model__fp8_recipe": "blockwise"},
-            "model.fp8_recipe: a checkpoint does not hold",
+            {"residency__servers": "released"},
+            {"rollout__urls": "['http://a:1']"},
+            "residency.servers: the embedded server keeps",
+        ),
+        (
+            {
+                "residency__servers": "released",
+                "rollout__urls": "['http://127.0.0.1:1']",
+                "publish__transport": "tensor",
+            },
+            {"publish__transport": "disk"},
+            "residency.servers: only weights from disk",
+        ),
+        (
+            {
+                "residency__servers": "released",
+                "rollout__urls": "['http://a:1']",
+                "rollout__max_staleness": 1,
+                "algorithm__params.correction": '"tis-token"',
+            },
+            {"rollout__max_staleness": 0},
+            "residency.servers: servers that generate beside",
         ),
         (
             {"model__precision": "fp8", "model__fp8_param_gather": "true", "checkpoint__every": 1},

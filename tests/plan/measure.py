@@ -30,7 +30,7 @@ def measure(directory: Path, precision: str, recompute: str, length: int, count:
         sequences = [TokenSequence((1,), tuple(range(2, length + 1))) for _ in range(count)]
         batch = pack(sequences, list(range(count)), {}, align=1)
         optimizer.zero_grad()
-        rise = _rise(lambda: forward_backward(model, [batch], _Sum(), 1.0))
+        rise = _rise(lambda: forward_backward(model, [batch], SumOfLogProbs(), 1.0))
         optimizer.step()
         parameters = list(model.unwrapped[0].parameters())
         return {
@@ -43,7 +43,7 @@ def measure(directory: Path, precision: str, recompute: str, length: int, count:
         destroy_mesh()
 
 
-class _Sum:
+class SumOfLogProbs:
     """Of the log-probs, which the head cannot be asked in parts: recompute mode holds the most."""
 
     def rowwise(self, batch: PackedBatch) -> bool:

@@ -32,16 +32,16 @@ CONFIG = {
 }
 
 
-def work(precision: str, recompute: str, length: float = LENGTH) -> Work:
+def work(precision: str, recompute: str, length: float = LENGTH, count: int = COUNT) -> Work:
     return Work(
-        samples=COUNT,
+        samples=count,
         prompt_tokens=1.0,
         response_tokens=length - 1,
         longest_response=LENGTH,
         longest=LENGTH,
         mini_batches=1,
         epochs=1,
-        tokens_per_micro_batch=LENGTH * COUNT,
+        tokens_per_micro_batch=LENGTH * count,
         precision=precision,
         recompute=recompute,
         distributed_optimizer=True,

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from mcore_rl.__main__ import main
 from mcore_rl.config import load_config
-from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.errors import EXIT_CONFIG, ConfigError, LayoutError
 from mcore_rl.metrics import read_metrics
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.precision import check_precision
@@ -58,6 +59,47 @@ def test_too_little_memory_is_a_layout_error(capsys) -> None:
     """Negative control: the same recipe on GPUs of half the size."""
     with pytest.raises(LayoutError, match=r"parallel.*leaves -?\d+% of 40 GiB"):
         planned(ROOT / "examples" / "gspo_8b.toml", capsys, gpu_memory=40.0)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"gpu_memory": -1.0},
+        {"gpu_memory": float("nan")},
+        {"server_gpus": 0},
+        {"prompt_tokens": -5.0},
+        {"response_tokens": 20000.0},
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(numbers: dict[str, float]) -> None:
+    (flag,) = numbers
+    with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}"):
+        plan(ROOT / "examples/gspo_70b.toml", **numbers)
+
+
+def test_a_reward_model_that_cannot_be_cut_so_is_named() -> None:
+    with pytest.raises(LayoutError, match=r"reward\.model .* no experts"):
+        plan(ROOT / "examples/gspo_30b_a3b.toml", ["--reward.model", "examples/models/Qwen3-8B"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rehearse", "--resume"], "--rehearse and --resume"),
+        (["--resume", "latest", "--replay", "x"], "--resume and --replay"),
+        (["--rehearse-procs", "4"], "only with --rehearse"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags: list[str], says: str, capsys) -> None:
+    assert main(["train", "examples/gspo_8b.toml", *flags]) == EXIT_CONFIG
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pipeline", "nodes", "each"), [(3, 2, 6), (4, 2, 8), (5, 4, 5)])
+def test_the_launch_line_has_as_many_ranks_as_it_says(pipeline: int, nodes: int, each: int, capsys) -> None:
+    """Of 4 x `pipeline` ranks on nodes of 8 GPUs."""
+    assert main(["train", "examples/gspo_8b.toml", "--parallel.pipeline", str(pipeline)]) == EXIT_CONFIG
+    assert f"torchrun --nnodes {nodes} --nproc-per-node {each} " in capsys.readouterr().err
 
 
 def test_an_illegal_layout_says_why(capsys) -> None:

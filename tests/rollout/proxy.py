@@ -93,7 +93,7 @@ async def proxy(target: str, *script: Fault, **options: Any) -> AsyncIterator[Pr
             async with (
                 aiohttp.ClientSession() as session,
                 session.request(
-                    request.method, target + request.path, data=sent, headers=request.headers
+                    request.method, target + request.path_qs, data=sent, headers=request.headers
                 ) as reply,
             ):
                 raw = await reply.read()

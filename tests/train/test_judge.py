@@ -31,11 +31,14 @@ __all__ = ["config"]
 
 @pytest.fixture(scope="module")
 def judged(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The policy's tokenizer; another size than the policy's, and a tied embedding, which no head uses."""
+    """The policy's tokenizer; another size than the policy's, and a tied embedding, which no head uses.
+
+    Some samples end with the token that it pads with, as all do where that is the end of sequence.
+    """
     path = tmp_path_factory.mktemp("judge") / "reward_model"
     vocab = read_architecture(config.model.path).vocab
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_labels": 1, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_labels": 1, "pad_token_id": 5}
     torch.manual_seed(2)
     classifier = Qwen3ForSequenceClassification(
         Qwen3Config(vocab_size=vocab, initializer_range=0.2, tie_word_embeddings=True, **sizes, **heads)
@@ -94,6 +97,7 @@ def test_it_is_the_score_of_transformers(pool2, judged, expected, layout, tmp_pa
     assert len(ranks[0]) == 16
     wanted = [expected(tokens) for tokens, _ in ranks[0]]
     np.testing.assert_allclose([reward for _, reward in ranks[0]], wanted, atol=1e-5)
+    assert any(tokens[-1] == 5 for tokens, _ in ranks[0])
     shorter = [expected(tokens[:-1]) for tokens, _ in ranks[0]]
     assert np.abs(np.subtract(wanted, shorter)).max() > 1e-2  # a row too early would be seen
 

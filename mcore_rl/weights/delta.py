@@ -1,0 +1,144 @@
+"""What changed between two versions of a weight file, unit by unit: bit for bit the same file again.
+
+An optimizer step moves most weights by less than bf16 can tell, so between two versions only few of them
+change. Units (the items of the weights) that did are kept as values and two-byte places in blocks of 2^16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save
+
+from mcore_rl.errors import WeightSyncError
+
+SUFFIX = ".delta"
+"""of a file with what changed in the one without"""
+SUM_SUFFIX = ".sha256"
+"""of the checksum beside a file that is whole"""
+_BLOCK = 1 << 16
+_BLOCKS_AT_ONCE = 1 << 10
+"""compared in one go: bounds the memory that a comparison takes"""
+_UNITS: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+Units = npt.NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Units of a file that differ from an older one of the same size."""
+
+    counts: npt.NDArray[np.uint32]
+    """[blocks] units that changed in every block of 2^16"""
+    offsets: npt.NDArray[np.uint16]
+    """[k] their places in their blocks, block after block"""
+    values: Units
+    """[k] what they are now"""
+
+    @property
+    def nbytes(self) -> int:
+        """2 for the place of a unit besides its own, and 4 for every block."""
+        return self.counts.nbytes + self.offsets.nbytes + self.values.nbytes
+
+
+def difference(old: Units, new: Units) -> Delta:
+    """What makes `new` of `old`: arrays [n] of one unsigned type and size."""
+    counts, offsets, values = [], [], []
+    for start in range(0, max(1, len(new)), _BLOCK * _BLOCKS_AT_ONCE):
+        part = new[start : start + _BLOCK * _BLOCKS_AT_ONCE]
+        places = np.flatnonzero(old[start : start + len(part)] != part)
+        blocks = -(-len(part) // _BLOCK)
+        counts.append(np.bincount(places // _BLOCK, minlength=blocks).astype(np.uint32))
+        offsets.append((places % _BLOCK).astype(np.uint16))
+        values.append(part[places])
+    return Delta(np.concatenate(counts), np.concatenate(offsets), np.concatenate(values))
+
+
+def patch(file: Units, delta: Delta) -> None:
+    """Make the new version of the old one in place: `file` [n], such as a memory map.
+
+    Raises:
+        WeightSyncError: the delta is not one of a file of this size.
+    """
+    ends = np.cumsum(delta.counts, dtype=np.int64)
+    blocks = -(-len(file) // _BLOCK)
+    if len(delta.counts) != blocks or (int(ends[-1]) if blocks else 0) != len(delta.offsets):
+        raise WeightSyncError(f"a delta of {len(delta.counts)} blocks, for a file of {blocks}")
+    for block in np.flatnonzero(delta.counts):
+        stop = int(ends[block])
+        start = stop - int(delta.counts[block])
+        places = delta.offsets[start:stop].astype(np.int64)
+        file[int(block) * _BLOCK :][places] = delta.values[start:stop]
+
+
+class Writer:
+    """One rank's weight file of each version: whole at first, then what changed since the one before.
+
+    Keeps the newest in host memory: as many bytes as this rank writes.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Units] = {}
+
+    def forget(self) -> None:
+        """The next version is written whole."""
+        self._before = {}
+
+    def write(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+        """`path` as safetensors, with its checksum beside it; or `path` + SUFFIX, where that is smaller."""
+        unit = min((tensor.element_size() for tensor in tensors.values()), default=1)
+        content = np.frombuffer(save(dict(tensors), metadata={"format": "pt"}), _UNITS[unit])
+        before, self._before = self._before.get(path.name), {path.name: content}
+        sha256 = hashlib.sha256(content.data).hexdigest()
+        if before is not None and before.dtype == content.dtype and before.shape == content.shape:
+            delta = difference(before, content)
+            if delta.nbytes < content.nbytes:
+                arrays = {"counts": delta.counts, "offsets": delta.offsets, "values": delta.values}
+                save_file(arrays, path.with_name(path.name + SUFFIX), metadata={"sha256": sha256})
+                return
+        path.write_bytes(content.data)
+        path.with_name(path.name + SUM_SUFFIX).write_text(sha256)
+
+
+def apply(delta: Path, file: Path) -> None:
+    """Patch `file`, a copy of the version before, by the file `delta` that a Writer wrote.
+
+    Raises:
+        WeightSyncError: the result is not the file that was written; `file` is of no use then.
+    """
+    try:
+        arrays = load_file(delta)
+        read = Delta(arrays["counts"], arrays["offsets"], arrays["values"])
+        with safe_open(delta, framework="numpy") as header:
+            expected = header.metadata()["sha256"]
+        if file.stat().st_size % read.values.dtype.itemsize:
+            raise WeightSyncError(f"{file}: not a file of whole units")
+        mapped = np.memmap(file, dtype=read.values.dtype, mode="r+")
+        patch(mapped, read)
+        mapped.flush()
+    except (OSError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise WeightSyncError(f"{delta}: cannot be applied ({error})") from error
+    check(file, expected)
+
+
+def check(file: Path, sha256: str) -> None:
+    """Raises WeightSyncError where `file` has another checksum."""
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != sha256:
+        raise WeightSyncError(
+            f"{file}: not the file that was written (SHA-256 {found[:12]}, not {sha256[:12]})"
+        )
+
+
+def files_of(version: Path) -> Iterator[Path]:
+    """Of a version's directory, whole or changed, checksums apart."""
+    return (path for path in sorted(version.iterdir()) if path.suffix != SUM_SUFFIX and path.is_file())

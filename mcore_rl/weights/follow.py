@@ -1,0 +1,186 @@
+"""`mcore-rl follow SOURCE TARGET`: a copy of the newest weights on a server's machine, kept up by changes.
+
+The trainer writes to SOURCE (publish.dir, on a file system that both see) what changed since the version
+before; a follower makes of it and of its copy the whole new version, in TARGET/VERSION, which the servers of
+its machine load. It reports in SOURCE/followers what it has; one that is new, or has lost the thread, gets a
+whole version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mcore_rl.errors import McoreRLError, WeightSyncError
+from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
+
+LATEST = "LATEST"
+FOLLOWERS = "followers"
+_POLL_SECONDS = 0.2
+_BEAT_SECONDS = 5.0
+DEAD_SECONDS = 60.0
+"""without a sign, after which a follower is not waited for"""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a follower says of itself."""
+
+    name: str
+    have: str = ""
+    """the edition that it holds, complete and checked"""
+    failed: str = ""
+    """the edition that it could not make"""
+    why: str = ""
+
+
+class Follower:
+    """Keeps TARGET like the newest version of SOURCE. One per machine and TARGET."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self._source, self._target = source, target
+        self.state = State(f"{socket.gethostname()}-{os.getpid()}")
+        self._beat = 0.0
+
+    def run(self) -> None:
+        """Until the process ends; raises OSError where SOURCE or TARGET cannot be written."""
+        try:
+            while True:
+                self.step()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            self._file.unlink(missing_ok=True)
+
+    def step(self) -> None:
+        """Take the newest version if it is news; say so, and now and then that this lives."""
+        edition = latest(self._source)
+        if edition not in ("", self.state.have, self.state.failed):
+            try:
+                self._take(version_of(edition))
+                self._say(State(self.state.name, have=edition))
+            except (McoreRLError, OSError) as error:
+                why = f"{type(error).__name__}: {error}"
+                self._say(replace(self.state, failed=edition, why=why))
+        elif time.monotonic() - self._beat > _BEAT_SECONDS:
+            self._say(self.state)
+
+    @property
+    def _file(self) -> Path:
+        return self._source / FOLLOWERS / f"{self.state.name}.json"
+
+    def _say(self, state: State) -> None:
+        if state != self.state:
+            print(
+                f"mcore-rl follow: {state.why or f'version {version_of(state.have)}'}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.state, self._beat = state, time.monotonic()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._file, json.dumps(asdict(state)))
+
+    def _take(self, version: str) -> None:
+        new, partial = self._source / version, self._target / f"{version}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path in files_of(new):
+            if path.suffix == SUFFIX:
+                self._patch(path, partial / path.stem)
+                continue
+            shutil.copyfile(path, partial / path.name)
+            expected = path.with_name(path.name + SUM_SUFFIX)
+            if expected.exists():
+                check(partial / path.name, expected.read_text())
+        whole = self._target / version
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        self._forget(version)
+
+    def _patch(self, delta: Path, file: Path) -> None:
+        if not self.state.have:
+            raise WeightSyncError(f"{delta}: changes, and there is nothing here that they change")
+        shutil.copyfile(self._target / version_of(self.state.have) / file.name, file)
+        apply(delta, file)
+
+    def _forget(self, version: str) -> None:
+        """Older versions; only directories that look like one of ours: others may lie there too."""
+        kept = {version, version_of(self.state.have)}  # a server may be reading the one before
+        for path in self._target.iterdir():
+            if path.is_dir() and path.name not in kept and (path.suffix == ".partial" or path.name.isdigit()):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def version_of(edition: str) -> str:
+    """An edition is a version and a mark that tells it from one of the same name, of a run that went back."""
+    return edition.partition(" ")[0]
+
+
+def latest(source: Path) -> str:
+    """The newest edition of SOURCE that is complete; empty before the first."""
+    try:
+        return (source / LATEST).read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def announce(source: Path, version: str) -> str:
+    """Tell the followers that SOURCE/`version` is complete; what it is called as an edition."""
+    edition = f"{version} {uuid.uuid4().hex}"
+    write_whole(source / LATEST, edition)
+    return edition
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Nobody ever reads half of it."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.rename(file)
+
+
+def states(source: Path) -> list[State]:
+    """Of the followers that live: within DEAD_SECONDS of the newest sign, by the file system's clock."""
+    probe = source / f".{FOLLOWERS}.clock"
+    probe.write_text("")
+    now = probe.stat().st_mtime
+    found = []
+    for file in sorted((source / FOLLOWERS).glob("*.json")):
+        try:
+            if now - file.stat().st_mtime < DEAD_SECONDS:
+                found.append(State(**json.loads(file.read_text())))
+        except (OSError, ValueError, TypeError):  # gone meanwhile, or not a follower's
+            continue
+    return found
+
+
+def wait_for_followers(source: Path, edition: str, timeout: float) -> None:
+    """Return when every follower that lives has `edition`.
+
+    Raises:
+        WeightSyncError: there is none, one could not make it, or has not after `timeout` seconds.
+    """
+    end, version = time.monotonic() + timeout, version_of(edition)
+    while True:
+        found = states(source)
+        failed = [state for state in found if state.failed == edition]
+        waiting = [state.name for state in found if state.have != edition]
+        if failed:
+            raise WeightSyncError(f"follower {failed[0].name} has not version {version}: {failed[0].why}")
+        if found and not waiting:
+            return
+        if time.monotonic() > end:
+            raise WeightSyncError(_silent(source, version, timeout, waiting))
+        time.sleep(_POLL_SECONDS)
+
+
+def _silent(source: Path, version: str, timeout: float, waiting: Sequence[str]) -> str:
+    if not waiting:
+        return f"{source}: no follower; start `mcore-rl follow {source} REPLICA` on every server's machine"
+    return f"after {timeout:g} s these followers have not made version {version}: {', '.join(waiting)}"

@@ -1,0 +1,147 @@
+"""Transformer Engine's layers, as built for every family and recipe: kinds, names, weights there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mcore_rl.model import block
+from mcore_rl.model.architecture import read_architecture
+from mcore_rl.model.mapping import canonical, global_parameters
+from mcore_rl.model.spec import transformer_config
+from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.precision import RECIPES
+from tests.model.conftest import save
+from tests.model.engine import NEEDS_ENGINE, built
+from tests.model.families import FAMILIES
+from tests.model.support import at_layout
+
+pytestmark = NEEDS_ENGINE
+
+
+def described(mesh: Mesh, directory: Path, recipe: str | None, target: Path) -> dict[str, Any]:
+    """Its parameters' names and its modules' kinds; the weights exported to `target`."""
+    model = built(mesh, directory, recipe)
+    model.export(target)
+    (chunk,) = model.unwrapped
+    kinds = {name: f"{type(m).__module__}.{type(m).__name__}" for name, m in chunk.named_modules()}
+    return {
+        "names": [name for name, _ in chunk.named_parameters()],
+        "canonical": list(global_parameters(model.unwrapped)),
+        "entries": [entry.megatron for entry in model.mapping.entries()],
+        "kinds": kinds,
+        "fp8": (model.config.fp8, model.config.fp8_recipe if model.config.fp8 else None),
+    }
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def directory(family: str, tmp_path_factory) -> Path:
+    """A model in bf16; norm weights and biases are not those of a new model."""
+    kind, settings = FAMILIES[family]
+    config = getattr(transformers, kind)(**settings)
+    where = save(
+        transformers.AutoModelForCausalLM.from_config, config, tmp_path_factory.mktemp(family) / "hf"
+    )
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(where / "model.safetensors").items()}
+    save_file(weights, where / "model.safetensors", metadata={"format": "pt"})
+    return where
+
+
+def unequal(directory: Path, exported: Path) -> list[str]:
+    """HF tensors that are not bitwise the same in both, of one rank or more."""
+    found: dict[str, Tensor] = {}
+    for file in exported.glob("*.safetensors"):
+        found |= load_file(file)
+    original = load_file(directory / "model.safetensors")
+    assert found.keys() == original.keys()
+    return [name for name, tensor in original.items() if not torch.equal(found[name], tensor)]
+
+
+ATTENTION = {
+    "linear_qkv": "TELayerNormColumnParallelLinear",
+    "core_attention": "PackedEngineAttention",
+    "linear_proj": "TERowParallelLinear",
+}
+DENSE_MLP = {"linear_fc1": "TELayerNormColumnParallelLinear", "linear_fc2": "TERowParallelLinear"}
+EXPERT = {"linear_fc1": "TEColumnParallelLinear", "linear_fc2": "TERowParallelLinear"}
+
+
+def check_layers(found: dict[str, str], family: str) -> None:
+    """Every layer is of Transformer Engine's modules; the lm_head is Megatron's own, under our class."""
+    last = {name: kind.rsplit(".", 1)[-1] for name, kind in found.items()}
+    for layer in range(2):
+        here = f"decoder.layers.{layer}."
+        assert {part: last[f"{here}self_attention.{part}"] for part in ATTENTION} == ATTENTION
+        sparse = family == "qwen3_moe" and layer == 0
+        where = f"{here}mlp.experts.local_experts.3." if sparse else f"{here}mlp."
+        linears = EXPERT if sparse else DENSE_MLP
+        assert {part: last[where + part] for part in linears} == linears
+        assert last[f"{here}input_layernorm"] == "IdentityOp"
+        norm = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+        assert (found[f"{here}pre_mlp_layernorm"] == norm) is sparse
+        if family.startswith("qwen3"):
+            assert found[f"{here}self_attention.q_layernorm"] == norm
+    assert found["decoder.final_layernorm"] == norm
+    assert last["output_layer"] == "LogProbHead"
+    assert not any(kind.startswith("mcore_rl.model.portable") for kind in found.values())
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_weights_go_through_its_names_bitwise(
+    pool1: Pool, family: str, directory: Path, recipe: str | None, tmp_path: Path
+) -> None:
+    (found,) = at_layout(pool1, "tp1", described, directory, recipe, tmp_path / "exported")
+    assert found["fp8"] == (("hybrid", recipe) if recipe else (None, None))
+    check_layers(found["kinds"], family)
+    assert sorted(found["canonical"]) == sorted(found["entries"])
+    assert [canonical(name) for name in found["names"]] == found["canonical"]
+    fused = [name for name in found["names"] if ".layer_norm_weight" in name]
+    assert len(fused) == (3 if family == "qwen3_moe" else 4)  # of two layers, two each; one before a router
+    assert unequal(directory, tmp_path / "exported") == []
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2"], scope="session", indirect=True)
+def test_at_two_tensor_parallel_ranks_too(pool2: Pool, family: str, directory: Path, tmp_path: Path) -> None:
+    at_layout(pool2, "tp2+sp", described, directory, "blockwise", tmp_path / "exported")
+    assert unequal(directory, tmp_path / "exported") == []
+
+
+@pytest.mark.parametrize("family", ["qwen3"], scope="session", indirect=True)
+def test_norms_that_change_places_are_seen(pool1: Pool, directory: Path, tmp_path: Path) -> None:
+    """Negative control: the two fused norms of every layer under each other's names."""
+    at_layout(pool1, "tp1", with_swapped_norms, directory, tmp_path / "exported")
+    names = unequal(directory, tmp_path / "exported")
+    assert sorted({name.split(".", 3)[-1] for name in names}) == [
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    ]
+
+
+def with_swapped_norms(mesh: Mesh, directory: Path, target: Path) -> None:
+    model = built(mesh, directory, "blockwise")
+    for layer in model.unwrapped[0].decoder.layers:
+        one, other = layer.self_attention.linear_qkv.layer_norm_weight, layer.mlp.linear_fc1.layer_norm_weight
+        one.data, other.data = other.data, one.data
+    model.export(target)
+
+
+@pytest.mark.parametrize("family", ["qwen3"], scope="session", indirect=True)
+def test_without_the_answers_nothing_of_it_is_built(pool1: Pool, directory: Path) -> None:
+    assert at_layout(pool1, "tp1", parts_without_a_gpu, directory) == [True]
+
+
+def parts_without_a_gpu(mesh: Mesh, directory: Path) -> bool:
+    config = transformer_config(read_architecture(directory), mesh.layout, "bf16")
+    return block.parts_of(config) is block.PORTABLE

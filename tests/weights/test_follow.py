@@ -1,0 +1,154 @@
+"""Followers: the newest version whole on their machine, by changes where they can, and an error where not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mcore_rl.errors import WeightSyncError
+from mcore_rl.weights.delta import SUFFIX, Writer
+from mcore_rl.weights.follow import (
+    DEAD_SECONDS,
+    FOLLOWERS,
+    Follower,
+    State,
+    announce,
+    states,
+    wait_for_followers,
+)
+from tests.sources import ROOT
+from tests.weights.test_delta import damaged, stepped, weights
+
+
+class Trainer:
+    """Writes versions as a run does: complete, then announced."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.writer = Writer()
+        self.tensors = weights()
+
+    def publish(self, version: int, *, then: Callable[[Path], None] = lambda _: None) -> str:
+        self.tensors = stepped(self.tensors) if version else self.tensors
+        target = self.directory / str(version)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(f'{{"version": {version}}}')
+        self.writer.write(self.tensors, target / "m.safetensors")
+        then(target)
+        return announce(self.directory, str(version))
+
+
+def holds(directory: Path, trainer: Trainer) -> bool:
+    found = load_file(directory / "m.safetensors")
+    return all(torch.equal(found[name], tensor) for name, tensor in trainer.tensors.items())
+
+
+def test_it_keeps_up_and_keeps_two(tmp_path):
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
+    follower = Follower(trainer.directory, target)
+    for version in range(4):
+        edition = trainer.publish(version)
+        assert (trainer.directory / str(version) / f"m.safetensors{SUFFIX}").exists() is (version > 0)
+        follower.step()
+        wait_for_followers(trainer.directory, edition, timeout=0.0)
+        assert holds(target / str(version), trainer)
+        assert (target / str(version) / "config.json").read_text() == f'{{"version": {version}}}'
+    assert sorted(path.name for path in target.iterdir()) == ["2", "3"]
+
+
+def test_the_same_version_of_another_run_is_news(tmp_path):
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
+    follower = Follower(trainer.directory, target)
+    trainer.publish(1)
+    follower.step()
+    again = Trainer(tmp_path / "shared")
+    again.tensors = {name: -tensor for name, tensor in again.tensors.items()}
+    edition = again.publish(1)
+    with pytest.raises(WeightSyncError, match="have not made version 1"):
+        wait_for_followers(again.directory, edition, timeout=0.0)
+    follower.step()
+    assert holds(target / "1", again)
+
+
+def test_one_that_came_late_says_so_and_takes_the_next_whole_version(tmp_path):
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
+    trainer.publish(0)
+    edition = trainer.publish(1)
+    follower = Follower(trainer.directory, target)
+    follower.step()
+    with pytest.raises(WeightSyncError, match=r"version 1: .*nothing here"):
+        wait_for_followers(trainer.directory, edition, timeout=0.0)
+    trainer.writer.forget()
+    trainer.publish(2)
+    follower.step()
+    assert holds(target / "2", trainer)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_damaged_version_is_not_taken(tmp_path, version):
+    """Whole at 0, changes at 1: one bit is enough, and the version before stays."""
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
+    follower = Follower(trainer.directory, target)
+    if version:
+        trainer.publish(0)
+        follower.step()
+    file = f"m.safetensors{SUFFIX if version else ''}"
+    edition = trainer.publish(version, then=lambda target: damaged(target / file))
+    follower.step()
+    with pytest.raises(WeightSyncError, match="not the file that was written"):
+        wait_for_followers(trainer.directory, edition, timeout=0.0)
+    assert not (target / str(version)).exists()
+    assert (target / "0").exists() is (version == 1)
+
+
+def test_nobody_follows(tmp_path):
+    trainer = Trainer(tmp_path / "shared")
+    with pytest.raises(WeightSyncError, match="start `mcore-rl follow"):
+        wait_for_followers(trainer.directory, trainer.publish(0), timeout=0.0)
+
+
+def test_the_dead_are_not_waited_for(tmp_path):
+    trainer = Trainer(tmp_path / "shared")
+    living, dead = (Follower(trainer.directory, tmp_path / name) for name in ("living", "dead"))
+    dead.state = State("dead-1")
+    for follower in (living, dead):
+        follower.step()
+    edition = trainer.publish(0)
+    living.step()
+    with pytest.raises(WeightSyncError, match="dead-1"):
+        wait_for_followers(trainer.directory, edition, timeout=0.0)
+    long_ago = time.time() - DEAD_SECONDS - 1
+    os.utime(trainer.directory / FOLLOWERS / "dead-1.json", (long_ago, long_ago))
+    wait_for_followers(trainer.directory, edition, timeout=0.0)
+
+
+def test_the_command_follows_until_it_is_asked_to_end(tmp_path):
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
+    edition = trainer.publish(0)
+    command = [sys.executable, "-m", "mcore_rl", "follow", str(trainer.directory), str(target)]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 60
+        while not states(trainer.directory) and time.monotonic() < end:
+            time.sleep(0.1)
+        wait_for_followers(trainer.directory, edition, timeout=30.0)
+        edition = trainer.publish(1)
+        wait_for_followers(trainer.directory, edition, timeout=30.0)
+        assert holds(target / "1", trainer)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        child.kill()
+        child.wait()
+    assert states(trainer.directory) == []
+    assert "version 1" in (tmp_path / "log").read_text()
