@@ -120,6 +120,11 @@ def _of_servers(config: Config) -> Iterator[str]:
                 "residency.servers: the embedded server keeps its memory; set "
                 'rollout.server = "sglang", or drop it'
             )
+        if config.publish.transport != "disk":
+            yield (
+                "residency.servers: only weights from disk fill released memory; set "
+                'publish.transport = "disk", or drop it'
+            )
         if rollout.max_staleness:
             yield (
                 "residency.servers: servers that generate beside training cannot give up their memory; set "

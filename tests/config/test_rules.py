@@ -89,6 +89,15 @@ def load(tmp_path):
         (
             {
                 "residency__servers": "released",
+                "rollout__urls": "['http://127.0.0.1:1']",
+                "publish__transport": "tensor",
+            },
+            {"publish__transport": "disk"},
+            "residency.servers: only weights from disk",
+        ),
+        (
+            {
+                "residency__servers": "released",
                 "rollout__urls": "['http://a:1']",
                 "rollout__max_staleness": 1,
                 "algorithm__params.correction": '"tis-token"',
