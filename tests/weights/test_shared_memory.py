@@ -32,12 +32,12 @@ BUCKET = Bucket(
 )
 
 
-def files() -> set[Path]:
-    return set(Path("/dev/shm").glob("*mcore_rl_*"))
+def files(memory: SharedBytes) -> list[Path]:
+    """Its own: other runs on the machine have some too."""
+    return sorted(Path("/dev/shm").glob(f"*{memory._path.name}*"))
 
 
 def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path: Path) -> None:
-    before = files()
     memory = SharedBytes(100_000)
     memory.data[:22] = 3
     memory.data[-5:] = 1
@@ -48,7 +48,7 @@ def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path:
             command = [sys.executable, "-c", READER]
             subprocess.run(command, input=payload, stdout=stream, text=True, timeout=100, check=True)
         assert out.read_text() == "66 22 one 16 16 torch.bfloat16 (3,)\n"
-    left = sorted(files() - before)[0]
+    left = files(memory)[0]
     assert left.stat().st_blocks > 100_000 / 512
     memory.hollow()
     assert left.stat().st_blocks <= 4096 / 512
@@ -56,7 +56,7 @@ def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path:
     assert memory.data[-5:].sum() == 0
     memory.close()
     memory.close()
-    assert files() == before
+    assert files(memory) == []
 
 
 def test_the_payload_names_nothing_that_sglang_does_not_allow() -> None:
@@ -87,21 +87,22 @@ def test_the_payload_names_nothing_that_sglang_does_not_allow() -> None:
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one() -> None:
     code = (
-        "import os; from mcore_rl.weights.shared_memory import SharedBytes; m = SharedBytes(9); os._exit(1)"
+        "import os; from mcore_rl.weights.shared_memory import SharedBytes as S; m = S(9); "
+        "print(m._path, flush=True); os._exit(1)"
     )
-    before = files()
-    subprocess.run([sys.executable, "-c", code], timeout=100, check=False)
-    (left,) = files() - before
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, timeout=100, check=False, stdout=subprocess.PIPE, text=True)
+    left = Path(run.stdout.strip())
+    assert left.name.startswith("mcore_rl_")
     living = SharedBytes(9)
     assert not left.exists()
     SharedBytes(9).close()
-    assert len(files() - before) == 1, "one that is in use was removed"
+    assert len(files(living)) == 1, "one that is in use was removed"
     living.close()
 
 
 def test_too_little_shared_memory_is_an_error_with_the_remedy() -> None:
     """Without it, the first write to what is not there would end the process."""
-    before = files()
     with pytest.raises(ConfigError, match=r"publish\.bucket_mib"):
         SharedBytes(1 << 50)
-    assert files() == before
+    assert list(Path("/dev/shm").glob(".mcore_rl_*")) == []
