@@ -78,8 +78,8 @@ def test_numbers_that_mean_nothing_are_refused(numbers: dict[str, float]) -> Non
 
 
 def test_a_reward_model_that_cannot_be_cut_so_is_named() -> None:
-    with pytest.raises(LayoutError, match=r"reward\.model .* no experts"):
-        plan(ROOT / "examples/gspo_30b_a3b.toml", ["--reward.model", "examples/models/Qwen3-8B"])
+    with pytest.raises(LayoutError, match=r"reward\.model is cut as the policy is: .* 36 layers"):
+        plan(ROOT / "examples/ppo_70b.toml", ["--reward.model", "examples/models/Qwen3-8B"])
 
 
 @pytest.mark.parametrize(
