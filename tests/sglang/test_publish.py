@@ -24,7 +24,14 @@ from mcore_rl.weights.publish import server_log_probs
 from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
-from tests.sglang.conftest import KEY_ENV, processes_of_sglang, put_back, sglang_server, two_ranks
+from tests.sglang.conftest import (
+    KEY_ENV,
+    daemons_of_torch,
+    processes_of_sglang,
+    put_back,
+    sglang_server,
+    two_ranks,
+)
 
 P999, LARGEST = 2e-5, 2e-4
 SEQUENCES = [
