@@ -41,7 +41,10 @@ def state(run: Run) -> dict[str, Tensor]:
 
 def step(run: Run, number: int) -> tuple[dict[str, float], list]:
     """One step's metrics, and what came from the cursor and the random generators."""
-    drawn = [p.id for p in run.cursor.next(3)], random.random(), np.random.rand(), torch.rand(1).item()
+    # Python's own right after the resume only: to check a list at run time, beartype draws an item by it,
+    # and the loop of a run that has a save to end passes more lists.
+    own = random.random() if number <= 3 else None
+    drawn = [p.id for p in run.cursor.next(3)], own, np.random.rand(), torch.rand(1).item()
     metrics = learn(run, recorded(run), number)
     run.log(number, metrics)
     return metrics, list(drawn)
