@@ -39,6 +39,8 @@ class SharedBytes:
     def __init__(self, nbytes: int) -> None:
         _sweep()
         self._links: set[Path] = set()
+        self._kept: set[Path] = set()
+        self._round = 0
         name = f"{_PREFIX}{uuid.uuid4().hex}"
         self._path = _ROOT / f".{name}"  # not swept before it is locked
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -53,8 +55,7 @@ class SharedBytes:
                 f"{_ROOT} has no room for a bucket of {nbytes} bytes ({error}); enlarge it (docker: "
                 "--shm-size), or lower publish.bucket_mib"
             ) from error
-        self._map = mmap.mmap(self._file, _HEADER + nbytes)
-        mapped = torch.frombuffer(self._map, dtype=torch.uint8)
+        mapped = torch.frombuffer(mmap.mmap(self._file, _HEADER + nbytes), dtype=torch.uint8)
         mapped[:4].view(torch.int32).fill_(_USERS)
         self.data: Tensor = mapped[_HEADER:]
         """[nbytes] uint8"""
@@ -65,7 +66,7 @@ class SharedBytes:
         Every process is a `user` with a name of its own for the file: when it ends, its daemon of torch
         removes the names that it was told, and others may still have to open theirs.
         """
-        link = self._path.with_name(f"{self._path.name}.{user}")
+        link = self._path.with_name(f"{self._path.name}.{self._round}.{user}")
         if link not in self._links:
             link.hardlink_to(self._path)
             self._links.add(link)
@@ -75,17 +76,28 @@ class SharedBytes:
         view = (0, torch.Size([nbytes]), (1,), False)
         return Rebuilt(reductions.rebuild_tensor, Tensor, typed, view)
 
-    def hollow(self) -> None:
-        """Give the memory back but for the first page; the name can still be opened, to zeros."""
-        if len(self._map) > mmap.PAGESIZE:
-            self._map.madvise(mmap.MADV_REMOVE, mmap.PAGESIZE)
+    def renew(self, *, keep: bool) -> None:
+        """The next names are others; those that were handed out go, unless some may still be opened: `keep`.
+
+        Never the same again: the daemon of a user that ends removes those that it was told, late.
+        """
+        self._round += 1
+        if keep:
+            self._kept |= self._links
+        else:
+            _remove(self._links)
+        self._links = set()
 
     def close(self) -> None:
         """Remove the file; who has it open keeps its memory. May be called again."""
-        for path in (*self._links, self._path):
-            path.unlink(missing_ok=True)
+        _remove({*self._links, *self._kept, self._path})
         with suppress(OSError):
             os.close(self._file)
+
+
+def _remove(paths: set[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 class Rebuilt:

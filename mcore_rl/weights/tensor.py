@@ -33,7 +33,7 @@ class Memory(Protocol):
     data: Tensor
 
     def handle(self, nbytes: int, user: int) -> object: ...
-    def hollow(self) -> None: ...
+    def renew(self, *, keep: bool) -> None: ...
     def close(self) -> None: ...
 
 
@@ -41,12 +41,12 @@ class TensorChannel:
     """One owner's two buffers, and the calls that hand their handles to every server.
 
     Args:
-        kept: gets those whose names must stay, for whoever closes them in the end.
+        memory: of earlier publishes, to use again and to add to: fresh memory costs as much as the copies.
     """
 
     def __init__(
         self,
-        kept: list[Memory],
+        memory: list[Memory],
         clients: Mapping[RolloutClient, int],
         version: str,
         nbytes: int,
@@ -54,7 +54,7 @@ class TensorChannel:
         device: torch.device,
     ) -> None:
         self.failed: dict[str, str] = {}
-        self._kept = kept
+        self._memory = memory
         self._users: dict[RolloutClient, range] = {}
         """one for each process that opens the memory"""
         for client, ranks in clients.items():
@@ -63,13 +63,16 @@ class TensorChannel:
         self._version = version
         self._nbytes = nbytes
         self._device = device
-        self._buffers: list[Memory] = []
-        try:
-            for _ in range(min(2, count)):
-                self._buffers.append(self._allocate())
-        except BaseException:
-            self.close()
-            raise
+        for index in range(min(2, count)):
+            self._hold(index)
+
+    def _hold(self, index: int) -> None:
+        """Enough memory at `index`."""
+        if index < len(self._memory):
+            if self._memory[index].data.numel() >= self._nbytes:
+                return
+            self._memory.pop(index).close()
+        self._memory.insert(index, self._allocate())
 
     def _allocate(self) -> Memory:
         return (
@@ -86,13 +89,13 @@ class TensorChannel:
         """
         index = number % 2
         if number >= 2 and self._device.type == "cuda":
-            self._buffers[index].close()
-            self._buffers[index] = self._allocate()
-        return self._buffers[index].data
+            self._memory[index].close()
+            self._hold(index)
+        return self._memory[index].data
 
     def send(self, bucket: Bucket, number: int, *, last: bool) -> None:
         """As Channel.send."""
-        memory = self._buffers[number % 2]
+        memory = self._memory[number % 2]
         body = update_body(bucket, self._version, last=last)
 
         async def load(client: RolloutClient) -> None:
@@ -121,12 +124,8 @@ class TensorChannel:
 
         A server that gave no answer may yet open what it was told of, and would end if it were not there.
         """
-        for buffer in self._buffers:
-            if self.failed:
-                buffer.hollow()
-                self._kept.append(buffer)
-            else:
-                buffer.close()
+        for memory in self._memory:
+            memory.renew(keep=bool(self.failed))
 
 
 def serialize(bucket: Bucket, shared: object) -> str:
@@ -159,8 +158,8 @@ class CudaBytes:
         uuid = str(torch.cuda.get_device_properties(self.data.device).uuid)
         return Rebuilt(function, *arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])
 
-    def hollow(self) -> None:
-        """As `close`: CUDA keeps what a server may still open."""
+    def renew(self, *, keep: bool) -> None:
+        """As `close`: a GPU has better use for it between publishes; CUDA keeps what may still be opened."""
         self.close()
 
     def close(self) -> None:

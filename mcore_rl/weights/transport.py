@@ -73,17 +73,17 @@ class SharedTensor:
                 'ranks are on this one; set it to "distributed"'
             )
         self._bucket_bytes = bucket_bytes
-        self._kept: list[Memory] = []
+        self._memory: list[Memory] = []
 
     def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
         """As Transport.publish."""
-        channel = partial(TensorChannel, self._kept, device=platform.device())
+        channel = partial(TensorChannel, self._memory, device=platform.device())
         return publish_online(model, fleet, version, self._bucket_bytes, channel)
 
     def close(self, fleet: Fleet) -> None:
         """As Transport.close."""
-        while self._kept:
-            self._kept.pop().close()
+        while self._memory:
+            self._memory.pop().close()
 
 
 class Distributed:

@@ -24,7 +24,14 @@ from mcore_rl.weights.publish import server_log_probs
 from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
-from tests.sglang.conftest import KEY_ENV, daemons_of_torch, processes_of_sglang, put_back
+from tests.sglang.conftest import (
+    KEY_ENV,
+    daemons_of_torch,
+    processes_of_sglang,
+    put_back,
+    sglang_server,
+    two_ranks,
+)
 
 P999, LARGEST = 2e-5, 2e-4
 SEQUENCES = [
@@ -98,9 +105,36 @@ def test_dense(
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2ep2", "tp2pp2ep2"])
 def test_mixture_of_experts(
-    pool: Pool, layout: str, transport: str, moe_url: str, moe_dirs: tuple[Path, Path], tmp_path: Path
+    pool: Pool,
+    layout: str,
+    transport: str,
+    moe_urls: list[str],
+    moe_dirs: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
-    check(pool, layout, moe_dirs[1], [moe_url], tmp_path, transport)
+    check(pool, layout, moe_dirs[1], moe_urls, tmp_path, transport)
+
+
+@pytest.fixture(scope="module")
+def other_moe_server(
+    moe_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
+    """Of tensor parallelism 2."""
+    log_file = tmp_path_factory.mktemp("other_moe_server") / "log"
+    server = sglang_server(moe_dirs[0], log_file, "--tp", "2")
+    with two_ranks():
+        server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def moe_urls(moe_url: str, other_moe_server: LocalServer, moe_dirs: tuple[Path, Path]) -> Iterator[list[str]]:
+    """As dense_urls."""
+    yield [moe_url, other_moe_server.url]
+    put_back(other_moe_server.url, moe_dirs[0])
 
 
 @pytest.fixture

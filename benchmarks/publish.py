@@ -1,0 +1,136 @@
+"""What publishing by the `tensor` transport costs the sender beside a plain copy of the same bytes.
+
+    python benchmarks/publish.py --python .venv-sglang/bin/python [--gib 2.0] [--rounds 5] [--out FILE.json]
+
+One rank publishes a model of about `--gib` GiB in float32 to a real SGLang server on CPU, in 512 MiB buckets.
+`publish` is the CPU time of the trainer's process, all threads, for a whole publish, HTTP calls included;
+`memcpy` that of copying the same tensors into as much memory, touched before. A single rank gathers nothing,
+so this is the transport alone. Both take turns; the ratio is that of the medians. Fails above the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform as machine
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mcore_rl.model.build import build_policy
+from mcore_rl.model.mapping import global_parameters
+from mcore_rl.parallel.launch import spawn
+from mcore_rl.parallel.mesh import Layout, build_mesh
+from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import SGLang
+from mcore_rl.weights.transport import SharedTensor
+
+LIMIT = 1.3
+BUCKET = 512 << 20
+CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 4096,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+}
+LAYER_BYTES = 4 * 2048 * (3 * 8192 + 3 * 2048)
+"""of one layer: three matrices of the MLP, and attention's"""
+ON_CPU = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle", "--skip-tokenizer-init"),
+    *("--max-total-tokens", "1024", "--max-running-requests", "4", "--mem-fraction-static", "0.3"),
+)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of this process, all threads, during one call."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def export(source: Path, target: Path) -> None:
+    """Random weights, for the server to start on."""
+    build_policy(source, build_mesh(Layout()), random_seed=0).export(target)
+
+
+def measure(source: Path, url: str, rounds: int) -> tuple[int, dict[str, list[float]]]:
+    """Bytes of the model, and CPU seconds of every round by what was done."""
+    model = build_policy(source, build_mesh(Layout()), random_seed=1)
+    fleet = Fleet([url], timeout=600.0)
+    transport = SharedTensor(BUCKET)
+    tensors = [tensor.detach() for tensor in global_parameters(model.unwrapped).values()]
+    host = torch.zeros(BUCKET // 4)
+
+    def copy() -> None:
+        begin = 0
+        for tensor in tensors:
+            begin = begin if begin + tensor.numel() <= len(host) else 0
+            host[begin : begin + tensor.numel()].copy_(tensor.view(-1))
+            begin += tensor.numel()
+
+    times: dict[str, list[float]] = {"memcpy": [], "publish": []}
+    for number in range(rounds + 1):
+        publish = cpu_seconds(lambda number=number: transport.publish(model, fleet, str(number)))
+        if number:  # the first one imports, and takes the memory that the others use again
+            times["publish"].append(publish)
+            times["memcpy"].append(cpu_seconds(copy))
+    return sum(tensor.nbytes for tensor in tensors), times
+
+
+def main() -> int:
+    """0 when the limit holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--python", type=Path, required=True, help="interpreter that SGLang is installed for")
+    parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/publish_{date.today()}.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        source = root / "config"
+        source.mkdir()
+        layers = max(1, round(options.gib * 2**30 / LAYER_BYTES))
+        (source / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+        spawn(export, 1, source, root / "weights", timeout=900.0)
+        program = SGLang(options.python, dtype="float32", options=ON_CPU)
+        with LocalServer(
+            root / "weights", program, log_file=root / "server.log", start_timeout=900.0
+        ) as server:
+            ((nbytes, times),) = spawn(measure, 1, source, server.url, options.rounds, timeout=1800.0)
+    middle = {name: median(values) for name, values in times.items()}
+    ratio = middle["publish"] / middle["memcpy"]
+    result = {
+        "date": str(date.today()),
+        "machine": f"{machine.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "torch": torch.__version__,
+        "gib": round(nbytes / 2**30, 3),
+        "bucket_mib": BUCKET >> 20,
+        "cpu_seconds": {name: [round(value, 4) for value in values] for name, values in times.items()},
+        "median": {name: round(value, 4) for name, value in middle.items()},
+        "publish / memcpy": round(ratio, 4),
+        "limit": LIMIT,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({**result["median"], "publish / memcpy": result["publish / memcpy"]}))
+    return int(ratio > LIMIT)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
