@@ -81,6 +81,7 @@ def _tokenizer(config: Config) -> Iterable[Finding]:
         yield Finding(
             "tokenizer", "error", what, "name ids of this model's tokenizer: no response would stop"
         )
+        return
     yield Finding("tokenizer", "ok", f"{len(tokenizer)} tokens, end of sequence {tokenizer.eos_token!r}")
     if tokenizer.chat_template:
         yield from _chat_template(tokenizer)

@@ -28,11 +28,13 @@ class Changes:
         self._quantized, self._timeout = quantized, timeout
         self._writer = Writer()
         self._announced = ""
+        self._able: set[str] | None = None
+        """followers that can make the version which is being published; None, all"""
 
     def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
         """As Transport.publish; WeightSyncError too where a follower has not made the version."""
         target = self._directory / version
-        if on_main(model.mesh, self._somebody_needs_all):
+        if on_main(model.mesh, self._needs_all):
             self._writer.forget()
         model.export(target, quantized=self._quantized, write=self._writer.write)
         failed = on_main(model.mesh, lambda: self._hand_over(fleet, target, version))
@@ -43,13 +45,16 @@ class Changes:
     def close(self, fleet: Fleet) -> None:
         """As Transport.close: followers go on, for the run that resumes this one."""
 
-    def _somebody_needs_all(self) -> bool:
-        """A follower that does not hold what was published last cannot change it."""
-        return any(state.have != self._announced for state in states(self._directory))
+    def _needs_all(self) -> bool:
+        """Whether a follower lacks what was published last, and could not change it; or there is none yet."""
+        found = states(self._directory)
+        whole = not found or any(state.have != self._announced for state in found)
+        self._able = None if whole else {state.name for state in found}
+        return whole
 
     def _hand_over(self, fleet: Fleet, target: Path, version: str) -> dict[str, str]:
         self._announced = announce(self._directory, version)
-        wait_for_followers(self._directory, self._announced, self._timeout)
+        wait_for_followers(self._directory, self._announced, self._timeout, self._able)
         clients = [*fleet.serving, *fleet.returning()]
         seen = self._replica / version
         loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, seen, version)))

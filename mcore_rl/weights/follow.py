@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -160,15 +160,21 @@ def states(source: Path) -> list[State]:
     return found
 
 
-def wait_for_followers(source: Path, edition: str, timeout: float) -> None:
+def wait_for_followers(
+    source: Path, edition: str, timeout: float, able: Collection[str] | None = None
+) -> None:
     """Return when every follower that lives has `edition`.
+
+    Args:
+        able: the names of those that it was written for, where it is not whole: one that has come meanwhile
+            takes the next version.
 
     Raises:
         WeightSyncError: there is none, one could not make it, or has not after `timeout` seconds.
     """
     end, version = time.monotonic() + timeout, version_of(edition)
     while True:
-        found = states(source)
+        found = [state for state in states(source) if able is None or state.name in able]
         failed = [state for state in found if state.failed == edition]
         waiting = [state.name for state in found if state.have != edition]
         if failed:

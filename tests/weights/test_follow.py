@@ -87,6 +87,11 @@ def test_one_that_came_late_says_so_and_takes_the_next_whole_version(tmp_path):
     follower.step()
     with pytest.raises(WeightSyncError, match=r"version 1: .*nothing here"):
         wait_for_followers(trainer.directory, edition, timeout=0.0)
+    able = Follower(trainer.directory, tmp_path / "other")
+    able.state = State("able", have=edition)
+    able.step()
+    able._say(able.state)
+    wait_for_followers(trainer.directory, edition, timeout=0.0, able={"able"})  # the late one is not asked
     trainer.writer.forget()
     trainer.publish(2)
     follower.step()
