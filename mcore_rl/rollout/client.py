@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,18 +144,20 @@ class RolloutClient:
 
         With `experts`, of the served model, replies say which of them every token was sent to.
 
-        An attempt whose reply was lost may still be running: its requests are aborted before the next
-        attempt, whose request ids are its own (`rid~1`), so that none is refused as a duplicate.
+        Every attempt has request ids of its own (`rid~9f86d081`): one that was given up, here, over another
+        address of the server or by a trainer that died, may still be running, and none is refused as its
+        duplicate. Those of an earlier attempt of this call are aborted first.
         """
+        sent: list[str] = []
 
-        async def attempt(number: int) -> list[Reply]:
-            if number:
-                await self._abort_quietly([_attempt_rid(rid, number - 1) for rid in rids])
-            sent = [_attempt_rid(rid, number) for rid in rids]
+        async def attempt(_: int) -> list[Reply]:
+            await self._abort_quietly(sent)
+            tag = secrets.token_hex(4)
+            sent[:] = [f"{rid}~{tag}" for rid in rids]
             body = {
                 "input_ids": [list(prompt) for prompt in prompts],
                 "sampling_params": list(sampling_params),
-                "rid": sent,
+                "rid": list(sent),
                 "return_logprob": True,
                 "logprob_start_len": 0 if prompt_log_probs else -1,
             } | ({} if experts is None else {"return_routed_experts": True})
@@ -176,9 +179,9 @@ class RolloutClient:
         """Ends a pause."""
         await self._simple("POST", "/continue_generation", {})
 
-    async def abort(self, rid: str = "", *, every: bool = False) -> None:
-        """Ends request `rid`, or every request; the partial output arrives as their reply."""
-        await self._simple("POST", "/abort_request", {"rid": rid, "abort_all": every})
+    async def abort_all(self) -> None:
+        """Ends every request, whoever sent it; the partial output arrives as their reply."""
+        await self._simple("POST", "/abort_request", {"rid": "", "abort_all": True})
 
     # -- weights ------------------------------------------------------------------------------------------
 
@@ -341,10 +344,6 @@ def call(client: RolloutClient, use: Callable[[RolloutClient], Awaitable[T]]) ->
             return await use(client)
 
     return asyncio.run(run())
-
-
-def _attempt_rid(rid: str, number: int) -> str:
-    return f"{rid}~{number}" if number else rid
 
 
 def _backoff(number: int) -> float:

@@ -168,7 +168,7 @@ async def _empty(client: RolloutClient) -> None:
     await client.end_pause()  # a paused server is not ready, and what paused it may be gone
     if not await client.ready():
         raise RolloutError(f"{client.url}: not ready")
-    await client.abort(every=True)
+    await client.abort_all()
 
 
 async def on_each(

@@ -11,7 +11,8 @@ from mcore_rl.rollout import sampler
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.sampler import Rollout, sample_groups, sample_seed
 from mcore_rl.types import Prompt, VersionSpan
-from tests.rollout.support import running, wait_until
+from tests.rollout.proxy import proxy
+from tests.rollout.support import http, running, wait_until
 
 PROMPTS = [Prompt(f"p{i}", f"w{i} w3", (i, 3), label="") for i in range(6)]
 
@@ -65,15 +66,16 @@ def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
 
 
 def test_aborted_samples_are_dropped_and_counted(fresh_url: str) -> None:
-    async def use(client: RolloutClient) -> Rollout:
-        asked = asyncio.create_task(ask(client, max_new_tokens=400, ignore_eos=True))
-        await asyncio.to_thread(wait_until, lambda: running(fresh_url) == 24, "all are sampled")
-        for k in (0, 3):
-            await client.abort(f"p2@4/{k}")
-        await client.abort("p5@4/1")
-        return await asked
+    async def use() -> Rollout:
+        async with proxy(fresh_url) as seen, RolloutClient(seen.url) as client:
+            asked = asyncio.create_task(ask(client, max_new_tokens=400, ignore_eos=True))
+            await asyncio.to_thread(wait_until, lambda: running(fresh_url) == 24, "all are sampled")
+            for rid in (rid for sent in seen.bodies("/generate") for rid in sent["rid"]):
+                if rid.partition("~")[0] in ("p2@4/0", "p2@4/3", "p5@4/1"):
+                    await asyncio.to_thread(http, fresh_url, "/abort_request", {"rid": rid})
+            return await asked
 
-    rollout = call(RolloutClient(fresh_url), use)
+    rollout = asyncio.run(use())
     assert rollout.num_aborted == 3
     assert [len(group.samples) for group in rollout.groups] == [4, 4, 2, 4, 4, 3]
     assert [s.id for s in rollout.groups[2].samples] == ["p2@4/1", "p2@4/2"]

@@ -197,6 +197,20 @@ def test_h10_every_request_has_an_id_of_its_own_that_is_echoed(moe_url: str) -> 
     assert [reply.rid for reply in replies] == ["a", "b", "c"]
 
 
+def test_h19_a_request_that_is_asked_again_is_no_duplicate_of_itself(moe_url: str) -> None:
+    """A dispatcher that gave up an address, or a trainer that was restarted, asks under the same ids."""
+
+    async def twice(client: RolloutClient) -> list[list[Reply]]:
+        return await asyncio.gather(*(client.generate([PROMPT], [LONG], ["again"]) for _ in range(2)))
+
+    for (reply,) in use(moe_url, twice):
+        assert (reply.rid, len(reply.token_ids)) == ("again", LONG["max_new_tokens"])
+    body = {"input_ids": [PROMPT] * 2, "sampling_params": LONG, "rid": ["again", "again"]}
+    refused = http(moe_url, "/generate", body)
+    assert refused.status == 400
+    assert "uplicate" in str(refused.body)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "says"),
     [([1] * 600, {}, "context length"), (PROMPT, {"temperature": -1}, "temperature")],

