@@ -46,17 +46,23 @@ def append(run_dir: Path, kind: str, **fields: Any) -> None:
 
 
 def record(run_dir: Path, error: Exception) -> None:
-    """Append `error` to events.jsonl, once; what all ranks share is written by the first."""
-    if error.__dict__.setdefault("recorded", False) or (getattr(error, "shared", False) and rank()):
+    """Append `error` to events.jsonl, once; what all ranks share is written, and said, by the first.
+
+    The others end as soon as they can, and torchrun then ends it while it still closes what it has opened.
+    """
+    shared = getattr(error, "shared", False)
+    if error.__dict__.setdefault("recorded", False) or (shared and rank()):
         return
     error.__dict__["recorded"] = True
     fields = {"type": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}
     append(run_dir, "error", **fields)
+    if shared:
+        say(f"{type(error).__name__}: {error}")
 
 
 @contextmanager
 def recorded(run_dir: Path) -> Iterator[None]:
-    """An error inside is recorded; to be put around what the process groups are open for."""
+    """An error inside is recorded; to be put within what takes time to close, process groups and servers."""
     try:
         yield
     except Exception as error:
@@ -80,7 +86,7 @@ def last_words(run_dir: Path, error: Exception, since: int) -> int:
         record(run_dir, error)
     before = _before_mine(run_dir, error, since)
     if typed:
-        if not (getattr(error, "shared", False) and rank()) and not any(_is_same(e, error) for e in before):
+        if not getattr(error, "shared", False) and not any(_is_same(e, error) for e in before):
             say(f"{type(error).__name__}: {error}")
         return exit_code_of(error)
     if before and isinstance(error, OSError | RuntimeError):

@@ -30,6 +30,7 @@ from mcore_rl.rollout.programs import Embedded, SGLang
 from mcore_rl.rollout.sampler import Rollout, sample_groups
 from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
+from mcore_rl.train.ending import recorded
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
@@ -137,6 +138,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     with (
         start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
         ExitStack() as stack,
+        recorded(config.run.dir),
     ):
         alert = GradientAlert()
         trainer.stateful["alert"] = alert

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.metrics import append_event, read_metrics
-from mcore_rl.train.ending import end_of_events, last_words, not_worth_a_restart, record
+from mcore_rl.train.ending import end_of_events, last_words, not_worth_a_restart, record, recorded
 from tests.sources import ROOT
 
 HANG = """
@@ -66,6 +67,27 @@ def test_the_same_error_of_two_ranks_is_said_once(tmp_path: Path, as_rank, capsy
     assert last_words(tmp_path, ConfigError("another file"), since) == 2
     assert "another file" in capsys.readouterr().err
     assert len(read_metrics(tmp_path / "events.jsonl")) == 2
+
+
+def test_what_all_ranks_share_is_said_before_anything_is_closed(tmp_path: Path, as_rank, capsys):
+    """Another rank has ended by then, and torchrun ends the one that closes servers."""
+    said = []
+
+    def run(error: RolloutError) -> None:
+        with ExitStack() as stack, recorded(tmp_path):
+            stack.callback(lambda: said.append(capsys.readouterr().err))
+            raise error
+
+    for rank in (0, 1):
+        as_rank(rank)
+        error = RolloutError("no server")
+        error.shared = True
+        with pytest.raises(RolloutError):
+            run(error)
+        assert last_words(tmp_path, error, 0) == 75
+    assert said == ["mcore-rl: RolloutError: no server\n", ""]
+    assert capsys.readouterr().err == ""
+    assert [event["message"] for event in read_metrics(tmp_path / "events.jsonl")] == ["no server"]
 
 
 def test_an_echo_is_silent_and_a_cause_is_not(tmp_path: Path, as_rank, capsys):

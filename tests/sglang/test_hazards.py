@@ -1,6 +1,6 @@
 """What SGLang does that a trainer must know: each test fails without the handling that it names.
 
-Numbers are those of the hazards in docs/rollout.md, which also lists those that concern no feature of today.
+Numbers are those of the hazards in docs/rollout.md.
 """
 
 from __future__ import annotations
@@ -183,6 +183,28 @@ def test_h5b_nothing_is_sampled_while_weights_load(moe_url: str, moe_dirs: tuple
     assert {span.version for span in use(moe_url, use_paused).versions} == {"9"}
 
 
+def test_h7_a_publish_pauses_at_once_and_loads_are_our_own_count(moe_url: str) -> None:
+    """A pause that aborts polls each second, one that retracts does not; the load it leaves is not true."""
+
+    async def pause(client: RolloutClient, mode: Any) -> tuple[float, int]:
+        """Seconds until it has paused, and how many requests run then, as it says."""
+        asked = asyncio.create_task(client.generate([PROMPT], [LONG], ["long"]))
+        await asyncio.to_thread(wait_until, lambda: running(moe_url) == 1, "it generates")
+        began = time.monotonic()
+        await client.pause(mode)
+        took, load = time.monotonic() - began, running(moe_url)
+        await client.resume()
+        await asked
+        return took, load
+
+    async def paused(client: RolloutClient) -> tuple[tuple[float, int], list[tuple[float, int]]]:
+        return await pause(client, "abort"), [await pause(client, "retract") for _ in range(3)]
+
+    (aborting, _), retracted = use(moe_url, paused)
+    assert min(retracted)[0] < 0.5 < 0.9 < aborting
+    assert {load for _, load in retracted} == {1}, "none runs, and Dispatch counts what it has asked itself"
+
+
 def test_h9_moe_weights_have_the_names_of_the_checkpoint(moe_dirs: tuple[Path, Path]) -> None:
     """transformers' fused names would be ignored (hazard 2); test_publish compares the log-probs."""
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in load_file(moe_dirs[0] / "model.safetensors")
@@ -236,6 +258,14 @@ def test_h12_a_server_holds_none_of_our_streams(moe_server: LocalServer) -> None
                     str(target.resolve()) in ("/dev/null", str(moe_server.log_file.resolve()))
                     or "log" in target.resolve().name
                 )
+
+
+def test_h13_weights_are_not_read_back(moe_url: str, moe_dirs: tuple[Path, Path]) -> None:
+    """No tensor is given by name; after a publish log-probs are compared."""
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert http(moe_url, "/get_weights_by_name", {"name": name}).status == 400
+    scores, _ = server_log_probs([RolloutClient(moe_url)], [PROMPT], "h13")
+    assert largest_error(scores[moe_url][0], log_probs_of(build_moe_model(0), PROMPT[:1], PROMPT[1:])) < 2e-5
 
 
 def test_h15_seeds_do_not_act_here(moe_url: str) -> None:
