@@ -174,9 +174,15 @@ def is_published(mapping: Mapping, name: str) -> bool:
 
 def is_owner(mesh: Mesh, entry: Entry) -> bool:
     """Whether this rank, of all that hold a parameter or its shards, answers for it."""
+    return mesh.copy == 0 and is_owner_in_copy(mesh, entry)
+
+
+def is_owner_in_copy(mesh: Mesh, entry: Entry) -> bool:
+    """Whether this rank answers for a parameter in its own copy of the model."""
+    copies = mesh.layout.copies
     if entry.is_expert:
-        return mesh.expert_dp_rank == 0
-    return mesh.dp_rank == mesh.cp_rank == mesh.tp_rank == 0
+        return mesh.expert_dp_rank % (mesh.layout.expert_data // copies) == 0
+    return mesh.cp_rank == mesh.tp_rank == 0 and mesh.dp_rank % (mesh.layout.data // copies) == 0
 
 
 def _finish(

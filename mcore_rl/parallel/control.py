@@ -51,11 +51,11 @@ def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
     return _broadcast(result[0], mesh.world)  # type: ignore[return-value]
 
 
-def from_rank(mesh: Mesh, value: T, rank: int) -> T:
-    """The `value` of global `rank`, on every rank; collective."""
-    values = [value]
-    dist.broadcast_object_list(values, group_src=rank, group=mesh.world)
-    return values[0]
+def of_all(mesh: Mesh, value: T) -> list[T]:
+    """The `value` of every rank in order, on every rank; collective."""
+    values = [value] * mesh.layout.world_size
+    dist.all_gather_object(values, value, group=mesh.world)
+    return values
 
 
 def raise_everywhere(mesh: Mesh, error: Exception | None) -> None:

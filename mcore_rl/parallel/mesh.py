@@ -6,6 +6,7 @@ import gc
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from math import gcd
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -34,6 +35,16 @@ class Layout:
     def world_size(self) -> int:
         """Ranks in all."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks of a pipeline stage that hold the same experts."""
+        return self.tensor * self.context * self.data // self.expert
+
+    @property
+    def copies(self) -> int:
+        """Complete copies of the model, which no rank shares with another: as many sets of `Mesh.copy`."""
+        return gcd(self.data, self.expert_data)
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -120,6 +131,11 @@ class Mesh:
     data: dist.ProcessGroup
     """the same model shard in every replica"""
     world: dist.ProcessGroup
+
+    @property
+    def copy(self) -> int:
+        """Which of the layout's copies of the model this rank holds a part of."""
+        return self.dp_rank * self.layout.copies // self.layout.data
 
     @property
     def is_last_stage(self) -> bool:

@@ -94,11 +94,7 @@ class DistributedChannel:
             **update_body(bucket, self._version, last=last),
         }
         alive = [client for client in self._clients if client.url not in self.failed]
-        loaded, failed = asyncio.run(on_each(alive, lambda client: self._load(client, body, data)))
-        self.failed |= failed
-        if not loaded:
-            reasons = "".join(f"\n  {url}: {why}" for url, why in self.failed.items())
-            raise WeightSyncError(f"no server has loaded version {self._version}:{reasons}")
+        self.failed |= asyncio.run(on_each(alive, lambda client: self._load(client, body, data)))[1]
 
     async def _load(self, client: RolloutClient, body: Mapping[str, Any], data: Tensor) -> None:
         """One server; again in a new group, where it may have been started anew since the last publish."""

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
+from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.mapping import Mapping, global_parameters
-from mcore_rl.model.weights_io import is_owner, is_published
+from mcore_rl.model.weights_io import is_owner_in_copy, is_published
+from mcore_rl.parallel.control import of_all, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.weights.plan import Bucket, Held, Plan, Slot, is_cut, plan_buckets
 
@@ -36,7 +38,7 @@ class Channel(Protocol):
         """Returns when every server that takes part has loaded it; in a thread. `last` of the publish.
 
         Raises:
-            WeightSyncError: a server refuses it, or none takes part any more.
+            WeightSyncError: a server refuses it.
         """
         ...
 
@@ -46,16 +48,23 @@ class Channel(Protocol):
 
 
 def plan_of(model: Model, bucket_bytes: int) -> Plan:
-    """The same plan on every rank; collective."""
+    """How this rank's copy of the model is sent, the same on all of its ranks; collective over all copies."""
     mesh, mapping = model.mesh, model.mapping
     own = [
         Held(name, parameter.dtype, parameter.numel() * parameter.dtype.itemsize)
         for name, parameter in global_parameters(model.unwrapped).items()
-        if is_published(mapping, name) and is_owner(mesh, mapping.entry(name))
+        if is_published(mapping, name) and is_owner_in_copy(mesh, mapping.entry(name))
     ]
-    held: list[list[Held]] = [[] for _ in range(mesh.layout.world_size)]
-    dist.all_gather_object(held, own, group=mesh.world)
-    return plan_buckets(held, mapping, mesh.layout.tensor, bucket_bytes)
+    held = [mine if copy == mesh.copy else [] for copy, mine in of_all(mesh, (mesh.copy, own))]
+    plan: Plan | None = None
+    error: WeightSyncError | None = None
+    try:
+        plan = plan_buckets(held, mapping, mesh.layout.tensor, bucket_bytes)
+    except WeightSyncError as caught:  # raised on the ranks of every copy
+        error = caught
+    raise_everywhere(mesh, error)
+    assert plan is not None
+    return plan
 
 
 def take_turn(model: Model, plan: Plan, owner: int, channel: Channel | None) -> None:

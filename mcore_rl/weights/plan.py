@@ -71,7 +71,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Plan:
-    """One publish: buckets in the order in which they are sent."""
+    """One publish from one copy of the model: buckets in the order in which they are sent."""
 
     buckets: tuple[Bucket, ...]
     scratch: int

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from mcore_rl.errors import ConfigError, WeightSyncError
 from mcore_rl.model.build import build_policy
+from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.client import RolloutClient
@@ -45,11 +47,17 @@ def weights(seed: int) -> list[float]:
 def strike(
     mesh: Mesh, dirs: tuple[Path, Path], urls: tuple[str, str], name: str, session: int, number: int
 ) -> float:
-    """Seconds of a publish of the second weights, the first server being hit at its second bucket."""
+    """Seconds of a publish of the second weights, the first server being hit at its second bucket.
+
+    With two copies of the model the first one has no server left then.
+    """
     models = [build_policy(directory, mesh) for directory in dirs]
     struck, kept = urls
     transport = transport_of(name, Path())
     calls = []
+
+    def main(work: Callable[[], object]) -> None:
+        on_main(mesh, lambda: work() and None)
 
     def hit() -> None:
         calls.append(0)
@@ -63,19 +71,20 @@ def strike(
         seconds = time.monotonic() - began
         assert list(failed) == [way]
         fleet.lose(failed)
-        check_serves([kept], weights(1))
+        main(lambda: check_serves([kept], weights(1)))
         if number == signal.SIGSTOP:
-            os.killpg(session, signal.SIGCONT)
-            wait_until(lambda: bool(fleet.returning()), "it answers again", 60)
+            main(lambda: os.killpg(session, signal.SIGCONT))
+            main(lambda: wait_until(lambda: bool(fleet.returning()), "it answers again", 60))
             assert len(fleet.serving) == 1, "it serves before it was published to"
             assert transport.publish(models[0], fleet, "3") == {}
             assert len(fleet.serving) == 2
-            check_serves([way, kept], weights(0))
+            main(lambda: check_serves([way, kept], weights(0)))
         transport.close(fleet)
         return seconds
 
-    with proxy_beside(struck, path=UPDATES[name], on_arrival=hit) as way:
-        return publish(way.url)
+    with ExitStack() as stack:
+        way = proxy_beside(struck, path=UPDATES[name], on_arrival=hit)
+        return publish(on_main(mesh, lambda: stack.enter_context(way).url))
 
 
 @pytest.fixture
@@ -89,13 +98,13 @@ def servers(
 
 @pytest.mark.parametrize("transport", sorted(UPDATES))
 def test_stopped(
-    pool1: Pool, transport: str, servers: tuple[LocalServer, str], dense_dirs: tuple[Path, Path]
+    pool2: Pool, transport: str, servers: tuple[LocalServer, str], dense_dirs: tuple[Path, Path]
 ) -> None:
     other, kept = servers
     assert other.process is not None
     args = dense_dirs, (other.url, kept), transport, other.process.pid, signal.SIGSTOP
     try:
-        (seconds,) = at_layout(pool1, "tp1", strike, *args)
+        seconds = max(at_layout(pool2, "dp2", strike, *args))
     finally:
         os.killpg(other.process.pid, signal.SIGCONT)
     assert seconds < 4 * SILENCE_SECONDS

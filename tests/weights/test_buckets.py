@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mcore_rl.parallel.control import raise_everywhere
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.weights.gather import plan_of, take_turn
+from mcore_rl.weights.online import servers_of
 from mcore_rl.weights.plan import Bucket, Held, plan_buckets
 from tests.model.support import at_layout
 
@@ -70,9 +72,22 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def record(mesh: Mesh, source: Path) -> tuple[dict[str, Tensor], list[int], list[bool], int, int]:
-    """What this rank sent of the model, the lengths of its buckets, which was the last, what memory it took
-    for it, and what the export to files takes."""
+@dataclass
+class Sent:
+    """What a rank sent of its copy of the model."""
+
+    copy: int
+    tensors: dict[str, Tensor]
+    nbytes: list[int]
+    """of its buckets"""
+    lasts: list[bool]
+    held: int
+    """bytes of memory that it took for it"""
+    exported: int
+    """bytes that the export to files takes"""
+
+
+def record(mesh: Mesh, source: Path) -> Sent:
     model = build_policy(source, mesh)
     plan = plan_of(model, BUCKET)
     mine = plan.of(mesh.rank)
@@ -85,38 +100,45 @@ def record(mesh: Mesh, source: Path) -> tuple[dict[str, Tensor], list[int], list
     with Allocations() as exported:
         gather_hf(dict(global_parameters(model.unwrapped)), model.mapping, mesh)
     held = made.nbytes + (sum(buffer.nbytes for buffer in recorder.buffers) if mine else 0)
-    return recorder.sent, recorder.nbytes, recorder.lasts, held, exported.nbytes
+    return Sent(mesh.copy, recorder.sent, recorder.nbytes, recorder.lasts, held, exported.nbytes)
 
 
-def check(pool: Pool, layout: str, source: Path) -> None:
+def check(pool: Pool, layout: str, source: Path, copies: int = 1) -> None:
+    """Every copy sends the whole model once, whatever the others do."""
     want = load_file(source / "model.safetensors")
     ranks = at_layout(pool, layout, record, source)
-    got: dict[str, Tensor] = {}
-    for sent, *_ in ranks:
-        assert not sent.keys() & got.keys()
-        got |= sent
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
-    assert sum(sum(nbytes) for _, nbytes, *_ in ranks) == sum(tensor.nbytes for tensor in want.values())
-    assert max(held for *_, held, _ in ranks) <= 2 * BUCKET
-    assert max(exported for *_, exported in ranks) > 2 * BUCKET, "the witness sees no memory"
-    assert max(len(nbytes) for _, nbytes, *_ in ranks) > 2, "no buffer was used twice"
-    assert [last for _, _, lasts, *_ in ranks for last in lasts].count(True) == 1
+    assert {sent.copy for sent in ranks} == set(range(copies))
+    for copy in range(copies):
+        of_copy = [sent for sent in ranks if sent.copy == copy]
+        got: dict[str, Tensor] = {}
+        for sent in of_copy:
+            assert not sent.tensors.keys() & got.keys()
+            got |= sent.tensors
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        assert sum(sum(sent.nbytes) for sent in of_copy) == sum(tensor.nbytes for tensor in want.values())
+        assert [last for sent in of_copy for last in sent.lasts].count(True) == 1
+    assert max(sent.held for sent in ranks) <= 2 * BUCKET
+    assert max(sent.exported for sent in ranks) > 2 * BUCKET, "the witness sees no memory"
+    assert max(len(sent.nbytes) for sent in ranks) > 2, "no buffer was used twice"
 
 
-@pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "dp2"])
-def test_dense(pool2: Pool, layout: str, dense_dir: Path) -> None:
-    check(pool2, layout, dense_dir)
+@pytest.mark.parametrize(("layout", "copies"), [("tp2+sp", 1), ("pp2", 1), ("dp2", 2)])
+def test_dense(pool2: Pool, layout: str, copies: int, dense_dir: Path) -> None:
+    check(pool2, layout, dense_dir, copies)
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2ep2"])
-def test_mixture_of_experts(pool2: Pool, layout: str, moe_dir: Path) -> None:
-    check(pool2, layout, moe_dir)
+@pytest.mark.parametrize(("layout", "copies"), [("ep2", 1), ("tp2ep2", 1), ("dp2", 2)])
+def test_mixture_of_experts(pool2: Pool, layout: str, copies: int, moe_dir: Path) -> None:
+    check(pool2, layout, moe_dir, copies)
 
 
-@pytest.mark.parametrize("layout", ["tp2pp2", "tp2ep2pp2"])
-def test_four_ranks(pool4: Pool, layout: str, dense_dir: Path, moe_dir: Path) -> None:
-    check(pool4, layout, moe_dir if "ep" in layout else dense_dir)
+@pytest.mark.parametrize(
+    ("layout", "copies"),
+    [("tp2pp2", 1), ("tp2ep2pp2", 1), ("tp2ep2dp2", 2), ("ep2dp4", 2), ("tp2ep4dp2", 1), ("cp2dp2", 2)],
+)
+def test_four_ranks(pool4: Pool, layout: str, copies: int, dense_dir: Path, moe_dir: Path) -> None:
+    check(pool4, layout, moe_dir if "ep" in layout else dense_dir, copies)
 
 
 class Broken(Recorder):
@@ -193,3 +215,14 @@ def test_each_owner_has_one_turn(dense_dir: Path) -> None:
     plan = plan_buckets([held[:5], [], held[5:]], mapping, 1, BUCKET)
     assert plan.owners == [0, 2]
     assert [b.owner for b in plan.buckets] == sorted(b.owner for b in plan.buckets)
+
+
+# -- which copy sends to which servers
+
+
+@pytest.mark.parametrize(("copies", "servers"), [(1, 3), (2, 2), (2, 5), (4, 2)])
+def test_every_server_has_one_copy_that_sends_to_it(copies: int, servers: int) -> None:
+    urls = [f"http://{i}" for i in range(servers)]
+    shares = [servers_of(copy, copies, urls) for copy in range(copies)]
+    assert sorted(url for share in shares for url in share) == urls
+    assert max(map(len, shares)) == -(-servers // copies), "the longest publish is as short as can be"
