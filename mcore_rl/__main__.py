@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of every command; imports nothing heavy, so that --help is instant."""
     parser = argparse.ArgumentParser(prog="mcore-rl", description=__doc__)
-    parser.add_argument("--version", action=_Version, nargs=0, help="of mcore_rl and what it runs on")
+    none = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", action=_Version, **none, help="of mcore_rl and what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
