@@ -66,7 +66,7 @@ def table(
     best = list(plans[:SHOWN])
     lines.append(f"Legal layouts of {gpus} GPUs, best first ({len(best)} of {len(plans)}; * is the config's)")
     lines.append(
-        "  best: memory to spare, then the shortest step to two digits (links are not counted), then the fewest cuts"
+        "  best: memory to spare, then the shortest step in two digits (no links counted), the fewest cuts"
     )
     lines.append(
         f"  {'layout':26} {'GiB':>6} {'spare':>6} {'m.b.':>5} {'bubble':>6}"
