@@ -94,7 +94,7 @@ def _head(problem: Problem, gpus: int) -> Iterator[str]:
     )
     times = publish_seconds(problem.parameters, work.precision)
     if problem.arch.experts:
-        yield "Seconds are a lower bound: a published step of experts took 2.5 times as long (docs/layouts.md)"
+        yield "Seconds are a lower bound: a published step of experts took 2.5 times that (docs/layouts.md)"
     yield "One copy of the weights: " + ", ".join(f"{s:.3g} s by {link}" for link, s in times.items())
     yield ""
 
