@@ -31,7 +31,9 @@ REWARD_SECONDS = 60.0
 def check_inputs(config: Config, gpus: int) -> list[Finding]:
     """Model, layout, tokenizer, data and reward, in the order in which one rests on another."""
     findings = guarded("model", lambda: _model(config))
-    if any(finding.level == "error" for finding in findings):
+    if guarded(
+        "model", lambda: _readable(config)
+    ):  # without weights the rest can be examined, not without this
         return findings
     findings += guarded("layout", lambda: _layout(config, gpus))
     findings += guarded("tokenizer", lambda: _tokenizer(config))
@@ -51,6 +53,12 @@ def _model(config: Config) -> Iterable[Finding]:
         return
     hf_reader(path, Mapping(architecture, padded_vocab(architecture, 1)))
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
+
+
+def _readable(config: Config) -> Iterable[Finding]:
+    """None; raises what read_architecture does."""
+    read_architecture(config.model.path)
+    return ()
 
 
 def _lengths(config: Config, prompts: PromptSet) -> Iterable[Finding]:

@@ -50,7 +50,8 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise ConfigError(
-                f"{directory}: no *.safetensors; convert the model or set model.random_init = true"
+                f"{directory}: no *.safetensors; put the published ones beside config.json, or set "
+                "model.random_init = true"
             )
         return _files_by_name(files)
     weight_map = _read_index(index)

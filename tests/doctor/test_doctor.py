@@ -213,6 +213,16 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
 }
 
 
+def test_what_needs_no_weights_is_examined_without_them(capsys, setting: Setting):
+    for file in setting.model.glob("*.safetensors"):
+        file.unlink()
+    code, findings = doctor(capsys, setting.config)
+    (found,) = bad(findings)
+    assert "put the published ones beside config.json" in found["remedy"]
+    assert {"layout", "tokenizer", "data.train"} <= {finding["check"] for finding in findings}
+    assert code == 2
+
+
 def test_a_reward_that_never_comes(capsys, setting: Setting, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "REWARD_SECONDS", 0.5)
     code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:never")
