@@ -134,14 +134,13 @@ class Ahead:
     # -- a publish ----------------------------------------------------------------------------------------
 
     def expect(self, run: Run, version: str) -> None:
-        """The publish of `version` begins: every rank knows which servers were lost since the last step."""
+        """The publish of `version` begins: every rank knows which servers were lost since the last step.
 
-        def work() -> dict[str, str]:
-            self._of_lead().expect(version)
-            return self._of_lead().lost()
-
-        lost = gather_replicas(run.mesh, on_leads(run.mesh, work))
+        Every lead takes back what runs on them: the publish ends all requests of those that answer again.
+        """
+        lost = gather_replicas(run.mesh, on_leads(run.mesh, lambda: self._of_lead().lost()))
         run.lose({url: why for part in lost for url, why in part.items()})
+        on_leads(run.mesh, lambda: self._of_lead().expect(run.fleet.serving, version))
 
     def serve(self, run: Run) -> None:
         """The publish is verified: the servers that hold it are asked from now on, and no others."""

@@ -47,7 +47,7 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         bring_back(run, "kv_cache")
         fresh = _scores(run, probe, f"{version}-after")
         difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
-    _check(run, version, dict(zip(fresh, difference, strict=False)))
+    check_close(version, dict(zip(fresh, difference, strict=False)), run.config.publish.tolerance_max)
     if run.ahead is not None:
         run.ahead.serve(run)
     for url in away.keys() & fresh.keys():
@@ -65,7 +65,8 @@ def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, lis
     scores, failed = on_main(run.mesh, lambda: server_log_probs(run.fleet.serving, probe, tag))
     run.lose(failed)
     if not scores:
-        raise RolloutError(f"no rollout server is left: {dict(run.fleet.standing.lost)}")
+        why = dict(run.fleet.standing.lost)
+        raise RolloutError(f"no rollout server is left: {why}").on_every_rank()
     return scores
 
 
@@ -85,12 +86,12 @@ def _largest_differences(
     return [reduced[name].item() for name in fields]
 
 
-def _check(run: Run, version: str, differences: Mapping[str, float]) -> None:
-    limit = run.config.publish.tolerance_max
+def check_close(version: str, differences: Mapping[str, float], limit: float) -> None:
+    """Raises WeightSyncError where a server (url -> largest difference) has other weights; on every rank."""
     for url, difference in differences.items():
         if not 0 <= difference <= limit:  # neither a NaN nor a comparison of nothing may pass
             raise WeightSyncError(
                 f"{url} reports version {version}, but its log-probs differ from the trainer's by "
                 f"{difference:.2e} (publish.tolerance_max = {limit:g}): it does not hold the "
                 "published weights. See its log"
-            )
+            ).on_every_rank()

@@ -323,7 +323,9 @@ def rollout(run: Run, step: int) -> list[Group]:
         each = run.config.rollout.samples_per_prompt
         groups = sample(run, prompts, step, each, experts=run.experts)
     if not any(group.samples for group in groups):
-        raise RolloutError(f"step {step}: the servers aborted all {len(groups)} groups; see their logs")
+        raise RolloutError(
+            f"step {step}: the servers aborted all {len(groups)} groups; see their logs"
+        ).on_every_rank()
     save_samples(run, step, groups)
     return groups
 
