@@ -168,15 +168,20 @@ class Ahead:
         self._totals = Counter(state["totals"])
 
     def _resume(self, version: int) -> None:
-        """What had finished is kept; the rest is asked again, under the seeds that its ids give it."""
+        """What had finished is kept; the rest is asked again, under the seeds that its ids give it.
+
+        So is what the run's bound, another one than that of the checkpoint, makes too old.
+        """
+        bound, routed = self.config.rollout.max_staleness, self.experts is not None
         groups: list[Asked] = []
         for name in sorted({_asked_for(group) for group in self._saved}):
             of_step = [group for group in self._saved if _asked_for(group) == name]
             for group in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
-                if group["replies"] is None or (self.experts is not None and _unrouted(group)):
+                again = group["replies"] is None or is_too_old(group, version, bound)
+                if again or (routed and _unrouted(group)):
                     groups.append(self._asked(group["id"], version))
                 else:
-                    replies = [_reply(reply, routed=self.experts is not None) for reply in group["replies"]]
+                    replies = [_reply(reply, routed=routed) for reply in group["replies"]]
                     groups.append(self._asked(group["id"], group["version"], replies))
         if self._saved:
             on_leads(self._mesh, lambda: self._of_lead().add(groups))
@@ -231,6 +236,11 @@ def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, floa
 def _asked_for(group: Mapping[str, Any]) -> int:
     """The step in a saved group's name."""
     return int(group["id"].rpartition("@")[2])
+
+
+def is_too_old(saved: Mapping[str, Any], version: int, bound: int) -> bool:
+    """Whether a saved group could not be trained in its step, while `version` serves."""
+    return saved["version"] < max(_asked_for(saved) - 1, version) - bound
 
 
 def _saved(reply: Reply) -> dict[str, Any]:
