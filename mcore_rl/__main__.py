@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
 
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of every command; imports nothing heavy, so that --help is instant."""
     parser = argparse.ArgumentParser(prog="mcore-rl", description=__doc__)
+    none = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", action=_Version, **none, help="of mcore_rl and what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
@@ -99,6 +102,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_verify(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints what a report of an error should say."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        print(f"mcore_rl {__version__}, Python {platform.python_version()}")
+        for package in ("megatron-core", "torch", "transformer-engine", "transformers"):
+            try:
+                print(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                print(f"{package}: not installed")
+        parser.exit()
 
 
 def _add_verify(commands: Any) -> None:

@@ -153,13 +153,13 @@ class Progress:
         self._recent.append(float(metrics["time/step"]))
         pace = sum(self._recent) / len(self._recent)
         shown = [f"{name} {float(metrics[key]):.4g}" for key, name in self.SHOWN.items() if key in metrics]
-        accuracy = [
-            f"{key.split('/')[1]} accuracy {float(value):.3f}"
+        held_out = [
+            f"{' '.join(key.split('/')[1:])} {float(value):.3f}"
             for key, value in metrics.items()
-            if key.startswith("eval/") and key.endswith("/accuracy")
+            if key.startswith("eval/") and key.endswith(("/accuracy", "/reward"))
         ]
         left = f"time left {clock((self._steps - step) * pace)}"
-        return "  ".join([f"step {step}/{self._steps}", *shown, *accuracy, f"{pace:.1f} s/step", left])
+        return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, f"{pace:.1f} s/step", left])
 
 
 def clock(seconds: float) -> str:

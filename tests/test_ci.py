@@ -99,3 +99,11 @@ def test_a_python_is_taken_where_it_is_new_enough(tmp_path: Path) -> None:
     on_path = tmp_path / "bin" / "python3.12"
     script(on_path, "exit 0")  # the version check's answer of an interpreter that is new enough
     assert run(ROOT / ".ci" / "lane-python", **nothing).stdout.strip() == str(on_path)
+
+
+@pytest.mark.xdist_group("together")
+@pytest.mark.parametrize("number", range(2))
+def test_groups_of_tests_stay_together(request: pytest.FixtureRequest, number: int) -> None:
+    """Else every worker builds what a group shares: pytest 9.2 with pytest-xdist 3.8 does so in silence."""
+    if request.config.getoption("loadgroup", None):
+        assert request.node.nodeid.endswith("@together")

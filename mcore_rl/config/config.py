@@ -11,6 +11,7 @@ from pydantic import model_validator
 from mcore_rl.algo.advantages import group_normalized, leave_one_out
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.sections import (
+    REDUCED_PRECISION,
     Algorithm,
     Checkpoint,
     Critic,
@@ -48,6 +49,15 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     supervised: Supervised = Supervised()
     publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def _wider_below_float32(self) -> Config:
+        """The publish tolerances of reduced precision, where none are given."""
+        given = self.publish.model_fields_set
+        wider = {name: value for name, value in REDUCED_PRECISION.items() if name not in given}
+        if self.model.precision != "fp32":
+            object.__setattr__(self, "publish", self.publish.model_copy(update=wider))  # it is frozen
+        return self
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
@@ -193,16 +203,11 @@ def _of_fp8(config: Config) -> Iterator[str]:
 
 
 def _of_quantized(config: Config) -> Iterator[str]:
-    publish, rollout = config.publish, config.rollout
+    rollout = config.rollout
     if rollout.server == "embedded" and not rollout.urls:
         yield 'publish.quantize: the embedded server has no FP8; set rollout.server = "sglang" or drop it'
     if config.model.precision == "fp32":
         yield 'publish.quantize: SGLang computes beside FP8 weights in bf16; set model.precision = "bf16"'
-    if not {"tolerance_max", "tolerance_p999"} <= publish.model_fields_set:
-        yield (
-            "publish.quantize: the servers' log-probs differ from the trainer's by the rounding to FP8; say "
-            "how far they may, in publish.tolerance_p999 and publish.tolerance_max"
-        )
 
 
 def _against_algorithm(config: Config) -> Iterator[str]:

@@ -36,6 +36,7 @@ def load_prompts(
     *,
     prompt_key: str = "prompt",
     label_key: str = "label",
+    needs_label: bool = True,
     max_prompt_tokens: int,
 ) -> PromptSet:
     """Read a jsonl file, or a parquet file when the name ends so.
@@ -43,7 +44,8 @@ def load_prompts(
     A prompt is a string, encoded as it stands with no special token added, or a list of messages
     (`{"role": ..., "content": ...}`), rendered by the tokenizer's chat template up to the assistant's turn.
     `id` is optional and defaults to the line number; other keys become the prompt's metadata, but for
-    `sampling_params`, which would not act and is refused.
+    `sampling_params`, which would not act and is refused. A prompt without a label, where none is needed, has
+    an empty one.
 
     Raises:
         DataError: `file:line:field: what, remedy` for anything malformed, an empty file, a duplicate id, or
@@ -54,7 +56,7 @@ def load_prompts(
         raise DataError(f"{path}: no prompts in the file; write one JSON object per line")
     prompts, seen = [], dict[str, str]()
     for place, record in records:
-        prompt = _prompt(place, record, tokenizer, prompt_key, label_key)
+        prompt = _prompt(place, record, tokenizer, prompt_key, label_key, needs_label=needs_label)
         if prompt.id in seen:
             raise DataError(
                 f"{place}:id: {prompt.id!r} is already the id at {seen[prompt.id]}; ids are unique"
@@ -115,8 +117,10 @@ def _prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt_key: str,
     label_key: str,
+    *,
+    needs_label: bool,
 ) -> Prompt:
-    for key in (prompt_key, label_key):
+    for key in (prompt_key, *([label_key] if needs_label else [])):
         if key not in record:
             have = ", ".join(sorted(record)) or "none"
             raise DataError(f"{place}:{key}: missing (keys here: {have}); add it, or name the key in [data]")
@@ -125,7 +129,7 @@ def _prompt(
             f"{place}:sampling_params: no prompt is sampled by parameters of its own, since training takes "
             "log-probs at one temperature, untruncated; remove it, and set [rollout]"
         )
-    label = _string(place, label_key, record[label_key])
+    label = _string(place, label_key, record.get(label_key, ""))
     name = record.get("id", place.rpartition(":")[2])
     text = _text(f"{place}:{prompt_key}", record[prompt_key], tokenizer)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mcore_rl.config import Config
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
+from mcore_rl.errors import RewardError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.critic import CriticMapping
 from mcore_rl.model.mapping import Mapping
@@ -22,6 +25,7 @@ from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 _SHOWN = 60
 """characters of a prompt"""
+REWARD_SECONDS = 60.0
 
 
 def check_inputs(config: Config, gpus: int) -> list[Finding]:
@@ -185,5 +189,25 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
-    (group,) = score_groups([Group("doctor", (sample,))], function)
+    (group,) = _in_time(name, lambda: score_groups([Group("doctor", (sample,))], function))
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
+
+
+def _in_time(name: str, score: Callable[[], list[Group]]) -> list[Group]:
+    """What `score` returns or raises; RewardError when it does neither within REWARD_SECONDS."""
+    future: Future[list[Group]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(score())
+        except Exception as error:  # raised by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # one that never ends must not keep the process
+    try:
+        return future.result(REWARD_SECONDS)
+    except TimeoutError:
+        raise RewardError(
+            f"{name} gave one response no reward within {REWARD_SECONDS:g} s, and a step waits for each; "
+            "give what it calls a deadline"
+        ) from None

@@ -16,7 +16,7 @@ from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import SERVER_GPUS, Fleet
 from mcore_rl.plan.count import count_policy, distinct
 from mcore_rl.plan.memory import GIB
-from mcore_rl.plan.search import ENOUGH_SPARE, Problem, evaluate, search
+from mcore_rl.plan.search import ENOUGH_SPARE, Plan, Problem, evaluate, search
 from mcore_rl.plan.show import table, to_json
 from mcore_rl.plan.work import work_of
 from mcore_rl.train.setup import layout_of
@@ -46,7 +46,7 @@ def plan(
 
     Raises:
         ConfigError: the config or the model's config.json.
-        LayoutError: the config's layout is illegal, or does not fit; printed plans say what does.
+        LayoutError: the config's layout is illegal, or does not fit; the plans that do are printed first.
     """
     config = load_config(path, overrides)
     _check_numbers(
@@ -69,19 +69,30 @@ def plan(
     servers = layout.world_size if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))
     fleet = fleet_of(distinct(count_policy(arch, Layout()), Layout()), server_gpus or servers, gpu_memory)
     problem = Problem(arch, shape, work, fleet, gpu_memory * GIB)
-    configured = evaluate(problem, layout)
+    outcome = _evaluate(problem, layout)
+    configured = outcome if isinstance(outcome, Plan) else None
     plans, illegal = search(problem, layout.world_size)
-    text = table(problem, configured, plans, illegal)
+    text = table(problem, layout.world_size, configured, plans, illegal)
     print(text, file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(json.dumps(to_json(problem, configured, plans, illegal)))
-    if not configured.fits:
+        print(json.dumps(to_json(problem, layout.world_size, configured, plans, illegal)))
+    if isinstance(outcome, LayoutError):
+        raise outcome
+    if not outcome.fits:
         raise LayoutError(
-            f"[parallel] of {path} leaves {configured.spare:.0%} of {gpu_memory:g} GiB, and "
+            f"[parallel] of {path} leaves {outcome.spare:.0%} of {gpu_memory:g} GiB, and "
             f"{ENOUGH_SPARE:.0%} are wanted; take one of the layouts above that fit, or lower "
             "train.tokens_per_micro_batch"
         )
     return 0
+
+
+def _evaluate(problem: Problem, layout: Layout) -> Plan | LayoutError:
+    """The plan of the layout, or why there is none."""
+    try:
+        return evaluate(problem, layout)
+    except LayoutError as error:
+        return error
 
 
 def _check_numbers(config: Config, **numbers: float | None) -> None:

@@ -16,18 +16,22 @@ SHOWN = 10
 
 
 def to_json(
-    problem: Problem, configured: Plan, plans: Sequence[Plan], illegal: Mapping[Layout, str]
+    problem: Problem, gpus: int, configured: Plan | None, plans: Sequence[Plan], illegal: Mapping[Layout, str]
 ) -> dict[str, Any]:
-    """Memory in GiB, time in seconds; `layouts` are the legal ones, best first."""
+    """Memory in GiB, time in seconds; `layouts` are the legal ones, best first.
+
+    Args:
+        configured: None where the config's layout is none of them.
+    """
     forward = problem.work.forward_flops(problem.shape)
     return {
         "family": problem.arch.family,
         "parameters": problem.parameters,
-        "gpus": configured.layout.world_size,
+        "gpus": gpus,
         "gpu_memory_gib": problem.gpu_memory / GIB,
         "forward_flops": forward,
         "publish_seconds": publish_seconds(problem.parameters, problem.work.precision),
-        "configured": plan_json(configured),
+        "configured": plan_json(configured) if configured else None,
         "layouts": [plan_json(plan) for plan in plans],
         "illegal": [{"layout": str(layout), "why": why} for layout, why in illegal.items()],
     }
@@ -53,18 +57,23 @@ def _gib(memory: Memory) -> dict[str, float]:
     return {name: size / GIB for name, size in sizes.items()}
 
 
-def table(problem: Problem, configured: Plan, plans: Sequence[Plan], illegal: Mapping[Layout, str]) -> str:
+def table(
+    problem: Problem, gpus: int, configured: Plan | None, plans: Sequence[Plan], illegal: Mapping[Layout, str]
+) -> str:
     """What a person decides by: the configured layout in full, then the best ones, then what cannot be."""
-    lines = [*_head(problem, configured), *_stages(configured), ""]
+    lines = [*_head(problem, gpus)]
+    lines += [*_stages(configured), ""] if configured else []
     best = list(plans[:SHOWN])
-    gpus = configured.layout.world_size
     lines.append(f"Legal layouts of {gpus} GPUs, best first ({len(best)} of {len(plans)}; * is the config's)")
+    lines.append(
+        "  best: memory to spare, then the shortest step in two digits (no links counted), the fewest cuts"
+    )
     lines.append(
         f"  {'layout':26} {'GiB':>6} {'spare':>6} {'m.b.':>5} {'bubble':>6}"
         f" {'generate':>8} {'scores':>7} {'train':>7} {'publish':>7} {'step':>7}"
     )
-    lines += [_row(plan, "*" if plan.layout == configured.layout else " ") for plan in best]
-    if configured.layout not in [plan.layout for plan in best]:
+    lines += [_row(plan, "*" if configured and plan.layout == configured.layout else " ") for plan in best]
+    if configured and configured.layout not in [plan.layout for plan in best]:
         lines.append(_row(configured, "*"))
     if illegal:
         lines += ["", f"Not legal ({min(SHOWN, len(illegal))} of {len(illegal)}; --json has all)"]
@@ -72,10 +81,10 @@ def table(problem: Problem, configured: Plan, plans: Sequence[Plan], illegal: Ma
     return "\n".join(lines)
 
 
-def _head(problem: Problem, configured: Plan) -> Iterator[str]:
+def _head(problem: Problem, gpus: int) -> Iterator[str]:
     work = problem.work
     yield (
-        f"{problem.arch.family}: {problem.parameters:,} parameters, {configured.layout.world_size} GPUs of "
+        f"{problem.arch.family}: {problem.parameters:,} parameters, {gpus} GPUs of "
         f"{problem.gpu_memory / GIB:g} GiB, {work.precision}, recompute {work.recompute}"
     )
     yield (

@@ -52,6 +52,12 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
             (("eval/*/accuracy", "accuracy"),),
             dots=True,
         ),
+        Plot(
+            "Held-out reward",
+            "Of the reward model; temperature 1, prompts outside the training set",
+            (("eval/*/reward", "reward"),),
+            dots=True,
+        ),
         Plot("Reward", "Mean over the step's samples", (("reward/mean", "reward"),), noisy=True),
         Plot(
             "Response length",
@@ -81,6 +87,7 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
                 ("mismatch/max_abs", "largest"),
                 ("mismatch/p999", "99.9 % quantile"),
                 ("publish/stale_max_abs", "previous weights (control)"),
+                ("publish/moved_max_abs", "changed by the publish"),
             ),
             log=True,
             tolerances={

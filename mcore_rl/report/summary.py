@@ -29,7 +29,11 @@ class Fact(NamedTuple):
 
 def headline(run: RunData) -> list[Fact]:
     """The tiles of a single run, the most telling first."""
-    found = [_change(run, key, f"Held-out accuracy{suffix}") for key, suffix in _accuracies(run)]
+    found = [
+        _change(run, key, f"Held-out {what}{suffix}")
+        for what in ("accuracy", "reward")
+        for key, suffix in _held_out(run, what)
+    ]
     found += [_change(run, "reward/mean", "Reward", average=10)]
     found += [_steps(run), _wall(run), _tokens(run), _agreement(run)]
     return [fact for fact in found if fact]
@@ -80,8 +84,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _accuracies(run: RunData) -> list[tuple[str, str]]:
-    keys = [key for key in run.keys if fnmatchcase(key, "eval/*/accuracy")]
+def _held_out(run: RunData, what: str) -> list[tuple[str, str]]:
+    keys = [key for key in run.keys if fnmatchcase(key, f"eval/*/{what}")]
     return [(key, f" \u00b7 {key.split('/')[1]}" if len(keys) > 1 else "") for key in keys]
 
 

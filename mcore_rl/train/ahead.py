@@ -177,11 +177,12 @@ class Ahead:
         for name in sorted({_asked_for(group) for group in self._saved}):
             of_step = [group for group in self._saved if _asked_for(group) == name]
             for group in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
-                again = group["replies"] is None or is_too_old(group, version, bound)
-                if again or (routed and _unrouted(group)):
+                finished = group["replies"]
+                again = is_too_old(group, version, bound) or (routed and finished and _unrouted(group))
+                if finished is None or again:
                     groups.append(self._asked(group["id"], version))
                 else:
-                    replies = [_reply(reply, routed=routed) for reply in group["replies"]]
+                    replies = [_reply(reply, routed=routed) for reply in finished]
                     groups.append(self._asked(group["id"], group["version"], replies))
         if self._saved:
             on_leads(self._mesh, lambda: self._of_lead().add(groups))

@@ -1,4 +1,4 @@
-"""Held-out accuracy: one sample per prompt at the training temperature, scored by the training reward."""
+"""Held-out accuracy or reward: one sample per prompt at the training temperature, scored as in training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def due(step: int, steps: int, every: int) -> bool:
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """{"eval/<set>/accuracy": mean reward} when an evaluation is due at `step`, else nothing; collective."""
+    """{"eval/<set>/accuracy": mean reward} when an evaluation is due at `step`, else nothing; collective.
+
+    A reward model's scores are no accuracy: their mean is `eval/<set>/reward`.
+    """
     config = run.config
     if not run.eval_prompts or not due(step, config.train.steps, config.train.eval_every):
         return {}
@@ -24,7 +27,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     if not rewards:  # the servers aborted every sample: no accuracy is not an accuracy of 0
         return {}
     name = Path(str(config.data.eval)).stem
+    what = "accuracy" if config.reward.model is None else "reward"
     return {
-        f"eval/{name}/accuracy": math.fsum(rewards) / len(rewards),
+        f"eval/{name}/{what}": math.fsum(rewards) / len(rewards),
         f"eval/{name}/samples": len(rewards),
     }

@@ -25,7 +25,9 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
 
     The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
     previous weights are from the new ones on these tokens, shows that the comparison can tell them apart.
-    Servers that have released their memory hold no previous weights to compare.
+    Below float32 rounding hides one step's change; there `publish/moved_max_abs`, by how much the publish
+    changed a server's own log-probs, says that it arrived. Servers that have released their memory hold no
+    previous weights to compare.
 
     Raises:
         WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
@@ -47,7 +49,11 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         bring_back(run, "kv_cache")
         fresh = _scores(run, probe, f"{version}-after")
         difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
-    check_close(version, dict(zip(fresh, difference, strict=False)), run.config.publish.tolerance_max)
+    moved = {url: _change(fresh[url], stale[url]) for url in fresh.keys() & stale.keys()}
+    for url in (url for url in moved if moved[url] == 0 < max(moved.values())):
+        run.step_log.event("server_unmoved", url=url, version=version)
+    differences, before = dict(zip(fresh, difference, strict=False)), max(difference[len(fresh) :], default=0)
+    check_close(version, differences, before, run.config.publish.tolerance_max)
     if run.ahead is not None:
         run.ahead.serve(run)
     for url in away.keys() & fresh.keys():
@@ -57,7 +63,8 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         "publish/probe_max_abs": max(difference[: len(fresh)]),
         "rollout/servers": len(run.fleet.serving),
     }
-    return metrics | ({"publish/stale_max_abs": max(difference[len(fresh) :])} if stale else {})
+    metrics |= {"publish/stale_max_abs": max(difference[len(fresh) :])} if stale else {}
+    return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
 
 
 def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, list[list[float]]]:
@@ -86,12 +93,23 @@ def _largest_differences(
     return [reduced[name].item() for name in fields]
 
 
-def check_close(version: str, differences: Mapping[str, float], limit: float) -> None:
-    """Raises WeightSyncError where a server (url -> largest difference) has other weights; on every rank."""
+def _change(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]]) -> float:
+    """Largest |difference| of two scores of the same sequences."""
+    pairs = zip(after, before, strict=True)
+    return max((abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)), default=0.0)
+
+
+def check_close(version: str, differences: Mapping[str, float], stale: float, limit: float) -> None:
+    """Raises WeightSyncError, on every rank, where a server (url -> its difference) has other weights.
+
+    Args:
+        stale: the largest difference to the previous weights, 0 where there are none.
+    """
     for url, difference in differences.items():
         if not 0 <= difference <= limit:  # neither a NaN nor a comparison of nothing may pass
             raise WeightSyncError(
-                f"{url} reports version {version}, but its log-probs differ from the trainer's by "
-                f"{difference:.2e} (publish.tolerance_max = {limit:g}): it does not hold the "
-                "published weights. See its log"
+                f"{url} reports version {version}, but its log-probs differ from the trainer's by up to "
+                f"{difference:.2e} (publish.tolerance_max = {limit:g}; those of the previous weights by "
+                f"{stale:.2e}): it does not hold the published weights, or computes in a precision that the "
+                "tolerance does not allow for. See its log; raise publish.tolerance_max only for the latter"
             ).on_every_rank()

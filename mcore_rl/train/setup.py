@@ -251,6 +251,7 @@ def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase)
         tokenizer,
         prompt_key=data.prompt_key,
         label_key=data.label_key,
+        needs_label=config.reward.model is None,  # which alone reads none
         max_prompt_tokens=data.max_prompt_tokens,
     )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.control import on_main
+from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.weights.delta import Writer
 from mcore_rl.weights.follow import announce, states, wait_for_followers
@@ -56,9 +58,18 @@ class Changes:
         self._announced = announce(self._directory, version)
         wait_for_followers(self._directory, self._announced, self._timeout, self._able)
         clients = [*fleet.serving, *fleet.returning()]
-        seen = self._replica / version
-        loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, seen, version)))
+        loaded, failed = asyncio.run(on_each(clients, lambda client: self._load(client, version)))
         if not loaded:
             raise nobody(fleet, version, failed)
         fleet.settle(loaded, target)
         return failed
+
+    async def _load(self, client: RolloutClient, version: str) -> None:
+        """As load_from_disk; a server whose follower was restarted has no copy, and is lost until it has."""
+        try:
+            await load_from_disk(client, self._replica / version, version)
+        except WeightSyncError as error:
+            raise RolloutError(
+                f"{client.url} did not load version {version} from its machine's {self._replica}: "
+                f"{error.__cause__}. `mcore-rl follow` must run there"
+            ) from error

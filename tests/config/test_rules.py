@@ -10,8 +10,6 @@ BASE = {"run.dir": "r", "model.path": "m", "data.train": "t.jsonl", "train.steps
 
 FP8_WEIGHTS = {
     "publish__quantize": "fp8",
-    "publish__tolerance_max": 1.0,
-    "publish__tolerance_p999": 0.5,
     "model__precision": "bf16",
     "rollout__urls": "['http://a:1']",
 }
@@ -130,11 +128,6 @@ def load(tmp_path):
             {"model__precision": "bf16"},
             "publish.quantize: SGLang computes",
         ),
-        (
-            {name: value for name, value in FP8_WEIGHTS.items() if "tolerance" not in name},
-            FP8_WEIGHTS,
-            "publish.quantize: the servers' log-probs differ",
-        ),
         ({"model__fp8_recipe": "mxfp8"}, {"model__precision": "fp8"}, "model.fp8_recipe: has no effect"),
         (
             {"rollout__over_sampling": 8},
@@ -213,3 +206,17 @@ def test_one_sample_is_refused_for_every_algorithm_that_compares_samples(load):
     for name in ("grpo", "gspo", "sapo", "rloo"):
         with pytest.raises(ConfigError, match="every advantage is 0"):
             load(algorithm__name=name, rollout__samples_per_prompt=1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tolerances"),
+    [
+        ({}, (2e-5, 2e-4)),
+        ({"model__precision": "bf16"}, (0.5, 3.0)),
+        ({"model__precision": "fp8"}, (0.5, 3.0)),
+        ({"model__precision": "bf16", "publish__tolerance_max": 0.75}, (0.5, 0.75)),
+    ],
+)
+def test_publish_tolerances_are_those_of_the_precision_unless_given(load, keys, tolerances) -> None:
+    publish = load(**keys).publish
+    assert (publish.tolerance_p999, publish.tolerance_max) == tolerances

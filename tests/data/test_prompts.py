@@ -39,6 +39,11 @@ def test_keys_can_be_named_and_ids_default_to_the_line(load):
     assert [(p.id, p.text, p.label) for p in data.prompts] == [("1", "1", "2"), ("2", "2", "3")]
 
 
+def test_where_no_label_is_needed_a_prompt_may_have_none(load):
+    data = load({"prompt": "1"}, GOOD, needs_label=False)
+    assert [p.label for p in data.prompts] == ["", "3"]
+
+
 def test_messages_are_rendered_by_the_chat_template(load, tokenizer):
     messages = {**GOOD, "prompt": [{"role": "user", "content": "1+2="}]}
     with pytest.raises(DataError, match=r"p.jsonl:1:prompt: .*no chat template"):

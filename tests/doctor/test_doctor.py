@@ -15,6 +15,7 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mcore_rl.__main__ import main
+from mcore_rl.doctor import inputs
 from mcore_rl.doctor.storage import check_disk
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
@@ -210,6 +211,15 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "",
     ),
 }
+
+
+def test_a_reward_that_never_comes(capsys, setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "REWARD_SECONDS", 0.5)
+    code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:never")
+    (found,) = bad(findings)
+    assert "no reward within 0.5 s" in found["what"]
+    assert found["remedy"] == "give what it calls a deadline"
+    assert code == 2
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

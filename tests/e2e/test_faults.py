@@ -90,17 +90,28 @@ def test_dead_server_ends_the_run_within_its_deadline(task: Task, tmp_path):
 def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
     """Old weights under a new version: SGLang does so when it does not know the names that it is sent."""
 
-    async def train_through_proxy(target: str) -> subprocess.CompletedProcess[str]:
+    async def train_through_proxy(target: str, other: str) -> tuple[str, subprocess.CompletedProcess[str]]:
         async with forgetful(target, model) as url:
-            flags = ["--rollout.urls", f'["{url}"]', "--parallel.tensor", "1", "--train.steps", "2"]
-            return await asyncio.to_thread(run, *without_threads(gspo(task, tmp_path / "run", *flags)))
+            flags = [
+                "--rollout.urls",
+                f'["{other}", "{url}"]',
+                "--parallel.tensor",
+                "1",
+                "--train.steps",
+                "2",
+            ]
+            done = await asyncio.to_thread(run, *without_threads(gspo(task, tmp_path / "run", *flags)))
+            return url, done
 
     model = task.root / "warm_start" / "model"
-    with LocalServer(model, Embedded(threads=1), log_file=tmp_path / "server.log") as server:
-        done = asyncio.run(train_through_proxy(server.url))
+    servers = [LocalServer(model, Embedded(threads=1), log_file=tmp_path / f"{i}.log") for i in range(2)]
+    with servers[0] as one, servers[1] as other:
+        url, done = asyncio.run(train_through_proxy(one.url, other.url))
     assert done.returncode == 75, done.stderr
-    assert "WeightSyncError" in done.stderr
-    assert "does not hold the published weights" in done.stderr
+    assert f"WeightSyncError: {url} reports version 1" in done.stderr
+    events = read_metrics(tmp_path / "run" / "events.jsonl")
+    assert [event["url"] for event in events if event["kind"] == "server_unmoved"] == [url]
+    assert "does not hold the published weights, or" in done.stderr
 
 
 @pytest.mark.timeout(600)

@@ -106,6 +106,12 @@ def test_an_illegal_layout_says_why(capsys) -> None:
     found = planned(ROOT / "examples" / "gspo_8b.toml", capsys)
     why = {entry["layout"]: entry["why"] for entry in found["illegal"]}
     assert "does not divide the model's 36 layers" in why["pp4vpp2"]
+    with pytest.raises(LayoutError, match="does not divide the model's 36 layers"):
+        plan(ROOT / "examples" / "gspo_8b.toml", ["--parallel.pipeline", "5"], as_json=True)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["configured"] is None
+    assert found["gpus"] == 20
+    assert found["layouts"], "what could be taken instead"
     with pytest.raises(LayoutError, match="give a multiple of 4"):
         planned(ROOT / "examples" / "gspo_8b.toml", capsys, gpus=6)
 

@@ -40,14 +40,14 @@ def test_a_sequence_that_a_server_aborted_is_not_scored(url: str) -> None:
 
 def test_what_all_ranks_conclude_alike_is_said_by_one_before_it_closes_servers() -> None:
     with pytest.raises(WeightSyncError, match="log-probs differ") as caught:
-        check_close("1", {"http://a:1": 1.0}, 0.5)
+        check_close("1", {"http://a:1": 1.0}, 0.0, 0.5)
     assert caught.value.shared
     assert nobody(Fleet(["http://a:1"]), "1", {}).shared
     assert not RolloutError("of one rank").shared
     for broken in (float("nan"), -float("inf")):
         with pytest.raises(WeightSyncError):
-            check_close("1", {"http://a:1": broken}, 0.5)
-    check_close("1", {"http://a:1": 0.5}, 0.5)
+            check_close("1", {"http://a:1": broken}, 0.0, 0.5)
+    check_close("1", {"http://a:1": 0.5}, 0.0, 0.5)
 
 
 def test_a_broadcast_that_fails_after_the_server_has_answered_costs_the_server_not_the_run(url: str) -> None:

@@ -26,6 +26,7 @@ from mcore_rl.weights.changes import Changes
 from mcore_rl.weights.follow import states
 from mcore_rl.weights.publish import server_log_probs
 from tests.model.support import at_layout, shape_at
+from tests.rollout.proxy import proxy_beside, status
 from tests.sources import ROOT
 
 SEQUENCES = [np.random.default_rng(i).integers(32, size=12 + i).tolist() for i in range(4)]
@@ -98,6 +99,26 @@ def test_the_server_holds_what_the_trainer_has(pool2, dense_dir, server, shared)
         assert size < 0.1 * first[0]
         assert fresh < 2e-4
         assert stale > 1e-2, "the check cannot see stale weights"
+
+
+def beside_one_without_a_copy(mesh: Mesh, source: Path, url: str, shared: Path) -> dict[str, str]:
+    """Why the second server is lost; the next version reaches both."""
+    model = build_policy(source, mesh)
+    transport = Changes(shared, shared.parent / "local", quantized=False, timeout=60.0)
+    with proxy_beside(url, status(400), path="/update_weights_from_disk") as way:
+        fleet = Fleet([url, way.url], timeout=60.0)
+        failed = transport.publish(model, fleet, "1")
+        fleet.lose(failed)
+        assert [client.url for client in fleet.serving] == [url]
+        assert transport.publish(model, fleet, "2") == {}
+        assert len(fleet.serving) == 2
+        return {"it" if way.url == lost else lost: why for lost, why in failed.items()}
+
+
+def test_a_server_without_a_copy_is_lost_alone_until_it_has_one(pool1, dense_dir, server, shared):
+    (failed,) = at_layout(pool1, "tp1", beside_one_without_a_copy, dense_dir, server, shared)
+    assert failed.keys() == {"it"}
+    assert "`mcore-rl follow` must run there" in failed["it"]
 
 
 def without_follower(mesh: Mesh, source: Path, url: str, shared: Path) -> str:
