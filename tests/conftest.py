@@ -39,6 +39,7 @@ def pool4() -> Iterator[Pool]:
         yield pool
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for group in sorted({GROUPS[name] for name in getattr(item, "fixturenames", ()) if name in GROUPS}):

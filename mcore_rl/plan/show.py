@@ -93,6 +93,8 @@ def _head(problem: Problem, gpus: int) -> Iterator[str]:
         f"{work.forward_flops(problem.shape):.3g} FLOP"
     )
     times = publish_seconds(problem.parameters, work.precision)
+    if problem.arch.experts:
+        yield "Seconds are a lower bound: a published step of experts took 2.5 times that (docs/layouts.md)"
     yield "One copy of the weights: " + ", ".join(f"{s:.3g} s by {link}" for link, s in times.items())
     yield ""
 

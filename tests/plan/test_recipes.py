@@ -102,6 +102,12 @@ def test_the_launch_line_has_as_many_ranks_as_it_says(pipeline: int, nodes: int,
     assert f"torchrun --nnodes {nodes} --nproc-per-node {each} " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("recipe", "warned"), [("gspo_30b_a3b", True), ("gspo_8b", False)])
+def test_the_seconds_of_experts_are_said_to_be_a_lower_bound(recipe: str, warned: bool, capsys) -> None:
+    plan(ROOT / "examples" / f"{recipe}.toml")
+    assert ("lower bound" in capsys.readouterr().out) == warned
+
+
 def test_an_illegal_layout_says_why(capsys) -> None:
     found = planned(ROOT / "examples" / "gspo_8b.toml", capsys)
     why = {entry["layout"]: entry["why"] for entry in found["illegal"]}
