@@ -245,9 +245,13 @@ def is_too_old(saved: Mapping[str, Any], version: int, bound: int) -> bool:
 
 
 def _saved(reply: Reply) -> dict[str, Any]:
-    """As JSON."""
-    rest = asdict(replace(reply, experts=None))
-    return rest if reply.experts is None else rest | {"experts": routing.to_json(reply.experts)}
+    """As JSON; tokens and log-probs as memory, in the types of a Sample: every rank holds it for a moment."""
+    arrays = {
+        "token_ids": np.array(reply.token_ids, np.int32),
+        "log_probs": np.array(reply.log_probs, np.float32),
+    } | ({} if reply.experts is None else {"experts": reply.experts})
+    rest = asdict(replace(reply, token_ids=(), log_probs=(), experts=None))
+    return rest | {name: routing.to_json(array) for name, array in arrays.items()}
 
 
 def _unrouted(saved: Mapping[str, Any]) -> bool:
@@ -259,8 +263,8 @@ def _reply(saved: Mapping[str, Any], *, routed: bool) -> Reply:
     experts = saved.get("experts")
     return Reply(
         rid=saved["rid"],
-        token_ids=tuple(saved["token_ids"]),
-        log_probs=tuple(saved["log_probs"]),
+        token_ids=tuple(routing.from_json(saved["token_ids"]).tolist()),
+        log_probs=tuple(routing.from_json(saved["log_probs"]).tolist()),
         prompt_log_probs=tuple(saved["prompt_log_probs"]),
         finish_reason=saved["finish_reason"],
         versions=tuple(VersionSpan(**span) for span in saved["versions"]),
