@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_NUMERICS = 70
@@ -15,6 +17,11 @@ class McoreRLError(Exception):
     """what `mcore-rl` ends with"""
     shared = False
     """every rank of the run has raised it: one of them need say it"""
+
+    def on_every_rank(self) -> Self:
+        """Itself, to be raised where every rank raises it alike, of values that all of them hold."""
+        self.shared = True
+        return self
 
 
 class ConfigError(McoreRLError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
@@ -140,6 +141,9 @@ def _of_servers(config: Config) -> Iterator[str]:
                 "residency.servers: servers that generate beside training cannot give up their memory; set "
                 "rollout.max_staleness = 0, or drop it"
             )
+    twice = [url for url, times in Counter(rollout.urls).items() if times > 1]
+    if twice:
+        yield f"rollout.urls: {twice[0]} is named twice, and would be sent weights twice; name it once"
     if rollout.server == "sglang" and rollout.python is None and not rollout.urls:
         yield "rollout.python: name the interpreter that SGLang is installed for (.venv-sglang/bin/python)"
 
@@ -157,7 +161,7 @@ def _of_transport(config: Config) -> Iterator[str]:
         )
     if publish.quantize != "none":
         yield 'publish.quantize: weights in FP8 go by disk only; set publish.transport = "disk" or drop it'
-    away = [url for url in rollout.urls if not _is_loopback(url)]
+    away = [url for url in rollout.urls if not is_loopback(url)]
     if publish.transport == "tensor" and away:
         yield (
             f'publish.transport: "tensor" hands over memory of this machine, which {away[0]} may not be on; '
@@ -165,7 +169,8 @@ def _of_transport(config: Config) -> Iterator[str]:
         )
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
+    """Another server on every machine."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 

@@ -65,9 +65,7 @@ def raise_everywhere(mesh: Mesh, error: Exception | None) -> None:
     for rank, other in enumerate(errors):
         if other is not None:
             raised = error if rank == mesh.rank and error is not None else other
-            if isinstance(raised, McoreRLError):
-                raised.shared = True
-            raise raised
+            raise raised.on_every_rank() if isinstance(raised, McoreRLError) else raised
 
 
 def _portable(error: Exception | None) -> Exception | None:

@@ -31,6 +31,9 @@ _BACKOFF_SECONDS = 0.2
 _BACKOFF_MAX_SECONDS = 5.0
 _READY_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
+_TOKEN_BYTES = 128
+"""of a reply, for a token: its id, its log-prob and its text"""
+_SMALL_REPLY_BYTES = 1 << 26
 _MESSAGE_CHARS = 500
 
 
@@ -83,7 +86,8 @@ class RolloutClient:
         api_key_env: name of the environment variable that holds its key, if it asks for one.
         timeout: seconds for one call, all its attempts together.
         retries: attempts after the first.
-        max_reply_bytes: longer replies are refused.
+        max_reply_bytes: longer replies are refused; unset, those of twice as many bytes as what was asked for
+            can take (`reply_bytes`).
 
     Every method raises RolloutError when there is no usable reply within `timeout`, RejectedError when the
     server refuses the request. Opening raises ConfigError when the key variable is not set.
@@ -96,7 +100,7 @@ class RolloutClient:
         api_key_env: str | None = None,
         timeout: float = 600.0,
         retries: int = 3,
-        max_reply_bytes: int = 1 << 30,
+        max_reply_bytes: int | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.api_key_env = api_key_env
@@ -149,6 +153,10 @@ class RolloutClient:
         duplicate. Those of an earlier attempt of this call are aborted first.
         """
         sent: list[str] = []
+        most = sum(
+            reply_bytes(len(prompt), params.get("max_new_tokens", 128), experts)
+            for prompt, params in zip(prompts, sampling_params, strict=True)
+        )
 
         async def attempt(_: int) -> list[Reply]:
             await self._abort_quietly(sent)
@@ -161,7 +169,8 @@ class RolloutClient:
                 "return_logprob": True,
                 "logprob_start_len": 0 if prompt_log_probs else -1,
             } | ({} if experts is None else {"return_routed_experts": True})
-            data = await self._request("POST", "/generate", body)
+            raw = await self._raw("POST", "/generate", body, most=2 * most)
+            data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):
                 raise _TransientError(f"expected a list of {len(prompts)} responses")
             return [
@@ -298,8 +307,11 @@ class RolloutClient:
         raw = await self._raw(method, path, body)
         return _decode(raw) if raw else None
 
-    async def _raw(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
-        """One attempt: the body of a 200."""
+    async def _raw(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, most: int = 0
+    ) -> bytes:
+        """One attempt: the body of a 200, of at most `most` bytes or a small reply's."""
+        most = max(most, _SMALL_REPLY_BYTES) if self.max_reply_bytes is None else self.max_reply_bytes
         if self._session is None:
             raise RuntimeError("RolloutClient is used outside of `async with`")
         url = f"{self.url}{path}"
@@ -307,9 +319,9 @@ class RolloutClient:
             raw = bytearray()
             async for chunk in response.content.iter_chunked(1 << 16):
                 raw += chunk
-                if len(raw) > self.max_reply_bytes:
+                if len(raw) > most:
                     raise RolloutError(
-                        f"{url}: reply longer than {self.max_reply_bytes} bytes (max_reply_bytes)"
+                        f"{url}: reply longer than {most} bytes, twice what was asked for takes"
                     )
             if response.status == 200:
                 return bytes(raw)
@@ -344,6 +356,12 @@ def call(client: RolloutClient, use: Callable[[RolloutClient], Awaitable[T]]) ->
             return await use(client)
 
     return asyncio.run(run())
+
+
+def reply_bytes(prompt: int, response: int, experts: ExpertLayers | None = None) -> int:
+    """What the reply to so many tokens may take, as JSON; experts, as base64 of int32, are most of it."""
+    choices = 0 if experts is None else len(experts.sparse) * experts.per_token
+    return (prompt + response) * (_TOKEN_BYTES + 6 * choices)
 
 
 def _backoff(number: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -57,6 +58,8 @@ class Dispatch:
         """url -> why it is not asked any more, of those whom nobody else knows to be lost"""
         self._versions = [version]
         """that tokens may come from: up to `version`, then one that is being published"""
+        self._publishing, self._published = False, -math.inf
+        """whether `expect` was called last; when `serve` was"""
         self._servers = [_Server(client) for client in clients]
 
     def __len__(self) -> int:
@@ -69,9 +72,15 @@ class Dispatch:
         self._watches = [asyncio.create_task(self._watch(server)) for server in self._servers]
         return self
 
-    def expect(self, version: str) -> None:
-        """From now on tokens may come from `version` too: its publish begins."""
+    def expect(self, clients: Sequence[RolloutClient], version: str) -> None:
+        """The publish of `version` begins: tokens may come from it too, of the servers that are not lost.
+
+        What runs on another one, which someone else has lost, moves before the publish ends it there. Health
+        checks do not count until `serve`: a paused server does not answer them. A publish has its deadlines.
+        """
         self._versions.append(version)
+        self._publishing = True
+        self._keep(clients, "was lost to another replica, or in an evaluation")
 
     async def serve(self, clients: Sequence[RolloutClient], version: str) -> None:
         """`version` is published, and these servers hold it: no others are asked.
@@ -79,17 +88,22 @@ class Dispatch:
         One that was lost meanwhile, and that the publish cannot have known of, stays so.
         """
         self.version = version
-        urls = {client.url for client in clients}
-        for server in self._servers:
-            if server.client.url not in urls and not server.lost.is_set():
-                server.why = f"does not hold weight version {version}"
-                server.lost.set()
+        self._publishing, self._published = False, time.monotonic()
+        self._keep(clients, f"does not hold weight version {version}")
         left = {server.client.url for server in self._servers if not server.lost.is_set()}
         for client in clients:
             if client.url not in left and client.url not in self.lost:
                 await self._stack.enter_async_context(client)
                 self._servers.append(_Server(client))
                 self._watches.append(asyncio.create_task(self._watch(self._servers[-1])))
+
+    def _keep(self, clients: Sequence[RolloutClient], why: str) -> None:
+        """Lose all but these, as everybody else knows."""
+        urls = {client.url for client in clients}
+        for server in self._servers:
+            if server.client.url not in urls and not server.lost.is_set():
+                server.why = why
+                server.lost.set()
 
     async def __aexit__(self, *exc: object) -> None:
         for watch in self._watches:
@@ -176,6 +190,7 @@ class Dispatch:
             if server.lost.is_set():
                 return
             left = self.health_timeout - (time.monotonic() - last)
-            if server.load == 0 or await server.client.healthy(max(left, pause)):
+            if server.load == 0 or await server.client.healthy(max(left, pause)) or self._publishing:
                 last = time.monotonic()
+            last = max(last, self._published)
         self._lose(server, f"no good answer to a health check for {self.health_timeout:g} s")

@@ -99,9 +99,9 @@ class InFlight:
         """Servers lost since the last call: url -> why."""
         return self._call(self._lost())
 
-    def expect(self, version: str) -> None:
-        """The publish of `version` begins."""
-        self._call(self._expect(version))
+    def expect(self, clients: Sequence[RolloutClient], version: str) -> None:
+        """The publish of `version` begins; all servers but `clients` are lost."""
+        self._call(self._expect(clients, version))
 
     def serve(self, clients: Sequence[RolloutClient], version: str) -> None:
         """`version` is published and verified; `clients` hold it."""
@@ -165,8 +165,8 @@ class InFlight:
         lost, self._dispatch.lost = self._dispatch.lost, {}
         return lost
 
-    async def _expect(self, version: str) -> None:
-        self._dispatch.expect(version)
+    async def _expect(self, clients: Sequence[RolloutClient], version: str) -> None:
+        self._dispatch.expect(clients, version)
 
     async def _groups(self) -> list[Group]:
         in_flight = self._schedule.in_flight.items()

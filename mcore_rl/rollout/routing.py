@@ -42,18 +42,18 @@ def encode_experts(experts: npt.NDArray[np.integer]) -> str:
     return base64.b64encode(experts.astype("<i4").tobytes()).decode()
 
 
-def to_json(experts: npt.NDArray[np.integer]) -> dict[str, Any]:
-    """For a checkpoint or a dump: experts in the type that they have, uint8 or int16."""
-    raw = experts.astype(experts.dtype.newbyteorder("<")).tobytes()
+def to_json(array: npt.NDArray[Any]) -> dict[str, Any]:
+    """For a checkpoint or a dump: an array in the type that it has."""
+    raw = array.astype(array.dtype.newbyteorder("<")).tobytes()
     return {
-        "dtype": experts.dtype.name,
-        "shape": list(experts.shape),
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
         "base64": base64.b64encode(raw).decode(),
     }
 
 
-def from_json(saved: Mapping[str, Any]) -> npt.NDArray[np.integer]:
-    """The experts of `to_json`."""
+def from_json(saved: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """The array of `to_json`."""
     dtype = np.dtype(saved["dtype"])
     flat = np.frombuffer(base64.b64decode(saved["base64"]), dtype.newbyteorder("<"))
     return flat.reshape(saved["shape"]).astype(dtype)

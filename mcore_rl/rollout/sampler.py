@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mcore_rl.rollout.client import Reply
+from mcore_rl.rollout.client import Reply, reply_bytes
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.types import ExpertLayers, Group, Prompt, Sample
 
 _SAMPLES_PER_CALL = 1024
+_BYTES_PER_CALL = 1 << 28
+"""of a reply, as far as whole prompts allow: it is held several times over while it is read"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ async def sample_groups(
     where the server samples deterministically. `experts`: of the model, to have samples say which of them
     their tokens were sent to. Raises RolloutError, RejectedError.
     """
-    size = max(1, min(_SAMPLES_PER_CALL // samples_per_prompt, -(-len(prompts) // calls)))
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    each = samples_per_prompt * reply_bytes(longest, sampling_params.get("max_new_tokens", 128), experts)
+    most = min(_SAMPLES_PER_CALL // samples_per_prompt, _BYTES_PER_CALL // max(1, each))
+    size = max(1, min(most, -(-len(prompts) // calls)))
     chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def request(chunk: Sequence[Prompt]) -> Request:

@@ -65,13 +65,16 @@ class Schedule:
 
     def take(self, step: int) -> Batch | None:
         """The batch of `step`, taken out; None as long as too few of its groups have finished."""
+        if len(self._finished) < self.groups:  # asked after every group that finishes
+            return None
         window = set(list(self._asked)[: self.groups + self.extra])
-        first = [group for group in self._finished if group in window][: self.groups]
+        first = set([group for group in self._finished if group in window][: self.groups])
         if len(first) < self.groups:
             return None
+        finished = set(self._finished)
         trained = tuple(group for group in self._asked if group in first)
         discarded: dict[str, Discarded] = {
-            group: "stale" if group in self._finished else "unfinished"
+            group: "stale" if group in finished else "unfinished"
             for group, version in self._asked.items()
             if group not in first and version < step - self.max_staleness
         }

@@ -107,7 +107,7 @@ def _values(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> Tensor:
         raise NumericsError(
             "the critic's values are not finite, and every advantage of the batch would follow; lower "
             "critic.lr, or start again from a checkpoint before loss/value rose"
-        )
+        ).on_every_rank()
     return values
 
 

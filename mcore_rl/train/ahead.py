@@ -134,14 +134,13 @@ class Ahead:
     # -- a publish ----------------------------------------------------------------------------------------
 
     def expect(self, run: Run, version: str) -> None:
-        """The publish of `version` begins: every rank knows which servers were lost since the last step."""
+        """The publish of `version` begins: every rank knows which servers were lost since the last step.
 
-        def work() -> dict[str, str]:
-            self._of_lead().expect(version)
-            return self._of_lead().lost()
-
-        lost = gather_replicas(run.mesh, on_leads(run.mesh, work))
+        Every lead takes back what runs on them: the publish ends all requests of those that answer again.
+        """
+        lost = gather_replicas(run.mesh, on_leads(run.mesh, lambda: self._of_lead().lost()))
         run.lose({url: why for part in lost for url, why in part.items()})
+        on_leads(run.mesh, lambda: self._of_lead().expect(run.fleet.serving, version))
 
     def serve(self, run: Run) -> None:
         """The publish is verified: the servers that hold it are asked from now on, and no others."""
@@ -169,15 +168,21 @@ class Ahead:
         self._totals = Counter(state["totals"])
 
     def _resume(self, version: int) -> None:
-        """What had finished is kept; the rest is asked again, under the seeds that its ids give it."""
+        """What had finished is kept; the rest is asked again, under the seeds that its ids give it.
+
+        So is what the run's bound, another one than that of the checkpoint, makes too old.
+        """
+        bound, routed = self.config.rollout.max_staleness, self.experts is not None
         groups: list[Asked] = []
         for name in sorted({_asked_for(group) for group in self._saved}):
             of_step = [group for group in self._saved if _asked_for(group) == name]
             for group in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
-                if group["replies"] is None or (self.experts is not None and _unrouted(group)):
+                finished = group["replies"]
+                again = is_too_old(group, version, bound) or (routed and finished and _unrouted(group))
+                if finished is None or again:
                     groups.append(self._asked(group["id"], version))
                 else:
-                    replies = [_reply(reply, routed=self.experts is not None) for reply in group["replies"]]
+                    replies = [_reply(reply, routed=routed) for reply in finished]
                     groups.append(self._asked(group["id"], group["version"], replies))
         if self._saved:
             on_leads(self._mesh, lambda: self._of_lead().add(groups))
@@ -234,10 +239,19 @@ def _asked_for(group: Mapping[str, Any]) -> int:
     return int(group["id"].rpartition("@")[2])
 
 
+def is_too_old(saved: Mapping[str, Any], version: int, bound: int) -> bool:
+    """Whether a saved group could not be trained in its step, while `version` serves."""
+    return saved["version"] < max(_asked_for(saved) - 1, version) - bound
+
+
 def _saved(reply: Reply) -> dict[str, Any]:
-    """As JSON."""
-    rest = asdict(replace(reply, experts=None))
-    return rest if reply.experts is None else rest | {"experts": routing.to_json(reply.experts)}
+    """As JSON; tokens and log-probs as memory, in the types of a Sample: every rank holds it for a moment."""
+    arrays = {
+        "token_ids": np.array(reply.token_ids, np.int32),
+        "log_probs": np.array(reply.log_probs, np.float32),
+    } | ({} if reply.experts is None else {"experts": reply.experts})
+    rest = asdict(replace(reply, token_ids=(), log_probs=(), experts=None))
+    return rest | {name: routing.to_json(array) for name, array in arrays.items()}
 
 
 def _unrouted(saved: Mapping[str, Any]) -> bool:
@@ -249,8 +263,8 @@ def _reply(saved: Mapping[str, Any], *, routed: bool) -> Reply:
     experts = saved.get("experts")
     return Reply(
         rid=saved["rid"],
-        token_ids=tuple(saved["token_ids"]),
-        log_probs=tuple(saved["log_probs"]),
+        token_ids=tuple(routing.from_json(saved["token_ids"]).tolist()),
+        log_probs=tuple(routing.from_json(saved["log_probs"]).tolist()),
         prompt_log_probs=tuple(saved["prompt_log_probs"]),
         finish_reason=saved["finish_reason"],
         versions=tuple(VersionSpan(**span) for span in saved["versions"]),

@@ -148,8 +148,7 @@ def end_step(run: Trainer, step: int) -> None:
         if leaving:
             run.checkpoints.wait()
             left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")
-            left.shared = True
-            raise left
+            raise left.on_every_rank()
 
 
 def pieces(run: Trainer) -> list[Piece]:

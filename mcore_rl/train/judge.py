@@ -51,7 +51,7 @@ class Judge:
                 raise RewardError(
                     f"reward.model: {self.model.source} gives {score} to sample {sample.id}; its weights are "
                     "damaged, or it overflows in model.precision"
-                )
+                ).on_every_rank()
         judged = iter([replace(s, reward=score) for s, score in zip(samples, scores, strict=True)])
         return [replace(group, samples=tuple(islice(judged, len(group.samples)))) for group in groups]
 

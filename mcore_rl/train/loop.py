@@ -50,6 +50,7 @@ def train(config: Config, resume: str | None = None) -> None:
 
 def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
+    asked = run.config.rollout.prompts_per_step * run.config.rollout.samples_per_prompt
     parts = split_mini_batches(len(batch.samples), run.shape.mini_batches, seed=(run.config.run.seed, step))
     with run.timers("score"):
         scores = score(run, batch, parts)
@@ -65,7 +66,7 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
             if step > run.config.critic.warmup_rollouts:
                 policy.add(*run_update(run, Update("policy", step, run.optimizer, run.objective, *data)))
     return (
-        rollout_metrics(batch, advantages.fields["advantage"])
+        rollout_metrics(batch, advantages.fields["advantage"], asked)
         | advantages.metrics
         | policy.reduce(run.mesh, policy_metrics)
         | critic.reduce(run.mesh, critic_metrics)

@@ -161,8 +161,10 @@ def quantile(histogram: Tensor, fraction: float) -> float:
     return float(MISMATCH_EDGES[bin_index + 1])
 
 
-def rollout_metrics(batch: RolloutBatch, advantages: Sequence[float | np.ndarray]) -> dict[str, float]:
-    """What the samples and their advantages say by themselves, before any training."""
+def rollout_metrics(
+    batch: RolloutBatch, advantages: Sequence[float | np.ndarray], asked: int
+) -> dict[str, float]:
+    """What the samples, of `asked`, and their advantages say by themselves, before any training."""
     lengths = [len(sample.token_ids) for sample in batch.samples]
     rewards = [float(sample.reward or 0.0) for sample in batch.samples]
     return {
@@ -173,5 +175,6 @@ def rollout_metrics(batch: RolloutBatch, advantages: Sequence[float | np.ndarray
         "length/max": max(lengths),
         "truncated": statistics.fmean(sample.truncated for sample in batch.samples),
         "samples": len(batch.samples),
+        "aborted": asked - len(batch.samples),
         "tokens": sum(lengths),
     }

@@ -52,7 +52,8 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
     moved = {url: _change(fresh[url], stale[url]) for url in fresh.keys() & stale.keys()}
     for url in (url for url in moved if moved[url] == 0 < max(moved.values())):
         run.step_log.event("server_unmoved", url=url, version=version)
-    _check(run, version, dict(zip(fresh, difference, strict=False)), max(difference[len(fresh) :], default=0))
+    differences, before = dict(zip(fresh, difference, strict=False)), max(difference[len(fresh) :], default=0)
+    check_close(version, differences, before, run.config.publish.tolerance_max)
     if run.ahead is not None:
         run.ahead.serve(run)
     for url in away.keys() & fresh.keys():
@@ -71,7 +72,8 @@ def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, lis
     scores, failed = on_main(run.mesh, lambda: server_log_probs(run.fleet.serving, probe, tag))
     run.lose(failed)
     if not scores:
-        raise RolloutError(f"no rollout server is left: {dict(run.fleet.standing.lost)}")
+        why = dict(run.fleet.standing.lost)
+        raise RolloutError(f"no rollout server is left: {why}").on_every_rank()
     return scores
 
 
@@ -97,9 +99,12 @@ def _change(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]])
     return max((abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)), default=0.0)
 
 
-def _check(run: Run, version: str, differences: Mapping[str, float], stale: float) -> None:
-    """Args: stale: the largest difference to the previous weights, 0 where there are none."""
-    limit = run.config.publish.tolerance_max
+def check_close(version: str, differences: Mapping[str, float], stale: float, limit: float) -> None:
+    """Raises WeightSyncError, on every rank, where a server (url -> its difference) has other weights.
+
+    Args:
+        stale: the largest difference to the previous weights, 0 where there are none.
+    """
     for url, difference in differences.items():
         if not 0 <= difference <= limit:  # neither a NaN nor a comparison of nothing may pass
             raise WeightSyncError(
@@ -107,4 +112,4 @@ def _check(run: Run, version: str, differences: Mapping[str, float], stale: floa
                 f"{difference:.2e} (publish.tolerance_max = {limit:g}; those of the previous weights by "
                 f"{stale:.2e}): it does not hold the published weights, or computes in a precision that the "
                 "tolerance does not allow for. See its log; raise publish.tolerance_max only for the latter"
-            )
+            ).on_every_rank()

@@ -113,6 +113,4 @@ def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[Findi
         if not findings:
             print("replay: every value is finite; the fault does not repeat", file=sys.stderr, flush=True)
     if findings:
-        error = NumericsError(f"{saved.path}: first non-finite value: {findings[0]}")
-        error.shared = True
-        raise error
+        raise NumericsError(f"{saved.path}: first non-finite value: {findings[0]}").on_every_rank()

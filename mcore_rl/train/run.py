@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -14,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from mcore_rl.algo.algorithms import Algorithm, configure
-from mcore_rl.config import Config
+from mcore_rl.config import Config, is_loopback
 from mcore_rl.data.cursor import share
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Offloaded, Swapped, gradients_of, weights_of
-from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.control import of_all, on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
@@ -252,6 +253,8 @@ def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
 def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> Fleet:
     """The configured servers, or those that the main rank starts on the policy's own weights; collective."""
     r = config.rollout
+    leads = of_all(policy.mesh, socket.gethostname() if policy.mesh.is_replica_lead else "")
+    check_reach(r.urls, [host for host in leads if host])
     local: list[LocalServer] = []
     initial = None
 
@@ -278,6 +281,23 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         local=local,
         initial=initial,
     )
+
+
+def check_reach(urls: Sequence[str], hosts: Sequence[str]) -> None:
+    """Raises ConfigError, on every rank, where leads of several `hosts` would not ask the same servers.
+
+    Args:
+        urls: servers that already run; none, they are to be started on the first host.
+    """
+    others = set(hosts) - {hosts[0]}
+    here = [url for url in urls if is_loopback(url)]
+    if not others or (urls and not here):
+        return
+    named = f"{here[0]} is" if urls else "servers that a run starts are"
+    raise ConfigError(
+        f"rollout.urls: {named} reached from one machine alone, but {hosts[0]} and {min(others)} ask; "
+        "start them yourself and list them by an address that all machines reach"
+    ).on_every_rank()
 
 
 def transport_of(config: Config, weights_dir: Path) -> Transport:
@@ -323,7 +343,9 @@ def rollout(run: Run, step: int) -> list[Group]:
         each = run.config.rollout.samples_per_prompt
         groups = sample(run, prompts, step, each, experts=run.experts)
     if not any(group.samples for group in groups):
-        raise RolloutError(f"step {step}: the servers aborted all {len(groups)} groups; see their logs")
+        raise RolloutError(
+            f"step {step}: the servers aborted all {len(groups)} groups; see their logs"
+        ).on_every_rank()
     save_samples(run, step, groups)
     return groups
 

@@ -70,8 +70,7 @@ def _run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]
             return sums, optimizer.step(finite=finite)
     except NumericsError as error:
         raised = NumericsError(f"step {update.step}, {update.kind}: {error}. {_dump(run, update)}")
-        raised.shared = True
-        raise raised from error
+        raise raised.on_every_rank() from error
 
 
 def _dump(run: Trainer, update: Update) -> str:

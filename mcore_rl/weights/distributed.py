@@ -133,4 +133,7 @@ async def _broadcast(
         group.abandon()
         await asyncio.gather(sent, return_exceptions=True)
         raise
-    await sent
+    try:
+        await sent
+    except RuntimeError as error:
+        raise RolloutError(f"{client.url}: a broadcast did not reach all of its ranks: {error}") from error

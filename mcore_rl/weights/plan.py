@@ -6,6 +6,7 @@ own) sends them itself, so that no byte travels through another rank on its way 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,9 +148,9 @@ def _hf_bytes(mapping: Mapping, name: str, held: Held) -> int:
 
 def _check_complete(buckets: Sequence[Bucket], mapping: Mapping) -> None:
     """Before any server is told: SGLang ignores a name that it does not know, and keeps what is not sent."""
-    sent = [slot.name for bucket in buckets for slot in bucket.slots]
+    sent = Counter(slot.name for bucket in buckets for slot in bucket.slots)
     expected = mapping.hf_shapes().keys()
-    wrong = sorted((expected ^ set(sent)) | {name for name in set(sent) if sent.count(name) > 1})
+    wrong = sorted((expected ^ sent.keys()) | {name for name, times in sent.items() if times > 1})
     if wrong:
         raise WeightSyncError(
             f"the ranks do not own every tensor of the model once: {', '.join(wrong[:5])} and others, "

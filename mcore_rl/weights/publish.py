@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from mcore_rl.errors import WeightSyncError
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf_files import checkpoint_files
 from mcore_rl.model.quantize import quantized_shapes
@@ -63,7 +63,7 @@ def publish_directory(
 def nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
     """The error of a publish that reached no server; `failed`: url -> why."""
     reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
-    return WeightSyncError(f"no server has loaded version {version}:{reasons}")
+    return WeightSyncError(f"no server has loaded version {version}:{reasons}").on_every_rank()
 
 
 def _check_complete(target: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -108,13 +108,16 @@ def server_log_probs(
 ) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
     """Untempered log-probs of every token but the first of each sequence, under the weights of each server.
 
-    Returns (url -> log-probs, url -> why it gave none).
+    Returns (url -> log-probs, url -> why it gave none). What a server aborted, for want of memory or because
+    somebody asked it to, it has not scored.
     """
 
     async def score(opened: RolloutClient) -> list[list[float]]:
         params = [{"max_new_tokens": 1, "temperature": 1.0}] * len(sequences)
         rids = [f"probe-{tag}-{i}" for i in range(len(sequences))]
         replies = await opened.generate(sequences, params, rids, prompt_log_probs=True)
+        if any(reply.finish_reason == "abort" for reply in replies):
+            raise RolloutError(f"{opened.url}: aborted a sequence that it was to score; see its log")
         return [list(reply.prompt_log_probs) for reply in replies]
 
     return asyncio.run(on_each(clients, score))

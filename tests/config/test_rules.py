@@ -80,6 +80,11 @@ def load(tmp_path):
             'model.fp8_first_last_bf16: .*"delayed" recipe',
         ),
         (
+            {"rollout__urls": "['http://a:1', 'http://b:1', 'http://a:1/']"},
+            {"rollout__urls": "['http://a:1', 'http://b:1']"},
+            "rollout.urls: http://a:1 is named twice",
+        ),
+        (
             {"residency__servers": "released"},
             {"rollout__urls": "['http://a:1']"},
             "residency.servers: the embedded server keeps",

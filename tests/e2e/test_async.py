@@ -49,7 +49,7 @@ def check(lines: list[dict]) -> None:
         discarded = sum(value for key, value in line.items() if key.startswith("async/discarded_"))
         assert line["async/asked"] == line["async/trained"] + discarded + line["async/in_flight"]
         assert line["async/trained"] == line["step"] * PROMPTS * EACH
-        assert line["samples"] == PROMPTS * EACH
+        assert (line["samples"], line["aborted"]) == (PROMPTS * EACH, 0)
         assert line["staleness/max"] <= 1
         assert all(math.isfinite(line[f"behaviour/{name}"]) for name in ("k1", "k3", "ess", "max_abs"))
         assert line.get("mismatch/p999", 0.0) <= 2e-5, "tokens of older weights said to be of these"

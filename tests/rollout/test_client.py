@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 
 from mcore_rl.errors import EXIT_CONFIG, EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout import client as client_module
-from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
-from mcore_rl.types import VersionSpan
+from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call, reply_bytes
+from mcore_rl.types import ExpertLayers, VersionSpan
 from tests.rollout.proxy import Fault, Proxy, body, cut, damaged, hang, proxy, status
 from tests.rollout.support import running, wait_until
 
@@ -145,8 +146,23 @@ def test_a_hanging_server_costs_the_deadline_and_no_more(url: str) -> None:
 
 
 def test_a_reply_that_is_too_long_is_refused(url: str) -> None:
-    with pytest.raises(RolloutError, match="max_reply_bytes"):
+    with pytest.raises(RolloutError, match="reply longer than 100 bytes"):
         generate(url, max_reply_bytes=100)
+
+
+def test_a_reply_may_be_as_long_as_what_was_asked_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte was the limit: 16 samples of 32768 tokens with the experts of Qwen3-30B-A3B are more."""
+    of_30b = ExpertLayers(experts=128, per_token=8, sparse=(True,) * 48)
+    assert reply_bytes(1024, 32768, of_30b) * 16 > 1 << 30
+
+    def ask(client: RolloutClient) -> Awaitable[list[Reply]]:
+        return client.generate([[1, 2]], [{"max_new_tokens": 400, "ignore_eos": True}], ["x"])
+
+    monkeypatch.setattr(client_module, "_SMALL_REPLY_BYTES", 0)
+    assert len(call(RolloutClient(url), ask)[0].token_ids) == 400
+    monkeypatch.setattr(client_module, "_TOKEN_BYTES", 8)
+    with pytest.raises(RolloutError, match="reply longer than 6432 bytes"):
+        call(RolloutClient(url), ask)
 
 
 def test_no_server_is_an_error_within_the_deadline() -> None:

@@ -15,7 +15,7 @@ from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.inflight import Group, InFlight
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.weights.publish import load_from_disk
-from tests.rollout.proxy import Proxy, hang, proxy, status
+from tests.rollout.proxy import Proxy, hang, proxy, proxy_beside, status
 from tests.rollout.support import largest_error, log_probs_of, running, wait_until
 
 LENGTH = 300
@@ -29,11 +29,11 @@ def group(name: str, length: int = LENGTH, version: int = 0) -> Group:
 
 @contextmanager
 def in_flight(
-    urls: Sequence[str], groups: int = 1, extra: int = 0, timeout: float = 60.0
+    urls: Sequence[str], groups: int = 1, extra: int = 0, timeout: float = 60.0, health: float = 30.0
 ) -> Iterator[InFlight]:
     """Of servers that hold version 0."""
     clients = [RolloutClient(url, timeout=60.0, retries=0) for url in urls]
-    dispatch = Dispatch(clients, version="0", health_timeout=30.0)
+    dispatch = Dispatch(clients, version="0", health_timeout=health)
     opened = InFlight(dispatch, Schedule(groups=groups, extra=extra, max_staleness=1), timeout=timeout)
     try:
         yield opened
@@ -63,7 +63,7 @@ def test_what_runs_is_continued_under_new_weights_and_every_token_says_which(
     with in_flight([zero]) as groups:
         groups.add([group("5"), group("6")])
         wait_until(lambda: running(zero) == 4, "all samples are being generated")
-        groups.expect("1")
+        groups.expect([RolloutClient(zero)], "1")
         publish(zero, dir_b, "1")
         groups.serve([RolloutClient(zero)], "1")
         for step, name in ((1, "5"), (2, "6")):
@@ -91,7 +91,7 @@ def test_weights_that_nobody_published_cost_the_server(zero: str, dir_b: Path) -
 def test_after_a_publish_the_old_weights_may_not_answer(zero: str) -> None:
     """A server that was restarted on them, say."""
     with in_flight([zero]) as groups:
-        groups.expect("1")
+        groups.expect([RolloutClient(zero)], "1")
         groups.serve([RolloutClient(zero)], "1")
         groups.add([group("5", 4, version=1)])
         with pytest.raises(RolloutError, match=r"serves weight version \['0'\], not '1'"):
@@ -144,7 +144,7 @@ def test_requests_of_a_server_that_does_not_hold_the_version_move(zero: str, dir
     def work(urls: list[str]) -> None:
         with in_flight(urls, groups=8) as groups:
             groups.add([group(str(name), 4) for name in range(8)])
-            groups.expect("1")
+            groups.expect([RolloutClient(url) for url in urls], "1")
             publish(zero, dir_b, "1")
             groups.serve([RolloutClient(urls[1])], "1")
             for name, replies in groups.take(1).replies.items():
@@ -168,7 +168,7 @@ def test_a_lost_server_is_told_once_and_asked_again_after_a_publish(zero: str, d
             groups.take(2)
             assert len(bad.bodies("/generate")) == asked
             bad.script.clear()
-            groups.expect("1")
+            groups.expect([RolloutClient(sound.url)], "1")
             publish(zero, dir_b, "1")
             groups.serve([RolloutClient(url) for url in (bad.url, sound.url)], "1")
             groups.add([group(str(name), 4, version=1) for name in range(16, 24)])
@@ -180,6 +180,40 @@ def test_a_lost_server_is_told_once_and_asked_again_after_a_publish(zero: str, d
             await asyncio.to_thread(work, bad, sound)
 
     asyncio.run(go())
+
+
+def test_what_runs_on_a_server_that_another_replica_lost_moves_before_the_publish_ends_it(zero: str) -> None:
+    """`Fleet.returning` aborts all requests there: its samples would come back as aborted by the server."""
+
+    def work(urls: list[str]) -> None:
+        with in_flight(urls, groups=8) as groups:
+            groups.add([group(str(name), 4) for name in range(8)])
+            groups.expect([RolloutClient(urls[1])], "1")
+            for name, replies in groups.take(1).replies.items():
+                every_sample_once(replies, name, 4)
+            assert groups.lost() == {}, "it is known"
+
+    with_proxies(zero, work)
+
+
+def test_a_server_is_not_given_up_for_its_health_while_it_takes_weights(zero: str) -> None:
+    """SGLang answers /health with 503 while it is paused (H20)."""
+    with (
+        proxy_beside(zero, *[status(503)] * 1000, path="/health") as sick,
+        in_flight([sick.url], health=0.4) as groups,
+    ):
+        groups.expect([RolloutClient(sick.url)], "1")
+        groups.add([group("5")])
+        call(RolloutClient(zero), lambda client: client.pause("retract"))
+        wait_until(lambda: len(sick.calls) > 8, "two health timeouts pass")
+        call(RolloutClient(zero), lambda client: client.resume())
+        groups.serve([RolloutClient(sick.url)], "1")
+        sick.script.clear()
+        every_sample_once(groups.take(1).replies["5"], "5")
+        sick.script += [status(503)] * 1000
+        groups.add([group("6", 480)])
+        call(RolloutClient(zero), lambda client: client.pause("retract"))
+        wait_until(lambda: bool(groups.lost()), "the control: without a publish it is given up")
 
 
 def test_groups_that_do_not_come_end_the_wait(zero: str) -> None:

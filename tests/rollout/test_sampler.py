@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mcore_rl.rollout import sampler
-from mcore_rl.rollout.client import RolloutClient, call
+from mcore_rl.rollout.client import RolloutClient, call, reply_bytes
 from mcore_rl.rollout.sampler import Rollout, sample_groups, sample_seed
 from mcore_rl.types import Prompt, VersionSpan
 from tests.rollout.proxy import proxy
@@ -63,6 +63,19 @@ def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
     assert whole != tokens(call(client, lambda c: ask(c, seed=2)))
     assert whole != tokens(call(client, lambda c: ask(c, step=5)))
     assert len(set(whole)) > 20, "samples of a group repeat each other"
+
+
+def test_a_call_asks_for_no_more_than_a_reply_may_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def calls() -> int:
+        async with proxy(url) as seen, RolloutClient(seen.url) as client:
+            assert len((await ask(client)).groups) == 6
+            return len(seen.bodies("/generate"))
+
+    assert asyncio.run(calls()) == 1
+    monkeypatch.setattr(sampler, "_BYTES_PER_CALL", 2 * 4 * reply_bytes(2, 5))
+    assert asyncio.run(calls()) == 3, "two prompts with four samples each"
+    monkeypatch.setattr(sampler, "_BYTES_PER_CALL", 1)
+    assert asyncio.run(calls()) == 6, "a prompt stays whole"
 
 
 def test_aborted_samples_are_dropped_and_counted(fresh_url: str) -> None:

@@ -290,5 +290,29 @@ def test_h16_the_last_id_of_the_vocabulary_is_echoed_as_0(moe_url: str) -> None:
     assert largest_error(scores[moe_url][0], want) < 2e-5
 
 
+@pytest.mark.parametrize("publishing", [True, False])
+def test_h20_a_paused_server_does_not_answer_health_checks(moe_url: str, publishing: bool) -> None:
+    """And is not given up for it while it takes weights, however long that takes."""
+
+    async def go() -> dict[str, str]:
+        client = RolloutClient(moe_url, timeout=60.0)
+        async with Dispatch([client], version="default", health_timeout=2.0) as servers:
+            if publishing:
+                servers.expect([client], "1")
+            asked = asyncio.create_task(servers.ask(Request([PROMPT], [LONG], ["long"])))
+            await asyncio.to_thread(wait_until, lambda: running(moe_url) == 1, "it generates")
+            await client.pause("retract")
+            await asyncio.sleep(5.0)
+            await client.resume()
+            if publishing:
+                await servers.serve([client], "default")
+            await asyncio.gather(asked, return_exceptions=True)
+            return servers.lost
+
+    lost = asyncio.run(go())
+    assert (lost == {}) is publishing
+    assert publishing or "health check" in lost[moe_url]
+
+
 def test_launch_settings_name_no_key(moe_server: LocalServer) -> None:
     assert json.dumps(use(moe_server.url, lambda client: client.server_info())["api_key"]) == "null"
