@@ -35,6 +35,7 @@ _TOKEN_BYTES = 128
 """of a reply, for a token: its id, its log-prob and its text"""
 _SMALL_REPLY_BYTES = 1 << 26
 _MESSAGE_CHARS = 500
+_LOOK = "see the server's log, or raise timeout and retries"
 
 
 class RejectedError(RolloutError):
@@ -282,7 +283,7 @@ class RolloutClient:
     ) -> T:
         retries = self.retries if retries is None else retries
         end = time.monotonic() + self.timeout
-        cause = "no attempt was made"
+        cause, remedy = "no attempt was made", _LOOK
         number = 0
         try:
             async with asyncio.timeout(self.timeout):
@@ -291,6 +292,8 @@ class RolloutClient:
                         return await attempt(number)
                     except (_TransientError, aiohttp.ClientError, OSError) as error:
                         cause = str(error) or type(error).__name__
+                        absent = isinstance(error, aiohttp.ClientConnectorError)
+                        remedy = "start the server, or correct its address" if absent else _LOOK
                         wait = max(_backoff(number), getattr(error, "retry_after", 0.0))
                     if number == retries or time.monotonic() + wait > end:
                         break
@@ -298,8 +301,7 @@ class RolloutClient:
         except TimeoutError:
             cause = f"no reply within {self.timeout:g} s (before that: {cause})"
         raise RolloutError(
-            f"{self.url}{path}: no usable reply after {number + 1} attempts, last cause: {cause}; "
-            "see the server's log, or raise timeout and retries"
+            f"{self.url}{path}: no usable reply after {number + 1} attempts, last cause: {cause}; {remedy}"
         )
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -203,7 +203,12 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "[999]",
         "name ids of this model",
     ),
-    "dead server": (lambda s: None, ("--rollout.urls", '["http://127.0.0.1:9"]'), "127.0.0.1:9", "log"),
+    "dead server": (
+        lambda s: None,
+        ("--rollout.urls", '["http://127.0.0.1:9"]'),
+        "127.0.0.1:9",
+        "start the server",
+    ),
     "key not set": (
         lambda s: None,
         ("--rollout.urls", '["http://127.0.0.1:9"]', "--rollout.api_key_env", "NO_SUCH_KEY"),
