@@ -19,6 +19,9 @@ from mcore_rl.weights.publish import server_log_probs
 if TYPE_CHECKING:
     from mcore_rl.train.run import Run
 
+PROBE_TOKENS = 4096
+"""of a sequence: other weights show at once, and a server holds logits for every token that it scores"""
+
 
 def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str, float | str]:
     """Publish version `step` and compare log-probs of `sequences`, Megatron's against every server's.
@@ -37,9 +40,7 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
     if run.ahead is not None:
         run.ahead.expect(run, version)
     with run.timers("publish"):
-        # Less their last token: a server that scores a full context has no room for the one it must sample.
-        cut = (s[: max(2, len(s) - 1)] for s in sequences if len(s) > 1)
-        probe = list(islice(cut, run.config.publish.probe_sequences))
+        probe = probe_of(sequences, run.config.publish.probe_sequences)
         stale = _scores(run, probe, f"{version}-before") if step and not run.fleet.released else {}
         restart_ended(run)
         bring_back(run, "weights")
@@ -65,6 +66,15 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
     }
     metrics |= {"publish/stale_max_abs": max(difference[len(fresh) :])} if stale else {}
     return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
+
+
+def probe_of(sequences: Iterable[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """What is compared: the first `count` sequences of two tokens or more, each up to PROBE_TOKENS.
+
+    Less their last token: a server that scores a full context has no room for the one it must sample.
+    """
+    cut = (s[: max(2, min(len(s) - 1, PROBE_TOKENS))] for s in sequences if len(s) > 1)
+    return list(islice(cut, count))
 
 
 def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, list[list[float]]]:

@@ -10,13 +10,19 @@ import torch
 from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.train.publish import check_close
+from mcore_rl.train.publish import check_close, probe_of
 from mcore_rl.weights.distributed import _broadcast
 from mcore_rl.weights.publish import nobody, server_log_probs
 from mcore_rl.weights.server_group import ServerGroup
 from tests.rollout.proxy import body, damaged, proxy_beside
 
 SEQUENCES = [[5, 3, 8], [1, 2]]
+
+
+def test_what_is_compared_is_bounded_and_leaves_a_server_room_for_a_token() -> None:
+    sequences = [[1], [1, 2], [1, 2, 3], list(range(9000)), [4, 5, 6]]
+    assert [len(s) for s in probe_of(sequences, 3)] == [2, 2, 4096]
+    assert probe_of(iter(sequences), 1) == [[1, 2]]
 
 
 def test_a_sequence_that_a_server_aborted_is_not_scored(url: str) -> None:
