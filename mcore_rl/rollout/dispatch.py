@@ -49,9 +49,18 @@ class Dispatch:
         clients: the servers that serve.
         version: weight version that they hold.
         health_timeout: seconds without a good health check after which a server is given up.
+        lead, leads: which of how many that ask the same servers, and know nothing of each other's requests.
     """
 
-    def __init__(self, clients: Sequence[RolloutClient], *, version: str, health_timeout: float) -> None:
+    def __init__(
+        self,
+        clients: Sequence[RolloutClient],
+        *,
+        version: str,
+        health_timeout: float,
+        lead: int = 0,
+        leads: int = 1,
+    ) -> None:
         self.version = version
         self.health_timeout = health_timeout
         self.lost: dict[str, str] = {}
@@ -61,6 +70,7 @@ class Dispatch:
         self._publishing, self._published = False, -math.inf
         """whether `expect` was called last; when `serve` was"""
         self._servers = [_Server(client) for client in clients]
+        self._lead, self._leads = lead, leads
 
     def __len__(self) -> int:
         return len(self._servers)
@@ -138,17 +148,24 @@ class Dispatch:
                 server.load -= len(request.prompts)
 
     def _choose(self, request: Request) -> _Server:
-        """Least load first; among equals the same one for the same prompt, whose prefix it has cached."""
+        """Least load first, then this lead's own share of the servers, and those after it; among equals the
+        same one for the same prompt, whose prefix it has cached.
+        """
         left = [server for server in self._servers if not server.lost.is_set()]
         if not left:
             reasons = "".join(f"\n  {server.client.url}: {server.why}" for server in self._servers)
             raise RolloutError(f"no rollout server is left:{reasons}")
         least = min(server.load for server in left)
         prefix = repr(list(request.prompts[0])).encode()
-        return max(
-            (server for server in left if server.load == least),
-            key=lambda server: hashlib.blake2b(server.client.url.encode() + prefix, digest_size=8).digest(),
-        )
+        count = len(self._servers)
+        share, first = max(1, count // self._leads), self._lead * count // self._leads
+
+        def order(index: int) -> tuple[int, bytes]:
+            url = self._servers[index].client.url.encode()
+            return (index - first) % count // share, hashlib.blake2b(url + prefix, digest_size=8).digest()
+
+        equal = [i for i, s in enumerate(self._servers) if s.load == least and not s.lost.is_set()]
+        return self._servers[min(equal, key=order)]
 
     async def _from(self, server: _Server, request: Request) -> list[Reply]:
         answer = asyncio.create_task(

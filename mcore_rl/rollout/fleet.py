@@ -76,9 +76,10 @@ class Fleet:
         """Clients of the servers that hold the current version."""
         return [self.client(url) for url in self.standing.urls if url not in self.standing.lost]
 
-    def dispatch(self) -> Dispatch:
-        """A round of requests to the servers that serve."""
-        return Dispatch(self.serving, version=self.version, health_timeout=self.health_timeout)
+    def dispatch(self, lead: int = 0, leads: int = 1) -> Dispatch:
+        """A round of requests to the servers that serve, of which other `leads` have rounds too."""
+        settings = {"version": self.version, "health_timeout": self.health_timeout}
+        return Dispatch(self.serving, **settings, lead=lead, leads=leads)  # type: ignore[arg-type]
 
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers serve no more until the next publish. All ranks call it with the same servers."""

@@ -64,7 +64,7 @@ class Ahead:
         )
         timeout = _OF_STEP_TIMEOUT * self.config.train.step_timeout
         if mesh.is_replica_lead:
-            self._lead = InFlight(fleet.dispatch(), schedule, timeout=timeout)
+            self._lead = InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout)
 
     def close(self) -> None:
         """End what is in flight."""

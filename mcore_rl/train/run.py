@@ -365,7 +365,7 @@ def sample(
     mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
 
     async def ask() -> tuple[Rollout, Mapping[str, str]]:
-        async with run.fleet.dispatch() as servers:
+        async with run.fleet.dispatch(run.mesh.dp_rank, run.mesh.layout.data) as servers:
             sampled = await sample_groups(
                 servers.ask,
                 mine,

@@ -96,6 +96,30 @@ def test_load_is_spread_and_a_prompt_returns_to_its_server(url: str) -> None:
     assert Counter(both)["19/0"] in (0, 2), "an idle fleet sends the same prompt elsewhere"
 
 
+def busiest(leads: int, servers: int, groups: int, *, apart: bool) -> float:
+    """Requests at the busiest server over the mean, when every lead has asked `groups` of its own."""
+    clients = [RolloutClient(f"http://s{i}") for i in range(servers)]
+    loads = Counter()
+    for lead in range(leads):
+        who = {"lead": lead, "leads": leads} if apart else {}
+        dispatch = Dispatch(clients, version="default", health_timeout=30, **who)
+        for group in range(groups):
+            server = dispatch._choose(Request([[lead, group]], [{}], ["r"]))
+            server.load += 1
+            loads[server.client.url] += 1
+    return max(loads.values()) * servers / (leads * groups)
+
+
+@pytest.mark.parametrize(
+    ("leads", "servers", "groups"), [(64, 64, 8), (64, 64, 1), (64, 16, 3), (4, 16, 8), (4, 6, 3)]
+)
+def test_leads_that_know_nothing_of_each_other_fill_the_servers_evenly(
+    leads: int, servers: int, groups: int
+) -> None:
+    assert busiest(leads, servers, groups, apart=True) == 1
+    assert busiest(leads, servers, groups, apart=False) > 1.1, "negative control"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_server_lost_in_mid_generation_costs_no_sample(
