@@ -302,8 +302,9 @@ class Supervised(Section):
 
 
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}
-"""Of [publish], below float32. Two engines of a dense model differ by 0.01-0.04 in the mean over tokens there
-and by far more in single ones, where a token is improbable; other weights differ by 10 in many."""
+"""Of [publish], below float32. Judgement, not measured here: two engines of a dense model are reported to
+differ by 0.01-0.04 in the mean over tokens, by far more in single ones; weights of no model differ by
+ln(vocabulary)."""
 
 
 class Publish(Section):

@@ -31,9 +31,8 @@ REWARD_SECONDS = 60.0
 def check_inputs(config: Config, gpus: int) -> list[Finding]:
     """Model, layout, tokenizer, data and reward, in the order in which one rests on another."""
     findings = guarded("model", lambda: _model(config))
-    if guarded(
-        "model", lambda: _readable(config)
-    ):  # without weights the rest can be examined, not without this
+    # The rest can be examined without weights, but not without this.
+    if guarded("model", lambda: _readable(config)):
         return findings
     findings += guarded("layout", lambda: _layout(config, gpus))
     findings += guarded("tokenizer", lambda: _tokenizer(config))
