@@ -14,8 +14,8 @@ from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import RewardError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
-from mcore_rl.model.critic import CriticMapping
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.critic import CriticParameterMap
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
@@ -50,7 +50,7 @@ def _model(config: Config) -> Iterable[Finding]:
     if config.model.random_init:
         yield Finding("model", "ok", f"{what}; weights start at random (model.random_init)")
         return
-    hf_reader(path, Mapping(architecture, padded_vocab(architecture, 1)))
+    hf_reader(path, ParameterMap(architecture, padded_vocab(architecture, 1)))
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
 
 
@@ -176,7 +176,7 @@ def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
     p = config.parallel
     check_reward_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
     check_same_tokens(config)
-    hf_reader(path, CriticMapping(arch, padded_vocab(arch, 1)))
+    hf_reader(path, CriticParameterMap(arch, padded_vocab(arch, 1)))
     yield Finding("reward", "ok", f"{path}: a reward model over the policy's tokens, its weights complete")
 
 
