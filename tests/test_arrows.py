@@ -12,12 +12,12 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "eager"})
+BASE = frozenset({"errors", "types", "precision", "before_megatron"})
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
-    "eager": frozenset(),
+    "before_megatron": frozenset(),
     "algo": BASE,
     "parallel": BASE,
     "model": BASE | {"parallel"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcore_rl import eager
+from mcore_rl import before_megatron
 from mcore_rl.model import platform
 from mcore_rl.parallel.launch import Pool
 from tests.model.removal import nothing, outcome
@@ -44,8 +44,8 @@ def test_importing_megatron_loads_no_compiler(before: str, loaded: str) -> None:
 
 
 def test_functions_of_others_are_compiled() -> None:
-    assert eager.compile_unless_megatron(_double) is not _double
-    assert eager.compile_unless_megatron(backend="eager")(_double)(2) == 4
+    assert before_megatron.compile_unless_megatron(_double) is not _double
+    assert before_megatron.compile_unless_megatron(backend="eager")(_double)(2) == 4
 
 
 def _double(x: int) -> int:
