@@ -28,7 +28,7 @@ _HEAD = """# Configuration keys
 
 `mcore-rl config` prints this page; `mcore-rl config SECTION` prints one section. A configuration is one
 TOML file, and `--section.key value` on the command line overrides a key. Relative paths start at the current
-directory. A key that is unknown, out of range or without effect ends the command with exit code 2 and a remedy.
+directory. A key that is unknown, out of range or without effect ends the command with exit code 2.
 """
 
 
