@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,24 +120,8 @@ def test_two_jobs(two: Path) -> None:
 # --- disks --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own; needs root and CAP_SYS_ADMIN."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def tmpfs(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("this user may not mount a tmpfs")
-        return place
-
-    yield tmpfs
-    subprocess.run(["umount", str(place)], capture_output=True, check=False)
-
-
-def test_no_room_is_said_before_anything_is_written(mount) -> None:
-    directory = CheckpointDirectory(mount("size=256k"), 2)
+def test_no_room_is_said_before_anything_is_written(small_disk) -> None:
+    directory = CheckpointDirectory(small_disk("size=256k"), 2)
     with directory.locked():
         write(directory, 1)
         with pytest.raises(CheckpointError, match=r"needs 400000 bytes, \d+ are free; make room"):
@@ -146,8 +130,8 @@ def test_no_room_is_said_before_anything_is_written(mount) -> None:
 
 
 @pytest.mark.parametrize("options", ["size=64k", "size=1m,nr_inodes=12"], ids=["bytes", "inodes"])
-def test_a_disk_that_fills_up_while_writing(mount, options: str) -> None:
-    directory = CheckpointDirectory(mount(options), 2)
+def test_a_disk_that_fills_up_while_writing(small_disk, options: str) -> None:
+    directory = CheckpointDirectory(small_disk(options), 2)
     with directory.locked():
         write(directory, 1)
         with pytest.raises((CheckpointError, OSError), match="No space left on device"):
@@ -169,8 +153,8 @@ def write_as_if_there_were_room(directory: CheckpointDirectory, step: int) -> No
         filler.unlink()
 
 
-def test_a_read_only_disk(mount) -> None:
-    disk = mount("size=1m")
+def test_a_read_only_disk(small_disk) -> None:
+    disk = small_disk("size=1m")
     directory = CheckpointDirectory(disk, 2)
     with directory.locked():
         write(directory, 1)
