@@ -38,8 +38,8 @@ def check_free(directory: Path, remedy: str) -> None:
     """Raises ConfigError, with the `remedy`, where `directory` holds what mcore_rl did not write."""
     if not is_free(directory):
         raise ConfigError(
-            f"{directory} holds files and no mark of mcore_rl ({MARK}): it would be replaced, and was written "
-            f"by something else, or by an earlier version. Move it away, or {remedy}"
+            f"{directory} holds files and no mark of mcore_rl ({MARK}): it would be replaced, and was "
+            f"written by something else, or by an earlier version. Move it away, or {remedy}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is ours on a disk: nothing without the mark is removed, a lock ends with its process, files are whole."""
+"""What is ours on a disk: nothing without a mark is removed, locks end with their process, files are whole."""
 
 from __future__ import annotations
 
