@@ -20,6 +20,7 @@ from mcore_rl.errors import ConfigError, StorageError
 
 MARK = ".mcore_rl"
 LOCK = "LOCK"
+_PARTIAL = ".partial"
 
 
 def is_ours(directory: Path) -> bool:
@@ -31,7 +32,9 @@ def is_free(directory: Path) -> bool:
     """Whether nothing is lost when `directory` goes: it is not there, or empty, or ours."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         return False
-    return not directory.exists() or is_ours(directory) or not any(directory.iterdir())
+    if not directory.exists() or is_ours(directory):
+        return True
+    return all(entry.name == MARK + _PARTIAL for entry in directory.iterdir())  # it was about to be marked
 
 
 def check_free(directory: Path, remedy: str) -> None:
@@ -45,9 +48,7 @@ def check_free(directory: Path, remedy: str) -> None:
 
 def mark(directory: Path, **content: Any) -> None:
     """Write the mark, or write it anew, with `content` as JSON. The directory is there. Raises OSError."""
-    partial = directory / f"{MARK}.partial"
-    partial.write_text(json.dumps(content) + "\n")
-    partial.replace(directory / MARK)
+    _put(directory / MARK, (json.dumps(content) + "\n").encode())
 
 
 def read_mark(directory: Path) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def locked(directory: Path, remedy: str, error: type[StorageError] = StorageErro
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("a+")
     except OSError as cause:
-        raise storage_error(directory, cause, kind=error) from cause
+        raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,13 +113,13 @@ def locked(directory: Path, remedy: str, error: type[StorageError] = StorageErro
                 f"or {remedy}"
             ) from None
         except OSError as cause:
-            raise storage_error(directory, cause, kind=error) from cause
+            raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
         try:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         except OSError as cause:
-            raise storage_error(directory, cause, kind=error) from cause
+            raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
         yield
 
 
@@ -129,18 +130,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
         StorageError: it cannot be written; the file is as it was.
     """
     data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
-    partial = path.with_name(path.name + ".partial")
+    try:
+        _put(path, data)
+    except OSError as error:
+        raise storage_error(path, error, len(data)) from error
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write beside `path`, durably, and put it in place; nothing is left where that fails."""
+    partial = path.with_name(path.name + _PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        raised = storage_error(path, error, len(data))
+    except OSError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise raised from error
+        raise
 
 
 def append_line(path: Path, line: bytes) -> None:
@@ -166,7 +174,12 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def storage_error(
-    path: Path, error: OSError, needed: int | None = None, *, kind: type[StorageError] = StorageError
+    path: Path,
+    error: OSError,
+    needed: int | None = None,
+    *,
+    remedy: str = "name another directory",
+    kind: type[StorageError] = StorageError,
 ) -> StorageError:
     """Why `path` cannot be written, for people; `needed`: bytes that it takes, where that is known."""
     room = ""
@@ -176,5 +189,5 @@ def storage_error(
         room += f", {needed} are needed)" if needed is not None else ")"
     return kind(
         f"{error.filename or path}: {error.strerror or error}{room}; what was written before is untouched. "
-        "Make room or make it writable, then go on with --resume, or name another directory"
+        f"Make room or make it writable and start again, with --resume where there is a checkpoint, or {remedy}"
     )

@@ -1,4 +1,4 @@
-"""What is ours on a disk: nothing without a mark is removed, locks end with their process, files are whole."""
+"""What is ours on a disk: nothing without a mark is removed, locks end with a process, files are whole."""
 
 from __future__ import annotations
 
