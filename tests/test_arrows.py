@@ -13,22 +13,25 @@ EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
 BASE = frozenset({"errors", "types", "precision", "before_megatron"})
+DISK = frozenset({"directories"})
+"""for rooms that write files"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
     "before_megatron": frozenset(),
+    "directories": frozenset({"errors"}),
     "algo": BASE,
     "parallel": BASE,
-    "model": BASE | {"parallel"},
-    "weights": BASE | {"parallel", "model", "rollout.client", "rollout.fleet"},
+    "model": BASE | DISK | {"parallel"},
+    "weights": BASE | DISK | {"parallel", "model", "rollout.client", "rollout.fleet"},
     "rollout": BASE,
     "rewards": BASE,
     "data": BASE,
     "config": BASE | {"algo"},
-    "metrics": BASE,
-    "report": BASE | {"metrics"},
-    "checkpoint": BASE | {"parallel", "model"},
+    "metrics": BASE | DISK,
+    "report": BASE | DISK | {"metrics"},
+    "checkpoint": BASE | DISK | {"parallel", "model"},
     "train": EVERYTHING,
     "verify": EVERYTHING,
     "verify_golden": EVERYTHING,
