@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mcore_rl.errors import CheckpointError, ConfigError, RolloutError, WeightSyncError
+from mcore_rl.directories import check_free, make, remove, storage_error
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf_files import INDEX, Form, SafetensorsWriter, checkpoint_files, copy_side_files
 from mcore_rl.parallel.control import on_main, raise_everywhere
@@ -42,8 +43,7 @@ from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 from mcore_rl.weights.follow import announce, states, wait_for_followers
 from mcore_rl.weights.transport import nobody
 
-MARK = ".written_by_mcore_rl"
-"""a file in every directory that an export wrote, which the next export may therefore replace"""
+_REMEDY = "name another directory (publish.dir or run.dir of a run)"
 
 
 class TensorFile(Protocol):
@@ -121,15 +121,13 @@ class Changes:
 
     def _needs_all(self) -> bool:
         """Whether a follower lacks what was published last, and could not change it; or there is none yet."""
-        with _reported(self._directory):
-            found = states(self._directory)
+        found = states(self._directory)
         whole = not found or any(state.have != self._announced for state in found)
         self._able = None if whole else {state.name for state in found}
         return whole
 
     def _hand_over(self, fleet: Fleet, target: Path, version: str) -> dict[str, str]:
-        with _reported(self._directory):
-            self._announced = announce(self._directory, version)
+        self._announced = announce(self._directory, version)
         wait_for_followers(self._directory, self._announced, self._timeout, self._able)
         clients = [*fleet.serving, *fleet.returning()]
         loaded, failed = asyncio.run(on_each(clients, lambda client: self._load(client, version)))
@@ -167,8 +165,8 @@ def export(
     model's source.
 
     Raises (on every rank):
-        ConfigError: `directory` holds something else than an export.
-        CheckpointError: a file cannot be written; nothing is left of the attempt.
+        ConfigError: `directory` holds what mcore_rl did not write.
+        StorageError: a file cannot be written; nothing is left of the attempt.
         NumericsError: a weight cannot be encoded.
     """
     mesh, what = model.mesh, export_of(model, encoding)
@@ -228,30 +226,19 @@ class _FileChannel:
         return self._buffers[number % 2]
 
     def send(self, bucket: Bucket, number: int, *, last: bool) -> None:
-        for slot in bucket.slots if self.file is not None else ():
-            self.file.write(slot.name, view(self.buffer(number), slot).cpu())
+        file, data = self.file, self.buffer(number)
+        if file is not None:
+            for slot in bucket.slots:
+                file.write(slot.name, view(data, slot).cpu())
 
     def close(self) -> None: ...
 
 
 def _begin(directory: Path, partial: Path) -> None:
-    """An empty directory to write to, marked as ours."""
-    for path in (directory, partial):
-        if path.exists() and not is_ours(path):
-            raise ConfigError(
-                f"{path} exists and is no export of mcore_rl, which would replace it: move it away, or write "
-                "to another place (publish.dir, run.dir)"
-            )
+    """An empty directory to write to; and nothing that somebody else wrote will have to go for it."""
+    check_free(directory, _REMEDY)
     with _reported(partial):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        (partial / MARK).write_text("An export of mcore_rl, which the next one of this name replaces.\n")
-
-
-def is_ours(directory: Path) -> bool:
-    """Whether an export may remove `directory`: one wrote it, or nothing is in it."""
-    return directory.is_dir() and ((directory / MARK).is_file() or not any(directory.iterdir()))
+        make(partial, _REMEDY)
 
 
 def _finish(
@@ -263,28 +250,21 @@ def _finish(
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
         copy_side_files(model.source, partial, encoding.config(model.mapping))
+        old = directory.with_name(directory.name + ".replaced")
+        remove(old, _REMEDY)
         if directory.exists():
-            old = directory.with_name(directory.name + ".replaced")
-            shutil.rmtree(old, ignore_errors=True)
             directory.rename(old)
-            partial.rename(directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(directory)
+        partial.rename(directory)
+        remove(old, _REMEDY)
 
 
 @contextmanager
 def _reported(place: Path) -> Iterator[None]:
-    """An OSError becomes a CheckpointError that names the file and the remedy."""
+    """An OSError becomes a StorageError that names the file and the remedy."""
     try:
         yield
     except OSError as error:
-        file = error.filename2 or error.filename or place
-        raise CheckpointError(
-            f"{file}: the weights cannot be written ({error.strerror or error}); the servers keep those that "
-            "they have. Make room or make it writable (publish.dir and run.dir say where weights go), and "
-            "start again with --resume"
-        ) from error
+        raise storage_error(place, error, remedy=_REMEDY) from error
 
 
 # --- the servers --------------------------------------------------------------------------------------------
