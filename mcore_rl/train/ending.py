@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ LOST = "RankLost"
 """the type of an error event by which a rank names another one that left without any"""
 _PR_SET_PDEATHSIG = 1
 _LAUNCH = "mcore_rl_"
+_spare: list[int] = []
+leaving = threading.Event()
+"""set once this rank has met an error, and closes what it has opened"""
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -59,7 +63,18 @@ def rank() -> int:
 def append(run_dir: Path, kind: str, **fields: Any) -> None:
     """An event of this rank; a directory that cannot be written must not hide an error."""
     with suppress(OSError):
-        append_event(run_dir, kind, rank=rank(), **fields)
+        try:
+            append_event(run_dir, kind, rank=rank(), **fields)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _spare:
+                raise
+            os.close(_spare.pop())
+            append_event(run_dir, kind, rank=rank(), **fields)
+
+
+def keep_a_file() -> None:
+    """Hold one file open that is given up when no other can be opened: the event that says so needs one."""
+    _spare.append(os.open(os.devnull, os.O_RDONLY))
 
 
 def record(run_dir: Path, error: BaseException) -> None:
@@ -69,6 +84,7 @@ def record(run_dir: Path, error: BaseException) -> None:
     """
     if isinstance(error, NothingToDo):
         return
+    leaving.set()
     shared = getattr(error, "shared", False)
     if error.__dict__.setdefault("recorded", False) or (shared and rank()):
         return

@@ -19,8 +19,10 @@ from mcore_rl.train.ending import (
     append,
     end_of_events,
     end_with_parent,
+    keep_a_file,
     last_words,
     launch_name,
+    leaving,
     not_worth_a_restart,
     say,
     typed,
@@ -38,14 +40,13 @@ def run_rank(config: Config, resume: str | None = None, replay: Path | None = No
     """Train as this rank, or replay a dump; every rank's exit code is also in RUN_DIR/events.jsonl."""
     end_with_parent()
     catch_signals()
+    keep_a_file()
     faulthandler.enable(all_threads=False)  # a crash in native code leaves the Python stack that led there
     rank, run_dir = int(os.environ["RANK"]), config.run.dir
     if (last := not_worth_a_restart(run_dir)) is not None:
         if rank == 0:
             say(f"a restart would meet it again: {last['type']}: {last['message']}")
-        code = int(last["exit_code"])
-        append(run_dir, "end", exit_code=code)
-        return code
+        return int(last["exit_code"])
     since = end_of_events(run_dir)
     try:
         if rank == 0:
@@ -75,6 +76,9 @@ def catch_signals() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
+    """torch's agent sends SIGTERM to all when one has failed; a rank that is leaving for that goes on."""
+    if number == signal.SIGTERM and leaving.is_set():
+        return
     raise AskedToLeave(number)
 
 
