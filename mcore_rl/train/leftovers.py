@@ -19,8 +19,8 @@ _GRACE_SECONDS = 1.0
 _ROUNDS = 5
 """one that starts others while it is ended takes more than one"""
 _POLL_SECONDS = 0.05
-_TRACKER = "multiprocessing.resource_tracker"
-"""Python's own helper, which ends with its owner and cleans up then"""
+_HELPER = "from multiprocessing."
+"""in the command line of Python's own helpers, which end with their owner and clean up then"""
 
 
 def end_descendants() -> None:
@@ -29,7 +29,7 @@ def end_descendants() -> None:
 
     def left() -> list[psutil.Process]:
         children = psutil.Process().children()
-        mine = [child for child in children if child.pid not in managed and not _is_tracker(child)]
+        mine = [child for child in children if child.pid not in managed and not _is_helper(child)]
         return mine + [one for child in mine for one in _descendants(child)]
 
     _end(left, grace=0.0)
@@ -79,9 +79,9 @@ def _is_of(process: psutil.Process, launch: str) -> bool:
         return False
 
 
-def _is_tracker(process: psutil.Process) -> bool:
+def _is_helper(process: psutil.Process) -> bool:
     try:
-        return any(_TRACKER in argument for argument in process.cmdline())
+        return any(_HELPER in argument for argument in process.cmdline())
     except psutil.Error:
         return False
 
