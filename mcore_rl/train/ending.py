@@ -18,6 +18,7 @@ from typing import Any
 
 from mcore_rl.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RETRYABLE, McoreRLError
 from mcore_rl.metrics import EVENTS, append_event, read_metrics
+from mcore_rl.terminal import printable
 
 EXIT_BUG = 1
 """an exception that nobody foresaw"""
@@ -91,7 +92,7 @@ def last_words(run_dir: Path, error: Exception, since: int) -> int:
         return exit_code_of(error)
     if before and isinstance(error, OSError | RuntimeError):
         return int(before[0]["exit_code"])
-    traceback.print_exception(error, file=sys.stderr)
+    print(printable("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     say(f"{type(error).__name__} on rank {rank()}: {error}")
     return exit_code_of(error)
 
@@ -115,7 +116,7 @@ def _is_same(event: dict[str, Any], error: Exception) -> bool:
 
 def say(what: str) -> None:
     """A line for people."""
-    print(f"mcore-rl: {what}", file=sys.stderr, flush=True)
+    print(printable(f"mcore-rl: {what}"), file=sys.stderr, flush=True)
 
 
 def not_worth_a_restart(run_dir: Path) -> dict[str, Any] | None:

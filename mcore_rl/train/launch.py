@@ -107,7 +107,7 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         if first.exitcode < 0:
-            print(f"mcore-rl: rank {first.local_rank} was ended by signal {-first.exitcode}", file=sys.stderr)
+            say(f"rank {first.local_rank} was ended by signal {-first.exitcode}")
         return first.exitcode if first.exitcode > 0 else EXIT_RETRYABLE
     except SignalException as error:
         return EXIT_RETRYABLE if error.sigval == signal.SIGTERM else 128 + error.sigval

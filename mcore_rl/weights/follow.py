@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mcore_rl.errors import McoreRLError, WeightSyncError
+from mcore_rl.terminal import printable
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
 
 LATEST = "LATEST"
@@ -78,11 +79,8 @@ class Follower:
 
     def _say(self, state: State) -> None:
         if state != self.state:
-            print(
-                f"mcore-rl follow: {state.why or f'version {version_of(state.have)}'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = state.why or f"version {version_of(state.have)}"
+            print(printable(f"mcore-rl follow: {what}"), file=sys.stderr, flush=True)
         self.state, self._beat = state, time.monotonic()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps(asdict(state)))
