@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, RolloutClient
+from mcore_rl.terminal import escaped
 from mcore_rl.weights.plan import Bucket
 
 
@@ -40,10 +41,13 @@ def _tensor_parallel_size(url: str, info: Mapping[str, Any]) -> int:
         )
     if info.get("pp_size", 1) != 1:
         raise ConfigError(
-            f"{url}: pp_size = {info['pp_size']}, and SGLang gives weights to the first stage only; start it "
-            'with --tp-size instead, or set publish.transport = "disk"'
+            f"{url}: pp_size = {escaped(info['pp_size'])}, and SGLang gives weights to the first stage only; "
+            'start it with --tp-size instead, or set publish.transport = "disk"'
         )
-    return int(info.get("tp_size", 1))
+    size = info.get("tp_size", 1)
+    if type(size) is not int or size < 1:
+        raise RolloutError(f"{url}/server_info: tp_size = {escaped(repr(size))} is no number of ranks")
+    return size
 
 
 async def end_update(client: RolloutClient) -> None:

@@ -19,6 +19,7 @@ from mcore_rl.rollout.dispatch import Dispatch, Request, no_server_left
 from mcore_rl.rollout.fleet import Fleet, check_server_info
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
+from mcore_rl.weights.calls import _tensor_parallel_size
 from tests.rollout.proxy import hang, proxy, status
 from tests.rollout.support import VOCAB, http, running, wait_until
 
@@ -230,6 +231,14 @@ def test_a_server_that_was_started_anew_is_not_given_the_reason_of_its_former_ad
     assert fleet.standing.lost == {
         "http://127.0.0.1:5": f"{anew}; it was http://127.0.0.1:4, lost because: killed"
     }, "what it was before it served again is no news"
+
+
+@pytest.mark.parametrize("size", ["two", 0, -1, 2.0, True, None, [2], "\x1b[2J"])
+def test_a_server_of_no_number_of_ranks_is_lost_and_its_text_is_not_acted_on(size: object) -> None:
+    with pytest.raises(RolloutError, match="http://a:1/server_info: tp_size") as refused:
+        _tensor_parallel_size("http://a:1", {"version": "0.5.23", "tp_size": size})
+    assert str(refused.value).isprintable()
+    assert _tensor_parallel_size("http://a:1", {"version": "0.5.23", "tp_size": 2}) == 2
 
 
 @pytest.mark.parametrize(
