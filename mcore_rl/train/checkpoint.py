@@ -31,6 +31,7 @@ from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
 from mcore_rl.metrics import StepLog
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import printable
 
 if TYPE_CHECKING:
     from mcore_rl.train.setup import Trainer
@@ -141,7 +142,8 @@ def restore(run: Trainer) -> None:
     run.step_log.event("resume", step=run.step, path=str(run.saved.path), changed=changed)
     if run.mesh.is_main:
         since = f"; changed since: {changed}" if changed else ""
-        print(f"resumed after step {run.step} from {run.saved.path}{since}", file=sys.stderr, flush=True)
+        line = f"resumed after step {run.step} from {run.saved.path}{since}"
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def end_step(run: Trainer, step: int) -> None:

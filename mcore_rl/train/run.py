@@ -8,7 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
+from mcore_rl.train.mismatch import Notices, notice
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.setup import (
     Trainer,
@@ -87,15 +88,15 @@ class Run(Trainer):
     """generates beside training; None where rollouts and training take turns"""
     experts: ExpertLayers | None = None
     """of the policy, where its routing is replayed"""
+    notices: Notices = field(default_factory=Notices)
+    """what the terminal was told of a mismatch to the servers"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
         if self.ahead is not None:
             metrics = {**metrics, **self.ahead.metrics}
         super().log(step, metrics)
-        mismatch, limit = float(metrics.get("mismatch/p999", 0.0)), self.config.publish.tolerance_p999
-        if mismatch > limit:
-            self.step_log.event("mismatch", step=step, p999=mismatch, limit=limit)
+        notice(self, step, metrics)
         if self.alert.due(metrics):
             self.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
 
@@ -149,8 +150,10 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
         if critic is not None:
             trainer.optimizers["critic."] = critic.optimizer
-        ahead = Ahead(config, trainer.prompts.prompts, experts) if config.rollout.max_staleness else None
-        if ahead is not None:
+        vocabulary = read_architecture(config.model.path).vocab
+        prompts, ahead = trainer.prompts.prompts, None
+        if config.rollout.max_staleness:
+            ahead = Ahead(config, prompts, vocabulary, experts)
             trainer.stateful["ahead"] = ahead
         judge = Judge(reward, place_reward_model(trainer))
         restore(trainer)  # before a server starts on the policy's weights
@@ -277,6 +280,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
+        vocabulary=read_architecture(config.model.path).vocab,
         api_key_env=r.api_key_env,
         timeout=r.timeout,
         health_timeout=r.health_timeout,

@@ -37,6 +37,7 @@ from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.terminal import printable
 from mcore_rl.train.batch import Shape, align_of
 from mcore_rl.train.checkpoint import (
     Stateful,
@@ -96,7 +97,7 @@ class Trainer:
         record = {**metrics, **self.timers.collect()}
         self.step_log.write(step, record)
         if self.mesh.is_main:
-            print(self.progress.line(step, record), file=sys.stderr, flush=True)
+            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.reached(f"step {step}")
 
     def reached(self, what: str) -> None:
