@@ -89,8 +89,10 @@ def remove(directory: Path, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, remedy: str, error: type[StorageError] = StorageError) -> Iterator[None]:
-    """Hold `directory`, which is made where it is not there.
+def locked(
+    directory: Path, remedy: str, error: type[StorageError] = StorageError, *, name: str = LOCK
+) -> Iterator[None]:
+    """Hold `directory`, which is made where it is not there, by a lock on its file `name`.
 
     The lock ends with the process, however that ends.
 
@@ -99,7 +101,7 @@ def locked(directory: Path, remedy: str, error: type[StorageError] = StorageErro
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / LOCK).open("a+")
+        file = (directory / name).open("a+")
     except OSError as cause:
         raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
     with file:
@@ -189,5 +191,6 @@ def storage_error(
         room += f", {needed} are needed)" if needed is not None else ")"
     return kind(
         f"{error.filename or path}: {error.strerror or error}{room}; what was written before is untouched. "
-        f"Make room or make it writable and start again, with --resume where there is a checkpoint, or {remedy}"
+        "Make room or make it writable and start again, with --resume where there is a checkpoint, or "
+        f"{remedy}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mcore_rl.directories import make, remove
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model import versions
 from mcore_rl.model.hf_files import INDEX, copy_side_files, hf_reader
@@ -91,6 +91,8 @@ def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
         versions.mark_shard(parameter, dim)
 
 
+_REMEDY = "name another directory (publish.dir or run.dir of a run)"
+
 Write = Callable[[dict[str, Tensor], Path], None]
 """puts tensors into the safetensors file of this name"""
 
@@ -113,13 +115,14 @@ def export(
     """Write the model as an HF directory, `quantized` in FP8 (model.quantize); collective over all ranks.
 
     Each pipeline stage and each rank with experts of its own writes a file; the directory appears complete or
-    not at all. `source` supplies config.json and the tokenizer.
+    not at all. `source` supplies config.json and the tokenizer. An earlier export is replaced.
+
+    Raises:
+        ConfigError: on every rank: `directory` holds what something else wrote.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
-    if mesh.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    on_main(mesh, lambda: make(partial, _REMEDY))
     tensors: dict[str, Tensor] = {}
     error: Exception | None = None
     try:
@@ -199,5 +202,5 @@ def _finish(
         raise ConfigError(f"{directory}: export lacks {sorted(missing)}; this is a bug in model/mapping.py")
     (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     copy_side_files(source, partial, quantization_config(shapes) if quantized else None)
-    shutil.rmtree(directory, ignore_errors=True)
+    remove(directory, _REMEDY)
     partial.rename(directory)

@@ -114,8 +114,8 @@ class Pool:
             pipe, theirs = context.Pipe()
             stack = directory / f"stack_{index}"
             process = context.Process(target=_serve, args=(theirs, stack), name=f"rank {index}")
-            self._ranks.append(_Rank(index, process, pipe, stack))
             process.start()
+            self._ranks.append(_Rank(index, process, pipe, stack))
             theirs.close()  # so that the death of the process reads as end of file
         self._call(_join_group, (self.world, directory / "rendezvous"), self.start_timeout, with_rank=True)
         if self.setup is not None:
@@ -207,8 +207,9 @@ def _raise_if_died(others: Sequence[_Rank], world: int, what: str) -> None:
 
 def _describe_hang(waiting: Sequence[_Rank], world: int, what: str) -> str:
     for rank in waiting:
-        with suppress(ProcessLookupError):
-            os.kill(rank.process.pid or 0, signal.SIGUSR1)
+        if rank.process.pid is not None:  # 0 would be the caller's whole process group
+            with suppress(ProcessLookupError):
+                os.kill(rank.process.pid, signal.SIGUSR1)
     time.sleep(0.3)  # faulthandler writes from the signal handler itself: this is ample
     names = ", ".join(str(rank.index) for rank in waiting)
     stacks = "\n".join(

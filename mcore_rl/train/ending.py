@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mcore_rl.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RETRYABLE, McoreRLError
+from mcore_rl.errors import EXIT_CONFIG, EXIT_NUMERICS, EXIT_RETRYABLE, McoreRLError, StorageError
 from mcore_rl.metrics import EVENTS, append_event, read_metrics
 
 EXIT_BUG = 1
@@ -41,7 +41,7 @@ def rank() -> int:
 
 def append(run_dir: Path, kind: str, **fields: Any) -> None:
     """An event of this rank; a directory that cannot be written must not hide an error."""
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         append_event(run_dir, kind, rank=rank(), **fields)
 
 

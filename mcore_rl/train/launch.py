@@ -22,6 +22,7 @@ from mcore_rl.train.ending import (
     not_worth_a_restart,
     say,
 )
+from mcore_rl.train.rundir import held, warn_of_others
 
 
 def under_torchrun() -> bool:
@@ -30,9 +31,23 @@ def under_torchrun() -> bool:
 
 
 def run_rank(config: Config, resume: str | None = None, replay: Path | None = None) -> int:
-    """Train as this rank, or replay a dump; the exit code is also the last line of RUN_DIR/events.jsonl."""
+    """Train as this rank, or replay a dump; the exit code is also the last line of RUN_DIR/events.jsonl.
+
+    Raises:
+        ConfigError, StorageError: on the first rank, which holds the run's directories: they are not ours, or
+            another run has them. Nothing is written then.
+    """
     end_with_parent()
     signal.signal(signal.SIGTERM, _leave)  # so that servers and process groups are closed on the way out
+    if int(os.environ["RANK"]) != 0:
+        return _run_recorded(config, resume, replay)
+    publishes = replay is None and not config.supervised_only
+    with held(config, publishes=publishes):  # before a line is written to what may be another run's
+        warn_of_others(config)
+        return _run_recorded(config, resume, replay)
+
+
+def _run_recorded(config: Config, resume: str | None, replay: Path | None) -> int:
     rank, run_dir = int(os.environ["RANK"]), config.run.dir
     if (last := not_worth_a_restart(run_dir)) is not None:
         if rank == 0:
