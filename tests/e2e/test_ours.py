@@ -41,7 +41,8 @@ def grpo(folder: Path, directory: Path, *flags: str) -> list[str]:
     """A run of two steps with the embedded server, a checkpoint after each."""
     sizes = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 4, "threads": 1}
     rollout = [word for key, value in sizes.items() for word in (f"--rollout.{key}", str(value))]
-    return _train(folder, directory, "grpo_tiny", *rollout, *_saved(flags), *flags)
+    held_out = ("--data.eval", str(folder / "eval.jsonl"))
+    return _train(folder, directory, "grpo_tiny", *held_out, *rollout, *_saved(flags), *flags)
 
 
 def _saved(flags: tuple[str, ...]) -> list[str]:
