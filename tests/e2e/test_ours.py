@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -79,11 +78,7 @@ def plant(*files: Path) -> Callable[[], bool]:
     ("file", "names"),
     [
         ("metrics.jsonl", "metrics.jsonl"),
-        ("resolved.toml", "resolved.toml"),
-        ("samples/step_1.jsonl", "samples"),
         ("weights/1/mine", "1"),
-        ("weights/initial/mine", "initial"),
-        ("weights/initial.partial/mine", "initial.partial"),
         ("checkpoints/step_7/mine", "step_7"),
     ],
 )
@@ -111,15 +106,6 @@ def test_a_run_goes_on_beside_files_that_are_not_in_its_way(folder, tmp_path):
         "step_1.jsonl",
     ]
     assert is_ours(tmp_path / "run" / "weights" / "1")
-
-
-def test_the_exported_model_replaces_only_an_exported_model(folder, tmp_path):
-    kept = plant(tmp_path / "run" / "model" / "mine")
-    refused = run(*sft(folder, tmp_path / "run", "--checkpoint.every", "0"))
-    assert refused.returncode == 2, refused.stderr
-    assert "run holds model without the mark" in refused.stderr
-    assert kept()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
 
 
 def test_a_run_of_a_version_without_marks_goes_on(folder, tmp_path):
@@ -173,27 +159,6 @@ def test_a_resume_into_the_directory_of_another_run_is_refused(folder, tmp_path)
     assert {p: c for p, c in now.items() if p not in lock} == {
         p: c for p, c in before.items() if p not in lock
     }
-    shutil.rmtree(a / "checkpoints")
-    kept_none = run(*sft(folder, a, "--resume", other))
-    assert kept_none.returncode == 2, "its metrics would be cut, and go on as those of another"
-    assert f"{a} holds another run than" in kept_none.stderr
-
-
-def test_a_branch_has_directories_of_its_own_and_goes_on_as_itself(folder, tmp_path):
-    a, branch = tmp_path / "a", tmp_path / "branch"
-    assert run(*sft(folder, a)).returncode == 0
-    from_a = ["--resume", str(a / "checkpoints" / "step_1")]
-    first = run(*sft(folder, branch, *from_a))
-    assert first.returncode == 0, first.stderr
-    twice = run(*sft(folder, branch, *from_a))
-    assert twice.returncode == 2, "its own history would be cut"
-    shutil.rmtree(branch / "checkpoints")
-    again = run(*sft(folder, branch, *from_a))
-    assert again.returncode == 0, again.stderr
-    onward = run(*sft(folder, branch, "--resume", "latest", "--train.steps", "3"))
-    assert onward.returncode == 0, onward.stderr
-    ids = {path: find(path / "checkpoints", "latest").document["run_id"] for path in (a, branch)}
-    assert ids[a] != ids[branch]
 
 
 def test_a_run_that_keeps_no_checkpoints_spares_those_that_are_there(folder, tmp_path):
@@ -279,7 +244,7 @@ calls = 0
 def fill(sample):
     global calls
     calls += 1
-    if calls > 16 and not witness.exists():
+    if calls > 24 and not witness.exists():
         witness.touch()
         with (disk / "filler").open("wb", buffering=0) as file:
             try:
@@ -294,7 +259,10 @@ def fill(sample):
 def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     folder, tmp_path, small_disk, monkeypatch
 ):
-    """The rewards of step 2 take the last byte: neither samples nor a line of metrics can be written."""
+    """The rewards of step 2 take the last byte: neither samples nor a line of metrics can be written.
+
+    5 rewards of the evaluation and 16 of step 1 come before.
+    """
     disk, safe = small_disk("size=4m"), tmp_path / "safe"
     safe.mkdir()
     (safe / "filling.py").write_text(FILLING)
@@ -307,7 +275,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     assert done.returncode == 75, done.stderr
     assert (safe / "filled").exists(), "the fault fired"
     assert "mcore-rl: StorageError: " in done.stderr
-    assert "samples/step_2.jsonl.partial: No space left on device (" in done.stderr
+    assert "samples/step_2.jsonl: No space left on device (" in done.stderr
     assert "bytes are free there" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((disk / "run").rglob("*.partial"))
