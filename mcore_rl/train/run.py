@@ -28,7 +28,7 @@ from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
-from mcore_rl.rollout.sampler import Rollout, sample_groups
+from mcore_rl.rollout.sampler import sample_groups
 from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.ending import recorded
@@ -365,7 +365,7 @@ def sample(
     """
     mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
 
-    async def ask() -> tuple[Rollout, Mapping[str, str]]:
+    async def ask() -> tuple[list[Group], Mapping[str, str]]:
         async with run.fleet.dispatch(run.mesh.dp_rank, run.mesh.layout.data) as servers:
             sampled = await sample_groups(
                 servers.ask,
@@ -384,7 +384,7 @@ def sample(
         with run.timers("rollout"):
             sampled, lost = asyncio.run(ask())
         with run.timers("reward"):
-            return run.judge.by_function(sampled.groups), lost
+            return run.judge.by_function(sampled), lost
 
     groups, losses = share_groups(run.mesh, {prompt.id: prompt for prompt in prompts}, work)
     run.lose({url: why for lost in losses for url, why in lost.items()})
