@@ -16,7 +16,7 @@ import pytest
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.directories import MARK, is_ours
 from mcore_rl.metrics import read_metrics
-from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
+from tests.e2e.conftest import DEADLINE, ENVIRONMENT, ROOT, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("small")
     small = ["--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]
     generate = [sys.executable, "examples/arithmetic.py", str(made), *small]
-    subprocess.run(generate, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
     return made
 
 
