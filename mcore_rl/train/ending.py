@@ -28,6 +28,7 @@ from mcore_rl.errors import (
     McoreRLError,
     NothingToDo,
     ResourceError,
+    StorageError,
 )
 from mcore_rl.metrics import EVENTS, append_event, read_metrics
 from mcore_rl.terminal import printable
@@ -63,11 +64,12 @@ def rank() -> int:
 
 def append(run_dir: Path, kind: str, **fields: Any) -> None:
     """An event of this rank; a directory that cannot be written must not hide an error."""
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         try:
             append_event(run_dir, kind, rank=rank(), **fields)
-        except OSError as error:
-            if error.errno != errno.EMFILE or not _spare:
+        except StorageError as error:
+            cause = error.__cause__
+            if not (isinstance(cause, OSError) and cause.errno == errno.EMFILE and _spare):
                 raise
             os.close(_spare.pop())
             append_event(run_dir, kind, rank=rank(), **fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.sections import Parallel
+from mcore_rl.directories import make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.critic import CriticParameterMap, with_value_head
@@ -93,9 +93,10 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
 
     Raises:
         LayoutError: not even degrees of 2 fit into so many processes.
+        ConfigError: RUN_DIR/rehearsal holds what something else wrote.
     """
     directory = config.run.dir / "rehearsal"
-    shutil.rmtree(directory, ignore_errors=True)
+    make(directory, "set run.dir to another directory")
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
@@ -166,7 +167,7 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    directory.mkdir(parents=True)
+    make(directory, "set run.dir to another directory")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=_VOCABULARY[0], eos_token=_VOCABULARY[1]
     ).save_pretrained(directory)

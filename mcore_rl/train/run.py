@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config, is_loopback
 from mcore_rl.data.cursor import share
+from mcore_rl.directories import write_whole
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import Model, build_critic, build_policy
@@ -36,6 +36,7 @@ from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.train.mismatch import Notices, notice
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
+from mcore_rl.train.rundir import open_samples, published_to
 from mcore_rl.train.setup import (
     Trainer,
     model_settings,
@@ -158,7 +159,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         judge = Judge(reward, place_reward_model(trainer))
         restore(trainer)  # before a server starts on the policy's weights
         offload_trained(trainer, critic)
-        weights_dir = config.publish.dir or config.run.dir / "weights"
+        weights_dir = published_to(config)
         transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         stack.callback(transport.close, fleet)
@@ -173,8 +174,8 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)
-        if trainer.saved is None:
-            on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
+        keep = trainer.saved is not None
+        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
         trainer.reached("the servers were ready")
         yield Run(
             **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
@@ -398,13 +399,9 @@ def sample(
 
 
 def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:
-    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people."""
-    if not run.mesh.is_main:
-        return
-    directory = run.config.run.dir / "samples"
-    directory.mkdir(exist_ok=True)
+    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people; collective."""
     shown = [group.samples[0] for group in groups if group.samples][:count]
-    lines = [
+    records = (
         {
             "step": step,
             "prompt": s.prompt.text,
@@ -413,5 +410,6 @@ def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -
             "reward": s.reward,
         }
         for s in shown
-    ]
-    (directory / f"step_{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    )
+    path = run.config.run.dir / "samples" / f"step_{step}.jsonl"
+    on_main(run.mesh, lambda: write_whole(path, "".join(json.dumps(record) + "\n" for record in records)))
