@@ -12,11 +12,12 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision"})
+BASE = frozenset({"errors", "types", "precision", "weight_files"})
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
+    "weight_files": frozenset({"errors"}),
     "algo": BASE,
     "parallel": BASE,
     "model": BASE | {"parallel"},

@@ -43,7 +43,8 @@ def write_hf(
     arch = read_architecture(config)
     mapping = Mapping(arch, arch.vocab)
     read = torch_dist_reader(source, mapping)
-    forms = _forms(mapping, read("model.norm.weight").dtype, quantized=quantized)
+    dtype = read("model.norm.weight").dtype
+    forms = _forms(mapping, dtype, quantized=quantized)
     shards = _shards(forms, shard_bytes)
     progress = Progress(len(forms))
     weight_map = {}
@@ -56,7 +57,7 @@ def write_hf(
                 weight_map[name] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    copy_side_files(config, directory, quantization_config(mapping.hf_shapes()) if quantized else None)
+    copy_side_files(config, directory, dtype, quantization_config(mapping.hf_shapes()) if quantized else None)
     return progress
 
 

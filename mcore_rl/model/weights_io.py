@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model import versions
-from mcore_rl.model.hf_files import INDEX, copy_side_files, hf_reader
+from mcore_rl.model.hf_files import EMBEDDING, INDEX, copy_side_files, hf_reader
 from mcore_rl.model.mapping import Entry, Mapping, global_parameters
 from mcore_rl.model.quantize import is_quantized, quantization_config, quantize_blocks, quantized_shapes
 from mcore_rl.model.torch_dist import holds_torch_dist, torch_dist_reader
@@ -138,7 +138,12 @@ def export(
         error = caught
     raise_everywhere(mesh, error)
     weight_map = dict(sorted((name, files[rank]) for rank, owned in enumerate(names) for name in owned))
-    on_main(mesh, lambda: _finish(partial, directory, weight_map, Path(source), mapping, quantized))
+    on_main(
+        mesh,
+        lambda: _finish(
+            partial, directory, weight_map, Path(source), mapping, quantized, tensors[EMBEDDING].dtype
+        ),
+    )
 
 
 def gather_hf(
@@ -192,12 +197,13 @@ def _finish(
     source: Path,
     mapping: Mapping,
     quantized: bool,
+    dtype: torch.dtype,
 ) -> None:
     shapes = mapping.hf_shapes()
     missing = (quantized_shapes(shapes) if quantized else shapes).keys() - weight_map.keys()
     if missing:
         raise ConfigError(f"{directory}: export lacks {sorted(missing)}; this is a bug in model/mapping.py")
     (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    copy_side_files(source, partial, quantization_config(shapes) if quantized else None)
+    copy_side_files(source, partial, dtype, quantization_config(shapes) if quantized else None)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
