@@ -19,10 +19,10 @@ from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf_files import checkpoint_files
 from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.precision import PrecisionName
 from mcore_rl.model.weights_io import reader
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.precision import PrecisionName
 from mcore_rl.rollout.embedded import weights as embedded
 from mcore_rl.weight_files import INDEX
 from tests.model.conftest import save

@@ -28,6 +28,8 @@ from tests.rollout.probed_server import Probed
 from tests.rollout.support import CONTEXT, DEADLINE, VOCAB, http, save_model, wait_until
 
 LAG = 0.1
+WAIT = 100.0
+"""for a reply; other processes may take most of the machine"""
 MIB = 1 << 20
 
 
@@ -44,7 +46,7 @@ def post(url: str, path: str, raw: bytes, content_type: str | None = "applicatio
     host, port = url.removeprefix("http://").split(":")
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\nConnection: close\r\n"
     head += f"Content-Type: {content_type}\r\n\r\n" if content_type else "\r\n"
-    with socket.create_connection((host, int(port)), timeout=DEADLINE) as sock:
+    with socket.create_connection((host, int(port)), timeout=WAIT) as sock:
         reply = b""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(head.encode() + raw)
@@ -82,7 +84,7 @@ BODIES: dict[str, bytes] = {
     "blanks": b'{"input_ids": [1,' + b" " * 8_000_000 + b"x]}",
     "a long text": b'{"text": "%s"}' % (b"w1 " * (2 * MIB)),
     "many texts": b'{"text": %s}' % repeated(b'"w"'),
-    "escapes": b'{"text": "%s"}' % (b"\\u1234" * MIB),
+    "escapes": b'{"text": "%s"}' % (b"\\u1234" * (MIB + 1)),
     "a long rid": b'{"input_ids": [1], "rid": "%s"}' % (b"a" * 7 * MIB),
     "many rids": b'{"input_ids": [1], "rid": %s}' % repeated(b'"a"'),
     "many stop ids": b'{"input_ids": [1], "sampling_params": {"stop_token_ids": %s, "n": 4096}}'
@@ -123,14 +125,14 @@ def test_the_probe_sees_a_body_that_is_parsed_in_one_go() -> None:
 
 
 def test_a_large_request_and_its_reply_do_not_hold_the_event_loop_either(probed: LocalServer) -> None:
-    """As many ids as a request may hold, and 100 000 log-probs to be shown: they are served."""
-    prompts = [[i % 300] * 500 for i in range(1024)]
+    """A quarter of a million ids, and 100 000 log-probs to be shown: they are served."""
+    prompts = [[i % 4] * 500 for i in range(512)]
     params = {"max_new_tokens": 2, "ignore_eos": True}
     lag(probed.url)
     body = json.dumps({"input_ids": prompts, "sampling_params": params, "return_logprob": True}).encode()
     status, reply = post(probed.url, "/generate", body)
     assert status == 200, reply[:500]
-    assert [len(item["output_ids"]) for item in json.loads(reply)] == [2] * 1024
+    assert [len(item["output_ids"]) for item in json.loads(reply)] == [2] * 512
     shown = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 300}
     asked = {"input_ids": [7] * 300, "sampling_params": {"max_new_tokens": 40, "ignore_eos": True}} | shown
     status, reply = post(probed.url, "/generate", json.dumps(asked).encode())
@@ -147,7 +149,7 @@ def test_many_small_requests_do_not_hold_the_event_loop(probed: LocalServer) -> 
     lag(probed.url)
 
     def flood(_: int) -> int:
-        with socket.create_connection((host, int(port)), timeout=DEADLINE) as sock:
+        with socket.create_connection((host, int(port)), timeout=WAIT) as sock:
             sock.sendall((one % (len(bad), bad)) * 300)
             sock.shutdown(socket.SHUT_WR)
             seen = b""
@@ -238,7 +240,7 @@ def requests(draw: st.DrawFn) -> tuple[str, Any]:
     return path, draw(st.dictionaries(fields, VALUES, max_size=4) | VALUES)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=requests())
 def test_any_json_at_any_endpoint_is_served_or_refused(probed: LocalServer, asked: tuple[str, Any]) -> None:
     path, body = asked

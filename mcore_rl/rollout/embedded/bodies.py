@@ -28,9 +28,11 @@ _SMALL_BYTES = 1 << 16
 """What the event loop parses itself, in a few milliseconds at most."""
 _PIECE = 256
 """Entries of a list that are written in one go."""
-_SPACE = "[ \t\n\r]*"
+_MAX_KEYS = 1 << 17
+_SPACE = "[ \t\n\r]{0,16}"
+"""Bounded: a search through all blanks could not be interrupted."""
 _INTEGERS = re.compile(f"(?:{_SPACE}(?:0|-?[1-9][0-9]{{0,17}}){_SPACE},){{1,4096}}")
-_END_OF_ARRAY = re.compile(rf"{_SPACE}\]")
+_END_OF_ARRAY = re.compile(r"[ \t\n\r]*\]")
 
 ScanOnce = Callable[[str, int], tuple[Any, int]]
 
@@ -44,7 +46,7 @@ class _Decoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         super().__init__(parse_constant=_no_constant)
-        self._values = self._containers = 0
+        self._values = self._containers = self._keys = 0
         self.parse_array, self.parse_object = self._array, self._object
         self.scan_once = py_make_scanner(self)
 
@@ -59,27 +61,29 @@ class _Decoder(json.JSONDecoder):
             end = run.end()
         if values and _END_OF_ARRAY.match(text, end):
             raise json.JSONDecodeError("a value is missing after a comma", text, end)
-        rest, end = JSONArray((text, end), self._counted(scan_once))
+        rest, end = JSONArray((text, end), self._counted(scan_once, values=1))
         return values + rest, end
 
     def _object(self, state: tuple[str, int], strict: bool, scan_once: ScanOnce, *rest: Any) -> Any:
         self._count(containers=1)
-        return JSONObject(state, strict, self._counted(scan_once), *rest)
+        return JSONObject(state, strict, self._counted(scan_once, keys=1), *rest)
 
-    def _counted(self, scan_once: ScanOnce) -> ScanOnce:
+    def _counted(self, scan_once: ScanOnce, **what: int) -> ScanOnce:
         def scan(text: str, index: int) -> tuple[Any, int]:
-            self._count(values=1)
+            self._count(**what)
             return scan_once(text, index)
 
         return scan
 
-    def _count(self, values: int = 0, containers: int = 0) -> None:
+    def _count(self, values: int = 0, containers: int = 0, keys: int = 0) -> None:
         self._values += values
         self._containers += containers
-        if self._values > MAX_VALUES or self._containers > _MAX_CONTAINERS:
+        self._keys += keys
+        found = (self._values, self._containers, self._keys)
+        if any(n > most for n, most in zip(found, (MAX_VALUES, _MAX_CONTAINERS, _MAX_KEYS), strict=True)):
             raise MalformedBodyError(
-                f"the body holds more than {MAX_VALUES} values or {_MAX_CONTAINERS} lists and objects; "
-                "send fewer sequences in one request"
+                f"the body holds more than {MAX_VALUES} values, {_MAX_CONTAINERS} lists and objects or "
+                f"{_MAX_KEYS} fields; send fewer sequences in one request"
             )
 
 
