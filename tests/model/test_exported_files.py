@@ -69,7 +69,7 @@ def test_config_and_side_files_agree_with_the_tensors(
     if way == "convert":
         convert(source, target)
     else:
-        at_layout(pool1, "", export, source, target, way)
+        at_layout(pool1, "tp1", export, source, target, way)
     tensors = {name: t for file in target.glob("*.safetensors") for name, t in load_file(file).items()}
     dtype = torch.bfloat16 if way == "bf16" else torch.float32
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
