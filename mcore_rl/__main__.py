@@ -69,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=plan)
 
+    add = commands.add_parser("config", help="every configuration key: type, default, meaning")
+    add.add_argument("sections", nargs="*", metavar="SECTION", help="only these, such as rollout")
+    add.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md has them")
+    add.set_defaults(command=config)
+
     about = "serve a Hugging Face model over the SGLang native API"
     add = commands.add_parser("serve", help=about, add_help=False)
     add.set_defaults(command=serve)
@@ -193,6 +198,17 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return examine(arguments.config, overrides, as_json=arguments.json)
 
 
+def config(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl config [SECTION ...] [--markdown]`."""
+    from mcore_rl.config.describe import as_markdown, describe
+
+    print(
+        as_markdown() if arguments.markdown else describe(arguments.sections),
+        end="" if arguments.markdown else "\n",
+    )
+    return 0
+
+
 def serve(_: argparse.Namespace, options: list[str]) -> int:
     """`mcore-rl serve MODEL_DIR [--port P] [--api-key-env NAME] ...`: the arguments of `serve`."""
     import tyro
@@ -232,7 +248,7 @@ def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
     from mcore_rl.convert.run import mcore_to_hf, print_summary
 
     a = arguments
-    options = {"config": a.config, "shard_gb": a.shard_gb, "quantized": a.quantize == "fp8"}
+    options = {"config": a.config, "shard_gb": a.shard_gb, "quantize": a.quantize or "none"}
     summary = mcore_to_hf(a.source, a.target, **options, certified=a.certify)
     print_summary(a.target, summary, as_json=a.json)
     return 0

@@ -21,6 +21,7 @@ from mcore_rl.train.metrics import head_metrics
 from mcore_rl.train.setup import Trainer, offload_optimizers, start_trainer
 from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
+from mcore_rl.weights.disk import export
 
 
 def train_supervised(config: Config, resume: str | None = None) -> None:
@@ -33,7 +34,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
                 metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)
             run.log(step, metrics)
             end_step(run, step)
-        run.policy.export(config.run.dir / "model")
+        export(run.policy, config.run.dir / "model")
 
 
 def train_step(run: Trainer, prompts: Sequence[Prompt], step: int) -> dict[str, float]:

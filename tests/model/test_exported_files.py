@@ -18,13 +18,14 @@ from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import reader
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import PrecisionName
 from mcore_rl.rollout.embedded import weights as embedded
 from mcore_rl.weight_files import INDEX
+from mcore_rl.weights.disk import export as export_files
 from tests.model.conftest import save
 from tests.model.families import FAMILIES
 from tests.model.support import at_layout
@@ -49,7 +50,7 @@ def make(directory: Path, *, tied: bool, told: dict[str, str]) -> Path:
 
 
 def export(mesh: Mesh, source: Path, target: Path, precision: PrecisionName) -> None:
-    build_policy(source, mesh, precision=precision).export(target)
+    export_files(build_policy(source, mesh, precision=precision), target)
 
 
 def convert(source: Path, target: Path) -> None:
@@ -133,10 +134,10 @@ def test_both_forms_in_one_directory_are_refused_and_both_named(tmp_path: Path) 
     directory = make(tmp_path / "hf", tied=False, told={})
     arch = read_architecture(directory)
     hf_to_mcore(directory, tmp_path / "mcore")
-    reader(tmp_path / "mcore", Mapping(arch, arch.vocab))
+    reader(tmp_path / "mcore", ParameterMap(arch, arch.vocab))
     shutil.copyfile(directory / "model.safetensors", tmp_path / "mcore" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"\.metadata and .*model\.safetensors: two models"):
-        reader(tmp_path / "mcore", Mapping(arch, arch.vocab))
+        reader(tmp_path / "mcore", ParameterMap(arch, arch.vocab))
 
 
 def test_what_all_readers_choose_alike_is_accepted(tmp_path: Path) -> None:
