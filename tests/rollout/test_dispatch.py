@@ -171,6 +171,30 @@ def test_slow_is_not_lost(url: str) -> None:
     assert asyncio.run(go()) == {}
 
 
+@pytest.mark.parametrize("delivers", [True, False])
+def test_a_server_that_delivers_is_kept_though_its_health_checks_fail(url: str, delivers: bool) -> None:
+    """And one that neither delivers nor is healthy is lost."""
+
+    async def go() -> dict[str, str]:
+        async with proxy(url, *[status(503)] * 200, path="/health") as ill:
+            slow = [] if delivers else [hang(60.0)] * 8
+            async with proxy(ill.url, *slow) as server:
+                client = RolloutClient(server.url)
+                async with Dispatch([client], version="default", health_timeout=4.0) as servers:
+                    end = time.monotonic() + 10.0
+
+                    async def lane(number: int) -> None:
+                        while time.monotonic() < end:
+                            await servers.ask(requests(4)[number])
+
+                    await asyncio.gather(*map(lane, range(4)), return_exceptions=not delivers)
+                assert len(ill.bodies("/health")) > 3
+                return servers.lost
+
+    lost = asyncio.run(go())
+    assert [why[:14] for why in lost.values()] == ([] if delivers else ["no good answer"])
+
+
 def test_errors_of_one_server_move_its_requests(url: str) -> None:
     async def go() -> tuple[list[list[Reply]], dict[str, str]]:
         async with proxy(url, *[status(503)] * 40) as bad:
