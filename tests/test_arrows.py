@@ -12,13 +12,14 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "before_megatron"})
+BASE = frozenset({"errors", "types", "precision", "functions", "before_megatron"})
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
+    "functions": frozenset({"errors"}),
     "before_megatron": frozenset(),
     "directories": frozenset({"errors"}),
     "algo": BASE,
