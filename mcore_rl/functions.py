@@ -10,15 +10,15 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import AskedToLeave, ConfigError
 
 
 def load_function(key: str, name: str, argument: str, *, keywords: bool = False) -> Callable[..., Any]:
     """Import the function that `name` (`module:function`) means; `key` is the configuration's key for it.
 
     The module's directory is on PYTHONPATH or is the current one. Raises ConfigError where the function does
-    not exist, its import fails, or it cannot be called with one positional argument, the `argument`; with
-    `keywords`, the caller gives it keyword-only ones besides.
+    not exist, its import fails (or ends with sys.exit), or it cannot be called with one positional argument,
+    the `argument`; with `keywords`, the caller gives it keyword-only ones besides.
     """
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
@@ -27,7 +27,9 @@ def load_function(key: str, name: str, argument: str, *, keywords: bool = False)
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except AskedToLeave:
+        raise
+    except BaseException as error:  # SystemExit too, of a script without a __main__ guard
         raise ConfigError(
             f"{key}: cannot import {module_name} ({type(error).__name__}: {error}); "
             "fix the module, or put its directory on PYTHONPATH"

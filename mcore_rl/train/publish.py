@@ -14,7 +14,7 @@ from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.colocated import bring_back, restart_ended
-from mcore_rl.weights.publish import server_log_probs
+from mcore_rl.weights.transport import server_log_probs
 
 if TYPE_CHECKING:
     from mcore_rl.train.run import Run

@@ -33,6 +33,7 @@ from mcore_rl.train.setup import (
 )
 from mcore_rl.train.supervised import NegativeLogLikelihood
 from mcore_rl.train.update import alone, from_json
+from mcore_rl.train.watchdog import collective_timeout
 
 
 def replay_dump(config: Config, path: Path) -> None:
@@ -48,8 +49,9 @@ def replay_dump(config: Config, path: Path) -> None:
     dump = saved.document["numerics"]
     layout = layout_of(config, world_size())
     layout.check(world_size())
-    with process_group(config.train.step_timeout):
-        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+    timeout = collective_timeout(config.train.step_timeout)
+    with process_group(timeout):
+        mesh = build_mesh(layout, timeout=timeout)
         try:
             with recorded(config.run.dir), watched(config, mesh):
                 _replay(config, mesh, saved, dump)

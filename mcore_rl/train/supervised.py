@@ -22,6 +22,7 @@ from mcore_rl.train.objective import Parts
 from mcore_rl.train.setup import Trainer, offload_optimizers, start_trainer
 from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
+from mcore_rl.weights.disk import export
 
 HEAD = Key("head", HeadGradient(None))
 
@@ -36,7 +37,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
                 metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)
             run.log(step, metrics)
             end_step(run, step)
-        run.policy.export(config.run.dir / "model")
+        export(run.policy, config.run.dir / "model")
 
 
 def train_step(run: Trainer, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
