@@ -137,6 +137,7 @@ def _add_verify(commands: Any) -> None:
     add = checks.add_parser("layouts", help="every layout against one rank, through the real Megatron-Core")
     add.add_argument("--layouts", type=_names, help="such as tp2,pp2cp2,pp2:tied; or all")
     add.add_argument("--algorithms", type=_names, help="such as gspo,ppo")
+    add.add_argument("--loss", metavar="module:function", help="a policy loss of your own, in their place")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=verify_layouts)
 
@@ -278,11 +279,13 @@ def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def verify_layouts(arguments: argparse.Namespace, _: list[str]) -> int:
-    """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--json]`."""
-    from mcore_rl.verify_layouts.run import ALGORITHMS, LAYOUTS
+    """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--loss module:function] [--json]`."""
+    from mcore_rl.verify_layouts.run import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
     from mcore_rl.verify_layouts.run import main as layouts
 
-    return layouts(arguments.layouts or LAYOUTS, arguments.algorithms or ALGORITHMS, as_json=arguments.json)
+    a = arguments
+    algorithms = a.algorithms or (ALGORITHMS if a.loss is None else WITH_OWN_LOSS)
+    return layouts(a.layouts or LAYOUTS, algorithms, as_json=a.json, loss=a.loss)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "terminal", "before_megatron", "weight_files"})
+BASE = frozenset({"errors", "types", "precision", "terminal", "before_megatron", "weight_files", "functions"})
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 ALLOWED: dict[str, frozenset[str]] = {
@@ -21,6 +21,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "precision": frozenset(),
     "terminal": frozenset(),
     "weight_files": frozenset({"errors"}),
+    "functions": frozenset({"errors"}),
     "before_megatron": frozenset(),
     "directories": frozenset({"errors"}),
     "algo": BASE,

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from mcore_rl.precision import PrecisionName, RecipeName
 
 
-def _reward_name(name: str) -> str:
+def _function_name(name: str) -> str:
     if not re.fullmatch(r"[\w.]+:\w+", name):
         raise ValueError("must be `module:function`")
     return name
@@ -194,7 +194,7 @@ class Rollout(Section):
 class Reward(Section):
     """How responses are scored."""
 
-    function: Annotated[str, AfterValidator(_reward_name)] = "mcore_rl.rewards.exact:exact_match"
+    function: Annotated[str, AfterValidator(_function_name)] = "mcore_rl.rewards.exact:exact_match"
     """`module:function` that scores one sample."""
     model: Path | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
@@ -207,6 +207,8 @@ class Algorithm(Section):
     """A reinforcement-learning algorithm, or `sft` for supervised training on the labels."""
     params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
     """The algorithm's own numbers, where they differ from its paper's."""
+    loss: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` of a policy loss of your own, in the place of the algorithm's."""
     mini_batches: Count = 4
     """Optimizer steps per pass over a rollout."""
     epochs: Count = 1

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from numbers import Real
 from typing import Protocol
 
 import numpy as np
 
-from mcore_rl.errors import AskedToLeave, ConfigError, RewardError
+from mcore_rl.errors import AskedToLeave, RewardError
+from mcore_rl.functions import load_function
 from mcore_rl.terminal import printable
 from mcore_rl.types import Group, Sample
 
@@ -38,38 +36,7 @@ def load_reward(name: str) -> RewardFn:
     Raises ConfigError when it does not exist, its import fails (or ends with sys.exit), or it cannot take one
     sample.
     """
-    module_name, _, attribute = name.partition(":")
-    if not (module_name and attribute):
-        raise ConfigError(f"reward.function: {name!r} is not of the form `module:function`")
-    if os.getcwd() not in sys.path:  # the `mcore-rl` script, unlike `python -m`, does not put it there
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except AskedToLeave:
-        raise
-    except BaseException as error:  # SystemExit too, of a script without a __main__ guard
-        raise ConfigError(
-            f"reward.function: cannot import {module_name} ({type(error).__name__}: {error}); "
-            "fix the module, or put its directory on PYTHONPATH"
-        ) from error
-    function: RewardFn | None = getattr(module, attribute, None)
-    if function is None:
-        close = get_close_matches(attribute, dir(module), n=1)
-        hint = f"did you mean {close[0]}?" if close else "check the name"
-        raise ConfigError(f"reward.function: {module_name} has no {attribute}; {hint}")
-    if not callable(function) or not _takes_one(function):
-        raise ConfigError(f"reward.function: {name} must be a function of one argument, the sample")
-    return function
-
-
-def _takes_one(function: object) -> bool:
-    try:
-        inspect.signature(function).bind(None)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        return False
-    except ValueError:  # built-ins without a signature: the first call will tell
-        return True
-    return True
+    return load_function("reward.function", name, "the sample")
 
 
 def score_groups(groups: Sequence[Group], function: RewardFn) -> list[Group]:

@@ -21,7 +21,7 @@ from mcore_rl.train.batch import (
 from mcore_rl.train.checkpoint import end_step
 from mcore_rl.train.colocated import release_servers
 from mcore_rl.train.evaluate import evaluate
-from mcore_rl.train.metrics import StepMetrics, critic_metrics, policy_metrics, rollout_metrics
+from mcore_rl.train.metrics import StepMetrics, rollout_metrics
 from mcore_rl.train.mismatch import screen
 from mcore_rl.train.publish import publish
 from mcore_rl.train.run import Run, rollout, start
@@ -72,8 +72,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
         rollout_metrics(batch, advantages.fields["advantage"], asked)
         | screened.metrics
         | advantages.metrics
-        | policy.reduce(run.mesh, policy_metrics)
-        | critic.reduce(run.mesh, critic_metrics)
+        | policy.reduce(run.mesh, "grad_norm")
+        | critic.reduce(run.mesh, "grad_norm/critic")
     )
 
 

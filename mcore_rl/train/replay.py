@@ -96,7 +96,7 @@ def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
         return NegativeLogLikelihood()
     if kind == "critic":
         return ValueObjective(config.critic.value_clip or None, config.critic.coef)
-    algorithm = configure(config.algorithm.name, config.algorithm.params)
+    algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     return PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None)
 
 

@@ -135,7 +135,7 @@ class Run(Trainer):
 @contextmanager
 def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
-    algorithm = configure(config.algorithm.name, config.algorithm.params)
+    algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     updates = config.algorithm.mini_batches * config.algorithm.epochs
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     reward = load_reward(config.reward.function)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from mcore_rl.algo import (
     value,
 )
 from mcore_rl.algo.ratio import difference
+from mcore_rl.algo.rows import Rows
 from mcore_rl.verify_golden.problem import Outputs, Problem
 
 Case = Callable[..., Tensor | Outputs]
@@ -208,8 +210,12 @@ def _sequence_mask(behaviour: str) -> Case:
         advantage = advantages.group_normalized(p.rewards, p.statistics, std="none").to(p.dtype)
         delta = p.scalar("opsm_delta", "mismatch")
         unmoved = torch.zeros_like(mean)
-        token = policy_losses.deepseek_masked(unmoved, unmoved, advantage, mean, delta=delta)
-        return ~token.clipped
+        rows = Rows.of(unmoved, unmoved, advantage=advantage)
+        rows = replace(rows, extras={"sequence_rollout_log_ratio": mean})
+        token = policy_losses.deepseek_masked(rows, delta=delta)
+        clipped = token.metrics["clip/fraction"].values
+        assert clipped is not None
+        return ~clipped
 
     return case
 
