@@ -89,8 +89,10 @@ def remove(directory: Path, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, remedy: str, error: type[StorageError] = StorageError) -> Iterator[None]:
-    """Hold `directory`, which is made where it is not there.
+def locked(
+    directory: Path, remedy: str, error: type[StorageError] = StorageError, *, name: str = LOCK
+) -> Iterator[None]:
+    """Hold `directory`, which is made where it is not there, by a lock on its file `name`.
 
     The lock ends with the process, however that ends.
 
@@ -99,7 +101,7 @@ def locked(directory: Path, remedy: str, error: type[StorageError] = StorageErro
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / LOCK).open("a+")
+        file = (directory / name).open("a+")
     except OSError as cause:
         raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
     with file:

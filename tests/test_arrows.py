@@ -12,7 +12,7 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "functions", "before_megatron"})
+BASE = frozenset({"errors", "types", "precision", "functions", "terminal", "before_megatron", "weight_files"})
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 ALLOWED: dict[str, frozenset[str]] = {
@@ -20,6 +20,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "types": frozenset({"errors"}),
     "precision": frozenset(),
     "functions": frozenset({"errors"}),
+    "terminal": frozenset(),
+    "weight_files": frozenset({"errors"}),
     "before_megatron": frozenset(),
     "directories": frozenset({"errors"}),
     "algo": BASE,

@@ -14,7 +14,9 @@ from mcore_rl.convert.certify import Certificate, certify
 from mcore_rl.convert.output import Progress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
+from mcore_rl.directories import MARK
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
 
 
@@ -91,7 +93,7 @@ def _convert(
         if check is not None:
             print("comparing the logits of both sides", file=sys.stderr, flush=True)
             summary["certificate"] = asdict(check(directory))
-        files = [manifest.checksum(path) for path in sorted(directory.iterdir())]
+        files = [manifest.checksum(path) for path in sorted(directory.iterdir()) if path.name != MARK]
         manifest.commit(directory, files, conversion=summary)
     return summary
 
@@ -108,6 +110,6 @@ def print_summary(target: Path, summary: dict[str, Any], *, as_json: bool) -> No
             f"; largest logit difference {certificate['max_abs_logit_difference']:.2e} "
             f"over {certificate['tokens']} tokens ({certificate['precision']})"
         )
-    print(text, file=sys.stderr if as_json else sys.stdout)
+    print(printable(text), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))

@@ -37,7 +37,8 @@ def write_hf(
     arch = read_architecture(config)
     mapping = ParameterMap(arch, arch.vocab)
     read = torch_dist_reader(source, mapping)
-    forms = encoded_forms(mapping, encoding, read("model.norm.weight").dtype)
+    dtype = read("model.norm.weight").dtype
+    forms = encoded_forms(mapping, encoding, dtype)
     shards = _shards(forms, shard_bytes)
     progress = Progress(len(forms))
     tensors = _Encoded(mapping, encoding, read)
@@ -51,7 +52,7 @@ def write_hf(
                 weight_map[name] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    copy_side_files(config, directory, encoding.config(mapping))
+    copy_side_files(config, directory, dtype, encoding.config(mapping))
     return progress
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.errors import DataError
+from mcore_rl.terminal import escaped
 from mcore_rl.types import Prompt
+
+_KEYS_CHARS = 500
+"""of a record's keys, as a message quotes them"""
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,41 @@ class PromptSet:
     too_long: tuple[str, ...]
     """ids of the prompts that were dropped because they exceed the token limit"""
 
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the ids in order: a cursor only resumes on the data that it left."""
-        return hashlib.sha256("\0".join(prompt.id for prompt in self.prompts).encode()).hexdigest()[:16]
+    def fingerprint(self) -> Fingerprint:
+        """Of everything in them that reaches training."""
+        return fingerprint(self.prompts)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one set of prompts from another; digests in hex."""
+
+    count: int
+    ids: str
+    """of the ids in order; all that checkpoints of earlier versions have"""
+    content: str
+    """of ids, texts, token ids, labels and metadata in order"""
+    unordered: str
+    """the same in any order"""
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> Fingerprint:
+    """One pass, a few microseconds a prompt: much less than to encode it."""
+    ids = hashlib.sha256("\0".join(prompt.id for prompt in prompts).encode(errors="surrogatepass"))
+    content, total = hashlib.sha256(), 0
+    for prompt in prompts:
+        row = _digest(prompt)
+        content.update(row)
+        total += int.from_bytes(row, "big")  # a sum and no exclusive or: rows that are there twice count
+    unordered = hashlib.sha256(total.to_bytes(64, "big"))
+    return Fingerprint(len(prompts), *(digest.hexdigest()[:16] for digest in (ids, content, unordered)))
+
+
+def _digest(prompt: Prompt) -> bytes:
+    metadata = json.dumps(prompt.metadata, sort_keys=True, default=str) if prompt.metadata else ""
+    texts = [part.encode(errors="surrogatepass") for part in (prompt.id, prompt.text, prompt.label, metadata)]
+    parts = [array("q", prompt.token_ids).tobytes(), *texts]
+    return hashlib.sha256(b"".join([array("q", map(len, parts)).tobytes(), *parts])).digest()
 
 
 def load_prompts(
@@ -122,7 +158,7 @@ def _prompt(
 ) -> Prompt:
     for key in (prompt_key, *([label_key] if needs_label else [])):
         if key not in record:
-            have = ", ".join(sorted(record)) or "none"
+            have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
             raise DataError(f"{place}:{key}: missing (keys here: {have}); add it, or name the key in [data]")
     if "sampling_params" in record:
         raise DataError(

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.mapping import HF_DTYPES, ParameterMap
+from mcore_rl.weight_files import INDEX, weight_files
 
-INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+"""never quantized: it has the type that config.json tells"""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -41,45 +43,17 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
     """HF tensor name -> the safetensors file in `directory` that holds it.
 
     Raises:
-        ConfigError: no safetensors, a damaged file, a tensor in two files, or an index that is malformed,
-            points out of the directory, or names a file or tensor that is not there.
+        ConfigError: see `weight_files`; also a damaged file, a tensor in two files, or an index that names a
+            tensor which is not there.
     """
     directory = Path(directory)
-    index = directory / INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(
-                f"{directory}: no *.safetensors; put the published ones beside config.json, or set "
-                "model.random_init = true"
-            )
-        return _files_by_name(files)
-    weight_map = _read_index(index)
-    for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise ConfigError(f"{index}: {name} points to {file!r}, outside the directory")
-    missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
-    if missing:
-        raise ConfigError(
-            f"{index}: names {missing}, which are not in the directory; fetch or export it again"
-        )
-    held = _files_by_name(sorted({directory / file for file in weight_map.values()}))
-    lost = sorted(name for name, file in weight_map.items() if held.get(name) != directory / file)
-    if lost:
-        raise ConfigError(f"{index}: {lost} are not in the files that it names")
+    files, weight_map = weight_files(directory)
+    held = _files_by_name(files)
+    if weight_map is not None:
+        lost = sorted(name for name, file in weight_map.items() if held.get(name) != directory / file)
+        if lost:
+            raise ConfigError(f"{directory / INDEX}: {lost} are not in the files that it names")
     return held
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if all(isinstance(file, str) for file in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ConfigError(
-        f"{index}: not an index of safetensors files (weight_map: name -> file); export it again"
-    )
 
 
 def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
@@ -128,15 +102,23 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     return read
 
 
-def copy_side_files(source: Path, directory: Path, quantization: Mapping[str, Any] | None = None) -> None:
-    """config.json, tokenizer and the rest of SIDE_FILES; `quantization` becomes part of config.json."""
+def copy_side_files(
+    source: Path, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, tokenizer and the rest of SIDE_FILES.
+
+    config.json tells the type of the weights beside it, `dtype`, whatever that of `source` was: a reader that
+    goes by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    """
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
+    config = json.loads((source / "config.json").read_text())
+    told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
     if quantization is not None:
-        config = json.loads((source / "config.json").read_text())
-        text = json.dumps({**config, "quantization_config": quantization}, indent=2)
-        (directory / "config.json").write_text(text + "\n")
+        config["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:

@@ -63,8 +63,15 @@ def _shape(entry: Entry, mapping: ParameterMap) -> tuple[int, ...]:
 
 
 def holds_torch_dist(directory: Path) -> bool:
-    """True for a directory in this form."""
-    return (Path(directory) / METADATA).is_file()
+    """True for a directory in this form; ConfigError where it is in that of Hugging Face too."""
+    metadata = Path(directory) / METADATA
+    safetensors = next(Path(directory).glob("*.safetensors"), None)
+    if metadata.is_file() and safetensors is not None:
+        raise ConfigError(
+            f"{metadata} and {safetensors}: two models in one directory, of which transformers reads the "
+            "second; remove one of them"
+        )
+    return metadata.is_file()
 
 
 def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str], Tensor]:

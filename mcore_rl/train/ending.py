@@ -28,8 +28,10 @@ from mcore_rl.errors import (
     McoreRLError,
     NothingToDo,
     ResourceError,
+    StorageError,
 )
 from mcore_rl.metrics import EVENTS, append_event, read_metrics
+from mcore_rl.terminal import printable
 from mcore_rl.train.siblings import lost_ranks, siblings
 
 EXIT_BUG = 1
@@ -62,11 +64,12 @@ def rank() -> int:
 
 def append(run_dir: Path, kind: str, **fields: Any) -> None:
     """An event of this rank; a directory that cannot be written must not hide an error."""
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         try:
             append_event(run_dir, kind, rank=rank(), **fields)
-        except OSError as error:
-            if error.errno != errno.EMFILE or not _spare:
+        except StorageError as error:
+            cause = error.__cause__
+            if not (isinstance(cause, OSError) and cause.errno == errno.EMFILE and _spare):
                 raise
             os.close(_spare.pop())
             append_event(run_dir, kind, rank=rank(), **fields)
@@ -154,7 +157,7 @@ def last_words(run_dir: Path, error: BaseException, since: int) -> int:
             return int(before[0]["exit_code"])
         if _is_echo_of_a_death(run_dir, since):
             return EXIT_RETRYABLE
-    traceback.print_exception(error, file=sys.stderr)
+    print(printable("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     say(f"{type(error).__name__} on rank {rank()}: {error}")
     return exit_code_of(error)
 
@@ -204,7 +207,7 @@ def _is_same(event: dict[str, Any], error: BaseException) -> bool:
 
 def say(what: str) -> None:
     """A line for people."""
-    print(f"mcore-rl: {what}", file=sys.stderr, flush=True)
+    print(printable(f"mcore-rl: {what}"), file=sys.stderr, flush=True)
 
 
 def not_worth_a_restart(run_dir: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from mcore_rl.train.ending import (
     typed,
 )
 from mcore_rl.train.leftovers import end_descendants, end_launched
+from mcore_rl.train.rundir import held, warn_of_others
 from mcore_rl.train.verdict import Left, exit_code_of_launch
 
 
@@ -37,11 +38,25 @@ def under_torchrun() -> bool:
 
 
 def run_rank(config: Config, resume: str | None = None, replay: Path | None = None) -> int:
-    """Train as this rank, or replay a dump; every rank's exit code is also in RUN_DIR/events.jsonl."""
+    """Train as this rank, or replay a dump; every rank's exit code is also in RUN_DIR/events.jsonl.
+
+    Raises:
+        ConfigError, StorageError: on the first rank, which holds the run's directories: they are not ours, or
+            another run has them. Nothing is written then.
+    """
     end_with_parent()
     catch_signals()
     keep_a_file()
     faulthandler.enable(all_threads=False)  # a crash in native code leaves the Python stack that led there
+    if int(os.environ["RANK"]) != 0:
+        return _run_recorded(config, resume, replay)
+    publishes = replay is None and not config.supervised_only
+    with held(config, publishes=publishes):  # before a line is written to what may be another run's
+        warn_of_others(config)
+        return _run_recorded(config, resume, replay)
+
+
+def _run_recorded(config: Config, resume: str | None, replay: Path | None) -> int:
     rank, run_dir = int(os.environ["RANK"]), config.run.dir
     if (last := not_worth_a_restart(run_dir)) is not None:
         if rank == 0:
@@ -115,10 +130,13 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError, LayoutError: this node cannot run it; nothing was started.
+        ConfigError, StorageError: the run's directories are not ours, or another run has them.
     """
     from mcore_rl.train.machine import check_node
 
     check_node(config)
+    with held(config, publishes=not config.supervised_only and "--replay" not in arguments):
+        pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))

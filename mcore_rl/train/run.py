@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config, is_loopback
 from mcore_rl.data.cursor import share
+from mcore_rl.directories import write_whole
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import Model, build_critic, build_policy
@@ -34,7 +34,9 @@ from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
+from mcore_rl.train.mismatch import Notices, notice
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
+from mcore_rl.train.rundir import open_samples, published_to
 from mcore_rl.train.setup import (
     Trainer,
     model_settings,
@@ -87,15 +89,15 @@ class Run(Trainer):
     """generates beside training; None where rollouts and training take turns"""
     experts: ExpertLayers | None = None
     """of the policy, where its routing is replayed"""
+    notices: Notices = field(default_factory=Notices)
+    """what the terminal was told of a mismatch to the servers"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
         if self.ahead is not None:
             metrics = {**metrics, **self.ahead.metrics}
         super().log(step, metrics)
-        mismatch, limit = float(metrics.get("mismatch/p999", 0.0)), self.config.publish.tolerance_p999
-        if mismatch > limit:
-            self.step_log.event("mismatch", step=step, p999=mismatch, limit=limit)
+        notice(self, step, metrics)
         if self.alert.due(metrics):
             self.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
 
@@ -149,13 +151,15 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
         if critic is not None:
             trainer.optimizers["critic."] = critic.optimizer
-        ahead = Ahead(config, trainer.prompts.prompts, experts) if config.rollout.max_staleness else None
-        if ahead is not None:
+        vocabulary = read_architecture(config.model.path).vocab
+        prompts, ahead = trainer.prompts.prompts, None
+        if config.rollout.max_staleness:
+            ahead = Ahead(config, prompts, vocabulary, experts)
             trainer.stateful["ahead"] = ahead
         judge = Judge(reward, place_reward_model(trainer))
         restore(trainer)  # before a server starts on the policy's weights
         offload_trained(trainer, critic)
-        weights_dir = config.publish.dir or config.run.dir / "weights"
+        weights_dir = published_to(config)
         transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         stack.callback(transport.close, fleet)
@@ -170,8 +174,8 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)
-        if trainer.saved is None:
-            on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
+        keep = trainer.saved is not None
+        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
         trainer.reached("the servers were ready")
         yield Run(
             **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
@@ -277,6 +281,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
+        vocabulary=read_architecture(config.model.path).vocab,
         api_key_env=r.api_key_env,
         timeout=r.timeout,
         health_timeout=r.health_timeout,
@@ -394,13 +399,9 @@ def sample(
 
 
 def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:
-    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people."""
-    if not run.mesh.is_main:
-        return
-    directory = run.config.run.dir / "samples"
-    directory.mkdir(exist_ok=True)
+    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people; collective."""
     shown = [group.samples[0] for group in groups if group.samples][:count]
-    lines = [
+    records = (
         {
             "step": step,
             "prompt": s.prompt.text,
@@ -409,5 +410,6 @@ def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -
             "reward": s.reward,
         }
         for s in shown
-    ]
-    (directory / f"step_{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    )
+    path = run.config.run.dir / "samples" / f"step_{step}.jsonl"
+    on_main(run.mesh, lambda: write_whole(path, "".join(json.dumps(record) + "\n" for record in records)))

@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mcore_rl.checkpoint import Checkpoints, Saved, seed_rng
-from mcore_rl.config import Config, to_toml
+from mcore_rl.config import Config
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet, load_prompts
@@ -37,6 +37,7 @@ from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.terminal import printable
 from mcore_rl.train.batch import Shape, align_of
 from mcore_rl.train.checkpoint import (
     Stateful,
@@ -46,6 +47,7 @@ from mcore_rl.train.checkpoint import (
     open_checkpoints,
 )
 from mcore_rl.train.ending import recorded
+from mcore_rl.train.rundir import Identity, identity_of
 from mcore_rl.train.watchdog import Watchdog, collective_timeout
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -79,6 +81,8 @@ class Trainer:
     """None where nothing is saved or resumed"""
     saved: Saved | None
     """what the run continues from"""
+    identity: Identity
+    """which run it is; the main rank's counts"""
     leave: threading.Event
     """set when this rank is asked to leave"""
     residency: Residency
@@ -94,9 +98,9 @@ class Trainer:
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Write a step to metrics.jsonl and say it on the main rank."""
         record = {**metrics, **self.timers.collect()}
-        self.step_log.write(step, record)
+        on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
         if self.mesh.is_main:
-            print(self.progress.line(step, record), file=sys.stderr, flush=True)
+            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.reached(f"step {step}")
 
     def reached(self, what: str) -> None:
@@ -134,6 +138,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 check_what_is_left(config, saved)
                 trainer = build_trainer(config, mesh, optimizer_steps, keep_log=saved is not None)
                 trainer.checkpoints, trainer.saved, trainer.watchdog = checkpoints, saved, watchdog
+                trainer.identity = on_main(mesh, lambda: identity_of(config, saved))
                 trainer.reached("the model was built")
                 with leave_when_asked(active=bool(config.checkpoint.every)) as trainer.leave:
                     yield trainer
@@ -156,7 +161,6 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
     check_gradient_scale(policy)
     optimizer = optimizer_of(config, policy, optimizer_steps)
     cursor = PromptCursor(prompts, config.run.seed)
-    on_main(mesh, lambda: write_resolved(config))
     return Trainer(
         config=config,
         mesh=mesh,
@@ -174,6 +178,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         stateful={"cursor": cursor},
         checkpoints=None,
         saved=None,
+        identity=identity_of(config, None),
         leave=threading.Event(),
         residency=Residency(),
         watchdog=None,
@@ -324,9 +329,3 @@ def shape_of(config: Config, mesh: Mesh) -> Shape:
         cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
     )
-
-
-def write_resolved(config: Config) -> None:
-    """RUN_DIR/resolved.toml: every setting of the run."""
-    config.run.dir.mkdir(parents=True, exist_ok=True)
-    (config.run.dir / "resolved.toml").write_text(to_toml(config))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mcore_rl.algo.metrics import Key
 from mcore_rl.checkpoint import Checkpoints, fp8_pieces, model_pieces
-from mcore_rl.errors import CheckpointError, NumericsError
+from mcore_rl.errors import ConfigError, NumericsError, StorageError
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import Loss, forward_backward
@@ -108,7 +108,7 @@ def _dump(run: Trainer, update: Update) -> str:
     root = run.config.run.dir / "numerics"
     try:
         _save(run, update, box[0])
-    except CheckpointError as error:
+    except (StorageError, ConfigError) as error:  # no room, or the directory is not ours
         return f"It begins in {where}; it could not be kept: {error}"
     return f"It begins in {where}; --replay {root / f'step_{update.step}'} shows the value"
 

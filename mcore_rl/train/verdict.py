@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mcore_rl.errors
-from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, DataError, McoreRLError
+from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, DataError, McoreRLError, StorageError
 from mcore_rl.metrics import METRICS, append_event, read_metrics
 from mcore_rl.train.ending import LOST, read_events, say
 from mcore_rl.train.watchdog import HANG
@@ -82,7 +82,7 @@ def _name_silent(run_dir: Path, ranks: list[int], failed: Mapping[int, Left]) ->
         left = failed.get(rank, Left(EXIT_DONE, 0))
         message = f"rank {rank} {_how(left)}, without an `end` event{_after(run_dir)}; {_remedy(left)}"
         say(message)
-        with suppress(OSError):  # the run directory may be the reason
+        with suppress(StorageError):  # the run directory may be the reason
             append_event(
                 run_dir, "error", rank=rank, type=LOST, message=message, exit_code=_code(left.exit_code)
             )

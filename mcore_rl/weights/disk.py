@@ -22,7 +22,14 @@ from torch import Tensor
 from mcore_rl.directories import check_free, make, remove, storage_error
 from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
-from mcore_rl.model.hf_files import INDEX, Form, SafetensorsWriter, checkpoint_files, copy_side_files
+from mcore_rl.model.hf_files import (
+    EMBEDDING,
+    INDEX,
+    Form,
+    SafetensorsWriter,
+    checkpoint_files,
+    copy_side_files,
+)
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
@@ -249,7 +256,8 @@ def _finish(
     with _reported(partial):
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
-        copy_side_files(model.source, partial, encoding.config(model.mapping))
+        slots = {slot.name: slot for bucket in plan.buckets for slot in bucket.slots}
+        copy_side_files(model.source, partial, slots[EMBEDDING].dtype, encoding.config(model.mapping))
         old = directory.with_name(directory.name + ".replaced")
         remove(old, _REMEDY)
         if directory.exists():

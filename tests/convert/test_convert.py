@@ -135,6 +135,15 @@ def test_an_existing_target_is_left_alone(dense_source: Path, tmp_path: Path) ->
     assert not any((tmp_path / "mcore").iterdir())
 
 
+def test_what_lies_where_the_target_is_written_is_left_alone(dense_source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mcore.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(ConfigError, match=r"mcore.partial holds files and no mark of mcore_rl"):
+        hf_to_mcore(dense_source, tmp_path / "mcore")
+    assert mine.read_text() == "precious"
+
+
 class Malice:
     def __init__(self, witness: Path) -> None:
         self.witness = witness

@@ -220,3 +220,25 @@ def test_annotations_are_checked_in_the_processes_of_the_pools(pool: Pool, pool2
     assert pool.run(error_of_wrong_shapes) == ["RuntimeError"] * 2, (
         "what torch itself says, far from the cause"
     )
+
+
+UNGUARDED = """
+from mcore_rl.parallel.launch import spawn
+spawn(print, 2)
+"""
+
+
+def test_a_script_without_a_main_guard_ends_alone(tmp_path):
+    """Its ranks run it again and cannot start; whoever started it, in the same process group, lives on."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    shell = f"{sys.executable} {script} 2>/dev/null; echo the shell lives, code $?"
+    done = subprocess.run(
+        ["bash", "-c", shell],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout == "the shell lives, code 1\n", (done.returncode, done.stderr)

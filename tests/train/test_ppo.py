@@ -17,6 +17,7 @@ from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.train.batch import RolloutBatch, build_batch
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.loop import learn
@@ -79,7 +80,7 @@ def build_run(config: Config, layout: Layout, directory: Path) -> Run:
         alert=GradientAlert(),
         judge=Judge(load_reward(config.reward.function), place_reward_model(trainer)),
         eval_prompts=(),
-        fleet=Fleet(()),
+        fleet=Fleet((), vocabulary=ANY_VOCABULARY),
         transport=Disk(directory / "weights"),
     )
 
