@@ -40,7 +40,7 @@ class Changes:
             self._writer.forget()
         model.export(target, quantized=self._quantized, write=self._writer.write)
         failed = on_main(model.mesh, lambda: self._hand_over(fleet, target, version))
-        fleet.standing = on_main(model.mesh, lambda: fleet.standing)
+        fleet.status = on_main(model.mesh, lambda: fleet.status)
         fleet.version = version
         return failed
 
@@ -61,7 +61,7 @@ class Changes:
         loaded, failed = asyncio.run(on_each(clients, lambda client: self._load(client, version)))
         if not loaded:
             raise nobody(fleet, version, failed)
-        fleet.settle(loaded, target)
+        fleet.mark_published(loaded, target)
         return failed
 
     async def _load(self, client: RolloutClient, version: str) -> None:

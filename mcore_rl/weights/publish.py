@@ -42,7 +42,7 @@ def publish_by_disk(
     expected = model.mapping.hf_shapes()
     expected = quantized_shapes(expected) if quantized else expected
     failed = on_main(model.mesh, lambda: publish_directory(fleet, target, version, expected))
-    fleet.standing = on_main(model.mesh, lambda: fleet.standing)
+    fleet.status = on_main(model.mesh, lambda: fleet.status)
     fleet.version = version
     return failed
 
@@ -56,13 +56,13 @@ def publish_directory(
     loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, target, version)))
     if not loaded:
         raise nobody(fleet, version, failed)
-    fleet.settle(loaded, target)
+    fleet.mark_published(loaded, target)
     return failed
 
 
 def nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
     """The error of a publish that reached no server; `failed`: url -> why."""
-    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.status.lost, **failed}.items())
     return WeightSyncError(f"no server has loaded version {version}:{reasons}").on_every_rank()
 
 

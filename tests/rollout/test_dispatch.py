@@ -196,8 +196,8 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     again = pair[0].process
     fleet.restart_lost()
     assert pair[0].process is again, "it was starting and was started once more"
-    assert pair[0].url in fleet.standing.lost
-    assert old not in fleet.standing.urls
+    assert pair[0].url in fleet.status.lost
+    assert old not in fleet.status.urls
     assert [client.url for client in fleet.serving] == [pair[1].url]
     wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
     assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
@@ -205,7 +205,7 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     for copy in copies:
         copy.mkdir()
     fleet.published.append(copies[0])
-    fleet.settle([server.url for server in pair], copies[1])
+    fleet.mark_published([server.url for server in pair], copies[1])
     assert len(fleet.serving) == 2
     assert fleet.published == [copies[1]]
     assert not copies[0].exists()
