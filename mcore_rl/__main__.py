@@ -69,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=plan)
 
+    add = commands.add_parser("config", help="every configuration key: type, default, meaning")
+    add.add_argument("sections", nargs="*", metavar="SECTION", help="only these, such as rollout")
+    add.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md has them")
+    add.set_defaults(command=config)
+
     about = "serve a Hugging Face model over the SGLang native API"
     add = commands.add_parser("serve", help=about, add_help=False)
     add.set_defaults(command=serve)
@@ -191,6 +196,17 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.doctor import main as examine
 
     return examine(arguments.config, overrides, as_json=arguments.json)
+
+
+def config(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl config [SECTION ...] [--markdown]`."""
+    from mcore_rl.config.describe import as_markdown, describe
+
+    print(
+        as_markdown() if arguments.markdown else describe(arguments.sections),
+        end="" if arguments.markdown else "\n",
+    )
+    return 0
 
 
 def serve(_: argparse.Namespace, options: list[str]) -> int:

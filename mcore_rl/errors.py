@@ -52,10 +52,14 @@ class WeightSyncError(McoreRLError, RuntimeError):
     exit_code = EXIT_RETRYABLE
 
 
-class CheckpointError(McoreRLError, RuntimeError):
-    """A checkpoint cannot be written."""
+class StorageError(McoreRLError, RuntimeError):
+    """A file of the run cannot be written, or another process holds its directory."""
 
     exit_code = EXIT_RETRYABLE
+
+
+class CheckpointError(StorageError):
+    """A checkpoint cannot be written."""
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -61,17 +61,6 @@ def to_toml(config: Config) -> str:
     return toml.dumps(tables)
 
 
-def describe_keys() -> str:
-    """A line per key for `--help`: flag, default, meaning."""
-    lines = []
-    for name, fields in KEYS.items():
-        for key, field in fields.items():
-            value = "unset" if field.default is None else field.default
-            default = "required" if field.is_required() else toml.literal(value).strip('"')
-            lines.append(f"  --{name}.{key} ({default})  {field.description or ''}".rstrip())
-    return "\n".join(lines)
-
-
 def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of each flag."""
     rest = iter(arguments)

@@ -9,9 +9,9 @@ nothing is in flight between two steps; with 1 or more the servers generate besi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 from mcore_rl.data.cursor import PromptCursor, share
 from mcore_rl.errors import RolloutError
@@ -19,17 +19,15 @@ from mcore_rl.metrics import Timers
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.client import Reply
-from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.rollout.inflight import InFlight, PendingGroup
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
 from mcore_rl.train.requests import Bounds, Sampling, share_of
 from mcore_rl.train.rewards import RewardSource
 from mcore_rl.train.servers import Servers
+from mcore_rl.train.share import share_groups
 from mcore_rl.train.staleness import staleness_metrics
 from mcore_rl.types import Group, Prompt
-
-T = TypeVar("T")
 
 _CALLS_PER_SERVER = 4
 """of a round that is all waited for: few, for the servers batch; not one, so that what a lost server had is
@@ -87,7 +85,7 @@ class Generation:
             scored = self._scored({name: self._prompt(name) for name in taken.replies}, taken.replies)
             return scored, (Counter(taken.discarded.values()), len(lead.groups()), lead.lost())
 
-        groups, counted = self._gather(self._prompts, work)
+        groups, counted = share_groups(self._mesh, self._prompts, work)
         groups = self._settle(groups, [lost for *_, lost in counted])
         discarded = sum((counts for counts, _, _ in counted), Counter())
         self._count(groups, discarded, sum(left for _, left, _ in counted))
@@ -117,7 +115,7 @@ class Generation:
                 replies = lead.ask(requests, per_call)
             return self._scored(asked, dict(zip(asked, replies, strict=True))), lead.lost()
 
-        groups, losses = self._gather({prompt.id: prompt for prompt in prompts}, work)
+        groups, losses = share_groups(self._mesh, {prompt.id: prompt for prompt in prompts}, work)
         return self._settle(groups, losses)
 
     def _ask_for(self, step: int) -> None:
@@ -180,26 +178,6 @@ class Generation:
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         with self._timers("reward"):
             return self._rewards.by_model(groups)
-
-    def _gather(
-        self, prompts: Mapping[str, Prompt], work: Callable[[], tuple[list[Group], T]]
-    ) -> tuple[list[Group], list[T]]:
-        """Run `work` on the lead of every replica: (its groups, anything small).
-
-        Returns, the same on every rank, the groups of all replicas, in data-parallel order and without texts,
-        and what else each lead returned. An exception on one lead is raised on every rank.
-
-        Args:
-            prompts: id -> prompt, of all that the groups of any replica may be of.
-        """
-
-        def packed():
-            groups, rest = work()
-            return pack_groups(groups), rest
-
-        replicas = gather_replicas(self._mesh, on_leads(self._mesh, packed))
-        groups = [group for columns, _ in replicas for group in unpack_groups(columns, prompts)]
-        return groups, [rest for _, rest in replicas]
 
     def _count(self, groups: Sequence[Group], discarded: Counter[str], left: int) -> None:
         each = self.bounds.samples

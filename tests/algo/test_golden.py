@@ -107,6 +107,10 @@ def token_ratio(log_prob, old, advantage, sequence_log_ratio, **params):
     return policy_losses.ppo(log_prob, old, advantage, **params)
 
 
+def mean_kept(values, tokens, *, whiten=returns.whiten):
+    return whiten(values, tokens) + tokens.mean
+
+
 def leak_across_sequences(rewards, values, offsets, *, gamma=1.0, lam=0.95):
     following = torch.cat([values[1:], values.new_zeros(1)])
     delta = (rewards + gamma * following - values).double()
@@ -122,8 +126,8 @@ def penalise_entropy(token, *, correction=1.0, kl=0.0, kl_coef=0.0, entropy=0.0,
     return correction * token.loss + kl_coef * kl + entropy_coef * entropy
 
 
-def no_temperature(hidden, weight, targets, temperature, *, score=head.log_prob_entropy, **kwargs):
-    return score(hidden, weight, targets, 1.0, **kwargs)
+def no_temperature(hidden, weight, call, *, score=head.log_prob_entropy):
+    return score(hidden, weight, call._replace(scale=1.0))
 
 
 def constant_entropy(*args, score=head.log_prob_entropy, **kwargs):
@@ -131,8 +135,8 @@ def constant_entropy(*args, score=head.log_prob_entropy, **kwargs):
     return scored._replace(entropy=scored.entropy.detach())
 
 
-def shifted_targets(hidden, weight, targets, temperature, *, score=head.log_prob_entropy, **kwargs):
-    return score(hidden, weight, targets.roll(1), temperature, **kwargs)
+def shifted_targets(hidden, weight, call, *, score=head.log_prob_entropy):
+    return score(hidden, weight, call._replace(targets=call.targets.roll(1)))
 
 
 no_std = with_(advantages.group_normalized, std="none")
@@ -152,7 +156,7 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("delta", policy_losses, "deepseek_masked", other_delta, "mismatch/opsm_old"),
     ("empty uncounted", aggregation, "aggregation_weight", fewer_sequences, "policy_losses/gspo"),
     ("KL reversed", kl, "difference", lambda a, b: ratio.difference(b, a), "kl_entropy/dk3"),
-    ("mean kept", returns, "whiten", with_(returns.whiten, shift_mean=False), "policy_losses/ppo_gae"),
+    ("mean kept", returns, "whiten", mean_kept, "policy_losses/ppo_gae"),
     ("values leak", returns, "gae", leak_across_sequences, "value_gae/advantages"),
     ("value loss not halved", value, "value_loss", forget_half, "value_gae/clip_None"),
     ("cap", corrections, "truncate", with_(corrections.truncate, high=3.0), "policy_losses/grpo_tis_token"),

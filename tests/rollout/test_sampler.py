@@ -79,7 +79,7 @@ def test_a_call_asks_for_no_more_than_a_reply_may_hold(url: str, monkeypatch: py
     assert asyncio.run(calls()) == 6, "a prompt stays whole"
 
 
-def test_aborted_samples_are_dropped_and_counted(fresh_url: str) -> None:
+def test_aborted_samples_are_in_no_group(fresh_url: str) -> None:
     async def use() -> list[Group]:
         async with proxy(fresh_url) as seen, RolloutClient(seen.url) as client:
             asked = asyncio.create_task(ask(client, max_new_tokens=400, ignore_eos=True))
