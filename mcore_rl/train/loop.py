@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from mcore_rl.config import Config
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.advantage import Advantages, Scores, compute_advantages
 from mcore_rl.train.assemble import start
 from mcore_rl.train.batch import (
@@ -28,9 +30,8 @@ from mcore_rl.train.publish import publish
 from mcore_rl.train.run import Critic, Run
 from mcore_rl.train.score import log_probs, values
 from mcore_rl.train.staleness import token_ages
-from mcore_rl.train.trainer import Trainer
 from mcore_rl.train.update import Update, run_update
-from mcore_rl.types import Group, PackedBatch
+from mcore_rl.types import Group, PackedBatch, Tokens
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -46,7 +47,7 @@ def train(config: Config, resume: str | None = None) -> None:
             run.log(0, published | evaluate(run.generation, run.evaluation, 0, timers))
         for step in range(begun + 1, config.train.steps + 1):
             groups = run.generation.collect(step)
-            save_samples(run.trainer, step, groups)
+            save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
             batch = build_batch(groups)
             run.servers.release()
             learned = learn(run, batch, step)
@@ -55,18 +56,25 @@ def train(config: Config, resume: str | None = None) -> None:
             end_step(run.trainer, run.contents, run.residency, step)
 
 
-def save_samples(trainer: Trainer, step: int, groups: Sequence[Group], count: int = 8) -> None:
+def save_samples(
+    run_dir: Path,
+    mesh: Mesh,
+    decode: Callable[[Sequence[int] | Tokens], str],
+    step: int,
+    groups: Sequence[Group],
+    count: int = 8,
+) -> None:
     """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people."""
-    if not trainer.mesh.is_main:
+    if not mesh.is_main:
         return
-    directory = trainer.config.run.dir / "samples"
+    directory = run_dir / "samples"
     directory.mkdir(exist_ok=True)
     shown = [group.samples[0] for group in groups if group.samples][:count]
     lines = [
         {
             "step": step,
             "prompt": s.prompt.text,
-            "response": trainer.decode(s.token_ids),
+            "response": decode(s.token_ids),
             "label": s.prompt.label,
             "reward": s.reward,
         }
