@@ -248,7 +248,7 @@ def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
     from mcore_rl.convert.run import mcore_to_hf, print_summary
 
     a = arguments
-    options = {"config": a.config, "shard_gb": a.shard_gb, "quantized": a.quantize == "fp8"}
+    options = {"config": a.config, "shard_gb": a.shard_gb, "quantize": a.quantize or "none"}
     summary = mcore_to_hf(a.source, a.target, **options, certified=a.certify)
     print_summary(a.target, summary, as_json=a.json)
     return 0

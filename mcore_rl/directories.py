@@ -183,12 +183,13 @@ def storage_error(
 ) -> StorageError:
     """Why `path` cannot be written, for people; `needed`: bytes that it takes, where that is known."""
     room = ""
+    place = error.filename2 or error.filename or path  # a copy names its source first
     with contextlib.suppress(OSError):
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         room = f" ({shutil.disk_usage(existing).free} bytes are free there"
         room += f", {needed} are needed)" if needed is not None else ")"
     return kind(
-        f"{error.filename or path}: {error.strerror or error}{room}; what was written before is untouched. "
+        f"{place}: {error.strerror or error}{room}; what was written before is untouched. "
         "Make room or make it writable and start again, with --resume where there is a checkpoint, or "
         f"{remedy}"
     )

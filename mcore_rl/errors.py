@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Self
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_NUMERICS = 70
 EXIT_RETRYABLE = 75
+EXIT_INTERRUPTED = 130
 
 
 class McoreRLError(Exception):
@@ -68,6 +70,12 @@ class DamagedCheckpointError(CheckpointError):
     exit_code = EXIT_CONFIG
 
 
+class ResourceError(McoreRLError, RuntimeError):
+    """The operating system gives this process no more of something that it limits, such as open files."""
+
+    exit_code = EXIT_RETRYABLE
+
+
 class PreemptedError(McoreRLError, RuntimeError):
     """The run was asked to leave and has saved its state."""
 
@@ -78,3 +86,23 @@ class NumericsError(McoreRLError, ArithmeticError):
     """A loss or gradient is not finite, or an exact identity does not hold."""
 
     exit_code = EXIT_NUMERICS
+
+
+class NothingToDo(McoreRLError):
+    """The checkpoint that a run continues from is that of its last step."""
+
+    exit_code = EXIT_DONE
+
+
+class AskedToLeave(SystemExit):
+    """SIGTERM or SIGINT was delivered to this process; only its signal handler raises this.
+
+    The SystemExit or KeyboardInterrupt of user code is another thing: nobody has asked, and no step is done.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RETRYABLE)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name} was delivered"

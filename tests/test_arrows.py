@@ -121,7 +121,7 @@ def test_imports_follow_the_arrows() -> None:
         ("mcore_rl/parallel/head.py", "from megatron.core.models.gpt import GPTModel"),
         ("mcore_rl/rollout/client.py", "from mcore_rl.model.build import build_policy"),
         ("mcore_rl/model/step.py", "from mcore_rl.config import Config"),
-        ("mcore_rl/weights/publish.py", "from mcore_rl.rollout.sampler import sample_groups"),
+        ("mcore_rl/weights/disk.py", "from mcore_rl.rollout.sampler import sample_groups"),
         ("mcore_rl/newcomer.py", ""),
     ],
 )
@@ -134,7 +134,7 @@ def test_the_gate_sees_a_wrong_arrow(path: str, source: str) -> None:
     [
         ("mcore_rl/algo/kl.py", "import math, torch\nfrom torch import Tensor\nfrom . import ratio"),
         ("mcore_rl/parallel/mesh.py", "from megatron.core import parallel_state"),
-        ("mcore_rl/weights/publish.py", "from mcore_rl.rollout.client import RolloutClient"),
+        ("mcore_rl/weights/disk.py", "from mcore_rl.rollout.client import RolloutClient"),
         ("mcore_rl/train/loop.py", "from mcore_rl.config import Config"),
     ],
 )

@@ -159,8 +159,6 @@ def _of_transport(config: Config) -> Iterator[str]:
             'publish.transport: the embedded server loads weights from disk only; set it to "disk", or '
             'rollout.server = "sglang"'
         )
-    if publish.quantize != "none":
-        yield 'publish.quantize: weights in FP8 go by disk only; set publish.transport = "disk" or drop it'
     away = [url for url in rollout.urls if not is_loopback(url)]
     if publish.transport == "tensor" and away:
         yield (

@@ -15,6 +15,7 @@ from mcore_rl.convert.output import Progress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.errors import ConfigError
+from mcore_rl.weights.encoding import ENCODINGS
 
 
 def hf_to_mcore(
@@ -44,7 +45,7 @@ def mcore_to_hf(
     *,
     config: Path | None = None,
     shard_gb: float = 5.0,
-    quantized: bool = False,
+    quantize: str = "none",
     certified: bool = False,
 ) -> dict[str, Any]:
     """Convert the model part of a torch_dist directory to an HF directory; see `hf_to_mcore`.
@@ -52,9 +53,9 @@ def mcore_to_hf(
     Args:
         config: HF directory with config.json and tokenizer, where `source` has none (a training checkpoint).
         shard_gb: largest safetensors file, in 10^9 bytes.
-        quantized: in FP8 for a server (model.quantize).
+        quantize: a key of weights.encoding.ENCODINGS; `fp8` is for servers.
     """
-    if quantized and certified:
+    if quantize != "none" and certified:
         raise ConfigError(
             "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
             "--quantize"
@@ -62,7 +63,8 @@ def mcore_to_hf(
     where = source if config is None else config
 
     def write(directory: Path) -> Progress:
-        return write_hf(source, directory, config=where, shard_bytes=int(shard_gb * 1e9), quantized=quantized)
+        size, encoding = int(shard_gb * 1e9), ENCODINGS[quantize]
+        return write_hf(source, directory, config=where, shard_bytes=size, encoding=encoding)
 
     def check(new: Path) -> Certificate:
         return certify(new, source, config=where)

@@ -14,7 +14,7 @@ import torch
 from mcore_rl.checkpoint import manifest
 from mcore_rl.errors import McoreRLError, NumericsError
 from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import reader
 
 
@@ -33,7 +33,7 @@ def verify_checkpoint(
     """
     manifest.read(Path(directory)).check()
     arch = read_architecture(config or directory)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     read = reader(directory, mapping)
     other = reader(against, mapping) if against is not None else None
     names = [name for entry in mapping.entries() for name in entry.hf]

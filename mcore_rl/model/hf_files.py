@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,8 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.mapping import HF_DTYPES
-from mcore_rl.model.mapping import Mapping as Table
+from mcore_rl.model.mapping import HF_DTYPES, ParameterMap
 
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = (
@@ -100,7 +100,7 @@ def _open(file: Path) -> Any:
         raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error
 
 
-def hf_reader(directory: Path, table: Table) -> Callable[[str], Tensor]:
+def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     """A function that reads an HF tensor of `directory` by name, after a strict check of names and shapes.
 
     A tied model may hold a copy of its embedding as output layer (Qwen3-0.6B does), if it is one.
@@ -139,32 +139,47 @@ def copy_side_files(source: Path, directory: Path, quantization: Mapping[str, An
         (directory / "config.json").write_text(text + "\n")
 
 
-class SafetensorsWriter:
-    """One safetensors file, written tensor by tensor: memory for the largest of them only.
+def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:
+    """(header, name -> where its tensor begins, length) of a safetensors file that holds `forms`.
 
     The format is 8 bytes of header length, a JSON header (name: type, shape, place), and the tensors' bytes.
+    The widest types come first, so that every tensor begins at a multiple of its type's size, as readers
+    want it.
     """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    for name, (shape, dtype) in sorted(forms.items(), key=lambda item: -item[1][1].itemsize):
+        begins[name], end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}, len(head) + end
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied where they lie in one piece."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+class SafetensorsWriter:
+    """One safetensors file, written tensor by tensor in any order: memory for the largest of them only."""
 
     def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
-        """Write the header; `forms` are all tensors, to be written in this order."""
+        """Write the header; `forms` are all tensors of the file."""
         self._waiting = dict(forms)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (shape, dtype) in forms.items():
-            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        header, self._begins, _ = safetensors_layout(forms)
         self._file = path.open("xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor of `forms`, on the CPU."""
-        expected = next(iter(self._waiting), None)
-        if name != expected or (tuple(tensor.shape), tensor.dtype) != self._waiting[name]:
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not the next tensor, {expected}")
+        """One tensor of `forms`, on the CPU. Raises OSError where there is no room."""
+        if (tuple(tensor.shape), tensor.dtype) != self._waiting.get(name):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not among the tensors to come")
         del self._waiting[name]
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.seek(self._begins[name])
+        self._file.write(tensor_bytes(tensor))
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -42,8 +42,7 @@ from mcore_rl.train.setup import (
 )
 from mcore_rl.train.trainer import Trainer
 from mcore_rl.types import ExpertLayers
-from mcore_rl.weights.publish import wait_for_servers
-from mcore_rl.weights.transport import Transport
+from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _OF_STEP_TIMEOUT = 0.9
 """of it, a lead may wait: it names the cause before the ranks that wait for it run out of time"""

@@ -14,8 +14,11 @@ from mcore_rl.parallel.control import of_all, on_main
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
-from mcore_rl.weights.changes import Changes
-from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
+from mcore_rl.weights.broadcast import Distributed
+from mcore_rl.weights.disk import Changes, Disk, export
+from mcore_rl.weights.encoding import ENCODINGS
+from mcore_rl.weights.shared import SharedTensor
+from mcore_rl.weights.transport import Transport
 
 
 def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> Fleet:
@@ -39,7 +42,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = list(r.urls)
     else:
         initial = weights_dir.resolve() / "initial"
-        policy.export(initial, quantized=config.publish.quantize == "fp8")
+        export(policy, initial, encoding=ENCODINGS[config.publish.quantize])
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
@@ -71,14 +74,14 @@ def check_reach(urls: Sequence[str], hosts: Sequence[str]) -> None:
 def transport_of(config: Config, weights_dir: Path) -> Transport:
     """The configured one. Raises ConfigError where it cannot work in this launch."""
     p = config.publish
+    encoding = ENCODINGS[p.quantize]
     if p.transport == "tensor":
-        return SharedTensor(p.bucket_mib << 20)
+        return SharedTensor(p.bucket_mib << 20, encoding)
     if p.transport == "distributed":
-        return Distributed(p.bucket_mib << 20)
+        return Distributed(p.bucket_mib << 20, encoding)
     if p.replica is not None:
-        timeout = config.rollout.timeout
-        return Changes(weights_dir, p.replica, quantized=p.quantize == "fp8", timeout=timeout)
-    return Disk(weights_dir, quantized=p.quantize == "fp8")
+        return Changes(weights_dir, p.replica, timeout=config.rollout.timeout, encoding=encoding)
+    return Disk(weights_dir, encoding)
 
 
 def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:

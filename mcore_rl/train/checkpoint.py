@@ -28,7 +28,7 @@ from mcore_rl.checkpoint import (
 )
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
-from mcore_rl.errors import ConfigError, PreemptedError
+from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
@@ -111,6 +111,21 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         return None
 
     return on_main(mesh, look)
+
+
+def check_what_is_left(config: Config, saved: Saved | None) -> None:
+    """A run that continues after its last step is complete; a supervised one still has its model to write.
+
+    Raises:
+        NothingToDo: on every rank, before anything is built.
+    """
+    steps = config.train.steps
+    if saved is None or saved.step < steps or config.supervised_only:
+        return
+    raise NothingToDo(
+        f"nothing to do: step {saved.step} of train.steps = {steps} is done ({saved.path}); "
+        "raise train.steps to train further"
+    ).on_every_rank()
 
 
 def restore(trainer: Trainer, contents: Contents) -> None:

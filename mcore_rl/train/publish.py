@@ -17,8 +17,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.batch import Shape, pack_share
 from mcore_rl.train.run import Run
 from mcore_rl.train.servers import Servers
-from mcore_rl.weights.publish import server_log_probs
-from mcore_rl.weights.transport import Transport
+from mcore_rl.weights.transport import Transport, server_log_probs
 
 ServerScores = Mapping[str, list[list[float]]]
 """url -> [sequences][tokens - 1] log-probs of the probe"""

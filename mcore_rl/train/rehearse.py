@@ -21,8 +21,8 @@ from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.sections import Parallel
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
-from mcore_rl.model.critic import CriticMapping, with_value_head
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.critic import CriticParameterMap, with_value_head
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import hf_reader, random_reader
 from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 from mcore_rl.train.setup import layout_of, world_size
@@ -81,7 +81,7 @@ def _exported(tiny: Config) -> str:
     """
     (directory,) = (tiny.run.dir / "weights").iterdir()
     arch = read_architecture(directory)
-    hf_reader(directory, Mapping(arch, arch.vocab))
+    hf_reader(directory, ParameterMap(arch, arch.vocab))
     return f"exported and read back: {directory}"
 
 
@@ -176,7 +176,7 @@ def _write_reward_model(directory: Path, source: Path, parallel: Parallel, seed:
     """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
     _write_model(directory, shrink_model(read_hf_config(source), parallel))
     arch = read_architecture(directory)
-    mapping = CriticMapping(arch, arch.vocab)
+    mapping = CriticParameterMap(arch, arch.vocab)
     read = with_value_head(random_reader(mapping, seed), arch, seed)
     save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
 

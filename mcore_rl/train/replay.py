@@ -32,6 +32,7 @@ from mcore_rl.train.setup import (
     world_size,
 )
 from mcore_rl.train.supervised import NegativeLogLikelihood
+from mcore_rl.train.watchdog import collective_timeout
 
 
 def replay_dump(config: Config, path: Path) -> None:
@@ -47,8 +48,9 @@ def replay_dump(config: Config, path: Path) -> None:
     dump = saved.document["numerics"]
     layout = layout_of(config, world_size())
     layout.check(world_size())
-    with process_group(config.train.step_timeout):
-        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+    timeout = collective_timeout(config.train.step_timeout)
+    with process_group(timeout):
+        mesh = build_mesh(layout, timeout=timeout)
         try:
             with recorded(config.run.dir), watched(config, mesh):
                 _replay(config, mesh, saved, dump)

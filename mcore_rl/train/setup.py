@@ -37,10 +37,15 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
 from mcore_rl.train.batch import Shape, align_of
-from mcore_rl.train.checkpoint import find_start, leave_when_asked, open_checkpoints
+from mcore_rl.train.checkpoint import (
+    check_what_is_left,
+    find_start,
+    leave_when_asked,
+    open_checkpoints,
+)
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.trainer import Attempt, Trainer
-from mcore_rl.train.watchdog import Watchdog
+from mcore_rl.train.watchdog import Watchdog, collective_timeout
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """a tokenizer has one of them"""
@@ -62,8 +67,9 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     layout = layout_of(config, world_size())
     layout.check(world_size())
     check_layout(read_architecture(config.model.path), layout)
-    with process_group(config.train.step_timeout):
-        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+    timeout = collective_timeout(config.train.step_timeout)
+    with process_group(timeout):
+        mesh = build_mesh(layout, timeout=timeout)
         try:
             with (
                 recorded(config.run.dir),
@@ -71,6 +77,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 open_checkpoints(config, mesh, resume) as checkpoints,
             ):
                 saved, leave = find_start(config, mesh, resume), threading.Event()
+                check_what_is_left(config, saved)
                 attempt = Attempt(saved, checkpoints, leave, watchdog.progress)
                 trainer = build_trainer(config, mesh, attempt, optimizer_steps)
                 attempt.reached("the model was built")

@@ -25,6 +25,7 @@ from mcore_rl.train.setup import offloaded_optimizers, start_trainer
 from mcore_rl.train.trainer import Trainer
 from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
+from mcore_rl.weights.disk import export
 
 
 def train_supervised(config: Config, resume: str | None = None) -> None:
@@ -39,7 +40,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
                 metrics = train_step(trainer, residency, prompts, step)
             trainer.log(step, metrics)
             end_step(trainer, contents, residency, step)
-        trainer.policy.export(config.run.dir / "model")
+        export(trainer.policy, config.run.dir / "model")
 
 
 def train_step(

@@ -18,10 +18,9 @@ from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.model import platform
 from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import Loss, forward, forward_backward
-from mcore_rl.model.weights_io import gather_hf
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.control import reduce_maxima, reduce_sums
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequence
@@ -29,6 +28,7 @@ from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify_layouts import problem
 from mcore_rl.verify_layouts.case import Case
+from mcore_rl.weights.buckets import gather
 
 SGD_STEPS = 3
 ADAM_STEPS = 2
@@ -228,7 +228,7 @@ def _shape(model_dir: Path, mesh: Mesh) -> Shape:
 
 def gathered(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per-rank tensors by global Megatron name -> {HF name: full tensor} on rank 0, empty elsewhere."""
-    mine = gather_hf(dict(tensors), model.mapping, model.mesh)
+    mine = gather(dict(tensors), model.mapping, model.mesh)
     shares: list[dict[str, Tensor]] = [{} for _ in range(model.mesh.layout.world_size)]
     dist.gather_object(mine, shares if model.mesh.is_main else None, group=model.mesh.world)
     return {name: tensor for share in shares for name, tensor in share.items()} if model.mesh.is_main else {}

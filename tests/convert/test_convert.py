@@ -26,8 +26,9 @@ from mcore_rl.convert.verify import verify_checkpoint
 from mcore_rl.errors import CheckpointError, ConfigError, NumericsError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import Mapping, global_parameters
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.torch_dist import place, torch_dist_reader
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool, RankError, spawn
 from mcore_rl.parallel.mesh import Mesh
 from tests.model.support import at_layout
@@ -263,7 +264,7 @@ def test_a_directory_stored_in_other_boxes_is_read(dense_source: Path, tmp_path:
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
     arch = read_architecture(dense_source)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     original = load_file(dense_source / "model.safetensors")
     halves: dict[MetadataIndex, torch.Tensor] = {}
     plans = []

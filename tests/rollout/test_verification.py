@@ -11,9 +11,8 @@ from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.train.publish import check_close, probe_of
-from mcore_rl.weights.distributed import _broadcast
-from mcore_rl.weights.publish import nobody, server_log_probs
-from mcore_rl.weights.server_group import ServerGroup
+from mcore_rl.weights.broadcast import ServerGroup, _broadcast
+from mcore_rl.weights.transport import nobody, server_log_probs
 from tests.rollout.proxy import body, damaged, proxy_beside
 
 SEQUENCES = [[5, 3, 8], [1, 2]]

@@ -17,7 +17,8 @@ from mcore_rl.rollout.client import Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
-from mcore_rl.weights.publish import publish_directory, server_log_probs
+from mcore_rl.weights.disk import publish_directory
+from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.proxy import proxy_beside
 from tests.rollout.support import build_model, http, largest_error, log_probs_of, save_model, wait_until
 from tests.sglang.conftest import KEY, KEY_ENV, put_back, two_ranks

@@ -22,7 +22,8 @@ from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet, check_server, check_server_info
 from mcore_rl.rollout.local import LocalServer
-from mcore_rl.weights.publish import load_from_disk, publish_directory, server_log_probs
+from mcore_rl.weights.disk import load_from_disk, publish_directory
+from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.support import (
     VOCAB,
     build_moe_model,

@@ -20,8 +20,10 @@ from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.train.score import log_probs
-from mcore_rl.weights.publish import server_log_probs
-from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
+from mcore_rl.weights.broadcast import Distributed
+from mcore_rl.weights.disk import Disk
+from mcore_rl.weights.shared import SharedTensor
+from mcore_rl.weights.transport import Transport, server_log_probs
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
 from tests.sglang.conftest import (
@@ -45,7 +47,7 @@ BUCKET = 30_000
 
 def transport_of(name: str, directory: Path) -> Transport:
     kinds = {"tensor": SharedTensor, "distributed": Distributed}
-    return kinds[name](BUCKET) if name in kinds else Disk(directory, quantized=False)
+    return kinds[name](BUCKET) if name in kinds else Disk(directory)
 
 
 def published(

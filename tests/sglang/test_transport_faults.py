@@ -20,7 +20,7 @@ from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
-from mcore_rl.weights.publish import server_log_probs
+from mcore_rl.weights.transport import server_log_probs
 from tests.model.support import at_layout
 from tests.rollout.proxy import Fault, cut, proxy_beside, status
 from tests.rollout.support import build_model, build_moe_model, http, largest_error, log_probs_of, wait_until

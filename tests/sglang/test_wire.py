@@ -14,7 +14,8 @@ from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.weights.publish import publish_directory, server_log_probs
+from mcore_rl.weights.disk import publish_directory
+from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.proxy import Fault, Proxy, body, cut, damaged, hang, proxy, proxy_beside, status
 from tests.rollout.support import build_moe_model, largest_error, log_probs_of, running, wait_until
 

@@ -16,9 +16,8 @@ from mcore_rl.algo.algorithms import configure
 from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, load_config
 from mcore_rl.errors import ConfigError
-from mcore_rl.model import weights_io
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.residency import Residency
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.train.assemble import build_models, build_run, waiting_parts
@@ -31,7 +30,8 @@ from mcore_rl.train.setup import build_trainer
 from mcore_rl.train.supervised import train_step
 from mcore_rl.train.trainer import Attempt
 from mcore_rl.types import Group, Sample, VersionSpan
-from mcore_rl.weights.transport import Disk
+from mcore_rl.weights.buckets import gather
+from mcore_rl.weights.disk import Disk
 
 ROUNDS = 3
 PPO = {
@@ -88,7 +88,7 @@ def built_run(config: Config, layout: Layout, directory: Path, saved: Path | Non
         models = build_models(trainer, configure(config.algorithm.name, config.algorithm.params))
         restore(trainer, models.contents)
         residency = Residency(waiting_parts(config, models))
-        transport = Disk(directory / "weights", quantized=False)
+        transport = Disk(directory / "weights")
         yield build_run(trainer, models, residency, Fleet(()), transport, stack)
 
 
@@ -111,7 +111,7 @@ def recorded(run: Run) -> RolloutBatch:
 def weights(run: Run) -> dict[str, Tensor]:
     policy = run.trainer.policy
     named = {name: p.detach() for name, p in global_parameters(policy.unwrapped).items()}
-    return weights_io.gather_hf(named, policy.mapping, policy.mesh)
+    return gather(named, policy.mapping, policy.mesh)
 
 
 def train_on_recorded(config: Config, layout: Layout, directory: Path):
