@@ -35,6 +35,7 @@ from mcore_rl.parallel.mesh import Layout, build_mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import SGLang
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.weights.buckets import Bucket, export_of, plan_of, take_turn
 from mcore_rl.weights.disk import export as export_files
 from mcore_rl.weights.shared import SharedTensor
@@ -98,7 +99,7 @@ def export(source: Path, target: Path) -> None:
 def measure(source: Path, url: str, rounds: int) -> tuple[int, dict[str, list[float]]]:
     """Bytes of the model, and CPU seconds of every round by what was done."""
     model = build_policy(source, build_mesh(Layout()), random_seed=1)
-    fleet = Fleet([url], timeout=600.0)
+    fleet = Fleet([url], vocabulary=ANY_VOCABULARY, timeout=600.0)
     transport = SharedTensor(BUCKET)
     tensors = [tensor.detach() for tensor in global_parameters(model.unwrapped).values()]
     host = torch.zeros(BUCKET // 4)

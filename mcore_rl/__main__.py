@@ -10,6 +10,7 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
+from mcore_rl.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments, rest)
     except McoreRLError as error:
-        print(f"mcore-rl: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -116,12 +117,12 @@ class _Version(argparse.Action):
         import platform
         from importlib.metadata import PackageNotFoundError, version
 
-        print(f"mcore_rl {__version__}, Python {platform.python_version()}")
+        print(printable(f"mcore_rl {__version__}, Python {platform.python_version()}"))
         for package in ("megatron-core", "torch", "transformer-engine", "transformers"):
             try:
-                print(f"{package} {version(package)}")
+                print(printable(f"{package} {version(package)}"))
             except PackageNotFoundError:
-                print(f"{package}: not installed")
+                print(printable(f"{package}: not installed"))
         parser.exit()
 
 
@@ -202,10 +203,9 @@ def config(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl config [SECTION ...] [--markdown]`."""
     from mcore_rl.config.describe import as_markdown, describe
 
-    print(
-        as_markdown() if arguments.markdown else describe(arguments.sections),
-        end="" if arguments.markdown else "\n",
-    )
+    text = as_markdown() if arguments.markdown else describe(arguments.sections)
+    for line in text.removesuffix("\n").split("\n"):
+        print(printable(line))
     return 0
 
 
@@ -262,8 +262,10 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
 
     page = write_report(arguments.run_dirs)
     for run in read_runs(arguments.run_dirs):
-        print(text_table(run))
-    print(f"\n{page}: open it in a browser")
+        for line in text_table(run).split("\n"):
+            print(printable(line))
+    print()
+    print(printable(f"{page}: open it in a browser"))
     return 0
 
 

@@ -54,6 +54,16 @@ class WeightSyncError(McoreRLError, RuntimeError):
     exit_code = EXIT_RETRYABLE
 
 
+class MismatchError(McoreRLError, RuntimeError):
+    """What the servers sampled is not what the weights in training say, with publish.mismatch_action set.
+
+    Worth a retry: nothing of the step was trained or saved, and a restart starts the servers anew. Where the
+    cause persists, it ends the next attempt in the same step.
+    """
+
+    exit_code = EXIT_RETRYABLE
+
+
 class StorageError(McoreRLError, RuntimeError):
     """A file of the run cannot be written, or another process holds its directory."""
 

@@ -14,13 +14,14 @@ from tests.sources import functions, modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "before_megatron"})
+BASE = frozenset({"errors", "types", "precision", "terminal", "before_megatron"})
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
+    "terminal": frozenset(),
     "before_megatron": frozenset(),
     "directories": frozenset({"errors"}),
     "algo": BASE,

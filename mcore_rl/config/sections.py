@@ -323,6 +323,8 @@ class Publish(Section):
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish, 4096 tokens each."""
     tolerance_p999: Positive = 2e-5
-    """Largest difference of 99.9 % of a step's log-probs to the servers'; above, an event. 0.5 below fp32."""
+    """Largest difference of 99.9 % of a step's log-probs to the servers'; 0.5 below fp32."""
+    mismatch_action: Literal["warn", "stop", "drop"] = "warn"
+    """Above that: say so, end the run before it trains the step, or train without the samples that differ."""
     tolerance_max: Positive = 2e-4
     """Largest difference of any log-prob compared after a publish; above, the run ends. 3.0 below fp32."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mcore_rl.checkpoint.manifest import sync_directory
 from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.terminal import printable
 
 
 @contextlib.contextmanager
@@ -79,4 +80,4 @@ class Progress:
             self._last = time.monotonic()
             rate = self.bytes / max(self.seconds, 1e-9) / 1e9
             line = f"{self.parameters}/{self._total} parameters, {self.bytes / 1e9:.2f} GB, {rate:.2f} GB/s"
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)

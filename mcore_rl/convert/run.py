@@ -15,6 +15,7 @@ from mcore_rl.convert.output import Progress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
 
 
@@ -108,6 +109,6 @@ def print_summary(target: Path, summary: dict[str, Any], *, as_json: bool) -> No
             f"; largest logit difference {certificate['max_abs_logit_difference']:.2e} "
             f"over {certificate['tokens']} tokens ({certificate['precision']})"
         )
-    print(text, file=sys.stderr if as_json else sys.stdout)
+    print(printable(text), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))

@@ -16,6 +16,7 @@ from mcore_rl.errors import McoreRLError, NumericsError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import reader
+from mcore_rl.terminal import printable
 
 
 def verify_checkpoint(
@@ -68,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = verify_checkpoint(arguments.directory, config=arguments.config, against=arguments.against)
     except McoreRLError as error:
-        print(f"verify_checkpoint.py: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"verify_checkpoint.py: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     equal = f", equal to {arguments.against}" if arguments.against else ""
     text = f"{arguments.directory}: whole, {found['tensors']} tensors{equal}"
-    print(text, file=sys.stderr if arguments.json else sys.stdout)
+    print(printable(text), file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(found))
     return 0

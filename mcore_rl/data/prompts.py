@@ -12,7 +12,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.errors import DataError
+from mcore_rl.terminal import escaped
 from mcore_rl.types import Prompt
+
+_KEYS_CHARS = 500
+"""of a record's keys, as a message quotes them"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def _prompt(
 ) -> Prompt:
     for key in (prompt_key, *([label_key] if needs_label else [])):
         if key not in record:
-            have = ", ".join(sorted(record)) or "none"
+            have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
             raise DataError(f"{place}:{key}: missing (keys here: {have}); add it, or name the key in [data]")
     if "sampling_params" in record:
         raise DataError(

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from mcore_rl.errors import AskedToLeave, ConfigError, RewardError
+from mcore_rl.terminal import printable
 from mcore_rl.types import Group, Sample
 
 EXIT_COPY = 1
@@ -117,10 +118,9 @@ def _end_copy(process: int, name: str, sample: Sample, error: BaseException | No
         return
     if isinstance(error, SystemExit):  # what a forked process is meant to do
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
-    print(
+    text = (
         f"mcore-rl: reward {name} forked on sample {sample.id}, and the new process came back from it; it is "
-        "ended here. End it in the function, with os._exit",
-        file=sys.stderr,
-        flush=True,
+        "ended here. End it in the function, with os._exit"
     )
+    print(printable(text), file=sys.stderr, flush=True)
     os._exit(EXIT_COPY)

@@ -50,6 +50,12 @@ class _Server:
     """it is lost"""
 
 
+def no_server_left(reasons: Mapping[str, str]) -> RolloutError:
+    """The end of a run, with each server's url and why that one does not serve."""
+    lines = "".join(f"\n  {url}: {why}" for url, why in reasons.items())
+    return RolloutError(f"no rollout server is left:{lines}")
+
+
 class Dispatch:
     """Requests to the servers of `clients` (opened here, closed at the end of the block).
 
@@ -163,8 +169,7 @@ class Dispatch:
         """
         left = [server for server in self._servers if not server.lost.is_set()]
         if not left:
-            reasons = "".join(f"\n  {server.client.url}: {server.why}" for server in self._servers)
-            raise RolloutError(f"no rollout server is left:{reasons}")
+            raise no_server_left({server.client.url: server.why for server in self._servers})
         least = min(server.load for server in left)
         prefix = repr(list(request.prompts[0])).encode()
         count = len(self._servers)

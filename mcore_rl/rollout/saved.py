@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mcore_rl.errors import DamagedCheckpointError
 from mcore_rl.rollout import routing
-from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.inflight import PendingGroup
-from mcore_rl.types import VersionSpan
+from mcore_rl.rollout.reply import MalformedReplyError, Reply, check_spans, check_tokens
+from mcore_rl.terminal import escaped
+from mcore_rl.types import ExpertLayers, VersionSpan
 
 
 def group_to_json(group: PendingGroup) -> dict[str, Any]:
@@ -26,19 +28,42 @@ def step_of(saved: Mapping[str, Any]) -> int:
 
 
 def kept_replies(
-    saved: Mapping[str, Any], *, version: int, max_staleness: int, routed: bool
+    saved: Mapping[str, Any], *, version: int, max_staleness: int, max_new_tokens: int, routed: bool
 ) -> list[Reply] | None:
     """The replies that a saved group keeps while `version` serves; None where it must be asked again.
 
     A group is asked again where it had not finished, where this run's bound, another one than that of the
-    checkpoint, makes it too old, or where this run replays experts (`routed`) and its replies name none.
+    checkpoint, makes it too old, where a reply is longer than this run's limit, or where this run replays
+    experts (`routed`) and its replies name none.
     """
     replies = saved["replies"]
     if replies is None or is_too_old(saved, version, max_staleness):
         return None
     if routed and any(r.get("experts") is None and r["finish_reason"] != "abort" for r in replies):
         return None
+    if any(np.prod(reply["token_ids"]["shape"]) > max_new_tokens for reply in replies):
+        return None
     return [reply_from_json(reply, routed=routed) for reply in replies]
+
+
+def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers | None) -> None:
+    """The rules of a server's reply, for a group of a checkpoint; every rank reads all of them.
+
+    Raises:
+        DamagedCheckpointError: on every rank, for a sample that the policy cannot have sampled.
+    """
+    try:
+        for reply in saved["replies"] or ():
+            read = reply_from_json(reply, routed=experts is not None)
+            check_tokens(read.token_ids, read.log_probs, vocabulary)
+            check_spans(reply["versions"], len(read.token_ids))
+            if experts is not None and read.experts is not None:
+                routing.check_experts(read.experts, experts)
+    except (MalformedReplyError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(
+            f"the checkpoint's sample in flight {escaped(saved.get('id'))} is none of this model "
+            f"({escaped(error)}); go on from --resume previous, or from the model that it was sampled from"
+        ).on_every_rank() from error
 
 
 def is_too_old(saved: Mapping[str, Any], version: int, max_staleness: int) -> bool:

@@ -26,6 +26,7 @@ from mcore_rl.train.ending import recorded
 from mcore_rl.train.evaluate import Evaluation
 from mcore_rl.train.generation import Generation
 from mcore_rl.train.metrics import GradientAlert
+from mcore_rl.train.mismatch import Mismatch
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.requests import Bounds, Sampling, check_saved, open_requests
 from mcore_rl.train.rewards import RewardSource
@@ -62,7 +63,12 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         recorded(config.run.dir),
     ):
         models = build_models(trainer, algorithm)
-        check_saved(trainer.attempt.saved, config.rollout.max_staleness)
+        check_saved(
+            trainer.attempt.saved,
+            config.rollout.max_staleness,
+            read_architecture(config.model.path).vocab,
+            replayed_experts(config),
+        )
         restore(trainer, models.contents)  # before a server starts on the policy's weights
         residency = Residency(waiting_parts(config, models))  # before a server takes the memory
         weights_dir = config.publish.dir or config.run.dir / "weights"
@@ -158,6 +164,9 @@ def build_run(
         residency=residency,
         contents=replace(contents, stateful={**contents.stateful, "ahead": generation}),
         alert=models.alert,
+        mismatch=Mismatch(
+            config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
+        ),
     )
 
 

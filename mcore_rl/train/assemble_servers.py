@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mcore_rl.config import Config, is_loopback
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.control import of_all, on_main
 from mcore_rl.rollout.fleet import Fleet
@@ -46,6 +47,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
+        vocabulary=read_architecture(config.model.path).vocab,
         api_key_env=r.api_key_env,
         timeout=r.timeout,
         health_timeout=r.health_timeout,

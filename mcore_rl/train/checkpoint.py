@@ -34,6 +34,7 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import printable
 from mcore_rl.train.trainer import Trainer
 
 _ONE_REQUEST_SECONDS = 1.0
@@ -149,7 +150,8 @@ def restore(trainer: Trainer, contents: Contents) -> None:
     trainer.step_log.event("resume", step=saved.step, path=str(saved.path), changed=changed)
     if trainer.mesh.is_main:
         since = f"; changed since: {changed}" if changed else ""
-        print(f"resumed after step {saved.step} from {saved.path}{since}", file=sys.stderr, flush=True)
+        line = f"resumed after step {saved.step} from {saved.path}{since}"
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: int) -> None:

@@ -30,6 +30,7 @@ from mcore_rl.errors import (
     ResourceError,
 )
 from mcore_rl.metrics import EVENTS, append_event, read_metrics
+from mcore_rl.terminal import printable
 from mcore_rl.train.siblings import lost_ranks, siblings
 
 EXIT_BUG = 1
@@ -154,7 +155,7 @@ def last_words(run_dir: Path, error: BaseException, since: int) -> int:
             return int(before[0]["exit_code"])
         if _is_echo_of_a_death(run_dir, since):
             return EXIT_RETRYABLE
-    traceback.print_exception(error, file=sys.stderr)
+    print(printable("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     say(f"{type(error).__name__} on rank {rank()}: {error}")
     return exit_code_of(error)
 
@@ -204,7 +205,7 @@ def _is_same(event: dict[str, Any], error: BaseException) -> bool:
 
 def say(what: str) -> None:
     """A line for people."""
-    print(f"mcore-rl: {what}", file=sys.stderr, flush=True)
+    print(printable(f"mcore-rl: {what}"), file=sys.stderr, flush=True)
 
 
 def not_worth_a_restart(run_dir: Path) -> dict[str, Any] | None:

@@ -18,8 +18,8 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.metrics import Timers
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.inflight import InFlight, PendingGroup
+from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
 from mcore_rl.train.requests import Bounds, Sampling, share_of
@@ -225,11 +225,14 @@ class Generation:
     def _resume(self, version: int) -> None:
         """What had finished is kept; the rest is asked again, under the seeds that its ids give it."""
         groups: list[PendingGroup] = []
+        most = self._sampling.params["max_new_tokens"]
         bound, routed = self.bounds.max_staleness, self._sampling.experts is not None
         for name in sorted({step_of(group) for group in self._saved}):
             of_step = [group for group in self._saved if step_of(group) == name]
             for saved in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
-                replies = kept_replies(saved, version=version, max_staleness=bound, routed=routed)
+                replies = kept_replies(
+                    saved, version=version, max_staleness=bound, max_new_tokens=most, routed=routed
+                )
                 asked = version if replies is None else saved["version"]
                 groups.append(self._pending(saved["id"], asked, replies))
         if self._saved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from mcore_rl.train.run import Critic, Run
 from mcore_rl.train.score import log_probs, values
 from mcore_rl.train.staleness import token_ages
 from mcore_rl.train.update import Update, run_update
-from mcore_rl.types import Group, PackedBatch, Tokens
+from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -86,10 +86,22 @@ def save_samples(
 def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
     config, timers, mesh = run.trainer.config, run.trainer.timers, run.trainer.mesh
-    asked = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    parts = split_mini_batches(len(batch.samples), run.trainer.shape.mini_batches, (config.run.seed, step))
+    stale = run.generation.bounds.max_staleness > 0
+    ages = token_ages(batch.samples, step - 1) if stale else None
+
+    def policy_scores(samples: Sequence[Sample]) -> list[np.ndarray]:
+        sequences = [token_sequence(sample) for sample in samples]
+        with timers("score"):
+            return log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+
+    screened = run.mismatch.screen(batch, step, policy_scores, ages)
+    batch = screened.batch
+    asked = config.rollout.prompts_per_step * config.rollout.samples_per_prompt - screened.dropped
+    parts = split_mini_batches(
+        len(batch.samples), run.trainer.shape.mini_batches, seed=(config.run.seed, step)
+    )
     with timers("score"):
-        scores = score(run, batch, parts)
+        scores = score(run, batch, parts, screened.old_log_probs)
     advantages = compute_advantages(batch, run.algorithm, scores)
     policy, critic = StepMetrics(), StepMetrics()
     explain = partial(keep_broken, config, run.trainer.shape.align)
@@ -110,6 +122,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
                 policy.add(*run_update(update, run.residency, explain))
     return (
         rollout_metrics(batch, advantages.fields["advantage"], asked)
+        | screened.metrics
+        | screened.metrics
         | advantages.metrics
         | policy.reduce(mesh, policy_metrics)
         | critic.reduce(mesh, critic_metrics)
@@ -124,24 +138,31 @@ def critic_update(critic: Critic, update: Update) -> Update:
     )
 
 
-def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
+def score(
+    run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray], known: Mapping[int, np.ndarray]
+) -> Scores:
     """One forward pass of each model that the algorithm asks, before the rollout's first update.
 
     The first mini-batch needs no old log-probs on its first visit: the policy is the old one, so the ratio is
     1 by construction. A KL in the reward needs them of all samples.
+
+    Args:
+        known: the old log-probs of all samples, where they were taken already.
     """
-    shape = run.trainer.shape
-    all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
-    members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
-    routed = [token_sequence(sample) for sample in batch.samples]
+    shape, routed = run.trainer.shape, [token_sequence(sample) for sample in batch.samples]
     sequences = [replace(sequence, experts=None) for sequence in routed]  # other models route for themselves
-    later = [routed[i] for i in members]
-    old = log_probs(run.trainer.policy, later, shape, run.temperature) if later else []
+    old = known
+    if not known:
+        all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
+        members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])]).tolist()
+        later = [routed[i] for i in members]
+        scored = log_probs(run.trainer.policy, later, shape, run.temperature) if later else []
+        old = dict(zip(members, scored, strict=True))
     with run.residency.during("reference"):
         ref = log_probs(run.reference, sequences, shape, run.temperature) if run.reference else []
     with run.residency.during("values"):
         value = values(run.critic.model, sequences, shape) if run.critic else []
-    return Scores(dict(zip(members, old, strict=True)), ref, value)
+    return Scores(old, ref, value)
 
 
 def mini_batches(

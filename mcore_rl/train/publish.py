@@ -9,11 +9,12 @@ from itertools import islice
 import torch
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.errors import RolloutError, WeightSyncError
+from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rollout.dispatch import no_server_left
 from mcore_rl.train.batch import Shape, pack_share
 from mcore_rl.train.run import Run
 from mcore_rl.train.servers import Servers
@@ -78,7 +79,7 @@ def measure(mesh: Mesh, servers: Servers, probe: Sequence[Sequence[int]], tag: s
     scores, failed = on_main(mesh, lambda: server_log_probs(fleet.serving, probe, tag))
     servers.lose(failed)
     if not scores:
-        raise RolloutError(f"no rollout server is left: {dict(fleet.status.lost)}").on_every_rank()
+        raise no_server_left(fleet.status.lost).on_every_rank()
     return scores
 
 

@@ -24,6 +24,7 @@ from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.critic import CriticParameterMap, with_value_head
 from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import hf_reader, random_reader
+from mcore_rl.terminal import printable
 from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 from mcore_rl.train.setup import layout_of, world_size
 
@@ -56,7 +57,7 @@ def rehearse(config: Config, processes: int | None = None) -> int:
 
 
 def _say(what: str) -> None:
-    print(f"rehearsal: {what}", file=sys.stderr, flush=True)
+    print(printable(f"rehearsal: {what}"), file=sys.stderr, flush=True)
 
 
 def _rehearse_as_rank(config: Config) -> int:

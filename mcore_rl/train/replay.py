@@ -18,6 +18,7 @@ from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.control import of_all
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
+from mcore_rl.terminal import printable
 from mcore_rl.train.batch import align_of
 from mcore_rl.train.dump import alone, from_json
 from mcore_rl.train.ending import recorded
@@ -108,7 +109,8 @@ def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[Findi
     if mesh.is_main:
         known = ", ".join(f"{key} {dump[key]}" for key in ("kind", "step", "micro_batch", "replica", "ranks"))
         lines = [known, f"samples {', '.join(dump['samples'])}", *(str(first[p]) for p in sorted(first))]
-        print("\n".join(f"replay: {line}" for line in lines), file=sys.stderr, flush=True)
+        for line in lines:
+            print(printable(f"replay: {line}"), file=sys.stderr, flush=True)
         if not findings:
             print("replay: every value is finite; the fault does not repeat", file=sys.stderr, flush=True)
     if findings:

@@ -12,6 +12,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.inflight import InFlight
+from mcore_rl.rollout.saved import check_group
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.types import ExpertLayers, Tokens
 
@@ -62,14 +63,23 @@ def open_requests(mesh: Mesh, fleet: Fleet, bounds: Bounds, timeout: float) -> I
     return InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout)
 
 
-def check_saved(saved: Saved | None, max_staleness: int) -> None:
-    """Raises ConfigError where groups in flight of a checkpoint would never be trained by this run."""
+def check_saved(
+    saved: Saved | None, max_staleness: int, vocabulary: int, experts: ExpertLayers | None
+) -> None:
+    """Whether this run can go on with the groups in flight of its checkpoint.
+
+    Raises:
+        ConfigError: they would never be trained by this run.
+        DamagedCheckpointError: a sample is none that the policy, of so many rows, can have sampled.
+    """
     groups = saved.document["state"].get("ahead", {}).get("groups", []) if saved is not None else []
     if saved is not None and groups and not max_staleness:
         raise ConfigError(
             f"{saved.path} holds {len(groups)} groups of samples in flight, and their prompts would never be "
             "trained: resume with rollout.max_staleness of 1 or more"
         )
+    for group in groups:
+        check_group(group, vocabulary, experts)
 
 
 def share_of(count: int, mesh: Mesh, replica: int) -> int:

@@ -13,6 +13,7 @@ from mcore_rl.train.checkpoint import Contents
 from mcore_rl.train.evaluate import Evaluation
 from mcore_rl.train.generation import Generation
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
+from mcore_rl.train.mismatch import Mismatch
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.train.rewards import RewardSource
 from mcore_rl.train.servers import Servers
@@ -53,15 +54,14 @@ class Run:
     contents: Contents
     """what a checkpoint of the run holds"""
     alert: GradientAlert
+    mismatch: Mismatch
+    """what follows where servers and trainer disagree"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Log a step; a gradient scale or a mismatch to the servers out of bounds is an event too."""
         metrics = {**metrics, **self.generation.metrics}
         self.trainer.log(step, metrics)
-        mismatch = float(metrics.get("mismatch/p999", 0.0))
-        limit = self.trainer.config.publish.tolerance_p999
-        if mismatch > limit:
-            self.trainer.step_log.event("mismatch", step=step, p999=mismatch, limit=limit)
+        self.mismatch.notice(step, metrics)
         if self.alert.due(metrics):
             self.trainer.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
 

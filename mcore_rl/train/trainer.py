@@ -18,6 +18,7 @@ from mcore_rl.metrics import Progress, StepLog, Timers
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import printable
 from mcore_rl.train.batch import Shape
 from mcore_rl.types import Tokens
 
@@ -65,7 +66,7 @@ class Trainer:
         record = {**metrics, **self.timers.collect()}
         self.step_log.write(step, record)
         if self.mesh.is_main:
-            print(self.progress.line(step, record), file=sys.stderr, flush=True)
+            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.attempt.reached(f"step {step}")
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from mcore_rl.errors import LayoutError
 from mcore_rl.parallel.mesh import Layout
+from mcore_rl.terminal import printable
 from mcore_rl.train.launch import under_torchrun
 from mcore_rl.verify_layouts.case import ALL, SMALL, Case
 from mcore_rl.verify_layouts.compare import LIMITS, Errors, compare, summary
@@ -75,14 +76,16 @@ def main(layouts: Sequence[str], algorithms: Sequence[str], *, as_json: bool) ->
     began = time.monotonic()
     with Launched() if under_torchrun() else Pools() as worlds:
         if worlds.is_main:
-            print(f"{'layout':27} {'algorithm':10}", *(f"{name:>9}" for name in LIMITS), file=out)
+            names = " ".join(f"{name:>9}" for name in LIMITS)
+            print(printable(f"{'layout':27} {'algorithm':10} {names}"), file=out)
         results = verify_layouts(layouts, algorithms, worlds, report=lambda errors: print_row(errors, out))
         if not worlds.is_main:
             return 0
     failed = {e.layout for e in results if e.exceeded}
-    print(f"{'limits':38}", *(f"{limit:9.0e}" for limit in LIMITS.values()), file=out)
-    print(f"{len(layouts) - len(failed)} of {len(layouts)} layouts agree with one rank; ", end="", file=out)
-    print(f"{time.monotonic() - began:.0f} s", file=out)
+    limits = " ".join(f"{limit:9.0e}" for limit in LIMITS.values())
+    print(printable(f"{'limits':38} {limits}"), file=out)
+    agree = f"{len(layouts) - len(failed)} of {len(layouts)} layouts agree with one rank"
+    print(printable(f"{agree}; {time.monotonic() - began:.0f} s"), file=out)
     if as_json:
         print(json.dumps(summary(layouts, results)))
     return 1 if failed else 0
@@ -90,6 +93,7 @@ def main(layouts: Sequence[str], algorithms: Sequence[str], *, as_json: bool) ->
 
 def print_row(errors: Errors, out) -> None:
     """One line of the table."""
-    numbers = (f"{errors.largest[name]:9.1e}" if name in errors.largest else f"{'':9}" for name in LIMITS)
+    largest = (f"{errors.largest[name]:9.1e}" if name in errors.largest else f"{'':9}" for name in LIMITS)
     verdict = f"FAILED: {', '.join(errors.exceeded)}" if errors.exceeded else "ok"
-    print(f"{errors.layout:27} {errors.algorithm:10}", *numbers, "", verdict, file=out, flush=True)
+    row = f"{errors.layout:27} {errors.algorithm:10} {' '.join(largest)}  {verdict}"
+    print(printable(row), file=out, flush=True)

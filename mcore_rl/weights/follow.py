@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mcore_rl.directories import is_ours, make, remove, storage_error, write_whole
 from mcore_rl.errors import McoreRLError, WeightSyncError
+from mcore_rl.terminal import printable
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
 
 LATEST = "LATEST"
@@ -80,11 +81,8 @@ class Follower:
 
     def _say(self, state: State) -> None:
         if state != self.state:
-            print(
-                f"mcore-rl follow: {state.why or f'version {version_of(state.have)}'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = state.why or f"version {version_of(state.have)}"
+            print(printable(f"mcore-rl follow: {what}"), file=sys.stderr, flush=True)
         self.state, self._beat = state, time.monotonic()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

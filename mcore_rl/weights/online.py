@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.control import of_all, on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
+from mcore_rl.terminal import escaped
 from mcore_rl.weights.buckets import Bucket, Channel, Export, Plan, export_of, plan_of, take_turn, turns_of
 from mcore_rl.weights.encoding import Encoding
 from mcore_rl.weights.transport import nobody
@@ -143,10 +144,13 @@ def _tensor_parallel_size(url: str, info: Mapping[str, Any]) -> int:
         )
     if info.get("pp_size", 1) != 1:
         raise ConfigError(
-            f"{url}: pp_size = {info['pp_size']}, and SGLang gives weights to the first stage only; start it "
-            'with --tp-size instead, or set publish.transport = "disk"'
+            f"{url}: pp_size = {escaped(info['pp_size'])}, and SGLang gives weights to the first stage only; "
+            'start it with --tp-size instead, or set publish.transport = "disk"'
         )
-    return int(info.get("tp_size", 1))
+    size = info.get("tp_size", 1)
+    if type(size) is not int or size < 1:
+        raise RolloutError(f"{url}/server_info: tp_size = {escaped(repr(size))} is no number of ranks")
+    return size
 
 
 async def end_update(client: RolloutClient) -> None:

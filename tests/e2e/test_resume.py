@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_refused_and_previous_continues(
 def test_a_disk_that_fills_up_under_a_publish_ends_the_run_typed_and_it_resumes(
     task: Task, whole: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
-    directory, log, place = tmp_path / "run", tmp_path / "log", small_disk("size=16m")
+    directory, log, place = tmp_path / "run", tmp_path / "log", small_disk("size=40m")
     flags = ["--publish.dir", str(place / "weights")]
     with log.open("wb") as out:
         start = command(*gspo(task, directory, *flags))

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -37,6 +38,40 @@ def test_rewards_are_attached_and_nothing_else_changes():
     assert [group.id for group in scored] == ["p@0", "q@0"]
     assert scored[0].samples[1].log_probs == (-0.5,)
     assert GROUPS[0].samples[0].reward is None
+
+
+def written() -> Sample:
+    """A sample with arrays, as servers' samples have them."""
+    arrays = {"token_ids": np.array([2, 5], np.int32), "log_probs": np.array([-0.5, -1], np.float32)}
+    return replace(sample(0, "42"), **arrays, experts=np.zeros((2, 1, 2), np.uint8))
+
+
+@pytest.mark.parametrize("name", ["token_ids", "log_probs", "experts"])
+def test_a_reward_that_writes_into_a_sample_gets_an_error_that_names_it(name):
+    """It trained what the reward had written, and nothing said so."""
+
+    def rewriting(one):
+        getattr(one, name)[:] = 0
+        return 1.0
+
+    one = written()
+    before = getattr(one, name).copy()
+    with pytest.raises(RewardError, match=r"rewriting raised ValueError on sample p@0/0: .*read-only"):
+        score_groups([Group("p@0", (one,))], rewriting)
+    assert np.array_equal(getattr(one, name), before)
+    scored = score_groups([Group("p@0", (one,))], lambda s: 1.0)[0].samples[0]
+    assert not getattr(scored, name).flags.writeable, "with its reward too"
+
+
+def test_the_prompt_of_a_sample_is_read_only_too():
+    def rewriting(one):
+        one.prompt.token_array[:] = 0
+        return 1.0
+
+    with pytest.raises(RewardError, match="read-only"):
+        score_groups(GROUPS, rewriting)
+    with pytest.raises(TypeError):
+        GROUPS[0].samples[0].prompt.token_ids[0] = 1
 
 
 @pytest.mark.parametrize(

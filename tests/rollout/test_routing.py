@@ -112,7 +112,7 @@ def chosen_by_transformers(reply: Reply) -> np.ndarray:
 def kept(*replies: dict[str, Any]) -> list[Reply] | None:
     """What a run with routing replay keeps of a saved group."""
     saved = {"id": "p@1", "version": 0, "replies": replies}
-    return kept_replies(saved, version=0, max_staleness=1, routed=True)
+    return kept_replies(saved, version=0, max_staleness=1, max_new_tokens=12, routed=True)
 
 
 def test_experts_are_those_of_the_model_and_reach_the_trainer(moe_url: str) -> None:

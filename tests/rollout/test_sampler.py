@@ -48,6 +48,8 @@ def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
             assert sample.text == decode(np.asarray(sample.token_ids).tolist())
             assert sample.versions == (VersionSpan("default", 0, len(sample.token_ids)),)
             assert sample.reward is None
+            for array in (sample.token_ids, sample.log_probs, sample.prompt.token_array):
+                assert not array.flags.writeable
 
 
 def test_samples_depend_on_seed_and_step_but_not_on_who_asks(

@@ -14,6 +14,7 @@ from mcore_rl.train.publish import check_close, probe_of
 from mcore_rl.weights.broadcast import ServerGroup, _broadcast
 from mcore_rl.weights.transport import nobody, server_log_probs
 from tests.rollout.proxy import body, damaged, proxy_beside
+from tests.rollout.support import VOCAB
 
 SEQUENCES = [[5, 3, 8], [1, 2]]
 
@@ -47,7 +48,7 @@ def test_what_all_ranks_conclude_alike_is_said_by_one_before_it_closes_servers()
     with pytest.raises(WeightSyncError, match="log-probs differ") as caught:
         check_close("1", {"http://a:1": 1.0}, 0.0, 0.5)
     assert caught.value.shared
-    assert nobody(Fleet(["http://a:1"]), "1", {}).shared
+    assert nobody(Fleet(["http://a:1"], vocabulary=VOCAB), "1", {}).shared
     assert not RolloutError("of one rank").shared
     for broken in (float("nan"), -float("inf")):
         with pytest.raises(WeightSyncError):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mcore_rl.checkpoint import Saved
-from mcore_rl.errors import ConfigError
-from mcore_rl.rollout.client import Reply
-from mcore_rl.rollout.saved import is_too_old, reply_from_json, reply_to_json
+from mcore_rl.errors import ConfigError, DamagedCheckpointError
+from mcore_rl.rollout.reply import Reply
+from mcore_rl.rollout.routing import to_json
+from mcore_rl.rollout.saved import check_group, is_too_old, reply_from_json, reply_to_json
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.train.requests import check_saved
-from mcore_rl.types import VersionSpan
+from mcore_rl.types import ExpertLayers, VersionSpan
 
 
 def test_a_finished_sample_is_saved_as_it_trains_and_takes_11_bytes_a_token() -> None:
@@ -27,6 +29,54 @@ def test_a_finished_sample_is_saved_as_it_trains_and_takes_11_bytes_a_token() ->
     saved = json.dumps(reply_to_json(reply))
     assert len(saved) < 11 * 4000
     assert reply_from_json(json.loads(saved), routed=False) == reply
+
+
+OF_MODEL = ExpertLayers(experts=4, per_token=2, sparse=(True,))
+
+
+def in_flight(**fields: object) -> dict:
+    """A group of a checkpoint with one finished sample of 3 tokens, `fields` of which are others."""
+    reply = Reply("a@1/0", (1, 2, 3), (-1.0, -2.0, -0.5), (), "stop", (VersionSpan("1", 0, 3),))
+    saved = reply_to_json(replace(reply, experts=np.array([[[0, 1]], [[2, 3]]], np.uint8)))
+    arrays = {name: to_json(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
+    rest = {name: value for name, value in fields.items() if name not in arrays}
+    return json.loads(json.dumps({"id": "a@1", "version": 1, "replies": [saved | rest | arrays]}))
+
+
+def test_a_sample_in_flight_of_this_model_is_taken_from_a_checkpoint() -> None:
+    check_group(in_flight(), 320, OF_MODEL)
+    check_group(in_flight(), 320, None)
+    check_group({"id": "a@1", "version": 1, "replies": None}, 320, OF_MODEL)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"token_ids": np.array([1, 320, 3], np.int32)},
+        {"token_ids": np.array([1, -2, 3], np.int32)},
+        {"token_ids": np.array([1.5, 2, 3], np.float32)},
+        {"token_ids": np.array([1, 2], np.int32)},
+        {"log_probs": np.array([-1, np.nan, -1], np.float32)},
+        {"log_probs": np.array([-1, 0.5, -1], np.float32)},
+        {"log_probs": np.array([-1, -np.inf, -1], np.float32)},
+        {"experts": np.array([[[0, 1]], [[2, 4]]], np.uint8)},
+        {"experts": np.array([[[0, 1]], [[2, 2]]], np.uint8)},
+        {"experts": np.zeros((2, 2, 2), np.uint8)},
+        {"versions": [{"version": "1", "start": 0, "end": 2}]},
+        {"versions": [{"version": 1, "start": 0, "end": 3}]},
+        {"versions": [{"version": "1", "start": 0, "stop": 3}]},
+        {"token_ids": None},
+        {"token_ids": {"dtype": "int32", "shape": [3], "base64": "AAAA"}},
+        {"token_ids": {"dtype": "object", "shape": [3], "base64": "AAAA"}},
+    ],
+)
+def test_a_sample_in_flight_that_no_model_of_this_vocabulary_sampled_is_a_damaged_checkpoint(
+    fields: dict,
+) -> None:
+    """On every rank alike: all of them read all groups."""
+    with pytest.raises(DamagedCheckpointError, match="sample in flight a@1 is none of this model") as refused:
+        check_group(in_flight(**fields), 320, OF_MODEL)
+    assert refused.value.shared
 
 
 @pytest.mark.parametrize("before", [1, 2, 3])
@@ -55,7 +105,8 @@ def test_what_is_kept_is_trained_within_the_bound(before: int, after: int, saved
 
 
 def checkpoint_with(*groups: str) -> Saved:
-    return Saved(Path("step_2"), 2, {}, {"state": {"ahead": {"groups": [{"id": id} for id in groups]}}})
+    in_flight = [{"id": id, "replies": None} for id in groups]
+    return Saved(Path("step_2"), 2, {}, {"state": {"ahead": {"groups": in_flight}}})
 
 
 def test_groups_in_flight_are_refused_only_where_they_would_never_be_trained() -> None:
@@ -67,9 +118,9 @@ def test_groups_in_flight_are_refused_only_where_they_would_never_be_trained() -
         (checkpoint_with(), 1),
         (checkpoint_with("p@3"), 1),
     ):
-        check_saved(saved, bound)
+        check_saved(saved, bound, 320, None)
     with pytest.raises(ConfigError, match=r"step_2 holds 1 groups.* in flight.*max_staleness of 1 or more"):
-        check_saved(checkpoint_with("p@3"), 0)
+        check_saved(checkpoint_with("p@3"), 0, 320, None)
 
 
 def test_with_a_bound_of_0_a_step_asks_for_its_groups_and_leaves_none() -> None:

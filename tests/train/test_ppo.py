@@ -20,6 +20,7 @@ from mcore_rl.model.residency import Residency
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.train.assemble import build_models, build_run, waiting_parts
 from mcore_rl.train.batch import RolloutBatch, build_batch
 from mcore_rl.train.checkpoint import open_checkpoints, restore
@@ -89,7 +90,7 @@ def built_run(config: Config, layout: Layout, directory: Path, saved: Path | Non
         restore(trainer, models.contents)
         residency = Residency(waiting_parts(config, models))
         transport = Disk(directory / "weights")
-        yield build_run(trainer, models, residency, Fleet(()), transport, stack)
+        yield build_run(trainer, models, residency, Fleet((), vocabulary=ANY_VOCABULARY), transport, stack)
 
 
 def recorded(run: Run) -> RolloutBatch:

@@ -21,6 +21,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.train.score import log_probs
 from mcore_rl.weights.disk import Changes
 from mcore_rl.weights.follow import states
@@ -60,7 +61,7 @@ def shared(tmp_path: Path) -> Iterator[Path]:
 def published(mesh: Mesh, source: Path, url: str, shared: Path) -> list[tuple[int, float, float]]:
     """(bytes of the version, largest |Megatron - server|, and of the weights before) of three publishes."""
     model = build_policy(source, mesh)
-    fleet = Fleet([url], timeout=60.0)
+    fleet = Fleet([url], vocabulary=ANY_VOCABULARY, timeout=60.0)
     transport = Changes(shared, shared.parent / "local", timeout=60.0)
     scored = [TokenSequence(tokens[:1], tokens[1:]) for tokens in SEQUENCES]
 
@@ -106,7 +107,7 @@ def beside_one_without_a_copy(mesh: Mesh, source: Path, url: str, shared: Path) 
     model = build_policy(source, mesh)
     transport = Changes(shared, shared.parent / "local", timeout=60.0)
     with proxy_beside(url, status(400), path="/update_weights_from_disk") as way:
-        fleet = Fleet([url, way.url], timeout=60.0)
+        fleet = Fleet([url, way.url], vocabulary=ANY_VOCABULARY, timeout=60.0)
         failed = transport.publish(model, fleet, "1")
         fleet.lose(failed)
         assert [client.url for client in fleet.serving] == [url]
@@ -125,7 +126,7 @@ def without_follower(mesh: Mesh, source: Path, url: str, shared: Path) -> str:
     model = build_policy(source, mesh)
     transport = Changes(shared, shared / "local", timeout=0.5)
     with pytest.raises(WeightSyncError) as error:
-        transport.publish(model, Fleet([url], timeout=5.0), "1")
+        transport.publish(model, Fleet([url], vocabulary=ANY_VOCABULARY, timeout=5.0), "1")
     return str(error.value)
 
 
