@@ -12,11 +12,12 @@ from tests.sources import modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision"})
+BASE = frozenset({"errors", "types", "precision", "strict_json"})
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
+    "strict_json": frozenset(),
     "algo": BASE,
     "parallel": BASE,
     "model": BASE | {"parallel"},

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.architecture import read_json_object
+from mcore_rl.model.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.mapping import HF_DTYPES
 from mcore_rl.model.mapping import Mapping as Table
 
@@ -71,12 +73,9 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if all(isinstance(file, str) for file in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
+    weight_map = read_json_object(index).get("weight_map")
+    if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+        return weight_map
     raise ConfigError(
         f"{index}: not an index of safetensors files (weight_map: name -> file); export it again"
     )
@@ -126,6 +125,19 @@ def hf_reader(directory: Path, table: Table) -> Callable[[str], Tensor]:
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
     return read
+
+
+def check_side_files(directory: Path) -> None:
+    """Raises ConfigError for a damaged JSON file beside the weights: a server reads it in mid-run.
+
+    tokenizer.json and vocab.json are megabytes of JSON, which the tokenizer checks itself.
+    """
+    for name in SIDE_FILES:
+        small = name.endswith(".json") and name not in ("tokenizer.json", "vocab.json")
+        if small and (directory / name).exists():
+            fields = read_json_object(directory / name)
+            if name == "generation_config.json":
+                check_kinds(fields, GENERATION_KINDS, str(directory / name))
 
 
 def copy_side_files(source: Path, directory: Path, quantization: Mapping[str, Any] | None = None) -> None:

@@ -10,6 +10,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from mcore_rl.errors import DataError
 from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
@@ -20,15 +21,19 @@ from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
 
-    Returns its path. Raises DataError where a run directory has no complete line of metrics; an older page
-    then stays as it is.
+    Returns its path. Raises DataError where a run directory has no complete line of metrics, or the page
+    cannot be written; an older page then stays as it is.
     """
     runs = read_runs(run_dirs)
     path = out or run_dirs[0] / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    page = render(runs)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(runs), encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; make room and the directory writable") from error
     return path
 
 

@@ -16,7 +16,8 @@ def due(step: int, steps: int, every: int) -> bool:
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """{"eval/<set>/accuracy": mean reward} when an evaluation is due at `step`, else nothing; collective.
 
-    A reward model's scores are no accuracy: their mean is `eval/<set>/reward`.
+    A reward model's scores are no accuracy: their mean is `eval/<set>/reward`. `samples` is of how many, and
+    `prompts` how many the file has: over-long ones are left out, and so is what exceeds train.eval_samples.
     """
     config = run.config
     if not run.eval_prompts or not due(step, config.train.steps, config.train.eval_every):
@@ -31,4 +32,5 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return {
         f"eval/{name}/{what}": math.fsum(rewards) / len(rewards),
         f"eval/{name}/samples": len(rewards),
+        f"eval/{name}/prompts": run.counted["data/eval/prompts"],
     }

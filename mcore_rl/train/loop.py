@@ -38,7 +38,7 @@ def train(config: Config, resume: str | None = None) -> None:
     with start(config, resume) as run:
         published = publish(run, run.step, run.probe_prompts())
         if run.step == 0:
-            run.log(0, published | evaluate(run, 0))
+            run.log(0, published | run.counted | evaluate(run, 0))
         for step in range(run.step + 1, config.train.steps + 1):
             batch = build_batch(rollout(run, step))
             release_servers(run)

@@ -31,6 +31,7 @@ from mcore_rl.rollout.programs import Embedded, SGLang
 from mcore_rl.rollout.sampler import Rollout, sample_groups
 from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
+from mcore_rl.train.data import count_dropped
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
@@ -181,7 +182,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
             critic=critic,
             alert=alert,
             judge=judge,
-            eval_prompts=load_eval(config, trainer.tokenizer),
+            eval_prompts=load_eval(trainer),
             fleet=fleet,
             transport=transport,
             ahead=ahead,
@@ -327,11 +328,14 @@ def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:
     return [LocalServer(model_dir, program, log_file=log, start_timeout=r.start_timeout) for log in logs]
 
 
-def load_eval(config: Config, tokenizer) -> tuple[Prompt, ...]:
+def load_eval(trainer: Trainer) -> tuple[Prompt, ...]:
     """Held-out prompts, at most `train.eval_samples`; none when data.eval is unset."""
+    config = trainer.config
     if config.data.eval is None:
         return ()
-    return read_prompts(config, config.data.eval, tokenizer).prompts[: config.train.eval_samples]
+    found = read_prompts(config, config.data.eval, trainer.tokenizer)
+    count_dropped(trainer, "eval", found)
+    return found.prompts[: config.train.eval_samples]
 
 
 def rollout(run: Run, step: int) -> list[Group]:

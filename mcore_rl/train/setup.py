@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from mcore_rl.metrics import Progress, StepLog, Timers
 from mcore_rl.model import platform
 from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.hf_files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, Residency, state_of
@@ -39,6 +40,7 @@ from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
 from mcore_rl.train.batch import Shape, align_of
 from mcore_rl.train.checkpoint import Stateful, find_start, leave_when_asked, open_checkpoints
+from mcore_rl.train.data import check_batch, count_dropped, response_of
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.watchdog import Watchdog
 
@@ -79,6 +81,8 @@ class Trainer:
     """what of it is on the device, and when"""
     watchdog: Watchdog | None
     """ends the process when no step is finished; None where nobody waits for this run"""
+    counted: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """metrics of the prompt files, which the first step is logged with"""
 
     @property
     def step(self) -> int:
@@ -138,6 +142,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
     seed_rng(config.run.seed)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
+    check_batch(config, prompts)
     policy = build_policy(
         config.model.path,
         mesh,
@@ -149,7 +154,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
     optimizer = optimizer_of(config, policy, optimizer_steps)
     cursor = PromptCursor(prompts, config.run.seed)
     on_main(mesh, lambda: write_resolved(config))
-    return Trainer(
+    trainer = Trainer(
         config=config,
         mesh=mesh,
         policy=policy,
@@ -170,6 +175,8 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         residency=Residency(),
         watchdog=None,
     )
+    count_dropped(trainer, "train", prompts)
+    return trainer
 
 
 @contextmanager
@@ -224,6 +231,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ConfigError: there is none, it has no end-of-sequence token, or an id that the model has no row for.
     """
     vocab = read_architecture(path).vocab
+    check_side_files(path)
     if not any((path / name).exists() for name in TOKENIZER_FILES):  # transformers would make an empty one
         raise ConfigError(f"{path}: no tokenizer; put tokenizer.json beside config.json")
     try:
@@ -253,6 +261,7 @@ def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase)
         label_key=data.label_key,
         needs_label=config.reward.model is None,  # which alone reads none
         max_prompt_tokens=data.max_prompt_tokens,
+        response=response_of(config),
     )
 
 

@@ -31,7 +31,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         for step in range(run.step + 1, config.train.steps + 1):
             with run.timers("train"):
                 metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)
-            run.log(step, metrics)
+            run.log(step, metrics | (run.counted if step == 1 else {}))
             end_step(run, step)
         run.policy.export(config.run.dir / "model")
 
