@@ -28,7 +28,7 @@ import torch
 
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.hf_files import SafetensorsWriter, hf_reader
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.mapping import ParameterMap
 
 CONFIG = {
     "model_type": "llama",
@@ -49,7 +49,7 @@ def generate(directory: Path, layers: int, shard_bytes: float) -> None:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
     arch = read_architecture(directory)
-    shapes = Mapping(arch, arch.vocab).hf_shapes()
+    shapes = ParameterMap(arch, arch.vocab).hf_shapes()
     shards: list[list[str]] = [[]]
     held = 0
     for name, shape in shapes.items():
@@ -102,7 +102,7 @@ def anonymous(pid: int) -> int:
 def same(one: Path, other: Path) -> bool:
     """All tensors of two HF directories are equal."""
     arch = read_architecture(one)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     left, right = hf_reader(one, mapping), hf_reader(other, mapping)
     return all(torch.equal(left(name), right(name)) for name in mapping.hf_shapes())
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mcore_rl.parallel.head import HeadOutput, head_loss, log_prob_entropy
+from mcore_rl.parallel.head import Call, HeadOutput, head_loss, log_prob_entropy
 
 ROOT = Path(__file__).parents[1]
 HIDDEN, VOCAB, TEMPERATURE, MIB = 1024, 32768, 0.9, 1 << 20
@@ -87,7 +87,7 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadOutput:
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadOutput:
     """The head, four GEMMs with gradients."""
-    return log_prob_entropy(hidden, weight, targets, TEMPERATURE)
+    return log_prob_entropy(hidden, weight, Call.of(weight, targets, TEMPERATURE))
 
 
 OTHERS, OURS = ("naive", "trl", "chunked"), ("recompute", "fused")
@@ -116,7 +116,7 @@ class Cell:
         """Both gradients; returns their bytes."""
         inputs = (self.hidden, self.weight)
         if self.name == "fused":
-            total = head_loss(*inputs, self.targets, self.loss, TEMPERATURE)
+            total = head_loss(*inputs, Call.of(self.weight, self.targets, TEMPERATURE), self.loss)
         else:
             total = self.loss(slice(None), SCORERS[self.name](*inputs, self.targets))
         gradients = torch.autograd.grad(total, inputs)

@@ -29,15 +29,16 @@ from statistics import median
 import torch
 
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import global_parameters
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import spawn
 from mcore_rl.parallel.mesh import Layout, build_mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import SGLang
-from mcore_rl.weights.gather import plan_of, take_turn
-from mcore_rl.weights.plan import Bucket
-from mcore_rl.weights.transport import SharedTensor
+from mcore_rl.rollout.reply import ANY_VOCABULARY
+from mcore_rl.weights.buckets import Bucket, export_of, plan_of, take_turn
+from mcore_rl.weights.disk import export as export_files
+from mcore_rl.weights.shared import SharedTensor
 
 LIMIT = 1.3
 BUCKET = 512 << 20
@@ -73,14 +74,14 @@ class Nowhere:
         self._memory = [torch.zeros(BUCKET, dtype=torch.uint8) for _ in range(2)]
 
     def buffer(self, number: int) -> torch.Tensor:
-        """As Channel.buffer."""
+        """Memory for bucket `number`."""
         return self._memory[number % 2]
 
     def send(self, bucket: Bucket, number: int, *, last: bool) -> None:
-        """As Channel.send."""
+        """Drop the bucket."""
 
     def close(self) -> None:
-        """As Channel.close."""
+        """Keep the memory."""
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -92,13 +93,13 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def export(source: Path, target: Path) -> None:
     """Random weights, for the server to start on."""
-    build_policy(source, build_mesh(Layout()), random_seed=0).export(target)
+    export_files(build_policy(source, build_mesh(Layout()), random_seed=0), target)
 
 
 def measure(source: Path, url: str, rounds: int) -> tuple[int, dict[str, list[float]]]:
     """Bytes of the model, and CPU seconds of every round by what was done."""
     model = build_policy(source, build_mesh(Layout()), random_seed=1)
-    fleet = Fleet([url], timeout=600.0)
+    fleet = Fleet([url], vocabulary=ANY_VOCABULARY, timeout=600.0)
     transport = SharedTensor(BUCKET)
     tensors = [tensor.detach() for tensor in global_parameters(model.unwrapped).values()]
     host = torch.zeros(BUCKET // 4)
@@ -113,7 +114,8 @@ def measure(source: Path, url: str, rounds: int) -> tuple[int, dict[str, list[fl
     nowhere = Nowhere()
 
     def layout() -> None:
-        take_turn(model, plan_of(model, BUCKET), 0, nowhere)
+        weights = export_of(model)
+        take_turn(weights, plan_of(weights, BUCKET), 0, nowhere)
 
     times: dict[str, list[float]] = {"memcpy": [], "layout": [], "publish": []}
     for number in range(rounds + 1):

@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 
 from mcore_rl.config import Config
 from mcore_rl.config.sections import Rollout
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import forward_backward
-from mcore_rl.model.weights_io import gather_hf
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.train import update
 from mcore_rl.train.batch import (
     RolloutBatch,
@@ -41,6 +40,7 @@ from mcore_rl.train.publish import publish
 from mcore_rl.train.run import Run, rollout, start
 from mcore_rl.train.score import log_probs
 from mcore_rl.types import Prompt, Sample, VersionSpan
+from mcore_rl.weights.buckets import gather
 
 ADVANTAGES = (1.5, -0.5, 0.25, -2.0)
 """of the witness's sequences, in turn; their mean is not 0, or the loss would be"""
@@ -196,7 +196,7 @@ def witness(run: Run, directory: Path) -> None:
     loss = torch.stack([one["loss"] for one in sums]).sum()
     parameters = global_parameters(run.policy.unwrapped)
     mains = {name: cast(Any, parameter).main_grad for name, parameter in parameters.items()}
-    gradient = {name: g.contiguous() for name, g in gather_hf(mains, run.policy.mapping, run.mesh).items()}
+    gradient = {name: g.contiguous() for name, g in gather(mains, run.policy.mapping, run.mesh).items()}
     directory.mkdir(parents=True)
     save_file(gradient | {"loss": loss.reshape(1)}, directory / "gradient.safetensors")
     longest = max(len(sample.token_ids) for sample in batch.samples)

@@ -1,19 +1,78 @@
-"""mcore_rl: reinforcement learning for large language models on Megatron-Core."""
+"""mcore_rl: reinforcement learning for large language models on Megatron-Core.
 
-import warnings
+The names below are the public ones. They are imported when they are first used, so that `import mcore_rl` is
+instant and `from mcore_rl import load_config` loads no Megatron-Core.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcore_rl.algo.policy_losses import TokenLoss
+    from mcore_rl.config import Config, load_config
+    from mcore_rl.errors import (
+        CheckpointError,
+        ConfigError,
+        DamagedCheckpointError,
+        DataError,
+        LayoutError,
+        McoreRLError,
+        MismatchError,
+        NumericsError,
+        PreemptedError,
+        RewardError,
+        RolloutError,
+        WeightSyncError,
+    )
+    from mcore_rl.rewards import RewardFn
+    from mcore_rl.train.loop import train
+    from mcore_rl.types import Group, Prompt, Sample
 
 __version__ = "0.1.0"
 
-# What libraries say to their own developers, on every rank: Apex and Transformer Engine are absent, an unset
-# field has a deprecated default, and collectives that Megatron-Core calls have new names in newer torch.
-for _text in (
-    ".*Apex.* not installed.*",
-    "Apex is not installed.*",
-    "full scope is deprecated",
-    # model.platform sets what this asks for
-    "When using (async grad allreduce|sequence parallelism) it is recommended",
-    "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
-):
-    warnings.filterwarnings("ignore", message=_text)
-# Its optimizer looks for a gradient on parameters that are views of one buffer.
-warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", module="megatron.core.optimizer")
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DamagedCheckpointError",
+    "DataError",
+    "Group",
+    "LayoutError",
+    "McoreRLError",
+    "MismatchError",
+    "NumericsError",
+    "PreemptedError",
+    "Prompt",
+    "RewardError",
+    "RewardFn",
+    "RolloutError",
+    "Sample",
+    "TokenLoss",
+    "WeightSyncError",
+    "load_config",
+    "train",
+]
+
+_HOME = {
+    "Config": "mcore_rl.config",
+    "load_config": "mcore_rl.config",
+    "TokenLoss": "mcore_rl.algo.policy_losses",
+    "RewardFn": "mcore_rl.rewards",
+    "train": "mcore_rl.train.loop",
+    "Group": "mcore_rl.types",
+    "Prompt": "mcore_rl.types",
+    "Sample": "mcore_rl.types",
+}
+"""public name -> module; every other one is in mcore_rl.errors"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mcore_rl' has no attribute {name!r}")
+    return getattr(import_module(_HOME.get(name, "mcore_rl.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -10,6 +10,7 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
+from mcore_rl.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments, rest)
     except McoreRLError as error:
-        print(f"mcore-rl: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -69,6 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=plan)
 
+    add = commands.add_parser("config", help="every configuration key: type, default, meaning")
+    add.add_argument("sections", nargs="*", metavar="SECTION", help="only these, such as rollout")
+    add.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md has them")
+    add.set_defaults(command=config)
+
     about = "serve a Hugging Face model over the SGLang native API"
     add = commands.add_parser("serve", help=about, add_help=False)
     add.set_defaults(command=serve)
@@ -111,12 +117,12 @@ class _Version(argparse.Action):
         import platform
         from importlib.metadata import PackageNotFoundError, version
 
-        print(f"mcore_rl {__version__}, Python {platform.python_version()}")
+        print(printable(f"mcore_rl {__version__}, Python {platform.python_version()}"))
         for package in ("megatron-core", "torch", "transformer-engine", "transformers"):
             try:
-                print(f"{package} {version(package)}")
+                print(printable(f"{package} {version(package)}"))
             except PackageNotFoundError:
-                print(f"{package}: not installed")
+                print(printable(f"{package}: not installed"))
         parser.exit()
 
 
@@ -131,6 +137,7 @@ def _add_verify(commands: Any) -> None:
     add = checks.add_parser("layouts", help="every layout against one rank, through the real Megatron-Core")
     add.add_argument("--layouts", type=_names, help="such as tp2,pp2cp2,pp2:tied; or all")
     add.add_argument("--algorithms", type=_names, help="such as gspo,ppo")
+    add.add_argument("--loss", metavar="module:function", help="a policy loss of your own, in their place")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=verify_layouts)
 
@@ -193,6 +200,16 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return examine(arguments.config, overrides, as_json=arguments.json)
 
 
+def config(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl config [SECTION ...] [--markdown]`."""
+    from mcore_rl.config.describe import as_markdown, describe
+
+    text = as_markdown() if arguments.markdown else describe(arguments.sections)
+    for line in text.removesuffix("\n").split("\n"):
+        print(printable(line))
+    return 0
+
+
 def serve(_: argparse.Namespace, options: list[str]) -> int:
     """`mcore-rl serve MODEL_DIR [--port P] [--api-key-env NAME] ...`: the arguments of `serve`."""
     import tyro
@@ -232,7 +249,7 @@ def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
     from mcore_rl.convert.run import mcore_to_hf, print_summary
 
     a = arguments
-    options = {"config": a.config, "shard_gb": a.shard_gb, "quantized": a.quantize == "fp8"}
+    options = {"config": a.config, "shard_gb": a.shard_gb, "quantize": a.quantize or "none"}
     summary = mcore_to_hf(a.source, a.target, **options, certified=a.certify)
     print_summary(a.target, summary, as_json=a.json)
     return 0
@@ -246,8 +263,10 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
 
     page = write_report(arguments.run_dirs)
     for run in read_runs(arguments.run_dirs):
-        print(text_table(run))
-    print(f"\n{page}: open it in a browser")
+        for line in text_table(run).split("\n"):
+            print(printable(line))
+    print()
+    print(printable(f"{page}: open it in a browser"))
     return 0
 
 
@@ -260,11 +279,13 @@ def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def verify_layouts(arguments: argparse.Namespace, _: list[str]) -> int:
-    """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--json]`."""
-    from mcore_rl.verify_layouts.run import ALGORITHMS, LAYOUTS
+    """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--loss module:function] [--json]`."""
+    from mcore_rl.verify_layouts.run import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
     from mcore_rl.verify_layouts.run import main as layouts
 
-    return layouts(arguments.layouts or LAYOUTS, arguments.algorithms or ALGORITHMS, as_json=arguments.json)
+    a = arguments
+    algorithms = a.algorithms or (ALGORITHMS if a.loss is None else WITH_OWN_LOSS)
+    return layouts(a.layouts or LAYOUTS, algorithms, as_json=a.json, loss=a.loss)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Self
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_NUMERICS = 70
 EXIT_RETRYABLE = 75
+EXIT_INTERRUPTED = 130
 
 
 class McoreRLError(Exception):
@@ -52,16 +54,36 @@ class WeightSyncError(McoreRLError, RuntimeError):
     exit_code = EXIT_RETRYABLE
 
 
-class CheckpointError(McoreRLError, RuntimeError):
-    """A checkpoint cannot be written."""
+class MismatchError(McoreRLError, RuntimeError):
+    """What the servers sampled is not what the weights in training say, with publish.mismatch_action set.
+
+    Worth a retry: nothing of the step was trained or saved, and a restart starts the servers anew. Where the
+    cause persists, it ends the next attempt in the same step.
+    """
 
     exit_code = EXIT_RETRYABLE
+
+
+class StorageError(McoreRLError, RuntimeError):
+    """A file of the run cannot be written, or another process holds its directory."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class CheckpointError(StorageError):
+    """A checkpoint cannot be written."""
 
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was saved, or not safe to read: a retry would meet it again."""
 
     exit_code = EXIT_CONFIG
+
+
+class ResourceError(McoreRLError, RuntimeError):
+    """The operating system gives this process no more of something that it limits, such as open files."""
+
+    exit_code = EXIT_RETRYABLE
 
 
 class PreemptedError(McoreRLError, RuntimeError):
@@ -74,3 +96,23 @@ class NumericsError(McoreRLError, ArithmeticError):
     """A loss or gradient is not finite, or an exact identity does not hold."""
 
     exit_code = EXIT_NUMERICS
+
+
+class NothingToDo(McoreRLError):
+    """The checkpoint that a run continues from is that of its last step."""
+
+    exit_code = EXIT_DONE
+
+
+class AskedToLeave(SystemExit):
+    """SIGTERM or SIGINT was delivered to this process; only its signal handler raises this.
+
+    The SystemExit or KeyboardInterrupt of user code is another thing: nobody has asked, and no step is done.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RETRYABLE)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name} was delivered"

@@ -1,14 +1,14 @@
 """What a run writes about itself: metrics.jsonl, events.jsonl, times, and a line of progress for people.
 
 Both files hold one JSON object per line, written with one call each, so that a crash can cut only the last;
-the reader leaves a cut line out and a resumed run removes it.
+the reader leaves a cut line out and a resumed run removes it. A full disk is a StorageError, and leaves both
+files as they were.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl import strict_json
+from mcore_rl.directories import append_line, storage_error, write_whole
 from mcore_rl.errors import DataError
 
 METRICS = "metrics.jsonl"
@@ -33,7 +34,7 @@ class StepLog:
         self._path = run_dir / METRICS
         self._writes = rank == 0
         if self._writes:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            _make(run_dir)
             _truncate(self._path, -1 if resume_step is None else resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -49,7 +50,7 @@ class StepLog:
 
 def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
     """Append `{"time": unix seconds, "kind": kind, ...}` to events.jsonl, from any rank."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make(run_dir)
     _append(run_dir / EVENTS, _record({"time": round(time.time(), 3), "kind": kind, **fields}))
 
 
@@ -81,17 +82,19 @@ def _truncate(path: Path, last_step: int) -> None:
     if path.exists() and last_step >= 0:
         steps = ((record.get("step"), line) for record, line in _records(path))
         kept = [line for step, line in steps if type(step) is int and 0 <= step <= last_step]
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    write_whole(path, b"".join(kept))
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
-    with path.open("ab+", buffering=0) as file:
-        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-            line = b"\n" + line  # a crash cut the line before
-        file.write(line)
+    line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+    append_line(path, line.encode("utf-8", errors="replace") + b"\n")
+
+
+def _make(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(run_dir, error) from error
 
 
 def _record(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+T = TypeVar("T")
+
 Tokens = npt.NDArray[np.int32] | tuple[int, ...]
+
+
+def _freeze(array: T) -> T:
+    """`array` itself, read-only if it is an array of numpy."""
+    if isinstance(array, np.ndarray):
+        array.setflags(write=False)
+    return array
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Prompt:
     @cached_property
     def token_array(self) -> npt.NDArray[np.int32]:
         """[P] `token_ids`, converted once for all samples and steps."""
-        return np.array(self.token_ids, np.int32)
+        return _freeze(np.array(self.token_ids, np.int32))
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,11 @@ class Sample:
     """Finite, set by the reward function."""
     experts: npt.NDArray[np.integer] | None = None
     """[P+n-1, layers, K] experts of every token but the last, where routing is replayed."""
+
+    def __post_init__(self) -> None:
+        """Its arrays become read-only: a reward that writes into one gets an error, not other tokens."""
+        for array in (self.token_ids, self.log_probs, self.experts):
+            _freeze(array)
 
     @property
     def truncated(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -37,6 +39,22 @@ def pool4() -> Iterator[Pool]:
     """Four processes in one gloo group, kept for the session."""
     with Pool(4, setup=check_annotations) as pool:
         yield pool
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system of its own; needs root and CAP_SYS_ADMIN."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def tmpfs(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a tmpfs")
+        return place
+
+    yield tmpfs
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

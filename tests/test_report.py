@@ -101,6 +101,7 @@ def test_a_whole_run_shows_every_plot_and_the_result(run_dir: Path) -> None:
             "Gradient norm",
         ),
         *("Log-prob agreement", "Step time", "Time by phase"),
+        "tokens",
     ]
     assert "0.503 \u2192 0.861" in page
     assert "tolerance, largest" in page
@@ -116,6 +117,14 @@ def test_a_plot_without_its_metric_is_left_out(tmp_path: Path) -> None:
     assert list(charts(page)) == ["Loss: supervised"]
     assert "<h2>Learning" not in page
     assert "<h2>Settings" not in page
+
+
+def test_a_metric_that_no_plot_knows_has_one_of_its_own(tmp_path: Path) -> None:
+    steps = [{**step(n), "dppo/masked": n / 10} for n in range(1, 5)]
+    page = write_report([write_run(tmp_path / "own", steps)]).read_text()
+    (line,) = json.loads(charts(page)["dppo/masked"].attrib["data-lines"])
+    assert len(line["points"]) == 4
+    assert "ratio/min" not in charts(page), "what a band shows is shown"
 
 
 def test_the_page_asks_nothing_of_the_network_and_runs_only_its_own_script(run_dir: Path) -> None:
@@ -306,8 +315,8 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
     run = write_run(tmp_path / "run", [step(1)])
     (run / "report.html").mkdir()
     (run / "report.html" / "file").touch()
-    assert main(["report", str(run)]) == 2
-    assert f"DataError: {run}/report.html: " in capsys.readouterr().err
+    assert main(["report", str(run)]) == 75
+    assert f"StorageError: {run}/report.html: " in capsys.readouterr().err
 
 
 some_keys = st.sampled_from(

@@ -26,7 +26,7 @@ StdSource = Literal["group", "batch", "batch-centered", "none"]
 
 
 class Spread(NamedTuple):
-    """Mean and sum of squared deviations of some numbers; two-pass, exactly rounded sums."""
+    """The mean and the sum of squared deviations of some numbers, from two passes in float64."""
 
     mean: float
     sum_squares: float
@@ -35,14 +35,30 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one finite number."""
+        """Measure finite numbers; the sums are exactly rounded, so that their order does not matter."""
+        if not values:
+            return cls(0.0, 0.0, 0, True)
         mean = math.fsum(values) / len(values)
         sum_squares = math.fsum((value - mean) ** 2 for value in values)
         return cls(mean, sum_squares, len(values), min(values) == max(values))
 
-    def std(self, ddof: int) -> float:
-        """Standard deviation; exactly 0 for constant values."""
-        return 0.0 if self.constant else math.sqrt(self.sum_squares / max(self.size - ddof, 1))
+    @classmethod
+    def of_rows(cls, rows: Float[Tensor, " R"]) -> Spread:
+        """Measure one number per token; torch's sums, as there are millions of tokens in a batch."""
+        if rows.numel() == 0:
+            return cls.of(())
+        rows = rows.detach().double()
+        mean = rows.mean()
+        constant = bool(rows.min() == rows.max())
+        return cls(mean.item(), (rows - mean).square().sum().item(), rows.numel(), constant)
+
+    def variance(self, ddof: int = 1) -> float:
+        """Return the sum of squares over size - ddof; exactly 0 for constant values."""
+        return 0.0 if self.constant else self.sum_squares / (self.size - ddof)
+
+    def std(self, ddof: int = 1) -> float:
+        """Return the standard deviation; exactly 0 for constant values."""
+        return math.sqrt(self.variance(ddof))
 
 
 class GroupStatistics(NamedTuple):
@@ -105,12 +121,11 @@ def group_statistics(group_ids: Sequence[Hashable], rewards: Sequence[Any]) -> G
         members[group_id].append(float(reward))
     spreads = {group_id: Spread.of(values) for group_id, values in members.items()}
     centered = [value - spreads[group_id].mean for group_id, values in members.items() for value in values]
-    empty = Spread(0.0, 0.0, 0, True)
     return GroupStatistics(
         tuple(spreads[group_id] for group_id in group_ids),
-        Spread.of([value for values in members.values() for value in values]) if members else empty,
+        Spread.of([value for values in members.values() for value in values]),
         # rounding leaves constant groups a hair off 0: the exact test decides
-        empty if all(spread.constant for spread in spreads.values()) else Spread.of(centered),
+        Spread.of(() if all(spread.constant for spread in spreads.values()) else centered),
     )
 
 
@@ -135,15 +150,6 @@ def group_normalized(
     centered = rewards.double() - statistics.mean
     scaled = centered if std == "none" else centered / (statistics.std(std, ddof) + eps)
     return torch.where(statistics.constant, 0.0, scaled)
-
-
-def batch_normalized(
-    rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, ddof: Literal[0, 1] = 1, eps: float = 1e-6
-) -> Float[Tensor, " N"]:
-    """(R - batch mean) / (batch std + eps); exactly 0 when all rewards are equal."""
-    if statistics.batch.constant:
-        return torch.zeros_like(rewards, dtype=torch.float64)
-    return (rewards.double() - statistics.batch.mean) / (statistics.batch.std(ddof) + eps)
 
 
 def leave_one_out(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:

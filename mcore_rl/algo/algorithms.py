@@ -1,5 +1,8 @@
 """The algorithms, as data. To add one: write its loss or advantage as a function, add an entry to ALGORITHMS.
 
+A loss of the user's own needs no entry: `configure(..., loss="module:function")` puts it in the place of an
+entry's.
+
 Defaults of an entry are the keyword defaults of its two functions, changed by `params`.
 """
 
@@ -11,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,8 +22,9 @@ from mcore_rl.algo import advantages, policy_losses, returns
 from mcore_rl.algo.aggregation import Aggregation
 from mcore_rl.algo.corrections import CORRECTIONS, Correction, CorrectionName
 from mcore_rl.algo.kl import KLEstimator
-from mcore_rl.algo.policy_losses import TokenLoss
+from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
 from mcore_rl.errors import ConfigError
+from mcore_rl.functions import load_function
 
 Param = float | int | str | bool | None
 
@@ -29,13 +34,11 @@ class Algorithm:
     """One row of ALGORITHMS; `configure` returns it with the user's overrides in place."""
 
     loss: Callable[..., TokenLoss]
-    """(log_prob, old_log_prob, advantage[, sequence_log_ratio], **loss_params) -> TokenLoss"""
+    """(Rows, **loss_params) -> TokenLoss; see rows.py"""
     advantage: Callable[..., Any]
     """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `returns.gae` where `per_token`"""
     aggregation: Aggregation
     """weights of the per-token losses"""
-    sequence_ratio: Literal["old", "rollout"] | None = None
-    """the loss takes the mean log-ratio of the whole sequence, to the old or to the sampling log-probs"""
     per_token: bool = False
     """advantages come from token rewards by `returns.gae`; with values 0 where there is no critic"""
     whiten: bool = False
@@ -61,16 +64,17 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        """Reference log-probs are needed: a KL coefficient is not 0."""
-        return self.kl_in_reward != 0 or self.kl_in_loss != 0
+        """Reference log-probs are needed: a KL coefficient is not 0, or the loss reads them."""
+        return self.kl_in_reward != 0 or self.kl_in_loss != 0 or "reference" in declared(self.loss)
 
     def rowwise(self, *, on_policy: bool) -> bool:
         """A token's loss follows from its own log-prob and entropy, so that any part of a batch has its sum.
 
-        Not where a log-ratio of the whole sequence is needed first. `on_policy`: old log-probs are the
-        current ones, and the mean log-ratio to them is 0.
+        Not where the loss declares that it reads a log-ratio of the whole sequence. `on_policy`: old
+        log-probs are the current ones, and the mean log-ratio to them is 0.
         """
-        by_row = self.sequence_ratio is None or (self.sequence_ratio == "old" and on_policy)
+        known = {"sequence_log_ratio"} if on_policy else set()
+        by_row = not declared(self.loss) & set(OF_SEQUENCES) - known
         return by_row and (self.corrects is None or self.corrects.reads == "token")
 
     @property
@@ -115,9 +119,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "dapo": Algorithm(
         policy_losses.ppo, advantages.group_normalized, "token-mean", params={"eps_high": 0.28}
     ),
-    "gspo": Algorithm(
-        policy_losses.gspo, advantages.group_normalized, "seq-mean-token-mean", sequence_ratio="old"
-    ),
+    "gspo": Algorithm(policy_losses.gspo, advantages.group_normalized, "seq-mean-token-mean"),
     "sapo": Algorithm(policy_losses.sapo, advantages.group_normalized, "seq-mean-token-mean"),
     "liteppo": Algorithm(
         policy_losses.ppo, advantages.group_normalized, "token-mean", params={"std": "batch"}
@@ -141,7 +143,6 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         policy_losses.deepseek_masked,
         advantages.group_normalized,
         "seq-mean-token-mean",
-        sequence_ratio="rollout",
         kl_estimator="k3_iw",
         params={"std": "none"},
     ),
@@ -164,16 +165,21 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 """Inclusive ranges of parameters; all others run from 0 to _LARGEST."""
 
 
-def configure(name: str, overrides: Mapping[str, object] | None = None) -> Algorithm:
+def configure(name: str, overrides: Mapping[str, object] | None = None, loss: str | None = None) -> Algorithm:
     """The entry `name` with `overrides` of its settings and of keyword arguments of its loss and advantage.
 
+    Args:
+        loss: `module:function` of the user's own policy loss, in the place of the entry's.
+
     Raises:
-        ConfigError: unknown algorithm or name (with the nearest known one), or a value of the wrong type
-            or range.
+        ConfigError: unknown algorithm or name (with the nearest known one), a value of the wrong type or
+            range, or a loss that cannot be loaded.
     """
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm.name: {name!r} is unknown{_suggest(name, ALGORITHMS)}")
     algorithm = ALGORITHMS[name]
+    if loss is not None:
+        algorithm = _with_loss(algorithm, loss)
     accepted = _accepted(algorithm)
     checked: dict[str, Any] = {}
     for key, value in (overrides or {}).items():
@@ -185,12 +191,32 @@ def configure(name: str, overrides: Mapping[str, object] | None = None) -> Algor
     settings = {key: value for key, value in checked.items() if key in _SETTINGS}
     params = {key: value for key, value in checked.items() if key not in _SETTINGS}
     algorithm = replace(algorithm, params={**algorithm.params, **params}, **settings)
+    _check_complete(algorithm)
     if algorithm.kl_in_reward and not algorithm.per_token:
         raise ConfigError(
             f"algorithm.params.kl_in_reward: {name} has one advantage per sample; use kl_in_loss instead"
         )
     _check_correction(algorithm)
     return algorithm
+
+
+def _with_loss(algorithm: Algorithm, name: str) -> Algorithm:
+    """The algorithm with the user's own loss; its parameters must not have the name of something else."""
+    own = load_function("algorithm.loss", name, "the rows", keywords=True)
+    taken = [key for key in parameters(own) if key in _SETTINGS or key in parameters(algorithm.advantage)]
+    if taken:
+        raise ConfigError(
+            f"algorithm.loss: {name}: {taken[0]} is a parameter of every algorithm; give yours another name"
+        )
+    kept = {key: value for key, value in algorithm.params.items() if key in parameters(algorithm.advantage)}
+    return replace(algorithm, loss=own, params=kept)
+
+
+def _check_complete(algorithm: Algorithm) -> None:
+    """Raises ConfigError for a parameter of the loss that has neither a default nor a value."""
+    for key, parameter in parameters(algorithm.loss).items():
+        if parameter.default is parameter.empty and key not in algorithm.params:
+            raise ConfigError(f"algorithm.params.{key}: the loss has no default for it; set it")
 
 
 def _check_correction(algorithm: Algorithm) -> None:
@@ -208,6 +234,7 @@ def _check_correction(algorithm: Algorithm) -> None:
 
 
 def objective(
+    rows: Rows,
     policy: TokenLoss,
     *,
     correction: Float[Tensor, "*shape"] | float = 1.0,
@@ -216,20 +243,24 @@ def objective(
     entropy: Float[Tensor, "*shape"] | float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Float[Tensor, "*shape"]:
-    """correction * policy loss + kl_coef * kl - entropy_coef * entropy, per token.
+    """correction * policy loss + kl_coef * kl - entropy_coef * entropy, per token; exactly 0 if not usable.
 
     Multiply by the aggregation weight and sum. The correction (corrections.py) acts on the policy term only.
     """
-    return correction * policy.loss + kl_coef * kl - entropy_coef * entropy
+    loss = correction * policy.loss + kl_coef * kl - entropy_coef * entropy
+    loss = torch.where(rows.usable, loss, 0.0)
+    # a policy that is not finite itself is broken, and must be seen as such
+    return torch.where(torch.isfinite(rows.log_prob), loss, rows.log_prob)
 
 
-def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the keyword-only parameters of a loss or an advantage, by name."""
+    every = inspect.signature(function).parameters.values()
+    return {p.name: p for p in every if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _resolve(function: Callable[..., Any], params: Mapping[str, Param]) -> dict[str, Param]:
-    return {name: params.get(name, p.default) for name, p in _keywords(function).items()}
+    return {name: params.get(name, p.default) for name, p in parameters(function).items()}
 
 
 def _accepted(algorithm: Algorithm) -> dict[str, Any]:
@@ -237,9 +268,23 @@ def _accepted(algorithm: Algorithm) -> dict[str, Any]:
     hints = get_type_hints(Algorithm)
     accepted = {f.name: hints[f.name] for f in fields(Algorithm) if f.name in _SETTINGS}
     for function in (algorithm.advantage, algorithm.loss):
-        types = get_type_hints(function)
-        accepted |= {name: types[name] for name in _keywords(function)}
+        accepted |= _types(function)
     return accepted
+
+
+def _types(function: Callable[..., Any]) -> dict[str, Any]:
+    """name -> annotation of every keyword-only parameter; the type of its default where there is none."""
+    known = get_type_hints(function)
+    found = {}
+    for name, parameter in parameters(function).items():
+        found[name] = known.get(name, type(parameter.default))
+        options = get_args(found[name]) if get_origin(found[name]) is not Literal else (str,)
+        if not {found[name], *options} & {float, int, bool, str}:
+            raise ConfigError(
+                f"algorithm.params.{name}: {function.__name__} does not say that it is a number, a word or "
+                "true or false; annotate the parameter (name: float = 1.0)"
+            )
+    return found
 
 
 def _checked(place: str, expected: Any, value: object) -> Any:
@@ -255,10 +300,17 @@ def _checked(place: str, expected: Any, value: object) -> Any:
         return value
     if value is None and type(None) in options:
         return value
+    if expected is str and isinstance(value, str):
+        return value
     low, high = _RANGES.get(place.rpartition(".")[2], (0.0, _LARGEST))
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-        return float(value)
-    raise ConfigError(f"{place}: {value!r} is not a number from {low:g} to {high:g}")
+        if expected is not int:
+            return float(value)
+        if value == int(value):
+            return int(value)
+    raise ConfigError(
+        f"{place}: {value!r} is not a {'whole ' * (expected is int)}number from {low:g} to {high:g}"
+    )
 
 
 def _suggest(name: str, known: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Weights against the mismatch between the policy that sampled and the policy that trains.
 
 A weight multiplies the policy-gradient term after clipping, never the KL, and leaves the denominators alone.
-All are constants. `log_weight` is `ratio.difference(old_log_prob, rollout_log_prob)`: per token, or its sum
-or mean over the whole sequence, on each of its tokens.
+All are constants. `log_weight` is `rows.old - rows.rollout`: per token, or its sum or mean over the usable
+rows of the whole sequence, on each of its tokens. A token whose log-probs are not all finite is not usable
+(rows.py): its log-weight is 0, its sequence's sum and mean leave it out, and its loss counts for nothing.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 LOG_RATIO_BOUND = 20.0
@@ -28,8 +28,3 @@ def difference(log_prob: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]
 def log_ratio(log_prob: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`bounded(difference(...))`: what every loss exponentiates."""
     return bounded(difference(log_prob, other))
-
-
-def saturated(log_prob: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-    """Tokens to count: the log-ratio is beyond +-20, or `other` is not finite (a masked token)."""
-    return ~torch.isfinite(other) | (difference(log_prob.detach(), other).abs() > LOG_RATIO_BOUND)

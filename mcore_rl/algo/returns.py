@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mcore_rl.algo.advantages import Spread
 from mcore_rl.algo.ratio import difference
 
 
@@ -61,14 +62,12 @@ def gae(
     return advantages, advantages + values.detach().double()
 
 
-def whiten(
-    values: Float[Tensor, " R"], *, mean: float, variance: float, count: float | int, shift_mean: bool = True
-) -> Float[Tensor, " R"]:
-    """(x - mean) / sqrt(variance + 1e-8), plus the mean again unless `shift_mean`.
+def whiten(values: Float[Tensor, "*shape"], tokens: Spread) -> Float[Tensor, "*shape"]:
+    """(x - mean) / sqrt(variance + 1e-8), by the mean and the variance (ddof 1) of `tokens`.
 
-    Mean, variance (ddof 1) and count are those of all unmasked tokens of the global batch (DP x CP); with
-    fewer than two tokens there is nothing to scale by and the input comes back.
+    `tokens` are all unmasked tokens of the global batch. Fewer than two give nothing to scale by, and the
+    values come back as they are.
     """
-    if count < 2:
+    if tokens.size < 2:
         return values
-    return (values - mean) / (variance + 1e-8) ** 0.5 + (0.0 if shift_mean else mean)
+    return (values - tokens.mean) / (tokens.variance() + 1e-8) ** 0.5

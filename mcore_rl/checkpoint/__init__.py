@@ -1,5 +1,6 @@
 """Training checkpoints: sharded, committed whole, read back at any layout."""
 
+from mcore_rl import before_megatron as before_megatron
 from mcore_rl.checkpoint.checkpoints import Checkpoints
 from mcore_rl.checkpoint.directory import committed, find
 from mcore_rl.checkpoint.fp8 import fp8_pieces

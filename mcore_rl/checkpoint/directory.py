@@ -6,16 +6,15 @@
 
 COMMITTED is written last and the directory renamed after it, each step durable before the next. So a
 directory `step_N` with COMMITTED is whole, and after a crash at any point the one before it still is.
+Each carries the mark of mcore_rl from its first moment: a `step_N` of another program stops the run before
+anything is cleared away.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from typing import Any
 from mcore_rl.checkpoint import manifest
 from mcore_rl.checkpoint.image import Written, write_file
 from mcore_rl.checkpoint.manifest import COMMITTED, Saved
+from mcore_rl.directories import LOCK, is_free, is_ours, locked, make, mark, remove
 from mcore_rl.errors import CheckpointError, ConfigError
 
-LOCK = "LOCK"
-
+_REMEDY = "set checkpoint.dir to another place"
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
 _SUPERSEDED = ".superseded"
+_ANY_STEP = re.compile(rf"step_\d+({re.escape(_PARTIAL)}|{re.escape(_SUPERSEDED)})?")
 
 
 def committed(root: Path) -> list[tuple[int, Path]]:
@@ -68,48 +68,44 @@ class CheckpointDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory, and clear away what a crash left in it.
+        """Hold the directory, and clear away what a crash of ours left in it.
 
         The lock ends with the process, however that ends.
 
         Raises:
+            ConfigError: it holds a `step_N` that mcore_rl did not write; nothing was touched.
             CheckpointError: another job holds it, or the directory cannot be written.
         """
-        with _reported(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            file = (self.root / LOCK).open("a+")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise CheckpointError(
-                    f"{self.root} is in use by {file.read().strip() or 'another job'}: two jobs would "
-                    "destroy each other's checkpoints. Wait for it, or give this run a directory of its own"
-                ) from None
+        if not (self.root / LOCK).exists():  # else it may be another job's, which is writing
+            _check_ours(self.root)
+        with locked(self.root, _REMEDY, CheckpointError):
             with _reported(self.root):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+                _check_ours(self.root)
                 self._recover()
             yield
 
     def _recover(self) -> None:
         """Finish or remove what was begun: only a whole checkpoint is ever kept."""
+        for path in _steps(self.root):
+            if not is_ours(path):
+                mark(path)  # of an earlier version, which wrote no mark; its manifest says that it is ours
         for path in sorted(self.root.glob(f"step_*{_PARTIAL}")):
             try:
                 whole = manifest.read(path)
                 whole.check()
             except (CheckpointError, ConfigError):
-                shutil.rmtree(path)
+                remove(path, _REMEDY)
             else:
                 self._publish(path, self.root / f"step_{whole.step}")
         for path in self.root.glob(f"step_*{_SUPERSEDED}"):
             final = path.with_name(path.name.removesuffix(_SUPERSEDED))
-            shutil.rmtree(path) if final.exists() else path.rename(final)
+            if final.exists():
+                remove(path, _REMEDY)
+            else:
+                path.rename(final)
         for path in self.root.glob("step_*"):
             if _STEP.fullmatch(path.name) and not (path / COMMITTED).exists():  # its removal was interrupted
-                shutil.rmtree(path)
+                remove(path, _REMEDY)
 
     def begin(self, step: int, size: int) -> Path:
         """An empty directory to write `step` into.
@@ -119,8 +115,7 @@ class CheckpointDirectory:
         """
         partial = self.root / f"step_{step}{_PARTIAL}"
         with _reported(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            make(partial, _REMEDY)
             free = shutil.disk_usage(partial).free
         if free < size:
             raise CheckpointError(
@@ -153,11 +148,11 @@ class CheckpointDirectory:
     def _publish(self, partial: Path, final: Path) -> None:
         superseded = final.with_name(final.name + _SUPERSEDED)
         if final.exists():  # a run that resumed before this step reaches it again
-            shutil.rmtree(superseded, ignore_errors=True)
+            remove(superseded, _REMEDY)
             final.rename(superseded)
         partial.rename(final)
         manifest.sync_directory(self.root)
-        shutil.rmtree(superseded, ignore_errors=True)
+        remove(superseded, _REMEDY)
 
     def _prune(self, newest: Path) -> None:
         """Keep `newest` and those before it; later steps belong to a history that a resume has left."""
@@ -165,7 +160,34 @@ class CheckpointDirectory:
         at = known.index(newest)
         for path in [*known[: max(0, at + 1 - self._keep)], *known[at + 1 :]]:
             (path / COMMITTED).unlink()  # from here on it is none, wherever the removal is interrupted
-            shutil.rmtree(path)
+            remove(path, _REMEDY)
+
+
+def _steps(root: Path) -> list[Path]:
+    """Everything under `root` that is named like a checkpoint, whole or not."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if _ANY_STEP.fullmatch(path.name))
+
+
+def _check_ours(root: Path) -> None:
+    """Raises ConfigError for what is named like a checkpoint and neither marked nor whole."""
+    foreign = [path for path in _steps(root) if not is_free(path) and not _is_whole(path)]
+    if foreign:
+        names = ", ".join(path.name for path in foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise ConfigError(
+            f"{root} holds {names}, which mcore_rl did not write, or an earlier version left unfinished: no "
+            f"mark, and no intact manifest. Nothing was touched. Move them away, or {_REMEDY}"
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether its manifest is that of a committed checkpoint: all that an earlier version leaves to see."""
+    try:
+        manifest.read(path)
+    except (CheckpointError, ConfigError):
+        return False
+    return not path.is_symlink()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.model.build import Model
-from mcore_rl.model.mapping import global_parameters
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import RECIPES
 

@@ -4,6 +4,6 @@ Only train, __main__, plan, doctor and verify read it; below them functions take
 """
 
 from mcore_rl.config.config import Config, is_loopback
-from mcore_rl.config.file import describe_keys, load_config, to_toml
+from mcore_rl.config.file import load_config, to_toml
 
-__all__ = ["Config", "describe_keys", "is_loopback", "load_config", "to_toml"]
+__all__ = ["Config", "is_loopback", "load_config", "to_toml"]

@@ -159,8 +159,6 @@ def _of_transport(config: Config) -> Iterator[str]:
             'publish.transport: the embedded server loads weights from disk only; set it to "disk", or '
             'rollout.server = "sglang"'
         )
-    if publish.quantize != "none":
-        yield 'publish.quantize: weights in FP8 go by disk only; set publish.transport = "disk" or drop it'
     away = [url for url in rollout.urls if not is_loopback(url)]
     if publish.transport == "tensor" and away:
         yield (
@@ -212,7 +210,7 @@ def _of_quantized(config: Config) -> Iterator[str]:
 
 def _against_algorithm(config: Config) -> Iterator[str]:
     try:
-        algorithm = configure(config.algorithm.name, config.algorithm.params)
+        algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     except ConfigError as error:
         yield str(error)
         return
@@ -230,7 +228,9 @@ def _against_algorithm(config: Config) -> Iterator[str]:
 
 def _needs_reference(config: Config) -> bool:
     try:
-        return configure(config.algorithm.name, config.algorithm.params).needs_reference
+        return configure(
+            config.algorithm.name, config.algorithm.params, config.algorithm.loss
+        ).needs_reference
     except ConfigError:  # `sft`; of any other, _against_algorithm says what is wrong
         return False
 
@@ -239,9 +239,9 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
     unused: dict[str, str] = {}
     if config.supervised_only:
-        keys = ("algorithm.params", "algorithm.mini_batches", "algorithm.epochs")
+        keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("reward.model", "rollout.routing_replay", "residency.servers")
+        keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'

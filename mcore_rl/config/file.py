@@ -17,6 +17,7 @@ from mcore_rl.config import toml
 from mcore_rl.config.config import Config, unused_keys
 from mcore_rl.config.sections import REFUSED_SAMPLING, Section
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import escaped
 
 KEYS: dict[str, dict[str, FieldInfo]] = {
     name: cast(type[Section], field.annotation).model_fields for name, field in Config.model_fields.items()
@@ -73,17 +74,6 @@ def to_toml(config: Config) -> str:
     return toml.dumps(tables)
 
 
-def describe_keys() -> str:
-    """A line per key for `--help`: flag, default, meaning."""
-    lines = []
-    for name, fields in KEYS.items():
-        for key, field in fields.items():
-            value = "unset" if field.default is None else field.default
-            default = "required" if field.is_required() else toml.literal(value).strip('"')
-            lines.append(f"  --{name}.{key} ({default})  {field.description or ''}".rstrip())
-    return "\n".join(lines)
-
-
 def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of each flag."""
     rest = iter(arguments)
@@ -111,9 +101,7 @@ def _is_unicode(text: str) -> bool:
 def _shown(dotted: str) -> str:
     """A dotted path for a message: on one line, and of thousands of parts the first."""
     cut = dotted if len(dotted) <= MOST_SHOWN else f"{dotted[:MOST_SHOWN]}..."
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut
-    )
+    return escaped(cut)
 
 
 def _beyond_reading(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from mcore_rl.precision import PrecisionName, RecipeName
 
 
-def _reward_name(name: str) -> str:
+def _function_name(name: str) -> str:
     if not re.fullmatch(r"[\w.]+:\w+", name):
         raise ValueError("must be `module:function`")
     return name
@@ -219,7 +219,7 @@ class Rollout(Section):
 class Reward(Section):
     """How responses are scored."""
 
-    function: Annotated[str, AfterValidator(_reward_name)] = "mcore_rl.rewards.exact:exact_match"
+    function: Annotated[str, AfterValidator(_function_name)] = "mcore_rl.rewards.exact:exact_match"
     """`module:function` that scores one sample."""
     model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
@@ -232,6 +232,8 @@ class Algorithm(Section):
     """A reinforcement-learning algorithm, or `sft` for supervised training on the labels."""
     params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
     """The algorithm's own numbers, where they differ from its paper's."""
+    loss: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` of a policy loss of your own, in the place of the algorithm's."""
     mini_batches: Count = 4
     """Optimizer steps per pass over a rollout."""
     epochs: Count = 1
@@ -348,6 +350,8 @@ class Publish(Section):
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish, 4096 tokens each."""
     tolerance_p999: Positive = 2e-5
-    """Largest difference of 99.9 % of a step's log-probs to the servers'; above, an event. 0.5 below fp32."""
+    """Largest difference of 99.9 % of a step's log-probs to the servers'; 0.5 below fp32."""
+    mismatch_action: Literal["warn", "stop", "drop"] = "warn"
+    """Above that: say so, end the run before it trains the step, or train without the samples that differ."""
     tolerance_max: Positive = 2e-4
     """Largest difference of any log-prob compared after a publish; above, the run ends. 3.0 below fp32."""

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mcore_rl.checkpoint.manifest import sync_directory
+from mcore_rl.directories import MARK, make
 from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.terminal import printable
 
 
 @contextlib.contextmanager
@@ -19,7 +21,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """An empty directory that becomes `target` when the block ends well; what a crash left is removed first.
 
     Raises:
-        ConfigError: `target` exists.
+        ConfigError: `target` exists, or what lies where it is to be written is not ours.
         CheckpointError: it cannot be written, or another process is writing it.
     """
     target = Path(target)
@@ -28,10 +30,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
     partial = target.with_name(target.name + ".partial")
     try:
         with _locked(target.with_name(target.name + ".lock")):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            make(partial, "name another target")
             try:
                 yield partial
+                (partial / MARK).unlink()  # what is complete is never removed
                 sync_directory(partial)
                 partial.rename(target)
                 sync_directory(target.parent)
@@ -79,4 +81,4 @@ class Progress:
             self._last = time.monotonic()
             rate = self.bytes / max(self.seconds, 1e-9) / 1e9
             line = f"{self.parameters}/{self._total} parameters, {self.bytes / 1e9:.2f} GB, {rate:.2f} GB/s"
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)

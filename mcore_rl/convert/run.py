@@ -14,7 +14,10 @@ from mcore_rl.convert.certify import Certificate, certify
 from mcore_rl.convert.output import Progress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
+from mcore_rl.directories import MARK
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import printable
+from mcore_rl.weights.encoding import ENCODINGS
 
 
 def hf_to_mcore(
@@ -44,7 +47,7 @@ def mcore_to_hf(
     *,
     config: Path | None = None,
     shard_gb: float = 5.0,
-    quantized: bool = False,
+    quantize: str = "none",
     certified: bool = False,
 ) -> dict[str, Any]:
     """Convert the model part of a torch_dist directory to an HF directory; see `hf_to_mcore`.
@@ -52,9 +55,9 @@ def mcore_to_hf(
     Args:
         config: HF directory with config.json and tokenizer, where `source` has none (a training checkpoint).
         shard_gb: largest safetensors file, in 10^9 bytes.
-        quantized: in FP8 for a server (model.quantize).
+        quantize: a key of weights.encoding.ENCODINGS; `fp8` is for servers.
     """
-    if quantized and certified:
+    if quantize != "none" and certified:
         raise ConfigError(
             "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
             "--quantize"
@@ -62,7 +65,8 @@ def mcore_to_hf(
     where = source if config is None else config
 
     def write(directory: Path) -> Progress:
-        return write_hf(source, directory, config=where, shard_bytes=int(shard_gb * 1e9), quantized=quantized)
+        size, encoding = int(shard_gb * 1e9), ENCODINGS[quantize]
+        return write_hf(source, directory, config=where, shard_bytes=size, encoding=encoding)
 
     def check(new: Path) -> Certificate:
         return certify(new, source, config=where)
@@ -89,7 +93,7 @@ def _convert(
         if check is not None:
             print("comparing the logits of both sides", file=sys.stderr, flush=True)
             summary["certificate"] = asdict(check(directory))
-        files = [manifest.checksum(path) for path in sorted(directory.iterdir())]
+        files = [manifest.checksum(path) for path in sorted(directory.iterdir()) if path.name != MARK]
         manifest.commit(directory, files, conversion=summary)
     return summary
 
@@ -106,6 +110,6 @@ def print_summary(target: Path, summary: dict[str, Any], *, as_json: bool) -> No
             f"; largest logit difference {certificate['max_abs_logit_difference']:.2e} "
             f"over {certificate['tokens']} tokens ({certificate['precision']})"
         )
-    print(text, file=sys.stderr if as_json else sys.stdout)
+    print(printable(text), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))

@@ -13,26 +13,20 @@ from mcore_rl.convert.output import Progress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.hf_files import INDEX, Form, SafetensorsWriter, copy_side_files
-from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.quantize import (
-    SCALE,
-    is_quantized,
-    quantization_config,
-    quantize_blocks,
-    quantized_shapes,
-)
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.torch_dist import torch_dist_reader
+from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 
 def write_hf(
-    source: Path, directory: Path, *, config: Path, shard_bytes: int, quantized: bool = False
+    source: Path, directory: Path, *, config: Path, shard_bytes: int, encoding: Encoding = PLAIN
 ) -> Progress:
     """Write the model part of the torch_dist `source` into the empty `directory` as safetensors.
 
     Args:
         config: HF directory whose config.json and tokenizer go with the weights.
         shard_bytes: a file holds no more, unless a single tensor does.
-        quantized: in FP8 for a server (model.quantize).
+        encoding: what the tensors become (weights/encoding.py).
 
     Raises:
         ConfigError: the parameters are not those of config.json.
@@ -41,52 +35,52 @@ def write_hf(
     if shard_bytes < 1:
         raise ConfigError(f"--shard-gb: {shard_bytes} bytes are too few for a file")
     arch = read_architecture(config)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     read = torch_dist_reader(source, mapping)
-    forms = _forms(mapping, read("model.norm.weight").dtype, quantized=quantized)
+    dtype = read("model.norm.weight").dtype
+    forms = encoded_forms(mapping, encoding, dtype)
     shards = _shards(forms, shard_bytes)
     progress = Progress(len(forms))
+    tensors = _Encoded(mapping, encoding, read)
     weight_map = {}
     for number, forms in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with SafetensorsWriter(directory / file, forms) as writer:
-            for name, tensor in _tensors(forms, read, quantized=quantized):
+            for name, tensor in tensors(forms):
                 writer.write(name, tensor)
                 progress.add(tensor.nbytes)
                 weight_map[name] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    copy_side_files(config, directory, quantization_config(mapping.hf_shapes()) if quantized else None)
+    copy_side_files(config, directory, dtype, encoding.config(mapping))
     return progress
 
 
-def _forms(mapping: Mapping, dtype: torch.dtype, *, quantized: bool) -> dict[str, Form]:
-    """Of every tensor in the order of the table; a scale follows its weight."""
-    shapes = mapping.hf_shapes()
-    whole = quantized_shapes(shapes)
-    forms: dict[str, Form] = {}
-    for name, shape in shapes.items():
-        if quantized and is_quantized(name):
-            forms[name] = (shape, torch.float8_e4m3fn)
-            forms[name + SCALE] = (whole[name + SCALE], torch.float32)
-        else:
-            forms[name] = (shape, dtype)
-    return forms
+class _Encoded:
+    """Reads HF tensors and encodes them, each once for all that it becomes within a file."""
 
+    def __init__(self, mapping: ParameterMap, encoding: Encoding, read: Callable[[str], Tensor]) -> None:
+        self._encoding, self._read = encoding, read
+        self._rules = {name: entry.rule for entry in mapping.entries() for name in entry.hf}
+        of_any_type = ((1, 1), torch.float32)
+        self._sources = {key: name for name in self._rules for key in self._forms(name, of_any_type)}
 
-def _tensors(
-    forms: Iterable[str], read: Callable[[str], Tensor], *, quantized: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """In the order of `forms`; a weight is read once for itself and its scale, if they share a file."""
-    made: dict[str, Tensor] = {}
-    for name in forms:
-        weight = name.removesuffix(SCALE)
-        if quantized and is_quantized(weight):
-            if name not in made:
-                made = quantize_blocks(weight, read(weight))
-            yield name, made.pop(name)
-        else:
-            yield name, read(name)
+    def _forms(self, name: str, form: Form) -> dict[str, Form]:
+        return self._encoding.forms(self._rules[name], name, form)
+
+    def __call__(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of `names`, in their order."""
+        made: dict[str, Tensor] = {}
+        for key in names:
+            if key not in made:
+                name = self._sources[key]
+                whole = self._read(name)
+                forms = self._forms(name, (tuple(whole.shape), whole.dtype))
+                made = {name: whole}
+                if forms != {name: (tuple(whole.shape), whole.dtype)}:
+                    made = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in forms.items()}
+                    self._encoding.encode(name, whole, made)
+            yield key, made.pop(key)
 
 
 def _shards(forms: dict[str, Form], limit: int) -> list[dict[str, Form]]:

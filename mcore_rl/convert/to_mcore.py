@@ -21,7 +21,7 @@ from mcore_rl.convert.output import Progress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.hf_files import SIDE_FILES, hf_reader
-from mcore_rl.model.mapping import Entry, Mapping
+from mcore_rl.model.mapping import Entry, ParameterMap
 from mcore_rl.model.torch_dist import Place, place
 
 _MEGATRON = {
@@ -37,7 +37,7 @@ class LazyPlanner:
     """The part of a save planner that FileSystemWriter asks: a parameter is made when its turn comes."""
 
     entries: dict[MetadataIndex, tuple[Entry, Place]]
-    mapping: Mapping
+    mapping: ParameterMap
     read: Callable[[str], Tensor]
     progress: Progress
     last: list[Tensor] = field(default_factory=list)
@@ -77,7 +77,7 @@ def write_torch_dist(source: Path, directory: Path, *, tensor: int = 1, pipeline
     if min(tensor, pipeline) < 1:
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: the numbers of writers must be positive")
     arch = read_architecture(source)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
     dtype = read("model.norm.weight").dtype
     entries = mapping.entries()

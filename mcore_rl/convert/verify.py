@@ -14,8 +14,9 @@ import torch
 from mcore_rl.checkpoint import manifest
 from mcore_rl.errors import McoreRLError, NumericsError
 from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import reader
+from mcore_rl.terminal import printable
 
 
 def verify_checkpoint(
@@ -33,7 +34,7 @@ def verify_checkpoint(
     """
     manifest.read(Path(directory)).check()
     arch = read_architecture(config or directory)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     read = reader(directory, mapping)
     other = reader(against, mapping) if against is not None else None
     names = [name for entry in mapping.entries() for name in entry.hf]
@@ -68,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = verify_checkpoint(arguments.directory, config=arguments.config, against=arguments.against)
     except McoreRLError as error:
-        print(f"verify_checkpoint.py: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"verify_checkpoint.py: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     equal = f", equal to {arguments.against}" if arguments.against else ""
     text = f"{arguments.directory}: whole, {found['tensors']} tensors{equal}"
-    print(text, file=sys.stderr if arguments.json else sys.stdout)
+    print(printable(text), file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(found))
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.errors import DataError
+from mcore_rl.terminal import escaped
 
 RENDER_SECONDS = 20.0
 """for one prompt; a template takes a fraction of a millisecond"""
@@ -44,8 +45,9 @@ def render(place: str, messages: Sequence[Mapping[str, Any]], tokenizer: PreTrai
         ) from None
     except Exception as error:  # a template is a program: it may raise anything
         raise DataError(
-            f"{place}: the chat template fails on it ({type(error).__name__}: {str(error)[:_SHOWN]}); change "
-            "the conversation, or use the template that belongs to the model"
+            f"{place}: the chat template fails on it ({type(error).__name__}: "
+            f"{escaped(str(error)[:_SHOWN])}); change the conversation, or use the template that belongs to "
+            "the model"
         ) from error
     if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
         raise DataError(

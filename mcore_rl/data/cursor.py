@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.data.prompts import PromptSet
+from mcore_rl.data.prompts import Fingerprint, PromptSet, fingerprint
 from mcore_rl.errors import DataError
 from mcore_rl.types import Prompt
 
@@ -60,6 +62,10 @@ class PromptCursor:
         late = np.isin(order, self._last)
         return np.concatenate([order[~late], order[late]])
 
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
+        return self._data.fingerprint()
+
     def state(self) -> dict[str, Any]:
         """JSON-serialisable position, for a checkpoint."""
         return {
@@ -67,23 +73,53 @@ class PromptCursor:
             "epoch": self._epoch,
             "position": self._position,
             "last": self._last,
-            "fingerprint": self._data.fingerprint,
+            "data": asdict(self._fingerprint),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken.
 
+        A state of an earlier version has only the ids in it (`knows_content`): other texts or labels under
+        the same ids are not seen then.
+
         Raises DataError when the prompts or the seed are not those of the state.
         """
-        own = {"seed": self._seed, "fingerprint": self._data.fingerprint}
-        for key, value in own.items():
-            if state[key] != value:
-                raise DataError(
-                    f"the prompt cursor was saved with {key} {state[key]}, this run has {value}; "
-                    "resume with the data file, token limit and run.seed of the saved run"
-                )
+        if state["seed"] != self._seed:
+            raise DataError(
+                f"the prompt cursor was saved with seed {state['seed']}, this run has {self._seed}; resume "
+                "with the run.seed of the saved run"
+            )
+        what = self._changed(state)
+        if what:
+            raise DataError(
+                f"the training prompts are not those of the saved run: {what}. Resume with the file, "
+                "tokenizer and data.max_prompt_tokens that it had, or start a new run from its weights"
+            )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._last = [int(index) for index in state["last"]]
+
+    def _changed(self, state: Mapping[str, Any]) -> str:
+        """What is different from the prompts of `state`, for people; empty where nothing is."""
+        now = self._fingerprint
+        if not knows_content(state):
+            return "" if state["fingerprint"] == now.ids else "it has other ids, or another order or number"
+        then = Fingerprint(**state["data"])
+        if then == now:
+            return ""
+        if then.unordered == now.unordered:
+            return f"the same {now.count} in another order"
+        if now.count > then.count and fingerprint(self._data.prompts[: then.count]) == then:
+            return f"{now.count - then.count} were appended to its {then.count}"
+        if then.ids == now.ids:
+            return (
+                f"the same {now.count} ids with other texts, tokens, labels or metadata: the file was edited"
+            )
+        return f"it had {then.count}, these are {now.count} others"
+
+
+def knows_content(state: Mapping[str, Any]) -> bool:
+    """Whether a cursor's state says what the prompts are, and not their ids alone."""
+    return "data" in state
 
 
 def share(items: Sequence[T], rank: int, size: int) -> Sequence[T]:

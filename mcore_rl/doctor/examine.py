@@ -21,6 +21,7 @@ from mcore_rl.doctor.storage import PUBLISHED_VERSIONS, check_disk, check_ports,
 from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
 from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.model.precision import check_precision
+from mcore_rl.terminal import printable
 
 _MARKS = {"ok": "ok     ", "note": "note   ", "warning": "WARNING", "error": "ERROR  "}
 
@@ -34,12 +35,13 @@ def main(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     findings = []
     for finding in examine(path, overrides):
         findings.append(finding)
-        print(f"{_MARKS[finding.level]} {finding.check}: {finding.what}", file=out, flush=True)
+        line = f"{_MARKS[finding.level]} {finding.check}: {finding.what}"
+        print(printable(line), file=out, flush=True)
         if finding.remedy:
-            print(f"        -> {finding.remedy}", file=out, flush=True)
+            print(printable(f"        -> {finding.remedy}"), file=out, flush=True)
     errors = [finding for finding in findings if finding.level == "error"]
     warnings = sum(finding.level == "warning" for finding in findings)
-    print(f"{len(findings)} checks: {len(errors)} errors, {warnings} warnings", file=out)
+    print(printable(f"{len(findings)} checks: {len(errors)} errors, {warnings} warnings"), file=out)
     if as_json:
         counts = {"errors": len(errors), "warnings": warnings}
         print(json.dumps({**counts, "findings": [asdict(finding) for finding in findings]}))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +13,10 @@ from mcore_rl.config import Config
 from mcore_rl.data.chat import render
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.errors import RewardError
+from mcore_rl.errors import AskedToLeave, RewardError
 from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.critic import CriticMapping
-from mcore_rl.model.mapping import Mapping as WeightTable
+from mcore_rl.model.critic import CriticParameterMap
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
@@ -28,6 +28,8 @@ from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 _SHOWN = 60
 """characters of a prompt"""
 REWARD_SECONDS = 60.0
+_TOO_LATE = signal.SIGUSR2
+"""which user code has no use for: SIGALRM is that of deadlines of its own"""
 
 
 def check_inputs(config: Config, gpus: int) -> list[Finding]:
@@ -52,7 +54,7 @@ def _model(config: Config) -> Iterable[Finding]:
     if config.model.random_init:
         yield Finding("model", "ok", f"{what}; weights start at random (model.random_init)")
         return
-    hf_reader(path, WeightTable(architecture, padded_vocab(architecture, 1)))
+    hf_reader(path, ParameterMap(architecture, padded_vocab(architecture, 1)))
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
 
 
@@ -175,7 +177,7 @@ def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
     p = config.parallel
     check_reward_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
     check_same_tokens(config)
-    hf_reader(path, CriticMapping(arch, padded_vocab(arch, 1)))
+    hf_reader(path, CriticParameterMap(arch, padded_vocab(arch, 1)))
     yield Finding("reward", "ok", f"{path}: a reward model over the policy's tokens, its weights complete")
 
 
@@ -200,20 +202,27 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
 
 
 def _in_time(name: str, score: Callable[[], list[Group]]) -> list[Group]:
-    """What `score` returns or raises; RewardError when it does neither within REWARD_SECONDS."""
-    future: Future[list[Group]] = Future()
+    """What `score` returns or raises; RewardError when it does neither within REWARD_SECONDS.
 
-    def run() -> None:
-        try:
-            future.set_result(score())
-        except Exception as error:  # raised by `result`
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # one that never ends must not keep the process
+    It runs in the main thread, as in training: there a function may set an alarm of its own.
+    """
+    main = threading.get_ident()
+    timer = threading.Timer(REWARD_SECONDS, lambda: signal.pthread_kill(main, _TOO_LATE))
+    before = signal.signal(_TOO_LATE, _leave)
+    timer.start()
     try:
-        return future.result(REWARD_SECONDS)
-    except TimeoutError:
+        return score()
+    except AskedToLeave as asked:
+        if asked.number != _TOO_LATE:
+            raise
         raise RewardError(
             f"{name} gave one response no reward within {REWARD_SECONDS:g} s, and a step waits for each; "
             "give what it calls a deadline"
         ) from None
+    finally:
+        timer.cancel()
+        signal.signal(_TOO_LATE, before)
+
+
+def _leave(number: int, frame: object) -> None:
+    raise AskedToLeave(number)

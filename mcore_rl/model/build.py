@@ -21,8 +21,8 @@ from torch import Tensor
 from mcore_rl.model import platform, weights_io
 from mcore_rl.model.architecture import Architecture, read_architecture
 from mcore_rl.model.block import block_spec
-from mcore_rl.model.critic import CriticMapping, CriticModel, with_value_head
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.critic import CriticModel, CriticParameterMap, with_value_head
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab, transformer_config
@@ -39,17 +39,10 @@ class Model:
     unwrapped: tuple[PackedGPT, ...]
     config: TransformerConfig
     arch: Architecture
-    mapping: Mapping
+    mapping: ParameterMap
     mesh: Mesh
     source: Path
     """HF directory that config.json and the tokenizer came from"""
-
-    def export(
-        self, directory: Path, *, quantized: bool = False, write: weights_io.Write = weights_io.write_file
-    ) -> None:
-        """Write the weights as an HF directory, `quantized` in FP8 for a server; collective."""
-        where = (directory, self.source)
-        weights_io.export(self.unwrapped, self.mapping, self.mesh, *where, quantized=quantized, write=write)
 
 
 def build_policy(
@@ -78,7 +71,7 @@ def build_policy(
     arch, rows, read = _read(path, mesh, random_seed)
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
-    return _build(kind, config, Mapping(arch, rows), read, mesh, ddp, path)
+    return _build(kind, config, ParameterMap(arch, rows), read, mesh, ddp, path)
 
 
 def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32", weights: Path | None = None) -> Model:
@@ -90,7 +83,7 @@ def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32", weights: Pa
     arch, rows, read = _read(path, mesh, None, weights)
     kind = partial(LogitsModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     config = transformer_config(arch, mesh.layout, precision)
-    return _build(kind, config, Mapping(arch, rows), read, mesh, None, path)
+    return _build(kind, config, ParameterMap(arch, rows), read, mesh, None, path)
 
 
 def build_critic(
@@ -110,7 +103,7 @@ def build_critic(
     arch, rows, read = _read(path, mesh, random_seed)
     read = with_value_head(read, arch, random_seed)
     config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
-    return _build(CriticModel, config, CriticMapping(arch, rows), read, mesh, ddp, path)
+    return _build(CriticModel, config, CriticParameterMap(arch, rows), read, mesh, ddp, path)
 
 
 def build_reward_model(path: Path, mesh: Mesh, *, precision: str = "fp32", fp8: Fp8 = DEFAULT_FP8) -> Model:
@@ -122,7 +115,7 @@ def build_reward_model(path: Path, mesh: Mesh, *, precision: str = "fp32", fp8: 
     platform.install()
     arch = read_architecture(path)
     check_reward_layout(arch, mesh.layout)
-    mapping = CriticMapping(arch, padded_vocab(arch, mesh.layout.tensor))
+    mapping = CriticParameterMap(arch, padded_vocab(arch, mesh.layout.tensor))
     config = transformer_config(arch, mesh.layout, precision, "none", fp8)
     return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, None, path)
 
@@ -135,7 +128,7 @@ def _read(
     arch = read_architecture(path)
     check_layout(arch, mesh.layout)
     rows = padded_vocab(arch, mesh.layout.tensor)
-    mapping = Mapping(arch, rows)
+    mapping = ParameterMap(arch, rows)
     if random_seed is None:
         return arch, rows, weights_io.reader(weights or path, mapping)
     return arch, rows, weights_io.random_reader(mapping, random_seed)
@@ -144,7 +137,7 @@ def _read(
 def _build(
     kind: Callable[..., PackedGPT],
     config: TransformerConfig,
-    mapping: Mapping,
+    mapping: ParameterMap,
     read: Callable[[str], Tensor],
     mesh: Mesh,
     ddp: DistributedDataParallelConfig | None,
@@ -187,7 +180,7 @@ def connect_schedule(config: TransformerConfig, ddp: DistributedDataParallelConf
 
 
 def _build_chunk(
-    kind: Callable[..., PackedGPT], mapping: Mapping, config: TransformerConfig, mesh: Mesh, stage: int
+    kind: Callable[..., PackedGPT], mapping: ParameterMap, config: TransformerConfig, mesh: Mesh, stage: int
 ) -> PackedGPT:
     """One model chunk: the layers that this pipeline rank and virtual stage own."""
     virtual = mesh.layout.virtual_pipeline

@@ -13,10 +13,10 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from mcore_rl.model.architecture import Architecture
-from mcore_rl.model.mapping import Mapping, Rule
+from mcore_rl.model.mapping import ParameterMap, Rule
 from mcore_rl.model.policy import PackedGPT, Scored
 
-VALUE_HEAD = Rule("value_head.weight", ("score.weight",))
+VALUE_HEAD = Rule("value_head.weight", ("score.weight",), ("one hidden",))
 """[1, H]; the HF name is that of transformers' sequence classifiers."""
 
 
@@ -65,18 +65,14 @@ class CriticModel(PackedGPT):
         return self.value_head(hidden, scored.rows)
 
 
-class CriticMapping(Mapping):
+class CriticParameterMap(ParameterMap):
     """The policy's table with the value head in place of the output layer."""
 
     def __init__(self, arch: Architecture, vocab_rows: int) -> None:
-        """As Mapping's."""
+        """Take what ParameterMap takes."""
         super().__init__(arch, vocab_rows)
         del self._rules["output_layer.weight"]
         self._rules[VALUE_HEAD.megatron] = VALUE_HEAD
-
-    def hf_shape(self, name: str) -> tuple[int, ...]:
-        """As Mapping's; the value head is [1, hidden]."""
-        return (1, self.arch.hidden) if name in VALUE_HEAD.hf else super().hf_shape(name)
 
 
 def with_value_head(

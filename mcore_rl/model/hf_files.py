@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.architecture import read_json_object
 from mcore_rl.model.fields import GENERATION_KINDS, check_kinds
-from mcore_rl.model.mapping import HF_DTYPES
-from mcore_rl.model.mapping import Mapping as Table
+from mcore_rl.model.mapping import HF_DTYPES, ParameterMap
+from mcore_rl.weight_files import INDEX, weight_files
 
-INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+"""never quantized: it has the type that config.json tells"""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -43,42 +45,17 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
     """HF tensor name -> the safetensors file in `directory` that holds it.
 
     Raises:
-        ConfigError: no safetensors, a damaged file, a tensor in two files, or an index that is malformed,
-            points out of the directory, or names a file or tensor that is not there.
+        ConfigError: see `weight_files`; also a damaged file, a tensor in two files, or an index that names a
+            tensor which is not there.
     """
     directory = Path(directory)
-    index = directory / INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(
-                f"{directory}: no *.safetensors; put the published ones beside config.json, or set "
-                "model.random_init = true"
-            )
-        return _files_by_name(files)
-    weight_map = _read_index(index)
-    for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise ConfigError(f"{index}: {name} points to {file!r}, outside the directory")
-    missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
-    if missing:
-        raise ConfigError(
-            f"{index}: names {missing}, which are not in the directory; fetch or export it again"
-        )
-    held = _files_by_name(sorted({directory / file for file in weight_map.values()}))
-    lost = sorted(name for name, file in weight_map.items() if held.get(name) != directory / file)
-    if lost:
-        raise ConfigError(f"{index}: {lost} are not in the files that it names")
+    files, weight_map = weight_files(directory)
+    held = _files_by_name(files)
+    if weight_map is not None:
+        lost = sorted(name for name, file in weight_map.items() if held.get(name) != directory / file)
+        if lost:
+            raise ConfigError(f"{directory / INDEX}: {lost} are not in the files that it names")
     return held
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
-    if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
-        return weight_map
-    raise ConfigError(
-        f"{index}: not an index of safetensors files (weight_map: name -> file); export it again"
-    )
 
 
 def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
@@ -99,7 +76,7 @@ def _open(file: Path) -> Any:
         raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error
 
 
-def hf_reader(directory: Path, table: Table) -> Callable[[str], Tensor]:
+def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     """A function that reads an HF tensor of `directory` by name, after a strict check of names and shapes.
 
     A tied model may hold a copy of its embedding as output layer (Qwen3-0.6B does), if it is one.
@@ -140,43 +117,66 @@ def check_side_files(directory: Path) -> None:
                 check_kinds(fields, GENERATION_KINDS, str(directory / name))
 
 
-def copy_side_files(source: Path, directory: Path, quantization: Mapping[str, Any] | None = None) -> None:
-    """config.json, tokenizer and the rest of SIDE_FILES; `quantization` becomes part of config.json."""
+def copy_side_files(
+    source: Path, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, tokenizer and the rest of SIDE_FILES.
+
+    config.json tells the type of the weights beside it, `dtype`, whatever that of `source` was: a reader that
+    goes by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    """
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
+    config = json.loads((source / "config.json").read_text())
+    told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
     if quantization is not None:
-        config = json.loads((source / "config.json").read_text())
-        text = json.dumps({**config, "quantization_config": quantization}, indent=2)
-        (directory / "config.json").write_text(text + "\n")
+        config["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:
+    """(header, name -> where its tensor begins, length) of a safetensors file that holds `forms`.
+
+    The format is 8 bytes of header length, a JSON header (name: type, shape, place), and the tensors' bytes.
+    The widest types come first, so that every tensor begins at a multiple of its type's size, as readers
+    want it.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    for name, (shape, dtype) in sorted(forms.items(), key=lambda item: -item[1][1].itemsize):
+        begins[name], end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}, len(head) + end
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied where they lie in one piece."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsWriter:
-    """One safetensors file, written tensor by tensor: memory for the largest of them only.
-
-    The format is 8 bytes of header length, a JSON header (name: type, shape, place), and the tensors' bytes.
-    """
+    """One safetensors file, written tensor by tensor in any order: memory for the largest of them only."""
 
     def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
-        """Write the header; `forms` are all tensors, to be written in this order."""
+        """Write the header; `forms` are all tensors of the file."""
         self._waiting = dict(forms)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (shape, dtype) in forms.items():
-            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        header, self._begins, _ = safetensors_layout(forms)
         self._file = path.open("xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor of `forms`, on the CPU."""
-        expected = next(iter(self._waiting), None)
-        if name != expected or (tuple(tensor.shape), tensor.dtype) != self._waiting[name]:
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not the next tensor, {expected}")
+        """One tensor of `forms`, on the CPU. Raises OSError where there is no room."""
+        if (tuple(tensor.shape), tensor.dtype) != self._waiting.get(name):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not among the tensors to come")
         del self._waiting[name]
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.seek(self._begins[name])
+        self._file.write(tensor_bytes(tensor))
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Mapping as Named
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
@@ -35,62 +32,111 @@ class Rule:
 
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[str, ...]
+    """the shape of each HF tensor, its sides by the names of `sides`"""
     merge: str = "single"
     axis: int | None = None
     layers: str = "all"
     """which layers have it: `all`, `dense` or `sparse` (those with a mixture of experts)"""
+    fp8: bool = False
+    """whether a model in FP8 has the HF tensors in FP8; the others stay in the model's own type"""
+
+
+def sides(arch: Architecture) -> dict[str, int]:
+    """The sides that an HF tensor of this model can have, by the names that a rule calls them."""
+    return {
+        "one": 1,
+        "vocab": arch.vocab,
+        "hidden": arch.hidden,
+        "queries": arch.heads * arch.head_dim,
+        "keys": arch.kv_heads * arch.head_dim,
+        "head": arch.head_dim,
+        "mlp": arch.intermediate,
+        "expert_mlp": arch.experts.intermediate if arch.experts else 0,
+        "experts": arch.experts.count if arch.experts else 0,
+    }
 
 
 _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
 
-def _mlp_rules(megatron: str, hf: str, layers: str, axes: tuple[int | None, int | None]) -> tuple[Rule, Rule]:
+def _mlp_rules(
+    megatron: str, hf: str, side: str, layers: str, axes: tuple[int | None, int | None]
+) -> tuple[Rule, Rule]:
     """The two matrices of a SwiGLU MLP; `axes`: where gate and up, and down, are cut."""
     return (
         Rule(
             f"{megatron}.linear_fc1.weight",
             (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            (f"{side} hidden",) * 2,
             "stack",
             axes[0],
             layers,
+            fp8=True,
         ),
-        Rule(f"{megatron}.linear_fc2.weight", (f"{hf}.down_proj.weight",), "single", axes[1], layers),
+        Rule(
+            f"{megatron}.linear_fc2.weight",
+            (f"{hf}.down_proj.weight",),
+            (f"hidden {side}",),
+            "single",
+            axes[1],
+            layers,
+            fp8=True,
+        ),
     )
 
 
+def _norm(megatron: str, hf: str, side: str = "hidden") -> Rule:
+    return Rule(f"{megatron}.weight", (f"{hf}.weight",), (side,))
+
+
 _BACKBONE = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0),
-    Rule(f"{_LAYER}input_layernorm.weight", (f"{_HF_LAYER}input_layernorm.weight",)),
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab hidden",), "vocab", 0),
+    _norm(f"{_LAYER}input_layernorm", f"{_HF_LAYER}input_layernorm"),
     Rule(
         f"{_LAYER}self_attention.linear_qkv.weight",
         tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
+        ("queries hidden", "keys hidden", "keys hidden"),
         "qkv",
         0,
+        fp8=True,
     ),
-    Rule(f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",), axis=1),
-    Rule(f"{_LAYER}pre_mlp_layernorm.weight", (f"{_HF_LAYER}post_attention_layernorm.weight",)),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Rule("output_layer.weight", ("lm_head.weight",), "vocab", 0),
+    Rule(
+        f"{_LAYER}self_attention.linear_proj.weight",
+        (f"{_HF_LAYER}self_attn.o_proj.weight",),
+        ("hidden queries",),
+        axis=1,
+        fp8=True,
+    ),
+    _norm(f"{_LAYER}pre_mlp_layernorm", f"{_HF_LAYER}post_attention_layernorm"),
+    _norm("decoder.final_layernorm", "model.norm"),
+    Rule("output_layer.weight", ("lm_head.weight",), ("vocab hidden",), "vocab", 0),
 )
 _QKV_BIAS = (
     Rule(
         f"{_LAYER}self_attention.linear_qkv.bias",
         tuple(f"{_HF_LAYER}self_attn.{x}_proj.bias" for x in "qkv"),
+        ("queries", "keys", "keys"),
         "qkv",
         0,
     ),
 )
 _QK_NORM = tuple(
-    Rule(f"{_LAYER}self_attention.{x}_layernorm.weight", (f"{_HF_LAYER}self_attn.{x}_norm.weight",))
-    for x in "qk"
+    _norm(f"{_LAYER}self_attention.{x}_layernorm", f"{_HF_LAYER}self_attn.{x}_norm", "head") for x in "qk"
 )
-_DENSE_MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "dense", (1, 1))
+_DENSE_MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "mlp", "dense", (1, 1))
 _EXPERTS = (
-    Rule(f"{_LAYER}mlp.router.weight", (f"{_HF_LAYER}mlp.gate.weight",), layers="sparse"),
+    Rule(
+        f"{_LAYER}mlp.router.weight",
+        (f"{_HF_LAYER}mlp.gate.weight",),
+        ("experts hidden",),
+        layers="sparse",
+    ),
     *_mlp_rules(
         f"{_LAYER}mlp.experts.local_experts.{{expert}}",
         f"{_HF_LAYER}mlp.experts.{{expert}}",
+        "expert_mlp",
         "sparse",
         (None, None),
     ),
@@ -118,7 +164,8 @@ and the experts of a rank into one grouped linear layer with a numbered weight e
 HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """types of weights, as safetensors writes them; others are quantized weights, which need their scales"""
 
-_NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")
+NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")
+"""of a layer or an expert in a Megatron name"""
 
 
 @dataclass(frozen=True)
@@ -132,7 +179,7 @@ class Entry:
     @property
     def layer(self) -> int | None:
         """From 0; None for a parameter outside the layers."""
-        return _numbers(self.megatron).get("layer")
+        return numbers_in(self.megatron).get("layer")
 
     @property
     def is_expert(self) -> bool:
@@ -140,7 +187,7 @@ class Entry:
         return "{expert}" in self.rule.megatron
 
 
-class Mapping:
+class ParameterMap:
     """The table of one model: names both ways, and the tensors of one tensor-parallel rank."""
 
     def __init__(self, arch: Architecture, vocab_rows: int) -> None:
@@ -148,6 +195,7 @@ class Mapping:
         self.arch = arch
         self.vocab_rows = vocab_rows
         self._rules = {rule.megatron: rule for rule in TABLES[arch.family]}
+        self._sides = sides(arch)
 
     def entries(self) -> list[Entry]:
         """Every parameter of the whole model in a fixed order, a tied output layer left out."""
@@ -171,22 +219,39 @@ class Mapping:
 
     def entry(self, megatron: str) -> Entry:
         """The entry of a global Megatron name; a tied output layer answers with the embedding's HF tensor."""
-        template = _NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
+        template = NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
         if template not in self._rules:
             raise ConfigError(
                 f"parameter {megatron!r} has no rule in the {self.arch.family} table of model/mapping.py"
             )
-        numbers = _numbers(megatron)
+        numbers = numbers_in(megatron)
         entry = _entry(self._rules[template], **numbers)
         if self.arch.tied and megatron == "output_layer.weight":
             return Entry(megatron, ("model.embed_tokens.weight",), entry.rule)
         return entry
 
+    def shapes(self, rule: Rule) -> list[tuple[int, ...]]:
+        """The shapes of the HF tensors that one parameter becomes, in the rule's order.
+
+        Raises:
+            ConfigError: the rule names a side that this table does not know.
+        """
+        unknown = {side for shape in rule.shapes for side in shape.split()} - self._sides.keys()
+        if unknown:
+            raise ConfigError(
+                f"{rule.megatron}: no model has a side {min(unknown)!r}; name it in model.mapping.sides"
+            )
+        return [tuple(self._sides[side] for side in shape.split()) for shape in rule.shapes]
+
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every HF tensor that a checkpoint of this model must hold, with its shape."""
-        return {name: self.hf_shape(name) for entry in self.entries() for name in entry.hf}
+        return {
+            name: shape
+            for entry in self.entries()
+            for name, shape in zip(entry.hf, self.shapes(entry.rule), strict=True)
+        }
 
-    def problems(self, found: Named[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    def problems(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
         """What keeps HF tensors, `found` by name as (shape, type in safetensors), from being this model.
 
         All must have one floating-point type: gate and up, or query, key and value, become one parameter.
@@ -216,21 +281,14 @@ class Mapping:
             view = view.chunk(size, dim=entry.rule.axis)[rank]
         return self._flatten(entry.rule.merge, view)
 
-    def to_hf(self, entry: Entry, shards: list[Tensor]) -> list[Tensor]:
-        """The parameters of all tensor-parallel ranks, in rank order -> HF tensors of the entry."""
-        rule = entry.rule
-        views = [self._unflatten(rule.merge, shard, len(shards)) for shard in shards]
-        view = views[0] if rule.axis is None else torch.cat(views, dim=rule.axis)
-        return [tensor.contiguous() for tensor in self._split(rule.merge, view)]
-
-    def place(self, entry: Entry, shard: Tensor, rank: int, size: int, out: list[Tensor]) -> None:
+    def place(self, entry: Entry, shard: Tensor, rank: int, size: int, out: Sequence[Tensor]) -> None:
         """Copy the parameter of tensor-parallel `rank` of `size` to where it belongs in HF tensors `out`.
 
-        What `to_hf` makes of the shards of all ranks, one at a time and into memory that is there.
+        The inverse of `to_shard`, one rank's shard at a time and into memory that is there. A tensor of `out`
+        may have another type, which the copy rounds to.
         """
         rule = entry.rule
-        parts = self._parts(rule.merge, self._unflatten(rule.merge, shard, size))
-        for part, tensor in zip(parts, out, strict=True):
+        for part, tensor in zip(self.parts(entry, shard, size), out, strict=True):
             if rule.axis is None:
                 tensor.view(part.shape).copy_(part)
                 continue
@@ -240,7 +298,20 @@ class Mapping:
             live = max(0, min(part.shape[axis], whole.shape[axis] - begin))  # less the vocabulary's padding
             whole.narrow(axis, min(begin, whole.shape[axis]), live).copy_(part.narrow(axis, 0, live))
 
-    # --- the four arrangements ---
+    def parts(self, entry: Entry, shard: Tensor, size: int) -> list[Tensor]:
+        """The part of each HF tensor in the parameter of one of `size` tensor-parallel ranks: views of it.
+
+        Those of query, key and value are [kv groups of the rank, heads per group, head dim, ...].
+        """
+        merge = entry.rule.merge
+        if merge == "stack":
+            return list(shard.view(2, -1, *shard.shape[1:]))
+        if merge == "qkv":
+            groups = shard.view(self.arch.kv_heads // size, -1, self.arch.head_dim, *shard.shape[1:])
+            return list(groups.split([self.arch.heads // self.arch.kv_heads, 1, 1], dim=1))
+        return [shard]
+
+    # --- the four arrangements, of HF tensors ---
 
     def _merge(self, merge: str, hf: list[Tensor]) -> Tensor:
         if merge == "vocab":
@@ -252,60 +323,15 @@ class Mapping:
             return torch.cat([x.view(groups, -1, self.arch.head_dim, *x.shape[1:]) for x in hf], dim=1)
         return hf[0]
 
-    def _split(self, merge: str, view: Tensor) -> list[Tensor]:
-        if merge == "vocab":
-            return [view[: self.arch.vocab]]
-        if merge == "qkv":
-            return [x.flatten(0, 2) for x in self._parts(merge, view)]
-        return self._parts(merge, view)
-
-    def _parts(self, merge: str, view: Tensor) -> list[Tensor]:
-        """A shard's view -> its part of each HF tensor, not copied."""
-        if merge == "stack":
-            return list(view)
-        if merge == "qkv":
-            return list(view.split([self.arch.heads // self.arch.kv_heads, 1, 1], dim=1))
-        return [view]
-
     def _flatten(self, merge: str, view: Tensor) -> Tensor:
-        return {"stack": lambda: view.flatten(0, 1), "qkv": lambda: view.flatten(0, 2)}.get(
-            merge, lambda: view
-        )()
-
-    def _unflatten(self, merge: str, shard: Tensor, ranks: int) -> Tensor:
         if merge == "stack":
-            return shard.view(2, -1, *shard.shape[1:])
-        if merge == "qkv":
-            return shard.view(self.arch.kv_heads // ranks, -1, self.arch.head_dim, *shard.shape[1:])
-        return shard
-
-    def hf_shape(self, name: str) -> tuple[int, ...]:
-        """Of one HF tensor."""
-        a = self.arch
-        intermediate = a.experts.intermediate if a.experts and ".experts." in name else a.intermediate
-        endings: dict[str, tuple[int, ...]] = {
-            "embed_tokens.weight": (a.vocab, a.hidden),
-            "lm_head.weight": (a.vocab, a.hidden),
-            "q_proj.weight": (a.heads * a.head_dim, a.hidden),
-            "k_proj.weight": (a.kv_heads * a.head_dim, a.hidden),
-            "v_proj.weight": (a.kv_heads * a.head_dim, a.hidden),
-            "o_proj.weight": (a.hidden, a.heads * a.head_dim),
-            "q_proj.bias": (a.heads * a.head_dim,),
-            "k_proj.bias": (a.kv_heads * a.head_dim,),
-            "v_proj.bias": (a.kv_heads * a.head_dim,),
-            "q_norm.weight": (a.head_dim,),
-            "k_norm.weight": (a.head_dim,),
-            "gate_proj.weight": (intermediate, a.hidden),
-            "up_proj.weight": (intermediate, a.hidden),
-            "down_proj.weight": (a.hidden, intermediate),
-            "mlp.gate.weight": (a.experts.count if a.experts else 0, a.hidden),
-        }
-        return next((shape for ending, shape in endings.items() if name.endswith(ending)), (a.hidden,))
+            return view.flatten(0, 1)
+        return view.flatten(0, 2) if merge == "qkv" else view
 
 
-def _numbers(name: str) -> dict[str, int]:
+def numbers_in(name: str) -> dict[str, int]:
     """{"layer": ..., "expert": ...}, as far as they occur in a Megatron name."""
-    return {match.lastgroup or "": int(match[0]) for match in _NUMBER.finditer(name)}
+    return {match.lastgroup or "": int(match[0]) for match in NUMBER.finditer(name)}
 
 
 def _entry(rule: Rule, **numbers: int) -> Entry:
@@ -317,28 +343,3 @@ def canonical(name: str) -> str:
     for pattern, replacement in FUSED:
         name = pattern.sub(replacement, name)
     return name
-
-
-def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Parameter]:
-    """Global Megatron name -> parameter, of all model chunks on this rank (unwrapped GPTModels).
-
-    Megatron numbers layers within a chunk and experts within a rank; here both are global, from 0. The names
-    are canonical: those of the portable spec, also where Transformer Engine fuses modules.
-    """
-    named: dict[str, torch.nn.Parameter] = {}
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            named[_globalize(name, chunk)] = parameter
-    return named
-
-
-def _globalize(name: str, chunk: GPTModel) -> str:
-    name = canonical(name)
-    numbers = _numbers(name)
-    if not numbers:
-        return name
-    layer: Any = chunk.decoder.layers[numbers["layer"]]
-    known = {"layer": layer.layer_number - 1}
-    if "expert" in numbers:
-        known["expert"] = layer.mlp.local_expert_indices[numbers["expert"]]
-    return _NUMBER.sub(lambda match: str(known[match.lastgroup or ""]), name)

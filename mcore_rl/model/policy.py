@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
-from mcore_rl.parallel.head import HeadOutput, RowLoss, head_loss, log_prob_entropy
+from mcore_rl.parallel.head import Call, HeadOutput, RowLoss, head_loss, log_prob_entropy
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Scored:
     """[R] int64 into the local tokens"""
     targets: Tensor
     """[R] int64"""
-    temperature: float | Tensor
-    """of the sampling policy; one number or [R]"""
+    temperature: float
+    """of the sampling policy"""
     loss: RowLoss | None = None
     """a policy answers with `parallel.head.head_loss` of it instead of log-probs; a critic ignores it"""
 
@@ -49,15 +49,18 @@ class LogProbHead(ColumnParallelLinear):
     ) -> HeadOutput | Tensor:
         """hidden [T or T/tp, 1, H] -> log-prob and entropy [R], or a scalar; see parallel.head."""
         states, weight = hidden.squeeze(1), cast(Tensor, self.weight) if weight is None else weight
-        settings: dict[str, Any] = {
-            "rows": scored.rows,
-            "group": cast(dist.ProcessGroup, self.tp_group),
-            "vocab_size": self.vocab_size,
-            "sequence_parallel": self.sequence_parallel,
-        }
+        call = Call.of(
+            weight,
+            scored.targets,
+            scored.temperature,
+            rows=scored.rows,
+            group=cast(dist.ProcessGroup, self.tp_group),
+            vocab_size=self.vocab_size,
+            sequence_parallel=self.sequence_parallel,
+        )
         if scored.loss is None:
-            return log_prob_entropy(states, weight, scored.targets, scored.temperature, **settings)
-        return head_loss(states, weight, scored.targets, scored.loss, scored.temperature, **settings)
+            return log_prob_entropy(states, weight, call)
+        return head_loss(states, weight, call, scored.loss)
 
 
 class PackedGPT(GPTModel):

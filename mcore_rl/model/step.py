@@ -24,10 +24,10 @@ from mcore_rl.types import PackedBatch
 class Loss(Protocol):
     """A pure sum over rows, no mean: w carries the GLOBAL denominators of the optimizer step."""
 
-    def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Mapping[Any, Tensor]]:
         """(this rank's rows of a micro-batch, a policy's HeadOutput or a critic's values [R] on them).
 
-        Returns the sum of w * l over those rows, and metric sums.
+        Returns the sum of w * l over those rows, and what it measured, by whatever keys.
         """
         ...
 
@@ -74,7 +74,7 @@ def forward(
 
 def forward_backward(
     model: Model, batches: Sequence[PackedBatch], loss: Loss, temperature: float
-) -> list[Mapping[str, Tensor]]:
+) -> list[Mapping[Any, Tensor]]:
     """Add the gradient of sum(w * l) over all micro-batches and ranks to Megatron's gradient buffers.
 
     Every rank must pass the same number of micro-batches. The gradient buffers must have been zeroed. After
@@ -100,7 +100,7 @@ class _InParts:
 
     def __init__(self, loss: Loss, batch: PackedBatch) -> None:
         self.loss, self.batch = loss, batch
-        self.metrics: list[Mapping[str, Tensor]] = []
+        self.metrics: list[Mapping[Any, Tensor]] = []
         """of each call, in order; the backward pass fills it"""
 
     def __call__(self, rows: slice, head: HeadOutput) -> Tensor:

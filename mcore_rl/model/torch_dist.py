@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mcore_rl.errors import CheckpointError, ConfigError
-from mcore_rl.model.mapping import HF_DTYPES, Entry, Mapping
+from mcore_rl.model.mapping import HF_DTYPES, Entry, ParameterMap
 from mcore_rl.model.unpickle import read_metadata
 
 METADATA = ".metadata"
@@ -41,7 +41,7 @@ class Place:
     size: tuple[int, ...]
 
 
-def place(entry: Entry, mapping: Mapping) -> Place:
+def place(entry: Entry, mapping: ParameterMap) -> Place:
     """Where a parameter of the whole model (one rank's, without padding of the vocabulary) lies."""
     shape = _shape(entry, mapping)
     key = entry.megatron
@@ -57,17 +57,24 @@ def place(entry: Entry, mapping: Mapping) -> Place:
     return Place(key, shape, (0,) * len(shape), shape)
 
 
-def _shape(entry: Entry, mapping: Mapping) -> tuple[int, ...]:
-    parts = [mapping.hf_shape(name) for name in entry.hf]
+def _shape(entry: Entry, mapping: ParameterMap) -> tuple[int, ...]:
+    parts = mapping.shapes(entry.rule)
     return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def holds_torch_dist(directory: Path) -> bool:
-    """True for a directory in this form."""
-    return (Path(directory) / METADATA).is_file()
+    """True for a directory in this form; ConfigError where it is in that of Hugging Face too."""
+    metadata = Path(directory) / METADATA
+    safetensors = next(Path(directory).glob("*.safetensors"), None)
+    if metadata.is_file() and safetensors is not None:
+        raise ConfigError(
+            f"{metadata} and {safetensors}: two models in one directory, of which transformers reads the "
+            "second; remove one of them"
+        )
+    return metadata.is_file()
 
 
-def torch_dist_reader(directory: Path, mapping: Mapping) -> Callable[[str], Tensor]:
+def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str], Tensor]:
     """A function that reads an HF tensor by name from the parameters in `directory`, written at any layout.
 
     Raises:
@@ -100,7 +107,12 @@ def torch_dist_reader(directory: Path, mapping: Mapping) -> Callable[[str], Tens
             storage.read_data(LoadPlan(items), cast(Any, _Target(out, where.offset))).wait()
         except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{directory}: {where.key} cannot be read: {error}") from error
-        return dict(zip(entry.hf, mapping.to_hf(entry, [out[0] if entry.is_expert else out]), strict=True))
+        views = mapping.parts(entry, out[0] if entry.is_expert else out, 1)
+        shapes = mapping.shapes(entry.rule)
+        return {
+            name: view.reshape(-1, *shape[1:])[: shape[0]]  # less the padding of a vocabulary
+            for name, shape, view in zip(entry.hf, shapes, views, strict=True)
+        }
 
     return lambda name: split(by_hf[name].megatron)[name]
 
@@ -121,7 +133,7 @@ class _Target:
     def commit_tensor(self, item: Any, tensor: Tensor) -> None: ...
 
 
-def _problems(metadata: Metadata, mapping: Mapping) -> list[str]:
+def _problems(metadata: Metadata, mapping: ParameterMap) -> list[str]:
     """What keeps the parameters from being this model; one type for all, as for HF tensors."""
     expected = {place(entry, mapping).key: (place(entry, mapping), entry) for entry in mapping.entries()}
     found = {

@@ -17,6 +17,7 @@ from mcore_rl.errors import McoreRLError
 from mcore_rl.parallel.mesh import Mesh
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 _SMALL_BYTES = 4096
 """an array of fewer bytes is pickled with the rest: a collective of its own would cost more"""
@@ -136,7 +137,7 @@ def together(rest: bytes, memory: list[torch.Tensor]) -> Any:
     return pickle.loads(rest, buffers=[one.numpy() for one in memory])  # noqa: S301
 
 
-def reduce_sums(mesh: Mesh, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def reduce_sums(mesh: Mesh, sums: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
     """Sum equally named float64 tensors over the ranks that own metrics; every rank gets the result.
 
     Ranks that own none (earlier stages, other tensor-parallel ranks) may pass anything, even nothing: names
@@ -145,15 +146,15 @@ def reduce_sums(mesh: Mesh, sums: Mapping[str, torch.Tensor]) -> dict[str, torch
     return _reduce(mesh, sums, dist.ReduceOp.SUM, 0.0)
 
 
-def reduce_maxima(mesh: Mesh, maxima: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def reduce_maxima(mesh: Mesh, maxima: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
     """As reduce_sums, taking the largest; -inf where no rank has a row, inf for a NaN, which MAX may drop."""
     seen = {name: torch.where(value.isnan(), torch.inf, value) for name, value in maxima.items()}
     return _reduce(mesh, seen, dist.ReduceOp.MAX, -torch.inf)
 
 
-def _reduce(mesh: Mesh, values: Mapping[str, torch.Tensor], op, neutral: float) -> dict[str, torch.Tensor]:
+def _reduce(mesh: Mesh, values: Mapping[K, torch.Tensor], op, neutral: float) -> dict[K, torch.Tensor]:
     mine = {name: tuple(value.shape) for name, value in values.items()} if mesh.owns_metrics else None
-    shapes: list[dict[str, tuple[int, ...]] | None] = [None] * mesh.layout.world_size
+    shapes: list[dict[K, tuple[int, ...]] | None] = [None] * mesh.layout.world_size
     dist.all_gather_object(shapes, mine, group=mesh.world)
     known = next(shape for shape in shapes if shape is not None)
     flat = torch.full(

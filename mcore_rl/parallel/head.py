@@ -25,13 +25,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mcore_rl.parallel.head_passes import (
     Call,
-    VocabShard,
     begin_reduction,
     gradients,
     merged,
@@ -41,7 +39,6 @@ from mcore_rl.parallel.head_passes import (
     weight_grad,
 )
 from mcore_rl.parallel.kernels.rows import RowTerms, accumulate_dtype
-from mcore_rl.parallel.tiling import Tiling
 
 
 class HeadOutput(NamedTuple):
@@ -66,70 +63,33 @@ def dense_log_prob_entropy(
     hidden: Float[Tensor, "R H"],
     weight: Float[Tensor, "V H"],
     targets: Int[Tensor, " R"],
-    temperature: float | Float[Tensor, " R"] = 1.0,
-    keep: Bool[Tensor, "R V"] | None = None,
+    temperature: float = 1.0,
 ) -> HeadOutput:
     """The reference on one rank, for tests: materialises [R, V] logits and leaves the rest to autograd."""
-    logits = (hidden @ weight.T) / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
-    if keep is not None:
-        logits = logits.masked_fill(~keep, -torch.inf)
-    log_p = torch.log_softmax(logits, dim=-1)
+    log_p = torch.log_softmax((hidden @ weight.T) / temperature, dim=-1)
     log_prob = log_p.gather(-1, targets[:, None]).squeeze(-1)
-    finite = log_p if keep is None else log_p.masked_fill(~keep, 0)
-    return HeadOutput(log_prob, -(log_p.exp() * finite).sum(-1))
+    return HeadOutput(log_prob, -(log_p.exp() * log_p).sum(-1))
 
 
 def log_prob_entropy(
-    hidden: Float[Tensor, "T_local H"],
-    weight: Float[Tensor, "V_local H"],
-    targets: Int[Tensor, " R"],
-    temperature: float | Float[Tensor, " R"] = 1.0,
-    *,
-    rows: Int[Tensor, " R"] | None = None,
-    keep: Bool[Tensor, "R V_local"] | None = None,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    sequence_parallel: bool = False,
-    tiling: Tiling | None = None,
+    hidden: Float[Tensor, "T_local H"], weight: Float[Tensor, "V_local H"], call: Call
 ) -> HeadOutput:
-    """Log-prob of `targets` and full-vocabulary entropy, vocab-parallel; differentiable in hidden and weight.
+    """Log-prob of the targets and full-vocabulary entropy, vocab-parallel; differentiable in both tensors.
 
     Args:
-        hidden: the last hidden states, equal on every rank of `group`, or this rank's T / ranks of them under
-            sequence parallelism.
-        weight: this rank's lm_head rows; rows at or beyond `vocab_size` are padding and take no part.
-        targets: token ids in [0, vocab_size).
-        temperature: of the sampling policy, positive; one number, or one per row.
-        rows: targets[r] is scored from hidden state rows[r] of all T; default: from the r-th.
-        keep: this rank's share of the tokens that were not cut off when the row was sampled (top-p, top-k),
-            the target among them; the distribution is that of the kept ones. Default: all.
-        group: tensor-parallel group, or None when `weight` is the whole vocabulary.
-        vocab_size: tokens without padding; default: all rows of all shards.
-        sequence_parallel: hidden states are gathered over the group, and their gradient reduce-scattered.
-        tiling: rows worked on at once; default: by size, dtype and device.
+        hidden: the last hidden states, equal on every rank of the group, or this rank's T / ranks of them
+            under sequence parallelism.
+        weight: this rank's lm_head rows; the padding behind the last token takes no part.
+        call: what is scored, and how the vocabulary is cut; `Call.of` builds it.
 
     A weight that Megatron's DDP owns (it has `main_grad`) gets its gradient added there directly; see
     `head_passes.weight_grad`.
     """
-    shard = VocabShard.of(weight.shape[0], vocab_size, group)
-    tiling = tiling or Tiling.of(weight.shape[0], hidden.dtype, hidden.device)
-    call = Call(targets, _scale(temperature, hidden), rows, keep, shard, sequence_parallel, tiling)
     return HeadOutput(*_LogProbEntropy.apply(hidden, weight, call))
 
 
 def head_loss(
-    hidden: Float[Tensor, "T_local H"],
-    weight: Float[Tensor, "V_local H"],
-    targets: Int[Tensor, " R"],
-    loss: RowLoss,
-    temperature: float | Float[Tensor, " R"] = 1.0,
-    *,
-    rows: Int[Tensor, " R"] | None = None,
-    keep: Bool[Tensor, "R V_local"] | None = None,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    sequence_parallel: bool = False,
-    tiling: Tiling | None = None,
+    hidden: Float[Tensor, "T_local H"], weight: Float[Tensor, "V_local H"], call: Call, loss: RowLoss
 ) -> Float[Tensor, ""]:
     """A scalar whose backward pass adds the gradient of sum(loss), times the gradient it receives.
 
@@ -138,22 +98,12 @@ def head_loss(
     metrics of it keeps them from that call.
 
     Args:
-        loss: a pure sum over rows, so that it may be asked for any part of them. Every rank of `group` must
+        loss: a pure sum over rows, so that it may be asked for any part of them. Every rank of the group must
             answer the same.
 
     The others are those of `log_prob_entropy`.
     """
-    shard = VocabShard.of(weight.shape[0], vocab_size, group)
-    tiling = tiling or Tiling.of(weight.shape[0], hidden.dtype, hidden.device)
-    call = Call(targets, _scale(temperature, hidden), rows, keep, shard, sequence_parallel, tiling)
     return _HeadLoss.apply(hidden, weight, call, loss)  # type: ignore[return-value]
-
-
-def _scale(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
-    """1 / temperature, in the precision of statistics."""
-    if isinstance(temperature, Tensor):
-        return (1.0 / temperature).to(accumulate_dtype(hidden.dtype))
-    return 1.0 / temperature
 
 
 class _LogProbEntropy(torch.autograd.Function):

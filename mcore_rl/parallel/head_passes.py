@@ -42,28 +42,47 @@ class Call(NamedTuple):
 
     targets: Tensor
     """[R]"""
-    scale: float | Tensor
-    """1 / temperature; one number or [R]"""
+    scale: float
+    """1 / temperature"""
     rows: Tensor | None
     """[R] which hidden states are scored; None: all, in order"""
-    keep: Tensor | None
-    """[R, V_local] bool, the tokens of this shard that take part; None: all"""
     shard: VocabShard
     sequence_parallel: bool
     """hidden states are split over the group"""
     tiling: Tiling
 
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        *,
+        rows: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+        vocab_size: int | None = None,
+        sequence_parallel: bool = False,
+        tiling: Tiling | None = None,
+    ) -> Call:
+        """A call that scores `targets` with the lm_head shard `weight`.
+
+        Args:
+            weight: [V_local, H] rows at or beyond `vocab_size` are padding and take no part.
+            targets: [R] token ids in [0, vocab_size).
+            temperature: the sampling policy's, positive.
+            rows: [R] targets[r] is scored from hidden state rows[r] of all T; default: from the r-th.
+            group: tensor-parallel group, or None when `weight` is the whole vocabulary.
+            vocab_size: tokens without padding; default: all rows of all shards.
+            sequence_parallel: hidden states are gathered over the group, their gradient reduce-scattered.
+            tiling: rows worked on at once; default: by size, dtype and device.
+        """
+        shard = VocabShard.of(weight.shape[0], vocab_size, group)
+        tiling = tiling or Tiling.of(weight.shape[0], weight.dtype, weight.device)
+        return cls(targets, 1.0 / temperature, rows, shard, sequence_parallel, tiling)
+
     def local(self, rows: slice) -> Tensor:
-        """Targets as rows of this shard."""
+        """The targets of some rows, as rows of this shard."""
         return self.targets[rows] - self.shard.start
-
-    def scale_of(self, rows: slice) -> float | Tensor:
-        """Of some rows."""
-        return self.scale[rows] if isinstance(self.scale, Tensor) else self.scale
-
-    def keep_of(self, rows: slice) -> Tensor | None:
-        """Of some rows, without padding."""
-        return None if self.keep is None else self.keep[rows, : self.shard.live]
 
 
 # --- hidden states --------------------------------------------------------------------------------------
@@ -133,17 +152,15 @@ def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slic
     """By blocks of columns, each asked for once and not kept."""
     found = []
     for columns in parts(slice(0, call.shard.live), call.tiling.columns) or [slice(0, 0)]:
-        keep = call.keep_of(rows)
-        keep = None if keep is None else keep[:, columns]
         local, logits = call.local(rows) - columns.start, logits_of(columns)
         kernels = row_kernels(logits.device, logits.dtype)
-        found.append(kernels.shard_statistics(logits, local, call.scale_of(rows), keep))
-    return combined(torch.stack(found), call.scale_of(rows)) if len(found) > 1 else found[0]
+        found.append(kernels.shard_statistics(logits, local, call.scale))
+    return combined(torch.stack(found), call.scale) if len(found) > 1 else found[0]
 
 
 def merged(stats: Tensor, call: Call, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log_prob, entropy, M and log S of `rows`, from this shard's statistics of them: one collective."""
-    return merge_statistics(_gather_statistics(stats, call.shard.group), call.scale_of(rows))
+    return merge_statistics(_gather_statistics(stats, call.shard.group), call.scale)
 
 
 def gradients(
@@ -194,7 +211,7 @@ def _wave_gradient(
             _logits(hidden[tile], live[columns], place[:, columns])
     terms = terms_of(wave, logits)
     kernels = row_kernels(logits.device, logits.dtype)
-    kernels.logit_gradient(logits, call.local(wave), terms, call.scale_of(wave), call.keep_of(wave), out)
+    kernels.logit_gradient(logits, call.local(wave), terms, call.scale, out)
 
 
 # --- GEMMs and collectives ------------------------------------------------------------------------------

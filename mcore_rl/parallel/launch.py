@@ -37,6 +37,12 @@ T = TypeVar("T")
 ECHO_SECONDS = 0.5
 """how much later than its peers' broken connections a death may show"""
 GOODBYE_SECONDS = 20.0
+_BOOTSTRAPPING = "its bootstrapping phase"
+"""what multiprocessing says where a new process runs the caller's script and starts processes itself"""
+_NO_GUARD = (
+    "a rank of a pool ran the caller's script from its beginning, and came to start a pool itself: put the "
+    'script\'s calls under `if __name__ == "__main__":`'
+)
 
 
 class RankError(McoreRLError, RuntimeError):
@@ -104,19 +110,18 @@ class Pool:
         self._kill()
 
     def _start(self) -> None:
-        atexit.register(
-            self.close
-        )  # multiprocessing joins live children at exit: without this an open pool hangs it
+        # multiprocessing joins live children at exit: without this an open pool hangs it
+        atexit.register(self.close)
         self._directory = tempfile.TemporaryDirectory(prefix="mcore_rl_ranks_")
         directory = Path(self._directory.name)
-        context = multiprocessing.get_context("spawn")
-        for index in range(self.world):
-            pipe, theirs = context.Pipe()
-            stack = directory / f"stack_{index}"
-            process = context.Process(target=_serve, args=(theirs, stack), name=f"rank {index}")
-            self._ranks.append(_Rank(index, process, pipe, stack))
-            process.start()
-            theirs.close()  # so that the death of the process reads as end of file
+        try:
+            for index in range(self.world):
+                self._ranks.append(_start_rank(index, directory))
+        except BaseException as error:
+            self._kill()
+            if isinstance(error, RuntimeError) and _BOOTSTRAPPING in str(error):
+                raise RankError(_NO_GUARD) from None
+            raise
         self._call(_join_group, (self.world, directory / "rendezvous"), self.start_timeout, with_rank=True)
         if self.setup is not None:
             self._call(self.setup, (), self.start_timeout)
@@ -148,6 +153,21 @@ class Pool:
         if self._directory is not None:
             self._directory.cleanup()
         atexit.unregister(self.close)
+
+
+def _start_rank(index: int, directory: Path) -> _Rank:
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    stack = directory / f"stack_{index}"
+    process = context.Process(target=_serve, args=(theirs, stack), name=f"rank {index}")
+    try:
+        process.start()
+    except BaseException:
+        pipe.close()
+        raise
+    finally:
+        theirs.close()  # so that the death of the process reads as end of file
+    return _Rank(index, process, pipe, stack)
 
 
 def spawn(fn: Callable[..., T], world: int, *args: Any, timeout: float = 120.0) -> list[T]:
@@ -207,8 +227,9 @@ def _raise_if_died(others: Sequence[_Rank], world: int, what: str) -> None:
 
 def _describe_hang(waiting: Sequence[_Rank], world: int, what: str) -> str:
     for rank in waiting:
-        with suppress(ProcessLookupError):
-            os.kill(rank.process.pid or 0, signal.SIGUSR1)
+        if rank.process.pid is not None and rank.process.is_alive():  # signal 0's group would be the caller's
+            with suppress(ProcessLookupError):
+                os.kill(rank.process.pid, signal.SIGUSR1)
     time.sleep(0.3)  # faulthandler writes from the signal handler itself: this is ample
     names = ", ".join(str(rank.index) for rank in waiting)
     stacks = "\n".join(

@@ -19,6 +19,7 @@ from mcore_rl.plan.memory import GIB
 from mcore_rl.plan.search import ENOUGH_SPARE, Plan, Problem, evaluate, search
 from mcore_rl.plan.show import table, to_json
 from mcore_rl.plan.work import work_of
+from mcore_rl.terminal import printable
 from mcore_rl.train.setup import layout_of
 
 
@@ -73,7 +74,8 @@ def plan(
     configured = outcome if isinstance(outcome, Plan) else None
     plans, illegal = search(problem, layout.world_size)
     text = table(problem, layout.world_size, configured, plans, illegal)
-    print(text, file=sys.stderr if as_json else sys.stdout)
+    for line in text.split("\n"):
+        print(printable(line), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(to_json(problem, layout.world_size, configured, plans, illegal)))
     if isinstance(outcome, LayoutError):

@@ -14,8 +14,8 @@ from functools import lru_cache
 from math import prod
 
 from mcore_rl.model.architecture import Architecture
-from mcore_rl.model.critic import CriticMapping
-from mcore_rl.model.mapping import Entry, Mapping
+from mcore_rl.model.critic import CriticParameterMap
+from mcore_rl.model.mapping import Entry, ParameterMap
 from mcore_rl.model.spec import padded_vocab
 from mcore_rl.parallel.mesh import Layout
 
@@ -56,12 +56,12 @@ class StageCount:
 
 def count_policy(arch: Architecture, layout: Layout) -> list[StageCount]:
     """One StageCount per pipeline stage of a policy, or of any model with a vocabulary head."""
-    return _deal(Mapping, arch, layout, tied=arch.tied)
+    return _deal(ParameterMap, arch, layout, tied=arch.tied)
 
 
 def count_critic(arch: Architecture, layout: Layout) -> list[StageCount]:
     """As count_policy, with the value head in place of the output layer."""
-    return _deal(CriticMapping, arch, layout, tied=False)
+    return _deal(CriticParameterMap, arch, layout, tied=False)
 
 
 def distinct(stages: Sequence[StageCount], layout: Layout) -> int:
@@ -84,7 +84,7 @@ def layers_of(stage: int, layers: int, layout: Layout) -> list[int]:
     return [layer for start in starts for layer in range(start, start + stretch)]
 
 
-def _deal(table: type[Mapping], arch: Architecture, layout: Layout, *, tied: bool) -> list[StageCount]:
+def _deal(table: type[ParameterMap], arch: Architecture, layout: Layout, *, tied: bool) -> list[StageCount]:
     """The parts of a model to the stages that hold them."""
     embedding, layers, rest = _parts(table, arch, layout.tensor, layout.expert)
     stages = [
@@ -101,7 +101,7 @@ def _deal(table: type[Mapping], arch: Architecture, layout: Layout, *, tied: boo
 
 @lru_cache(maxsize=256)
 def _parts(
-    table: type[Mapping], arch: Architecture, tensor: int, expert: int
+    table: type[ParameterMap], arch: Architecture, tensor: int, expert: int
 ) -> tuple[StageCount, list[StageCount], StageCount]:
     """On one rank: the embedding, each layer, and what follows the last one."""
     padded = padded_vocab(arch, tensor)
@@ -139,7 +139,7 @@ class _Tensors:
 
 
 @lru_cache
-def _tensors(table: type[Mapping], arch: Architecture) -> list[_Tensors]:
+def _tensors(table: type[ParameterMap], arch: Architecture) -> list[_Tensors]:
     """Of the whole model, from the table that loads it."""
     mapping = table(arch, arch.vocab)
     shapes = mapping.hf_shapes()

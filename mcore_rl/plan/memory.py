@@ -16,7 +16,7 @@ import torch
 
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.model.architecture import Architecture
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.residency import NEEDED, PHASES
 from mcore_rl.model.spec import DTYPES, padded_vocab
 from mcore_rl.parallel.mesh import Layout
@@ -288,7 +288,7 @@ def publish_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
 
 @lru_cache
 def _largest_parameter(arch: Architecture) -> int:
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     shapes = mapping.hf_shapes()
     return max(sum(prod(shapes[name]) for name in entry.hf) for entry in mapping.entries())
 

@@ -12,6 +12,7 @@ from mcore_rl.data.balance import ModelShape
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import Fleet, Seconds, step_seconds
 from mcore_rl.plan.work import Work
+from mcore_rl.terminal import printable
 
 FITTED = "NeMo-RL v0.3 performance summary: GRPO, OpenMathInstruct-2, 8 DGX-H100, bf16, Megatron backend"
 HELD_OUT = "NeMo-RL v0.4 performance summary: the same, on-policy rows; totals only"
@@ -124,7 +125,7 @@ def main() -> None:
     """Print the comparison as the table of docs/layouts.md."""
     print("| step | published s | estimated s | error |\n|---|---|---|---|")
     for name, published, estimated, error in rows():
-        print(f"| {name} | {published:g} | {estimated:.0f} | {error:+.0%} |")
+        print(printable(f"| {name} | {published:g} | {estimated:.0f} | {error:+.0%} |"))
 
 
 if __name__ == "__main__":

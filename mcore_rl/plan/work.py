@@ -90,7 +90,7 @@ def work_of(
     """The work of one step of `config`; mean lengths that are not given are the config's limits."""
     r, a = config.rollout, config.algorithm
     supervised = config.supervised_only
-    algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params)
+    algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params, a.loss)
     reward = None if supervised else config.reward.model
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
     return Work(

@@ -12,6 +12,7 @@ from typing import Any
 
 from mcore_rl.errors import DataError, McoreRLError, NumericsError
 from mcore_rl.report.runs import RunData, number, read_runs
+from mcore_rl.terminal import printable
 
 TIMES = ("time/",)
 """prefixes of metrics that no two runs share"""
@@ -78,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         one, other = read_runs(arguments.runs)
         found, steps = differences(one, other, arguments.rtol)
     except McoreRLError as error:
-        print(f"compare_runs.py: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"compare_runs.py: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     for d in found:
         where = f"{d.steps} of {steps} steps, first {d.first_step}"
-        print(f"{d.key}: differs in {where}, by up to {d.largest:.3g}")
+        print(printable(f"{d.key}: differs in {where}, by up to {d.largest:.3g}"))
     alone = " and ".join(f"{len(run.steps) - steps} of {run.name}" for run in (one, other))
-    print(f"{steps} steps compared, {len(found)} metrics differ by more than {arguments.rtol:g}")
-    print(f"not compared, in one run only: {alone}")
+    print(printable(f"{steps} steps compared, {len(found)} metrics differ by more than {arguments.rtol:g}"))
+    print(printable(f"not compared, in one run only: {alone}"))
     return NumericsError.exit_code if found else 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from mcore_rl.errors import DataError
+from mcore_rl.directories import write_whole
 from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
@@ -21,19 +20,13 @@ from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
 
-    Returns its path. Raises DataError where a run directory has no complete line of metrics, or the page
-    cannot be written; an older page then stays as it is.
+    Returns its path. Raises DataError where a run directory has no complete line of metrics, StorageError
+    where the page cannot be written; an older page then stays as it is.
     """
     runs = read_runs(run_dirs)
     path = out or run_dirs[0] / "report.html"
-    page = render(runs)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make room and the directory writable") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, render(runs))
     return path
 
 

@@ -98,7 +98,7 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
         Plot("Step time", "Seconds", (("time/step", "step"),), noisy=True),
     ],
 }
-"""heading -> plots; time by phase joins the last section"""
+"""heading -> plots; time by phase joins the last section, and another one has every metric that is in none"""
 
 
 def draw_sections(runs: Sequence[RunData]) -> dict[str, list[Figure]]:
@@ -108,7 +108,18 @@ def draw_sections(runs: Sequence[RunData]) -> dict[str, list[Figure]]:
         for heading, plots in SECTIONS.items()
     }
     sections["Exactness and speed"] += _phases(runs)
+    sections["Everything else"] = [figure for plot in _others(runs) if (figure := _draw(plot, runs))]
     return {heading: figures for heading, figures in sections.items() if figures}
+
+
+def _others(runs: Sequence[RunData]) -> list[Plot]:
+    """A plot for every metric that no other plot shows, such as those of a loss of the user's own."""
+    plots = [plot for plots in SECTIONS.values() for plot in plots]
+    shown = [key for plot in plots for key, _ in plot.metrics] + [key for p in plots for key in p.band or ()]
+    shown += ["step", "time/*"]
+    keys = dict.fromkeys(key for run in runs for key in run.keys)
+    rest = [key for key in keys if not any(fnmatchcase(key, pattern) for pattern in shown)]
+    return [Plot(key, "As logged", ((key, key.rsplit("/", 1)[-1]),), noisy=True) for key in sorted(rest)]
 
 
 def _expand(plot: Plot, runs: Sequence[RunData]) -> list[Plot]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import format_number
+from mcore_rl.terminal import escaped
 
 AXES = (
     ("tensor", "TP"),
@@ -43,10 +44,12 @@ def headline(run: RunData) -> list[Fact]:
 
 def text_table(run: RunData) -> str:
     """The headline for a terminal, a fact per line."""
-    facts = headline(run)
-    label = max(len(fact.label) for fact in facts)
-    value = max(len(fact.value) for fact in facts)
-    return "\n".join(f"{f.label:<{label}}  {f.value:>{value}}  {f.detail}".rstrip() for f in facts)
+    facts = [(escaped(fact.label), fact.value, fact.detail) for fact in headline(run)]
+    label = max(len(name) for name, _, _ in facts)
+    value = max(len(number) for _, number, _ in facts)
+    return "\n".join(
+        f"{name:<{label}}  {number:>{value}}  {detail}".rstrip() for name, number, detail in facts
+    )
 
 
 def key_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

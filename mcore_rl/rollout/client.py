@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import aiohttp
-import numpy as np
-import numpy.typing as npt
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
-from mcore_rl.rollout.routing import parse_experts
-from mcore_rl.types import ExpertLayers, VersionSpan
+from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
+from mcore_rl.terminal import escaped
+from mcore_rl.types import ExpertLayers
 
 T = TypeVar("T")
 
@@ -31,6 +28,8 @@ _BACKOFF_SECONDS = 0.2
 _BACKOFF_MAX_SECONDS = 5.0
 _READY_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
+_NEW_TOKENS = 128
+"""SGLang's own max_new_tokens, where none is asked for"""
 _TOKEN_BYTES = 128
 """of a reply, for a token: its id, its log-prob and its text"""
 _SMALL_REPLY_BYTES = 1 << 26
@@ -60,25 +59,6 @@ class _TransientError(Exception):
         self.retry_after = retry_after
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One checked response of /generate."""
-
-    rid: str
-    token_ids: tuple[int, ...]
-    """[n] the stop token included when it was sampled"""
-    log_probs: tuple[float, ...]
-    """[n] log_softmax(logits / temperature), before truncation"""
-    prompt_log_probs: tuple[float, ...]
-    """[P-1] untempered log-probs of the prompt's second token on; empty unless asked for"""
-    finish_reason: str
-    """`stop`, `length` or `abort`"""
-    versions: tuple[VersionSpan, ...]
-    """covering [0, n)"""
-    experts: npt.NDArray[np.integer] | None = None
-    """[P+n-1, layers, K] of every token but the last, where they were asked for"""
-
-
 class RolloutClient:
     """`async with RolloutClient(url) as client: ...`; outside of it no method may be called.
 
@@ -89,6 +69,8 @@ class RolloutClient:
         retries: attempts after the first.
         max_reply_bytes: longer replies are refused; unset, those of twice as many bytes as what was asked for
             can take (`reply_bytes`).
+        vocabulary: ids of the served model are below this; a reply with another one is malformed. Only a
+            caller that trains nothing may leave it out.
 
     Every method raises RolloutError when there is no usable reply within `timeout`, RejectedError when the
     server refuses the request. Opening raises ConfigError when the key variable is not set.
@@ -102,12 +84,14 @@ class RolloutClient:
         timeout: float = 600.0,
         retries: int = 3,
         max_reply_bytes: int | None = None,
+        vocabulary: int = ANY_VOCABULARY,
     ) -> None:
         self.url = url.rstrip("/")
         self.api_key_env = api_key_env
         self.timeout = timeout
         self.retries = retries
         self.max_reply_bytes = max_reply_bytes
+        self.vocabulary = vocabulary
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -154,10 +138,8 @@ class RolloutClient:
         duplicate. Those of an earlier attempt of this call are aborted first.
         """
         sent: list[str] = []
-        most = sum(
-            reply_bytes(len(prompt), params.get("max_new_tokens", 128), experts)
-            for prompt, params in zip(prompts, sampling_params, strict=True)
-        )
+        tokens = [int(params.get("max_new_tokens", _NEW_TOKENS)) for params in sampling_params]
+        most = sum(reply_bytes(len(p), n, experts) for p, n in zip(prompts, tokens, strict=True))
 
         async def attempt(_: int) -> list[Reply]:
             await self._abort_quietly(sent)
@@ -173,11 +155,12 @@ class RolloutClient:
             raw = await self._raw("POST", "/generate", body, most=2 * most)
             data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):
-                raise _TransientError(f"expected a list of {len(prompts)} responses")
-            return [
-                _parse_reply(item, rid, name, prompt, prompt_log_probs, experts)
-                for item, rid, name, prompt in zip(data, rids, sent, prompts, strict=True)
-            ]
+                raise MalformedReplyError(f"expected a list of {len(prompts)} responses")
+            asked = (
+                Asked(*each, self.vocabulary, prompt_log_probs, experts)
+                for each in zip(rids, sent, prompts, tokens, strict=True)
+            )
+            return [parse_reply(item, one) for item, one in zip(data, asked, strict=True)]
 
         return await self._retrying("/generate", attempt) if prompts else []
 
@@ -290,8 +273,8 @@ class RolloutClient:
                 for number in range(retries + 1):
                     try:
                         return await attempt(number)
-                    except (_TransientError, aiohttp.ClientError, OSError) as error:
-                        cause = str(error) or type(error).__name__
+                    except (_TransientError, MalformedReplyError, aiohttp.ClientError, OSError) as error:
+                        cause = escaped(error) or type(error).__name__
                         absent = isinstance(error, aiohttp.ClientConnectorError)
                         remedy = "start the server, or correct its address" if absent else _LOOK
                         wait = max(_backoff(number), getattr(error, "retry_after", 0.0))
@@ -330,7 +313,7 @@ class RolloutClient:
             self._raise_for(url, response.status, bytes(raw), response.headers.get("Retry-After", ""))
 
     def _raise_for(self, url: str, status: int, raw: bytes, retry_after: str) -> NoReturn:
-        text = raw[:_MESSAGE_CHARS].decode(errors="replace")
+        text = escaped(raw[:_MESSAGE_CHARS].decode(errors="replace"))
         if status == 429 or status >= 500:
             wait = float(retry_after) if retry_after.strip().isdecimal() else 0.0
             raise _TransientError(f"HTTP {status}: {text}", wait)
@@ -386,70 +369,3 @@ def _object(data: object, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RolloutError(f"{where}: expected a JSON object, got {_message(data)}")
     return data
-
-
-def _parse_reply(
-    item: Any, rid: str, sent: str, prompt: Sequence[int], prompt_scored: bool, experts: ExpertLayers | None
-) -> Reply:
-    """Raises _TransientError naming the field that is absent or wrong."""
-    try:
-        meta, token_ids = item["meta_info"], tuple(item["output_ids"])
-        finish = meta["finish_reason"]["type"]
-        aborted_early = finish == "abort" and not token_ids
-        log_probs = _scores(
-            meta.get("output_token_logprobs", []) if aborted_early else meta["output_token_logprobs"]
-        )
-        _check(meta["id"] == sent, "meta_info.id", f"{meta['id']!r} is not {sent!r}")
-        _check(finish in ("stop", "length", "abort"), "meta_info.finish_reason", repr(finish))
-        _check(log_probs[1] == token_ids, "meta_info.output_token_logprobs", "disagrees with output_ids")
-        spans = tuple(VersionSpan(str(s["version"]), s["start"], s["end"]) for s in meta["weight_versions"])
-        edges = [0, *(span.end for span in spans)]
-        covered = [span.start for span in spans] == edges[:-1] and edges == sorted(edges)
-        _check(
-            covered and edges[-1] == len(token_ids),
-            "meta_info.weight_versions",
-            f"{spans} for {len(token_ids)} tokens",
-        )
-        scored: tuple[float, ...] = ()
-        if prompt_scored and not aborted_early:
-            scored, ids = _scores(meta["input_token_logprobs"][1:])
-            _check(_echoes(ids, prompt[1:]), "meta_info.input_token_logprobs", "disagrees with the prompt")
-        routed = None
-        if experts is not None and finish != "abort":
-            routed = _routed(meta, experts, len(prompt) + len(token_ids) - 1)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise _TransientError(f"request {rid}: reply without a usable field: {error!r}") from error
-    return Reply(rid, token_ids, log_probs[0], scored, finish, spans, routed)
-
-
-def _routed(meta: Mapping[str, Any], experts: ExpertLayers, tokens: int) -> npt.NDArray[np.integer]:
-    encoded = meta.get("routed_experts")
-    _check(
-        isinstance(encoded, str),
-        "meta_info.routed_experts",
-        "absent, and rollout.routing_replay needs it; start the server with --enable-return-routed-experts",
-    )
-    return parse_experts(str(encoded), experts, tokens)
-
-
-def _scores(entries: Sequence[Sequence[Any]]) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """(log-probs, token ids) of [[log-prob, token id, ...], ...]; the log-probs are finite."""
-    values = tuple(float(entry[0]) for entry in entries)
-    _check(all(map(math.isfinite, values)), "token_logprobs", "not finite")
-    return values, tuple(entry[1] for entry in entries)
-
-
-def _echoes(ids: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Whether `ids` are `tokens`, where SGLang echoes the vocabulary's last id as 0 (its log-prob is right).
-
-    SGLang 0.5.23, logprob_result_processor.py: `x if x < vocab_size - 1 else 0`. No other id is as large.
-    """
-    last = max(tokens, default=0)
-    return len(ids) == len(tokens) and all(
-        echo == token or (echo == 0 and token == last) for echo, token in zip(ids, tokens, strict=True)
-    )
-
-
-def _check(holds: bool, field: str, what: str) -> None:
-    if not holds:
-        raise _TransientError(f"reply field {field}: {what}")

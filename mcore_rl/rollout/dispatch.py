@@ -38,6 +38,14 @@ class _Server:
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""
     """it is lost"""
+    delivered: float = -math.inf
+    """when it last gave a reply"""
+
+
+def no_server_left(reasons: Mapping[str, str]) -> RolloutError:
+    """The end of a run, with each server's url and why that one does not serve."""
+    lines = "".join(f"\n  {url}: {why}" for url, why in reasons.items())
+    return RolloutError(f"no rollout server is left:{lines}")
 
 
 class Dispatch:
@@ -138,6 +146,7 @@ class Dispatch:
             oldest = self._versions.index(self.version)
             try:
                 replies = await self._from(server, request)
+                server.delivered = time.monotonic()
                 self._check_version(replies, self._versions[oldest:])
                 return replies
             except RejectedError:
@@ -153,8 +162,7 @@ class Dispatch:
         """
         left = [server for server in self._servers if not server.lost.is_set()]
         if not left:
-            reasons = "".join(f"\n  {server.client.url}: {server.why}" for server in self._servers)
-            raise RolloutError(f"no rollout server is left:{reasons}")
+            raise no_server_left({server.client.url: server.why for server in self._servers})
         least = min(server.load for server in left)
         prefix = repr(list(request.prompts[0])).encode()
         count = len(self._servers)
@@ -199,7 +207,10 @@ class Dispatch:
             server.lost.set()
 
     async def _watch(self, server: _Server) -> None:
-        """Loses the server when it was not healthy for `health_timeout`: its connections may stay open."""
+        """Loses a server that gave no sign of health for `health_timeout`: its connections may stay open.
+
+        A reply is one too: on a busy machine a server may answer requests and no health check.
+        """
         pause = self.health_timeout / _HEALTH_POLLS
         last = time.monotonic()
         while time.monotonic() - last < self.health_timeout:
@@ -209,5 +220,5 @@ class Dispatch:
             left = self.health_timeout - (time.monotonic() - last)
             if server.load == 0 or await server.client.healthy(max(left, pause)) or self._publishing:
                 last = time.monotonic()
-            last = max(last, self._published)
+            last = max(last, self._published, server.delivered)
         self._lose(server, f"no good answer to a health check for {self.health_timeout:g} s")

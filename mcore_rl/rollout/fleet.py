@@ -16,6 +16,7 @@ from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch
 from mcore_rl.rollout.local import LocalServer
+from mcore_rl.terminal import escaped
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class Fleet:
 
     Args:
         urls: servers in order.
+        vocabulary: rows of the policy's vocabulary; a server's token is one of them.
         api_key_env: environment variable with their key.
         timeout: seconds for one call.
         health_timeout: seconds without a good health check after which a server is given up.
@@ -48,6 +50,7 @@ class Fleet:
         self,
         urls: Sequence[str],
         *,
+        vocabulary: int,
         api_key_env: str | None = None,
         timeout: float = 600.0,
         health_timeout: float = 60.0,
@@ -62,10 +65,12 @@ class Fleet:
         """main rank: directories of weights that this run wrote and that may still be read, oldest first"""
         self.released: dict[str, frozenset[str]] = {}
         """url -> parts of its memory (weights, kv_cache) that a serving server has given up; on every rank"""
+        self._former: dict[str, str] = {}
+        """url of a server that was started anew -> under which url it was lost, and why"""
         self._restarted: set[str] = set()
         """urls of servers that were started anew and have not been published to yet"""
         self.health_timeout = health_timeout
-        self._settings = {"api_key_env": api_key_env, "timeout": timeout}
+        self._settings = {"api_key_env": api_key_env, "timeout": timeout, "vocabulary": vocabulary}
 
     def client(self, url: str) -> RolloutClient:
         """A client that is not open yet."""
@@ -130,6 +135,7 @@ class Fleet:
         lost = {url: why for url, why in self.standing.lost.items() if url not in loaded}
         self.standing = Standing(self.standing.urls, lost)
         self._restarted.difference_update(loaded)
+        self._former = {url: what for url, what in self._former.items() if url not in loaded}
         if directory is not None:
             self._keep(directory)
         return self.standing
@@ -144,9 +150,11 @@ class Fleet:
         self.published = [path for path in self.published if path in in_use]
 
     def _rename(self, index: int, url: str) -> None:
-        """A restarted server has a new port."""
+        """A restarted server has a new port; the reason why it was lost names the one that it had."""
         urls, lost = list(self.standing.urls), dict(self.standing.lost)
-        lost[url] = lost.pop(urls[index])
+        before, why = urls[index], lost.pop(urls[index])
+        self._former[url] = self._former.pop(before, f"it was {before}, lost because: {why}")
+        lost[url] = f"started anew, not published to yet; {self._former[url]}"
         urls[index] = url
         self.standing = Standing(tuple(urls), lost)
 
@@ -243,11 +251,11 @@ def check_server_info(url: str, info: Mapping[str, Any], *, experts: bool = Fals
     version = str(info.get("version", ""))
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < OLDEST_SGLANG:
-        raise ConfigError(f"{url}: runs SGLang {version or 'of unknown version'}; {_NEWER}")
+        raise ConfigError(f"{url}: runs SGLang {escaped(version) or 'of unknown version'}; {_NEWER}")
     if info.get("dp_size", 1) != 1:
         raise ConfigError(
-            f"{url}: dp_size = {info['dp_size']}, and SGLang cannot update the weights of such a server; "
-            "start several servers without --dp-size and list them in rollout.urls"
+            f"{url}: dp_size = {escaped(info['dp_size'])}, and SGLang cannot update the weights of such a "
+            "server; start several servers without --dp-size and list them in rollout.urls"
         )
     if info.get("preferred_sampling_params"):
         raise ConfigError(

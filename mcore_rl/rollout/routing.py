@@ -27,14 +27,22 @@ def parse_experts(encoded: str, of: ExpertLayers, tokens: int) -> npt.NDArray[np
     if len(raw) != 4 * int(np.prod(shape)):
         raise ValueError(f"routed_experts: {len(raw)} bytes, not those of int32 {list(shape)}")
     experts = np.frombuffer(raw, "<i4").reshape(shape)
-    sparse = np.array(of.sparse)
-    chosen = np.sort(experts[:, sparse], axis=-1)
+    check_experts(experts, of)
+    kept = np.where(np.array(of.sparse)[:, None], experts, 0)
+    return kept.astype(np.uint8 if of.experts <= 256 else np.int16)
+
+
+def check_experts(experts: npt.NDArray[np.integer], of: ExpertLayers) -> None:
+    """Raises ValueError where the model's routers cannot have chosen these, [tokens, layers, K]."""
+    if experts.shape[1:] != (len(of.sparse), of.per_token):
+        raise ValueError(
+            f"routed_experts: {list(experts.shape)}, not [..., {len(of.sparse)}, {of.per_token}]"
+        )
+    chosen = np.sort(experts[:, np.array(of.sparse)], axis=-1)
     if chosen.size and not 0 <= chosen.min() <= chosen.max() < of.experts:
         raise ValueError(f"routed_experts: {chosen.min()} to {chosen.max()}, of {of.experts} experts")
     if (chosen[..., 1:] == chosen[..., :-1]).any():
         raise ValueError("routed_experts: a token has an expert twice")
-    kept = np.where(sparse[:, None], experts, 0)
-    return kept.astype(np.uint8 if of.experts <= 256 else np.int16)
 
 
 def encode_experts(experts: npt.NDArray[np.integer]) -> str:

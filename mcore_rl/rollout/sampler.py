@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,6 @@ from mcore_rl.types import ExpertLayers, Group, Prompt, Sample
 _SAMPLES_PER_CALL = 1024
 _BYTES_PER_CALL = 1 << 28
 """of a reply, as far as whole prompts allow: it is held several times over while it is read"""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one round of sampling brought."""
-
-    groups: list[Group]
-    """One per prompt, in the order of the prompts; empty groups included."""
-    num_aborted: int
-    """Samples that the server aborted; they are in no group."""
 
 
 def sample_seed(run_seed: int, sample_id: str) -> int:
@@ -46,8 +35,10 @@ async def sample_groups(
     seed: int,
     calls: int = 1,
     experts: ExpertLayers | None = None,
-) -> Rollout:
-    """`samples_per_prompt` responses to every prompt, as groups `<prompt id>@<step>`.
+) -> list[Group]:
+    """Return a group `<prompt id>@<step>` per prompt, in their order, of up to `samples_per_prompt` samples.
+
+    A sample that the server aborted is in no group; a group may be empty.
 
     Prompts go to `ask` in few large calls, at least `calls` where there are as many prompts; servers batch
     what they get, and the samples of a prompt stay together, so that its prefix is computed once.
@@ -77,7 +68,7 @@ async def sample_groups(
     for i, prompt in enumerate(prompts):
         mine = replies[i * samples_per_prompt : (i + 1) * samples_per_prompt]
         groups.append(build_group(f"{prompt.id}@{step}", prompt, mine, tokenizer_decode))
-    return Rollout(groups, sum(reply.finish_reason == "abort" for reply in replies))
+    return groups
 
 
 def group_request(

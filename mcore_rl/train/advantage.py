@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.advantages import group_statistics
+from mcore_rl.algo.advantages import Spread, group_statistics
 from mcore_rl.algo.algorithms import Algorithm
 from mcore_rl.algo.returns import token_rewards, whiten
 from mcore_rl.algo.segments import offsets_of, spread
 from mcore_rl.errors import NumericsError
-from mcore_rl.parallel.reduce import moments
 from mcore_rl.train.batch import RolloutBatch
 
 
@@ -60,7 +59,8 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
     given = [sample.reward for sample in batch.samples]
     statistics = group_statistics(batch.group_ids, given)
     rewards = torch.tensor(given, dtype=torch.float64)
-    offsets = offsets_of(torch.tensor([len(sample.token_ids) for sample in batch.samples]))
+    lengths = [len(sample.token_ids) for sample in batch.samples]
+    offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
     fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
     if not algorithm.per_token:
         advantages = algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
@@ -85,18 +85,18 @@ def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
 
     `value/explained_variance` is 1 - Var(returns - values) / Var(returns): 1 is perfect, a constant gets 0.
     """
-    total, left = moments(returns).variance(), moments(returns - values).variance()
+    of_returns, left = Spread.of_rows(returns), Spread.of_rows(returns - values)
+    total = of_returns.variance()
     return {
-        "value/mean": moments(values).mean,
-        "value/explained_variance": 1.0 - left / total if total > 0 else 0.0,
-        "return/mean": moments(returns).mean,
+        "value/mean": Spread.of_rows(values).mean,
+        "value/explained_variance": 1.0 - left.variance() / total if total > 0 else 0.0,
+        "return/mean": of_returns.mean,
     }
 
 
 def _whitened(advantages: Tensor, rows: Tensor) -> Tensor:
-    """`advantages` (of samples or tokens) by the mean and variance of all tokens' advantages `rows` [R]."""
-    of_tokens = moments(rows)
-    return whiten(advantages, mean=of_tokens.mean, variance=of_tokens.variance(), count=of_tokens.size)
+    """Whiten the advantages of samples or tokens by those of all tokens, `rows` [R]."""
+    return whiten(advantages, Spread.of_rows(rows))
 
 
 def _values(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> Tensor:

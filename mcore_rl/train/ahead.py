@@ -16,15 +16,18 @@ import numpy as np
 
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import share
+from mcore_rl.errors import DamagedCheckpointError
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout import routing
-from mcore_rl.rollout.client import Reply
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.inflight import Group as Asked
 from mcore_rl.rollout.inflight import InFlight
+from mcore_rl.rollout.reply import MalformedReplyError, Reply, check_spans, check_tokens
+from mcore_rl.rollout.routing import check_experts
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.schedule import Schedule
+from mcore_rl.terminal import escaped
 from mcore_rl.train.share import share_groups
 from mcore_rl.types import ExpertLayers, Group, Prompt, Sample, VersionSpan
 
@@ -39,9 +42,15 @@ class Ahead:
     """The groups in flight of all replicas. Every method is collective, but `restore` and `close`."""
 
     def __init__(
-        self, config: Config, prompts: Sequence[Prompt], experts: ExpertLayers | None = None
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        vocabulary: int,
+        experts: ExpertLayers | None = None,
     ) -> None:
         self.config = config
+        self.vocabulary = vocabulary
+        """rows of the policy's"""
         self.experts = experts
         """of the policy, where its routing is replayed"""
         self.metrics: dict[str, float] = {}
@@ -163,32 +172,44 @@ class Ahead:
         return {"groups": groups, "totals": dict(self._totals)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, at the next `collect`."""
+        """Continue from `state`, at the next `collect`.
+
+        Raises:
+            DamagedCheckpointError: a sample in flight is none that the policy can have sampled.
+        """
         self._saved = list(state["groups"])
+        for group in self._saved:
+            _check_saved(group, self.vocabulary, self.experts)
         self._totals = Counter(state["totals"])
 
     def _resume(self, version: int) -> None:
         """What had finished is kept; the rest is asked again, under the seeds that its ids give it.
 
-        So is what the run's bound, another one than that of the checkpoint, makes too old.
+        So is what the run's bound, another one than that of the checkpoint, makes too old, and what is longer
+        than the run's limit.
         """
-        bound, routed = self.config.rollout.max_staleness, self.experts is not None
+        bound = self.config.rollout.max_staleness
         groups: list[Asked] = []
         for name in sorted({_asked_for(group) for group in self._saved}):
             of_step = [group for group in self._saved if _asked_for(group) == name]
             for group in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
                 finished = group["replies"]
-                again = is_too_old(group, version, bound) or (routed and finished and _unrouted(group))
+                again = is_too_old(group, version, bound) or (finished and self._unusable(group))
                 if finished is None or again:
                     groups.append(self._asked(group["id"], version))
                 else:
-                    replies = [_reply(reply, routed=routed) for reply in finished]
+                    replies = [_reply(reply, routed=self.experts is not None) for reply in finished]
                     groups.append(self._asked(group["id"], group["version"], replies))
         if self._saved:
             on_leads(self._mesh, lambda: self._of_lead().add(groups))
         self._saved = []
 
     # -- small things -------------------------------------------------------------------------------------
+
+    def _unusable(self, group: Mapping[str, Any]) -> bool:
+        """Whether it was saved without routing replay, or with more tokens than this run asks for."""
+        most, routed = self.config.rollout.max_new_tokens, self.experts is not None
+        return (routed and _unrouted(group)) or any(_length(reply) > most for reply in group["replies"])
 
     def _share(self, count: int, replica: int) -> int:
         return len(share(range(count), replica, self._mesh.layout.data))
@@ -255,8 +276,29 @@ def _saved(reply: Reply) -> dict[str, Any]:
 
 
 def _unrouted(saved: Mapping[str, Any]) -> bool:
-    """Of a group that was saved without routing replay."""
+    """Whether a group was saved without routing replay."""
     return any(r.get("experts") is None and r["finish_reason"] != "abort" for r in saved["replies"])
+
+
+def _length(saved: Mapping[str, Any]) -> int:
+    """Tokens of a saved reply."""
+    return int(np.prod(saved["token_ids"]["shape"]))
+
+
+def _check_saved(group: Mapping[str, Any], vocabulary: int, of: ExpertLayers | None) -> None:
+    """The rules of a server's reply, for one from a checkpoint; every rank reads all of them."""
+    try:
+        for saved in group["replies"] or ():
+            reply = _reply(saved, routed=of is not None)
+            check_tokens(reply.token_ids, reply.log_probs, vocabulary)
+            check_spans(saved["versions"], len(reply.token_ids))
+            if of is not None and reply.experts is not None:
+                check_experts(reply.experts, of)
+    except (MalformedReplyError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(
+            f"the checkpoint's sample in flight {escaped(group.get('id'))} is none of this model "
+            f"({escaped(error)}); go on from --resume previous, or from the model that it was sampled from"
+        ).on_every_rank() from error
 
 
 def _reply(saved: Mapping[str, Any], *, routed: bool) -> Reply:

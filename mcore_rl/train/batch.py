@@ -75,7 +75,8 @@ def pack_mini_batch(
     """This replica's micro-batches of one mini-batch; every replica gets equally many.
 
     Each row carries its `weight` (aggregation weight with the mini-batch's GLOBAL denominators), the server's
-    `rollout_log_prob`, the number of its `sample`, and `fields`: by name what has an entry for each member.
+    `rollout_log_prob`, the number of its `sample`, `sequence_tokens` (how many of its are scored), and
+    `fields`: by name what has an entry for each member.
     """
     samples = [batch.samples[i] for i in members]
     sequences = [token_sequence(sample) for sample in samples]
@@ -89,6 +90,7 @@ def pack_mini_batch(
     )
     rows = {
         "weight": weight.tolist(),
+        "sequence_tokens": scored.tolist(),
         "rollout_log_prob": [sample.log_probs for sample in samples],
         "sample": members.tolist(),
     }

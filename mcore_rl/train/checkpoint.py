@@ -27,10 +27,13 @@ from mcore_rl.checkpoint import (
 )
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
-from mcore_rl.errors import ConfigError, PreemptedError
+from mcore_rl.data.cursor import knows_content
+from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
 from mcore_rl.metrics import StepLog
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import printable
+from mcore_rl.train.rundir import begin, check_history, is_inside, root_of
 
 if TYPE_CHECKING:
     from mcore_rl.train.setup import Trainer
@@ -68,19 +71,15 @@ def open_checkpoints(config: Config, mesh: Mesh, resume: str | None) -> Iterator
         yield checkpoints
 
 
-def root_of(config: Config) -> Path:
-    """Where the run's checkpoints are."""
-    return config.checkpoint.dir or config.run.dir / "checkpoints"
-
-
 def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
     """What the run continues from; None for the beginning. Collective.
 
-    An attempt that torchrun or Slurm restarted continues from its latest checkpoint unasked. Every agent of
-    torchrun counts the restarts that it began itself: one of them is enough.
+    An attempt that torchrun or Slurm restarted continues from its latest checkpoint unasked, also where it
+    began with a checkpoint of another run. Every agent of torchrun counts the restarts that it began itself:
+    one of them is enough.
 
     Raises:
-        ConfigError: there is no such checkpoint, or a new run would bury those of another.
+        ConfigError: there is no such checkpoint, or the directories hold another run, which would be buried.
         DamagedCheckpointError: its manifest is damaged.
     """
     root = root_of(config)
@@ -89,9 +88,13 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
 
     def look() -> Saved | None:
         known = committed(root)
-        if resume is not None or (restarted and known):
-            return find(root, resume or "latest")
-        if config.checkpoint.every and known:
+        own = resume in ("latest", "previous") or (resume is not None and is_inside(config, Path(resume)))
+        which = "latest" if restarted and known and not own else resume
+        if which is not None:
+            saved = find(root, which)
+            check_history(config, saved, known)
+            return saved
+        if known:
             raise ConfigError(
                 f"{root} holds the checkpoints of a run up to step {known[-1][0]}: continue it with "
                 "--resume latest, or give this run another run.dir"
@@ -101,21 +104,43 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
     return on_main(mesh, look)
 
 
+def check_what_is_left(config: Config, saved: Saved | None) -> None:
+    """A run that continues after its last step is complete; a supervised one still has its model to write.
+
+    Raises:
+        NothingToDo: on every rank, before anything is built.
+    """
+    steps = config.train.steps
+    if saved is None or saved.step < steps or config.supervised_only:
+        return
+    raise NothingToDo(
+        f"nothing to do: step {saved.step} of train.steps = {steps} is done ({saved.path}); "
+        "raise train.steps to train further"
+    ).on_every_rank()
+
+
 def restore(run: Trainer) -> None:
     """Continue from `run.saved`, where there is one: weights, Adam, schedules, cursor, random states, log.
+
+    Then the run directory is this run's.
 
     Raises:
         DamagedCheckpointError, ConfigError, DataError: before anything of the run directory is changed.
     """
-    if run.saved is None or run.checkpoints is None:
-        return
-    document = run.saved.document
-    if "ahead" in document["state"].keys() - run.stateful.keys():
+    if run.saved is not None and run.checkpoints is not None:
+        _restore(run, run.saved, run.checkpoints)
+    on_main(run.mesh, lambda: begin(run.config, run.identity))
+
+
+def _restore(run: Trainer, saved: Saved, checkpoints: Checkpoints) -> None:
+    document = saved.document
+    in_flight = document["state"].get("ahead", {}).get("groups", [])
+    if in_flight and "ahead" not in run.stateful:
         raise ConfigError(
-            f"{run.saved.path} holds samples in flight, and their prompts would never be trained: resume "
-            "with rollout.max_staleness of 1 or more"
+            f"{saved.path} holds {len(in_flight)} groups of samples in flight, and their prompts would never "
+            "be trained: resume with rollout.max_staleness of 1 or more"
         )
-    run.checkpoints.load(run.saved, pieces(run))
+    checkpoints.load(saved, pieces(run))
     for prefix, optimizer in run.optimizers.items():
         set_updates(optimizer, document["updates"][prefix])
     for name, part in run.stateful.items():
@@ -123,10 +148,13 @@ def restore(run: Trainer) -> None:
             part.restore(document["state"][name])
     run.step_log = StepLog(run.config.run.dir, rank=run.mesh.rank, resume_step=run.step)
     changed = ", ".join(_changed(document["config"], run.config.model_dump(mode="json")))
-    run.step_log.event("resume", step=run.step, path=str(run.saved.path), changed=changed)
+    run.step_log.event("resume", step=run.step, path=str(saved.path), changed=changed)
     if run.mesh.is_main:
         since = f"; changed since: {changed}" if changed else ""
-        print(f"resumed after step {run.step} from {run.saved.path}{since}", file=sys.stderr, flush=True)
+        if not knows_content(document["state"]["cursor"]):
+            since += "; saved by an earlier version: only the ids of the training prompts could be compared"
+        line = f"resumed after step {run.step} from {saved.path}{since}"
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def end_step(run: Trainer, step: int) -> None:
@@ -168,6 +196,7 @@ def pieces(run: Trainer) -> list[Piece]:
 def run_document(run: Trainer) -> dict[str, Any]:
     """All else, as JSON; the random states are added by Checkpoints."""
     return {
+        "run_id": run.identity.run,
         "config": run.config.model_dump(mode="json"),
         "updates": {prefix: count_updates(optimizer) for prefix, optimizer in run.optimizers.items()},
         "state": {name: part.state() for name, part in run.stateful.items()},

@@ -10,6 +10,7 @@ from mcore_rl.data.prompts import Limit, PromptSet, Response
 from mcore_rl.errors import DataError
 from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.precision import packed_multiple, token_multiple
+from mcore_rl.terminal import printable
 
 if TYPE_CHECKING:
     from mcore_rl.train.setup import Trainer
@@ -85,4 +86,4 @@ def count_dropped(run: Trainer, name: str, found: PromptSet) -> None:
         id=found.too_long[0],
     )
     if run.mesh.is_main:
-        print(f"data.{name}: {describe_dropped(run.config, found)}", file=sys.stderr, flush=True)
+        print(printable(f"data.{name}: {describe_dropped(run.config, found)}"), file=sys.stderr, flush=True)

@@ -155,7 +155,7 @@ class _Observed:
     def rowwise(self, batch: PackedBatch) -> bool:
         return self.loss.rowwise(batch)
 
-    def __call__(self, batch: PackedBatch, output: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def __call__(self, batch: PackedBatch, output: Any) -> tuple[Tensor, Mapping[Any, Tensor]]:
         self.inspector.look_at(batch, output)
         total, metrics = self.loss(batch, output)
         self.inspector.look_at_loss(total)

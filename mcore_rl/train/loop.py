@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,8 @@ from mcore_rl.train.batch import (
 from mcore_rl.train.checkpoint import end_step
 from mcore_rl.train.colocated import release_servers
 from mcore_rl.train.evaluate import evaluate
-from mcore_rl.train.metrics import StepMetrics, critic_metrics, policy_metrics, rollout_metrics
+from mcore_rl.train.metrics import StepMetrics, rollout_metrics
+from mcore_rl.train.mismatch import screen
 from mcore_rl.train.publish import publish
 from mcore_rl.train.run import Run, rollout, start
 from mcore_rl.train.score import log_probs, values
@@ -50,10 +51,12 @@ def train(config: Config, resume: str | None = None) -> None:
 
 def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
-    asked = run.config.rollout.prompts_per_step * run.config.rollout.samples_per_prompt
+    screened = screen(run, batch, step)
+    batch = screened.batch
+    asked = run.config.rollout.prompts_per_step * run.config.rollout.samples_per_prompt - screened.dropped
     parts = split_mini_batches(len(batch.samples), run.shape.mini_batches, seed=(run.config.run.seed, step))
     with run.timers("score"):
-        scores = score(run, batch, parts)
+        scores = score(run, batch, parts, screened.old_log_probs)
     advantages = compute_advantages(batch, run.algorithm, scores)
     policy, critic = StepMetrics(), StepMetrics()
     with run.timers("train"):
@@ -67,29 +70,41 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
                 policy.add(*run_update(run, Update("policy", step, run.optimizer, run.objective, *data)))
     return (
         rollout_metrics(batch, advantages.fields["advantage"], asked)
+        | screened.metrics
         | advantages.metrics
-        | policy.reduce(run.mesh, policy_metrics)
-        | critic.reduce(run.mesh, critic_metrics)
+        | policy.reduce(run.mesh, "grad_norm")
+        | critic.reduce(run.mesh, "grad_norm/critic")
     )
 
 
-def score(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Scores:
+def score(
+    run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray], known: Mapping[int, np.ndarray]
+) -> Scores:
     """One forward pass of each model that the algorithm asks, before the rollout's first update.
 
-    The first mini-batch needs no old log-probs on its first visit: the policy is the old one, so the ratio is
-    1 by construction. A KL in the reward needs them of all samples.
+    `known`: the old log-probs of all samples, where they were taken already.
     """
-    all_of_them = run.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
-    members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
-    routed = [token_sequence(sample) for sample in batch.samples]
-    sequences = [replace(sequence, experts=None) for sequence in routed]  # other models route for themselves
-    later = [routed[i] for i in members]
-    old = log_probs(run.policy, later, run.shape, run.temperature) if later else []
+    old = known or old_log_probs(run, batch, parts)
+    # Other models than the policy route for themselves.
+    sequences = [replace(token_sequence(sample), experts=None) for sample in batch.samples]
     with run.residency.during("reference"):
         ref = log_probs(run.reference, sequences, run.shape, run.temperature) if run.reference else []
     with run.residency.during("values"):
         value = values(run.critic.model, sequences, run.shape) if run.critic else []
-    return Scores(dict(zip(members, old, strict=True)), ref, value)
+    return Scores(old, ref, value)
+
+
+def old_log_probs(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Mapping[int, np.ndarray]:
+    """Sample number -> [n_i] of the policy, of the samples whose mini-batches need them.
+
+    The first mini-batch needs none on its first visit: the policy is the old one, so the ratio is 1 by
+    construction. A KL in the reward needs them of all samples.
+    """
+    all_of_them = run.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
+    members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
+    later = [token_sequence(batch.samples[i]) for i in members]
+    scored = log_probs(run.policy, later, run.shape, run.temperature) if later else []
+    return dict(zip(members.tolist(), scored, strict=True))
 
 
 def mini_batches(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
 import torch
 
 from mcore_rl.config import Config
-from mcore_rl.errors import LayoutError
+from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.precision import check_precision
 
 NODE_GPUS = 8
 """of the nodes in a launch line that is printed where this machine has no GPU"""
 CPU_RANKS = 8
 """A machine without GPUs runs this many ranks, or one per core where it has more."""
+OPEN_FILES = 256
+"""that a rank must be allowed to have; one of two on a CPU has about 70, each further peer adds some"""
+_MANY_FILES = 65536
 
 
 def check_rank(config: Config) -> None:
@@ -23,13 +27,14 @@ def check_rank(config: Config) -> None:
 
     Raises:
         LayoutError: they are not; it says what is missing and how to start the run.
-        ConfigError: the precision cannot run here.
+        ConfigError: the precision cannot run here, or too few files may be open.
     """
     running, replica = int(os.environ["WORLD_SIZE"]), replica_size(config)
     wanted = replica * (config.parallel.data or max(1, running // replica))
     if running != wanted:
         raise LayoutError(_what_to_do(config, f"{running} of {wanted} processes are running"))
     check_precision(config.model.precision, config.model.fp8_recipe)
+    check_open_files()
 
 
 def check_node(config: Config) -> None:
@@ -43,6 +48,25 @@ def check_node(config: Config) -> None:
     if ranks > room:
         raise LayoutError(_what_to_do(config, f"this machine has {gpus} GPUs"))
     check_precision(config.model.precision, config.model.fp8_recipe)
+    check_open_files()
+
+
+def check_open_files() -> None:
+    """Raise this process's own limit of open files, within the hard one; what it starts inherits it.
+
+    Raises:
+        ConfigError: that is not enough for a rank.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _MANY_FILES:
+        soft = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        raise ConfigError(
+            f"ulimit -n: a process may open {soft} files here, and a rank needs {OPEN_FILES} (connections to "
+            "the other ranks and the servers, shards); raise it: `ulimit -n 65536` before the command, "
+            "LimitNOFILE= of a service, --ulimit nofile=65536 of docker"
+        )
 
 
 def replica_size(config: Config) -> int:

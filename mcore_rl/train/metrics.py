@@ -1,9 +1,9 @@
-"""The metrics of one step: sums from every micro-batch, reduced once, named as users read them."""
+"""The metrics of one step: parts from every micro-batch, reduced once, each read by its own type."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,116 +11,120 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo.diagnostics import ALERT_RATIO, GradientScale, gradient_scale
+from mcore_rl.algo.metrics import Key, Metric, Total
 from mcore_rl.parallel.control import reduce_maxima, reduce_sums
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.batch import RolloutBatch
-from mcore_rl.train.objective import MISMATCH_EDGES
 
 ON_POLICY_RATIO = "head/grad_ratio_on_policy"
-"""Of the first mini-batch of a rollout alone: the one that algo.diagnostics bounds."""
+"""The ratio of the first mini-batch of a rollout alone, the one that algo.diagnostics bounds."""
+
+
+class Gathered:
+    """The parts of some calls of an objective: added up, or the largest taken."""
+
+    def __init__(self, calls: Iterable[Mapping[Key, Tensor]] = ()) -> None:
+        """Begin with the parts of `calls`."""
+        self._parts: dict[Key, Tensor] = {}
+        self.add(calls)
+
+    def add(self, calls: Iterable[Mapping[Key, Tensor]]) -> None:
+        """Add the parts of more calls; there are none off the last pipeline stage."""
+        for parts in calls:
+            for key, value in parts.items():
+                merge = torch.maximum if key.kind.largest else torch.add
+                self._parts[key] = merge(self._parts[key], value) if key in self._parts else value
+
+    def reduce(self, mesh: Mesh) -> dict[Key, Tensor]:
+        """Return the parts over all ranks that own metrics; collective, the same everywhere."""
+        sums = {key: value for key, value in self._parts.items() if not key.kind.largest}
+        maxima = {key: value for key, value in self._parts.items() if key.kind.largest}
+        return reduce_sums(mesh, sums) | reduce_maxima(mesh, maxima)
 
 
 class StepMetrics:
-    """Collects an objective's sums over the mini-batches of a step."""
+    """Collects an objective's parts over the mini-batches of a step."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._maxima: dict[str, Tensor] = {}
+        self._gathered = Gathered()
         self._norms: list[float] = []
 
-    def add(self, micro_batches: Iterable[Mapping[str, Tensor]], grad_norm: float) -> None:
-        """One optimizer step's sums (`max/...`: maxima) per micro-batch; none off the last pipeline stage."""
+    def add(self, micro_batches: Iterable[Mapping[Key, Tensor]], grad_norm: float) -> None:
+        """Add one optimizer step: the parts of each micro-batch, and the gradient's norm."""
         self._norms.append(grad_norm)
-        for sums in micro_batches:
-            for name, value in sums.items():
-                kept, merge = (
-                    (self._maxima, torch.maximum) if name.startswith("max/") else (self._sums, torch.add)
-                )
-                kept[name] = merge(kept[name], value) if name in kept else value
+        self._gathered.add(micro_batches)
 
-    def reduce(self, mesh: Mesh, metrics: Callable[[Totals], dict[str, float]]) -> dict[str, float]:
-        """`policy_metrics` or `critic_metrics` of what all ranks added; collective, the same everywhere.
+    def reduce(self, mesh: Mesh, grad_norm: str) -> dict[str, float]:
+        """Return the metrics of what all ranks added; collective, the same everywhere.
 
-        Nothing where no optimizer step was taken.
+        The mean norm of the gradient is logged as `grad_norm`. Nothing where no optimizer step was taken.
         """
         if not self._norms:
             return {}
-        sums, maxima = reduce_sums(mesh, self._sums), reduce_maxima(mesh, self._maxima)
-        return metrics(Totals(sums | maxima, len(self._norms), statistics.fmean(self._norms)))
+        found = read(self._gathered.reduce(mesh), len(self._norms))
+        return {**found, grad_norm: statistics.fmean(self._norms)}
+
+
+def read(totals: Mapping[Key, Tensor], updates: int) -> dict[str, float]:
+    """Turn reduced parts of `updates` optimizer steps into numbers, each under its own name."""
+    found: dict[str, float] = {}
+    for key, total in totals.items():
+        found |= key.kind.read(key.name, total, updates)
+    return found
+
+
+def loss_is_finite(parts: Mapping[Key, Tensor]) -> bool:
+    """Every total of one call is finite: its loss, whatever it is called."""
+    return all(bool(value.isfinite()) for key, value in parts.items() if isinstance(key.kind, Total))
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums and maxima over all ranks of one training step."""
+class Scale(Total):
+    """The sum of magnitudes, against which an error of the sum is measured; it is not logged."""
 
-    values: Mapping[str, Tensor]
-    updates: int
-    """optimizer steps"""
-    grad_norm: float
-    """their mean"""
-
-    def __getitem__(self, name: str) -> float:
-        return self.values[name].item()
-
-    def mean(self, name: str) -> float:
-        """Per scored token."""
-        return self[name] / max(self["tokens"], 1.0)
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return nothing; see Metric.read."""
+        return {}
 
 
-def policy_metrics(totals: Totals) -> dict[str, float]:
-    """Of PolicyObjective's sums."""
-    known = {
-        "loss/policy": totals["loss"] / totals.updates,
-        "ratio/mean": totals.mean("ratio"),
-        "ratio/max": totals["max/ratio"],
-        "ratio/min": -totals["max/-ratio"],
-        "clip/fraction": totals.mean("clipped"),
-        "entropy": totals.mean("entropy"),
-        "kl/rollout": totals.mean("kl_rollout"),
-        **mismatch_metrics(totals),
-        "grad_norm": totals.grad_norm,
-        **head_metrics(gradient_scale(totals.values["head"])),
-    }
-    if "kl_reference" in totals.values:
-        known["kl/reference"] = totals.mean("kl_reference")
-    if "head/on_policy" in totals.values:
-        known[ON_POLICY_RATIO] = gradient_scale(totals.values["head/on_policy"]).ratio
-    return known
+@dataclass(frozen=True)
+class EffectiveSampleSize(Metric):
+    """(sum w)^2 / (n sum w^2) of importance weights: 1 where all are equal."""
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        weights = torch.where(rows, values, 0.0)
+        return torch.stack([weights.sum(), weights.square().sum(), rows.sum().double()])
+
+    def _read(self, total: Tensor) -> float | None:
+        weight, squared, count = total.tolist()
+        return weight**2 / max(squared * count, 1e-300) if count else None
 
 
-def mismatch_metrics(totals: Totals) -> dict[str, float]:
-    """`mismatch/*`: the servers against the trainer, on tokens of the weights in training, if there are any.
+@dataclass(frozen=True)
+class HeadGradient(Metric):
+    """The gradient scale of the lm_head; `values` are the sums of algo.diagnostics.gradient_scale_sums."""
 
-    `behaviour/*`: the policy that sampled (stale, or another engine) against the one in training, on all
-    tokens: KL estimates k1 and k3, the effective sample size over the number of tokens (1: no difference),
-    and the largest difference of a log-prob.
-    """
-    known = {
-        "behaviour/k1": totals.mean("behaviour_k1"),
-        "behaviour/k3": totals.mean("behaviour_k3"),
-        "behaviour/ess": totals["behaviour_weight"] ** 2
-        / max(totals["behaviour_weight_squared"] * totals["tokens"], 1e-300),
-        "behaviour/max_abs": totals["max/behaviour"],
-    }
-    if totals.values["mismatch"].sum() > 0:
-        known["mismatch/max_abs"] = totals["max/mismatch"]
-        known["mismatch/p999"] = quantile(totals.values["mismatch"], 0.999)
-    if "correction" in totals.values:
-        known["correction/mean"] = totals.mean("correction")
-    return known
+    def part(self, usable: Tensor) -> Tensor:
+        """Return the sums, which are already over rows."""
+        assert self.values is not None
+        return self.values
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return what was measured, what was predicted, and their ratio."""
+        return head_metrics(gradient_scale(total))
 
 
-def critic_metrics(totals: Totals) -> dict[str, float]:
-    """Of ValueObjective's sums."""
-    return {
-        "loss/value": totals["loss"] / totals.updates,
-        "value/clip_fraction": totals.mean("clipped"),
-        "grad_norm/critic": totals.grad_norm,
-    }
+@dataclass(frozen=True)
+class HeadRatio(HeadGradient):
+    """Only the ratio of it."""
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return the ratio of measured to predicted."""
+        return {name: gradient_scale(total).ratio}
 
 
 def head_metrics(scale: GradientScale) -> dict[str, float]:
-    """The gradient scale of the lm_head: algo.diagnostics."""
+    """Name the gradient scale of the lm_head; see algo.diagnostics."""
     return {
         "head/grad_measured": scale.measured,
         "head/grad_predicted": scale.predicted,
@@ -150,15 +154,6 @@ class GradientAlert:
     def restore(self, state: Mapping[str, int]) -> None:
         """Continue from `state`."""
         self._above = state["above"]
-
-
-def quantile(histogram: Tensor, fraction: float) -> float:
-    """Upper edge of the MISMATCH_EDGES bin in which `fraction` of the counts is reached; 0 for no counts."""
-    total = histogram.sum()
-    if total == 0:
-        return 0.0
-    bin_index = int(torch.searchsorted(histogram.cumsum(0), fraction * total))
-    return float(MISMATCH_EDGES[bin_index + 1])
 
 
 def rollout_metrics(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.errors import RolloutError, WeightSyncError
+from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
+from mcore_rl.rollout.dispatch import no_server_left
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.colocated import bring_back, restart_ended
-from mcore_rl.weights.publish import server_log_probs
+from mcore_rl.weights.transport import server_log_probs
 
 if TYPE_CHECKING:
     from mcore_rl.train.run import Run
@@ -82,8 +83,7 @@ def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, lis
     scores, failed = on_main(run.mesh, lambda: server_log_probs(run.fleet.serving, probe, tag))
     run.lose(failed)
     if not scores:
-        why = dict(run.fleet.standing.lost)
-        raise RolloutError(f"no rollout server is left: {why}").on_every_rank()
+        raise no_server_left(run.fleet.standing.lost).on_every_rank()
     return scores
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,11 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.sections import Parallel
+from mcore_rl.directories import make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.model.architecture import read_architecture, read_hf_config
-from mcore_rl.model.critic import CriticMapping, with_value_head
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.critic import CriticParameterMap, with_value_head
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.weights_io import hf_reader, random_reader
+from mcore_rl.terminal import printable
 from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
 from mcore_rl.train.setup import layout_of, world_size
 
@@ -56,7 +57,7 @@ def rehearse(config: Config, processes: int | None = None) -> int:
 
 
 def _say(what: str) -> None:
-    print(f"rehearsal: {what}", file=sys.stderr, flush=True)
+    print(printable(f"rehearsal: {what}"), file=sys.stderr, flush=True)
 
 
 def _rehearse_as_rank(config: Config) -> int:
@@ -81,7 +82,7 @@ def _exported(tiny: Config) -> str:
     """
     (directory,) = (tiny.run.dir / "weights").iterdir()
     arch = read_architecture(directory)
-    hf_reader(directory, Mapping(arch, arch.vocab))
+    hf_reader(directory, ParameterMap(arch, arch.vocab))
     return f"exported and read back: {directory}"
 
 
@@ -92,9 +93,10 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
 
     Raises:
         LayoutError: not even degrees of 2 fit into so many processes.
+        ConfigError: RUN_DIR/rehearsal holds what something else wrote.
     """
     directory = config.run.dir / "rehearsal"
-    shutil.rmtree(directory, ignore_errors=True)
+    make(directory, "set run.dir to another directory")
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
@@ -165,7 +167,7 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    directory.mkdir(parents=True)
+    make(directory, "set run.dir to another directory")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=_VOCABULARY[0], eos_token=_VOCABULARY[1]
     ).save_pretrained(directory)
@@ -176,7 +178,7 @@ def _write_reward_model(directory: Path, source: Path, parallel: Parallel, seed:
     """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
     _write_model(directory, shrink_model(read_hf_config(source), parallel))
     arch = read_architecture(directory)
-    mapping = CriticMapping(arch, arch.vocab)
+    mapping = CriticParameterMap(arch, arch.vocab)
     read = with_value_head(random_reader(mapping, seed), arch, seed)
     save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
 

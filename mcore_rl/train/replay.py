@@ -19,6 +19,7 @@ from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
+from mcore_rl.terminal import printable
 from mcore_rl.train.batch import align_of
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.finite import Finding, Inspector
@@ -33,6 +34,7 @@ from mcore_rl.train.setup import (
 )
 from mcore_rl.train.supervised import NegativeLogLikelihood
 from mcore_rl.train.update import alone, from_json
+from mcore_rl.train.watchdog import collective_timeout
 
 
 def replay_dump(config: Config, path: Path) -> None:
@@ -48,8 +50,9 @@ def replay_dump(config: Config, path: Path) -> None:
     dump = saved.document["numerics"]
     layout = layout_of(config, world_size())
     layout.check(world_size())
-    with process_group(config.train.step_timeout):
-        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+    timeout = collective_timeout(config.train.step_timeout)
+    with process_group(timeout):
+        mesh = build_mesh(layout, timeout=timeout)
         try:
             with recorded(config.run.dir), watched(config, mesh):
                 _replay(config, mesh, saved, dump)
@@ -93,7 +96,7 @@ def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
         return NegativeLogLikelihood()
     if kind == "critic":
         return ValueObjective(config.critic.value_clip or None, config.critic.coef)
-    algorithm = configure(config.algorithm.name, config.algorithm.params)
+    algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     return PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None)
 
 
@@ -109,7 +112,8 @@ def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[Findi
     if mesh.is_main:
         known = ", ".join(f"{key} {dump[key]}" for key in ("kind", "step", "micro_batch", "replica", "ranks"))
         lines = [known, f"samples {', '.join(dump['samples'])}", *(str(first[p]) for p in sorted(first))]
-        print("\n".join(f"replay: {line}" for line in lines), file=sys.stderr, flush=True)
+        for line in lines:
+            print(printable(f"replay: {line}"), file=sys.stderr, flush=True)
         if not findings:
             print("replay: every value is finite; the fault does not repeat", file=sys.stderr, flush=True)
     if findings:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config, is_loopback
 from mcore_rl.data.cursor import share
+from mcore_rl.directories import write_whole
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import Model, build_critic, build_policy
@@ -28,14 +28,16 @@ from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
-from mcore_rl.rollout.sampler import Rollout, sample_groups
+from mcore_rl.rollout.sampler import sample_groups
 from mcore_rl.train.ahead import Ahead
 from mcore_rl.train.checkpoint import restore
 from mcore_rl.train.data import count_dropped
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
+from mcore_rl.train.mismatch import Notices, notice
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
+from mcore_rl.train.rundir import open_samples, published_to
 from mcore_rl.train.setup import (
     Trainer,
     model_settings,
@@ -47,9 +49,11 @@ from mcore_rl.train.setup import (
 )
 from mcore_rl.train.share import share_groups
 from mcore_rl.types import ExpertLayers, Group, Prompt, Tokens
-from mcore_rl.weights.changes import Changes
-from mcore_rl.weights.publish import wait_for_servers
-from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
+from mcore_rl.weights.broadcast import Distributed
+from mcore_rl.weights.disk import Changes, Disk, export
+from mcore_rl.weights.encoding import ENCODINGS
+from mcore_rl.weights.shared import SharedTensor
+from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _CALLS_PER_SERVER = 4
 """of a rollout: few, for the servers batch; not one, so that what a lost server had is not everything"""
@@ -86,15 +90,15 @@ class Run(Trainer):
     """generates beside training; None where rollouts and training take turns"""
     experts: ExpertLayers | None = None
     """of the policy, where its routing is replayed"""
+    notices: Notices = field(default_factory=Notices)
+    """what the terminal was told of a mismatch to the servers"""
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """As Trainer's; a gradient scale or a mismatch to the servers out of bounds is an event too."""
         if self.ahead is not None:
             metrics = {**metrics, **self.ahead.metrics}
         super().log(step, metrics)
-        mismatch, limit = float(metrics.get("mismatch/p999", 0.0)), self.config.publish.tolerance_p999
-        if mismatch > limit:
-            self.step_log.event("mismatch", step=step, p999=mismatch, limit=limit)
+        notice(self, step, metrics)
         if self.alert.due(metrics):
             self.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
 
@@ -132,7 +136,7 @@ class Run(Trainer):
 @contextmanager
 def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
-    algorithm = configure(config.algorithm.name, config.algorithm.params)
+    algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     updates = config.algorithm.mini_batches * config.algorithm.epochs
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     reward = load_reward(config.reward.function)
@@ -148,13 +152,15 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
         if critic is not None:
             trainer.optimizers["critic."] = critic.optimizer
-        ahead = Ahead(config, trainer.prompts.prompts, experts) if config.rollout.max_staleness else None
-        if ahead is not None:
+        vocabulary = read_architecture(config.model.path).vocab
+        prompts, ahead = trainer.prompts.prompts, None
+        if config.rollout.max_staleness:
+            ahead = Ahead(config, prompts, vocabulary, experts)
             trainer.stateful["ahead"] = ahead
         judge = Judge(reward, place_reward_model(trainer))
         restore(trainer)  # before a server starts on the policy's weights
         offload_trained(trainer, critic)
-        weights_dir = config.publish.dir or config.run.dir / "weights"
+        weights_dir = published_to(config)
         transport = transport_of(config, weights_dir)
         fleet = build_fleet(config, trainer.policy, weights_dir, stack)
         stack.callback(transport.close, fleet)
@@ -169,8 +175,8 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         if ahead is not None:
             ahead.start(trainer.mesh, fleet)
             stack.callback(ahead.close)
-        if trainer.saved is None:
-            on_main(trainer.mesh, lambda: shutil.rmtree(config.run.dir / "samples", ignore_errors=True))
+        keep = trainer.saved is not None
+        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
         trainer.reached("the servers were ready")
         yield Run(
             **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
@@ -272,10 +278,11 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         urls = list(r.urls)
     else:
         initial = weights_dir.resolve() / "initial"
-        policy.export(initial, quantized=config.publish.quantize == "fp8")
+        export(policy, initial, encoding=ENCODINGS[config.publish.quantize])
         urls = on_main(policy.mesh, launch)
     return Fleet(
         urls,
+        vocabulary=read_architecture(config.model.path).vocab,
         api_key_env=r.api_key_env,
         timeout=r.timeout,
         health_timeout=r.health_timeout,
@@ -304,14 +311,14 @@ def check_reach(urls: Sequence[str], hosts: Sequence[str]) -> None:
 def transport_of(config: Config, weights_dir: Path) -> Transport:
     """The configured one. Raises ConfigError where it cannot work in this launch."""
     p = config.publish
+    encoding = ENCODINGS[p.quantize]
     if p.transport == "tensor":
-        return SharedTensor(p.bucket_mib << 20)
+        return SharedTensor(p.bucket_mib << 20, encoding)
     if p.transport == "distributed":
-        return Distributed(p.bucket_mib << 20)
+        return Distributed(p.bucket_mib << 20, encoding)
     if p.replica is not None:
-        timeout = config.rollout.timeout
-        return Changes(weights_dir, p.replica, quantized=p.quantize == "fp8", timeout=timeout)
-    return Disk(weights_dir, quantized=p.quantize == "fp8")
+        return Changes(weights_dir, p.replica, timeout=config.rollout.timeout, encoding=encoding)
+    return Disk(weights_dir, encoding)
 
 
 def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:
@@ -368,7 +375,7 @@ def sample(
     """
     mine = share(prompts, run.mesh.dp_rank, run.mesh.layout.data)
 
-    async def ask() -> tuple[Rollout, Mapping[str, str]]:
+    async def ask() -> tuple[list[Group], Mapping[str, str]]:
         async with run.fleet.dispatch(run.mesh.dp_rank, run.mesh.layout.data) as servers:
             sampled = await sample_groups(
                 servers.ask,
@@ -387,7 +394,7 @@ def sample(
         with run.timers("rollout"):
             sampled, lost = asyncio.run(ask())
         with run.timers("reward"):
-            return run.judge.by_function(sampled.groups), lost
+            return run.judge.by_function(sampled), lost
 
     groups, losses = share_groups(run.mesh, {prompt.id: prompt for prompt in prompts}, work)
     run.lose({url: why for lost in losses for url, why in lost.items()})
@@ -396,13 +403,9 @@ def sample(
 
 
 def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -> None:
-    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people."""
-    if not run.mesh.is_main:
-        return
-    directory = run.config.run.dir / "samples"
-    directory.mkdir(exist_ok=True)
+    """RUN_DIR/samples/step_N.jsonl: the first sample of a few groups, for people; collective."""
     shown = [group.samples[0] for group in groups if group.samples][:count]
-    lines = [
+    records = (
         {
             "step": step,
             "prompt": s.prompt.text,
@@ -411,5 +414,6 @@ def save_samples(run: Run, step: int, groups: Sequence[Group], count: int = 8) -
             "reward": s.reward,
         }
         for s in shown
-    ]
-    (directory / f"step_{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    )
+    path = run.config.run.dir / "samples" / f"step_{step}.jsonl"
+    on_main(run.mesh, lambda: write_whole(path, "".join(json.dumps(record) + "\n" for record in records)))

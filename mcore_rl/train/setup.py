@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mcore_rl.checkpoint import Checkpoints, Saved, seed_rng
-from mcore_rl.config import Config, to_toml
+from mcore_rl.config import Config
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet, load_prompts
@@ -38,11 +38,19 @@ from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.terminal import printable
 from mcore_rl.train.batch import Shape, align_of
-from mcore_rl.train.checkpoint import Stateful, find_start, leave_when_asked, open_checkpoints
+from mcore_rl.train.checkpoint import (
+    Stateful,
+    check_what_is_left,
+    find_start,
+    leave_when_asked,
+    open_checkpoints,
+)
 from mcore_rl.train.data import check_batch, count_dropped, response_of
 from mcore_rl.train.ending import recorded
-from mcore_rl.train.watchdog import Watchdog
+from mcore_rl.train.rundir import Identity, identity_of
+from mcore_rl.train.watchdog import Watchdog, collective_timeout
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """a tokenizer has one of them"""
@@ -75,6 +83,8 @@ class Trainer:
     """None where nothing is saved or resumed"""
     saved: Saved | None
     """what the run continues from"""
+    identity: Identity
+    """which run it is; the main rank's counts"""
     leave: threading.Event
     """set when this rank is asked to leave"""
     residency: Residency
@@ -92,9 +102,9 @@ class Trainer:
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Write a step to metrics.jsonl and say it on the main rank."""
         record = {**metrics, **self.timers.collect()}
-        self.step_log.write(step, record)
+        on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
         if self.mesh.is_main:
-            print(self.progress.line(step, record), file=sys.stderr, flush=True)
+            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.reached(f"step {step}")
 
     def reached(self, what: str) -> None:
@@ -119,8 +129,9 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     layout = layout_of(config, world_size())
     layout.check(world_size())
     check_layout(read_architecture(config.model.path), layout)
-    with process_group(config.train.step_timeout):
-        mesh = build_mesh(layout, timeout=config.train.step_timeout)
+    timeout = collective_timeout(config.train.step_timeout)
+    with process_group(timeout):
+        mesh = build_mesh(layout, timeout=timeout)
         try:
             with (
                 recorded(config.run.dir),
@@ -128,8 +139,10 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 open_checkpoints(config, mesh, resume) as checkpoints,
             ):
                 saved = find_start(config, mesh, resume)
+                check_what_is_left(config, saved)
                 trainer = build_trainer(config, mesh, optimizer_steps, keep_log=saved is not None)
                 trainer.checkpoints, trainer.saved, trainer.watchdog = checkpoints, saved, watchdog
+                trainer.identity = on_main(mesh, lambda: identity_of(config, saved))
                 trainer.reached("the model was built")
                 with leave_when_asked(active=bool(config.checkpoint.every)) as trainer.leave:
                     yield trainer
@@ -153,7 +166,6 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
     check_gradient_scale(policy)
     optimizer = optimizer_of(config, policy, optimizer_steps)
     cursor = PromptCursor(prompts, config.run.seed)
-    on_main(mesh, lambda: write_resolved(config))
     trainer = Trainer(
         config=config,
         mesh=mesh,
@@ -171,6 +183,7 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         stateful={"cursor": cursor},
         checkpoints=None,
         saved=None,
+        identity=identity_of(config, None),
         leave=threading.Event(),
         residency=Residency(),
         watchdog=None,
@@ -325,9 +338,3 @@ def shape_of(config: Config, mesh: Mesh) -> Shape:
         cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
     )
-
-
-def write_resolved(config: Config) -> None:
-    """RUN_DIR/resolved.toml: every setting of the run."""
-    config.run.dir.mkdir(parents=True, exist_ok=True)
-    (config.run.dir / "resolved.toml").write_text(to_toml(config))

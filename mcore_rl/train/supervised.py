@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mcore_rl.algo.aggregation import weighted_sum
 from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
+from mcore_rl.algo.metrics import Key, Mean, Total
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.parallel.control import reduce_sums
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.checkpoint import end_step, restore
-from mcore_rl.train.metrics import head_metrics
+from mcore_rl.train.metrics import Gathered, HeadGradient, read
+from mcore_rl.train.objective import Parts
 from mcore_rl.train.setup import Trainer, offload_optimizers, start_trainer
 from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
+from mcore_rl.weights.disk import export
+
+HEAD = Key("head", HeadGradient(None))
 
 
 def train_supervised(config: Config, resume: str | None = None) -> None:
@@ -33,7 +37,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
                 metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)
             run.log(step, metrics | (run.counted if step == 1 else {}))
             end_step(run, step)
-        run.policy.export(config.run.dir / "model")
+        export(run.policy, config.run.dir / "model")
 
 
 def train_step(run: Trainer, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
@@ -49,19 +53,14 @@ def train_step(run: Trainer, prompts: Sequence[Prompt], step: int) -> dict[str, 
     batches = pack_share(sequences, fields, run.shape, run.mesh)
     objective, ids = NegativeLogLikelihood(), [prompt.id for prompt in prompts]
     sums, norm = run_update(run, Update("supervised", step, run.optimizer, objective, batches, 1.0, ids))
-    totals = reduce_sums(
-        run.mesh, {name: torch.stack([s[name] for s in sums]).sum(0) for name in (sums or [{}])[0]}
-    )
-    scale = gradient_scale(totals["head"])
-    check_surprise(scale)
-    loss = totals["loss"].item()
+    totals = Gathered(sums).reduce(run.mesh)
+    check_surprise(gradient_scale(totals[HEAD]))
+    metrics = read(totals, updates=1)
     return {
-        "loss/policy": loss,
-        "perplexity": math.exp(min(loss, 50.0)),
-        "entropy": totals["entropy"].item() / tokens,
+        **metrics,
+        "perplexity": math.exp(min(metrics["loss/policy"], 50.0)),
         "grad_norm": norm,
         "tokens": tokens,
-        **head_metrics(scale),
     }
 
 
@@ -72,12 +71,16 @@ class NegativeLogLikelihood:
         """Always."""
         return True
 
-    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
-        loss = weighted_sum(sft(head.log_prob), batch.fields["weight"])
-        one = torch.ones_like(head.log_prob)
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Parts]:
+        """Return the sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
+        loss = sft(head.log_prob)
+        weighted = batch.fields["weight"] * loss.detach()
+        one = torch.ones_like(loss)
         scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
-        return loss, {"loss": loss.double(), "entropy": head.entropy.double().sum(), "head": scale}
+        metrics = {"loss/policy": Total(weighted), "entropy": Mean(head.entropy)}
+        everything = torch.ones_like(loss, dtype=torch.bool)
+        parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
+        return weighted_sum(loss, batch.fields["weight"]), {**parts, HEAD: scale}
 
 
 def label_tokens(tokenizer, prompt: Prompt) -> list[int]:

@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcore_rl.algo.metrics import Key
 from mcore_rl.checkpoint import Checkpoints, fp8_pieces, model_pieces
-from mcore_rl.errors import CheckpointError, NumericsError
+from mcore_rl.errors import ConfigError, NumericsError, StorageError
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout import routing
+from mcore_rl.train.metrics import loss_is_finite
 from mcore_rl.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Update:
         return "critic" if self.kind == "critic" else "policy"
 
 
-def run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]], float]:
+def run_update(run: Trainer, update: Update) -> tuple[list[Mapping[Key, Tensor]], float]:
     """The objective's sums of each micro-batch, and the gradient norm.
 
     Raises:
@@ -60,11 +62,11 @@ def run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]]
         return _run_update(run, update)
 
 
-def _run_update(run: Trainer, update: Update) -> tuple[list[Mapping[str, Tensor]], float]:
+def _run_update(run: Trainer, update: Update) -> tuple[list[Mapping[Key, Tensor]], float]:
     optimizer = update.optimizer
     optimizer.zero_grad()
     sums = forward_backward(optimizer.model, update.batches, update.objective, update.temperature)
-    finite = all(bool(one["loss"].isfinite()) for one in sums)
+    finite = all(loss_is_finite(one) for one in sums)
     try:
         with run.residency.during(f"{update.phase} step"):
             return sums, optimizer.step(finite=finite)
@@ -106,7 +108,7 @@ def _dump(run: Trainer, update: Update) -> str:
     root = run.config.run.dir / "numerics"
     try:
         _save(run, update, box[0])
-    except CheckpointError as error:
+    except (StorageError, ConfigError) as error:  # no room, or the directory is not ours
         return f"It begins in {where}; it could not be kept: {error}"
     return f"It begins in {where}; --replay {root / f'step_{update.step}'} shows the value"
 
@@ -131,7 +133,7 @@ def _is_broken_alone(update: Update, batch: PackedBatch) -> bool:
         sums = forward_backward(model, alone(batch, model.mesh), update.objective, update.temperature)
     finally:
         model.config.finalize_model_grads_func = reduce
-    return not (all(bool(one["loss"].isfinite()) for one in sums) and gradients_are_finite(model))
+    return not (all(loss_is_finite(one) for one in sums) and gradients_are_finite(model))
 
 
 def alone(batch: PackedBatch, mesh: Mesh) -> list[PackedBatch]:

@@ -13,9 +13,19 @@ from pathlib import Path
 
 from mcore_rl.errors import EXIT_RETRYABLE
 from mcore_rl.train.ending import append, rank, say
+from mcore_rl.train.siblings import state_of
 
 GRACE_SECONDS = 5.0
 """in which the other ranks reach the same deadline and write their stacks"""
+HANG = "Hang"
+"""the type of the watchdog's error event"""
+_SHOWN = 8
+"""ranks that a message names"""
+
+
+def collective_timeout(step_timeout: float) -> float:
+    """Seconds that a collective waits: the watchdog, which knows all ranks, has spoken before it gives up."""
+    return step_timeout + 3 * GRACE_SECONDS
 
 
 class Watchdog:
@@ -83,11 +93,16 @@ class Watchdog:
     def _report(self) -> None:
         """By the first rank whose stack is there; the line of the rank that stood elsewhere comes first."""
         stacks = sorted((int(path.stem.removeprefix("rank_")), path) for path in self._stacks())
+        silent = sorted(set(range(self._world_size)) - {number for number, _ in stacks})
         message = (
             f"no progress for {self._timeout:g} s (train.step_timeout) since {self._since}; "
             f"stacks of {len(stacks)} of {self._world_size} ranks are in {self._directory}"
         )
-        append(self._run_dir, "error", type="Hang", message=message, exit_code=EXIT_RETRYABLE)
+        message += "".join(
+            f"\n  rank {number} wrote no stack: it is stopped, swapped out or dead ({state_of(number)})"
+            for number in silent[:_SHOWN]
+        ) + (f"\n  and {len(silent) - _SHOWN} more ranks" if len(silent) > _SHOWN else "")
+        append(self._run_dir, "error", type=HANG, message=message, exit_code=EXIT_RETRYABLE)
         if rank() != stacks[0][0]:
             return
         places: dict[str, list[int]] = {}
@@ -98,7 +113,7 @@ class Watchdog:
 
 
 def _names(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    shown = ", ".join(map(str, ranks[:_SHOWN])) + (", ..." if len(ranks) > _SHOWN else "")
     return f"rank {shown}:" if len(ranks) == 1 else f"ranks {shown}:"
 
 

@@ -5,111 +5,95 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mcore_rl.algo import advantages, aggregation, algorithms, corrections, kl, policy_losses, preference
-from mcore_rl.algo.policy_losses import TokenLoss
 from mcore_rl.algo.ratio import difference
+from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import DataError
 from mcore_rl.verify_golden.problem import Outputs, Problem
 from mcore_rl.verify_golden.samples import ADVANTAGES, MISMATCH, Case, match, whitened_gae
 
 Config = Mapping[str, Any]
-PolicyLoss = Callable[[Problem, Config, Tensor, Tensor], TokenLoss]
-"""(problem, cfg, log_prob [N, T], advantage [N, T]) -> per-token loss"""
+
 
 # --- policy_losses.npz ------------------------------------------------------------------------------------
 
 
-def _ppo(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    return policy_losses.ppo(
-        log_prob,
-        p.tensor("old_logp"),
-        advantage,
-        eps_low=cfg["eps_low"],
-        eps_high=cfg["eps_high"],
-        dual_clip=cfg.get("clip_c"),
-    )
+def _likelihood(rows: Rows) -> TokenLoss:
+    return TokenLoss(preference.sft(rows.log_prob))
 
 
-def _gspo(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    old = p.tensor("old_logp")
-    mean = p.expand(p.sequence_mean(difference(log_prob.detach(), old)))
-    return policy_losses.gspo(
-        log_prob, old, advantage, mean, eps_low=cfg["eps_low"], eps_high=cfg["eps_high"]
-    )
+def _nothing(rows: Rows) -> TokenLoss:
+    """The policy term of the cases that are a KL or entropy term alone."""
+    return TokenLoss(torch.zeros_like(rows.log_prob))
 
 
-def _sapo(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    numbers = {name: cfg[name] for name in ("tau_pos", "tau_neg")}
-    return policy_losses.sapo(log_prob, p.tensor("old_logp"), advantage, **numbers)
-
-
-def _cispo(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    return policy_losses.cispo(log_prob, p.tensor("old_logp"), advantage, eps_high=cfg["eps_high"])
-
-
-def _reinforce(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    return policy_losses.reinforce(log_prob, p.tensor("old_logp"), advantage)
-
-
-def _sft(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    loss = preference.sft(log_prob)
-    return TokenLoss(loss, torch.ones_like(loss), torch.zeros_like(loss, dtype=torch.bool))
-
-
-def _deepseek(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    mean = p.expand(p.sequence_mean(difference(log_prob.detach(), p.tensor(cfg["behaviour"]))))
-    numbers = {name: cfg[name] for name in ("eps_low", "eps_high", "delta")}
-    return policy_losses.deepseek_masked(log_prob, p.tensor("old_logp"), advantage, mean, **numbers)
-
-
-def _nothing(p: Problem, cfg: Config, log_prob: Tensor, advantage: Tensor) -> TokenLoss:
-    """Cases of a KL or entropy term alone."""
-    zero = torch.zeros_like(log_prob)
-    return TokenLoss(zero, zero, zero > 0)
-
-
-POLICY_LOSSES: Mapping[str, PolicyLoss] = {
-    "grpo_token-mean": _ppo,
-    "grpo_seq-mean-token-mean": _ppo,
-    "grpo_seq-mean-token-mean-valid": _ppo,
-    "grpo_seq-mean-token-sum": _ppo,
-    "grpo_seq-mean-token-sum-norm": _ppo,
-    "grpo_k3_beta0.04": _ppo,
-    "grpo_tis_token": _ppo,
-    "grpo_icepop": _ppo,
-    "grpo_mis_seq": _ppo,
-    "drgrpo": _ppo,
-    "dapo": _ppo,
-    "liteppo": _ppo,
-    "ppo_gae": _ppo,
-    "ppo_gae_entropy": _ppo,
-    "ppo_dualclip3": _ppo,
-    "ppo_decoupled_gae": _ppo,
-    "gspo": _gspo,
-    "gspo_token": _gspo,
-    "gspo_token-mean": _gspo,
-    "gspo_token_tokenadv": _gspo,
-    "sapo": _sapo,
-    "sapo_token-mean": _sapo,
-    "cispo": _cispo,
-    "rloo_reinforce": _reinforce,
-    "sft_token-mean": _sft,
-    "dsv32_mask": _deepseek,
-    "dsv32_mask_unbiasedkl": _deepseek,
-    "dsv32_mask_rolloutlogp": _deepseek,
-    "kl_k1": _nothing,
-    "kl_k1_iw": _nothing,
-    "kl_k2": _nothing,
-    "kl_k2_iw": _nothing,
-    "kl_k3": _nothing,
-    "kl_k3_iw": _nothing,
-    "entropy_bonus": _nothing,
+POLICY_LOSSES: Mapping[str, str] = {
+    "grpo_token-mean": "ppo",
+    "grpo_seq-mean-token-mean": "ppo",
+    "grpo_seq-mean-token-mean-valid": "ppo",
+    "grpo_seq-mean-token-sum": "ppo",
+    "grpo_seq-mean-token-sum-norm": "ppo",
+    "grpo_k3_beta0.04": "ppo",
+    "grpo_tis_token": "ppo",
+    "grpo_icepop": "ppo",
+    "grpo_mis_seq": "ppo",
+    "drgrpo": "ppo",
+    "dapo": "ppo",
+    "liteppo": "ppo",
+    "ppo_gae": "ppo",
+    "ppo_gae_entropy": "ppo",
+    "ppo_dualclip3": "ppo",
+    "ppo_decoupled_gae": "ppo",
+    "gspo": "gspo",
+    "gspo_token": "gspo",
+    "gspo_token-mean": "gspo",
+    "gspo_token_tokenadv": "gspo",
+    "sapo": "sapo",
+    "sapo_token-mean": "sapo",
+    "cispo": "cispo",
+    "rloo_reinforce": "reinforce",
+    "sft_token-mean": "sft",
+    "dsv32_mask": "deepseek_masked",
+    "dsv32_mask_unbiasedkl": "deepseek_masked",
+    "dsv32_mask_rolloutlogp": "deepseek_masked",
+    "kl_k1": "none",
+    "kl_k1_iw": "none",
+    "kl_k2": "none",
+    "kl_k2_iw": "none",
+    "kl_k3": "none",
+    "kl_k3_iw": "none",
+    "entropy_bonus": "none",
 }
+"""case -> its loss in algo.policy_losses, which gets the numbers of the cfg that it has a parameter for"""
+WITHOUT_POLICY: Mapping[str, Callable[[Rows], TokenLoss]] = {"sft": _likelihood, "none": _nothing}
+RENAMED = {"dual_clip": "clip_c"}
+"""parameter -> its name in a cfg"""
+
+
+def _loss(name: str, cfg: Config) -> Callable[[Rows], TokenLoss]:
+    known = POLICY_LOSSES[name]
+    if known in WITHOUT_POLICY:
+        return WITHOUT_POLICY[known]
+    loss = getattr(policy_losses, known)
+    named = {key: RENAMED.get(key, key) for key in algorithms.parameters(loss)}
+    return partial(loss, **{key: cfg[given] for key, given in named.items() if given in cfg})
+
+
+def rows_of(p: Problem, log_prob: Tensor, entropy: Tensor, advantage: Tensor, behaviour: str) -> Rows:
+    """The batch as a loss sees it; `behaviour` names the log-probs of the policy that sampled."""
+    old, sampled = p.tensor("old_logp"), p.tensor(behaviour)
+    current = log_prob.detach()
+    rows = Rows.of(log_prob, entropy, old=old, rollout=sampled, advantage=advantage)
+    ratios = {"sequence_log_ratio": old, "sequence_rollout_log_ratio": sampled}
+    means = {name: p.expand(p.sequence_mean(difference(current, to))) for name, to in ratios.items()}
+    return replace(rows, extras=means)
 
 
 def policy_case(p: Problem, name: str) -> Outputs:
@@ -121,13 +105,15 @@ def policy_case(p: Problem, name: str) -> Outputs:
     per_token: list[Tensor] = []
 
     def loss_of(log_prob: Tensor, entropy: Tensor) -> Tensor:
-        token = POLICY_LOSSES[name](p, cfg, log_prob, advantage)
-        per_token.append(algorithms.objective(token, correction=correction).detach())
+        rows = rows_of(p, log_prob, entropy, advantage, cfg.get("behaviour", "rollout_logp"))
+        token = _loss(name, cfg)(rows)
+        per_token.append(algorithms.objective(rows, token, correction=correction).detach())
         divergence = 0.0
         if cfg["kl"] is not None:
             estimator = cfg["kl"] + ("_iw" if cfg["iw"] else "")
             divergence = kl.kl(estimator, log_prob, p.tensor("ref_logp"), p.tensor("old_logp"))
         total = algorithms.objective(
+            rows,
             token,
             correction=correction,
             kl=divergence,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -193,28 +192,31 @@ class Problem:
             seen.append((loss.detach(), coef.view(self.mask.shape)))
             return loss
 
-        states, shard, arguments, settings = self._arguments(hidden, weight)
-        total = head.head_loss(states.flatten(0, 1), shard, arguments[0], row_loss, arguments[1], **settings)
+        states, shard, call = self._call(hidden, weight)
+        total = head.head_loss(states.flatten(0, 1), shard, call, row_loss)
         d_states, d_shard = torch.autograd.grad(total, (states, shard))
         return *seen[0], d_states, d_shard
 
     def _head(self, hidden: Tensor, weight: Tensor) -> tuple[head.HeadOutput, Tensor, Tensor]:
         """The [N, T] outputs and the leaves they came from: hidden [N, T, .], this rank's weight shard."""
-        states, shard, arguments, settings = self._arguments(hidden, weight)
-        scored = head.log_prob_entropy(states.flatten(0, 1), shard, *arguments, **settings)
+        states, shard, call = self._call(hidden, weight)
+        scored = head.log_prob_entropy(states.flatten(0, 1), shard, call)
         return head.HeadOutput(*(x.view(self.mask.shape) for x in scored)), states, shard
 
-    def _arguments(self, hidden: Tensor, weight: Tensor):
-        """Leaves of hidden [N, T, .] and of this rank's weight shard; targets and temperature; the layout."""
+    def _call(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, head.Call]:
+        """Return leaves of hidden [N, T, .] and of this rank's weight shard, and the call of the head."""
         targets = self.tensor("y").flatten()
         rows = targets.numel()
-        settings: dict[str, Any] = {
-            "group": self.group,
-            "vocab_size": len(weight),
-            "tiling": Tiling(rows, rows, rows, len(weight)),
-        }
-        leaves = hidden.clone().requires_grad_(), self._shard(weight).requires_grad_()
-        return *leaves, (targets, self.scalar("temperature")), settings
+        shard = self._shard(weight).requires_grad_()
+        call = head.Call.of(
+            shard,
+            targets,
+            self.scalar("temperature"),
+            group=self.group,
+            vocab_size=len(weight),
+            tiling=Tiling(rows, rows, rows, len(weight)),
+        )
+        return hidden.clone().requires_grad_(), shard, call
 
     def _shard(self, weight: Tensor) -> Tensor:
         """This rank's rows of `weight`, padded to divide evenly. NaN padding: whoever reads it shows."""

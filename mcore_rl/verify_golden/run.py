@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.launch import spawn
+from mcore_rl.terminal import printable
 from mcore_rl.verify_golden import losses, samples
 from mcore_rl.verify_golden.problem import BATCH_INPUTS, Arrays, Outputs, Problem, load
 
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     report = verify_golden(arguments.directory, tp=arguments.tp)
     for case in report.cases:
-        print(_line(case), file=sys.stderr if arguments.json else sys.stdout)
+        print(printable(_line(case)), file=sys.stderr if arguments.json else sys.stdout)
     print(json.dumps(report.summary()), flush=True)
     return 1 if report.failed else 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from mcore_rl.algo import (
     value,
 )
 from mcore_rl.algo.ratio import difference
-from mcore_rl.parallel import reduce
+from mcore_rl.algo.rows import Rows
 from mcore_rl.verify_golden.problem import Outputs, Problem
 
 Case = Callable[..., Tensor | Outputs]
@@ -49,9 +50,14 @@ def _normalized(std: advantages.StdSource) -> Case:
     )
 
 
+def _batch_normalized(p: Problem, ddof: float, eps: float) -> Tensor:
+    """The batch is normalised as a single group is."""
+    everyone = advantages.group_statistics([0] * len(p.groups), p.rewards.tolist())
+    return advantages.group_normalized(p.rewards, everyone, ddof=1 if ddof else 0, eps=eps)
+
+
 def _whitened(p: Problem, rows: Tensor) -> Tensor:
-    moments = reduce.global_moments(rows, None)
-    return p.unpack(returns.whiten(rows, mean=moments.mean, variance=moments.variance(), count=moments.size))
+    return p.unpack(returns.whiten(rows, advantages.Spread.of_rows(rows)))
 
 
 def _reinforce_pp_baseline(p: Problem) -> Tensor:
@@ -81,9 +87,7 @@ ADVANTAGES: Mapping[str, Case] = {
     r"liteppo_rawstd_ddof([01])_eps#": _normalized("batch"),
     r"liteppo_centeredstd_ddof([01])_eps#": _normalized("batch-centered"),
     r"mean_only": _normalized("none"),
-    r"batchnorm_ddof([01])_eps#": lambda p, ddof, eps: advantages.batch_normalized(
-        p.rewards, p.statistics, ddof=1 if ddof else 0, eps=eps
-    ),
+    r"batchnorm_ddof([01])_eps#": _batch_normalized,
     r"rloo": lambda p: advantages.leave_one_out(p.rewards, p.statistics),
     r"rfpp_baseline_tok": _reinforce_pp_baseline,
     r"rfpp_tok": _reinforce_pp,
@@ -206,8 +210,12 @@ def _sequence_mask(behaviour: str) -> Case:
         advantage = advantages.group_normalized(p.rewards, p.statistics, std="none").to(p.dtype)
         delta = p.scalar("opsm_delta", "mismatch")
         unmoved = torch.zeros_like(mean)
-        token = policy_losses.deepseek_masked(unmoved, unmoved, advantage, mean, delta=delta)
-        return ~token.clipped
+        rows = Rows.of(unmoved, unmoved, advantage=advantage)
+        rows = replace(rows, extras={"sequence_rollout_log_ratio": mean})
+        token = policy_losses.deepseek_masked(rows, delta=delta)
+        clipped = token.metrics["clip/fraction"].values
+        assert clipped is not None
+        return ~clipped
 
     return case
 

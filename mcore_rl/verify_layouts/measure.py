@@ -18,17 +18,17 @@ from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.model import platform
 from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import Loss, forward, forward_backward
-from mcore_rl.model.weights_io import gather_hf
-from mcore_rl.parallel.control import reduce_maxima, reduce_sums
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequence
+from mcore_rl.train.metrics import Gathered
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify_layouts import problem
 from mcore_rl.verify_layouts.case import Case
+from mcore_rl.weights.buckets import gather
 
 SGD_STEPS = 3
 ADAM_STEPS = 2
@@ -79,12 +79,15 @@ class _Subject:
         )
 
 
-def measure(case: Case, algorithms: Sequence[str], log_probs: list[np.ndarray] | None):
+def measure(
+    case: Case, algorithms: Sequence[str], log_probs: list[np.ndarray] | None, own_loss: str | None = None
+):
     """({algorithm: Measured}, log-probs) on rank 0, None elsewhere. Collective over all running ranks.
 
     Args:
         log_probs: [N] arrays of the reference run's own log-probs, from which old ones are derived; rank 0's
             count. None (the reference run itself) takes this layout's.
+        own_loss: `module:function` of a policy loss in the place of the algorithms'.
 
     Raises:
         NumericsError: the reference run's problem would not tell a wrong layout.
@@ -94,12 +97,13 @@ def measure(case: Case, algorithms: Sequence[str], log_probs: list[np.ndarray] |
     mesh = build_mesh(case.layout, timeout=120.0)
     try:
         with tempfile.TemporaryDirectory(prefix="mcore_rl_verify_") as scratch:
-            return _measure(case, mesh, algorithms, problem.write_model(Path(scratch), case.model), log_probs)
+            model_dir = problem.write_model(Path(scratch), case.model)
+            return _measure(case, mesh, algorithms, model_dir, log_probs, own_loss)
     finally:
         destroy_mesh()
 
 
-def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path, log_probs):
+def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path, log_probs, own_loss):
     shape = _shape(model_dir, mesh)
     settings = {"mesh": mesh, "random_seed": problem.SEED, "recompute": case.recompute}
     policy = partial(build_policy, model_dir, **settings)
@@ -109,14 +113,13 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
     lengths = [len(sample.token_ids) for sample in samples]
     box = [[values.numpy() for values in log_prob.split(lengths)] if log_probs is None else log_probs]
     dist.broadcast_object_list(box, src=0, group=mesh.world)
-    cp = mesh.cp if mesh.layout.context > 1 else None
     results = {}
     for name in algorithms:
-        recorded = problem.record(name, box[0])
+        recorded = problem.record(name, box[0], own_loss)
         if log_probs is None:
             problem.check(recorded, box[0])
         scores = {"log_prob": log_prob, "entropy": entropy}
-        loss = PolicyObjective(recorded.algorithm, cp)
+        loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
         results[name] = _train(mesh, _Subject(policy, loss, recorded, shape, scores, case.overlap))
         if recorded.algorithm.needs_critic:
             scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
@@ -157,11 +160,12 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
     for _ in range(SGD_STEPS - 1):
         _pass(model, optimizer, subject, micro_batches)
         optimizer.step()
-    metrics = _reduced(mesh, first) | {"grad_norm": torch.tensor(norm)}
+    totals = Gathered(first).reduce(mesh)
+    by_name = {key.name: total for key, total in totals.items()}
     return Measured(
-        loss=metrics["loss"].item(),
-        abs_loss=metrics.get("abs_loss", metrics["loss"]).item(),  # a critic's loss is never negative
-        metrics=metrics,
+        loss=next(by_name[name] for name in ("loss/policy", "loss/value") if name in by_name).item(),
+        abs_loss=by_name["loss/scale"].item(),
+        metrics=by_name | {"grad_norm": torch.tensor(norm)},
         scores=subject.scores,
         gradients=gradients,
         parameters=gathered(model, parameters),
@@ -206,15 +210,6 @@ def _whole_state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str)
     return whole.view_as(parameter)
 
 
-def _reduced(mesh: Mesh, sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The sums and maxima of all micro-batches and ranks; `sums` is empty off the last pipeline stage."""
-    maxima = {name for one in sums for name in one if name.startswith("max/")}
-    names = sums[0].keys() if sums else set()
-    added = {name: torch.stack([one[name] for one in sums]).sum(0) for name in names - maxima}
-    largest = {name: torch.stack([one[name] for one in sums]).amax(0) for name in maxima}
-    return reduce_sums(mesh, added) | reduce_maxima(mesh, largest)
-
-
 def _shape(model_dir: Path, mesh: Mesh) -> Shape:
     numbers = model_shape(read_hf_config(model_dir))
     return Shape(
@@ -228,7 +223,7 @@ def _shape(model_dir: Path, mesh: Mesh) -> Shape:
 
 def gathered(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per-rank tensors by global Megatron name -> {HF name: full tensor} on rank 0, empty elsewhere."""
-    mine = gather_hf(dict(tensors), model.mapping, model.mesh)
+    mine = gather(dict(tensors), model.mapping, model.mesh)
     shares: list[dict[str, Tensor]] = [{} for _ in range(model.mesh.layout.world_size)]
     dist.gather_object(mine, shares if model.mesh.is_main else None, group=model.mesh.world)
     return {name: tensor for share in shares for name, tensor in share.items()} if model.mesh.is_main else {}

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mcore_rl.algo import policy_losses
 from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.algo.rows import Rows
+from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import NumericsError
 from mcore_rl.train.advantage import Scores, compute_advantages
 from mcore_rl.train.batch import PerSample, RolloutBatch, build_batch
@@ -87,13 +90,17 @@ class Recorded:
     """`old_log_prob`, `advantage` and what else the algorithm's losses need"""
 
 
-def record(name: str, log_probs: Sequence[np.ndarray]) -> Recorded:
+def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) -> Recorded:
     """The batch of algorithm `name`, given the log-probs [N] of [n_i] of the starting weights.
 
-    Reference log-probs and old values are drawn by index, so that they do not depend on the layout.
+    `loss` is `module:function` of a policy loss in the place of the algorithm's. Reference log-probs and old
+    values are drawn by index, so that they do not depend on the layout.
     """
-    algorithm = configure(name, OVERRIDES.get(name))
+    algorithm = configure(name, OVERRIDES.get(name) if loss is None else None, loss)
     batch = build_batch(recorded_groups())
+    sampled = perturbed(log_probs, seed=14)
+    samples = (replace(s, log_probs=own) for s, own in zip(batch.samples, sampled, strict=True))
+    batch = replace(batch, samples=tuple(samples))
     old = perturbed(log_probs)
     scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), drawn(log_probs, seed=13))
     advantages = compute_advantages(batch, algorithm, scores)
@@ -140,7 +147,9 @@ def check(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> None:
     """NumericsError unless the data can tell a wrong layout: ratios off 1, each clip acting on both sides."""
     ratio, clipped = _ratio_and_clipped(recorded, log_probs)
     spread = ratio.min() < 0.95 and ratio.max() > 1.05
-    below, above = clipped[ratio < 1].any(), clipped[ratio > 1].any()
+    below = above = clipped is None
+    if clipped is not None:
+        below, above = clipped[ratio < 1].any(), clipped[ratio > 1].any()
     if not spread or (recorded.algorithm.loss in _TWO_SIDED and not (below and above)):
         raise NumericsError(
             f"verify_layouts/problem.py: ratios from {ratio.min():.3f} to {ratio.max():.3f}, clipped below "
@@ -148,16 +157,31 @@ def check(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> None:
         )
 
 
-def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]):
-    """Of every row, as the algorithm's own loss says."""
+def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+    """The ratio of every row, and whether its clip acts, as the algorithm's own loss says."""
     lengths = torch.tensor([len(values) for values in log_probs])
-    own = torch.from_numpy(np.concatenate(log_probs))
-    old = torch.from_numpy(np.concatenate(recorded.fields["old_log_prob"]))
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     per_sample = [torch.as_tensor(a, dtype=torch.float32).reshape(-1) for a in recorded.fields["advantage"]]
     advantage = torch.cat([a.expand(n) for a, n in zip(per_sample, lengths.tolist(), strict=True)])
-    arguments = [own, old, advantage]
-    if recorded.algorithm.sequence_ratio:
-        means = torch.stack([part.mean() for part in (own - old).split(lengths.tolist())])
-        arguments.append(means.repeat_interleave(lengths))
-    token = recorded.algorithm.loss(*arguments, **recorded.algorithm.loss_params)
-    return token.ratio, token.clipped
+    own, old, rollout, reference = (
+        torch.from_numpy(np.concatenate(values))
+        for values in (
+            log_probs,
+            recorded.fields["old_log_prob"],
+            [sample.log_probs for sample in recorded.batch.samples],
+            drawn(log_probs, 0),
+        )
+    )
+    rows = Rows.of(own, -own, old=old, rollout=rollout, advantage=advantage, reference=reference)
+    means = {
+        "sequence_log_ratio": sequence_mean(own - old, sequence, len(lengths))[sequence],
+        "sequence_rollout_log_ratio": sequence_mean(own - rollout, sequence, len(lengths))[sequence],
+    }
+    algorithm = recorded.algorithm
+    token = algorithm.loss(
+        replace(rows, sequence_tokens=lengths[sequence].float(), extras={**rows.extras, **means}),
+        **algorithm.loss_params,
+    )
+    known = {name: metric.values for name, metric in token.metrics.items()}
+    ratio = known.get("ratio/mean")
+    return (own - old).exp() if ratio is None else ratio, known.get("clip/fraction")

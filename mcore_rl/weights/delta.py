@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
-from safetensors.torch import save
+from safetensors.numpy import load_file, save
+from torch import Tensor
 
 from mcore_rl.errors import WeightSyncError
+from mcore_rl.model.hf_files import Form, safetensors_layout, tensor_bytes
 
 SUFFIX = ".delta"
 """of a file with what changed in the one without"""
@@ -82,30 +83,67 @@ def patch(file: Units, delta: Delta) -> None:
 class Writer:
     """One rank's weight file of each version: whole at first, then what changed since the one before.
 
-    Keeps the newest in host memory: as many bytes as this rank writes.
+    It keeps the newest in host memory, as many bytes as this rank writes.
     """
 
     def __init__(self) -> None:
         self._before: dict[str, Units] = {}
 
     def forget(self) -> None:
-        """The next version is written whole."""
+        """Have the next version written whole."""
         self._before = {}
 
-    def write(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-        """`path` as safetensors, with its checksum beside it; or `path` + SUFFIX, where that is smaller."""
-        unit = min((tensor.element_size() for tensor in tensors.values()), default=1)
-        content = np.frombuffer(save(dict(tensors), metadata={"format": "pt"}), _UNITS[unit])
-        before, self._before = self._before.get(path.name), {path.name: content}
+    @contextmanager
+    def open(self, path: Path, forms: Mapping[str, Form]) -> Iterator[Image]:
+        """Take the tensors of `path`; it is written when the block has ended well.
+
+        Written is the safetensors file, with its checksum beside it, or `path` + SUFFIX where that is
+        smaller.
+        """
+        image = Image(forms)
+        before, self._before = self._before.get(path.name), {}
+        yield image
+        content = image.units()
         sha256 = hashlib.sha256(content.data).hexdigest()
-        if before is not None and before.dtype == content.dtype and before.shape == content.shape:
-            delta = difference(before, content)
-            if delta.nbytes < content.nbytes:
-                arrays = {"counts": delta.counts, "offsets": delta.offsets, "values": delta.values}
-                save_file(arrays, path.with_name(path.name + SUFFIX), metadata={"sha256": sha256})
-                return
-        path.write_bytes(content.data)
-        path.with_name(path.name + SUM_SUFFIX).write_text(sha256)
+        if not _write_difference(path, before, content, sha256):
+            path.write_bytes(content.data)
+            path.with_name(path.name + SUM_SUFFIX).write_text(sha256)
+        self._before = {path.name: content}
+
+
+class Image:
+    """The bytes of a safetensors file in host memory, filled tensor by tensor."""
+
+    def __init__(self, forms: Mapping[str, Form]) -> None:
+        header, self._begins, length = safetensors_layout(forms)
+        self._unit = min((dtype.itemsize for _, dtype in forms.values()), default=1)
+        self._waiting = set(forms)
+        self._content = np.empty(length, np.uint8)
+        self._content[: len(header)] = np.frombuffer(header, np.uint8)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One tensor, on the CPU."""
+        self._waiting.remove(name)
+        begin = self._begins[name]
+        self._content[begin : begin + tensor.nbytes] = np.frombuffer(tensor_bytes(tensor), np.uint8)
+
+    def units(self) -> Units:
+        """All bytes, as items of the narrowest type. Raises ValueError: a tensor has not been written."""
+        if self._waiting:
+            raise ValueError(f"not written: {sorted(self._waiting)}")
+        return self._content.view(_UNITS[self._unit])
+
+
+def _write_difference(path: Path, before: Units | None, content: Units, sha256: str) -> bool:
+    """Write what changed, if that takes fewer bytes; whether it did."""
+    if before is None or before.dtype != content.dtype or before.shape != content.shape:
+        return False
+    delta = difference(before, content)
+    if delta.nbytes >= content.nbytes:
+        return False
+    arrays = {"counts": delta.counts, "offsets": delta.offsets, "values": delta.values}
+    path.with_name(path.name + SUFFIX).write_bytes(save(arrays, metadata={"sha256": sha256}))
+    return True
 
 
 def apply(delta: Path, file: Path) -> None:
@@ -140,5 +178,5 @@ def check(file: Path, sha256: str) -> None:
 
 
 def files_of(version: Path) -> Iterator[Path]:
-    """Of a version's directory, whole or changed, checksums apart."""
+    """The files of a version's directory, whole or changed, without the checksums."""
     return (path for path in sorted(version.iterdir()) if path.suffix != SUM_SUFFIX and path.is_file())

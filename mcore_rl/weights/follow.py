@@ -19,13 +19,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mcore_rl.directories import is_ours, make, remove, storage_error, write_whole
 from mcore_rl.errors import McoreRLError, WeightSyncError
+from mcore_rl.terminal import printable
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
 
 LATEST = "LATEST"
 FOLLOWERS = "followers"
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 5.0
+_REMEDY = "name another TARGET"
 DEAD_SECONDS = 60.0
 """without a sign, after which a follower is not waited for"""
 
@@ -51,7 +54,7 @@ class Follower:
         self._beat = 0.0
 
     def run(self) -> None:
-        """Until the process ends; raises OSError where SOURCE or TARGET cannot be written."""
+        """Follow until the process ends. Raises StorageError where SOURCE cannot be written."""
         try:
             while True:
                 self.step()
@@ -78,19 +81,18 @@ class Follower:
 
     def _say(self, state: State) -> None:
         if state != self.state:
-            print(
-                f"mcore-rl follow: {state.why or f'version {version_of(state.have)}'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = state.why or f"version {version_of(state.have)}"
+            print(printable(f"mcore-rl follow: {what}"), file=sys.stderr, flush=True)
         self.state, self._beat = state, time.monotonic()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self._file, error) from error
         write_whole(self._file, json.dumps(asdict(state)))
 
     def _take(self, version: str) -> None:
         new, partial = self._source / version, self._target / f"{version}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make(partial, _REMEDY)
         for path in files_of(new):
             if path.suffix == SUFFIX:
                 self._patch(path, partial / path.stem)
@@ -100,7 +102,7 @@ class Follower:
             if expected.exists():
                 check(partial / path.name, expected.read_text())
         whole = self._target / version
-        shutil.rmtree(whole, ignore_errors=True)
+        remove(whole, _REMEDY)
         partial.rename(whole)
         self._forget(version)
 
@@ -111,11 +113,11 @@ class Follower:
         apply(delta, file)
 
     def _forget(self, version: str) -> None:
-        """Older versions; only directories that look like one of ours: others may lie there too."""
+        """Remove older versions; what carries no mark of ours is somebody else's."""
         kept = {version, version_of(self.state.have)}  # a server may be reading the one before
         for path in self._target.iterdir():
-            if path.is_dir() and path.name not in kept and (path.suffix == ".partial" or path.name.isdigit()):
-                shutil.rmtree(path, ignore_errors=True)
+            if path.name not in kept and is_ours(path):
+                remove(path, _REMEDY)
 
 
 def version_of(edition: str) -> str:
@@ -138,18 +140,18 @@ def announce(source: Path, version: str) -> str:
     return edition
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Nobody ever reads half of it."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    partial.rename(file)
-
-
 def states(source: Path) -> list[State]:
-    """Of the followers that live: within DEAD_SECONDS of the newest sign, by the file system's clock."""
+    """What the followers say that live: within DEAD_SECONDS of the newest sign, by the file system's clock.
+
+    Raises:
+        StorageError: SOURCE cannot be written.
+    """
     probe = source / f".{FOLLOWERS}.clock"
-    probe.write_text("")
-    now = probe.stat().st_mtime
+    try:
+        probe.write_text("")
+        now = probe.stat().st_mtime
+    except OSError as error:
+        raise storage_error(probe, error) from error
     found = []
     for file in sorted((source / FOLLOWERS).glob("*.json")):
         try:

@@ -1,20 +1,19 @@
-"""The ways in which weights reach the servers, behind one protocol."""
+"""What every way to the servers has in common: the protocol of a transport, and what servers answer to it.
+
+The transports are weights/disk.py, shared.py and broadcast.py; each sends what weights/buckets.py fills.
+"""
 
 from __future__ import annotations
 
-import os
-from functools import partial
-from pathlib import Path
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import Protocol
 
-from mcore_rl.errors import ConfigError
-from mcore_rl.model import platform
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
-from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.weights.distributed import DistributedChannel, Groups
-from mcore_rl.weights.online import publish_online
-from mcore_rl.weights.publish import publish_by_disk
-from mcore_rl.weights.tensor import Memory, TensorChannel
+from mcore_rl.rollout.client import RolloutClient
+from mcore_rl.rollout.fleet import Fleet, check_server, on_each, wait_ready
 
 
 class Transport(Protocol):
@@ -35,73 +34,50 @@ class Transport(Protocol):
         ...
 
 
-class Disk:
-    """An HF directory per version, which every server reads.
+def nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
+    """The error of a publish that reached no server; `failed`: url -> why."""
+    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+    return WeightSyncError(f"no server has loaded version {version}:{reasons}").on_every_rank()
 
-    Args:
-        directory: seen by trainer and servers.
-        quantized: in FP8 (model.quantize).
+
+def server_log_probs(
+    clients: Sequence[RolloutClient], sequences: Sequence[Sequence[int]], tag: str
+) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
+    """Untempered log-probs of every token but the first of each sequence, under the weights of each server.
+
+    Returns (url -> log-probs, url -> why it gave none). A server that aborts a sequence, for want of memory
+    or because somebody asked it to, has not scored it, and counts as one that gave none.
     """
 
-    def __init__(self, directory: Path, *, quantized: bool) -> None:
-        self._directory = directory
-        self._quantized = quantized
+    async def score(opened: RolloutClient) -> list[list[float]]:
+        params = [{"max_new_tokens": 1, "temperature": 1.0}] * len(sequences)
+        rids = [f"probe-{tag}-{i}" for i in range(len(sequences))]
+        replies = await opened.generate(sequences, params, rids, prompt_log_probs=True)
+        if any(reply.finish_reason == "abort" for reply in replies):
+            raise RolloutError(f"{opened.url}: aborted a sequence that it was to score; see its log")
+        return [list(reply.prompt_log_probs) for reply in replies]
 
-    def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
-        """As Transport.publish."""
-        return publish_by_disk(model, fleet, self._directory, version, quantized=self._quantized)
-
-    def close(self, fleet: Fleet) -> None:
-        """As Transport.close."""
-
-
-class SharedTensor:
-    """Servers of this machine read the owners' memory (weights.tensor).
-
-    Args:
-        bucket_bytes: of a bucket; two are held at a time.
-
-    Raises:
-        ConfigError: the ranks are on several machines.
-    """
-
-    def __init__(self, bucket_bytes: int) -> None:
-        here, everywhere = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-        if here != everywhere:
-            raise ConfigError(
-                f'publish.transport: "tensor" hands over memory of one machine, and {here} of {everywhere} '
-                'ranks are on this one; set it to "distributed"'
-            )
-        self._bucket_bytes = bucket_bytes
-        self._memory: list[Memory] = []
-
-    def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
-        """As Transport.publish."""
-        channel = partial(TensorChannel, self._memory, device=platform.device())
-        return publish_online(model, fleet, version, self._bucket_bytes, channel)
-
-    def close(self, fleet: Fleet) -> None:
-        """As Transport.close."""
-        while self._memory:
-            self._memory.pop().close()
+    return asyncio.run(on_each(clients, score))
 
 
-class Distributed:
-    """Owners broadcast to the servers' ranks (weights.distributed).
+def wait_for_servers(
+    clients: Sequence[RolloutClient], timeout: float, *, experts: bool = False, releases: bool = False
+) -> None:
+    """Return when every server is ready and fit for training.
 
     Args:
-        bucket_bytes: of a bucket; two are held at a time.
+        experts: whether the servers must report the experts that tokens went to.
+        releases: whether they must be able to give up their memory.
+
+    Raises RolloutError naming those that are not ready after `timeout` seconds, ConfigError for one that
+    cannot take part.
     """
 
-    def __init__(self, bucket_bytes: int) -> None:
-        self._bucket_bytes = bucket_bytes
-        self._groups = Groups()
+    async def wait() -> None:
+        async with AsyncExitStack() as stack:
+            opened = [await stack.enter_async_context(client) for client in clients]
+            await wait_ready(opened, timeout=timeout)
+            checks = (check_server(client, experts=experts, releases=releases) for client in opened)
+            await asyncio.gather(*checks)
 
-    def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
-        """As Transport.publish."""
-        channel = partial(DistributedChannel, self._groups, device=platform.device())
-        return publish_online(model, fleet, version, self._bucket_bytes, channel)
-
-    def close(self, fleet: Fleet) -> None:
-        """As Transport.close."""
-        self._groups.close(fleet.serving)
+    asyncio.run(wait())

@@ -38,8 +38,7 @@ def zipped(batch: list[tuple[str, float]]) -> tuple[list[str], list[float]]:
 
 def all_advantages(groups: list[str], rewards: list[float]) -> dict[str, list[float]]:
     statistics = advantages.group_statistics(groups, rewards)
-    result = {name: f(tensor(rewards), statistics).tolist() for name, f in PER_SAMPLE.items()}
-    return {**result, "batch": advantages.batch_normalized(tensor(rewards), statistics).tolist()}
+    return {name: f(tensor(rewards), statistics).tolist() for name, f in PER_SAMPLE.items()}
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,9 +83,7 @@ def test_constant_float32_rewards_have_advantage_exactly_zero(size: int) -> None
         traps += bool((rewards.mean() != value).any())
         result = all_advantages(["a"] * size + ["b", "b"], [*rewards.tolist(), 1.0, 0.0])
         for name, values in result.items():
-            if name != "batch":
-                assert values[:size] == [0.0] * size, name
-        assert all_advantages(["a"] * size, rewards.tolist())["batch"] == [0.0] * size
+            assert values[:size] == [0.0] * size, name
     if size == 7:
         assert traps > 0  # the mean itself is not exact: only an explicit test gives 0
 
@@ -178,13 +175,29 @@ def test_gae_without_any_row() -> None:
 
 
 def test_whitening_of_fewer_than_two_tokens_changes_nothing() -> None:
-    assert returns.whiten(tensor([3.0]), mean=3.0, variance=0.0, count=1).tolist() == [3.0]
-    both = tensor([3.0, 5.0])
-    white = returns.whiten(both, mean=4.0, variance=2.0, count=2)
+    one, both = tensor([3.0]), tensor([3.0, 5.0])
+    assert returns.whiten(one, advantages.Spread.of_rows(one)).tolist() == [3.0]
+    white = returns.whiten(both, advantages.Spread.of_rows(both))
     torch.testing.assert_close(white, tensor([-1.0, 1.0]) / math.sqrt(2 + 1e-8))
-    torch.testing.assert_close(
-        returns.whiten(both, mean=4.0, variance=2.0, count=2, shift_mean=False), white + 4
-    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3), max_size=20))
+def test_the_spread_of_rows_is_that_of_the_same_numbers(values: list[float]) -> None:
+    exact, rows = advantages.Spread.of(values), advantages.Spread.of_rows(tensor(values))
+    assert (rows.size, rows.constant) == (exact.size, exact.constant)
+    assert rows.mean == pytest.approx(exact.mean, rel=1e-12, abs=1e-12)
+    assert rows.variance() == pytest.approx(exact.variance(), rel=1e-9, abs=1e-9)
+
+
+def test_the_spread_of_too_little_is_zero() -> None:
+    for values in ([], [3.0], [0.1] * 7):
+        assert advantages.Spread.of_rows(tensor(values)).variance() == 0
+
+
+def test_the_spread_of_rows_survives_a_large_mean() -> None:
+    rows = 1e4 + torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=torch.float64)
+    assert advantages.Spread.of_rows(rows).variance() == pytest.approx(0.05 / 3, rel=1e-9)
 
 
 def test_sequence_sums_and_means() -> None:

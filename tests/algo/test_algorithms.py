@@ -22,7 +22,7 @@ from mcore_rl.algo.advantages import group_statistics
 from mcore_rl.algo.aggregation import aggregation_weight, weighted_sum
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm, configure, objective
 from mcore_rl.algo.kl import kl
-from mcore_rl.algo.ratio import difference
+from mcore_rl.algo.rows import OF_SEQUENCES, Rows
 from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import ConfigError
 
@@ -135,13 +135,18 @@ def loss_and_gradient(algorithm: Algorithm, data: Rollout, sequences: list[int])
     rows = torch.cat([(data.sequence == i).nonzero()[:, 0] for i in sequences])
     position = torch.cat([torch.full((int(data.lengths[i]),), k) for k, i in enumerate(sequences)])
     log_prob = data.log_prob[rows].requires_grad_()
-    arguments = [log_prob, data.old[rows], data.advantage[rows]]
-    if algorithm.sequence_ratio:
-        d = difference(log_prob.detach(), data.old[rows])
-        arguments.append(sequence_mean(d, position, len(sequences))[position])
-    token = algorithm.loss(*arguments, **algorithm.loss_params)
+    packed = Rows.of(
+        log_prob,
+        log_prob.detach(),
+        old=data.old[rows],
+        rollout=data.old[rows],
+        advantage=data.advantage[rows],
+    )
+    mean = sequence_mean(log_prob.detach() - packed.old, position, len(sequences))[position]
+    packed = dataclasses.replace(packed, extras=dict.fromkeys(OF_SEQUENCES, mean))
+    token = algorithm.loss(packed, **algorithm.loss_params)
     divergence = kl(algorithm.kl_estimator, log_prob, data.ref[rows], data.old[rows])
-    total = weighted_sum(objective(token, kl=divergence, kl_coef=0.1), data.weight[rows])
+    total = weighted_sum(objective(packed, token, kl=divergence, kl_coef=0.1), data.weight[rows])
     gradient = torch.zeros_like(data.log_prob)
     gradient[rows] = torch.autograd.grad(total, log_prob)[0]
     return total.detach(), gradient
@@ -180,11 +185,10 @@ def test_the_first_step_on_policy_is_the_policy_gradient(name: str) -> None:
     algorithm = configure(name)
     log_prob = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64).requires_grad_()
     advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    sequence = [torch.zeros(3, dtype=torch.float64)] if algorithm.sequence_ratio else []
-    token = algorithm.loss(log_prob, log_prob.detach(), advantage, *sequence, **algorithm.loss_params)
+    token = algorithm.loss(on_policy(log_prob, advantage), **algorithm.loss_params)
     torch.testing.assert_close(torch.autograd.grad(token.loss.sum(), log_prob)[0], -advantage)
-    assert token.ratio.tolist() == [1, 1, 1]
-    assert not token.clipped.any()
+    assert token.metrics["ratio/mean"].values.tolist() == [1, 1, 1]
+    assert not token.metrics["clip/fraction"].values.any()
 
 
 @pytest.mark.parametrize("shape", [(0,), (4,), (2, 3), ()])
@@ -192,13 +196,21 @@ def test_the_first_step_on_policy_is_the_policy_gradient(name: str) -> None:
 def test_losses_take_any_shape(name: str, shape: tuple[int, ...]) -> None:
     algorithm = configure(name)
     x = torch.zeros(shape)
-    token = algorithm.loss(x, x, x, *([x] if algorithm.sequence_ratio else []), **algorithm.loss_params)
-    assert token.loss.shape == token.ratio.shape == token.clipped.shape == shape
+    token = algorithm.loss(on_policy(x, x), **algorithm.loss_params)
+    assert token.loss.shape == shape
+    assert {metric.values.shape for metric in token.metrics.values()} == {shape}
+    every = torch.ones(shape, dtype=torch.bool)
+    assert all(metric.part(every).dtype == torch.float64 for metric in token.metrics.values())
+
+
+def on_policy(log_prob: Tensor, advantage: Tensor) -> Rows:
+    rows = Rows.of(log_prob, log_prob.detach(), advantage=advantage)
+    return dataclasses.replace(rows, extras=dict.fromkeys(OF_SEQUENCES, torch.zeros_like(rows.old)))
 
 
 def test_adding_an_algorithm_is_one_entry_and_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    def squared(log_prob, old_log_prob, advantage, *, strength: float = 2.0):
-        ppo = policy_losses.ppo(log_prob, old_log_prob, advantage)
+    def squared(rows, *, strength: float = 2.0):
+        ppo = policy_losses.ppo(rows)
         return ppo._replace(loss=strength * ppo.loss)
 
     entry = dataclasses.replace(ALGORITHMS["grpo"], loss=squared)
@@ -218,7 +230,9 @@ def test_algo_imports_torch_only() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
     )
-    foreign = [m for m in ast.literal_eval(run.stdout) if m.split(".")[1] not in ("algo", "errors", "types")]
+    foreign = [
+        m for m in ast.literal_eval(run.stdout) if m.split(".")[1] not in ("algo", "errors", "functions")
+    ]
     assert foreign == []
     for file in Path(mcore_rl.algo.__path__[0]).glob("*.py"):
         assert not {"dist", "distributed"} & {

@@ -12,6 +12,7 @@ import pytest
 
 import mcore_rl.algo
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm
+from mcore_rl.algo.rows import DECLARED, Rows
 from mcore_rl.verify_golden.problem import load
 from mcore_rl.verify_golden.run import _case_names
 
@@ -22,7 +23,7 @@ MODULES = {
     for m in pkgutil.iter_modules(mcore_rl.algo.__path__)
 }
 GOLDEN_CASES = {f"{file}/{name}" for file, name in _case_names(load(ROOT / "tests" / "golden"))}
-PLUMBING = {"configure"}
+PLUMBING = {"algorithms.configure", "algorithms.parameters", "rows.declared"}
 """public functions that are not mathematics"""
 
 
@@ -42,7 +43,8 @@ def tables(page: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
 def missing_functions(page: str) -> set[str]:
     """`module.name` in backticks that mcore_rl.algo does not have."""
     named = re.findall(rf"`((?:{'|'.join(MODULES)})\.(?!py\b)\w+)`", page)
-    return {name for name in named if not hasattr(MODULES[name.split(".")[0]], name.split(".")[1])}
+    fields = {f"rows.{name}" for name in (*Rows.__dataclass_fields__, *DECLARED)}
+    return {n for n in named if not hasattr(MODULES[n.split(".")[0]], n.split(".")[1]) and n not in fields}
 
 
 def public_functions() -> set[str]:
@@ -51,7 +53,7 @@ def public_functions() -> set[str]:
         for module, content in MODULES.items()
         for name, value in vars(content).items()
         if inspect.isfunction(value) and value.__module__ == content.__name__ and not name.startswith("_")
-        if name not in PLUMBING
+        if f"{module}.{name}" not in PLUMBING
     }
 
 

@@ -25,6 +25,7 @@ from mcore_rl.algo import (
     sampling,
     value,
 )
+from mcore_rl.algo.rows import TokenLoss
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.parallel import head
 from mcore_rl.parallel.launch import Pool
@@ -95,16 +96,20 @@ def std_over_n(spread, ddof):
 
 def clip_both_sides(log_r, advantage, eps_low, eps_high, dual_clip=None):
     used = log_r.exp().clamp(1 - eps_low, 1 + eps_high)
-    return policy_losses.TokenLoss(-advantage * used, log_r.exp().detach(), used < 0)
+    return TokenLoss(-advantage * used)
 
 
-def unmoved_old(log_prob, old, advantage, **params):
+def unmoved_old(rows, *, eps_high):
     """REINFORCE's gradient under another name."""
-    return policy_losses.reinforce(log_prob, old, advantage)
+    return policy_losses.reinforce(rows)
 
 
-def token_ratio(log_prob, old, advantage, sequence_log_ratio, **params):
-    return policy_losses.ppo(log_prob, old, advantage, **params)
+def token_ratio(rows, *, eps_low, eps_high):
+    return policy_losses.ppo(rows, eps_low=eps_low, eps_high=eps_high)
+
+
+def mean_kept(values, tokens, *, whiten=returns.whiten):
+    return whiten(values, tokens) + tokens.mean
 
 
 def leak_across_sequences(rewards, values, offsets, *, gamma=1.0, lam=0.95):
@@ -118,12 +123,20 @@ def forget_half(*args, clip, value_loss=value.value_loss):
     return loss._replace(loss=2 * loss.loss)
 
 
-def penalise_entropy(token, *, correction=1.0, kl=0.0, kl_coef=0.0, entropy=0.0, entropy_coef=0.0):
+def one_tau(rows, *, tau_pos, tau_neg, sapo=policy_losses.sapo):
+    return sapo(rows, tau_pos=tau_pos, tau_neg=1.0)
+
+
+def other_delta(rows, *, delta, masked=policy_losses.deepseek_masked, **params):
+    return masked(rows, delta=0.5, **params)
+
+
+def penalise_entropy(rows, token, *, correction=1.0, kl=0.0, kl_coef=0.0, entropy=0.0, entropy_coef=0.0):
     return correction * token.loss + kl_coef * kl + entropy_coef * entropy
 
 
-def no_temperature(hidden, weight, targets, temperature, *, score=head.log_prob_entropy, **kwargs):
-    return score(hidden, weight, targets, 1.0, **kwargs)
+def no_temperature(hidden, weight, call, *, score=head.log_prob_entropy):
+    return score(hidden, weight, call._replace(scale=1.0))
 
 
 def constant_entropy(*args, score=head.log_prob_entropy, **kwargs):
@@ -131,12 +144,11 @@ def constant_entropy(*args, score=head.log_prob_entropy, **kwargs):
     return scored._replace(entropy=scored.entropy.detach())
 
 
-def shifted_targets(hidden, weight, targets, temperature, *, score=head.log_prob_entropy, **kwargs):
-    return score(hidden, weight, targets.roll(1), temperature, **kwargs)
+def shifted_targets(hidden, weight, call, *, score=head.log_prob_entropy):
+    return score(hidden, weight, call._replace(targets=call.targets.roll(1)))
 
 
 no_std = with_(advantages.group_normalized, std="none")
-other_delta = with_(policy_losses.deepseek_masked, delta=0.5)
 fewer_sequences = with_(aggregation.aggregation_weight, sequences=15.0)
 kept_at_one = with_(sampling.kept_log_prob, temperature=1.0)
 NEVER_CONSTANT = classmethod(lambda cls, v: cls(sum(v) / len(v), 1e-20, len(v), False))
@@ -148,11 +160,11 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("clip on both sides", policy_losses, "_clipped_surrogate", clip_both_sides, "policy_losses/dapo"),
     ("no ratio", policy_losses, "cispo", unmoved_old, "policy_losses/cispo"),
     ("GSPO per token", policy_losses, "gspo", token_ratio, "policy_losses/gspo"),
-    ("one tau", policy_losses, "sapo", with_(policy_losses.sapo, tau_neg=1.0), "policy_losses/sapo"),
+    ("one tau", policy_losses, "sapo", one_tau, "policy_losses/sapo"),
     ("delta", policy_losses, "deepseek_masked", other_delta, "mismatch/opsm_old"),
     ("empty uncounted", aggregation, "aggregation_weight", fewer_sequences, "policy_losses/gspo"),
     ("KL reversed", kl, "difference", lambda a, b: ratio.difference(b, a), "kl_entropy/dk3"),
-    ("mean kept", returns, "whiten", with_(returns.whiten, shift_mean=False), "policy_losses/ppo_gae"),
+    ("mean kept", returns, "whiten", mean_kept, "policy_losses/ppo_gae"),
     ("values leak", returns, "gae", leak_across_sequences, "value_gae/advantages"),
     ("value loss not halved", value, "value_loss", forget_half, "value_gae/clip_None"),
     ("cap", corrections, "truncate", with_(corrections.truncate, high=3.0), "policy_losses/grpo_tis_token"),

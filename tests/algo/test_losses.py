@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 from mcore_rl.algo import corrections, policy_losses, preference, sampling
 from mcore_rl.algo.advantages import group_statistics, hybrid, hybrid_shared
 from mcore_rl.algo.aggregation import aggregation_weight, weighted_sum
+from mcore_rl.algo.algorithms import objective
 from mcore_rl.algo.kl import adaptive_kl_coefficient, kl
-from mcore_rl.algo.ratio import difference, log_ratio, saturated
+from mcore_rl.algo.ratio import log_ratio
+from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.algo.value import value_loss
 from mcore_rl.errors import ConfigError
 
 LARGEST = math.exp(20)
-LOSSES: dict[str, Callable[..., policy_losses.TokenLoss]] = {
+LOSSES: dict[str, Callable[..., TokenLoss]] = {
     "ppo": policy_losses.ppo,
     "gspo": policy_losses.gspo,
     "sapo": policy_losses.sapo,
@@ -27,19 +30,33 @@ LOSSES: dict[str, Callable[..., policy_losses.TokenLoss]] = {
     "reinforce": policy_losses.reinforce,
     "deepseek": policy_losses.deepseek_masked,
 }
-OF_SEQUENCES = ("gspo", "deepseek")
 
 
 def vector(*numbers: float, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(numbers, dtype=dtype)
 
 
-def coefficient(name: str, d: Tensor, advantage: Tensor) -> tuple[policy_losses.TokenLoss, Tensor]:
+def rows_of(log_prob: Tensor, old: Tensor, advantage: Tensor, rollout: Tensor | None = None) -> Rows:
+    """Rows of which each is a sequence of its own."""
+    rollout = old if rollout is None else rollout
+    rows = Rows.of(log_prob, log_prob.detach(), old=old, rollout=rollout, advantage=advantage)
+    ratios = {
+        "sequence_log_ratio": log_prob.detach() - rows.old,
+        "sequence_rollout_log_ratio": log_prob.detach() - rows.rollout,
+    }
+    return replace(rows, extras=ratios)
+
+
+def clipped(token: TokenLoss) -> Tensor:
+    values = token.metrics["clip/fraction"].values
+    assert values is not None
+    return values
+
+
+def coefficient(name: str, d: Tensor, advantage: Tensor) -> tuple[TokenLoss, Tensor]:
     """(loss, dloss/dlog_prob) of tokens whose log-ratio is `d`, each a sequence of its own."""
     log_prob = torch.full_like(d, -1.0).requires_grad_()
-    old = log_prob.detach() - d
-    sequence = [difference(log_prob.detach(), old)] if name in OF_SEQUENCES else []
-    token = LOSSES[name](log_prob, old, advantage, *sequence)
+    token = LOSSES[name](rows_of(log_prob, log_prob.detach() - d, advantage))
     return token, torch.autograd.grad(token.loss.sum(), log_prob)[0]
 
 
@@ -80,14 +97,12 @@ def test_a_plain_clamp_would_have_dropped_it() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_token_without_finite_old_log_prob_is_masked(name: str, bad: float) -> None:
     log_prob = vector(-1, -2).requires_grad_()
-    old = vector(bad, -2.1)
-    sequence = [torch.zeros(2, dtype=torch.float64)] if name in OF_SEQUENCES else []
-    token = LOSSES[name](log_prob, old, vector(-1, -1), *sequence)
-    (gradient,) = torch.autograd.grad(token.loss.sum(), log_prob)
-    assert token.loss[0] == gradient[0] == 0
-    assert not token.clipped[0]
+    rows = rows_of(log_prob, vector(bad, -2.1), vector(-1, -1))
+    loss = objective(rows, LOSSES[name](rows))
+    (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
+    assert rows.usable.tolist() == [False, True]
+    assert loss[0] == gradient[0] == 0
     assert gradient[1] != 0
-    assert saturated(log_prob, old).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k1_iw", "k2_iw", "k3_iw"])
@@ -126,7 +141,8 @@ def test_gspo_equals_the_form_differentiated_through_the_sequence_ratio() -> Non
     mean = torch.stack([d[:3].mean(), d[3:].mean()])
     s, a = mean.exp(), vector(1, -2)
     exact = torch.maximum(-a * s, -a * s.clamp(1 - 3e-4, 1 + 4e-4)).mean()
-    token = policy_losses.gspo(log_prob, old, advantage, mean.detach()[sequence])
+    rows = Rows.of(log_prob, log_prob.detach(), old=old, advantage=advantage)
+    token = policy_losses.gspo(replace(rows, extras={"sequence_log_ratio": mean.detach()[sequence]}))
     torch.testing.assert_close(token.loss.mean(), exact)
     gradients = [
         torch.autograd.grad(loss, log_prob, retain_graph=True)[0] for loss in (token.loss.mean(), exact)
@@ -139,22 +155,21 @@ def test_sapo_is_the_policy_gradient_at_ratio_one_and_fades_on_both_sides() -> N
     torch.testing.assert_close(gradient[:2], vector(-2, 2))
     p = 1 / (1 + math.exp(-(math.e - 1)))
     assert gradient[2].item() == pytest.approx(-2 * math.e * 4 * p * (1 - p))
-    assert token.clipped.tolist() == [False, False, 4 * p * (1 - p) < 0.5, False]
+    assert clipped(token).tolist() == [False, False, 4 * p * (1 - p) < 0.5, False]
 
 
 def test_dual_clip_bounds_the_loss_where_the_advantage_is_negative() -> None:
     log_prob = vector(5.0, 5.0).requires_grad_()
-    token = policy_losses.ppo(log_prob, vector(0, 0), vector(-1, -2), dual_clip=3.0)
+    token = policy_losses.ppo(rows_of(log_prob, vector(0, 0), vector(-1, -2)), dual_clip=3.0)
     assert token.loss.tolist() == [3.0, 6.0]
     assert torch.autograd.grad(token.loss.sum(), log_prob)[0].tolist() == [0.0, 0.0]
 
 
 def test_deepseek_mask_needs_both_a_bad_answer_and_a_moved_policy() -> None:
     zero = vector(0, 0, 0, 0)
-    token = policy_losses.deepseek_masked(
-        zero, zero, vector(-1, -1, 1, 1), vector(-0.2, 0.2, -0.2, 0.2), delta=0.1
-    )
-    assert token.clipped.tolist() == [True, False, False, False]
+    rows = rows_of(zero, zero, vector(-1, -1, 1, 1), rollout=vector(0.2, -0.2, 0.2, -0.2))
+    token = policy_losses.deepseek_masked(rows, delta=0.1)
+    assert clipped(token).tolist() == [True, False, False, False]
     assert token.loss.tolist() == [0, 1, -1, -1]
 
 
@@ -265,7 +280,7 @@ def test_hybrid_grpo_through_the_softmax() -> None:
 
     def loss(logits: Tensor) -> Tensor:
         log_prob = torch.log_softmax(logits, -1).gather(1, targets)[:, 0]
-        return policy_losses.ppo(log_prob, old, advantage).loss.mean()
+        return policy_losses.ppo(rows_of(log_prob, old, advantage)).loss.mean()
 
     check_gradient(loss, logits)
     check_gradient(lambda v: hybrid(rewards, statistics, v, alpha=0.25).square().sum(), values)

@@ -16,14 +16,14 @@ from mcore_rl.checkpoint.image import FileImage
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.checkpoint.torch_dist import data_file, load_pieces, side_files
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
-from mcore_rl.model.weights_io import gather_hf
-from mcore_rl.parallel.control import reduce_sums
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.batch import pack_share
+from mcore_rl.train.metrics import Gathered, read
 from mcore_rl.train.supervised import NegativeLogLikelihood
+from mcore_rl.weights.buckets import gather
 from tests.model.support import sequences, shape_at
 
 
@@ -47,9 +47,7 @@ def train(optimizer: Optimizer, steps: range) -> list[float]:
         optimizer.zero_grad()
         sums = forward_backward(optimizer.model, batches, NegativeLogLikelihood(), temperature=1.0)
         optimizer.step()
-        names = (sums or [{}])[0]
-        totals = reduce_sums(mesh, {name: torch.stack([s[name] for s in sums]).sum(0) for name in names})
-        losses.append(totals["loss"].item())
+        losses.append(read(Gathered(sums).reduce(mesh), 1)["loss/policy"])
     return losses
 
 
@@ -65,7 +63,7 @@ def weights(optimizer: Optimizer) -> dict[str, Tensor]:
     """Full HF tensors, each on one rank."""
     model = optimizer.model
     named = {name: p.detach() for name, p in global_parameters(model.unwrapped).items()}
-    return gather_hf(named, model.mapping, model.mesh)
+    return gather(named, model.mapping, model.mesh)
 
 
 def stored(directory: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from mcore_rl.checkpoint import committed, find
 from mcore_rl.checkpoint.directory import CheckpointDirectory
 from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.checkpoint.torch_dist import METADATA, data_file
+from mcore_rl.directories import LOCK, MARK, is_ours
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from mcore_rl.model.unpickle import read_metadata
 from tests.checkpoint.support import step_in, write
@@ -53,7 +54,7 @@ def link(file: Path) -> None:
 
 def test_the_newest_and_the_one_before(two: Path) -> None:
     assert [step_in(find(two, which)) for which in ("latest", "previous", str(two / "step_1"))] == [2, 1, 1]
-    assert {path.name for path in (two / "step_2").iterdir()} == set(FILES)
+    assert {path.name for path in (two / "step_2").iterdir()} == {*FILES, MARK}
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
@@ -117,27 +118,86 @@ def test_two_jobs(two: Path) -> None:
         pass
 
 
+# --- what is not ours ----------------------------------------------------------------------------------
+
+
+def foreign(place: Path) -> Path:
+    """A directory of another program."""
+    (place / "policy").mkdir(parents=True)
+    (place / "policy" / "weights.bin").write_text("precious")
+    (place / COMMITTED).write_text("a word of its own")
+    return place / "policy" / "weights.bin"
+
+
+@pytest.mark.parametrize("name", ["step_7", "step_900", "step_3.partial", "step_1.superseded"])
+def test_what_another_program_wrote_is_refused_before_anything_is_cleared(two: Path, name: str) -> None:
+    precious = foreign(two / name)
+    (two / "step_2" / COMMITTED).unlink()  # ours, and due to be cleared away
+    with pytest.raises(ConfigError, match=rf"holds {name}, which mcore_rl did not write.*set checkpoint.dir"):
+        CheckpointDirectory(two, 2).locked().__enter__()
+    assert precious.read_text() == "precious"
+    assert (two / "step_2").is_dir()
+    shutil.move(two / name, two.parent)
+    with CheckpointDirectory(two, 2).locked():
+        assert not (two / "step_2").exists()
+
+
+def test_a_directory_that_was_never_ours_is_left_as_it_was(tmp_path: Path) -> None:
+    foreign(tmp_path / "disk" / "step_100")
+    with pytest.raises(ConfigError, match="holds step_100"):
+        CheckpointDirectory(tmp_path / "disk", 2).locked().__enter__()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["step_100"]
+
+
+def test_what_is_not_named_like_a_checkpoint_disturbs_nobody(two: Path) -> None:
+    precious = [foreign(two / name) for name in ("lost+found", "step_1_backup", "iter_7")]
+    with CheckpointDirectory(two, 2).locked():
+        write(CheckpointDirectory(two, 2), 3)
+    assert [path.read_text() for path in precious] == ["precious"] * 3
+
+
+def test_what_comes_meanwhile_into_the_way_of_a_checkpoint_stays(two: Path) -> None:
+    directory = CheckpointDirectory(two, 2)
+    with directory.locked():
+        precious = foreign(two / "step_3.partial")
+        with pytest.raises(ConfigError, match="holds files and no mark of mcore_rl"):
+            write(directory, 3)
+    assert precious.read_text() == "precious"
+
+
+def test_checkpoints_of_a_version_without_marks_go_on(two: Path) -> None:
+    for step in ("step_1", "step_2"):
+        (two / step / MARK).unlink()
+    directory = CheckpointDirectory(two, keep=2)
+    with directory.locked():
+        assert all(is_ours(path) for _, path in committed(two)), "their manifests are ours"
+        write(directory, 3)
+    assert [step for step, _ in committed(two)] == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["step_2", "step_2.partial"])
+def test_what_a_version_without_marks_left_unfinished_is_not_guessed_at(two: Path, name: str) -> None:
+    (two / "step_2" / COMMITTED).unlink()
+    (two / "step_2" / MARK).unlink()
+    (two / "step_2").rename(two / name)
+    with pytest.raises(ConfigError, match=rf"holds {name}, which mcore_rl did not write, or an earlier"):
+        CheckpointDirectory(two, 2).locked().__enter__()
+
+
+def test_a_job_that_writes_is_not_taken_for_another_program(two: Path) -> None:
+    """It makes a directory, and marks it a moment later."""
+    with CheckpointDirectory(two, 2).locked():
+        foreign(two / "step_3.partial")
+        assert (two / LOCK).exists()
+        with pytest.raises(CheckpointError, match="in use by"):
+            CheckpointDirectory(two, 2).locked().__enter__()
+
+
 # --- disks --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own; needs root and CAP_SYS_ADMIN."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def tmpfs(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("this user may not mount a tmpfs")
-        return place
-
-    yield tmpfs
-    subprocess.run(["umount", str(place)], capture_output=True, check=False)
-
-
-def test_no_room_is_said_before_anything_is_written(mount) -> None:
-    directory = CheckpointDirectory(mount("size=256k"), 2)
+def test_no_room_is_said_before_anything_is_written(small_disk) -> None:
+    directory = CheckpointDirectory(small_disk("size=256k"), 2)
     with directory.locked():
         write(directory, 1)
         with pytest.raises(CheckpointError, match=r"needs 400000 bytes, \d+ are free; make room"):
@@ -145,9 +205,9 @@ def test_no_room_is_said_before_anything_is_written(mount) -> None:
         assert step_in(find(directory.root, "latest")) == 1
 
 
-@pytest.mark.parametrize("options", ["size=64k", "size=1m,nr_inodes=12"], ids=["bytes", "inodes"])
-def test_a_disk_that_fills_up_while_writing(mount, options: str) -> None:
-    directory = CheckpointDirectory(mount(options), 2)
+@pytest.mark.parametrize("options", ["size=64k", "size=1m,nr_inodes=14"], ids=["bytes", "inodes"])
+def test_a_disk_that_fills_up_while_writing(small_disk, options: str) -> None:
+    directory = CheckpointDirectory(small_disk(options), 2)
     with directory.locked():
         write(directory, 1)
         with pytest.raises((CheckpointError, OSError), match="No space left on device"):
@@ -169,8 +229,8 @@ def write_as_if_there_were_room(directory: CheckpointDirectory, step: int) -> No
         filler.unlink()
 
 
-def test_a_read_only_disk(mount) -> None:
-    disk = mount("size=1m")
+def test_a_read_only_disk(small_disk) -> None:
+    disk = small_disk("size=1m")
     directory = CheckpointDirectory(disk, 2)
     with directory.locked():
         write(directory, 1)

@@ -16,7 +16,7 @@ from mcore_rl.checkpoint import find, fp8_pieces, model_pieces
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model
-from mcore_rl.model.mapping import global_parameters
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from tests.checkpoint.support import open_at, stored

@@ -9,7 +9,7 @@ from hypothesis import settings as options
 from hypothesis import strategies as st
 
 from mcore_rl.algo.algorithms import ALGORITHMS
-from mcore_rl.config import Config, describe_keys, load_config, to_toml
+from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.toml import dumps, literal, parse_value
 from mcore_rl.errors import ConfigError
 from tests.any_json import AWKWARD, examples, json_values
@@ -322,12 +322,3 @@ def test_any_command_line_and_any_bytes_are_read_or_refused_with_their_place(
     for text in (content, MINIMAL.encode() + content, content + MINIMAL.encode()):
         path.write_bytes(text)
         loaded_or_refused(path)
-
-
-def test_help_names_every_key():
-    help_text = describe_keys()
-    assert "--rollout.temperature (1.0)  Sampling temperature" in help_text
-    fields = [f"--{s}.{k} (" for s, f in Config.model_fields.items() for k in f.annotation.model_fields]
-    assert len(fields) > 50
-    assert all(field in help_text for field in fields)
-    assert all(line.count("  ") == 2 for line in help_text.splitlines()), "a key without its meaning"

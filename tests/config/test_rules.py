@@ -157,11 +157,6 @@ def load(tmp_path):
             "publish.transport: the embedded server loads weights from disk only",
         ),
         (
-            FP8_WEIGHTS | {"publish__transport": "distributed"},
-            {"publish__transport": "disk"},
-            "publish.quantize: weights in FP8 go by disk only",
-        ),
-        (
             {"publish__transport": "tensor", "rollout__urls": "['http://127.0.0.1:1', 'http://a:1']"},
             {"rollout__urls": "['http://127.0.0.1:1', 'http://localhost:2']"},
             "publish.transport: .*http://a:1 may not be on",
@@ -180,6 +175,12 @@ def test_a_contradiction_is_refused_and_its_remedy_accepted(load, bad, good, mes
         load(**bad)
     if good is not None:
         load(**{**bad, **good})
+
+
+@pytest.mark.parametrize("transport", ["disk", "tensor", "distributed"])
+def test_weights_in_fp8_go_by_every_transport(load, transport):
+    here = {"rollout__urls": "['http://127.0.0.1:1']", "publish__transport": transport}
+    assert load(**FP8_WEIGHTS | here).publish.quantize == "fp8"
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from mcore_rl.convert.verify import verify_checkpoint
 from mcore_rl.errors import CheckpointError, ConfigError, NumericsError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import Mapping, global_parameters
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.torch_dist import place, torch_dist_reader
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool, RankError, spawn
 from mcore_rl.parallel.mesh import Mesh
 from tests.model.support import at_layout
@@ -132,6 +133,15 @@ def test_an_existing_target_is_left_alone(dense_source: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="exists; remove it"):
         hf_to_mcore(dense_source, tmp_path / "mcore")
     assert not any((tmp_path / "mcore").iterdir())
+
+
+def test_what_lies_where_the_target_is_written_is_left_alone(dense_source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mcore.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(ConfigError, match=r"mcore.partial holds files and no mark of mcore_rl"):
+        hf_to_mcore(dense_source, tmp_path / "mcore")
+    assert mine.read_text() == "precious"
 
 
 class Malice:
@@ -263,7 +273,7 @@ def test_a_directory_stored_in_other_boxes_is_read(dense_source: Path, tmp_path:
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
     arch = read_architecture(dense_source)
-    mapping = Mapping(arch, arch.vocab)
+    mapping = ParameterMap(arch, arch.vocab)
     original = load_file(dense_source / "model.safetensors")
     halves: dict[MetadataIndex, torch.Tensor] = {}
     plans = []

@@ -1,14 +1,17 @@
 """The order of prompts: each once per epoch, no prompt twice in a batch, and the same after a resume."""
 
+import hashlib
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.data.cursor import PromptCursor, share
-from mcore_rl.data.prompts import PromptSet
+from mcore_rl.data.cursor import PromptCursor, knows_content, share
+from mcore_rl.data.prompts import PromptSet, fingerprint
 from mcore_rl.errors import DataError
 from mcore_rl.types import Prompt
 
@@ -67,12 +70,68 @@ def test_a_batch_larger_than_the_set_is_refused():
         PromptCursor(prompt_set(6), 0).next(7)
 
 
-@pytest.mark.parametrize("other", [(prompt_set(6, "q"), 0), (prompt_set(5), 0), (prompt_set(6), 1)])
-def test_a_state_of_other_data_or_another_seed_is_refused(other):
+def test_another_seed_is_refused():
     state = PromptCursor(prompt_set(6), 0).state()
     PromptCursor(prompt_set(6), 0).restore(state)
-    with pytest.raises(DataError, match="the prompt cursor was saved with"):
-        PromptCursor(*other).restore(state)
+    with pytest.raises(DataError, match="saved with seed 0, this run has 1"):
+        PromptCursor(prompt_set(6), 1).restore(state)
+
+
+def changed(prompts, at, **fields):
+    """The set with other fields in one of its prompts."""
+    return [replace(prompt, **fields) if i == at else prompt for i, prompt in enumerate(prompts)]
+
+
+SIX = list(prompt_set(6).prompts)
+EDITED = "the same 6 ids with other texts, tokens, labels or metadata: the file was edited"
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (list(prompt_set(6, "q").prompts), "it had 6, these are 6 others"),
+        (SIX[:5], "it had 6, these are 5 others"),
+        ([*SIX, *prompt_set(2, "q").prompts], "2 were appended to its 6"),
+        ([*prompt_set(2, "q").prompts, *SIX], "it had 6, these are 8 others"),
+        (SIX[::-1], "the same 6 in another order"),
+        (changed(SIX, 5, text="2"), EDITED),
+        (changed(SIX, 5, token_ids=(2,)), EDITED),
+        (changed(SIX, 5, label="2"), EDITED),
+        (changed(SIX, 5, metadata={"level": 2}), EDITED),
+    ],
+)
+def test_prompts_that_are_not_those_of_the_state_are_refused_with_what_changed(other, says):
+    state = json.loads(json.dumps(PromptCursor(PromptSet(tuple(SIX), ()), 0).state()))
+    PromptCursor(PromptSet(tuple(SIX), ()), 0).restore(state)
+    with pytest.raises(DataError, match=re.escape(f"not those of the saved run: {says}. Resume with")):
+        PromptCursor(PromptSet(tuple(other), ()), 0).restore(state)
+
+
+@given(st.lists(st.tuples(st.text(), st.text(), st.lists(st.integers(0, 2**31))), min_size=1, max_size=4))
+def test_no_two_sets_of_prompts_have_one_fingerprint(rows):
+    """Fields that run into each other would: ("ab", "c") is not ("a", "bc")."""
+    prompts = [Prompt(str(i), text, tuple(ids), label) for i, (text, label, ids) in enumerate(rows)]
+    moved = [replace(p, text=p.text + p.label[:1], label=p.label[1:]) for p in prompts]
+    assert (fingerprint(moved) == fingerprint(prompts)) == (moved == prompts)
+    assert fingerprint([replace(p, metadata={"a": {"b": 1}}) for p in prompts]) != fingerprint(prompts)
+
+
+def test_an_id_that_is_no_text_can_be_saved():
+    """JSON allows half of a surrogate pair."""
+    cursor = PromptCursor(PromptSet((Prompt("\ud800", "\ud800", (1,), "1"),), ()), 0)
+    cursor.restore(json.loads(json.dumps(cursor.state())))
+
+
+def test_a_state_of_an_earlier_version_is_compared_by_its_ids():
+    """Its texts and labels it does not know, and whoever continues it says so."""
+    state = PromptCursor(prompt_set(6), 0).state()
+    ids_alone = hashlib.sha256(b"p0\0p1\0p2\0p3\0p4\0p5").hexdigest()[:16]
+    old = {key: value for key, value in state.items() if key != "data"} | {"fingerprint": ids_alone}
+    assert knows_content(state)
+    assert not knows_content(old)
+    PromptCursor(PromptSet(tuple(changed(SIX, 0, label="2")), ()), 0).restore(old)
+    with pytest.raises(DataError, match="it has other ids, or another order or number"):
+        PromptCursor(prompt_set(5), 0).restore(old)
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))

@@ -198,6 +198,7 @@ def read_or_refused(load, *lines, **keys):
         assert re.match(r".*p\.(jsonl|parquet)(:\d+)?(:| )", refused)
         return
     assert all(prompt.token_ids and isinstance(prompt.label, str) for prompt in found.prompts)
+    assert found.fingerprint().count == len(found.prompts)
 
 
 @settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])

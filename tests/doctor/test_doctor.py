@@ -268,6 +268,12 @@ def test_a_reward_that_never_comes(capsys, setting: Setting, monkeypatch: pytest
     assert code == 2
 
 
+def test_a_reward_with_an_alarm_works_here_as_it_does_in_training(capsys, setting: Setting):
+    code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:alarmed")
+    assert not bad(findings)
+    assert code == 0
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_planted_problem_is_found_with_its_remedy(capsys, setting: Setting, name: str):
     plant, flags, what, remedy = PROBLEMS[name]

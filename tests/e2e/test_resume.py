@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -129,5 +131,37 @@ def test_a_damaged_checkpoint_is_refused_and_previous_continues(
     assert refused.stderr.count("__1_0.distcp does not have the checksum") == 1, refused.stderr
     assert "--resume previous" in refused.stderr
     done = run(*gspo(task, directory, "--resume", "previous"))
+    assert done.returncode == 0, done.stderr
+    assert_same(whole, directory)
+
+
+def test_a_disk_that_fills_up_under_a_publish_ends_the_run_typed_and_it_resumes(
+    task: Task, whole: Path, tmp_path: Path, small_disk: Callable[[str], Path]
+) -> None:
+    directory, log, place = tmp_path / "run", tmp_path / "log", small_disk("size=40m")
+    flags = ["--publish.dir", str(place / "weights")]
+    with log.open("wb") as out:
+        start = command(*gspo(task, directory, *flags))
+        process = subprocess.Popen(start, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out)
+    try:
+        end = time.monotonic() + 200
+        while not committed(directory / "checkpoints"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        with suppress(OSError), (place / "other").open("wb", buffering=0) as other:
+            while other.write(bytes(4096)):
+                pass
+        assert process.wait(timeout=120) == 75, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    text = log.read_text()
+    assert text.count("StorageError: ") == 1, text
+    assert f"StorageError: {place}/weights/" in text
+    assert "No space left on device" in text
+    assert "Traceback" not in text
+    (place / "other").unlink()
+    done = run(*gspo(task, directory, *flags, "--resume", "latest"))
     assert done.returncode == 0, done.stderr
     assert_same(whole, directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +27,20 @@ def fail() -> None:
     raise ValueError("only this rank has this bug")
 
 
+def open_all_files() -> None:
+    """As a leak does; then what all code may meet."""
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "raise": fail,
     "refuse": refuse,
     "hang": lambda: time.sleep(600),
     "slow": lambda: time.sleep(4),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "vanish": lambda: os._exit(0),
+    "no more files": open_all_files,
 }
 
 

@@ -107,6 +107,65 @@ def test_a_rank_that_never_comes_leaves_the_stacks_of_all(task: list[str], tmp_p
     assert read_metrics(run_dir / "events.jsonl")[-1]["type"] == "Hang"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_before_any_collective_gives_up(
+    task: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
+    run_dir, limit = tmp_path / "run", 20.0
+    fault = {"do": "stop", "rank": rank, "step": 2}
+    with torchrun(run_dir, 2, [fault], *task, "--train.step_timeout", str(limit)) as process:
+        wait_until(lambda: "fault: stop" in said(run_dir), process)
+        stopped = psutil.Process(int(said(run_dir).split("fault: stop in process ")[1].split()[0]))
+        assert process.wait(timeout=120) == 1
+        assert not stopped.is_running()
+    log = said(run_dir)
+    assert "no progress for 20 s (train.step_timeout) since step 1; stacks of 1 of 2 ranks" in log
+    told = f"rank {rank} wrote no stack: it is stopped, swapped out or dead"
+    told += f" (its process {stopped.pid} is stopped)"
+    assert log.count(told) == 1
+    assert f"  rank {1 - rank}: " in log, "where the other one waits"
+    assert "Timed out waiting" not in log, "the collective's own deadline"
+    (error,) = [e for e in read_metrics(run_dir / "events.jsonl") if e["kind"] == "error"]
+    assert error["type"] == "Hang"
+    assert told in error["message"]
+
+
+def test_under_torchrun_a_rank_that_vanishes_is_named_by_another(task: list[str], tmp_path: Path):
+    run_dir = tmp_path / "run"
+    with torchrun(run_dir, 2, [{"do": "vanish", "rank": 0, "step": 2}], *task) as process:
+        assert process.wait(timeout=280) == 1
+    log = said(run_dir)
+    assert log.count("mcore-rl: rank 0 left without a word, and took its connections with it") == 1
+    assert "RuntimeError" not in log, "the echo on rank 1"
+    events = read_metrics(run_dir / "events.jsonl")
+    assert [event["rank"] for event in events if event["kind"] == "error"] == [1, 1]
+    assert events[-2]["type"] == "RankLost"
+    assert (events[-1]["kind"], events[-1]["exit_code"]) == ("end", 75)
+
+
+def test_too_few_open_files_are_said_with_the_remedy(task: list[str], tmp_path: Path):
+    """At the start, where the limit cannot do; later, where a leak has met it."""
+    train = [sys.executable, "-m", "mcore_rl", "train", "examples/sft_tiny.toml", *task]
+    train += ["--run.dir", str(tmp_path / "few"), "--parallel.tensor", "1"]
+    few = subprocess.run(
+        ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash", *train],
+        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert few.returncode == 2, few.stderr
+    assert "ConfigError: ulimit -n: a process may open 64 files here, and a rank needs 256" in few.stderr
+    assert "Traceback" not in few.stderr
+    assert not (tmp_path / "few").exists()
+
+    run_dir = tmp_path / "run"
+    with torchrun(run_dir, 1, [{"do": "no more files", "rank": 0, "step": 2}], *task) as process:
+        assert process.wait(timeout=280) == 1
+    log = said(run_dir)
+    assert log.count("mcore-rl: ResourceError: rank 0 may open ") == 1
+    assert "Raise it: `ulimit -n 65536` before the command" in log
+    assert read_metrics(run_dir / "events.jsonl")[-1]["exit_code"] == 75
+
+
 @pytest.mark.parametrize("patient", [True, False])
 def test_the_first_interrupt_saves_the_step_and_the_second_does_not_wait(
     task: list[str], tmp_path: Path, patient: bool

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.parallel.head import HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
+from mcore_rl.parallel.head import Call, HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
 from mcore_rl.parallel.kernels import row_kernels
 
 pytestmark = [
@@ -36,28 +36,29 @@ class Problem:
         self.weight.main_grad = torch.zeros(VOCAB, HIDDEN, device="cuda")
         self.targets = torch.randint(VOCAB, (ROWS,), **place)
         self.a, self.b = torch.randn(2, ROWS, **place)
+        self.call = Call.of(self.weight, self.targets, TEMPERATURE)
 
     def loss(self, rows: slice, out: HeadOutput) -> Tensor:
         return (self.a[rows] * out.log_prob).sum() + (self.b[rows] * out.entropy).sum()
 
     def train(self) -> Tensor:
         """Fused mode; dL/dhidden."""
-        total = head_loss(self.hidden, self.weight, self.targets, self.loss, TEMPERATURE)
+        total = head_loss(self.hidden, self.weight, self.call, self.loss)
         return torch.autograd.grad(total, (self.hidden, self.weight))[0]
 
     def hidden_gradient(self) -> Tensor:
         """As `train`, where the weight wants none."""
-        total = head_loss(self.hidden, self.weight, self.targets, self.loss, TEMPERATURE)
+        total = head_loss(self.hidden, self.weight, self.call, self.loss)
         return torch.autograd.grad(total, self.hidden)[0]
 
     def recompute(self) -> Tensor:
         """Recompute mode; dL/dhidden."""
-        out = log_prob_entropy(self.hidden, self.weight, self.targets, TEMPERATURE)
+        out = log_prob_entropy(self.hidden, self.weight, self.call)
         return torch.autograd.grad(self.loss(slice(None), out), (self.hidden, self.weight))[0]
 
     @torch.no_grad()
     def score(self) -> HeadOutput:
-        return log_prob_entropy(self.hidden, self.weight, self.targets, TEMPERATURE)
+        return log_prob_entropy(self.hidden, self.weight, self.call)
 
     def gemms(self, count: int) -> Callable[[], None]:
         """The first `count` of: logits, logits again, dL/dhidden, dL/dweight (3: without the second)."""
@@ -158,7 +159,7 @@ def test_the_same_bits_at_every_run_and_in_every_pass(problem: Problem) -> None:
 
     first, second = gradients(), gradients()
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    total = head_loss(problem.hidden, problem.weight, problem.targets, recorded, TEMPERATURE)
+    total = head_loss(problem.hidden, problem.weight, problem.call, recorded)
     torch.autograd.grad(total, problem.hidden)
     current = HeadOutput(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
     for one, other in zip(current, problem.score(), strict=True):

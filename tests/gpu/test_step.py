@@ -18,10 +18,10 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model import block
 from mcore_rl.model import precision as machine
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.precision import check_fp8
 from mcore_rl.model.step import forward, forward_backward
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import RECIPES, Fp8, token_multiple
 from mcore_rl.train.batch import Shape, align_of, pack_share

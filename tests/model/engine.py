@@ -19,7 +19,7 @@ import torch
 
 from mcore_rl.model import build, platform, weights_io
 from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import Mapping
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.policy import PolicyModel
 from mcore_rl.model.precision import engine_is_importable
 from mcore_rl.model.spec import padded_vocab, transformer_config
@@ -60,7 +60,7 @@ def built(mesh: Mesh, directory: Path, recipe: str | None, seed: int | None = No
     """
     platform.install()
     arch = read_architecture(directory)
-    mapping = Mapping(arch, padded_vocab(arch, mesh.layout.tensor))
+    mapping = ParameterMap(arch, padded_vocab(arch, mesh.layout.tensor))
     fp8: Any = Fp8(recipe) if recipe else Fp8()  # pyright: ignore[reportArgumentType]
     config = transformer_config(arch, mesh.layout, "fp8" if recipe else "bf16", fp8=fp8)
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)

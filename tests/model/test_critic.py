@@ -16,18 +16,18 @@ from torch import Tensor
 
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import ConfigError
-from mcore_rl.model import weights_io
 from mcore_rl.model.build import build_critic
 from mcore_rl.model.critic import ValueHead
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
-from mcore_rl.parallel.control import reduce_sums
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.train.batch import Shape, align_of, pack_share
+from mcore_rl.train.metrics import Gathered, read
 from mcore_rl.train.objective import ValueObjective
 from mcore_rl.train.score import values
+from mcore_rl.weights.buckets import gather
 
 VOCAB, HIDDEN, SEED = 50, 32, 3
 COEF = 0.5
@@ -121,14 +121,14 @@ def measure(layout: Layout, model_dir: Path, head: Tensor, mistake: str = "") ->
         optimizer.zero_grad()
         objective = ValueObjective(clip=0.2, coef=COEF)
         sums = forward_backward(critic, pack_share(batch, fields, shape, mesh), objective, 1.0)
-        totals = reduce_sums(mesh, {n: torch.stack([s[n] for s in sums]).sum() for n in (sums or [{}])[0]})
+        metrics = read(Gathered(sums).reduce(mesh), 1)
         gradients = {name: p.main_grad for name, p in global_parameters(critic.unwrapped).items()}
         return {
             "values": old,
-            "loss": totals["loss"].item(),
-            "clipped": totals["clipped"].item(),
+            "loss": metrics["loss/value"],
+            "clipped": metrics["value/clip_fraction"] * tokens,
             "norm": optimizer.step(),
-            "gradients": weights_io.gather_hf(gradients, critic.mapping, mesh),
+            "gradients": gather(gradients, critic.mapping, mesh),
         }
     finally:
         destroy_mesh()

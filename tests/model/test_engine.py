@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mcore_rl.model import block
 from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import canonical, global_parameters
+from mcore_rl.model.mapping import canonical
 from mcore_rl.model.spec import transformer_config
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import RECIPES
+from mcore_rl.weights.disk import export
 from tests.model.conftest import save
 from tests.model.engine import NEEDS_ENGINE, built
 from tests.model.families import FAMILIES
@@ -29,7 +31,7 @@ pytestmark = NEEDS_ENGINE
 def described(mesh: Mesh, directory: Path, recipe: str | None, target: Path) -> dict[str, Any]:
     """Its parameters' names and its modules' kinds; the weights exported to `target`."""
     model = built(mesh, directory, recipe)
-    model.export(target)
+    export(model, target)
     (chunk,) = model.unwrapped
     kinds = {name: f"{type(m).__module__}.{type(m).__name__}" for name, m in chunk.named_modules()}
     return {
@@ -134,7 +136,7 @@ def with_swapped_norms(mesh: Mesh, directory: Path, target: Path) -> None:
     for layer in model.unwrapped[0].decoder.layers:
         one, other = layer.self_attention.linear_qkv.layer_norm_weight, layer.mlp.linear_fc1.layer_norm_weight
         one.data, other.data = other.data, one.data
-    model.export(target)
+    export(model, target)
 
 
 @pytest.mark.parametrize("family", ["qwen3"], scope="session", indirect=True)

@@ -20,6 +20,7 @@ from mcore_rl.model.step import forward
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.batch import pack_share
+from mcore_rl.weights.disk import export
 from tests.model.conftest import save
 from tests.model.families import FAMILIES
 from tests.model.support import VOCAB, at_layout, shape_at
@@ -66,7 +67,7 @@ def expected(directory: Path) -> Tensor:
 def logits_and_exports(mesh: Mesh, directory: Path, target: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """(row, logits) of this rank's packed tokens; both models exported below `target`."""
     for precision in ("fp32", "bf16"):
-        build_policy(directory / precision, mesh, precision=precision).export(target / precision)
+        export(build_policy(directory / precision, mesh, precision=precision), target / precision)
     return logits(mesh, directory)
 
 

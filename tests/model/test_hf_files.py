@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf_files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader
+from mcore_rl.model.hf_files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader, safetensors_layout
 from tests.model.test_mapping import mapping_of
 
 TENSORS = {
@@ -32,11 +32,27 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
 
 
-def test_the_writer_takes_its_tensors_in_order_and_all_of_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not the next tensor"):
-        write(tmp_path / "x", ["b.bias"])
+def test_the_writer_takes_every_tensor_once_in_any_order(tmp_path: Path) -> None:
+    write(tmp_path / "x", ["c", "b.bias", "a"])
+    found = load_file(tmp_path / "x")
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    with pytest.raises(ValueError, match="not among the tensors to come"):
+        write(tmp_path / "y", ["b.bias", "b.bias"])
     with pytest.raises(ValueError, match=r"not written: \['b\.bias', 'c'\]"):
-        write(tmp_path / "y", ["a"])
+        write(tmp_path / "z", ["a"])
+
+
+def test_every_tensor_begins_where_its_type_can(tmp_path: Path) -> None:
+    """Three bytes of FP8 before float32 would leave it where no reader can view it."""
+    odd = {"q": torch.ones(3).to(torch.float8_e4m3fn), "scale": torch.ones(1)}
+    forms = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in odd.items()}
+    _, begins, length = safetensors_layout(forms)
+    assert all(begin % odd[name].element_size() == 0 for name, begin in begins.items())
+    with SafetensorsWriter(tmp_path / "x", forms) as writer:
+        for name, tensor in odd.items():
+            writer.write(name, tensor)
+    assert (tmp_path / "x").stat().st_size == length
+    assert load_file(tmp_path / "x")["scale"] == 1
 
 
 def write(path: Path, names: list[str]) -> None:

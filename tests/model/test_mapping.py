@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 
 from mcore_rl.model.architecture import architecture_of
-from mcore_rl.model.mapping import Mapping, canonical
+from mcore_rl.model.mapping import ParameterMap, canonical
 from tests.model.families import FAMILIES
 from tests.model.test_architecture import hf_config
 
 
-def mapping_of(family: str, **change) -> Mapping:
+def mapping_of(family: str, **change) -> ParameterMap:
     arch = replace(architecture_of(hf_config(family)), **change)
-    return Mapping(arch, arch.vocab)
+    return ParameterMap(arch, arch.vocab)
 
 
-def forms(mapping: Mapping, dtype: str = "BF16") -> dict[str, tuple[tuple[int, ...], str]]:
+def forms(mapping: ParameterMap, dtype: str = "BF16") -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (shape, dtype) for name, shape in mapping.hf_shapes().items()}
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mcore_rl.model.mapping import Entry, Mapping, canonical
+from mcore_rl.model.mapping import Entry, ParameterMap, canonical
 from tests.model.families import FAMILIES
 from tests.model.test_mapping import mapping_of
 
@@ -37,7 +37,7 @@ def bridge_of(family: str):
     return type(registered.__name__, (registered,), own_table)(config, torch.float32, ParallelStates())
 
 
-def fused(entry: Entry, mapping: Mapping) -> str:
+def fused(entry: Entry, mapping: ParameterMap) -> str:
     """The parameter's name where Transformer Engine builds the layers."""
     name = entry.megatron.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
     if entry.layer is not None and not mapping.arch.is_sparse(entry.layer):
@@ -50,8 +50,8 @@ def fused(entry: Entry, mapping: Mapping) -> str:
     return name
 
 
-def drawn(entry: Entry, mapping: Mapping) -> list[Tensor]:
-    return [torch.randn(mapping.hf_shape(name)) for name in entry.hf]
+def drawn(entry: Entry, mapping: ParameterMap) -> list[Tensor]:
+    return [torch.randn(shape) for shape in mapping.shapes(entry.rule)]
 
 
 @pytest.mark.parametrize("family", COVERED)

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import Mapping, global_parameters
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.spec import check_layout, padded_vocab
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.weights.disk import export as export_files
 from tests.model.support import at_layout, expected_log_probs, scored_log_probs, sequences
 
 
@@ -65,7 +67,7 @@ def test_an_expert_out_of_place_is_seen(pool1: Pool, moe_dir: Path, tmp_path: Pa
 
 def export(mesh: Mesh, source: Path, target: Path) -> list[str]:
     model = build_policy(source, mesh)
-    model.export(target)
+    export_files(model, target)
     return sorted(name for name in global_parameters(model.unwrapped) if "local_experts" in name)
 
 
@@ -82,7 +84,7 @@ def test_weights_go_through_bitwise(pool2: Pool, layout: str, moe_dir: Path, tmp
 
 def test_the_table_covers_dense_and_sparse_layers(moe_dir: Path) -> None:
     arch = read_architecture(moe_dir)
-    mapping = Mapping(arch, padded_vocab(arch, 1))
+    mapping = ParameterMap(arch, padded_vocab(arch, 1))
     assert set(mapping.hf_shapes()) == set(load_file(moe_dir / "model.safetensors"))
     for entry in mapping.entries():
         assert mapping.entry(entry.megatron) == entry

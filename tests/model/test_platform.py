@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from mcore_rl import before_megatron
 from mcore_rl.model import platform
 from mcore_rl.parallel.launch import Pool
 from tests.model.removal import nothing, outcome
@@ -25,6 +28,28 @@ def test_where_cuda_is_present_nothing_is_changed(monkeypatch, cuda: bool, calls
     platform.install()
     platform.install()
     assert len(called) == calls
+
+
+# --- imports --------------------------------------------------------------------------------------------
+
+IMPORTED = "import sys, torch, mcore_rl.train.loop; print('torch._inductor.compile_fx' in sys.modules)"
+
+
+@pytest.mark.parametrize(("before", "loaded"), [("", "False"), ("import megatron.core;", "True")])
+def test_importing_megatron_loads_no_compiler(before: str, loaded: str) -> None:
+    words = [sys.executable, "-W", "ignore", "-c", f"{before}{IMPORTED}"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout.split() == [
+        loaded
+    ]
+
+
+def test_functions_of_others_are_compiled() -> None:
+    assert before_megatron.compile_unless_megatron(_double) is not _double
+    assert before_megatron.compile_unless_megatron(backend="eager")(_double)(2) == 4
+
+
+def _double(x: int) -> int:
+    return 2 * x
 
 
 # --- beyond Megatron-Core ---------------------------------------------------------------------------------

@@ -17,15 +17,18 @@ from mcore_rl.model import step, weights_io
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import Entry, Mapping, global_parameters
+from mcore_rl.model.mapping import Entry, ParameterMap
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.train.batch import pack_share
 from mcore_rl.types import PackedBatch
+from mcore_rl.weights.buckets import gather
+from mcore_rl.weights.disk import export as export_files
 from tests.model.support import (
     at_layout,
     expected_log_probs,
@@ -72,7 +75,7 @@ def test_neighbours_in_a_pack_are_not_seen(pool1: Pool, dense_dir: Path) -> None
 
 
 def export(mesh: Mesh, source: Path, target: Path) -> None:
-    build_policy(source, mesh).export(target)
+    export_files(build_policy(source, mesh), target)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "pp2+vpp1"])
@@ -97,7 +100,7 @@ def test_transformers_loads_what_was_exported(pool2: Pool, dense_dir: Path, tmp_
 
 def reader(directory: Path):
     arch = read_architecture(directory)
-    return weights_io.reader(directory, Mapping(arch, padded_vocab(arch, 1)))
+    return weights_io.reader(directory, ParameterMap(arch, padded_vocab(arch, 1)))
 
 
 def damaged(source: Path, target: Path, change) -> Path:
@@ -280,7 +283,7 @@ def main_gradients(
     metrics = forward_backward(model, batches, NegativeLogLikelihood(in_parts), 1.0)
     parameters = global_parameters(model.unwrapped)
     gradients = {name: parameter.main_grad for name, parameter in parameters.items()}
-    return weights_io.gather_hf(gradients, model.mapping, mesh), metrics
+    return gather(gradients, model.mapping, mesh), metrics
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2+sp", "pp2"])

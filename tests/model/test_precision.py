@@ -19,7 +19,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model import precision as here
 from mcore_rl.model.architecture import Architecture, read_architecture
 from mcore_rl.model.block import PORTABLE, layer_spec, parts_of
-from mcore_rl.model.mapping import Mapping, canonical
+from mcore_rl.model.mapping import ParameterMap, canonical
 from mcore_rl.model.portable import PackedAttention, RMSNorm
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
 from mcore_rl.model.spec import DTYPES, padded_vocab, transformer_config
@@ -167,7 +167,7 @@ def engine_name(name: str, *, sparse: bool) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_of_transformer_engine_round_trip(family: str, tmp_path) -> None:
     arch = architecture(family, tmp_path)
-    mapping = Mapping(arch, padded_vocab(arch, 1))
+    mapping = ParameterMap(arch, padded_vocab(arch, 1))
     fused = 0
     for entry in mapping.entries():
         sparse = entry.layer is not None and arch.is_sparse(entry.layer)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.model import weights_io
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import global_parameters
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.step import forward_backward
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.batch import pack_share
+from mcore_rl.weights.buckets import gather
 from tests.model.conftest import save
 from tests.model.support import MOE, at_layout, scored_log_probs, sequences, shape_at
 from tests.model.test_policy import NegativeLogLikelihood
@@ -202,7 +202,7 @@ def gradients(
         chunk.zero_grad_buffer()
     forward_backward(model, pack_share(scored, {}, shape_at(mesh), mesh), NegativeLogLikelihood(), 1.0)
     held = {name: parameter.main_grad for name, parameter in global_parameters(model.unwrapped).items()}
-    return weights_io.gather_hf(held, model.mapping, mesh)
+    return gather(held, model.mapping, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mcore_rl.parallel import head_passes
-from mcore_rl.parallel.head import HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
+from mcore_rl.parallel.head import Call, HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
 from mcore_rl.parallel.kernels.rows import merge_statistics, shard_statistics
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.tiling import Tiling
@@ -26,29 +27,22 @@ class Problem(NamedTuple):
     """[V, H]"""
     targets: Tensor
     """[R]"""
-    temperature: float | Tensor
-    """or [R]"""
+    temperature: float
     a: Tensor
     """[R] dL/dlog_prob"""
     b: Tensor
     """[R] dL/dentropy"""
-    keep: Tensor | None = None
-    """[R, V], the target among them"""
 
 
-def problem(
-    rows: int, vocab: int, hidden: int, per_row: bool, scale: float, seed: int, keep: bool = False
-) -> Problem:
+def problem(rows: int, vocab: int, hidden: int, scale: float, seed: int, temperature: float = 0.7) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    temperature = 0.3 + normal(rows).abs() if per_row else 0.7
     targets = torch.randint(vocab, (rows,), generator=generator)
-    kept = (normal(rows, vocab) > 0).scatter(1, targets[:, None], True) if keep else None
     a, b = normal(rows), normal(rows)
-    return Problem(scale * normal(rows, hidden), normal(vocab, hidden), targets, temperature, a, b, kept)
+    return Problem(scale * normal(rows, hidden), normal(vocab, hidden), targets, temperature, a, b)
 
 
 problems = st.builds(
@@ -56,10 +50,9 @@ problems = st.builds(
     rows=st.sampled_from([0, 1, 2, 7, 9]),
     vocab=st.integers(1, 23),
     hidden=st.integers(1, 8),
-    per_row=st.booleans(),
     scale=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
     seed=st.integers(0, 10**6),
-    keep=st.booleans(),
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 2.5]),
 )
 tilings = st.builds(
     lambda tile, waves, chunks, columns: Tiling(tile, tile * waves, tile * waves * chunks, columns),
@@ -70,7 +63,9 @@ tilings = st.builds(
 
 def dense(case: Problem, *, entropy: bool = True) -> list[Tensor]:
     """log-prob, entropy, dL/dhidden, dL/dweight by autograd through [R, V] logits."""
-    return recomputed(case, fn=dense_log_prob_entropy, entropy=entropy)
+    return differentiated(
+        case, lambda h, w: dense_log_prob_entropy(h, w, case.targets, case.temperature), entropy
+    )
 
 
 def loss_of(case: Problem, rows: slice, out: HeadOutput, entropy: bool) -> Tensor:
@@ -78,10 +73,17 @@ def loss_of(case: Problem, rows: slice, out: HeadOutput, entropy: bool) -> Tenso
     return loss + (out.entropy * case.b[rows]).sum() if entropy else loss
 
 
-def recomputed(case: Problem, *, fn=log_prob_entropy, entropy: bool = True, **options) -> list[Tensor]:
+def recomputed(case: Problem, *, entropy: bool = True, **options) -> list[Tensor]:
     """As `dense`, of recompute mode."""
+    call = Call.of(case.weight, case.targets, case.temperature, **options)
+    return differentiated(case, lambda h, w: log_prob_entropy(h, w, call), entropy)
+
+
+def differentiated(
+    case: Problem, score: Callable[[Tensor, Tensor], HeadOutput], entropy: bool
+) -> list[Tensor]:
     hidden, weight = (x.clone().requires_grad_() for x in case[:2])
-    out = fn(hidden, weight, case.targets, case.temperature, keep=case.keep, **options)
+    out = score(hidden, weight)
     gradients = torch.autograd.grad(loss_of(case, slice(None), out, entropy), (hidden, weight))
     return [out.log_prob.detach(), out.entropy.detach(), *gradients]
 
@@ -96,7 +98,7 @@ def fused(case: Problem, *, entropy: bool = True, **options) -> list[Tensor]:
         seen.append(HeadOutput(*(x.detach() for x in out)))
         return loss_of(case, rows, out, entropy)
 
-    total = head_loss(hidden, weight, case.targets, loss, case.temperature, keep=case.keep, **options)
+    total = head_loss(hidden, weight, Call.of(weight, case.targets, case.temperature, **options), loss)
     assert total.item() == 0
     assert seen == []
     gradients = [gradient / 3 for gradient in torch.autograd.grad(3 * total, (hidden, weight))]
@@ -132,8 +134,7 @@ def test_padded_rows_take_no_part(mode, case: Problem, padding: int) -> None:
     """Garbage in the padding, even infinities, changes nothing and gets no gradient."""
     vocab = len(case.weight)
     garbage = torch.full((padding, case.weight.shape[1]), torch.inf, dtype=torch.float64)
-    keep = None if case.keep is None else torch.nn.functional.pad(case.keep, (0, padding), value=True)
-    padded = mode(case._replace(weight=torch.cat([case.weight, garbage]), keep=keep), vocab_size=vocab)
+    padded = mode(case._replace(weight=torch.cat([case.weight, garbage])), vocab_size=vocab)
     assert not padded[3][vocab:].any()
     padded[3] = padded[3][:vocab]
     assert_close(padded, dense(case))
@@ -142,16 +143,11 @@ def test_padded_rows_take_no_part(mode, case: Problem, padding: int) -> None:
 @settings(max_examples=100, deadline=None)
 @given(problems, st.lists(st.integers(0, 23), max_size=4))
 def test_shards_of_any_size_merge_to_the_whole(case: Problem, cuts: list[int]) -> None:
-    """Shards without an entry, or without a kept one, send -inf, 0, 0, which must not become NaN."""
+    """Shards without an entry send -inf, 0, 0, which must not become NaN."""
     bounds = [0, *sorted(min(cut, len(case.weight)) for cut in cuts), len(case.weight)]
     scale = 1 / case.temperature
     logits = case.hidden @ case.weight.T
-    stats = [
-        shard_statistics(
-            logits[:, a:b], case.targets - a, scale, None if case.keep is None else case.keep[:, a:b]
-        )
-        for a, b in pairwise(bounds)
-    ]
+    stats = [shard_statistics(logits[:, a:b], case.targets - a, scale) for a, b in pairwise(bounds)]
     log_prob, entropy, _, _ = merge_statistics(torch.stack(stats), scale)
     assert_close([log_prob, entropy], dense(case)[:2])
 
@@ -206,10 +202,9 @@ def test_the_textbook_formula_does_cancel() -> None:
 
 @MODES
 @pytest.mark.parametrize("rows", [0, 1, 127])
-@pytest.mark.parametrize("keep", [False, True])
-def test_bf16_within_two_percent(mode, rows: int, keep: bool) -> None:
+def test_bf16_within_two_percent(mode, rows: int) -> None:
     """A CPU's GEMM rounds logits and both gradients to bf16."""
-    case = problem(rows, 1000, 64, False, 0.1, seed=rows, keep=keep)
+    case = problem(rows, 1000, 64, 0.1, seed=rows)
     case = Problem(*(x.bfloat16() if i < 2 else x for i, x in enumerate(case)))  # type: ignore[union-attr]
     case = case._replace(a=case.a.float(), b=case.b.float())
     got = mode(case, tiling=Tiling(16, 32, 64, 300))
@@ -223,12 +218,13 @@ def test_bf16_within_two_percent(mode, rows: int, keep: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_are_those_of_scoring_bit_by_bit(dtype: torch.dtype) -> None:
     """A ratio of a policy to itself is 1, whichever pass scored it."""
-    case = problem(300, 5000, 64, False, 0.2, seed=0)
+    case = problem(300, 5000, 64, 0.2, seed=0)
     case = case._replace(hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
     case = case._replace(a=case.a.float(), b=case.b.float())
     tiling = Tiling(32, 128, 256, 1500)
     with torch.no_grad():
-        scored = log_prob_entropy(case.hidden, case.weight, case.targets, case.temperature, tiling=tiling)
+        call = Call.of(case.weight, case.targets, case.temperature, tiling=tiling)
+        scored = log_prob_entropy(case.hidden, case.weight, call)
     for mode in (recomputed, fused):
         for one, other in zip(mode(case, tiling=tiling)[:2], scored, strict=True):
             assert torch.equal(one, other)
@@ -236,7 +232,7 @@ def test_log_probs_are_those_of_scoring_bit_by_bit(dtype: torch.dtype) -> None:
 
 @MODES
 def test_scored_rows_are_picked_from_the_hidden_states(mode) -> None:
-    case = problem(5, 11, 4, False, 1.0, seed=0)
+    case = problem(5, 11, 4, 1.0, seed=0)
     rows = torch.tensor([6, 1, 2, 0, 4])
     hidden = torch.full((8, 4), torch.nan, dtype=torch.float64).index_copy(0, rows, case.hidden)
     got = mode(case._replace(hidden=hidden), rows=rows)
@@ -249,19 +245,17 @@ def test_scored_rows_are_picked_from_the_hidden_states(mode) -> None:
 @pytest.mark.parametrize("zero_out", [False, True])
 def test_a_weight_of_megatrons_ddp_gets_its_gradient_in_main_grad(mode, zero_out: bool) -> None:
     """Added over micro-batches; autograd gets a dummy, never None, zeros where Megatron will add it."""
-    case = problem(rows=5, vocab=11, hidden=4, per_row=False, scale=1.0, seed=0)
+    case = problem(rows=5, vocab=11, hidden=4, scale=1.0, seed=0)
     weight = case.weight.clone().requires_grad_()
     weight.main_grad = torch.ones_like(weight)
     weight.zero_out_wgrad = zero_out
-    dummies = []
+    dummies, call = [], Call.of(weight, case.targets, case.temperature)
     weight.register_hook(dummies.append)
     for _ in range(3):
         if mode is fused:
-            total = head_loss(
-                case.hidden, weight, case.targets, lambda rows, out: loss_of(case, rows, out, True), 0.7
-            )
+            total = head_loss(case.hidden, weight, call, lambda rows, out: loss_of(case, rows, out, True))
         else:
-            out = log_prob_entropy(case.hidden, weight, case.targets, 0.7)
+            out = log_prob_entropy(case.hidden, weight, call)
             total = loss_of(case, slice(None), out, True)
         total.backward()
     torch.testing.assert_close(weight.main_grad - 1, 3 * dense(case)[3], rtol=1e-9, atol=1e-9)
@@ -274,7 +268,7 @@ def test_a_weight_of_megatrons_ddp_gets_its_gradient_in_main_grad(mode, zero_out
 @MODES
 def test_tied_embeddings_get_both_gradients(mode) -> None:
     """The hidden states come from the same weight."""
-    case = problem(rows=7, vocab=11, hidden=4, per_row=True, scale=1.0, seed=0)
+    case = problem(rows=7, vocab=11, hidden=4, scale=1.0, seed=0)
     tokens = torch.arange(7)
 
     def gradient(run) -> Tensor:
@@ -285,13 +279,14 @@ def test_tied_embeddings_get_both_gradients(mode) -> None:
 
 
 def test_nothing_is_computed_for_what_needs_no_gradient() -> None:
-    case = problem(rows=5, vocab=11, hidden=4, per_row=False, scale=1.0, seed=0)
+    case = problem(rows=5, vocab=11, hidden=4, scale=1.0, seed=0)
     hidden = case.hidden.clone().requires_grad_()
-    log_prob_entropy(hidden, case.weight, case.targets).entropy.sum().backward()
+    call = Call.of(case.weight, case.targets)
+    log_prob_entropy(hidden, case.weight, call).entropy.sum().backward()
     assert hidden.grad is not None
-    head_loss(hidden, case.weight, case.targets, lambda rows, out: out.entropy.sum()).backward()
+    head_loss(hidden, case.weight, call, lambda rows, out: out.entropy.sum()).backward()
     with torch.no_grad():
-        assert not log_prob_entropy(hidden, case.weight, case.targets).log_prob.requires_grad
+        assert not log_prob_entropy(hidden, case.weight, call).log_prob.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -318,7 +313,7 @@ TOKENS = 8
 
 
 def case_of(rows: int, vocab: int) -> Problem:
-    return problem(rows, vocab, 4, rows > 1, 3.0, seed=rows + vocab, keep=vocab > 8)
+    return problem(rows, vocab, 4, 3.0, seed=rows + vocab)
 
 
 def picked(rows: int) -> Tensor:
@@ -334,10 +329,7 @@ def shard_of(case: Problem) -> Problem:
     padded[:vocab] = case.weight
     hidden = torch.zeros(TOKENS, 4, dtype=torch.float64)
     hidden[picked(len(case.hidden))] = case.hidden
-    keep = case.keep
-    if keep is not None:
-        keep = torch.nn.functional.pad(keep, (0, 2 * each - vocab), value=True)[:, mine]
-    return case._replace(hidden=hidden, weight=padded[mine], keep=keep)
+    return case._replace(hidden=hidden, weight=padded[mine])
 
 
 def sharded(mode, sequence_parallel: bool) -> list[list[Tensor]]:
@@ -388,7 +380,7 @@ def collectives(mode, rows: int, sequence_parallel: bool) -> list[tuple[str, int
 
         return record
 
-    mine = shard_of(problem(rows, 8, 4, False, 1.0, seed=0))
+    mine = shard_of(problem(rows, 8, 4, 1.0, seed=0))
     mine = Problem(*(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in mine))
     if sequence_parallel:
         mine = mine._replace(hidden=mine.hidden.chunk(2)[dist.get_rank()])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing import get_context
 
 import psutil
 import pytest
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from mcore_rl.errors import LayoutError
-from mcore_rl.parallel.launch import Pool, RankError, RankTimeoutError, spawn
+from mcore_rl.parallel.launch import Pool, RankError, RankTimeoutError, _describe_hang, _Rank, spawn
+from tests.sources import ROOT
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -160,6 +162,44 @@ def test_ranks_end_with_a_killed_caller() -> None:
     assert gone(pids)
 
 
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_an_error_and_signals_nobody(tmp_path) -> None:
+    """Its ranks run the script too, and cannot start ranks: their clean-up once signalled all around them."""
+    script = tmp_path / "script.py"
+    script.write_text("import os; from mcore_rl.parallel.launch import spawn; spawn(os.getpid, 1)")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    shell = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {script}; echo $? lives"],
+        env=environment,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert shell.stdout == "1 lives\n", shell
+    assert "came to start a pool itself: put the script's calls under `if __name__" in shell.stderr
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rank_without_a_process_is_never_signalled(tmp_path, ended: bool) -> None:
+    """Number 0, in place of a process that never started, is the whole group of the caller."""
+    process = get_context("spawn").Process(target=quit_python)
+    if ended:
+        process.start()
+        process.join()
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+    ours, theirs = get_context("spawn").Pipe()
+    try:
+        _describe_hang([_Rank(0, process, ours, tmp_path / "stack")], 1, "nothing")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        ours.close()
+        theirs.close()
+    assert not got
+
+
 def test_an_open_pool_does_not_hang_the_interpreter_at_exit() -> None:
     program = "import os; from mcore_rl.parallel.launch import Pool; pool = Pool(1); pool.run(os.getpid)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
@@ -180,3 +220,25 @@ def test_annotations_are_checked_in_the_processes_of_the_pools(pool: Pool, pool2
     assert pool.run(error_of_wrong_shapes) == ["RuntimeError"] * 2, (
         "what torch itself says, far from the cause"
     )
+
+
+UNGUARDED = """
+from mcore_rl.parallel.launch import spawn
+spawn(print, 2)
+"""
+
+
+def test_a_script_without_a_main_guard_ends_alone(tmp_path):
+    """Its ranks run it again and cannot start; whoever started it, in the same process group, lives on."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    shell = f"{sys.executable} {script} 2>/dev/null; echo the shell lives, code $?"
+    done = subprocess.run(
+        ["bash", "-c", shell],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout == "the shell lives, code 1\n", (done.returncode, done.stderr)

@@ -33,15 +33,15 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 
 def test_interpreted_they_equal_torch(interpreted) -> None:
-    """Statistics and gradients: no row and no column, blocks cut short, nothing kept, logits around 1e4."""
+    """Statistics and gradients: no row and no column, blocks cut short, logits around 1e4."""
     errors = interpreted["tiles"]
-    assert len(errors) == 2 * 3 * 4 + 4 * 2
+    assert len(errors) == 2 * 3 * 2 + 4 * 2
     assert {case: error for case, error in errors.items() if error > FLOAT32_BOUND} == {}
 
 
 def test_the_comparison_sees_a_difference(interpreted) -> None:
-    """Negative control: another temperature, kept token, target or loss."""
-    assert len(interpreted["controls"]) == 4
+    """Negative control: another temperature, target or loss."""
+    assert len(interpreted["controls"]) == 3
     assert min(interpreted["controls"].values()) > 100 * FLOAT32_BOUND
 
 
@@ -50,8 +50,7 @@ def test_the_head_through_them_equals_the_dense_reference(interpreted) -> None:
     assert max(interpreted["heads"].values()) < FLOAT32_BOUND
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_they_compile_for_a_gpu_and_stay_in_its_registers(keep: bool, tmp_path, monkeypatch) -> None:
+def test_they_compile_for_a_gpu_and_stay_in_its_registers(tmp_path, monkeypatch) -> None:
     """For compute capability 9.0 (H100), without a GPU: the interpreter forgives what a compiler does not."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, types in {
@@ -59,10 +58,10 @@ def test_they_compile_for_a_gpu_and_stay_in_its_registers(keep: bool, tmp_path, 
         "_gradient": dict.fromkeys(("top", "log_total", "a", "level", "slope"), "*fp32")
         | {"out": "*bf16", "out_stride": "i64"},
     }.items():
-        assert "STACK:0 " in resource_usage(name, types, keep, tmp_path)
+        assert "STACK:0 " in resource_usage(name, types, tmp_path)
 
 
-def resource_usage(name: str, types: dict[str, str], keep: bool, directory: Path) -> str:
+def resource_usage(name: str, types: dict[str, str], directory: Path) -> str:
     """What cuobjdump says of the compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -71,10 +70,9 @@ def resource_usage(name: str, types: dict[str, str], keep: bool, directory: Path
     from mcore_rl.parallel.kernels import triton_rows
 
     kernel = getattr(triton_rows, name)
-    constants = {"has_keep": keep, "has_slope": True, "block": triton_rows.BLOCK}
-    constants |= {} if keep else {"keep": None, "keep_stride": 0}
-    known = {"logits": "*fp32", "scale": "*fp32", "local": "*i64", "live": "i32", "row_stride": "i64"}
-    known |= types | ({"keep": "*u8", "keep_stride": "i64"} if keep else {})
+    constants = {"has_slope": True, "block": triton_rows.BLOCK}
+    known = {"logits": "*fp32", "scale": "fp32", "local": "*i64", "live": "i32", "row_stride": "i64"}
+    known |= types
     source = ASTSource(
         kernel,
         {argument: known.get(argument, "constexpr") for argument in kernel.arg_names},
@@ -104,8 +102,9 @@ def test_a_gpu_gets_them_where_their_precision_suffices(device: str, dtype: torc
 def test_nothing_imports_triton_for_a_cpu() -> None:
     """In a process that scores on a CPU and has not Megatron or dynamo beside it."""
     code = (
-        "import sys, torch; from mcore_rl.parallel.head import log_prob_entropy as f;"
-        "f(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])); print('triton' in sys.modules)"
+        "import sys, torch; from mcore_rl.parallel.head import Call, log_prob_entropy as f;"
+        "w = torch.ones(4, 3); f(torch.ones(2, 3), w, Call.of(w, torch.tensor([0, 1])));"
+        "print('triton' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -24,17 +24,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mcore_rl.model import build, platform
 from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.critic import CriticMapping, CriticModel
-from mcore_rl.model.mapping import Mapping, global_parameters
+from mcore_rl.model.critic import CriticModel, CriticParameterMap
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.policy import PolicyModel
 from mcore_rl.model.spec import padded_vocab, transformer_config
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, Mesh
 
 
 def built_ranks(directory: Path, layout: Layout, *, every: bool) -> Iterator[dict[str, Any]]:
     """Coordinates and parameters of each rank, and at last the whole model's, each tensor once."""
     arch = read_architecture(directory)
-    mapping = Mapping(arch, padded_vocab(arch, layout.tensor))
+    mapping = ParameterMap(arch, padded_vocab(arch, layout.tensor))
     shards: dict[str, dict[int, int]] = {}
     seen: set[tuple[int, ...]] = set()
     for rank in range(layout.world_size):
@@ -77,13 +78,13 @@ def _join(layout: Layout, rank: int) -> tuple[Mesh, int]:
     return mesh, parallel_state.get_expert_model_parallel_rank()
 
 
-def _build(mapping: Mapping, mesh: Mesh) -> list[dict[str, int]]:
+def _build(mapping: ParameterMap, mesh: Mesh) -> list[dict[str, int]]:
     """Numbers of parameters by global name: a policy's, and a critic's."""
     arch = mapping.arch
     config = transformer_config(arch, mesh.layout, "bf16")
     policy = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     sizes = []
-    for kind, table in ((policy, mapping), (CriticModel, CriticMapping(arch, mapping.vocab_rows))):
+    for kind, table in ((policy, mapping), (CriticModel, CriticParameterMap(arch, mapping.vocab_rows))):
         stages = range(mesh.layout.virtual_pipeline or 1)
         with torch.device("meta"):
             chunks = [build._build_chunk(cast(Any, kind), table, config, mesh, stage) for stage in stages]
@@ -96,7 +97,7 @@ def _kinds(sizes: dict[str, int]) -> dict[str, int]:
     return {"dense": sum(sizes.values()) - experts, "experts": experts}
 
 
-def _whole(mapping: Mapping, name: str, sizes: dict[int, int]) -> int:
+def _whole(mapping: ParameterMap, name: str, sizes: dict[int, int]) -> int:
     """Parameters of one tensor over the tensor-parallel ranks, less padding; a tied copy is none."""
     entry = mapping.entry(name)
     if mapping.arch.tied and name == "output_layer.weight":

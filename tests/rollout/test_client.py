@@ -12,6 +12,7 @@ import pytest
 
 from mcore_rl.errors import EXIT_CONFIG, EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout import client as client_module
+from mcore_rl.rollout import reply as reply_module
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call, reply_bytes
 from mcore_rl.types import ExpertLayers, VersionSpan
 from tests.rollout.proxy import Fault, Proxy, body, cut, damaged, hang, proxy, status
@@ -101,7 +102,7 @@ def test_an_infrastructure_fault_is_retried_without_duplicates(url: str, fault: 
 )
 def test_an_echoed_prompt_may_have_0_for_its_largest_id_only(ids: list[int], same: bool) -> None:
     """SGLang echoes the vocabulary's last id as 0."""
-    assert client_module._echoes(ids, [3, 9, 1]) is same
+    assert reply_module._echoes(ids, [3, 9, 1]) is same
 
 
 def test_retries_end_with_the_cause(url: str) -> None:

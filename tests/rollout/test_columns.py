@@ -43,6 +43,15 @@ def test_groups_come_back_without_their_texts() -> None:
             assert np.array_equal(one.log_probs, other.log_probs)
 
 
+def test_what_every_rank_gets_is_read_only() -> None:
+    got = unpack_groups(pack_groups(GROUPS), PROMPTS)
+    for one in (sample for group in got for sample in group.samples):
+        assert not one.log_probs.flags.writeable  # pyright: ignore[reportAttributeAccessIssue]
+        assert not one.token_ids.flags.writeable  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(ValueError, match="read-only"):
+            one.token_ids[:] = 3  # pyright: ignore[reportIndexIssue]
+
+
 def test_nothing_comes_back_as_nothing() -> None:
     assert unpack_groups(pack_groups([]), PROMPTS) == []
 

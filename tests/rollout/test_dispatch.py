@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mcore_rl.weights.calls import _tensor_parallel_size
 
 from mcore_rl.errors import EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
-from mcore_rl.rollout.dispatch import Dispatch, Request
+from mcore_rl.rollout.dispatch import Dispatch, Request, no_server_left
 from mcore_rl.rollout.fleet import Fleet, check_server_info
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from tests.rollout.proxy import hang, proxy, status
-from tests.rollout.support import http, running, wait_until
+from tests.rollout.support import VOCAB, http, running, wait_until
 
 PARAMS = {"max_new_tokens": 4, "sampling_seed": 3}
 LONG = {"max_new_tokens": 480, "ignore_eos": True}
@@ -170,6 +171,30 @@ def test_slow_is_not_lost(url: str) -> None:
     assert asyncio.run(go()) == {}
 
 
+@pytest.mark.parametrize("delivers", [True, False])
+def test_a_server_that_delivers_is_kept_though_its_health_checks_fail(url: str, delivers: bool) -> None:
+    """And one that neither delivers nor is healthy is lost."""
+
+    async def go() -> dict[str, str]:
+        async with proxy(url, *[status(503)] * 200, path="/health") as ill:
+            slow = [] if delivers else [hang(60.0)] * 8
+            async with proxy(ill.url, *slow) as server:
+                client = RolloutClient(server.url)
+                async with Dispatch([client], version="default", health_timeout=4.0) as servers:
+                    end = time.monotonic() + 10.0
+
+                    async def lane(number: int) -> None:
+                        while time.monotonic() < end:
+                            await servers.ask(requests(4)[number])
+
+                    await asyncio.gather(*map(lane, range(4)), return_exceptions=not delivers)
+                assert len(ill.bodies("/health")) > 3
+                return servers.lost
+
+    lost = asyncio.run(go())
+    assert [why[:14] for why in lost.values()] == ([] if delivers else ["no good answer"])
+
+
 def test_errors_of_one_server_move_its_requests(url: str) -> None:
     async def go() -> tuple[list[list[Reply]], dict[str, str]]:
         async with proxy(url, *[status(503)] * 40) as bad:
@@ -188,7 +213,7 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     pair: list[LocalServer], dir_a: Path, tmp_path: Path
 ) -> None:
     initial = shutil.copytree(dir_a, tmp_path / "initial")
-    fleet = Fleet([s.url for s in pair], timeout=60.0, local=pair, initial=initial)
+    fleet = Fleet([s.url for s in pair], vocabulary=VOCAB, timeout=60.0, local=pair, initial=initial)
     pair[0].kill()
     fleet.lose({pair[0].url: "killed"})
     old = pair[0].url
@@ -201,6 +226,8 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     assert [client.url for client in fleet.serving] == [pair[1].url]
     wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
     assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
+    again_lost = fleet.standing.lost[pair[0].url]
+    assert again_lost == f"started anew, not published to yet; it was {old}, lost because: killed"
     copies = [tmp_path / name for name in ("1", "2")]
     for copy in copies:
         copy.mkdir()
@@ -209,6 +236,33 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     assert len(fleet.serving) == 2
     assert fleet.published == [copies[1]]
     assert not copies[0].exists()
+
+
+def test_a_server_that_was_started_anew_is_not_given_the_reason_of_its_former_address(tmp_path: Path) -> None:
+    """Each url stands beside a reason of its own, however often its server was started."""
+    first, kept = "http://127.0.0.1:1", "http://127.0.0.1:2"
+    anew = "started anew, not published to yet"
+    fleet = Fleet([first, kept], vocabulary=VOCAB)
+    fleet.lose({first: f"{first}/generate: no reply"})
+    for number in (3, 4):
+        fleet._rename(0, f"http://127.0.0.1:{number}")
+    lost = dict(fleet.standing.lost)
+    assert lost == {"http://127.0.0.1:4": f"{anew}; it was {first}, lost because: {first}/generate: no reply"}
+    assert f"\n  http://127.0.0.1:4: {anew}; it was {first}" in str(no_server_left(lost))
+    fleet.settle(["http://127.0.0.1:4"])
+    fleet.lose({"http://127.0.0.1:4": "killed"})
+    fleet._rename(0, "http://127.0.0.1:5")
+    assert fleet.standing.lost == {
+        "http://127.0.0.1:5": f"{anew}; it was http://127.0.0.1:4, lost because: killed"
+    }, "what it was before it served again is no news"
+
+
+@pytest.mark.parametrize("size", ["two", 0, -1, 2.0, True, None, [2], "\x1b[2J"])
+def test_a_server_of_no_number_of_ranks_is_lost_and_its_text_is_not_acted_on(size: object) -> None:
+    with pytest.raises(RolloutError, match="http://a:1/server_info: tp_size") as refused:
+        _tensor_parallel_size("http://a:1", {"version": "0.5.23", "tp_size": size})
+    assert str(refused.value).isprintable()
+    assert _tensor_parallel_size("http://a:1", {"version": "0.5.23", "tp_size": 2}) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mcore_rl.rollout.client import Reply, RolloutClient, call
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.inflight import Group, InFlight
 from mcore_rl.rollout.schedule import Schedule
-from mcore_rl.weights.publish import load_from_disk
+from mcore_rl.weights.disk import load_from_disk
 from tests.rollout.proxy import Proxy, hang, proxy, proxy_beside, status
 from tests.rollout.support import largest_error, log_probs_of, running, wait_until
 

@@ -9,8 +9,8 @@ import pytest
 
 from mcore_rl.rollout import sampler
 from mcore_rl.rollout.client import RolloutClient, call, reply_bytes
-from mcore_rl.rollout.sampler import Rollout, sample_groups, sample_seed
-from mcore_rl.types import Prompt, VersionSpan
+from mcore_rl.rollout.sampler import sample_groups, sample_seed
+from mcore_rl.types import Group, Prompt, VersionSpan
 from tests.rollout.proxy import proxy
 from tests.rollout.support import http, running, wait_until
 
@@ -23,7 +23,7 @@ def decode(ids: object) -> str:
 
 async def ask(
     client: RolloutClient, prompts: list[Prompt] = PROMPTS, *, step: int = 4, seed: int = 1, **params: int
-) -> Rollout:
+) -> list[Group]:
     return await sample_groups(
         lambda request: client.generate(request.prompts, request.sampling_params, request.rids),
         prompts,
@@ -36,10 +36,9 @@ async def ask(
 
 
 def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
-    rollout = call(RolloutClient(url), ask)
-    assert rollout.num_aborted == 0
-    assert [group.id for group in rollout.groups] == [f"{p.id}@4" for p in PROMPTS]
-    for group, prompt in zip(rollout.groups, PROMPTS, strict=True):
+    groups = call(RolloutClient(url), ask)
+    assert [group.id for group in groups] == [f"{p.id}@4" for p in PROMPTS]
+    for group, prompt in zip(groups, PROMPTS, strict=True):
         assert [sample.id for sample in group.samples] == [f"{group.id}/{k}" for k in range(4)]
         for sample in group.samples:
             assert sample.prompt is prompt
@@ -47,13 +46,15 @@ def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
             assert sample.text == decode(np.asarray(sample.token_ids).tolist())
             assert sample.versions == (VersionSpan("default", 0, len(sample.token_ids)),)
             assert sample.reward is None
+            for array in (sample.token_ids, sample.log_probs, sample.prompt.token_array):
+                assert not array.flags.writeable
 
 
 def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tokens(*rollouts: Rollout) -> list[tuple[int, ...]]:
-        return [tuple(s.token_ids) for r in rollouts for group in r.groups for s in group.samples]
+    def tokens(*rollouts: list[Group]) -> list[tuple[int, ...]]:
+        return [tuple(s.token_ids) for groups in rollouts for group in groups for s in group.samples]
 
     client = RolloutClient(url)
     whole = tokens(call(client, ask))
@@ -68,7 +69,7 @@ def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
 def test_a_call_asks_for_no_more_than_a_reply_may_hold(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def calls() -> int:
         async with proxy(url) as seen, RolloutClient(seen.url) as client:
-            assert len((await ask(client)).groups) == 6
+            assert len(await ask(client)) == 6
             return len(seen.bodies("/generate"))
 
     assert asyncio.run(calls()) == 1
@@ -78,8 +79,8 @@ def test_a_call_asks_for_no_more_than_a_reply_may_hold(url: str, monkeypatch: py
     assert asyncio.run(calls()) == 6, "a prompt stays whole"
 
 
-def test_aborted_samples_are_dropped_and_counted(fresh_url: str) -> None:
-    async def use() -> Rollout:
+def test_aborted_samples_are_in_no_group(fresh_url: str) -> None:
+    async def use() -> list[Group]:
         async with proxy(fresh_url) as seen, RolloutClient(seen.url) as client:
             asked = asyncio.create_task(ask(client, max_new_tokens=400, ignore_eos=True))
             await asyncio.to_thread(wait_until, lambda: running(fresh_url) == 24, "all are sampled")
@@ -88,10 +89,9 @@ def test_aborted_samples_are_dropped_and_counted(fresh_url: str) -> None:
                     await asyncio.to_thread(http, fresh_url, "/abort_request", {"rid": rid})
             return await asked
 
-    rollout = asyncio.run(use())
-    assert rollout.num_aborted == 3
-    assert [len(group.samples) for group in rollout.groups] == [4, 4, 2, 4, 4, 3]
-    assert [s.id for s in rollout.groups[2].samples] == ["p2@4/1", "p2@4/2"]
+    groups = asyncio.run(use())
+    assert [len(group.samples) for group in groups] == [4, 4, 2, 4, 4, 3]
+    assert [s.id for s in groups[2].samples] == ["p2@4/1", "p2@4/2"]
 
 
 def test_seeds_are_63_bit_and_differ() -> None:

@@ -11,10 +11,10 @@ from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.train.publish import check_close, probe_of
-from mcore_rl.weights.distributed import _broadcast
-from mcore_rl.weights.publish import nobody, server_log_probs
-from mcore_rl.weights.server_group import ServerGroup
+from mcore_rl.weights.broadcast import ServerGroup, _broadcast
+from mcore_rl.weights.transport import nobody, server_log_probs
 from tests.rollout.proxy import body, damaged, proxy_beside
+from tests.rollout.support import VOCAB
 
 SEQUENCES = [[5, 3, 8], [1, 2]]
 
@@ -48,7 +48,7 @@ def test_what_all_ranks_conclude_alike_is_said_by_one_before_it_closes_servers()
     with pytest.raises(WeightSyncError, match="log-probs differ") as caught:
         check_close("1", {"http://a:1": 1.0}, 0.0, 0.5)
     assert caught.value.shared
-    assert nobody(Fleet(["http://a:1"]), "1", {}).shared
+    assert nobody(Fleet(["http://a:1"], vocabulary=VOCAB), "1", {}).shared
     assert not RolloutError("of one rank").shared
     for broken in (float("nan"), -float("inf")):
         with pytest.raises(WeightSyncError):

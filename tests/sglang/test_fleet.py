@@ -17,9 +17,18 @@ from mcore_rl.rollout.client import Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
-from mcore_rl.weights.publish import publish_directory, server_log_probs
+from mcore_rl.weights.disk import publish_directory
+from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.proxy import proxy_beside
-from tests.rollout.support import build_model, http, largest_error, log_probs_of, save_model, wait_until
+from tests.rollout.support import (
+    VOCAB,
+    build_model,
+    http,
+    largest_error,
+    log_probs_of,
+    save_model,
+    wait_until,
+)
 from tests.sglang.conftest import KEY, KEY_ENV, put_back, two_ranks
 
 LONG = {"max_new_tokens": 450, "ignore_eos": True}
@@ -89,7 +98,7 @@ def test_a_server_that_goes_on_is_emptied_and_published_to_before_it_serves(
     dense_server: LocalServer, other: LocalServer, dense_dirs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """It was never told to end: what it was doing when it was lost is nobody's, and its weights are old."""
-    fleet = Fleet([dense_server.url, other.url], api_key_env=KEY_ENV, timeout=60.0)
+    fleet = Fleet([dense_server.url, other.url], vocabulary=VOCAB, api_key_env=KEY_ENV, timeout=60.0)
     fleet.lose({other.url: "stopped"})
     assert [client.url for client in fleet.serving] == [dense_server.url]
     assert publish(fleet, tmp_path / "2", seed=1) == {}
@@ -104,7 +113,12 @@ def test_stopped_in_mid_publish(
 ) -> None:
     """Between its pause and its new weights: the publish ends without it, and the next one has it again."""
     with proxy_beside(other.url, path=UPDATE, on_arrival=lambda: send(other, signal.SIGSTOP)) as way:
-        fleet = Fleet([way.url, dense_server.url], api_key_env=KEY_ENV, timeout=SILENCE_SECONDS)
+        fleet = Fleet(
+            [way.url, dense_server.url],
+            vocabulary=VOCAB,
+            api_key_env=KEY_ENV,
+            timeout=SILENCE_SECONDS,
+        )
         began = time.monotonic()
         try:
             failed = publish(fleet, tmp_path / "2", seed=1)
@@ -135,7 +149,9 @@ def test_killed_in_mid_publish_and_started_anew(
     with proxy_beside(other.url, path=UPDATE, on_arrival=lambda: send(other, signal.SIGKILL)) as way:
         other.url = way.url
         urls = [way.url, dense_server.url]
-        fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0, local=[other], initial=initial)
+        fleet = Fleet(
+            urls, vocabulary=VOCAB, api_key_env=KEY_ENV, timeout=60.0, local=[other], initial=initial
+        )
         failed = publish(fleet, tmp_path / "2", seed=1)
     assert list(failed) == [way.url]
     check_serves(dense_server.url, seed=1)
@@ -157,7 +173,7 @@ def test_killed_in_mid_generation_and_started_anew(
 
     initial = save_model(tmp_path / "initial", build_model(0, spread=0.15))
     urls = [other.url, dense_server.url]
-    fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0, local=[other], initial=initial)
+    fleet = Fleet(urls, vocabulary=VOCAB, api_key_env=KEY_ENV, timeout=60.0, local=[other], initial=initial)
     check_return(fleet, lost, dense_server, other, tmp_path)
     put_back(dense_server.url, dense_dirs[0])
     put_back(other.url, dense_dirs[0])

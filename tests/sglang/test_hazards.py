@@ -22,7 +22,9 @@ from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet, check_server, check_server_info
 from mcore_rl.rollout.local import LocalServer
-from mcore_rl.weights.publish import load_from_disk, publish_directory, server_log_probs
+from mcore_rl.rollout.reply import ANY_VOCABULARY
+from mcore_rl.weights.disk import load_from_disk, publish_directory
+from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.support import (
     VOCAB,
     build_moe_model,
@@ -110,7 +112,7 @@ def test_h2_h3_wrong_names_and_shapes_are_seen_before_a_server_is_told(
     shapes = {name: tuple(tensor.shape) for name, tensor in good.items()}
     shutil.copytree(moe_dirs[1], tmp_path / "shape")
     save_file(good | {"model.norm.weight": torch.ones(7)}, tmp_path / "shape" / "model.safetensors")
-    fleet = Fleet([moe_url], timeout=60.0)
+    fleet = Fleet([moe_url], vocabulary=ANY_VOCABULARY, timeout=60.0)
     for bad in (tmp_path / "shape", renamed(moe_dirs[1], tmp_path / "name")):
         with pytest.raises(WeightSyncError, match="no server was told"):
             publish_directory(fleet, bad, "6", shapes)

@@ -19,9 +19,12 @@ from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.train.score import log_probs
-from mcore_rl.weights.publish import server_log_probs
-from mcore_rl.weights.transport import Disk, Distributed, SharedTensor, Transport
+from mcore_rl.weights.broadcast import Distributed
+from mcore_rl.weights.disk import Disk
+from mcore_rl.weights.shared import SharedTensor
+from mcore_rl.weights.transport import Transport, server_log_probs
 from tests.model.support import at_layout, shape_at
 from tests.rollout.support import VOCAB
 from tests.sglang.conftest import (
@@ -45,7 +48,7 @@ BUCKET = 30_000
 
 def transport_of(name: str, directory: Path) -> Transport:
     kinds = {"tensor": SharedTensor, "distributed": Distributed}
-    return kinds[name](BUCKET) if name in kinds else Disk(directory, quantized=False)
+    return kinds[name](BUCKET) if name in kinds else Disk(directory)
 
 
 def published(
@@ -53,7 +56,7 @@ def published(
 ) -> tuple[Tensor, Tensor]:
     """[servers tokens] |Megatron - server| after publishing `source` from this layout, and before."""
     model = build_policy(source, mesh)
-    fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0)
+    fleet = Fleet(urls, vocabulary=ANY_VOCABULARY, api_key_env=KEY_ENV, timeout=60.0)
 
     def served(tag: str) -> Tensor:
         scores, failed = on_main(mesh, lambda: server_log_probs(fleet.serving, SEQUENCES, tag))
@@ -151,7 +154,7 @@ def publish_often(
 ) -> tuple[Holdings, Holdings]:
     """What trainer and servers hold after 5 publishes, and after 20 more."""
     model = build_policy(source, mesh)
-    fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0)
+    fleet = Fleet(urls, vocabulary=ANY_VOCABULARY, api_key_env=KEY_ENV, timeout=60.0)
     transport = transport_of(name, directory)
     seen = []
     for number in range(1, 26):

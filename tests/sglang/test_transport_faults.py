@@ -20,10 +20,18 @@ from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
-from mcore_rl.weights.publish import server_log_probs
+from mcore_rl.weights.transport import server_log_probs
 from tests.model.support import at_layout
 from tests.rollout.proxy import Fault, cut, proxy_beside, status
-from tests.rollout.support import build_model, build_moe_model, http, largest_error, log_probs_of, wait_until
+from tests.rollout.support import (
+    VOCAB,
+    build_model,
+    build_moe_model,
+    http,
+    largest_error,
+    log_probs_of,
+    wait_until,
+)
 from tests.sglang.conftest import KEY_ENV, put_back, two_ranks
 from tests.sglang.test_publish import transport_of
 
@@ -65,7 +73,7 @@ def strike(
             os.killpg(session, number)
 
     def publish(way: str) -> float:
-        fleet = Fleet([way, kept], api_key_env=KEY_ENV, timeout=SILENCE_SECONDS)
+        fleet = Fleet([way, kept], vocabulary=VOCAB, api_key_env=KEY_ENV, timeout=SILENCE_SECONDS)
         began = time.monotonic()
         failed = transport.publish(models[1], fleet, "2")
         seconds = time.monotonic() - began
@@ -129,7 +137,7 @@ def test_killed_and_started_anew(
 
 def take_back(mesh: Mesh, source: Path, urls: tuple[str, str], name: str) -> None:
     """A server that was lost has the whole version before it serves."""
-    fleet = Fleet(urls, api_key_env=KEY_ENV, timeout=60.0)
+    fleet = Fleet(urls, vocabulary=VOCAB, api_key_env=KEY_ENV, timeout=60.0)
     fleet.lose({urls[0]: "killed"})
     transport = transport_of(name, Path())
     assert transport.publish(build_policy(source, mesh), fleet, "4") == {}
@@ -146,7 +154,7 @@ def through(mesh: Mesh, dirs: tuple[Path, Path], url: str, name: str, path: str,
     model = build_policy(dirs[1], mesh)
     transport = transport_of(name, Path())
     with proxy_beside(url, *faults, path=path) as way:
-        fleet = Fleet([way.url], timeout=30.0)
+        fleet = Fleet([way.url], vocabulary=VOCAB, timeout=30.0)
         assert transport.publish(model, fleet, "4") == {}
         assert not way.script, "the fault did not fire"
         transport.close(fleet)
@@ -178,8 +186,8 @@ def refusals(mesh: Mesh, dirs: tuple[Path, Path], url: str, dead: str) -> None:
     for name in UPDATES:
         transport = transport_of(name, Path())
         with pytest.raises(WeightSyncError, match="no server has loaded version 5"):
-            transport.publish(model, Fleet([dead], timeout=5.0), "5")
-    fleet = Fleet([url], timeout=60.0)
+            transport.publish(model, Fleet([dead], vocabulary=VOCAB, timeout=5.0), "5")
+    fleet = Fleet([url], vocabulary=VOCAB, timeout=60.0)
     outside = {"serialized_named_tensors": ["AA=="], "load_format": "flattened_bucket"}
     assert http(url, UPDATES["tensor"], outside).status == 400, "hazard 4: nothing is taken outside of one"
     assert http(url, "/begin_weight_update", {}).status == 200  # a trainer that died had opened one
@@ -195,7 +203,9 @@ def test_a_dead_server_is_an_error_and_an_update_that_was_left_open_is_none(
 def beside_embedded(mesh: Mesh, source: Path, url: str) -> None:
     for name in UPDATES:
         with pytest.raises(ConfigError, match=r'embedded server.*publish\.transport = "disk"'):
-            transport_of(name, Path()).publish(build_policy(source, mesh), Fleet([url], timeout=20.0), "1")
+            transport_of(name, Path()).publish(
+                build_policy(source, mesh), Fleet([url], vocabulary=VOCAB, timeout=20.0), "1"
+            )
 
 
 def test_the_embedded_server_is_refused_and_serves_on(

@@ -14,9 +14,10 @@ from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.weights.publish import publish_directory, server_log_probs
+from mcore_rl.weights.disk import publish_directory
+from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.proxy import Fault, Proxy, body, cut, damaged, hang, proxy, proxy_beside, status
-from tests.rollout.support import build_moe_model, largest_error, log_probs_of, running, wait_until
+from tests.rollout.support import VOCAB, build_moe_model, largest_error, log_probs_of, running, wait_until
 
 PROMPTS = [[1, 2, 3], [4, 5]]
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -105,7 +106,7 @@ def test_a_publish_survives_a_fault_at_every_call(
 ) -> None:
     """Each call may be made twice: the server did what was asked, and only its answer was lost."""
     with proxy_beside(moe_url, fault, path=path) as seen:
-        fleet = Fleet([seen.url], timeout=60.0)
+        fleet = Fleet([seen.url], vocabulary=VOCAB, timeout=60.0)
         assert publish_directory(fleet, moe_dirs[1], "4", shapes(moe_dirs[1])) == {}
         assert not seen.script, "the fault did not fire"
         scores, _ = server_log_probs(fleet.serving, [TOKENS], "wire")
@@ -119,7 +120,12 @@ def test_a_server_that_says_no_success_ends_the_publish(moe_url: str, moe_dirs: 
     no = body(lambda raw: b'{"success": false, "message": "scripted"}')
     with proxy_beside(moe_url, no, path="/update_weights_from_disk") as seen:
         with pytest.raises(WeightSyncError, match="scripted"):
-            publish_directory(Fleet([seen.url], timeout=60.0), moe_dirs[0], "4", shapes(moe_dirs[0]))
+            publish_directory(
+                Fleet([seen.url], vocabulary=VOCAB, timeout=60.0),
+                moe_dirs[0],
+                "4",
+                shapes(moe_dirs[0]),
+            )
         assert seen.calls[-1][0] == "/continue_generation", "it would stay paused"
 
 

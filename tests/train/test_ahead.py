@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mcore_rl.rollout.client import Reply
+from mcore_rl.errors import DamagedCheckpointError
+from mcore_rl.rollout.reply import Reply
+from mcore_rl.rollout.routing import to_json
 from mcore_rl.rollout.schedule import Schedule
-from mcore_rl.train.ahead import _reply, _saved, is_too_old
-from mcore_rl.types import VersionSpan
+from mcore_rl.train.ahead import _check_saved, _reply, _saved, is_too_old
+from mcore_rl.types import ExpertLayers, VersionSpan
 
 
 def test_a_finished_sample_is_saved_as_it_trains_and_takes_11_bytes_a_token() -> None:
@@ -23,6 +26,54 @@ def test_a_finished_sample_is_saved_as_it_trains_and_takes_11_bytes_a_token() ->
     saved = json.dumps(_saved(reply))
     assert len(saved) < 11 * 4000
     assert _reply(json.loads(saved), routed=False) == reply
+
+
+OF_MODEL = ExpertLayers(experts=4, per_token=2, sparse=(True,))
+
+
+def in_flight(**fields: object) -> dict:
+    """A group of a checkpoint with one finished sample of 3 tokens, `fields` of which are others."""
+    reply = Reply("a@1/0", (1, 2, 3), (-1.0, -2.0, -0.5), (), "stop", (VersionSpan("1", 0, 3),))
+    saved = _saved(replace(reply, experts=np.array([[[0, 1]], [[2, 3]]], np.uint8)))
+    arrays = {name: to_json(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
+    rest = {name: value for name, value in fields.items() if name not in arrays}
+    return json.loads(json.dumps({"id": "a@1", "version": 1, "replies": [saved | rest | arrays]}))
+
+
+def test_a_sample_in_flight_of_this_model_is_taken_from_a_checkpoint() -> None:
+    _check_saved(in_flight(), 320, OF_MODEL)
+    _check_saved(in_flight(), 320, None)
+    _check_saved({"id": "a@1", "version": 1, "replies": None}, 320, OF_MODEL)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"token_ids": np.array([1, 320, 3], np.int32)},
+        {"token_ids": np.array([1, -2, 3], np.int32)},
+        {"token_ids": np.array([1.5, 2, 3], np.float32)},
+        {"token_ids": np.array([1, 2], np.int32)},
+        {"log_probs": np.array([-1, np.nan, -1], np.float32)},
+        {"log_probs": np.array([-1, 0.5, -1], np.float32)},
+        {"log_probs": np.array([-1, -np.inf, -1], np.float32)},
+        {"experts": np.array([[[0, 1]], [[2, 4]]], np.uint8)},
+        {"experts": np.array([[[0, 1]], [[2, 2]]], np.uint8)},
+        {"experts": np.zeros((2, 2, 2), np.uint8)},
+        {"versions": [{"version": "1", "start": 0, "end": 2}]},
+        {"versions": [{"version": 1, "start": 0, "end": 3}]},
+        {"versions": [{"version": "1", "start": 0, "stop": 3}]},
+        {"token_ids": None},
+        {"token_ids": {"dtype": "int32", "shape": [3], "base64": "AAAA"}},
+        {"token_ids": {"dtype": "object", "shape": [3], "base64": "AAAA"}},
+    ],
+)
+def test_a_sample_in_flight_that_no_model_of_this_vocabulary_sampled_is_a_damaged_checkpoint(
+    fields: dict,
+) -> None:
+    """On every rank alike: all of them read all groups."""
+    with pytest.raises(DamagedCheckpointError, match="sample in flight a@1 is none of this model") as refused:
+        _check_saved(in_flight(**fields), 320, OF_MODEL)
+    assert refused.value.shared
 
 
 @pytest.mark.parametrize("before", [1, 2, 3])

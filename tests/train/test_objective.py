@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.algo.corrections import CORRECTIONS
+from mcore_rl.algo.metrics import Key
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.step import _some_rows
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.train.metrics import Totals, mismatch_metrics
+from mcore_rl.train.metrics import Gathered, HeadGradient, read
 from mcore_rl.train.objective import PolicyObjective
 from mcore_rl.types import PackedBatch
 
@@ -24,11 +28,17 @@ def objective_of_rows(
     rollout: Tensor | None = None,
     params: Mapping[str, object] | None = None,
     age: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """(loss, sums, log-probs, advantages) of one sequence of four rows, by algorithm `name`."""
+) -> tuple[Tensor, dict[str, Any], Tensor, Tensor]:
+    """(loss, parts by name and as they are read, log-probs, advantages) of one sequence of four rows."""
     rows, log_prob = rows_of(old, rollout, age)
-    loss, sums = PolicyObjective(configure(name, params), None)(rows, HeadOutput(log_prob, torch.ones(4)))
-    return loss, sums, log_prob, rows.fields["advantage"]
+    advantage = rows.fields["advantage"]
+    loss, parts = PolicyObjective(configure(name, params), None)(rows, HeadOutput(log_prob, torch.ones(4)))
+    return (
+        loss,
+        {key.name: part for key, part in parts.items()} | {"read": read(parts, 1)},
+        log_prob,
+        advantage,
+    )
 
 
 def rows_of(
@@ -60,7 +70,7 @@ def test_the_gradient_scale_is_that_of_the_loss_and_leaves_its_gradient_alone():
     loss, sums, log_prob, advantage = objective_of_rows(old=None)
     measured = (advantage.abs() * (1 - log_prob.detach().exp())).sum()
     assert sums["head"][0].item() == pytest.approx(measured.item())
-    assert torch.equal(sums["head/on_policy"], sums["head"])
+    assert torch.equal(sums["head/grad_ratio_on_policy"], sums["head"])
     loss.backward()
     assert torch.allclose(log_prob.grad, -advantage / 4)
 
@@ -72,7 +82,7 @@ def test_clipped_rows_have_no_gradient_scale_and_later_mini_batches_are_not_on_p
     loss, sums, log_prob, advantage = objective_of_rows(far)
     measured = (advantage.abs() * (1 - log_prob.detach().exp()))[:3].sum()
     assert sums["head"][0].item() == pytest.approx(measured.item())
-    assert "head/on_policy" not in sums
+    assert "head/grad_ratio_on_policy" not in sums
     loss.backward()
     assert log_prob.grad[3] == 0
 
@@ -86,7 +96,7 @@ def test_dsv32_masks_by_the_sampling_log_probs_and_clips_by_the_old_ones():
     far, sums, log_prob, _ = objective_of_rows(current, "dsv32", rollout=current + 0.5)
     (cut,) = torch.autograd.grad(far, log_prob)
     assert (cut == 0).tolist() == [False, True, False, False]
-    assert sums["clipped"] == 1
+    assert sums["read"]["clip/fraction"] == 0.25
 
 
 def test_gspo_takes_its_ratio_to_the_old_log_probs():
@@ -95,6 +105,7 @@ def test_gspo_takes_its_ratio_to_the_old_log_probs():
     assert same[0] == same[1]
 
 
+HEAD = Key("head", HeadGradient(None))
 WHOLE_SEQUENCES = {"gspo", "dsv32"}
 """algorithms that need a sequence's mean log-ratio"""
 
@@ -122,7 +133,7 @@ def test_rowwise_losses_are_those_whose_parts_add_up(name: str, on_policy: bool)
     if objective.rowwise(batch):
         assert same
         torch.testing.assert_close(added, whole)
-        torch.testing.assert_close(torch.stack([one["head"] for _, one in parts]).sum(0), sums["head"])
+        torch.testing.assert_close(Gathered(one for _, one in parts)._parts[HEAD], sums[HEAD])
     elif name == "gspo":
         assert not same
 
@@ -160,7 +171,7 @@ def test_a_correction_weighs_the_gradient_by_old_over_rollout_log_probs(params, 
     loss, sums, log_prob, advantage = objective_of_rows(None, rollout=CURRENT - SHIFT, params=params)
     loss.backward()
     assert torch.allclose(log_prob.grad, -advantage / 4 * torch.tensor(weights))
-    assert ("correction" in sums) == bool(params)
+    assert ("correction/mean" in sums["read"]) == bool(params)
 
 
 def test_bounds_that_a_correction_does_not_have_are_refused():
@@ -180,11 +191,72 @@ def test_behaviour_is_of_all_tokens_and_mismatch_of_those_of_the_current_weights
         rows = objective_of_rows(
             None, rollout=CURRENT - SHIFT, age=None if age is None else torch.tensor(age)
         )
-        known = mismatch_metrics(Totals(rows[1], 1, 0.0))
+        known = rows[1]["read"]
         ratios = [1.0, 4.0, 0.25, 1.5]
         assert known["behaviour/k1"] == pytest.approx(-math.log(1.5) / 4)
         assert known["behaviour/k3"] == pytest.approx((sum(ratios) - 4 - math.log(1.5)) / 4)
         assert known["behaviour/ess"] == pytest.approx(sum(ratios) ** 2 / 4 / sum(r * r for r in ratios))
         assert known["behaviour/max_abs"] == pytest.approx(math.log(4))
         assert known.get("mismatch/max_abs") == (None if mismatch is None else pytest.approx(mismatch))
-        assert ("head/on_policy" in rows[1]) == (age is None), "its bound is of tokens from these weights"
+        assert ("head/grad_ratio_on_policy" in rows[1]) == (age is None), (
+            "its bound is of tokens from these weights"
+        )
+
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", ["ppo", "gspo", "dsv32"])
+@pytest.mark.parametrize("correction", ["none", *CORRECTIONS])
+def test_a_token_whose_rollout_log_prob_is_not_finite_is_not_trained_on(
+    correction: str, name: str, bad: float
+) -> None:
+    """Its loss and gradient are exactly 0, and the others are what they are in a sequence without it."""
+    old = CURRENT + torch.tensor([0.02, -0.01, 0.03, 0.01])
+    params = {} if correction == "none" else {"correction": correction}
+    wide = {"eps_low": 0.9, "eps_high": 0.9} if name == "gspo" else {}
+    broken, good = old - 0.1 * SHIFT, old - 0.1 * SHIFT
+    broken[1] = bad
+    objective = PolicyObjective(configure(name, {**params, **wide}), None)
+    batch, log_prob = rows_of(old, rollout=broken)
+    loss, parts = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    assert gradient[1] == 0
+    assert torch.isfinite(loss)
+    assert all(math.isfinite(value) for value in read(parts, 1).values())
+    assert read(parts, 1)["masked/fraction"] == 0.25
+
+    others = torch.tensor([0, 2, 3])
+    alone, log_prob = rows_of(old, rollout=good)
+    alone = replace(
+        alone,
+        rows=others,
+        targets=alone.targets[others],
+        sequence=alone.sequence[others],
+        fields={name: value[others] for name, value in alone.fields.items()},
+    )
+    head = HeadOutput(log_prob[others], torch.ones(3))
+    expected, _ = objective(alone, head)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, log_prob)[0])
+
+
+@pytest.mark.parametrize("field", ["old_log_prob", "rollout_log_prob", "ref_log_prob"])
+@pytest.mark.parametrize("bad", BAD)
+def test_any_recorded_log_prob_that_is_not_finite_masks_its_token(field: str, bad: float) -> None:
+    batch, log_prob = rows_of(CURRENT + 0.01)
+    fields = {**batch.fields, "ref_log_prob": CURRENT - 0.1}
+    fields[field] = torch.where(torch.arange(4) == 2, bad, fields[field])
+    objective = PolicyObjective(configure("grpo", {"kl_in_loss": 0.1, "kl_estimator": "k3_iw"}), None)
+    loss, _ = objective(replace(batch, fields=fields), HeadOutput(log_prob, torch.ones(4)))
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    assert (gradient == 0).tolist() == [False, False, True, False]
+
+
+def test_a_policy_that_is_not_finite_itself_is_not_masked() -> None:
+    """The control: a broken model must reach the check for finite losses."""
+    batch, log_prob = rows_of(None)
+    broken = torch.where(torch.arange(4) == 2, math.nan, log_prob)
+    loss, _ = PolicyObjective(configure("grpo"), None)(batch, HeadOutput(broken, torch.ones(4)))
+    assert loss.isnan()

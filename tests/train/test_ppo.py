@@ -13,11 +13,11 @@ from examples.arithmetic import main as write_task
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config, load_config
 from mcore_rl.errors import ConfigError
-from mcore_rl.model import weights_io
-from mcore_rl.model.mapping import global_parameters
+from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.train.batch import RolloutBatch, build_batch
 from mcore_rl.train.judge import Judge, place_reward_model
 from mcore_rl.train.loop import learn
@@ -27,7 +27,8 @@ from mcore_rl.train.run import Run, build_trained_critic, offload_trained, place
 from mcore_rl.train.setup import Trainer, build_trainer
 from mcore_rl.train.supervised import train_step
 from mcore_rl.types import Group, Sample, VersionSpan
-from mcore_rl.weights.transport import Disk
+from mcore_rl.weights.buckets import gather
+from mcore_rl.weights.disk import Disk
 
 ROUNDS = 3
 PPO = {
@@ -79,8 +80,8 @@ def build_run(config: Config, layout: Layout, directory: Path) -> Run:
         alert=GradientAlert(),
         judge=Judge(load_reward(config.reward.function), place_reward_model(trainer)),
         eval_prompts=(),
-        fleet=Fleet(()),
-        transport=Disk(directory / "weights", quantized=False),
+        fleet=Fleet((), vocabulary=ANY_VOCABULARY),
+        transport=Disk(directory / "weights"),
     )
 
 
@@ -101,7 +102,7 @@ def recorded(run: Run) -> RolloutBatch:
 
 def weights(run: Run) -> dict[str, Tensor]:
     named = {name: p.detach() for name, p in global_parameters(run.policy.unwrapped).items()}
-    return weights_io.gather_hf(named, run.policy.mapping, run.mesh)
+    return gather(named, run.policy.mapping, run.mesh)
 
 
 def train_on_recorded(config: Config, layout: Layout, directory: Path):

@@ -96,7 +96,7 @@ def test_two_steps_and_two_more_are_four(pool2, config, whole, tmp_path):
         assert tensors.keys() == resumed.keys()
         assert all(torch.equal(tensors[key], resumed[key]) for key in tensors)
         assert any(key.startswith("optimizer.state.exp_avg_sq.critic.") for key in tensors)
-        assert {**document, "config": 0} == {**again, "config": 0}
+        assert {**document, "config": 0, "run_id": 0} == {**again, "config": 0, "run_id": 0}
 
 
 def test_weights_alone_do_not_continue_the_run(pool2, config, whole, tmp_path):

@@ -58,11 +58,11 @@ def mean_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
 def doubled_tensor_parallel_gradient(patch: pytest.MonkeyPatch) -> None:
     """A collective whose backward pass sums the copies of a gradient that every rank already has."""
 
-    def doubled(original, hidden: Tensor, *args, group, **options):
-        hidden = hidden.view_as(hidden)
-        if hidden.requires_grad:
+    def doubled(original, hidden: Tensor, weight: Tensor, call, *loss):
+        hidden, group = hidden.view_as(hidden), call.shard.group
+        if hidden.requires_grad and group is not None:
             hidden.register_hook(lambda gradient: gradient * group.size())
-        return original(hidden, *args, group=group, **options)
+        return original(hidden, weight, call, *loss)
 
     for name in ("log_prob_entropy", "head_loss"):
         patch.setattr(policy, name, partial(doubled, getattr(policy, name)))

@@ -18,14 +18,12 @@ from torch.utils._pytree import tree_leaves
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import Mapping, global_parameters
-from mcore_rl.model.weights_io import gather_hf
+from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.parallel.control import raise_everywhere
 from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.weights.gather import plan_of, take_turn
+from mcore_rl.weights.buckets import Bucket, Held, export_of, plan_buckets, plan_of, take_turn, turns_of
 from mcore_rl.weights.online import servers_of
-from mcore_rl.weights.plan import Bucket, Held, plan_buckets
 from tests.model.support import at_layout
 
 BUCKET = 24_000
@@ -84,24 +82,24 @@ class Sent:
     lasts: list[bool]
     held: int
     """bytes of memory that it took for it"""
-    exported: int
-    """bytes that the export to files takes"""
+    copied: int
+    """bytes that a copy of everything which it sent takes"""
 
 
 def record(mesh: Mesh, source: Path) -> Sent:
-    model = build_policy(source, mesh)
-    plan = plan_of(model, BUCKET)
+    export = export_of(build_policy(source, mesh))
+    plan = plan_of(export, BUCKET)
     mine = plan.of(mesh.rank)
     recorder = Recorder(max((bucket.nbytes for bucket in mine), default=0))
     with Allocations() as made:
-        for owner in plan.owners:
-            if owner in torch.distributed.get_process_group_ranks(mesh.tp):
-                take_turn(model, plan, owner, recorder if owner == mesh.rank else None)
+        for owner in turns_of(plan, mesh):
+            take_turn(export, plan, owner, recorder if owner == mesh.rank else None)
     raise_everywhere(mesh, None)
-    with Allocations() as exported:
-        gather_hf(dict(global_parameters(model.unwrapped)), model.mapping, mesh)
+    with Allocations() as copied:
+        for tensor in recorder.sent.values():
+            tensor.clone()
     held = made.nbytes + (sum(buffer.nbytes for buffer in recorder.buffers) if mine else 0)
-    return Sent(mesh.copy, recorder.sent, recorder.nbytes, recorder.lasts, held, exported.nbytes)
+    return Sent(mesh.copy, recorder.sent, recorder.nbytes, recorder.lasts, held, copied.nbytes)
 
 
 def check(pool: Pool, layout: str, source: Path, copies: int = 1) -> None:
@@ -120,7 +118,7 @@ def check(pool: Pool, layout: str, source: Path, copies: int = 1) -> None:
         assert sum(sum(sent.nbytes) for sent in of_copy) == sum(tensor.nbytes for tensor in want.values())
         assert [last for sent in of_copy for last in sent.lasts].count(True) == 1
     assert max(sent.held for sent in ranks) <= 2 * BUCKET
-    assert max(sent.exported for sent in ranks) > 2 * BUCKET, "the witness sees no memory"
+    assert max(sent.copied for sent in ranks) > 2 * BUCKET, "the witness sees no memory"
     assert max(len(sent.nbytes) for sent in ranks) > 2, "no buffer was used twice"
 
 
@@ -152,11 +150,11 @@ class Broken(Recorder):
 
 
 def broken(mesh: Mesh, source: Path) -> tuple[int, int]:
-    model = build_policy(source, mesh)
-    plan = plan_of(model, BUCKET)
+    export = export_of(build_policy(source, mesh))
+    plan = plan_of(export, BUCKET)
     channel = Broken(BUCKET) if mesh.rank == 0 else None
     try:
-        take_turn(model, plan, 0, channel)
+        take_turn(export, plan, 0, channel)
     except WeightSyncError:
         assert channel is not None
         return len(channel.nbytes), len(plan.of(0))
@@ -173,12 +171,12 @@ def test_an_error_in_sending_leaves_no_rank_waiting(pool2: Pool, dense_dir: Path
 # -- the plan, without ranks
 
 
-def mapping_of(directory: Path) -> Mapping:
+def mapping_of(directory: Path) -> ParameterMap:
     arch = read_architecture(directory)
-    return Mapping(arch, arch.vocab)
+    return ParameterMap(arch, arch.vocab)
 
 
-def held_by_one(mapping: Mapping, **dtypes: torch.dtype) -> list[Held]:
+def held_by_one(mapping: ParameterMap, **dtypes: torch.dtype) -> list[Held]:
     """Every parameter, fp32 but for `dtypes` by a word in the name."""
 
     def dtype(name: str) -> torch.dtype:
@@ -223,7 +221,7 @@ def test_the_plan_of_a_large_mixture_of_experts_takes_no_time(moe_dir: Path) -> 
     arch = read_architecture(moe_dir)
     assert arch.experts is not None
     large = replace(arch, layers=64, experts=replace(arch.experts, count=128, sparse_layers=(True,) * 64))
-    mapping = Mapping(large, large.vocab)
+    mapping = ParameterMap(large, large.vocab)
     held = held_by_one(mapping)
     began = time.process_time()
     plan = plan_buckets([held], mapping, 1, 1 << 30)

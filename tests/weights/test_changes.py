@@ -21,10 +21,11 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.train.score import log_probs
-from mcore_rl.weights.changes import Changes
+from mcore_rl.weights.disk import Changes
 from mcore_rl.weights.follow import states
-from mcore_rl.weights.publish import server_log_probs
+from mcore_rl.weights.transport import server_log_probs
 from tests.model.support import at_layout, shape_at
 from tests.rollout.proxy import proxy_beside, status
 from tests.sources import ROOT
@@ -60,8 +61,8 @@ def shared(tmp_path: Path) -> Iterator[Path]:
 def published(mesh: Mesh, source: Path, url: str, shared: Path) -> list[tuple[int, float, float]]:
     """(bytes of the version, largest |Megatron - server|, and of the weights before) of three publishes."""
     model = build_policy(source, mesh)
-    fleet = Fleet([url], timeout=60.0)
-    transport = Changes(shared, shared.parent / "local", quantized=False, timeout=60.0)
+    fleet = Fleet([url], vocabulary=ANY_VOCABULARY, timeout=60.0)
+    transport = Changes(shared, shared.parent / "local", timeout=60.0)
     scored = [TokenSequence(tokens[:1], tokens[1:]) for tokens in SEQUENCES]
 
     def served(tag: str) -> np.ndarray:
@@ -104,9 +105,9 @@ def test_the_server_holds_what_the_trainer_has(pool2, dense_dir, server, shared)
 def beside_one_without_a_copy(mesh: Mesh, source: Path, url: str, shared: Path) -> dict[str, str]:
     """Why the second server is lost; the next version reaches both."""
     model = build_policy(source, mesh)
-    transport = Changes(shared, shared.parent / "local", quantized=False, timeout=60.0)
+    transport = Changes(shared, shared.parent / "local", timeout=60.0)
     with proxy_beside(url, status(400), path="/update_weights_from_disk") as way:
-        fleet = Fleet([url, way.url], timeout=60.0)
+        fleet = Fleet([url, way.url], vocabulary=ANY_VOCABULARY, timeout=60.0)
         failed = transport.publish(model, fleet, "1")
         fleet.lose(failed)
         assert [client.url for client in fleet.serving] == [url]
@@ -123,9 +124,9 @@ def test_a_server_without_a_copy_is_lost_alone_until_it_has_one(pool1, dense_dir
 
 def without_follower(mesh: Mesh, source: Path, url: str, shared: Path) -> str:
     model = build_policy(source, mesh)
-    transport = Changes(shared, shared / "local", quantized=False, timeout=0.5)
+    transport = Changes(shared, shared / "local", timeout=0.5)
     with pytest.raises(WeightSyncError) as error:
-        transport.publish(model, Fleet([url], timeout=5.0), "1")
+        transport.publish(model, Fleet([url], vocabulary=ANY_VOCABULARY, timeout=5.0), "1")
     return str(error.value)
 
 

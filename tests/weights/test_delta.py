@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mcore_rl.errors import WeightSyncError
+from mcore_rl.model.hf_files import Form
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, Writer, apply, difference, patch
 
 BLOCK = 1 << 16
@@ -62,13 +63,39 @@ def stepped(tensors: dict[str, Tensor], share: float = 0.02) -> dict[str, Tensor
     }
 
 
+def write(writer: Writer, tensors: dict[str, Tensor], path: Path) -> None:
+    """The next version of a file."""
+    with writer.open(path, forms_of(tensors)) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+
+
+def test_a_version_that_was_not_finished_is_no_base(tmp_path):
+    """The next one is written whole: nobody has what it would be the change of."""
+    writer, tensors = Writer(), weights()
+    write(writer, tensors, tmp_path / "m.safetensors")
+    with (
+        pytest.raises(ValueError, match="not written"),
+        writer.open(tmp_path / "m.safetensors", forms_of(tensors)),
+    ):
+        pass
+    (tmp_path / "m.safetensors").unlink()
+    write(writer, stepped(tensors), tmp_path / "m.safetensors")
+    assert not (tmp_path / f"m.safetensors{SUFFIX}").exists()
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["a.weight"], stepped(tensors)["a.weight"])
+
+
+def forms_of(tensors: dict[str, Tensor]) -> dict[str, Form]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 def written(directory: Path, *versions: dict[str, Tensor]) -> list[Path]:
     """The directory of each version, by one Writer."""
     writer, paths = Writer(), []
     for number, tensors in enumerate(versions):
         paths.append(directory / str(number))
         paths[-1].mkdir(parents=True)
-        writer.write(tensors, paths[-1] / "m.safetensors")
+        write(writer, tensors, paths[-1] / "m.safetensors")
     return paths
 
 
@@ -104,9 +131,9 @@ def test_what_would_not_be_smaller_is_written_whole(tmp_path, other):
 
 def test_a_writer_that_forgets_writes_whole(tmp_path):
     writer = Writer()
-    writer.write(weights(), tmp_path / "m.safetensors")
+    write(writer, weights(), tmp_path / "m.safetensors")
     writer.forget()
-    writer.write(stepped(weights()), tmp_path / "m.safetensors")
+    write(writer, stepped(weights()), tmp_path / "m.safetensors")
     assert not (tmp_path / f"m.safetensors{SUFFIX}").exists()
 
 

@@ -26,7 +26,7 @@ from mcore_rl.weights.follow import (
     wait_for_followers,
 )
 from tests.sources import ROOT
-from tests.weights.test_delta import damaged, stepped, weights
+from tests.weights.test_delta import damaged, stepped, weights, write
 
 
 class Trainer:
@@ -42,7 +42,7 @@ class Trainer:
         target = self.directory / str(version)
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").write_text(f'{{"version": {version}}}')
-        self.writer.write(self.tensors, target / "m.safetensors")
+        write(self.writer, self.tensors, target / "m.safetensors")
         then(target)
         return announce(self.directory, str(version))
 

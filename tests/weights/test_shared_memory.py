@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.weights.plan import Bucket, Part, Slot
-from mcore_rl.weights.shared_memory import SharedBytes
-from mcore_rl.weights.tensor import serialize
+from mcore_rl.weights.buckets import Bucket, Slot
+from mcore_rl.weights.shared import SharedBytes, serialize
 
 READER = """
 import base64, pickle, sys
@@ -23,13 +22,7 @@ found = pickle.loads(base64.b64decode(sys.stdin.read()))
 data, (one, two) = found["flattened_tensor"], found["metadata"]
 print(data.sum().item(), data.numel(), one.name, one.end_idx, two.start_idx, two.dtype, tuple(two.shape))
 """
-BUCKET = Bucket(
-    0,
-    (
-        Part("a", (Slot("one", (2, 2), torch.float32, 0),)),
-        Part("b", (Slot("two", (3,), torch.bfloat16, 16),)),
-    ),
-)
+BUCKET = Bucket(0, (), (Slot("one", (2, 2), torch.float32, 0), Slot("two", (3,), torch.bfloat16, 16)))
 
 
 def files(memory: SharedBytes) -> list[Path]:
@@ -87,7 +80,7 @@ def test_the_payload_names_nothing_that_sglang_does_not_allow() -> None:
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one() -> None:
     code = (
-        "import os; from mcore_rl.weights.shared_memory import SharedBytes as S; m = S(9); "
+        "import os; from mcore_rl.weights.shared import SharedBytes as S; m = S(9); "
         "print(m._path, flush=True); os._exit(1)"
     )
     command = [sys.executable, "-c", code]

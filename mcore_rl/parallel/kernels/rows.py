@@ -17,15 +17,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 LN_2 = math.log(2)
 BLOCK_ELEMENTS = 1 << 17
 """of a block on a CPU: two of them in float32 fill the second-level cache of a core"""
-
-Scale = float | Float[Tensor, " C"]
-"""1 / temperature: one number, or one per row"""
 
 
 class RowTerms(NamedTuple):
@@ -49,13 +46,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def shard_statistics(
-    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: Scale, keep: Bool[Tensor, "C L"] | None
+    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: float
 ) -> Float[Tensor, "4 C"]:
     """(m, s, u, l_y) of each row: max l, sum e^z, sum z e^z with z = scale (l - m), target logit if owned.
 
     m and l_y are logits before the temperature; l_y is 0 where `local` lies outside the shard. The max is
-    subtracted BEFORE the product: log s + m - sum p l would cancel at large logits. A row without an entry,
-    or of which `keep` leaves none, has m = -inf, s = u = 0.
+    subtracted BEFORE the product: log s + m - sum p l would cancel at large logits. A shard without an
+    entry has m = -inf, s = u = 0.
     """
     rows, live = logits.shape
     stats = logits.new_zeros(4, rows, dtype=accumulate_dtype(logits.dtype))
@@ -64,7 +61,7 @@ def shard_statistics(
         return stats
     z, e = _scratch(logits)
     for block in _blocks(logits):
-        _block_statistics(logits[block], _of(scale, block), _of(keep, block), z, e, stats[:, block])
+        _block_statistics(logits[block], scale, z, e, stats[:, block])
     owned = (local >= 0) & (local < live)
     target = logits.gather(1, local.clamp(0, live - 1)[:, None]).squeeze(1)
     stats[3] = torch.where(owned, target, 0)
@@ -75,13 +72,12 @@ def logit_gradient(
     logits: Float[Tensor, "C L"],
     local: Int[Tensor, " C"],
     terms: RowTerms,
-    scale: Scale,
-    keep: Bool[Tensor, "C L"] | None,
+    scale: float,
     out: Float[Tensor, "C L"],
 ) -> None:
     """out = dL/dlogits = scale (a (onehot - p) - b p (log p + entropy)); `out` may be `logits` itself.
 
-    a and b are the loss's derivatives in log-prob and entropy. Nothing flows to what `keep` leaves out.
+    a and b are the loss's derivatives in log-prob and entropy, and `scale` is 1 / temperature.
     """
     live = logits.shape[1]
     if live == 0:
@@ -95,8 +91,7 @@ def logit_gradient(
         grad = _block_gradient(
             torch.sub(logits[block], terms.top[block, None], out=z[:n]),
             e[:n],
-            _of(scale, block),
-            _of(keep, block),
+            scale,
             terms.log_total[block, None],
             level[block, None],
             None if slope is None else slope[block, None],
@@ -105,7 +100,7 @@ def logit_gradient(
 
 
 def coefficients(
-    terms: RowTerms, scale: Scale
+    terms: RowTerms, scale: float
 ) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"] | None]:
     """(a, level, slope) of dL/dlogits = a onehot + p (level + slope log p)."""
     a = terms.grad_log_prob * scale
@@ -116,7 +111,7 @@ def coefficients(
 
 
 def merge_statistics(
-    stats: Float[Tensor, "ranks 4 C"], scale: Scale
+    stats: Float[Tensor, "ranks 4 C"], scale: float
 ) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"], Float[Tensor, " C"]]:
     """(log_prob, entropy, M, log S) of whole rows, each [C], from the statistics of all their parts.
 
@@ -127,7 +122,7 @@ def merge_statistics(
     return (target - top) * scale - log_total, log_total - weighted / total, top, log_total
 
 
-def combined(stats: Float[Tensor, "parts 4 C"], scale: Scale) -> Float[Tensor, "4 C"]:
+def combined(stats: Float[Tensor, "parts 4 C"], scale: float) -> Float[Tensor, "4 C"]:
     """The statistics of rows from those of their parts: shards, or blocks of columns of one.
 
     M = max m_r;  d_r = scale (m_r - M);  S = sum e^d_r s_r;  U = sum e^d_r (u_r + d_r s_r). A part without a
@@ -141,45 +136,32 @@ def combined(stats: Float[Tensor, "parts 4 C"], scale: Scale) -> Float[Tensor, "
     return torch.stack([top, (weight * s).sum(0), weighted, target.sum(0)])
 
 
-def _block_statistics(logits, scale, keep, z, e, stats) -> None:
+def _block_statistics(logits, scale, z, e, stats) -> None:
     """Write m, s and u of a few rows to `stats` [4, rows]; z and e are room for them."""
     z, e = z[: len(logits)], e[: len(logits)]
-    if keep is not None or logits.dtype != z.dtype:
+    if logits.dtype != z.dtype:
         logits = z.copy_(logits)
-    if keep is not None:
-        z.masked_fill_(~keep, -torch.inf)
     torch.amax(logits, 1, out=stats[0])
-    torch.sub(logits, torch.where(stats[0].isneginf(), 0, stats[0])[:, None], out=z)
+    torch.sub(logits, stats[0, :, None], out=z)
     _to_powers_of_two(z, scale)
     torch.exp2(z, out=e)
     torch.sum(e, 1, out=stats[1])
-    if keep is not None:
-        z.masked_fill_(~keep, 0)  # -inf times its probability 0
     torch.sum(e.mul_(z), 1, out=stats[2])
     stats[2].mul_(LN_2)
 
 
-def _block_gradient(z, e, scale, keep, log_total, level, slope) -> Tensor:
+def _block_gradient(z, e, scale, log_total, level, slope) -> Tensor:
     """p (level + slope log p) of z = l - M, in one of the two given rooms."""
     _to_powers_of_two(z, scale).sub_(log_total / LN_2)
-    if keep is not None:
-        z.masked_fill_(~keep, -torch.inf)
     if slope is None:
         return z.exp2_().mul_(level)
     torch.exp2(z, out=e)
-    if keep is not None:
-        z.masked_fill_(~keep, 0)
     return z.mul_(slope * LN_2).add_(level).mul_(e)
 
 
-def _to_powers_of_two(z: Tensor, scale) -> Tensor:
+def _to_powers_of_two(z: Tensor, scale: float) -> Tensor:
     """z such that 2^z is e^(scale z): torch's exp2 costs less than half of its exp on a CPU."""
-    return z.mul_((scale[:, None] if isinstance(scale, Tensor) else scale) / LN_2)
-
-
-def _of(per_row, block: slice):
-    """Rows `block` of what has a value per row; anything else as it is."""
-    return per_row[block] if isinstance(per_row, Tensor) else per_row
+    return z.mul_(scale / LN_2)
 
 
 def _block_rows(logits: Tensor) -> int:

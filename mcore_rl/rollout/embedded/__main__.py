@@ -9,6 +9,7 @@ import tyro
 
 from mcore_rl.errors import McoreRLError
 from mcore_rl.rollout.embedded.server import serve
+from mcore_rl.terminal import printable
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     try:
         tyro.cli(serve)
     except McoreRLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -23,17 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.errors import CheckpointError, NumericsError
 from mcore_rl.rollout.embedded import schema
+from mcore_rl.rollout.embedded.bodies import MalformedBodyError, encode, read_json
 from mcore_rl.rollout.embedded.engine import Engine
 from mcore_rl.rollout.embedded.generate import ModelLimits, parse_generate
 from mcore_rl.rollout.embedded.replies import generate_reply
-from mcore_rl.rollout.embedded.schema import RequestError
+from mcore_rl.rollout.embedded.schema import RequestError, reasons
+from mcore_rl.rollout.embedded.sequence import Sequence
 from mcore_rl.rollout.embedded.weights import Shapes, combined_checksum, replace_weights, weight_checksums
 from mcore_rl.rollout.embedded.worker import Worker
 
 VERSION = "0.5.23+mcore_rl-embedded"
 """The API level it speaks, and that it is not SGLang."""
 
-_HEALTH_SECONDS = 20.0
+_SHUTDOWN_SECONDS = 2.0
+_MESSAGE_CHARS = 2000
+"""of an error: a reply never grows with what was asked"""
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 _UNSUPPORTED = (
     *("/update_weights_from_tensor", "/update_weights_from_distributed", "/update_weights_from_ipc"),
@@ -42,11 +46,8 @@ _UNSUPPORTED = (
 )
 
 B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class MalformedBodyError(ValueError):
-    """The body is not a JSON object of the right form: HTTP 400 {"object": "error", ...}."""
 
 
 @dataclass
@@ -64,6 +65,15 @@ class Api:
     """For requests without a seed of their own."""
     updating: bool = False
     """Between /begin_weight_update and /end_weight_update."""
+    stall_seconds: float = 20.0
+    """/health is 503 after so long without progress at one piece of work."""
+    bodies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "mcore_rl-bodies"))
+    """Parses what is asked and writes what is replied, beside the event loop."""
+
+    def close(self, timeout: float) -> None:
+        """Ends its threads after what they are at."""
+        self.worker.close(timeout)
+        self.bodies.shutdown(wait=False, cancel_futures=True)
 
     def routes(self) -> list[web.RouteDef]:
         posts: dict[str, Handler] = {
@@ -95,28 +105,33 @@ class Api:
     # -- generation ---------------------------------------------------------------------------------------
 
     async def generate(self, request: web.Request) -> web.Response:
-        generation = parse_generate(await _json(request), self.limits, self.tokenizer, self.seeds)
+        body = await read_json(request, self.bodies)
+        generation = await self._aside(parse_generate, body, self.limits, self.tokenizer, self.seeds)
         mine = set(generation.sequences)
         try:
             finished = await asyncio.wrap_future(self.worker.generate(generation.sequences))
         except asyncio.CancelledError:  # the client has gone: do not decode for nobody
             self.worker.abort(mine.__contains__)
             raise
+        return await self._aside(self._write, finished, generation.batch)
+
+    def _write(self, finished: list[Sequence], batch: bool) -> web.Response:
         replies = [generate_reply(sequence, self.tokenizer) for sequence in finished]
-        return _reply(replies if generation.batch else replies[0])
+        text = encode(replies if batch else replies[0])
+        return web.Response(body=text.encode(), content_type="application/json")
 
     async def pause(self, request: web.Request) -> web.Response:
-        body = await _parse(request, schema.PauseBody)
+        body = await self._parse(request, schema.PauseBody)
         await asyncio.wrap_future(self.worker.pause(body.mode))
         return _reply({"message": "Generation paused successfully.", "status": "ok"})
 
     async def resume(self, request: web.Request) -> web.Response:
-        await _parse(request, schema.ContinueBody)
+        await self._parse(request, schema.ContinueBody)
         await self._call(Engine.resume)
         return _reply({"message": "Generation continued successfully.", "status": "ok"})
 
     async def abort(self, request: web.Request) -> web.Response:
-        body = await _parse(request, schema.AbortBody)
+        body = await self._parse(request, schema.AbortBody)
         await asyncio.wrap_future(self.worker.abort(lambda s: body.abort_all or s.rid == body.rid))
         return web.Response()
 
@@ -131,14 +146,14 @@ class Api:
     # -- weights ------------------------------------------------------------------------------------------
 
     async def begin_update(self, request: web.Request) -> web.Response:
-        await _parse(request, schema.BeginUpdateBody)
+        await self._parse(request, schema.BeginUpdateBody)
         if self.updating:
             return _update(False, "a weight-update session is already open; call end_weight_update() first")
         self.updating = True
         return _update(True, "Success")
 
     async def end_update(self, request: web.Request) -> web.Response:
-        await _parse(request, schema.EmptyBody)
+        await self._parse(request, schema.EmptyBody)
         if not self.updating:
             return _update(False, "no weight-update session is open; call begin_weight_update() first")
         self.updating = False
@@ -146,7 +161,7 @@ class Api:
 
     async def update_from_disk(self, request: web.Request) -> web.Response:
         """All or nothing: after a 400 the old weights and the old version still serve."""
-        body = await _parse(request, schema.UpdateFromDiskBody)
+        body = await self._parse(request, schema.UpdateFromDiskBody)
         if body.abort_all_requests:
             await asyncio.wrap_future(self.worker.abort(lambda _: True))
         try:
@@ -159,14 +174,14 @@ class Api:
         return _update(True, f"Succeeded to update model weights.{version}", num_paused_requests=paused)
 
     async def update_version(self, request: web.Request) -> web.Response:
-        body = await _parse(request, schema.UpdateVersionBody)
+        body = await self._parse(request, schema.UpdateVersionBody)
         if body.abort_all_requests:
             await asyncio.wrap_future(self.worker.abort(lambda _: True))
         await self._call(lambda engine: engine.set_version(body.new_version))
         return _update(True, f"Weight version updated to {body.new_version}", new_version=body.new_version)
 
     async def check_weights(self, request: web.Request) -> web.Response:
-        await _parse(request, schema.CheckerBody)
+        await self._parse(request, schema.CheckerBody)
         checksums = await self._call(lambda engine: weight_checksums(engine.model))
         combined = combined_checksum(checksums)
         ranks = {
@@ -192,12 +207,11 @@ class Api:
         return web.Response(status=503 if self.worker.engine.paused else 200)
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 when the engine thread answers between two steps, else 503."""
-        try:
-            await asyncio.wait_for(self._call(lambda _: None), _HEALTH_SECONDS)
-        except TimeoutError:
-            return web.Response(status=503)
-        return web.Response()
+        """200 when the engine thread waits for work or gets on with it, else 503.
+
+        It does not wait for the thread: a step may take longer than a client waits for this answer.
+        """
+        return web.Response(status=503 if self.worker.stalled > self.stall_seconds else 200)
 
     async def model_info(self, request: web.Request) -> web.Response:
         names = (
@@ -235,11 +249,25 @@ class Api:
     def _call(self, run: Callable[[Engine], Any], *, quiet: bool = False) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self.worker.call(run, quiet=quiet))
 
+    def _aside(self, run: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self.bodies, run, *args)
+
+    async def _parse(self, request: web.Request, model: type[B]) -> B:
+        body = await read_json(request, self.bodies)
+        schema.check_names(body, model)
+        return model.model_validate(body)
+
 
 def build_app(api: Api, *, api_key: str | None, max_body_bytes: int) -> web.Application:
-    """With an `api_key` every path but /health and /ready needs `Authorization: Bearer <key>`."""
-    app = web.Application(middlewares=[_auth(api_key), _errors], client_max_size=max_body_bytes)
+    """With an `api_key` every path but /health and /ready needs `Authorization: Bearer <key>`.
+
+    Whatever may act needs a body that is declared as JSON: a page in a browser on this machine can send other
+    types to any address without being asked.
+    """
+    app = web.Application(middlewares=[_auth(api_key), _errors, _json_only], client_max_size=max_body_bytes)
     app.add_routes(api.routes())
+    # What is in flight at the end is dropped, so that its clients turn to another server at once.
+    app.on_shutdown.append(lambda _: asyncio.to_thread(api.close, _SHUTDOWN_SECONDS))
     return app
 
 
@@ -265,27 +293,7 @@ def _reply(data: object, status: int = 200) -> web.Response:
 
 
 def _update(success: bool, message: str, **fields: object) -> web.Response:
-    return _reply({"success": success, "message": message} | fields, 200 if success else 400)
-
-
-async def _json(request: web.Request) -> dict[str, Any]:
-    """Raises MalformedBodyError unless the body is empty (no fields) or a JSON object declared as such."""
-    raw = await request.read()
-    if not raw:
-        return {}
-    if request.content_type != "application/json":
-        raise MalformedBodyError(f"Content-Type must be application/json, got {request.content_type}")
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise MalformedBodyError(f"the body is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise MalformedBodyError(f"the body must be a JSON object, got {type(body).__name__}")
-    return body
-
-
-async def _parse(request: web.Request, model: type[B]) -> B:
-    return model.model_validate(await _json(request))
+    return _reply({"success": success, "message": _cut(message)} | fields, 200 if success else 400)
 
 
 def _auth(api_key: str | None) -> Any:
@@ -293,7 +301,8 @@ def _auth(api_key: str | None) -> Any:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if api_key is not None and request.path not in _OPEN_PATHS:
             given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+            # aiohttp decodes headers so that bytes which are not UTF-8 become lone surrogates.
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {api_key}".encode()):
                 return _reply({"error": "Unauthorized"}, 401)
         return await handler(request)
 
@@ -305,26 +314,37 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except ValidationError as error:
-        details = [
-            {"type": e["type"], "loc": ("body", *e["loc"]), "msg": e["msg"], "input": e["input"]}
-            for e in error.errors()
-        ]
-        plural = "s" if len(details) > 1 else ""
-        lines = "".join(f"\n  {str(detail)[:500]}" for detail in details)
-        return _malformed(f"{len(details)} validation error{plural}:{lines}")
+        return _malformed(reasons(error))
     except MalformedBodyError as error:
         return _malformed(str(error))
     except RequestError as error:
-        return _reply({"error": {"message": str(error)}}, 400)
+        return _reply({"error": {"message": _cut(str(error))}}, 400)
     except NumericsError as error:
-        return _reply({"error": {"message": str(error)}}, 500)
+        return _reply({"error": {"message": _cut(str(error))}}, 500)
     except web.HTTPException as error:
         if error.status == 413:
             return _malformed(error.text or "the body is too large", 413)
+        if error.status == 408:  # what comes of the body now is not read
+            reply = _malformed(error.reason, 408)
+            reply.force_close()
+            return reply
         return _reply({"detail": error.reason}, error.status)
+
+
+@web.middleware
+async def _json_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.method not in ("GET", "HEAD") and request.content_type != "application/json":
+        declared = request.headers.get("Content-Type", "none")
+        return _malformed(f"Content-Type must be application/json, got {declared}", 415)
+    return await handler(request)
+
+
+def _cut(message: str) -> str:
+    return message if len(message) <= _MESSAGE_CHARS else message[:_MESSAGE_CHARS] + "..."
 
 
 def _malformed(message: str, status: int = 400) -> web.Response:
     return _reply(
-        {"object": "error", "message": message, "type": "Bad Request", "param": None, "code": status}, status
+        {"object": "error", "message": _cut(message), "type": "Bad Request", "param": None, "code": status},
+        status,
     )

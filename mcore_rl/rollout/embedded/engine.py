@@ -10,12 +10,13 @@ the rounding of the matrix products (about 1e-6).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mcore_rl.errors import NumericsError
@@ -28,8 +29,9 @@ from mcore_rl.rollout.embedded.sequence import Details, Rows, Sequence, build_ro
 PauseMode = Literal["abort", "retract", "in_place"]
 
 _ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
-_PREFILL_TOKENS = 1 << 14
-"""Padded tokens of one prefill forward."""
+_PREFILL_TOKENS = 1 << 12
+"""Padded tokens of one prefill forward, and tokens of different prompts that a step admits, unless it is one
+prompt: commands wait for a step, which takes seconds on a CPU."""
 _PREFILL_LOGITS = 1 << 26
 """Logits of one prefill forward that returns prompt log-probs."""
 
@@ -49,6 +51,14 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.rows = build_rows([], model.device)
+        self.moved = time.monotonic()
+        """when a step, or a layer of a forward within it, was last begun or done"""
+        for layers in model.modules():
+            for layer in layers if isinstance(layers, nn.ModuleList) else ():
+                layer.register_forward_hook(self._move)
+
+    def _move(self, *_: object) -> None:
+        self.moved = time.monotonic()
 
     @property
     def used_tokens(self) -> int:
@@ -112,26 +122,32 @@ class Engine:
 
     # -- admission ----------------------------------------------------------------------------------------
 
-    def _select(self) -> list[Sequence]:
-        """The waiting sequences, first come first served, that fit beside the running ones at full length."""
+    def _select(self) -> list[list[Sequence]]:
+        """The waiting sequences, first come first served, that fit beside the running ones at full length.
+
+        In groups of equal tokens; of different ones, as many as a step may prefill.
+        """
         longest = max((s.reserved for s in self.running), default=0)
-        new: list[Sequence] = []
+        groups: dict[tuple[int, ...], list[Sequence]] = {}
+        rows, prefilled = len(self.running), 0
         while self.waiting:
-            rows = len(self.running) + len(new) + 1
             longest = max(longest, self.waiting[0].reserved)
-            if rows > min(self.max_running, self.cache.rows_for(longest)):
+            if rows + 1 > min(self.max_running, self.cache.rows_for(longest)):
                 break
-            new.append(self.waiting.popleft())
-        return new
+            tokens = tuple(self.waiting[0].tokens)
+            if tokens not in groups:
+                prefilled += len(tokens)
+                if groups and prefilled > _PREFILL_TOKENS:
+                    break
+            groups.setdefault(tokens, []).append(self.waiting.popleft())
+            rows += 1
+        return list(groups.values())
 
     def _admit(self) -> None:
-        new = self._select()
-        if not new:
+        groups = sorted(self._select(), key=_prefill_order)
+        if not groups:
             return
-        by_tokens: dict[tuple[int, ...], list[Sequence]] = {}
-        for sequence in new:
-            by_tokens.setdefault(tuple(sequence.tokens), []).append(sequence)
-        groups = sorted(by_tokens.values(), key=_prefill_order)
+        new = [sequence for group in groups for sequence in group]
         # New rows: the first of every group, which is prefilled, then the others, which are copied.
         others = [other for group in groups for other in group[1:]]
         order = [group[0] for group in groups] + others

@@ -10,11 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mcore_rl.rollout.embedded.bodies import MAX_VALUES
 from mcore_rl.rollout.embedded.schema import (
+    MAX_SEQUENCES,
     NEUTRAL_GENERATE,
     GenerateBody,
     RequestError,
     SamplingParams,
+    check_names,
     parse_sampling,
     supported,
 )
@@ -49,7 +52,9 @@ def parse_generate(
     seeds: random.Random,
 ) -> Generation:
     """Raises RequestError for what cannot be served, pydantic's ValidationError for what is malformed."""
-    request = GenerateBody.model_validate(supported(body, NEUTRAL_GENERATE, ""))
+    acting = supported(body, NEUTRAL_GENERATE, "")
+    check_names(acting, GenerateBody)
+    request = GenerateBody.model_validate(acting)
     prompts, batch = _prompts(request, tokenizer)
     count = len(prompts)
     rids = (
@@ -68,6 +73,7 @@ def parse_generate(
     tops = _each(request.top_logprobs_num, count, "top_logprobs_num")
     ids = _token_ids(request.token_ids_logprob, count, batch)
     sequences: list[Sequence] = []
+    values = 0
     for prompt, rid, param, scored, start, top, shown in zip(
         prompts, rids, params, log_probs, starts, tops, ids, strict=True
     ):
@@ -77,6 +83,8 @@ def parse_generate(
         )
         wanted = replace(wanted, experts=request.return_routed_experts)
         _check(prompt, param, wanted, limits)
+        values += param.n * _values(prompt, param, wanted)
+        _check_size(len(sequences) + param.n, values)
         sequences += _sequences(prompt, rid, param, wanted, limits, seeds)
     return Generation(sequences, batch or len(sequences) > 1)
 
@@ -88,10 +96,39 @@ def _prompts(
         if tokenizer is None:
             raise RequestError("text needs a tokenizer in the model directory; send input_ids")
         texts = request.text if isinstance(request.text, list) else [request.text]
-        return [tokenizer(text)["input_ids"] for text in texts], isinstance(request.text, list)
+        _check_size(len(texts), sum(map(len, texts)))
+        return [_tokens(tokenizer, text) for text in texts], isinstance(request.text, list)
     ids: list[Any] = request.input_ids or []
     batch = bool(ids) and isinstance(ids[0], list)
-    return (ids if batch else [ids]), batch
+    prompts = ids if batch else [ids]
+    _check_size(len(prompts), sum(map(len, prompts)))
+    return prompts, batch
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return tokenizer(text)["input_ids"]
+    except Exception as error:  # a tokenizer raises Exception itself, for a character that it lacks for one
+        raise RequestError(
+            f"the tokenizer cannot encode the text ({str(error)[:200]}); change it, or send input_ids"
+        ) from error
+
+
+def _values(prompt: list[int], params: SamplingParams, wanted: Wanted) -> int:
+    """What one response makes the server hold beyond its tokens: stop ids, and log-probs to be shown."""
+    shown = (len(prompt) + params.max_new_tokens) * (wanted.top + len(wanted.token_ids))
+    return len(params.stop_token_ids or ()) + shown + (len(prompt) if wanted.prompt_from >= 0 else 0)
+
+
+def _check_size(sequences: int, values: int) -> None:
+    """Raises RequestError for more than one request may hold; what follows costs time for each."""
+    if sequences > MAX_SEQUENCES:
+        raise RequestError(f"more than {MAX_SEQUENCES} responses in one request; send several")
+    if values > MAX_VALUES:
+        raise RequestError(
+            f"one request may hold {MAX_VALUES} token ids, characters of text, stop ids of all responses "
+            "and log-probs to be shown; send several, or ask for fewer"
+        )
 
 
 def _each(value: Any, count: int, name: str) -> list[Any]:

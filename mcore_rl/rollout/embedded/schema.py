@@ -9,9 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+_SHOWN = 5
+"""errors of a body, and names of unknown fields"""
+_SHOWN_CHARS = 300
+_Entry = TypeVar("_Entry")
+
+
+class _FirstError(FailFast):
+    """A list is checked up to its first wrong entry, since an error costs more than an entry."""
+
+    def __hash__(self) -> int:  # a member of a union must have one
+        return hash(_FirstError)
+
+
+_Listed = Annotated[list[_Entry], _FirstError()]
+_Name = Annotated[str, StringConstraints(max_length=1000)]
+"""What replies repeat for every token or sequence."""
+
+MAX_SEQUENCES = 4096
+"""responses of one request"""
 
 NEUTRAL_SAMPLING: Mapping[str, tuple[object, ...]] = {
     "stop": (None, [], ""),
@@ -85,6 +113,26 @@ def supported(
     return {name: value for name, value in fields.items() if name not in neutral}
 
 
+def check_names(fields: Mapping[str, Any], model: type[BaseModel], where: str = "") -> None:
+    """Raises RequestError for fields that `model` lacks, in one message however many there are."""
+    unknown = [name for name in fields if name not in model.model_fields]
+    if unknown:
+        names = ", ".join(f"{where}{name[:_SHOWN_CHARS]}" for name in unknown[:_SHOWN])
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        raise RequestError(f"{names}{more}: not a field of this request; drop it")
+
+
+def reasons(error: ValidationError) -> str:
+    """The first errors of a body, as SGLang writes them, without what was sent."""
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = [
+        {"type": e["type"], "loc": ("body", *e["loc"]), "msg": e["msg"][:_SHOWN_CHARS]} for e in details
+    ][:_SHOWN]
+    plural = "s" if len(details) > 1 else ""
+    lines = "".join(f"\n  {str(detail)[: 2 * _SHOWN_CHARS]}" for detail in shown)
+    return f"{len(details)} validation error{plural}:{lines}"
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -99,7 +147,7 @@ class SamplingParams(_Body):
     top_k: int = -1
     min_p: float = 0.0
     n: int = 1
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _Listed[int] | None = None
     ignore_eos: bool = False
     """True: stop_token_ids are ignored too, as in SGLang."""
     skip_special_tokens: bool = True
@@ -117,21 +165,33 @@ class SamplingParams(_Body):
             (0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p),
             (self.top_k == -1 or self.top_k >= 1, "top_k must be -1 (off) or at least 1", self.top_k),
             (0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p),
-            (1 <= self.n <= 4096, "n must be in [1, 4096]", self.n),
+            (1 <= self.n <= MAX_SEQUENCES, f"n must be in [1, {MAX_SEQUENCES}]", self.n),
         )  # fmt: skip
         for holds, rule, value in rules:
             if not holds:
-                raise RequestError(f"{rule}, got {value:g}.")
+                raise RequestError(f"{rule}, got {_number(value)}.")
+
+
+def _number(value: float) -> str:
+    """As short as it can be; an integer of thousands of digits has no other form."""
+    try:
+        return f"{value:g}"
+    except OverflowError:
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else str(value)
 
 
 def parse_sampling(fields: Mapping[str, Any]) -> SamplingParams:
     """Raises RequestError."""
+    acting = supported(fields, NEUTRAL_SAMPLING, "sampling_params.")
+    check_names(acting, SamplingParams, "sampling_params.")
     try:
-        params = SamplingParams.model_validate(supported(fields, NEUTRAL_SAMPLING, "sampling_params."))
+        params = SamplingParams.model_validate(acting)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         name = ".".join(map(str, first["loc"]))
-        raise RequestError(f"sampling_params.{name}: {first['msg']}, got {first['input']!r}.") from error
+        given = first["input"]
+        got = f"{given!r:.100}" if isinstance(given, str | int | float | None) else type(given).__name__
+        raise RequestError(f"sampling_params.{name}: {first['msg']}, got {got}.") from error
     params.check()
     return params
 
@@ -139,14 +199,14 @@ def parse_sampling(fields: Mapping[str, Any]) -> SamplingParams:
 class GenerateBody(_Body):
     """POST /generate: one prompt, or a batch when `input_ids` (or `text`) is a list of prompts."""
 
-    input_ids: list[int] | list[list[int]] | None = None
-    text: str | list[str] | None = None
-    rid: str | list[str] | None = None
-    sampling_params: dict[str, Any] | list[dict[str, Any]] = Field(default_factory=dict)
-    return_logprob: bool | list[bool] = False
-    logprob_start_len: int | list[int] = -1
-    top_logprobs_num: int | list[int] = 0
-    token_ids_logprob: list[int] | list[list[int]] | None = None
+    input_ids: _Listed[int] | _Listed[_Listed[int]] | None = None
+    text: str | _Listed[str] | None = None
+    rid: _Name | _Listed[_Name] | None = None
+    sampling_params: dict[str, Any] | _Listed[dict[str, Any]] = Field(default_factory=dict)
+    return_logprob: bool | _Listed[bool] = False
+    logprob_start_len: int | _Listed[int] = -1
+    top_logprobs_num: int | _Listed[int] = 0
+    token_ids_logprob: _Listed[int] | _Listed[_Listed[int]] | None = None
     return_routed_experts: bool = False
 
     @model_validator(mode="after")
@@ -189,7 +249,7 @@ class UpdateFromDiskBody(_Body):
     """POST /update_weights_from_disk; `flush_cache` is refused while requests hold cache entries."""
 
     model_path: str
-    weight_version: str | None = None
+    weight_version: _Name | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
     torch_empty_cache: bool = False
@@ -208,7 +268,7 @@ class UpdateFromDiskBody(_Body):
 class UpdateVersionBody(_Body):
     """POST /update_weight_version"""
 
-    new_version: str
+    new_version: _Name
     abort_all_requests: bool = True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
+import ipaddress
 import logging
 import os
 import random
@@ -28,6 +30,12 @@ from mcore_rl.rollout.embedded.weights import load_model
 from mcore_rl.rollout.embedded.worker import Worker
 
 _SHUTDOWN_SECONDS = 2.0
+CONNECTION_SECONDS = 30.0
+"""Until the headers of a connection's first request, or of its next one, are there: above aiohttp's 15 s, for
+which clients keep a connection to use it again."""
+_ID_BYTES = 8
+"""of a token id in a request, with its comma"""
+_MOST_BODY_BYTES = 8 << 20
 log = logging.getLogger(__name__)
 
 
@@ -44,13 +52,13 @@ def serve(
     max_length: int | None = None,
     kv_tokens: int | None = None,
     random_seed: int = 0,
-    max_body_mib: int = 256,
+    max_body_mib: int | None = None,
 ) -> None:
     """Serves an HF decoder in float32 over SGLang's native HTTP API (level 0.5.23) until SIGTERM or SIGINT.
 
     Args:
         model_dir: local HF checkpoint directory (config.json, safetensors, optionally a tokenizer).
-        host: address to bind.
+        host: address to bind; one beyond this machine needs a key.
         port: 0 lets the system choose; the log says which.
         api_key_env: name of the environment variable that holds the key; none: no key is asked.
         threads: CPU threads of the model.
@@ -59,23 +67,33 @@ def serve(
         max_length: longest prompt plus response, in tokens; at most what the model and kv_tokens allow.
         kv_tokens: KV cache size in tokens; none: what fits in 1 GiB.
         random_seed: seeds the draws of requests that bring no sampling_seed.
-        max_body_mib: longest request body.
+        max_body_mib: longest request body; none: what the token ids of max_running_requests prompts of
+            max_length take, at most 8. A longer one can hold up /health for longer.
 
-    Raises ConfigError (bad directory, port in use, key not set) and CheckpointError (incomplete weights).
+    Raises ConfigError (bad directory, port in use, key not set, a public host without one) and
+    CheckpointError (incomplete weights).
     """
     api_key = _read_key(api_key_env)
     with _bind(host, port) as sock:  # before the model is loaded: a port in use is known at once
+        if api_key is None:
+            _check_private(host, sock)
         torch.set_num_threads(threads)
-        api = _build_api(model_dir, device, max_running_requests, max_length, kv_tokens, random_seed)
-        app = build_app(api, api_key=api_key, max_body_bytes=max_body_mib << 20)
-        # What is in flight at the end is dropped, so that its clients turn to another server at once.
-        app.on_shutdown.append(lambda _: asyncio.to_thread(api.worker.close, _SHUTDOWN_SECONDS))
-        asyncio.run(_run(app, sock))
+        api = build_api(model_dir, device, max_running_requests, max_length, kv_tokens, random_seed)
+        most = _body_bytes(api.limits.context_length, max_running_requests)
+        max_body_bytes = most if max_body_mib is None else max_body_mib << 20
+        app = build_app(api, api_key=api_key, max_body_bytes=max_body_bytes)
+        asyncio.run(run(app, sock))
 
 
-def _build_api(
+def _body_bytes(context: int, rows: int) -> int:
+    """What a full batch of prompts takes as JSON, and 64 KiB for the fields beside them."""
+    return min(_ID_BYTES * context * rows + (1 << 16), _MOST_BODY_BYTES)
+
+
+def build_api(
     model_dir: Path, device: str, max_running: int, max_length: int | None, kv_tokens: int | None, seed: int
 ) -> Api:
+    """The API over a model that is loaded here, with its engine thread running; see `serve`."""
     model, shapes = load_model(model_dir, device)
     cache = build_cache(model, kv_tokens)
     tokenizer = _load_tokenizer(model_dir)
@@ -112,7 +130,9 @@ def _build_api(
     return Api(worker, limits, tokenizer, shapes, info, random.Random(seed))
 
 
-async def _run(app: web.Application, sock: socket.socket) -> None:
+async def run(app: web.Application, sock: socket.socket) -> None:
+    """Serves `app` at `sock` until SIGTERM or SIGINT."""
+    gc.freeze()  # a collection that looks at the modules and the model takes a tenth of a second
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -121,6 +141,8 @@ async def _run(app: web.Application, sock: socket.socket) -> None:
         handle_signals=False,
         handler_cancellation=True,
         shutdown_timeout=_SHUTDOWN_SECONDS,
+        keepalive_timeout=CONNECTION_SECONDS,
+        auto_decompress=False,  # a compressed body could unfold to any size
         access_log=None,
     )
     await runner.setup()
@@ -152,6 +174,14 @@ def _bind(host: str, port: int) -> socket.socket:
             sock.close()
         raise _port_error(host, port, error) from error
     return sock
+
+
+def _check_private(host: str, sock: socket.socket) -> None:
+    if not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+        raise ConfigError(
+            f"--host {host} is open to other machines, and whoever reaches it could change the weights; name "
+            "the environment variable of a key with --api-key-env, or serve on 127.0.0.1"
+        )
 
 
 def _port_error(host: str, port: int, error: OSError) -> ConfigError:

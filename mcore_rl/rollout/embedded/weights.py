@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.weight_files import weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,26 +22,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors files of an HF checkpoint directory.
 
-    Raises CheckpointError when there are none, or the index names files that are absent or outside.
+    Raises CheckpointError when there are none, or they are ambiguous; see `weight_files`.
     """
-    index = directory / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(path.name for path in directory.glob("*.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return weight_files(directory)[0]
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    except (OSError, ValueError) as error:  # a path that the file system cannot have: NUL, a lone surrogate
         raise CheckpointError(
-            f"{index}: not a safetensors index ({error!r}); export the checkpoint again"
+            f"{str(directory)!r:.300}: not a directory that can be read ({error})"
         ) from error
-    if not names:
-        raise CheckpointError(f"{directory}: no safetensors files; give an HF checkpoint directory")
-    for name in names:
-        if name != Path(name).name or not (directory / name).is_file():
-            raise CheckpointError(
-                f"{index}: weight file {name!r} is not in {directory}; export the checkpoint again"
-            )
-    return [directory / name for name in names]
 
 
 def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -43,6 +45,8 @@ class Worker:
         self._tickets: dict[Sequence, _Ticket] = {}
         self._held: list[_Command] = []
         """Commands that wait for quiet; nothing is admitted meanwhile, so that quiet comes."""
+        self._waits = True
+        """for something to do"""
         self._thread = threading.Thread(target=self._loop, name="mcore_rl-engine", daemon=True)
         self._thread.start()
 
@@ -66,6 +70,16 @@ class Worker:
     def pause(self, mode: PauseMode) -> Future[int]:
         """See `Engine.pause`; resolves to the number of aborted sequences."""
         return self.call(lambda engine: self._deliver(engine.pause(mode)))
+
+    @property
+    def stalled(self) -> float:
+        """Seconds since the engine thread last got on with its work; 0 without any, inf when it is dead.
+
+        To be read from any thread, at once.
+        """
+        if not self._thread.is_alive():
+            return math.inf
+        return 0.0 if self._waits else time.monotonic() - self.engine.moved
 
     def close(self, timeout: float) -> None:
         """Ends the thread after its present step; what is in flight is cancelled."""
@@ -98,9 +112,10 @@ class Worker:
         wait = not self._has_work
         while True:
             try:
-                command = self._commands.get(timeout=_IDLE_SECONDS) if wait else self._commands.get_nowait()
+                command = self._wait() if wait else self._commands.get_nowait()
             except queue.Empty:
                 return True
+            self.engine.moved = time.monotonic()
             if command is None:
                 return False
             wait = False
@@ -109,7 +124,16 @@ class Worker:
             else:
                 _execute(command)
 
+    def _wait(self) -> _Command | None:
+        self._waits = True
+        try:
+            return self._commands.get(timeout=_IDLE_SECONDS)
+        finally:
+            self.engine.moved = time.monotonic()
+            self._waits = False
+
     def _step(self) -> None:
+        self.engine.moved = time.monotonic()
         try:
             self._deliver(self.engine.step(admit=not self._held))
         except Exception as error:  # a failed forward costs the requests in flight, not the server

@@ -18,19 +18,20 @@ from mcore_rl.errors import ConfigError, NumericsError, WeightSyncError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import Mapping
-from mcore_rl.model.quantize import (
+from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.weights.disk import export, publish_directory
+from mcore_rl.weights.encoding import (
     BLOCK,
+    FP8,
     LARGEST,
     SCALE,
     dequantize_blocks,
-    is_quantized,
+    encoded_forms,
     quantize_blocks,
-    quantized_shapes,
 )
-from mcore_rl.parallel.launch import Pool
-from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.weights.publish import _check_complete
 from tests.model.conftest import save
 from tests.model.support import DENSE, MOE, at_layout
 
@@ -40,8 +41,10 @@ BLOCKS = DENSE | BIG | {"intermediate_size": 384}
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    parts = quantize_blocks("w", weight)
-    return parts["w"], parts["w" + SCALE]
+    q = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty([-(-side // BLOCK) for side in weight.shape])
+    quantize_blocks("w", weight, q, scale)
+    return q, scale
 
 
 def excess(weight: Tensor, q: Tensor, scale: Tensor) -> float:
@@ -121,7 +124,7 @@ def make(kind: str, arguments: dict, directory: Path) -> Path:
 
 
 def exported(mesh: Mesh, source: Path, target: Path) -> None:
-    build_policy(source, mesh, precision="bf16").export(target, quantized=True)
+    export(build_policy(source, mesh, precision="bf16"), target, encoding=FP8)
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -143,14 +146,14 @@ def test_export_and_conversion_write_the_same(pool2: Pool, tmp_path: Path, kind:
     original = in_bf16(source)
     at_layout(pool2, "tp2+sp", exported, source, tmp_path / "published")
     hf_to_mcore(source, tmp_path / "mcore")
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "converted", shard_gb=2e-5, quantized=True)
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "converted", shard_gb=2e-5, quantize="fp8")
     published, converted = tensors_of(tmp_path / "published"), tensors_of(tmp_path / "converted")
     assert len(checkpoint_files(tmp_path / "converted")) == len(converted) == len(published)
     for name, tensor in published.items():
         assert converted[name].dtype == tensor.dtype, name
         assert torch.equal(converted[name].float(), tensor.float()), name
     for name, tensor in original.items():
-        if is_quantized(name):
+        if name.endswith("_proj.weight"):
             assert excess(tensor, published[name], published[name + SCALE]) <= 1
         else:
             assert torch.equal(published[name], tensor), name
@@ -159,10 +162,11 @@ def test_export_and_conversion_write_the_same(pool2: Pool, tmp_path: Path, kind:
         assert (said["quant_method"], said["weight_block_size"]) == ("fp8", [128, 128])
         assert ("model.layers.0.mlp.gate" in said["modules_to_not_convert"]) is (kind == "Qwen3MoeConfig")
     arch = read_architecture(source)
-    shapes = quantized_shapes(Mapping(arch, arch.vocab).hf_shapes())
-    _check_complete(tmp_path / "published", shapes)
-    with pytest.raises(WeightSyncError, match="tensors are not those of the model"):
-        _check_complete(tmp_path / "published", shapes | {"model.norm.weight_scale_inv": (1, 1)})
+    forms = encoded_forms(ParameterMap(arch, arch.vocab), FP8, torch.bfloat16)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in published.items()} == forms
+    shapes = {name: shape for name, (shape, _) in forms.items()} | {"model.norm.weight_scale_inv": (1, 1)}
+    with pytest.raises(WeightSyncError, match=r"1 tensors are not those of the model.*no server was told"):
+        publish_directory(Fleet(["http://127.0.0.1:9"]), tmp_path / "published", "1", shapes)
     with pytest.raises(ConfigError, match="quantization_config"):
         read_architecture(tmp_path / "published")  # for servers: training does not start from it
 
@@ -171,14 +175,14 @@ def test_transformers_loads_the_directory(tmp_path: Path) -> None:
     source = make("Qwen3Config", BLOCKS, tmp_path / "hf")
     in_bf16(source)
     hf_to_mcore(source, tmp_path / "mcore")
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "fp8", quantized=True)
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "fp8", quantize="fp8")
     written = tensors_of(tmp_path / "fp8")
     config = transformers.FineGrainedFP8Config(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "fp8", quantization_config=config, dtype=torch.float32
     )
     state = loaded.state_dict()
-    names = [name for name in written if is_quantized(name)]
+    names = [name for name in written if name.endswith("_proj.weight")]
     assert len(names) == 7 * DENSE["num_hidden_layers"]
     for name in names:
         assert torch.equal(state[name].float(), dequantize_blocks(written[name], written[name + SCALE])), name
@@ -186,4 +190,4 @@ def test_transformers_loads_the_directory(tmp_path: Path) -> None:
 
 def test_a_certificate_is_refused_for_other_logits(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--certify asks for equal logits"):
-        mcore_to_hf(tmp_path, tmp_path / "x", quantized=True, certified=True)
+        mcore_to_hf(tmp_path, tmp_path / "x", quantize="fp8", certified=True)

@@ -1,0 +1,156 @@
+"""What a loss may measure, one value per row, and how the values of all rows become one number of the log.
+
+A metric is named once, where it is measured, as people read it in metrics.jsonl and in the report. Its `part`
+is what one call of the loss contributes: parts are added up (or the largest is taken) over micro-batches and
+ranks, so that no layout and no packing changes the number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAGNITUDES = torch.logspace(-8, 2, 201, dtype=torch.float64)
+"""bin edges of `Quantile`, 20 per decade: any layout reads the same quantile off them"""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The base of all metrics."""
+
+    values: Tensor | None
+    """one per row, of the shape of log_prob; None in the metric's `kind`"""
+    among: Tensor | None = None
+    """bool, of the same shape: the rows that count; None: all"""
+    of_all_rows: bool = False
+    """rows that are not usable count, too"""
+    largest: ClassVar[bool] = False
+    """the largest of the parts is taken, rather than their sum"""
+
+    @property
+    def kind(self) -> Metric:
+        """The metric without its tensors: it tells any rank how to read the reduced parts."""
+        return replace(self, values=None, among=None)
+
+    def part(self, usable: Tensor) -> Tensor:
+        """Reduce the rows that are `usable`, and count, in float64."""
+        assert self.values is not None
+        rows = usable if self.among is None else usable & self.among
+        return self._part(self.values.detach().double(), rows)
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Turn the reduced parts into what is logged under `name`; nothing where no row counted.
+
+        `updates` is the number of optimizer steps whose parts are in `total`.
+        """
+        value = self._read(total)
+        return {} if value is None else {name: value}
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Reduce the `values` of the `rows` that count; picking them out would make a GPU wait."""
+        raise NotImplementedError
+
+    def _read(self, total: Tensor) -> float | None:
+        raise NotImplementedError
+
+
+class Key(NamedTuple):
+    """Which metric a reduced tensor belongs to."""
+
+    name: str
+    kind: Metric
+
+
+@dataclass(frozen=True)
+class Mean(Metric):
+    """The mean over the rows; of booleans, the fraction that is true."""
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        return torch.stack([torch.where(rows, values, 0.0).sum(), rows.sum().double()])
+
+    def _read(self, total: Tensor) -> float | None:
+        return (total[0] / total[1]).item() if total[1] > 0 else None
+
+
+@dataclass(frozen=True)
+class Max(Metric):
+    """The largest value of any row."""
+
+    largest: ClassVar[bool] = True
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        return _largest(values, rows)
+
+    def _read(self, total: Tensor) -> float | None:
+        return None if total.isneginf() else total.item()
+
+
+@dataclass(frozen=True)
+class Min(Metric):
+    """The smallest value of any row."""
+
+    largest: ClassVar[bool] = True
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        return _largest(-values, rows)
+
+    def _read(self, total: Tensor) -> float | None:
+        return None if total.isneginf() else -total.item()
+
+
+@dataclass(frozen=True)
+class Quantile(Metric):
+    """The upper edge of the bin of MAGNITUDES in which `fraction` of the magnitudes |value| is reached."""
+
+    fraction: float = 0.5
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        magnitudes = values.abs().clamp(1e-8, 99.0).cpu().reshape(-1)
+        return torch.histogram(magnitudes, MAGNITUDES, weight=rows.double().cpu().reshape(-1)).hist
+
+    def _read(self, total: Tensor) -> float | None:
+        if not total.sum() > 0:
+            return None
+        return float(MAGNITUDES[int(torch.searchsorted(total.cumsum(0), self.fraction * total.sum())) + 1])
+
+
+@dataclass(frozen=True)
+class Histogram(Metric):
+    """The fraction of the rows in each bin, logged as `<name>/<low>..<high>`, low edge included.
+
+    The first and the last bin are open: `..<low>` and `<high>..`.
+    """
+
+    edges: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        bins = torch.bucketize(values, values.new_tensor(self.edges), right=True).reshape(-1)
+        return values.new_zeros(len(self.edges) + 1).index_add(0, bins, rows.double().reshape(-1))
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return one number per bin; see Metric.read."""
+        count = total.sum().item()
+        bounds = ["", *(f"{edge:g}" for edge in self.edges), ""]
+        bins = [f"{name}/{low}..{high}" for low, high in pairwise(bounds)]
+        return {key: one / count for key, one in zip(bins, total.tolist(), strict=True)} if count else {}
+
+
+@dataclass(frozen=True)
+class Total(Metric):
+    """The sum over the rows of an optimizer step, such as that of a weighted loss."""
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(rows, values, 0.0).sum()
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return the mean over optimizer steps."""
+        return {name: total.item() / updates}
+
+
+def _largest(values: Tensor, rows: Tensor) -> Tensor:
+    seen = torch.where(rows, values, -torch.inf)
+    return seen.max() if seen.numel() else seen.new_tensor(-torch.inf)

@@ -1,0 +1,126 @@
+"""The contract of a policy loss: `loss(rows, **params) -> TokenLoss(loss, metrics)`.
+
+`rows` are scored response tokens: all of a micro-batch, or any part of one. The loss of a row follows from
+that row alone, and from what it reads of the row's whole sequence; its keyword-only parameters become
+`algorithm.params`. What a loss reads of whole sequences, or of a reference model, it declares:
+
+    @reads("sequence_log_ratio")
+    def loss(rows: Rows, *, eps: float = 0.2) -> TokenLoss: ...
+
+Nothing else can be read: an undeclared field raises. So the library knows, without being told by a flag,
+which models must score and whether any part of a micro-batch can be asked alone (the head's fused mode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mcore_rl.algo.metrics import Metric
+from mcore_rl.errors import ConfigError
+
+OF_SEQUENCES = ("sequence_log_ratio", "sequence_rollout_log_ratio")
+"""declared fields that need every row of a sequence"""
+DECLARED = (*OF_SEQUENCES, "reference")
+
+F = TypeVar("F", bound=Callable[..., "TokenLoss"])
+
+
+class TokenLoss(NamedTuple):
+    """What every policy loss returns."""
+
+    loss: Float[Tensor, "*shape"]
+    """of the shape of log_prob; to be minimised, differentiable in log_prob and entropy"""
+    metrics: Mapping[str, Metric] = MappingProxyType({})
+    """name -> metric, named as people read it in metrics.jsonl"""
+
+
+def reads(*names: str) -> Callable[[F], F]:
+    """Declare which of DECLARED a loss reads. Raises ConfigError for another name."""
+    for name in names:
+        if name not in DECLARED:
+            raise ConfigError(f"@reads({name!r}): not one of {', '.join(DECLARED)}; other fields need none")
+
+    def declare(loss: F) -> F:
+        vars(loss)["reads"] = frozenset(names)
+        return loss
+
+    return declare
+
+
+def declared(loss: Callable[..., TokenLoss]) -> frozenset[str]:
+    """Return what `loss` declares to read."""
+    return getattr(loss, "reads", frozenset())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a loss may read of some rows. Everything but log_prob and entropy is a constant, and finite.
+
+    `Rows.of` builds it. A row that is not `usable` has log-ratios of 0; its loss counts for nothing.
+    """
+
+    log_prob: Float[Tensor, "*shape"]
+    """of the policy in training"""
+    entropy: Float[Tensor, "*shape"]
+    """of its whole distribution at this token, in nats"""
+    old: Float[Tensor, "*shape"]
+    """log-prob of the policy before the rollout's first update"""
+    rollout: Float[Tensor, "*shape"]
+    """log-prob of the policy that sampled: another engine, perhaps with older weights"""
+    advantage: Float[Tensor, "*shape"]
+    usable: Bool[Tensor, "*shape"]
+    """every log-prob that was recorded for the token is finite"""
+    sequence_tokens: Float[Tensor, "*shape"] | None = None
+    """scored tokens of the row's whole sequence, where a batch says it"""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """what the loss declared, by name"""
+
+    @classmethod
+    def of(
+        cls,
+        log_prob: Tensor,
+        entropy: Tensor,
+        *,
+        old: Tensor | None = None,
+        rollout: Tensor | None = None,
+        advantage: Tensor,
+        reference: Tensor | None = None,
+        sequence_tokens: Tensor | None = None,
+    ) -> Rows:
+        """Take what was recorded, whatever is in it; default: what the policy itself says now."""
+        current = log_prob.detach()
+        given = [current if x is None else x.detach() for x in (old, rollout, reference)]
+        recorded = [torch.isfinite(x) for x in (old, rollout, reference) if x is not None]
+        usable = torch.stack([torch.ones_like(current, dtype=torch.bool), *recorded]).all(0)
+        old, rollout, ref = (torch.where(usable, x, current) for x in given)
+        extras = {} if reference is None else {"reference": ref}
+        return cls(log_prob, entropy, old, rollout, advantage, usable, sequence_tokens, extras)
+
+    @property
+    def reference(self) -> Float[Tensor, "*shape"]:
+        """Log-prob of the frozen reference model; declared."""
+        return self._declared("reference")
+
+    @property
+    def sequence_log_ratio(self) -> Float[Tensor, "*shape"]:
+        """Mean of log_prob - old over the usable rows of the whole sequence; declared."""
+        return self._declared("sequence_log_ratio")
+
+    @property
+    def sequence_rollout_log_ratio(self) -> Float[Tensor, "*shape"]:
+        """Mean of log_prob - rollout over the usable rows of the whole sequence; declared."""
+        return self._declared("sequence_rollout_log_ratio")
+
+    def _declared(self, name: str) -> Tensor:
+        if name not in self.extras:
+            raise ConfigError(
+                f"the loss reads rows.{name} without saying so; write @reads({name!r}) above the function"
+            )
+        return self.extras[name]

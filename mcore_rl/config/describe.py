@@ -1,0 +1,109 @@
+"""Every configuration key with its type, default and meaning: for `mcore-rl config` and docs/config.md."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from mcore_rl.config import toml
+from mcore_rl.config.config import Config
+from mcore_rl.config.file import KEYS
+from mcore_rl.errors import ConfigError
+
+_NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", Path: "path"}
+_BOUNDS: tuple[tuple[Any, str, str], ...] = (
+    (Ge, "ge", ">="),
+    (Gt, "gt", ">"),
+    (Le, "le", "<="),
+    (Lt, "lt", "<"),
+)
+_HEAD = """# Configuration keys
+
+`mcore-rl config` prints this page; `mcore-rl config SECTION` prints one section. A configuration is one
+TOML file, and `--section.key value` on the command line overrides a key. Relative paths start at the current
+directory. A key that is unknown, out of range or without effect ends the command with exit code 2.
+"""
+
+
+def describe(sections: Sequence[str] = ()) -> str:
+    """The keys of `sections` (all where none is named) as text for a terminal.
+
+    Raises:
+        ConfigError: there is no such section.
+    """
+    for name in sections:
+        if name not in KEYS:
+            close = get_close_matches(name, KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the sections are {', '.join(KEYS)}"
+            raise ConfigError(f"config: there is no section {name!r}; {hint}")
+    lines: list[str] = []
+    for name in sections or KEYS:
+        lines += ["", f"[{name}]  {_about(name)}"]
+        for key, kind, default, meaning in _rows(name):
+            lines += [f"  {key} = {default}  ({kind})", f"      {meaning}"]
+    return "\n".join(lines[1:])
+
+
+def as_markdown() -> str:
+    """The page docs/config.md."""
+    parts = [_HEAD]
+    for name in KEYS:
+        rows = [
+            f"| `{k}` | {kind} | {_code(default)} | {meaning} |" for k, kind, default, meaning in _rows(name)
+        ]
+        table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows]
+        parts.append("\n".join([f"## [{name}]", "", _about(name), "", *table, ""]))
+    return "\n".join(parts)
+
+
+def _about(section: str) -> str:
+    annotation = Config.model_fields[section].annotation
+    return (getattr(annotation, "__doc__", None) or "").strip()
+
+
+def _rows(section: str) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of a section's keys."""
+    for key, field in KEYS[section].items():
+        kind = kind_of(field.annotation, field.metadata)
+        yield key, kind, _default(field), " ".join((field.description or "").split())
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "unset" if field.default is None else toml.literal(field.default)
+
+
+def _code(default: str) -> str:
+    return default if default in ("required", "unset") else f"`{default}`"
+
+
+def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a value must be, in words: `integer >= 1`, `"fp32", "bf16" or "fp8"`, `list of strings`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is typing.Annotated:
+        inner = [item for extra in arguments[1:] for item in getattr(extra, "metadata", [extra])]
+        return kind_of(arguments[0], inner)
+    if origin in (typing.Union, types.UnionType):
+        return kind_of(next(a for a in arguments if a is not type(None)), metadata)
+    if origin is Literal:
+        *first, last = (f'"{value}"' for value in arguments)
+        return f"{', '.join(first)} or {last}" if first else last
+    if origin is tuple:
+        return f"list of {kind_of(arguments[0])}s"
+    if origin is dict:
+        return "table"
+    bounds = [
+        f"{sign} {getattr(item, attribute)}"
+        for kind, attribute, sign in _BOUNDS
+        for item in metadata
+        if isinstance(item, kind)
+    ]
+    return " ".join([_NAMES[annotation], " and ".join(bounds)]).strip()

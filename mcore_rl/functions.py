@@ -1,0 +1,56 @@
+"""Functions of the user's own, which a configuration names as `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+from mcore_rl.errors import AskedToLeave, ConfigError
+
+
+def load_function(key: str, name: str, argument: str, *, keywords: bool = False) -> Callable[..., Any]:
+    """Import the function that `name` (`module:function`) means; `key` is the configuration's key for it.
+
+    The module's directory is on PYTHONPATH or is the current one. Raises ConfigError where the function does
+    not exist, its import fails (or ends with sys.exit), or it cannot be called with one positional argument,
+    the `argument`; with `keywords`, the caller gives it keyword-only ones besides.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not (module_name and attribute):
+        raise ConfigError(f"{key}: {name!r} is not of the form `module:function`")
+    if os.getcwd() not in sys.path:  # the `mcore-rl` script, unlike `python -m`, does not put it there
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except AskedToLeave:
+        raise
+    except BaseException as error:  # SystemExit too, of a script without a __main__ guard
+        raise ConfigError(
+            f"{key}: cannot import {module_name} ({type(error).__name__}: {error}); "
+            "fix the module, or put its directory on PYTHONPATH"
+        ) from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        close = get_close_matches(attribute, dir(module), n=1)
+        hint = f"did you mean {close[0]}?" if close else "check the name"
+        raise ConfigError(f"{key}: {module_name} has no {attribute}; {hint}")
+    if not callable(function) or not _takes_one(function, keywords):
+        raise ConfigError(f"{key}: {name} must be a function of one argument, {argument}")
+    return function
+
+
+def _takes_one(function: Callable[..., Any], keywords: bool) -> bool:
+    try:
+        signature = inspect.signature(function)
+        only = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        signature.bind(None, **dict.fromkeys(only if keywords else ()))
+    except TypeError:
+        return False
+    except ValueError:  # built-ins without a signature: the first call will tell
+        return True
+    return True

@@ -1,0 +1,42 @@
+"""Text that a terminal shows: what servers, files and samples wrote stays text.
+
+An escape sequence clears the screen or renames the window, a carriage return or a line feed forges a line of
+ours, and a bidirectional control shows a name backwards. `escaped` is for foreign text where it enters a
+message; `printable` is for every whole message, where it is printed (tests/test_terminal.py finds the rest).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories of what acts instead of being shown: controls, formats, surrogates, line separators"""
+
+
+def escaped(foreign: object) -> str:
+    """`str(foreign)` on one line, with what a terminal would act on as Python writes it: `\\x1b`, `\\r`."""
+    text = str(foreign)
+    if text.isprintable():  # the common case, and no category of _HIDDEN is printable
+        return text
+    return "".join(_shown(character) for character in text)
+
+
+def printable(message: object) -> str:
+    """A message to print: escaped but for its line feeds, after which no line begins in the first column.
+
+    Our own messages may have several lines. A line feed that foreign text brought along cannot forge a line
+    of ours, since every line after the first is indented.
+    """
+    lines = str(message).split("\n")
+    return "\n".join([escaped(lines[0]), *(_indented(escaped(line)) for line in lines[1:])])
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) in _HIDDEN:
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+def _indented(line: str) -> str:
+    return re.sub(r"^(?=\S)", "  ", line)

@@ -1,0 +1,70 @@
+"""Which safetensors files of a Hugging Face directory hold its weights, for the trainer and embedded servers.
+
+Other programs look at the same directory: transformers takes `model.safetensors` where there is one, before
+any index; SGLang takes the files of the index. A directory in which they would find different weights is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mcore_rl.errors import ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files in the order of their names, and tensor name -> file name where there is an index.
+
+    Raises:
+        ConfigError: no safetensors, an index that is malformed, points out of the directory or names a file
+            that is not there, or files that two readers would choose differently.
+    """
+    index = directory / INDEX
+    found = sorted(directory.glob("*.safetensors"))
+    single = directory / SINGLE
+    if not index.exists():
+        if not found:
+            raise ConfigError(
+                f"{directory}: no *.safetensors; put the published ones beside config.json, or set "
+                "model.random_init = true"
+            )
+        if single in found and len(found) > 1:
+            other = next(path for path in found if path != single)
+            raise ConfigError(_two_readers(single, other, "other programs read"))
+        return found, None
+    weight_map = _read_index(index)
+    for name, file in weight_map.items():
+        if Path(file).name != file:
+            raise ConfigError(f"{index}: {name} points to {file!r}, outside the directory")
+    names = sorted(set(weight_map.values()))
+    if single.exists() and names != [SINGLE]:
+        raise ConfigError(_two_readers(single, index, "other programs read the files of"))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing or not names:
+        raise ConfigError(
+            f"{index}: names {missing}, which are not in the directory; fetch or export it again"
+        )
+    return [directory / name for name in names], weight_map
+
+
+def _two_readers(single: Path, other: Path, others: str) -> str:
+    return (
+        f"{single} and {other}: transformers reads the first alone, {others} the second, and they may be two "
+        "models; remove one of them"
+    )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if all(isinstance(file, str) for file in weight_map.values()):
+            return weight_map
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ConfigError(
+        f"{index}: not an index of safetensors files (weight_map: name -> file); export it again"
+    )

@@ -1,0 +1,38 @@
+"""A loss in a file of the user's own: one run of the command trains by it and shows what it measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.metrics import read_metrics
+from mcore_rl.report import write_report
+from tests.e2e.conftest import Task, run
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
+LOSS = "tests.losses.dppo:total_variation"
+
+
+def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(task: Task, tmp_path: Path) -> None:
+    own = ["--algorithm.loss", LOSS, "--algorithm.params.delta", "0.05"]
+    flags = ["--run.dir", str(tmp_path), "--train.steps", "2", *own]
+    done = run("train", "examples/grpo_tiny.toml", *task.rl, *flags)
+    assert done.returncode == 0, done.stderr
+    _, *steps = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 < step["dppo/masked"] < 1
+        assert step["dppo/total_variation"] > 0.05
+        assert "ratio/mean" not in step, "that is a metric of the losses that it replaces"
+    assert steps[0]["grad_norm"] > 0
+    page = write_report([tmp_path]).read_text()
+    assert "dppo/masked" in page
+    assert "dppo/total_variation" in page
+
+
+def test_a_parameter_that_the_loss_does_not_have_is_refused(task: Task, tmp_path: Path) -> None:
+    flags = ["--run.dir", str(tmp_path), "--algorithm.loss", LOSS, "--algorithm.params.eps_low", "0.1"]
+    done = run("train", "examples/grpo_tiny.toml", *task.rl, *flags)
+    assert done.returncode == 2
+    assert "algorithm.params.eps_low: grpo has no such parameter" in done.stderr

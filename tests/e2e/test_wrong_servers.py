@@ -1,0 +1,164 @@
+"""Whole runs whose servers say what the model cannot have said, or what other weights say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mcore_rl.metrics import read_metrics
+from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.programs import Embedded
+from tests.e2e.conftest import DEADLINE, ROOT, Task, run
+from tests.rollout.proxy import Fault, proxy_beside
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
+PROMPTS, EACH = 8, 4
+ASYNC = ("--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token")
+TRAINED = r"@\d+/"
+"""ids of samples that are to be trained; those of an evaluation and of a publish's check are others"""
+Replies = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """The arithmetic problems and a policy of random weights, which a server can start on."""
+    made = Task(tmp_path_factory.mktemp("task"))
+    generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
+    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
+    shutil.copytree(made.root / "data" / "model", made.root / "policy")
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made.root / "policy"))
+    policy.float().save_pretrained(made.root / "policy")
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(task: Task) -> Iterator[str]:
+    with LocalServer(task.root / "policy", Embedded(threads=1), log_file=task.root / "server.log") as running:
+        yield running.url
+
+
+def altered(change: Callable[[Replies], None], ids: str) -> Fault:
+    """The server's own replies, those with such ids changed."""
+
+    def answer(request: web.Request, raw: bytes) -> web.Response:
+        replies = json.loads(raw)
+        mine = [r for r in replies if isinstance(r, dict) and re.search(ids, r["meta_info"]["id"])]
+        if mine:
+            change(mine)
+        return web.json_response(replies)
+
+    return answer
+
+
+@contextmanager
+def wrong(server: str, change: Callable[[Replies], None], ids: str = TRAINED) -> Iterator[str]:
+    with proxy_beside(server, *[altered(change, ids)] * 10_000) as between:
+        yield between.url
+
+
+def gspo(task: Task, directory: Path, url: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        *("train", "examples/gspo_tiny.toml", *task.data, "--run.dir", str(directory)),
+        *("--data.eval", f"{task.root}/data/eval.jsonl", "--train.eval_samples", "8"),
+        *("--train.eval_every", "0", "--reward.function", "tests.e2e.rewards:brevity"),
+        *("--model.path", f"{task.root}/policy", "--train.steps", "3", "--rollout.urls", f'["{url}"]'),
+        *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH)),
+        *("--rollout.max_new_tokens", "8", "--optimizer.warmup_steps", "0", *flags),
+    )
+
+
+def impossible(replies: Replies) -> None:
+    """The first token of the last sample is none of the model's."""
+    replies[-1]["output_ids"][0] = replies[-1]["meta_info"]["output_token_logprobs"][0][1] = 9999
+
+
+def threes(replies: Replies) -> None:
+    """All tokens are 3; their log-probs stay."""
+    for reply in replies:
+        reply["output_ids"] = [3] * len(reply["output_ids"])
+        for entry in reply["meta_info"]["output_token_logprobs"]:
+            entry[1] = 3
+
+
+def swapped(replies: Replies) -> None:
+    """The samples of the first two prompts change places, but for their ids."""
+    for one, other in zip(replies[:EACH], replies[EACH : 2 * EACH], strict=True):
+        mine, theirs = one["meta_info"]["id"], other["meta_info"]["id"]
+        kept = dict(one)
+        one.update(other, meta_info={**other["meta_info"], "id": mine})
+        other.update(kept, meta_info={**kept["meta_info"], "id": theirs})
+
+
+@pytest.mark.parametrize(
+    ("flags", "ids"),
+    [
+        (("--parallel.tensor", "1"), TRAINED),
+        (("--parallel.tensor", "2", *ASYNC), TRAINED),
+        (("--parallel.tensor", "2"), "@eval"),
+    ],
+    ids=["tp1", "tp2-async", "evaluation"],
+)
+def test_a_token_that_the_model_cannot_have_sampled_is_never_trained(
+    task: Task, server: str, tmp_path: Path, flags: tuple[str, ...], ids: str
+) -> None:
+    with wrong(server, impossible, ids) as url:
+        done = gspo(task, tmp_path / "run", url, *flags)
+    assert done.returncode == 75, done.stderr
+    assert f"{url}/generate: no usable reply after" in done.stderr
+    assert "output_ids: 9999 (token 0) is no id of the model's" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step 1/" not in done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] in ([], [0])
+
+
+def test_samples_of_other_prompts_are_dropped_and_said(task: Task, server: str, tmp_path: Path) -> None:
+    with wrong(server, swapped) as url:
+        done = gspo(task, tmp_path, url, "--parallel.tensor", "2", "--publish.mismatch_action", "drop")
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert [line["mismatch/dropped"] for line in lines] == [2.0 * EACH] * 3
+    assert [(line["samples"], line["aborted"]) for line in lines] == [((PROMPTS - 2) * EACH, 0)] * 3
+    assert all(line["mismatch/p999"] <= 2e-5 for line in lines), "what is left is the trainer's"
+    said = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert [line.split(":")[2] for line in said] == [" step 1", " step 2"], "the next is the fourth"
+    assert "8 of 32 samples dropped" in said[0]
+
+
+def test_other_tokens_end_the_run_before_they_are_trained(task: Task, server: str, tmp_path: Path) -> None:
+    """Also beside training, where only tokens of equal weights are compared."""
+    with wrong(server, threes) as url:
+        done = gspo(
+            task, tmp_path, url, *("--parallel.tensor", "1", *ASYNC, "--publish.mismatch_action", "stop")
+        )
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("MismatchError: step 1: the servers' log-probs differ") == 1
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_a_wrong_server_is_said_on_the_terminal_and_a_sound_one_is_not(
+    task: Task, server: str, tmp_path: Path
+) -> None:
+    with wrong(server, threes) as url:
+        done = gspo(task, tmp_path / "wrong", url, "--parallel.tensor", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("mcore-rl: warning: step 1: the servers' log-probs differ") == 1
+    assert done.stderr.count("warning: step") == 2, "in the 1st and the 2nd of three steps"
+    events = [e for e in read_metrics(tmp_path / "wrong" / "events.jsonl") if e["kind"] == "mismatch"]
+    assert [event["step"] for event in events] == [1, 2, 3]
+    done = gspo(task, tmp_path / "sound", server, "--parallel.tensor", "1")
+    assert done.returncode == 0, done.stderr
+    assert "warning: step" not in done.stderr

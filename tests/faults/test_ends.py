@@ -1,0 +1,117 @@
+"""Exit code 0 means that every step was done: user code that exits, vanishes, crashes or forks in a rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from examples.arithmetic import main as write_task
+from mcore_rl.metrics import read_metrics
+from tests.sources import ROOT
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of two steps of 32 samples, of a model of one layer with random weights."""
+    folder = tmp_path_factory.mktemp("ends")
+    small = ["--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]
+    assert write_task([str(folder), *small]) == 0
+    return [
+        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/model"),
+        *("--model.random_init", "true", "--train.steps", "2", "--train.eval_every", "0"),
+        *("--data.eval", f"{folder}/eval.jsonl"),
+        *("--rollout.prompts_per_step", "8", "--rollout.samples_per_prompt", "4", "--rollout.threads", "1"),
+        *("--optimizer.warmup_steps", "0"),
+    ]
+
+
+def train(
+    run_dir: Path, reward: str, ranks: int, *flags: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
+    command += ["--run.dir", str(run_dir), "--reward.function", f"tests.faults.rewards:{reward}"]
+    command += ["--parallel.tensor", str(ranks)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False
+    )
+
+
+def ends(run_dir: Path) -> dict[int, int]:
+    events = read_metrics(run_dir / "events.jsonl")
+    return {event["rank"]: event["exit_code"] for event in events if event["kind"] == "end"}
+
+
+@pytest.mark.parametrize(
+    ("reward", "raised", "ranks"), [("leave", "SystemExit", 1), ("interrupt", "KeyboardInterrupt", 2)]
+)
+def test_a_reward_that_exits_ends_the_run_as_its_error(
+    task: list[str], tmp_path: Path, reward: str, raised: str, ranks: int
+):
+    done = train(tmp_path, reward, ranks, *task)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(f"mcore-rl: RewardError: reward {reward} raised {raised} on sample ") == 1
+    assert "Traceback" not in done.stderr
+    assert ends(tmp_path) == dict.fromkeys(range(ranks), 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
+    task: list[str], tmp_path: Path, ranks: int
+):
+    done = train(tmp_path, "vanish", ranks, *task)
+    assert done.returncode == 75, done.stderr
+    said = "mcore-rl: rank 0 left with exit code 0, without an `end` event, after step 0; something in it"
+    assert done.stderr.count(said) == 1, done.stderr
+    assert "Traceback" not in done.stderr, "the broken connection of rank 1"
+    assert 0 not in ends(tmp_path)
+    assert read_metrics(tmp_path / "events.jsonl")[-1]["type"] == "RankLost"
+
+
+def test_a_crash_says_where_and_after_which_step(task: list[str], tmp_path: Path):
+    done = train(tmp_path, "crash", 1, *task)
+    assert done.returncode == 75, done.stderr
+    assert (
+        "mcore-rl: rank 0 was ended by signal 11 (SIGSEGV), without an `end` event, after step 1"
+        in done.stderr
+    )
+    stack = done.stderr.split("Fatal Python error: Segmentation fault")[1]
+    assert "rewards.py" in stack
+    assert "in crash" in stack
+
+
+def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str], tmp_path: Path):
+    """A pool of processes works while signals save a step; then a resumed run has nothing left to do."""
+    run_dir, forked = tmp_path / "run", tmp_path / "forked"
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        done = train(run_dir, "fork", 1, *task, "--checkpoint.every", "1", FORKED=str(forked))
+        assert stranger.poll() is None, "only what the run has started is ended"
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert done.returncode == 0, done.stderr
+    children = dict(line.split() for line in forked.read_text().splitlines())
+    assert children.keys() == {"returns", "sleeps", "daemon"}, "all of them were there"
+    assert not [what for what, number in children.items() if psutil.pid_exists(int(number))]
+    assert done.stderr.count("and the new process came back from it; it is ended here") == 1
+    assert done.stderr.count("was still there at the end of the run; it is ended") == 2
+    assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]
+    assert sum(event["kind"] == "end" for event in read_metrics(run_dir / "events.jsonl")) == 1
+    served = (run_dir / "server.log").stat().st_mtime_ns
+    began = time.monotonic()
+    again = train(run_dir, "fork", 1, *task, "--checkpoint.every", "1", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "mcore-rl: nothing to do: step 2 of train.steps = 2 is done" in again.stderr
+    assert "raise train.steps" in again.stderr
+    assert (run_dir / "server.log").stat().st_mtime_ns == served, "no server was started"
+    assert time.monotonic() - began < 120
+    assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]

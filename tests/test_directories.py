@@ -1,0 +1,178 @@
+"""What is ours on a disk: nothing without a mark is removed, locks end with a process, files are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcore_rl import directories
+from mcore_rl.directories import LOCK, MARK, append_line, locked, make, mark, read_mark, remove, write_whole
+from mcore_rl.errors import EXIT_RETRYABLE, CheckpointError, ConfigError, StorageError
+
+
+def test_what_is_ours_is_made_anew_and_removed(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b"
+    make(place, "set x")
+    (place / "old").mkdir()
+    (place / "old" / "file").touch()
+    make(place, "set x")
+    assert [path.name for path in place.iterdir()] == [MARK]
+    remove(place, "set x")
+    assert not place.exists()
+    remove(place, "set x")
+
+
+def as_directory(place: Path) -> Path:
+    place.mkdir()
+    (place / "mine").write_text("precious")
+    return place / "mine"
+
+
+def as_file(place: Path) -> Path:
+    place.write_text("precious")
+    return place
+
+
+def as_link(place: Path) -> Path:
+    """Even to a directory with the mark: it may be that of another run."""
+    elsewhere = place.with_name("elsewhere")
+    make(elsewhere, "")
+    (elsewhere / "mine").write_text("precious")
+    place.symlink_to(elsewhere)
+    return elsewhere / "mine"
+
+
+def as_broken_link(place: Path) -> Path:
+    place.symlink_to("nowhere")
+    place.with_name("mine").write_text("precious")
+    return place.with_name("mine")
+
+
+@pytest.mark.parametrize("foreign", [as_directory, as_file, as_link, as_broken_link])
+@pytest.mark.parametrize("act", [make, remove])
+def test_what_something_else_wrote_stays_and_is_named(tmp_path: Path, act, foreign) -> None:
+    mine = foreign(tmp_path / "place")
+    with pytest.raises(ConfigError, match=r"place holds .*no mark of mcore_rl.*Move it away, or set x"):
+        act(tmp_path / "place", "set x")
+    assert mine.read_text() == "precious"
+    assert os.path.lexists(tmp_path / "place")
+
+
+def test_an_empty_directory_may_be_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty", "set x")
+    assert directories.is_ours(tmp_path / "empty")
+
+
+def test_an_interrupted_removal_can_go_on(tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "place"
+    make(place, "set x")
+    for number in range(3):
+        (place / f"part_{number}").mkdir()
+    removed: list[Path] = []
+
+    def stop_after_two(path: Path) -> None:
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(path)
+        path.rmdir()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            remove(place, "set x")
+    assert directories.is_ours(place)
+    remove(place, "set x")
+    assert not place.exists()
+
+
+def test_the_mark_keeps_what_it_is_given_and_a_damaged_one_says_nothing(tmp_path: Path) -> None:
+    mark(tmp_path, run="a")
+    assert read_mark(tmp_path) == {"run": "a"}
+    for damaged in ("", "[1]", "{", "[" * 100_000):
+        (tmp_path / MARK).write_text(damaged)
+        assert read_mark(tmp_path) == {}
+        assert directories.is_ours(tmp_path)
+
+
+# --- locks --------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mcore_rl.directories import locked
+with locked(Path(sys.argv[1]), "set x"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_by_the_name_of_the_first_and_a_dead_one_blocks_nobody(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "place"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        named = rf"place is in use by process {holder.pid} on .*: two runs .* Wait for it, or set x"
+        with pytest.raises(StorageError, match=named) as caught:
+            locked(place, "set x").__enter__()
+        assert caught.value.exit_code == EXIT_RETRYABLE
+        with pytest.raises(CheckpointError):
+            locked(place, "set x", CheckpointError).__enter__()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(timeout=10)
+        assert str(holder.pid) in (place / LOCK).read_text(), "its name is still there"
+        with locked(place, "set x"):
+            assert str(os.getpid()) in (place / LOCK).read_text()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close() if holder.stdout else None
+
+
+def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file.*Not a directory"):
+        locked(tmp_path / "file" / "run", "set x").__enter__()
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_a_whole_file_as_it_was(small_disk) -> None:
+    disk = small_disk("size=64k")
+    write_whole(disk / "file", "old")
+    with pytest.raises(StorageError, match=r"No space left on device \(\d+ bytes are free there, 100000 are"):
+        write_whole(disk / "file", bytes(100_000))
+    assert [path.name for path in disk.iterdir()] == ["file"]
+    assert (disk / "file").read_text() == "old"
+
+
+def fill(file: Path, line: bytes) -> None:
+    for _ in range(200):
+        append_line(file, line)
+
+
+def test_a_full_disk_leaves_no_torn_line(small_disk) -> None:
+    disk = small_disk("size=64k")
+    line = b"x" * 999 + b"\n"
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        fill(disk / "log", line)
+    assert caught.value.exit_code == EXIT_RETRYABLE
+    content = (disk / "log").read_bytes()
+    assert content == line * (len(content) // 1000)
+    assert 30_000 < len(content) < 65_537
+
+
+def test_a_cut_line_is_closed_before_the_next(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"whole\ncut")
+    append_line(tmp_path / "log", b"next\n")
+    assert (tmp_path / "log").read_bytes() == b"whole\ncut\nnext\n"

@@ -1,0 +1,100 @@
+"""A loss of the user's own: its gradient, what it declares, and every layout, by one command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mcore_rl.__main__ import build_parser
+from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.errors import ConfigError, McoreRLError, NumericsError
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.train.objective import PolicyObjective
+from mcore_rl.verify_layouts import run
+from mcore_rl.verify_layouts.differences import check_loss
+from tests.train.test_objective import rows_of
+from tests.verify.conftest import SharedPools
+
+DPPO = "tests.losses.dppo:total_variation"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_gradient_of_every_loss_is_that_of_its_value(name: str) -> None:
+    check_loss(configure(name))
+
+
+@pytest.mark.parametrize("loss", [DPPO, "tests.losses.wrong:declared"])
+def test_a_loss_of_ones_own_that_keeps_the_contract_passes(loss: str) -> None:
+    check_loss(configure("grpo", loss=loss))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("gradient", NumericsError, "by autograd and .* by finite differences"),
+        ("mixed", NumericsError, r"the loss of row \d+ changes with the log_prob of row"),
+        ("mixed_constant", NumericsError, "depends on which other rows it is asked with"),
+        ("undeclared", ConfigError, r"reads rows.sequence_log_ratio without saying so; write @reads"),
+        ("scalar", ConfigError, r"the loss has shape \[\]; return one value per row"),
+        ("number", ConfigError, "the loss returned Tensor; return TokenLoss"),
+        ("metric", ConfigError, r"logs 'own/mean' of shape \[\]; give one per row"),
+    ],
+)
+def test_a_loss_that_breaks_the_contract_is_seen(name: str, kind: type[McoreRLError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        check_loss(configure("grpo", loss=f"tests.losses.wrong:{name}"))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["first mini-batch", "later"])
+def test_an_undeclared_field_raises_in_training_too_from_the_first_mini_batch_on(fresh: bool) -> None:
+    batch, log_prob = rows_of(None if fresh else torch.full((4,), -1.0))
+    with pytest.raises(ConfigError, match="without saying so"):
+        PolicyObjective(configure("grpo", loss="tests.losses.wrong:undeclared"), None)(
+            batch, HeadOutput(log_prob, torch.ones(4))
+        )
+
+
+def test_a_metric_that_every_run_logs_has_its_name_to_itself() -> None:
+    batch, log_prob = rows_of(None)
+    with pytest.raises(ConfigError, match="'entropy', which every run logs; give it another name"):
+        PolicyObjective(configure("grpo", loss="tests.losses.wrong:known"), None)(
+            batch, HeadOutput(log_prob, torch.ones(4))
+        )
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("tests.losses.wrong", "not of the form `module:function`"),
+        ("tests.losses.nowhere:f", r"algorithm\.loss: cannot import tests\.losses\.nowhere"),
+        ("tests.losses.dppo:total_variatoin", "did you mean total_variation"),
+        ("tests.losses.wrong:unset", r"algorithm\.params\.strength: the loss has no default for it; set it"),
+        ("tests.losses.wrong:taken", "whiten is a parameter of every algorithm"),
+    ],
+)
+def test_a_loss_that_cannot_be_used_is_a_mistake_of_the_config(loss: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configure("grpo", loss=loss)
+
+
+def test_its_keyword_only_parameters_are_the_algorithms() -> None:
+    assert configure("grpo", {"delta": 1}, DPPO).loss_params == {"delta": 1.0}
+    assert configure("dapo", {}, DPPO).loss_params == {"delta": 0.15}, "the entry's own are gone"
+    assert configure("grpo", {"strength": 2}, "tests.losses.wrong:unset").loss_params == {"strength": 2.0}
+
+
+def test_what_it_declares_decides_the_mode_of_the_head() -> None:
+    whole = configure("grpo", loss="tests.losses.wrong:declared")
+    assert not whole.rowwise(on_policy=False)
+    assert configure("grpo", loss=DPPO).rowwise(on_policy=False)
+
+
+def test_one_command_proves_it_at_several_layouts(worlds: SharedPools, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run, "Pools", lambda: worlds)
+    given = build_parser().parse_args(["verify", "layouts", "--layouts", "tp2,cp2", "--loss", DPPO, "--json"])
+    assert given.command(given, []) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["layouts"], result["failed"]) == (2, 0)
+    assert 0 < result["max_grad_error"] < 1e-5
