@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mcore_rl import strict_json
 from mcore_rl.directories import append_line, storage_error, write_whole
 from mcore_rl.errors import DataError
 
@@ -73,8 +74,8 @@ def _records(path: Path, since: int = 0) -> Iterator[tuple[dict[str, Any], bytes
         raise DataError(f"{path}: {error.strerror}; give the directory of a run that has begun") from None
     for line in lines:
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = strict_json.parse(line)
+        except strict_json.JsonError:
             continue
         if isinstance(record, dict) and line.endswith(b"\n"):
             yield record, line
@@ -84,7 +85,8 @@ def _truncate(path: Path, last_step: int) -> None:
     """Keep the complete lines of steps <= last_step; all or nothing, so that a crash here loses no step."""
     kept = []
     if path.exists() and last_step >= 0:
-        kept = [line for record, line in _records(path) if record["step"] <= last_step]
+        steps = ((record.get("step"), line) for record, line in _records(path))
+        kept = [line for step, line in steps if type(step) is int and 0 <= step <= last_step]
     write_whole(path, b"".join(kept))
 
 
@@ -162,12 +164,18 @@ class Progress:
         pace = sum(self._recent) / len(self._recent)
         shown = [f"{name} {float(metrics[key]):.4g}" for key, name in self.SHOWN.items() if key in metrics]
         held_out = [
-            f"{' '.join(key.split('/')[1:])} {float(value):.3f}"
+            f"{' '.join(key.split('/')[1:])} {float(value):.3f}{_of_how_many(key, metrics)}"
             for key, value in metrics.items()
             if key.startswith("eval/") and key.endswith(("/accuracy", "/reward"))
         ]
         left = f"time left {clock((self._steps - step) * pace)}"
         return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, f"{pace:.1f} s/step", left])
+
+
+def _of_how_many(key: str, metrics: Mapping[str, Any]) -> str:
+    """` (of 4 of 16 prompts)`: how many of its file a held-out mean is of; nothing where it is not known."""
+    samples, prompts = (metrics.get(f"{key.rpartition('/')[0]}/{what}") for what in ("samples", "prompts"))
+    return f" (of {samples:.0f} of {prompts:.0f} prompts)" if samples and prompts else ""
 
 
 def clock(seconds: float) -> str:

@@ -14,13 +14,15 @@ from tests.sources import functions, modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "terminal", "before_megatron", "weight_files", "functions"})
+BASE = frozenset({"errors", "types", "precision", "strict_json"})
+BASE |= {"terminal", "before_megatron", "weight_files", "functions"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
+    "strict_json": frozenset(),
     "terminal": frozenset(),
     "weight_files": frozenset({"errors"}),
     "functions": frozenset({"errors"}),

@@ -11,16 +11,20 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcore_rl.__main__ import main
 from mcore_rl.errors import DataError
+from mcore_rl.metrics import StepLog, read_metrics
 from mcore_rl.report import write_report
+from mcore_rl.report.compare import differences
 from mcore_rl.report.picture import picture
 from mcore_rl.report.plots import SECTIONS
 from mcore_rl.report.runs import read_runs
-from mcore_rl.report.summary import duration, headline
+from mcore_rl.report.summary import duration, headline, text_table
 from mcore_rl.report.svg import Axis, Line, format_number, line_chart, moving_average, thin, ticks
+from tests.any_json import examples, json_values
 
 SETTINGS = """
 [run]
@@ -249,6 +253,102 @@ def test_summary_numbers(run_dir: Path) -> None:
     assert tiles["Wall time"].value == "38 s"
     assert tiles["Response tokens"].value == "3\u202f000"
     assert [duration(s) for s in (41.2, 125, 12_000)] == ["41 s", "2 min 05 s", "3 h 20 min"]
+
+
+def test_held_out_accuracy_says_of_how_many_and_dropped_prompts_have_a_tile(tmp_path: Path) -> None:
+    counts = {
+        "data/train/prompts": 16,
+        "data/train/dropped": 12,
+        "data/eval/prompts": 16,
+        "data/eval/dropped": 0,
+    }
+    held_out = {"eval/e/accuracy": 0.5, "eval/e/samples": 4, "eval/e/prompts": 16}
+    run = write_run(tmp_path / "run", [{"step": 0} | counts | held_out, step(1) | held_out])
+    tiles = {fact.label: fact for fact in headline(read_runs([run])[0])}
+    assert tiles["Held-out accuracy"].detail.endswith("; 4 of 16 prompts")
+    assert tiles["Prompts left out \u00b7 data.train"].value == "12 of 16"
+    assert "Prompts left out \u00b7 data.eval" not in tiles
+
+
+BIG = (1e308, -1e308, 10**400, -(10**400), 5e-324, float("nan"), "text", True, None, [1], {"a": 1})
+
+
+@pytest.mark.parametrize("value", BIG, ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize("key", ["reward/mean", "mismatch/max_abs", "time/train", "time/step", "length/max"])
+def test_a_metric_that_no_chart_can_hold_is_a_gap(tmp_path: Path, key: str, value: object) -> None:
+    steps = [*map(step, range(1, 4)), step(4) | {key: value}, step(5) | {key: 1e308}, step(6) | {key: -1e308}]
+    run = write_run(tmp_path / "run", steps)
+    assert main(["report", str(run)]) == 0
+    assert headline(read_runs([run])[0])
+
+
+def test_lines_that_are_no_step_are_read_over(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step(n) for n in range(1, 4)])
+    junk = [
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"step": ' + b"9" * 400 + b"}",
+        b"\xff",
+        b"null",
+    ]
+    junk += [b'{"step": true}', b'{"step": "4"}', b'{"step": -1}', b'{"reward": 1}', b'{"step": 9, "a"']
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(junk))
+    assert [record["step"] for record in read_runs([run])[0].steps] == [1, 2, 3]
+    assert main(["report", str(run)]) == 0
+    StepLog(run, resume_step=2)
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [b"a = " + b"9" * 5000, b"\xff", b"a = " + b"[" * 5000, b"[run"],
+)
+def test_settings_that_are_not_toml_are_named(tmp_path: Path, toml: bytes, capsys) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "resolved.toml").write_bytes(toml)
+    assert main(["report", str(run)]) == 2
+    assert f"DataError: {run}/resolved.toml: " in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "report.html").mkdir()
+    (run / "report.html" / "file").touch()
+    assert main(["report", str(run)]) == 75
+    assert f"StorageError: {run}/report.html: " in capsys.readouterr().err
+
+
+some_keys = st.sampled_from(
+    [*step(1), "eval/a/accuracy", "eval/a/samples", "eval/a/prompts", "data/train/dropped"]
+)
+some_settings = st.sampled_from(
+    ["publish.tolerance_max", "optimizer.lr", "parallel.tensor", "train.steps", "x"]
+)
+
+
+@settings(max_examples=examples(40))
+@given(
+    st.lists(st.dictionaries(some_keys, json_values(), max_size=5), min_size=1, max_size=4),
+    st.dictionaries(some_settings, st.integers() | st.floats() | st.just("text") | st.just([1]), max_size=3),
+)
+def test_any_metrics_and_settings_make_a_page_or_a_typed_error(
+    tmp_path_factory, records: list[dict[str, object]], values: dict[str, object]
+) -> None:
+    steps = [step(n) | record for n, record in enumerate(records)]
+    run = write_run(tmp_path_factory.mktemp("fuzz") / "run", steps)
+    (run / "resolved.toml").write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
+    other = write_run(tmp_path_factory.mktemp("fuzz") / "other", [step(n) for n in range(3)])
+    for runs in ([run], [run, other]):
+        try:
+            write_report(runs)
+            text_table(read_runs(runs)[0])
+            differences(*read_runs([run, other]))
+        except DataError as error:
+            refused = str(error)
+        else:
+            refused = ""
+        assert not refused or str(run) in refused or "no step in common" in refused
 
 
 def test_the_catalogue_has_no_metric_twice() -> None:

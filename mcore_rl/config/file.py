@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +17,16 @@ from mcore_rl.config import toml
 from mcore_rl.config.config import Config, unused_keys
 from mcore_rl.config.sections import REFUSED_SAMPLING, Section
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import escaped
 
 KEYS: dict[str, dict[str, FieldInfo]] = {
     name: cast(type[Section], field.annotation).model_fields for name, field in Config.model_fields.items()
 }
 """section -> key -> field"""
+MAX_DEPTH = 16
+"""of tables and arrays within each other; the deepest key is of 3, such as algorithm.params.eps_low"""
+MOST_SHOWN = 200
+"""characters of a key or flag in a message"""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -37,18 +42,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         tables = tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
         raise ConfigError(f"{path}: not TOML: {error}; fix the file") from None
     flags = dict(_parse_overrides(overrides))
     for dotted, value in flags.items():
         _override(tables, dotted, value)
+    beyond = [
+        f"{_source(dotted, flags, path)}: {_shown(dotted)}: {what}"
+        for dotted, what in _beyond_reading(tables)
+    ]
+    if beyond:
+        raise ConfigError("\n".join(beyond))
     try:
         # Through JSON: in its strict mode, unlike Python's, an array may be a tuple and a string a path.
         return Config.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
         mistakes = [mistake for details in error.errors() for mistake in _describe(details)]
         raise ConfigError(
-            "\n".join(f"{_source(dotted, flags, path)}: {dotted}: {what}" for dotted, what in mistakes)
+            "\n".join(
+                f"{_source(dotted, flags, path)}: {_shown(dotted)}: {what}" for dotted, what in mistakes
+            )
         ) from None
 
 
@@ -67,16 +80,43 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for argument in rest:
         flag, equals, text = argument.partition("=")
         keys = flag[2:].split(".")
+        if not _is_unicode(flag):
+            raise ConfigError(f"command line: {_shown(flag)}: not UTF-8 text; retype the flag")
         if not flag.startswith("--") or len(keys) < 2 or not all(keys):
             raise ConfigError(
-                f"command line: {flag} is not of the form --section.key value, as in --run.seed 1"
+                f"command line: {_shown(flag)} is not of the form --section.key value, as in --run.seed 1"
             )
         value = text if equals else next(rest, "--")
         if not equals and value.startswith("--"):
-            raise ConfigError(f"command line: {flag} needs a value; write {flag} VALUE or {flag}=VALUE")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise ConfigError(f"command line: {flag[2:]}: not UTF-8 text; retype the value")
+            raise ConfigError(f"command line: {_shown(flag)} needs a value; write --section.key=VALUE")
+        if not _is_unicode(value):
+            raise ConfigError(f"command line: {_shown(flag[2:])}: not UTF-8 text; retype the value")
         yield flag[2:], toml.parse_value(value)
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _shown(dotted: str) -> str:
+    """A dotted path for a message: on one line, and of thousands of parts the first."""
+    cut = dotted if len(dotted) <= MOST_SHOWN else f"{dotted[:MOST_SHOWN]}..."
+    return escaped(cut)
+
+
+def _beyond_reading(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted path, what and remedy) of every value that could not go through JSON, where it is checked."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), tables)]
+    while waiting:
+        keys, value = waiting.pop()
+        if isinstance(value, dict | list) and len(keys) > MAX_DEPTH:
+            yield ".".join(keys), "nested too deeply; keys are of the form section.key"
+        elif isinstance(value, dict):
+            waiting += [((*keys, key), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [((*keys, str(index)), inner) for index, inner in enumerate(value)]
+        elif type(value) is int and value.bit_length() > 63:
+            yield ".".join(keys), "beyond 64 bits, which is where TOML's integers end; write a smaller number"
 
 
 def _override(tables: dict[str, Any], dotted: str, value: Any) -> None:
@@ -85,7 +125,9 @@ def _override(tables: dict[str, Any], dotted: str, value: Any) -> None:
     for name in above:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"command line: {dotted}: {name} is a value, not a table; set it by itself")
+            raise ConfigError(
+                f"command line: {_shown(dotted)}: {_shown(name)} is a value, not a table; set it by itself"
+            )
     table[key] = value
 
 
@@ -117,7 +159,7 @@ def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
 
 def _suggestion(dotted: str) -> str:
     section, _, key = dotted.partition(".")
-    if not key:
+    if not key or section not in KEYS:
         close = get_close_matches(section, KEYS, n=1)
         return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(KEYS)}"
     elsewhere = [f"{name}.{key}" for name, keys in KEYS.items() if key in keys]

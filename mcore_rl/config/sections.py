@@ -27,8 +27,26 @@ def _variable_name(name: str) -> str:
     return name
 
 
+def _file_path(path: Path) -> Path:
+    """A path that the system can be asked for: it ends with an error where it is asked for any other."""
+    text = str(path)
+    if "\0" in text:
+        raise ValueError("holds the character NUL, which no path can; retype it")
+    if len(text.encode()) >= MAX_PATH or any(len(part.encode()) > MAX_NAME for part in path.parts):
+        raise ValueError(
+            f"longer than a path of {MAX_PATH} bytes, or a name of {MAX_NAME}; choose a shorter one"
+        )
+    return path
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds the character NUL, which no command line can; retype it")
+    return text
+
+
 def _server_url(url: str) -> str:
-    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", url):
+    if not re.fullmatch(r"https?://[^/@?#\s\x00-\x1f\x7f]+(/[^@?#\s\x00-\x1f\x7f]*)?", url):
         raise ValueError("must be http(s)://host:port; a key goes into the variable that api_key_env names")
     return url.rstrip("/")
 
@@ -62,7 +80,14 @@ REFUSED_SAMPLING = {
 }
 """what servers could do to the distribution and training does not follow -> why not, and the remedy"""
 
+MAX_PATH, MAX_NAME = 4096, 255
+"""bytes that Linux allows in a path and in each of its names"""
+MAX_SECONDS = 1e6
+"""of a deadline: 11 days; poll() counts milliseconds in 32 bits"""
+
 Count = Annotated[int, Field(ge=1)]
+FilePath = Annotated[Path, AfterValidator(_file_path)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -84,7 +109,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where a run writes, and its seed."""
 
-    dir: Path
+    dir: FilePath
     """Where the run writes everything; relative to the current directory, like every path here."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
@@ -93,7 +118,7 @@ class Run(Section):
 class Model(Section):
     """The policy's starting point."""
 
-    path: Path
+    path: FilePath
     """Hugging Face directory: config.json, tokenizer, safetensors."""
     precision: PrecisionName = "fp32"
     """Parameters and activations; log-probs and the optimizer state are fp32 in any case."""
@@ -129,9 +154,9 @@ class Parallel(Section):
 class Data(Section):
     """Prompt files."""
 
-    train: Path
+    train: FilePath
     """jsonl or parquet file of prompts and labels."""
-    eval: Path | None = None
+    eval: FilePath | None = None
     """Held-out file in the same format."""
     prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
     """Key of the prompt: a string, or a list of chat messages."""
@@ -146,11 +171,11 @@ class Rollout(Section):
 
     server: Literal["embedded", "sglang"] = "embedded"
     """Kind of server to launch where no urls are given."""
-    python: Path | None = None
+    python: FilePath | None = None
     """Interpreter that SGLang is installed for; its torch may be another version than the trainer's."""
     servers: Count = 1
     """How many to launch."""
-    options: tuple[str, ...] = ()
+    options: tuple[Annotated[str, AfterValidator(_without_nul)], ...] = ()
     """More command line options of a launched server."""
     urls: tuple[Annotated[str, AfterValidator(_server_url)], ...] = ()
     """Servers that already run; empty, they are launched on this machine."""
@@ -170,11 +195,11 @@ class Rollout(Section):
     """Train a mixture of experts with the experts that the servers sent each token to (R3)."""
     stop_token_ids: tuple[NonNegative, ...] = ()
     """End a response besides the model's own end-of-sequence tokens."""
-    timeout: Positive = 120.0
+    timeout: Seconds = 120.0
     """Seconds for one request, retries included."""
-    health_timeout: Positive = 60.0
+    health_timeout: Seconds = 60.0
     """Seconds without a good health check after which a busy server is given up."""
-    start_timeout: Positive = 120.0
+    start_timeout: Seconds = 120.0
     """Seconds until a server must be ready."""
     api_key_env: Annotated[str, AfterValidator(_variable_name)] | None = None
     """NAME of the environment variable that holds the servers' key."""
@@ -196,7 +221,7 @@ class Reward(Section):
 
     function: Annotated[str, AfterValidator(_function_name)] = "mcore_rl.rewards.exact:exact_match"
     """`module:function` that scores one sample."""
-    model: Path | None = None
+    model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 
 
@@ -264,7 +289,7 @@ class Train(Section):
     """Steps between evaluations; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000
     """Held-out prompts of one evaluation, at most."""
-    step_timeout: Positive = 600.0
+    step_timeout: Seconds = 600.0
     """Seconds after which a step without progress ends the run."""
 
 
@@ -286,7 +311,7 @@ class Residency(Section):
 class Checkpoint(Section):
     """The whole state of the run, saved to resume from."""
 
-    dir: Path | None = None
+    dir: FilePath | None = None
     """Where; unset, `checkpoints` in the run directory."""
     every: NonNegative = 0
     """Steps between checkpoints, the last step included; 0 saves none."""
@@ -316,9 +341,9 @@ class Publish(Section):
     """By files; out of memory, to servers on the trainer's machine; or by broadcast (NCCL, gloo on CPU)."""
     bucket_mib: Count = 512
     """What the last two send at once, in 2^20 bytes; a rank that sends holds two of them meanwhile."""
-    dir: Path | None = None
+    dir: FilePath | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
-    replica: Path | None = None
+    replica: FilePath | None = None
     """Where `mcore-rl follow` keeps them on every server's machine; set, `dir` gets only what changed."""
     quantize: Literal["none", "fp8"] = "none"
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""

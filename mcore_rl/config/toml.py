@@ -16,7 +16,7 @@ def parse_value(text: str) -> Any:
     """A TOML literal (`3`, `1e-6`, `true`, `[1, 2]`, `"x"`), else the string itself."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # an integer of thousands of digits is a ValueError of its own kind
         return text
     return parsed["value"] if parsed.keys() == {"value"} else text
 

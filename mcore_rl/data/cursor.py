@@ -44,7 +44,8 @@ class PromptCursor:
         prompts = self._data.prompts
         if count > len(prompts):
             raise DataError(
-                f"a batch of {count} prompts from a set of {len(prompts)}; lower rollout.prompts_per_step"
+                f"a batch of {count} prompts from a set of {len(prompts)}; lower rollout.prompts_per_step or "
+                "supervised.batch_size"
             )
         taken = self._order()[self._position : self._position + count].tolist()
         self._position += len(taken)

@@ -12,10 +12,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mcore_rl import strict_json
+from mcore_rl.data.chat import render
 from mcore_rl.errors import DataError
 from mcore_rl.terminal import escaped
 from mcore_rl.types import Prompt
 
+MOST_DROPPED = 0.9
+"""Share of over-long prompts above which a file is refused. Many are a filter at work, which is said and
+counted; where next to nothing is left, the limit is in another unit, or tokenizer or key are wrong ones."""
 _KEYS_CHARS = 500
 """of a record's keys, as a message quotes them"""
 
@@ -28,6 +33,13 @@ class PromptSet:
     """at least one; ids are unique"""
     too_long: tuple[str, ...]
     """ids of the prompts that were dropped because they exceed the token limit"""
+    too_long_at: str = ""
+    """`file:line` of the first of them; empty where there are none"""
+
+    @property
+    def read(self) -> int:
+        """Prompts in the file, the dropped ones included."""
+        return len(self.prompts) + len(self.too_long)
 
     def fingerprint(self) -> Fingerprint:
         """Of everything in them that reaches training."""
@@ -66,6 +78,25 @@ def _digest(prompt: Prompt) -> bytes:
     return hashlib.sha256(b"".join([array("q", map(len, parts)).tobytes(), *parts])).digest()
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A length that no sequence, prompt and response together, may exceed."""
+
+    tokens: int
+    what: str
+    """such as `the model has 512 positions`"""
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """What follows a prompt in a sequence: at most so many sampled tokens, or its label and an end token."""
+
+    sampled: int | None
+    """None: the label itself is trained on"""
+    limits: Sequence[Limit] = ()
+
+
 def load_prompts(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,40 +105,70 @@ def load_prompts(
     label_key: str = "label",
     needs_label: bool = True,
     max_prompt_tokens: int,
+    response: Response | None = None,
 ) -> PromptSet:
     """Read a jsonl file, or a parquet file when the name ends so.
 
     A prompt is a string, encoded as it stands with no special token added, or a list of messages
-    (`{"role": ..., "content": ...}`), rendered by the tokenizer's chat template up to the assistant's turn.
-    `id` is optional and defaults to the line number; other keys become the prompt's metadata, but for
-    `sampling_params`, which would not act and is refused. A prompt without a label, where none is needed, has
-    an empty one.
+    (`{"role": ..., "content": ...}`) that does not end with the assistant's turn, rendered by the tokenizer's
+    chat template up to that turn. `id` is optional and defaults to the line number; other keys become the
+    prompt's metadata, but for `sampling_params`, which would not act and is refused. A prompt without a
+    label, where none is needed, has an empty one. In parquet a null is as good as an absent key, at any
+    depth.
 
     Raises:
-        DataError: `file:line:field: what, remedy` for anything malformed, an empty file, a duplicate id, or
-            when every prompt is longer than `max_prompt_tokens`.
+        DataError: `file:line:field: what, remedy` for anything malformed, an empty file, a duplicate id, a
+            prompt that makes a sequence beyond a limit of `response`, or a file of which more than
+            MOST_DROPPED is longer than `max_prompt_tokens`.
     """
     records = list(_parquet(path) if path.suffix == ".parquet" else _jsonl(path))
     if not records:
         raise DataError(f"{path}: no prompts in the file; write one JSON object per line")
-    prompts, seen = [], dict[str, str]()
+    places = dict[str, str]()
+    kept, too_long, shortest = list[Prompt](), list[str](), max_prompt_tokens
     for place, record in records:
         prompt = _prompt(place, record, tokenizer, prompt_key, label_key, needs_label=needs_label)
-        if prompt.id in seen:
+        if prompt.id in places:
             raise DataError(
-                f"{place}:id: {prompt.id!r} is already the id at {seen[prompt.id]}; ids are unique"
+                f"{place}:id: {prompt.id!r} is already the id at {places[prompt.id]}; ids are unique"
             )
-        seen[prompt.id] = place
-        prompts.append(prompt)
-    kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens)
-    if not kept:
-        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        places[prompt.id] = place
+        if len(prompt.token_ids) > max_prompt_tokens:
+            too_long.append(prompt.id)
+            shortest = min(shortest, len(prompt.token_ids)) if len(too_long) > 1 else len(prompt.token_ids)
+            continue
+        kept.append(prompt)
+        if response is not None:
+            _check_length(place, prompt, response, tokenizer, prompt_key, label_key)
+    if len(too_long) > MOST_DROPPED * len(records):
         raise DataError(
-            f"{path}: all {len(prompts)} prompts exceed {max_prompt_tokens} tokens (the shortest has "
-            f"{shortest}); raise data.max_prompt_tokens"
+            f"{path}: {'all' if not kept else f'{len(too_long)} of'} {len(records)} prompts exceed "
+            f"{max_prompt_tokens} tokens (the shortest has {shortest}); raise data.max_prompt_tokens, or "
+            "take them out of the file"
         )
-    too_long = tuple(prompt.id for prompt in prompts if len(prompt.token_ids) > max_prompt_tokens)
-    return PromptSet(kept, too_long)
+    return PromptSet(tuple(kept), tuple(too_long), places[too_long[0]] if too_long else "")
+
+
+def _check_length(
+    place: str,
+    prompt: Prompt,
+    response: Response,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_key: str,
+    label_key: str,
+) -> None:
+    """Raises DataError where the prompt and its response do not fit together into a limit."""
+    follows, key, what = response.sampled, prompt_key, "rollout.max_new_tokens"
+    if follows is None:
+        follows = len(_encode(f"{place}:{label_key}", prompt.label, tokenizer)) + 1
+        key, what = label_key, "the label and its end of sequence"
+    total = len(prompt.token_ids) + follows
+    for limit in response.limits:
+        if total > limit.tokens:
+            raise DataError(
+                f"{place}:{key}: prompt {prompt.id!r} of {len(prompt.token_ids)} tokens and {what} of "
+                f"{follows} make {total} tokens, and {limit.what}; {limit.remedy}"
+            )
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -121,15 +182,11 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         place = f"{path}:{number}"
         try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: not JSON at column {error.colno}: {error.msg}; fix the line") from None
-        except RecursionError:
-            raise DataError(f"{place}: nested too deeply; give a flat JSON object") from None
+            record = strict_json.parse(line)
+        except strict_json.JsonError as error:
+            raise DataError(f"{place}: {error}") from None
         if not isinstance(record, dict):
-            raise DataError(f"{place}: a JSON {_kind(record)}, expected an object per line")
+            raise DataError(f"{place}: a JSON {_kind(record)}, expected an object per line; write one")
         yield place, record
 
 
@@ -141,10 +198,23 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"{path}: {error}; check that it is a readable parquet file") from None
     for number, row in enumerate(rows, 1):
-        yield f"{path}:{number}", {key: value for key, value in row.items() if value is not None}
+        yield f"{path}:{number}", _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys whose value is null, in objects within it too.
+
+    All rows of a column have the same keys in Arrow, which fills up with nulls what a row lacks: without this
+    a template would be shown arguments that nobody gave.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _prompt(
@@ -166,18 +236,26 @@ def _prompt(
             "log-probs at one temperature, untruncated; remove it, and set [rollout]"
         )
     label = _string(place, label_key, record.get(label_key, ""))
-    name = record.get("id", place.rpartition(":")[2])
-    text = _text(f"{place}:{prompt_key}", record[prompt_key], tokenizer)
-    try:
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exception for text it has no token for
+    name = _string(place, "id", record.get("id", place.rpartition(":")[2]))
+    if any("\ud800" <= character <= "\udfff" for character in name):
         raise DataError(
-            f"{place}:{prompt_key}: the tokenizer refuses it ({error}); fix the text, or use its model"
-        ) from error
+            f"{place}:id: {name!r} holds half of a surrogate pair, which no file can hold; rename it"
+        )
+    text = _text(f"{place}:{prompt_key}", record[prompt_key], tokenizer)
+    token_ids = _encode(f"{place}:{prompt_key}", text, tokenizer)
     if not token_ids:
         raise DataError(f"{place}:{prompt_key}: empty prompt; give it at least one token")
     metadata = {key: value for key, value in record.items() if key not in ("id", prompt_key, label_key)}
-    return Prompt(_string(place, "id", name), text, tuple(token_ids), label, metadata)
+    return Prompt(name, text, tuple(token_ids), label, metadata)
+
+
+def _encode(place: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exception for text it has no token for
+        raise DataError(
+            f"{place}: the tokenizer refuses it ({error}); fix the text, or use its model"
+        ) from error
 
 
 def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -189,12 +267,19 @@ def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         if not (
             isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
         ):
-            raise DataError(f'{place}[{index}]: expected {{"role": string, "content": string}}')
+            raise DataError(
+                f'{place}[{index}]: expected {{"role": string, "content": string}}; write the message so'
+            )
     if not prompt:
         raise DataError(f"{place}: empty list of messages; give at least one")
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{place}[{len(prompt) - 1}]: ends with the assistant's turn, and the response would be one "
+            "more; take the turn out, and keep what it says as the label"
+        )
     if not tokenizer.chat_template:
         raise DataError(f"{place}: messages, but the tokenizer has no chat template; give prompts as strings")
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    return render(place, prompt, tokenizer)
 
 
 def _string(place: str, key: str, value: Any) -> str:
@@ -204,5 +289,7 @@ def _string(place: str, key: str, value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
+    """What a value of JSON or parquet is called."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    names |= {int: "number", float: "number", bytes: "byte string"}
+    return names.get(type(value), type(value).__name__)

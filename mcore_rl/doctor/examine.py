@@ -76,7 +76,7 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
     yield lambda: [Finding("config", "ok", f"{path}: {config.algorithm.name}, no contradictions")]
     yield lambda: _precision(config)
     yield lambda: check_inputs(config, torch.cuda.device_count())
-    yield lambda: list(_disks(config))
+    yield lambda: guarded("disk", lambda: _disks(config))
     yield lambda: check_servers(config)
 
 

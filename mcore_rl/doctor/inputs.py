@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
+from mcore_rl.data.chat import render
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import AskedToLeave, RewardError
-from mcore_rl.model.architecture import read_architecture, read_hf_config
+from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
 from mcore_rl.train.assemble import check_same_tokens
+from mcore_rl.train.data import check_batch, describe_dropped
 from mcore_rl.train.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
@@ -62,19 +64,6 @@ def _readable(config: Config) -> Iterable[Finding]:
     return ()
 
 
-def _lengths(config: Config, prompts: PromptSet) -> Iterable[Finding]:
-    trained = read_hf_config(config.model.path).get("max_position_embeddings")
-    longest = max(len(prompt.token_ids) for prompt in prompts.prompts) + config.rollout.max_new_tokens
-    if trained is not None and longest > trained:
-        yield Finding(
-            "lengths",
-            "warning",
-            f"the longest prompt and rollout.max_new_tokens make {longest} tokens, the model has {trained} "
-            "positions",
-            "lower rollout.max_new_tokens: servers refuse what is longer, and the model has not learnt it",
-        )
-
-
 def _layout(config: Config, gpus: int) -> Iterable[Finding]:
     p = config.parallel
     replica = p.tensor * p.pipeline * p.context
@@ -105,9 +94,9 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
     turns = {"system": "1234567", "user": "7654321"}  # digits: every vocabulary has them
     messages = [{"role": role, "content": content} for role, content in turns.items()]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = render("a system and a user turn", messages, tokenizer)
         decoded = str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
-    except Exception as error:  # templates are programs, and tokenizers raise bare exceptions
+    except Exception as error:  # tokenizers raises bare exceptions
         yield Finding(
             "chat template",
             "warning",
@@ -128,35 +117,45 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
     yield Finding("chat template", "ok", "a system and a user turn come through the tokens and back")
 
 
-def _data(config: Config) -> Iterable[Finding]:
+def _data(config: Config) -> list[Finding]:
+    """Each file by itself: a mistake in one does not hide what is in the other."""
     tokenizer = load_tokenizer(config.model.path)
-    train = read_prompts(config, config.data.train, tokenizer)
-    yield from _prompts("data.train", config.data.train, train)
-    wanted = config.rollout.prompts_per_step
-    if not config.supervised_only and wanted > len(train.prompts):
-        yield Finding(
-            "data.train",
-            "error",
-            f"rollout.prompts_per_step = {wanted}, the file has {len(train.prompts)} usable prompts",
-            "lower it, or give more prompts",
+    read: dict[str, PromptSet] = {}
+
+    def examine(check: str, path: Path) -> Iterable[Finding]:
+        read[check] = read_prompts(config, path, tokenizer)
+        yield from _prompts(check, path, config, read[check])
+        if check == "data.train":
+            check_batch(config, read[check])
+
+    findings = guarded("data.train", lambda: examine("data.train", config.data.train))
+    held_out = config.data.eval
+    if held_out is not None:
+        findings += guarded("data.eval", lambda: examine("data.eval", held_out))
+    findings += _overlap(read)
+    if not config.supervised_only and "data.train" in read:
+        findings += guarded("reward", lambda: _reward(config, read["data.train"].prompts[0]))
+    return findings
+
+
+def _overlap(read: Mapping[str, PromptSet]) -> list[Finding]:
+    """A warning where prompts of both files are the same."""
+    texts = [{prompt.text for prompt in found.prompts} for found in read.values()]
+    both = set.intersection(*texts) if len(texts) == 2 else set()
+    if not both:
+        return []
+    what = f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}"
+    return [
+        Finding(
+            "data.eval",
+            "warning",
+            what,
+            "remove them from one file: accuracy on them is not held out",
         )
-    if config.data.eval is not None:
-        held_out = read_prompts(config, config.data.eval, tokenizer)
-        yield from _prompts("data.eval", config.data.eval, held_out)
-        both = {p.text for p in train.prompts} & {p.text for p in held_out.prompts}
-        if both:
-            yield Finding(
-                "data.eval",
-                "warning",
-                f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}",
-                "remove them from one file: accuracy on them is not held out",
-            )
-    if not config.supervised_only:
-        yield from _lengths(config, train)
-        yield from guarded("reward", lambda: _reward(config, train.prompts[0]))
+    ]
 
 
-def _prompts(check: str, path: Path, found: PromptSet) -> Iterable[Finding]:
+def _prompts(check: str, path: Path, config: Config, found: PromptSet) -> Iterable[Finding]:
     first = found.prompts[0]
     longest = max(len(prompt.token_ids) for prompt in found.prompts)
     yield Finding(
@@ -168,7 +167,7 @@ def _prompts(check: str, path: Path, found: PromptSet) -> Iterable[Finding]:
         yield Finding(
             check,
             "warning",
-            f"{len(found.too_long)} prompts exceed data.max_prompt_tokens and are left out",
+            describe_dropped(config, found),
             "raise data.max_prompt_tokens if they matter",
         )
 

@@ -45,7 +45,7 @@ def _server(config: Config, url: str) -> Iterable[Finding]:
 
     ready, server, model = call(client, ask)
     check_server_info(url, server, experts=config.rollout.routing_replay)
-    kind = read_hf_config(config.model.path)["model_type"]
+    kind = read_hf_config(config.model.path).get("model_type")
     if model.get("model_type", kind) != kind:
         yield Finding(
             "server",

@@ -59,8 +59,9 @@ _HARMLESS = """
     architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id
     max_position_embeddings output_attentions output_hidden_states return_dict id2label label2id problem_type
     tokenizer_class _name_or_path _attn_implementation attn_implementation _attn_implementation_autoset
+    unk_token_id _model_name_or_path
 """
-"""how a library runs the model, or which tokens it starts and ends with"""
+"""how a library runs the model, where it came from, or which tokens it starts and ends with"""
 
 
 def only_values(family: Family) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.architecture import read_json_object
+from mcore_rl.model.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.mapping import HF_DTYPES, ParameterMap
 from mcore_rl.weight_files import INDEX, weight_files
 
@@ -100,6 +102,19 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
     return read
+
+
+def check_side_files(directory: Path) -> None:
+    """Raises ConfigError for a damaged JSON file beside the weights: a server reads it in mid-run.
+
+    tokenizer.json and vocab.json are megabytes of JSON, which the tokenizer checks itself.
+    """
+    for name in SIDE_FILES:
+        small = name.endswith(".json") and name not in ("tokenizer.json", "vocab.json")
+        if small and (directory / name).exists():
+            fields = read_json_object(directory / name)
+            if name == "generation_config.json":
+                check_kinds(fields, GENERATION_KINDS, str(directory / name))
 
 
 def copy_side_files(

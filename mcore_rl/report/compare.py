@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.errors import DataError, McoreRLError, NumericsError
-from mcore_rl.report.runs import RunData, read_runs
+from mcore_rl.report.runs import RunData, number, read_runs
 from mcore_rl.terminal import printable
 
 TIMES = ("time/",)
@@ -63,8 +63,10 @@ def _distance(one: Any, other: Any) -> float:
     """Relative; 0 only where the two are equal (two NaNs are)."""
     if one == other or (one != one and other != other):
         return 0.0
-    numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in (one, other))
-    return abs(one - other) / max(abs(one), abs(other)) if numbers else math.inf
+    left, right = number(one), number(other)
+    if left is None or right is None or left == right:
+        return math.inf
+    return abs(left - right) / max(abs(left), abs(right))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mcore_rl.report.runs import RunData
+from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import Line, Reference, format_number, line_chart, moving_average, stacked_bars
 
 SMOOTH_FROM = 25
@@ -181,8 +181,8 @@ def _tolerances(plot: Plot, runs: Sequence[RunData]) -> list[Reference]:
     """One dashed line per limit that all runs agree on, in its metric's colour where one run is drawn."""
     found = []
     for color, (metric, label) in enumerate(plot.metrics):
-        limits = {run.settings.get(plot.tolerances.get(metric, "")) for run in runs}
-        if len(limits) == 1 and (limit := limits.pop()):
+        limits = {number(run.settings.get(plot.tolerances.get(metric, ""))) for run in runs}
+        if len(limits) == 1 and (limit := limits.pop() or 0.0) > 0:
             found.append(Reference(f"tolerance, {label}", limit, color if len(runs) == 1 else None))
     return found
 
@@ -210,4 +210,4 @@ def _phases(runs: Sequence[RunData]) -> list[Figure]:
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(record.get(key) or 0.0 for record in records) / len(records)
+    return sum(number(record.get(key)) or 0.0 for record in records) / len(records)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,11 @@ from mcore_rl.errors import DataError
 from mcore_rl.metrics import METRICS, read_metrics
 
 Point = tuple[float, float | None]
-"""(step, value); None where the value was not finite, which a line shows as a gap"""
+"""(step, value); None where the value was no finite number, which a line shows as a gap"""
+LARGEST = 1e100
+"""magnitude that a report can show"""
+_LARGEST_STEP = 2**53
+"""beyond it neighbouring steps are one float"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class RunData:
     steps: Sequence[Mapping[str, Any]]
     """metrics by ascending step; the last record counts where a step was written twice"""
     settings: Mapping[str, Any]
-    """dotted key -> value of resolved.toml; empty without the file"""
+    """dotted key -> value of resolved.toml; empty without the file. To calculate with one, ask `number`"""
     settings_text: str
     samples: Mapping[int, Sequence[Mapping[str, Any]]]
     """step -> lines of samples/step_N.jsonl"""
@@ -37,7 +40,7 @@ class RunData:
 
     def points(self, key: str) -> list[Point]:
         """(step, value) of the steps that have `key`; empty when no value is a finite number."""
-        points = [(float(r["step"]), _number(r[key])) for r in self.steps if key in r]
+        points = [(float(r["step"]), number(r[key])) for r in self.steps if key in r]
         return points if any(value is not None for _, value in points) else []
 
     def values(self, key: str) -> list[float]:
@@ -54,14 +57,14 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
 
 def _read_run(directory: Path, name: str) -> RunData:
     path = directory / METRICS
-    by_step = {r["step"]: r for r in read_metrics(path) if isinstance(r.get("step"), int)}
+    by_step = {r["step"]: r for r in read_metrics(path) if _is_step(r.get("step"))}
     if not by_step:
         raise DataError(f"{path}: no complete step in it; wait for the first step of the run")
     toml = directory / "resolved.toml"
-    text = toml.read_text(encoding="utf-8") if toml.is_file() else ""
     try:
+        text = toml.read_text(encoding="utf-8") if toml.is_file() else ""
         settings = dict(_flatten(tomllib.loads(text)))
-    except tomllib.TOMLDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{toml}: {error}; restore the file that the run wrote, or move it away") from error
     return RunData(
         name, [by_step[s] for s in sorted(by_step)], settings, text.strip(), _read_samples(directory)
@@ -94,6 +97,16 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return flat
 
 
-def _number(value: Any) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_STEP
+
+
+def number(value: Any) -> float | None:
+    """A value of a file as a number that can be added up and drawn, else None.
+
+    NaN is none, and so is what lies beyond LARGEST: sums and the distances of an axis would overflow. What is
+    closer to 0 than its reciprocal is 0.
+    """
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        return None
+    return float(value) if abs(value) >= 1 / LARGEST else 0.0

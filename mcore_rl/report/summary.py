@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from mcore_rl.report.runs import RunData
+from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import format_number
 from mcore_rl.terminal import escaped
 
@@ -18,6 +18,8 @@ AXES = (
     ("expert", "EP"),
     ("data", "DP"),
 )
+FILES = ("train", "eval")
+"""of prompts, by their keys in [data]"""
 
 
 class Fact(NamedTuple):
@@ -31,12 +33,12 @@ class Fact(NamedTuple):
 def headline(run: RunData) -> list[Fact]:
     """The tiles of a single run, the most telling first."""
     found = [
-        _change(run, key, f"Held-out {what}{suffix}")
+        _of_how_many(run, key, _change(run, key, f"Held-out {what}{suffix}"))
         for what in ("accuracy", "reward")
         for key, suffix in _held_out(run, what)
     ]
     found += [_change(run, "reward/mean", "Reward", average=10)]
-    found += [_steps(run), _wall(run), _tokens(run), _agreement(run)]
+    found += [_steps(run), _wall(run), _tokens(run), _agreement(run), *_dropped(run)]
     return [fact for fact in found if fact]
 
 
@@ -53,10 +55,11 @@ def text_table(run: RunData) -> str:
 def key_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What tells this run from another at a glance; only what resolved.toml has."""
     get = settings.get
-    degrees = [f"{short} {get(f'parallel.{axis}')}" for axis, short in AXES if get(f"parallel.{axis}", 1) > 1]
+    known = {short: number(get(f"parallel.{axis}")) for axis, short in AXES}
+    degrees = [f"{short} {degree:g}" for short, degree in known.items() if degree and degree > 1]
     sequence = ["SP"] if get("parallel.sequence") else []
     per_step, group = get("rollout.prompts_per_step"), get("rollout.samples_per_prompt")
-    rate = get("optimizer.lr")
+    rate = number(get("optimizer.lr"))
     found = {
         "Algorithm": str(get("algorithm.name", "")),
         "Model": str(get("model.path", "")).rstrip("/").rsplit("/", 1)[-1],
@@ -103,6 +106,29 @@ def _change(run: RunData, key: str, label: str, average: int = 1) -> Fact | None
     return Fact(label, f"{start:.3f} \u2192 {end:.3f}", f"{sign}{abs(end - start):.3f}, {span}")
 
 
+def _of_how_many(run: RunData, key: str, fact: Fact | None) -> Fact | None:
+    """The fact, with how many prompts of their file the last mean is of, where that is known."""
+    known = [run.values(f"{key.rpartition('/')[0]}/{what}") for what in ("samples", "prompts")]
+    if fact is None or not all(known):
+        return fact
+    samples, prompts = (values[-1] for values in known)
+    return fact._replace(detail=f"{fact.detail}; {samples:.0f} of {prompts:.0f} prompts")
+
+
+def _dropped(run: RunData) -> list[Fact]:
+    """A tile for each prompt file of which some prompts exceeded data.max_prompt_tokens."""
+    counts = {name: [run.values(f"data/{name}/{what}") for what in ("dropped", "prompts")] for name in FILES}
+    return [
+        Fact(
+            f"Prompts left out \u00b7 data.{name}",
+            f"{dropped[0]:.0f} of {read[0]:.0f}",
+            "longer than allowed",
+        )
+        for name, (dropped, read) in counts.items()
+        if dropped and read and dropped[0]
+    ]
+
+
 def _steps(run: RunData) -> Fact:
     last, planned = int(run.steps[-1]["step"]), run.settings.get("train.steps")
     return Fact("Steps", str(last), f"of {planned}" if planned else "logged so far")
@@ -126,6 +152,6 @@ def _agreement(run: RunData) -> Fact | None:
     values = run.values("mismatch/max_abs")
     if not values:
         return None
-    tolerance = run.settings.get("publish.tolerance_max")
+    tolerance = number(run.settings.get("publish.tolerance_max"))
     detail = f"tolerance {format_number(tolerance)}" if tolerance else "trainer against server"
     return Fact("Largest log-prob mismatch", format_number(max(values)), detail)

@@ -198,7 +198,8 @@ def _value_axis(lines: Sequence[Line], references: Sequence[Reference], log: boo
         return Axis(low / 2, max(high * 2, low * 10), HEIGHT - BOTTOM, TOP, log=True)
     if low > 0 and low < 0.5 * high:
         low = 0.0
-    pad = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
+    # Values that differ in their last digits only would leave no room for a tick between them.
+    pad = max(0.07 * (high - low), 1e-6 * abs(high)) if high > low else 0.1 * abs(high) or 1.0
     return Axis(0.0 if low == 0 else low - pad, high + pad, HEIGHT - BOTTOM, TOP)
 
 

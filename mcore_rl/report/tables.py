@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mcore_rl.report.runs import RunData
+from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.summary import differing_settings, headline
 from mcore_rl.report.svg import color_class
 
@@ -67,11 +67,10 @@ def _sample_table(title: str, lines: Sequence[Mapping[str, Any]], *, is_open: bo
 
 
 def _sample_cells(line: Mapping[str, Any]) -> list[str]:
-    reward = line.get("reward")
-    known = isinstance(reward, int | float)
-    kind = "reward good" if known and reward > 0 else "reward"
+    reward = number(line.get("reward"))
+    kind = "reward good" if reward is not None and reward > 0 else "reward"
     texts = [f"<pre>{escape(_clip(str(line.get(key, ''))))}</pre>" for key in ("prompt", "response", "label")]
-    return [*texts, f'<span class="{kind}">{f"{reward:g}" if known else "-"}</span>']
+    return [*texts, f'<span class="{kind}">{"-" if reward is None else f"{reward:g}"}</span>']
 
 
 def _clip(text: str) -> str:

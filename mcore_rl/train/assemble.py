@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from transformers import PreTrainedTokenizerBase
-
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError
@@ -21,6 +19,7 @@ from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.train.assemble_servers import build_fleet, transport_of
 from mcore_rl.train.checkpoint import Contents, restore
+from mcore_rl.train.data import data_metrics, say_dropped
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.evaluate import Evaluation
 from mcore_rl.train.generation import Generation
@@ -157,7 +156,7 @@ def build_run(
         reference=models.reference,
         critic=models.critic,
         rewards=rewards,
-        evaluation=load_evaluation(config, trainer.tokenizer),
+        evaluation=load_evaluation(trainer),
         servers=servers,
         transport=transport,
         generation=generation,
@@ -280,9 +279,15 @@ def check_same_tokens(config: Config) -> None:
         )
 
 
-def load_evaluation(config: Config, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+def load_evaluation(trainer: Trainer) -> Evaluation:
     """Held-out prompts, at most `train.eval_samples`; none when data.eval is unset."""
+    config = trainer.config
     path, t = config.data.eval, config.train
-    prompts = () if path is None else read_prompts(config, path, tokenizer).prompts[: t.eval_samples]
     what = "accuracy" if config.reward.model is None else "reward"
-    return Evaluation(prompts, "" if path is None else path.stem, what, t.steps, t.eval_every)
+    if path is None:
+        return Evaluation((), "", what, t.steps, t.eval_every, {})
+    found = read_prompts(config, path, trainer.tokenizer)
+    if trainer.mesh.is_main:
+        say_dropped(config, trainer.step_log, "eval", found)
+    prompts, counted = found.prompts[: t.eval_samples], data_metrics("eval", found)
+    return Evaluation(prompts, path.stem, what, t.steps, t.eval_every, counted)

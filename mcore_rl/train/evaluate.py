@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mcore_rl.metrics import Timers
@@ -25,6 +25,8 @@ class Evaluation:
     """of the whole run"""
     every: int
     """steps between two evaluations; 0 evaluates at the start and at the end alone"""
+    counted: Mapping[str, float]
+    """`data/eval/prompts` and `data/eval/dropped`: what the file has"""
 
     def due(self, step: int) -> bool:
         """Whether the policy is evaluated after `step`: at the start, at the end, and every `every` steps."""
@@ -35,7 +37,9 @@ class Evaluation:
 def evaluate(generation: Generation, evaluation: Evaluation, step: int, timers: Timers) -> dict[str, float]:
     """{"eval/<set>/accuracy": mean reward} where an evaluation is due after `step`, else nothing; collective.
 
-    Nothing either where the servers aborted every sample: no accuracy is not an accuracy of 0.
+    Nothing either where the servers aborted every sample: no accuracy is not an accuracy of 0. `samples` says
+    of how many samples the mean is, `prompts` how many prompts the file has: over-long ones are left out, and
+    so is what exceeds train.eval_samples.
     """
     if not evaluation.due(step):
         return {}
@@ -47,4 +51,5 @@ def evaluate(generation: Generation, evaluation: Evaluation, step: int, timers: 
     return {
         f"eval/{evaluation.name}/{evaluation.what}": math.fsum(rewards) / len(rewards),
         f"eval/{evaluation.name}/samples": len(rewards),
+        f"eval/{evaluation.name}/prompts": evaluation.counted["data/eval/prompts"],
     }

@@ -25,6 +25,7 @@ from mcore_rl.train.batch import (
     whole_sequence,
 )
 from mcore_rl.train.checkpoint import end_step
+from mcore_rl.train.data import data_metrics
 from mcore_rl.train.dump import keep_broken
 from mcore_rl.train.evaluate import evaluate
 from mcore_rl.train.metrics import StepMetrics, rollout_metrics
@@ -46,7 +47,8 @@ def train(config: Config, resume: str | None = None) -> None:
         begun, timers = run.trainer.attempt.step, run.trainer.timers
         published = publish(run, begun, run.probe_prompts())
         if begun == 0:
-            run.log(0, published | evaluate(run.generation, run.evaluation, 0, timers))
+            counted = data_metrics("train", run.trainer.prompts) | dict(run.evaluation.counted)
+            run.log(0, published | counted | evaluate(run.generation, run.evaluation, 0, timers))
         for step in range(begun + 1, config.train.steps + 1):
             groups = run.generation.collect(step)
             save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)

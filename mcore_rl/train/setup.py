@@ -28,6 +28,7 @@ from mcore_rl.metrics import Progress, StepLog, Timers
 from mcore_rl.model import platform
 from mcore_rl.model.architecture import read_architecture, read_hf_config
 from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.hf_files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, Part, state_of
@@ -43,6 +44,7 @@ from mcore_rl.train.checkpoint import (
     leave_when_asked,
     open_checkpoints,
 )
+from mcore_rl.train.data import check_batch, response_of, say_dropped
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.rundir import identity_of
 from mcore_rl.train.trainer import Attempt, Trainer
@@ -94,6 +96,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     seed_rng(config.run.seed)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
+    check_batch(config, prompts)
     policy = build_policy(
         config.model.path,
         mesh,
@@ -103,6 +106,9 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     )
     check_gradient_scale(policy)
     resume_step = None if attempt.saved is None else sys.maxsize
+    step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
+    if mesh.is_main:
+        say_dropped(config, step_log, "train", prompts)
     return Trainer(
         config=config,
         mesh=mesh,
@@ -114,7 +120,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
         prompts=prompts,
         cursor=PromptCursor(prompts, config.run.seed),
         timers=Timers(),
-        step_log=StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step),
+        step_log=step_log,
         progress=Progress(config.train.steps),
     )
 
@@ -171,6 +177,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ConfigError: there is none, it has no end-of-sequence token, or an id that the model has no row for.
     """
     vocab = read_architecture(path).vocab
+    check_side_files(path)
     if not any((path / name).exists() for name in TOKENIZER_FILES):  # transformers would make an empty one
         raise ConfigError(f"{path}: no tokenizer; put tokenizer.json beside config.json")
     try:
@@ -200,6 +207,7 @@ def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase)
         label_key=data.label_key,
         needs_label=config.reward.model is None,  # which alone reads none
         max_prompt_tokens=data.max_prompt_tokens,
+        response=response_of(config),
     )
 
 

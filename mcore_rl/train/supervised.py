@@ -19,6 +19,7 @@ from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.batch import pack_share
 from mcore_rl.train.checkpoint import Contents, end_step, restore
+from mcore_rl.train.data import data_metrics
 from mcore_rl.train.dump import keep_broken
 from mcore_rl.train.metrics import Gathered, HeadGradient, read
 from mcore_rl.train.objective import Parts
@@ -41,7 +42,8 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
             with trainer.timers("train"):
                 prompts = trainer.cursor.next(config.supervised.batch_size)
                 metrics = train_step(trainer, residency, prompts, step)
-            trainer.log(step, metrics)
+            counted = data_metrics("train", trainer.prompts) if step == 1 else {}
+            trainer.log(step, metrics | counted)
             end_step(trainer, contents, residency, step)
         export(trainer.policy, config.run.dir / "model")
 

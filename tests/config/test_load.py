@@ -5,12 +5,14 @@ import tomllib
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as options
 from hypothesis import strategies as st
 
 from mcore_rl.algo.algorithms import ALGORITHMS
-from mcore_rl.config import load_config, to_toml
+from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.toml import dumps, literal, parse_value
 from mcore_rl.errors import ConfigError
+from tests.any_json import AWKWARD, examples, json_values
 
 MINIMAL = """
 [run]
@@ -141,6 +143,50 @@ def test_a_file_that_is_not_toml(path, content):
     assert f"{path}: not TOML" in refusal(path)
 
 
+@pytest.mark.parametrize("digits", [25, 5000])
+@pytest.mark.parametrize("prefix", ["", "-", "0x"])
+def test_a_number_of_many_digits_is_refused_in_the_file_and_as_a_flag(path, prefix, digits):
+    number = prefix + "9" * digits
+    flag = refusal(path, f"--train.steps={number}")
+    assert flag.startswith("command line: train.steps: ")
+    path.write_text(MINIMAL.replace("10", number))
+    assert refusal(path).startswith(f"{path}: ")
+
+
+def test_a_key_of_thousands_of_parts_is_refused_and_shown_in_short(path):
+    flag = refusal(path, "--" + ".".join(["algorithm", "params", *["a"] * 3000]) + "=1")
+    assert flag.startswith("command line: algorithm.params.a.a")
+    path.write_text(MINIMAL + "[algorithm.params]\n" + ".".join(["a"] * 3000) + " = 1\n")
+    file = refusal(path)
+    assert file.startswith(f"{path}: algorithm.params.a.a")
+    assert max(len(flag), len(file)) < 500
+    assert all("nested too deeply" in message for message in (flag, file))
+
+
+PATHS = "run.dir model.path data.train data.eval rollout.python reward.model checkpoint.dir publish.dir"
+
+
+@pytest.mark.parametrize("key", [*PATHS.split(), "publish.replica", "rollout.options"])
+def test_a_path_that_the_system_could_not_be_asked_for_is_refused(path, key):
+    value = r'["a\u0000b"]' if key == "rollout.options" else r'"a\u0000b"'
+    assert f"command line: {key}" in (found := refusal(path, f"--{key}={value}"))
+    assert "NUL" in found
+    if key != "rollout.options":
+        for long in ("x" * 300, "x/" * 3000, "ü" * 200):
+            assert f"command line: {key}: longer than" in refusal(path, f"--{key}={long}")
+
+
+def test_a_key_with_a_dot_in_quotes_is_an_unknown_key(path):
+    path.write_text('"a.b" = 1\n' + MINIMAL)
+    assert "a.b: unknown" in refusal(path)
+
+
+def test_a_deadline_beyond_what_the_system_counts_is_refused(path):
+    assert "train.step_timeout: must be less than or equal to 1000000" in refusal(
+        path, "--train.step_timeout=1e300"
+    )
+
+
 def test_a_missing_file(tmp_path):
     assert "No such file" in refusal(tmp_path / "absent.toml")
 
@@ -182,7 +228,7 @@ settings = st.fixed_dictionaries(
         "model": st.fixed_dictionaries({"path": st.just("m"), "random_init": st.booleans()}),
         "data": st.fixed_dictionaries({"train": st.just("t"), "label_key": text.filter(bool)}),
         "train": st.fixed_dictionaries(
-            {"steps": st.integers(1, 2**62), "step_timeout": st.floats(1e-300, 1e300)}
+            {"steps": st.integers(1, 2**62), "step_timeout": st.floats(1e-300, 1e6)}
         ),
         "rollout": st.fixed_dictionaries({"stop_token_ids": st.lists(st.integers(0, 9), max_size=3)}),
         "algorithm": st.fixed_dictionaries(
@@ -218,3 +264,61 @@ def test_what_is_written_is_toml(table):
 def test_an_override_is_one_value_and_never_an_error(value):
     parse_value(value)
     assert parse_value("1\nother = 2") == "1\nother = 2"
+
+
+any_key = st.sampled_from(
+    [f"{s}.{k}" for s, f in Config.model_fields.items() for k in f.annotation.model_fields]
+)
+
+
+def loaded_or_refused(path, flags=()):
+    try:
+        to_toml(load_config(path, flags))
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        assert all(line.startswith((f"{path}: ", "command line: ")) for line in lines), lines
+        assert all(len(line) < 2000 for line in lines)
+
+
+toml_values = json_values() | st.sampled_from([value for value in AWKWARD if value is not None])
+
+
+@options(max_examples=examples(100))
+@given(st.dictionaries(any_key, toml_values, max_size=4))
+def test_any_value_of_any_key_is_read_or_refused_with_its_place(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("fuzz") / "c.toml"
+    path.write_text(MINIMAL)
+    loaded_or_refused(path, [f"--{key}={written(value)}" for key, value in values.items()])
+    tables = tomllib.loads(MINIMAL)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    try:
+        path.write_text(dumps(tables), encoding="utf-8")
+    except (
+        TypeError,
+        ValueError,
+    ):  # null, half a surrogate pair and 400 digits have no form in TOML or in Python
+        return
+    loaded_or_refused(path)
+
+
+def written(value):
+    """As a shell would hand it over: a TOML literal, or text that is none."""
+    try:
+        return literal(value)
+    except (TypeError, ValueError):
+        return repr(value)
+
+
+@options(max_examples=examples(100))
+@given(st.lists(st.text(max_size=12) | any_key.map("--{}".format), max_size=4), st.binary(max_size=60))
+def test_any_command_line_and_any_bytes_are_read_or_refused_with_their_place(
+    tmp_path_factory, flags, content
+):
+    path = tmp_path_factory.mktemp("fuzz") / "c.toml"
+    path.write_text(MINIMAL)
+    loaded_or_refused(path, flags)
+    for text in (content, MINIMAL.encode() + content, content + MINIMAL.encode()):
+        path.write_bytes(text)
+        loaded_or_refused(path)

@@ -88,8 +88,8 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def messages(setting: Setting, template: str | None) -> None:
-    line = {"prompt": [{"role": "user", "content": "1+1="}], "label": "2"}
+def messages(setting: Setting, template: str | None, role: str = "user") -> None:
+    line = {"prompt": [{"role": role, "content": "1+1="}], "label": "2"}
     setting.train.write_text(json.dumps(line) + "\n")
     setting.edit("tokenizer_config.json", chat_template=template)
 
@@ -134,6 +134,34 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         ("--rollout.prompts_per_step", "1"),
         "no chat template",
         "give prompts as strings",
+    ),
+    "messages that end with the answer": (
+        lambda s: messages(s, "{{ messages[0]['content'] }}{{ messages[-1]['content'] }}", "assistant"),
+        ("--rollout.prompts_per_step", "1"),
+        "train.jsonl:1:prompt[0]: ends with the assistant's turn",
+        "take the turn out",
+    ),
+    "labels that do not fit": (
+        lambda s: (
+            s.edit("config.json", max_position_embeddings=8),
+            s.train.write_text(json.dumps({"prompt": "1+1=", "label": "2" * 8}) + "\n"),
+            s.config.write_text(s.config.read_text().replace(f'eval = "{s.eval}"\n', "")),
+        ),
+        ("--algorithm.name", "sft", "--supervised.batch_size", "1"),
+        "train.jsonl:1:label: prompt '1' of 4 tokens and the label and its end of sequence of 9 make 13",
+        "shorten it",
+    ),
+    "a batch larger than the file": (
+        lambda s: s.train.write_text("\n".join(s.train.read_text().split("\n")[:5])),
+        ("--algorithm.name", "sft", "--supervised.batch_size", "6"),
+        "supervised.batch_size = 6, the file has 5 usable prompts",
+        "lower it",
+    ),
+    "damaged generation_config.json": (
+        lambda s: (s.model / "generation_config.json").write_text("[" * 10_000),
+        (),
+        "generation_config.json:1: nested too deeply",
+        "at most 100 levels",
     ),
     "template without the system turn": (
         lambda s: messages(s, "{{ messages[-1]['content'] }}"),
@@ -192,7 +220,10 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "name the interpreter",
     ),
     "longer than the model": (
-        lambda s: s.edit("config.json", max_position_embeddings=64),
+        lambda s: (
+            s.edit("config.json", max_position_embeddings=64),
+            s.config.write_text(s.config.read_text().replace(f'eval = "{s.eval}"\n', "")),
+        ),
         ("--rollout.max_new_tokens", "100"),
         "64 positions",
         "lower rollout.max_new_tokens",
@@ -254,6 +285,24 @@ def test_a_planted_problem_is_found_with_its_remedy(capsys, setting: Setting, na
     assert remedy in found["remedy"] + found["what"]
     assert found["remedy"]
     assert code == (0 if found["level"] == "warning" else found["exit_code"])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if", "{{ range(10**9)|list }}"])
+def test_a_template_that_fails_is_a_finding_and_all_else_is_examined(capsys, setting: Setting, template: str):
+    messages(setting, template)
+    code, findings = doctor(capsys, setting.config, "--rollout.prompts_per_step", "1")
+    assert [f["check"] for f in bad(findings)] == ["chat template", "data.train"]
+    assert "train.jsonl:1:prompt: the chat template fails on it" in bad(findings)[1]["what"]
+    assert {"data.eval", "run.dir", "server"} <= {f["check"] for f in findings}
+    assert code == 2
+
+
+def test_a_damaged_config_json_is_a_finding_and_all_else_is_examined(capsys, setting: Setting):
+    (setting.model / "config.json").write_text('{"a": ' * 10_000)
+    code, findings = doctor(capsys, setting.config, "--checkpoint.every", "1")
+    assert [f["check"] for f in bad(findings)] == ["model", "disk"]
+    assert {"run.dir", "server", "ports"} <= {f["check"] for f in findings}
+    assert code == 2
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mcore_rl.data.balance import model_shape
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.architecture import RopeScaling, architecture_of
+from mcore_rl.model.architecture import RopeScaling, architecture_of, read_hf_config
+from mcore_rl.model.fields import KINDS
+from mcore_rl.model.hf_files import INDEX, check_side_files, checkpoint_files
 from mcore_rl.model.rotary import rotary_frequencies
+from tests.any_json import examples, json_values
 from tests.model.families import FAMILIES, LLAMA3
 
 
@@ -19,6 +28,9 @@ def hf_config(family: str, **change) -> dict:
     kind, settings = FAMILIES[family]
     config = getattr(transformers, kind)(**settings).to_diff_dict() | change
     return {name: value for name, value in config.items() if value != "absent"}
+
+
+VALID = {family: hf_config(family) for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +64,7 @@ REFUSED = [
     ),
     ("qwen3", {"num_experts": 8}, "num_experts = 8: no supported field of 'qwen3'"),
     ("qwen3", {"num_hidden_layers": "absent"}, "field 'num_hidden_layers' is missing"),
-    ("qwen3", {"num_hidden_layers": "2"}, "not positive whole numbers: layers = '2'"),
+    ("qwen3", {"num_hidden_layers": "2"}, 'num_hidden_layers = "2", expected a whole number'),
     ("qwen3", {"num_key_value_heads": 3}, "3 key/value heads do not divide 8 attention heads"),
     ("qwen3", {"head_dim": 7}, "head_dim = 7 is odd"),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
@@ -76,6 +88,165 @@ def test_what_changes_the_maths_is_refused_by_name(family: str, change: dict, me
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         architecture_of(hf_config(family, **change), "DIR/config.json")
     assert str(raised.value).startswith("DIR/config.json: ")
+
+
+WRONG: list[Any] = ["8", True, None, -1, 0, 1.5, 10**400, float("nan"), 1e308, [8], {"a": 8}, 2**40]
+NUMBERS = [
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    *("vocab_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize("field", NUMBERS)
+def test_a_size_of_the_wrong_type_or_range_is_refused_by_name(field: str, value: Any) -> None:
+    """A count of experts that is null is as good as absent, which is refused too."""
+    hf = hf_config("qwen3_moe", num_experts=8, num_local_experts="absent") | {field: value}
+    with pytest.raises(ConfigError, match=rf"^config.json: .*{field}.*; "):
+        architecture_of(hf)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("model_type", value) for value in WRONG],
+        *[("layer_types", value) for value in ("full_attention", 3, [3], [["full_attention"]], [{}])],
+        ("layer_types", ["full_attention"]),
+        *[("rope_parameters", value) for value in ("default", 3, ["rope_theta"])],
+        *[("rms_norm_eps", value) for value in ("1e-6", True, None, -1.0, float("nan"), 10**400, [1])],
+        *[("initializer_range", value) for value in ("0.02", True, -1.0, float("inf"), 10**400, {})],
+        *[("rope_theta", value) for value in ("1e4", True, 0, -1.0, 10**400, [1e4])],
+        *[("tie_word_embeddings", value) for value in ("false", 0, [])],
+        *[("norm_topk_prob", value) for value in ("false", 1, [])],
+        *[("mlp_only_layers", value) for value in ("0", 0, ["0"], [-1], [True], [[0]])],
+        *[("decoder_sparse_step", value) for value in (0, -1, "1", 1.0)],
+        *[("head_dim", value) for value in ("8", -8, 0, 8.0, True, 10**400)],
+        *[("max_position_embeddings", value) for value in ("512", -1, 0, 1.5, True)],
+        *[("pad_token_id", value) for value in ("0", 0.5, [0])],
+        *[("eos_token_id", value) for value in ("0", 0.5, ["0"], [[0]])],
+        *[("attention_dropout", value) for value in ("0", [0.0], None, 10**400)],
+        ("torch_dtype", ["float32"]),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_any_field_of_the_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^config.json: .*{field}"):
+        architecture_of(hf_config("qwen3_moe") | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[
+            (name, value)
+            for name in ("factor", "rope_theta")
+            for value in ("8", None, True, -1, 10**400, [8])
+        ],
+        ("original_max_position_embeddings", 16.5),
+        ("rope_type", 3),
+        ("rope_type", ["llama3"]),
+        ("partial_rotary_factor", "1.0"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_a_rotary_parameter_of_the_wrong_type_is_refused_by_name(field: str, name: str, value: Any) -> None:
+    hf = hf_config("llama", rope_parameters="absent") | {field: LLAMA3 | {name: value}}
+    with pytest.raises(ConfigError, match=rf"^config.json: {field}: {name} = "):
+        architecture_of(hf)
+
+
+def test_fields_that_change_nothing_are_read_over() -> None:
+    plain = architecture_of(hf_config("llama"))
+    assert architecture_of(hf_config("llama", unk_token_id=0, _model_name_or_path="m")) == plain
+
+
+def test_one_expert_a_token_with_normalised_weights_is_refused_by_both_fields() -> None:
+    one = hf_config("qwen3_moe", num_experts_per_tok=1)
+    with pytest.raises(ConfigError, match="num_experts_per_tok = 1 with norm_topk_prob = true"):
+        architecture_of(one | {"norm_topk_prob": True})
+    experts = architecture_of(one | {"norm_topk_prob": False}).experts
+    assert experts is not None
+    assert experts.per_token == 1, "the control"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, r"config.json:1: nested too deeply"),
+        (b'{"a": ' * 400 + b"1" + b"}" * 400, r"config.json:1: nested too deeply"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", r"config.json:1: an integer of more than 4300 digits"),
+        (b'{"a": 1,\n"b": \xff}', r"config.json:2: byte 14 is not UTF-8"),
+        (b'{"a": 1,\n"b"', r"config.json:2: not JSON at column 4"),
+        (b"[1]", r"config.json: holds a list"),
+        (b"", r"config.json:1: not JSON"),
+    ],
+)
+def test_a_file_that_is_no_object_is_refused_with_its_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config.json: Is a directory; "):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", b"[" * 10_000, "generation_config.json:1: nested too deeply"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', 'eos_token_id = "x", expected a token id'),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: holds a list"),
+        ("special_tokens_map.json", b"\xff", "special_tokens_map.json:1: byte 0 is not UTF-8"),
+        ("added_tokens.json", b'{"a": ' + b"9" * 5000 + b"}", "added_tokens.json:1: an integer of more than"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    check_side_files(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        check_side_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10_000, b"[]", b'{"weight_map": null}', b'{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_of_shards_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(ConfigError, match=INDEX):
+        checkpoint_files(tmp_path)
+
+
+fields = st.sampled_from(
+    [*KINDS, "rope_type", "hidden_act", "sliding_window", "attention_bias", "unheard_of"]
+)
+
+
+@settings(max_examples=examples(150))
+@given(st.sampled_from([*FAMILIES]), st.dictionaries(fields, json_values(), max_size=3), st.booleans())
+def test_any_config_json_is_read_or_refused_by_the_name_of_a_field(
+    family: str, change: dict[str, Any], in_rope: bool
+) -> None:
+    hf = copy.deepcopy(VALID[family])
+    inner = hf.get("rope_parameters") if in_rope else hf
+    (inner or hf).update(change)
+    try:
+        arch = architecture_of(hf)
+    except ConfigError as error:
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert refused.startswith("config.json: ")
+        assert len(refused) < 2000
+        return
+    assert all(type(n) is int and n > 0 for n in (arch.layers, arch.heads, arch.head_dim, arch.vocab))
+    model_shape(hf)
 
 
 def test_null_is_as_good_as_absent() -> None:

@@ -1,0 +1,80 @@
+"""Chat messages to text by the tokenizer's template: a program of a model's maker, which may fail or hang."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mcore_rl.errors import DataError
+from mcore_rl.terminal import escaped
+
+RENDER_SECONDS = 20.0
+"""for one prompt; a template takes a fraction of a millisecond"""
+MAX_CHARACTERS = 1 << 24
+"""of one rendered prompt: more than any model reads, and minutes of work for a tokenizer"""
+_SHOWN = 300
+"""characters of what a template says when it fails"""
+
+
+class _TooSlowError(Exception):
+    """The template did not end in time."""
+
+
+def render(place: str, messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a conversation, up to where the assistant answers.
+
+    Raises:
+        DataError: `place: what, remedy` for whatever the template does but give a text: it raises, by itself
+            or on purpose (raise_exception), asks for what the sandbox refuses, or does not end in time.
+    """
+    try:
+        with _deadline(RENDER_SECONDS):
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+    except _TooSlowError:
+        raise DataError(
+            f"{place}: the chat template does not end within {RENDER_SECONDS:g} s on it; use the template "
+            "that belongs to the model"
+        ) from None
+    except Exception as error:  # a template is a program: it may raise anything
+        raise DataError(
+            f"{place}: the chat template fails on it ({type(error).__name__}: "
+            f"{escaped(str(error)[:_SHOWN])}); change the conversation, or use the template that belongs to "
+            "the model"
+        ) from error
+    if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
+        raise DataError(
+            f"{place}: the chat template makes more than {MAX_CHARACTERS} characters of it; use the template "
+            "that belongs to the model"
+        )
+    return text
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raises _TooSlowError in the code inside after `seconds`.
+
+    Only the main thread can be interrupted, and only between two instructions of Python; elsewhere, and
+    within one long call of C, the run's watchdog is what ends a hang.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _TooSlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    others_alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *others_alarm)
+        signal.signal(signal.SIGALRM, before)
