@@ -1,7 +1,7 @@
 """One side of benchmarks/step.py: GRPO steps of this project, in one rank with one embedded server.
 
 The functions of a step are those of `mcore_rl.training.loop.train`, in its order; a clock is read between
-them. CPU-seconds are of the trainer and of its server together, system time and all threads included but those
+them. CPU-seconds are of the trainer and its server together, system time and all threads included but those
 of gloo that wait for connections: an idle process group takes some 0.8 ms of CPU time per second of the wall.
 """
 

@@ -33,6 +33,7 @@ from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Critic, Run
 from mcore_rl.training.score import log_probs, values
 from mcore_rl.training.staleness import token_ages
+from mcore_rl.training.throughput import learning_rate, work_of
 from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
@@ -56,7 +57,10 @@ def train(config: Config, resume: str | None = None) -> None:
             run.servers.release()
             learned = learn(run, batch, step)
             published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
-            run.log(step, learned | published | evaluate(run.generation, run.evaluation, step, timers))
+            held_out = evaluate(run.generation, run.evaluation, step, timers)
+            sequences = [token_sequence(sample) for sample in batch.samples]
+            work = work_of(sequences, run.trainer.shape, config.algorithm.epochs)
+            run.log(step, learned | published | held_out, work)
             end_step(run.trainer, run.contents, run.residency, step)
 
 
@@ -104,6 +108,9 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     with timers("score"):
         scores = score(run, batch, parts, screened.old_log_probs)
     advantages = compute_advantages(batch, run.algorithm, scores)
+    rates = {"lr/policy": learning_rate(run.trainer.optimizer)}
+    if run.critic is not None:
+        rates["lr/critic"] = learning_rate(run.critic.optimizer)
     policy, critic = StepMetrics(), StepMetrics()
     explain = partial(keep_broken, config, run.trainer.shape.align)
     with timers("train"):
@@ -125,6 +132,7 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
         rollout_metrics(batch, advantages.fields["advantage"], asked)
         | screened.metrics
         | advantages.metrics
+        | rates
         | policy.reduce(mesh, "grad_norm")
         | critic.reduce(mesh, "grad_norm/critic")
     )

@@ -17,6 +17,7 @@ from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
+from mcore_rl.training.throughput import Work
 from mcore_rl.training.trainer import Trainer
 from mcore_rl.weights.transport import Transport
 
@@ -57,10 +58,13 @@ class Run:
     mismatch: Mismatch
     """what follows where servers and trainer disagree"""
 
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Log a step; a gradient scale or a mismatch to the servers out of bounds is an event too."""
+    def log(self, step: int, metrics: Mapping[str, float | str], work: Work | None = None) -> None:
+        """Log a step, and what its `work` cost.
+
+        A gradient scale out of bounds is an event too, and so is a mismatch to the servers.
+        """
         metrics = {**metrics, **self.generation.metrics}
-        self.trainer.log(step, metrics)
+        self.trainer.log(step, metrics, work)
         self.mismatch.notice(step, metrics)
         if self.alert.due(metrics):
             self.trainer.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])

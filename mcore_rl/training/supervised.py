@@ -24,6 +24,7 @@ from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.metrics import Gathered, HeadGradient, read
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.setup import offloaded_optimizers, start_trainer
+from mcore_rl.training.throughput import learning_rate, work_of
 from mcore_rl.training.trainer import Trainer
 from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
@@ -41,24 +42,29 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         for step in range(trainer.attempt.step + 1, config.train.steps + 1):
             with trainer.timers("train"):
                 prompts = trainer.cursor.next(config.supervised.batch_size)
-                metrics = train_step(trainer, residency, prompts, step)
+                rate = learning_rate(trainer.optimizer)
+                sequences = [labelled(trainer.tokenizer, prompt) for prompt in prompts]
+                metrics = train_step(trainer, residency, prompts, sequences, step)
             counted = data_metrics("train", trainer.prompts) if step == 1 else {}
-            trainer.log(step, metrics | counted)
+            trainer.log(step, metrics | {"lr/policy": rate} | counted, work_of(sequences, trainer.shape))
             end_step(trainer, contents, residency, step)
         export(trainer.policy, config.run.dir / "model")
 
 
 def train_step(
-    trainer: Trainer, residency: Residency, prompts: Sequence[Prompt], step: int
+    trainer: Trainer,
+    residency: Residency,
+    prompts: Sequence[Prompt],
+    sequences: Sequence[TokenSequence],
+    step: int,
 ) -> dict[str, float]:
-    """One optimizer step on whole sequences; the loss is the mean over the label tokens of all replicas.
+    """One optimizer step on `sequences`, one of each prompt, with the mean over all replicas' label tokens.
 
     Raises:
         NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics), or the gradient
             is not finite.
     """
-    tokenizer, mesh = trainer.tokenizer, trainer.mesh
-    sequences = [TokenSequence(prompt.token_ids, label_tokens(tokenizer, prompt)) for prompt in prompts]
+    mesh = trainer.mesh
     tokens = sum(sequence.scored for sequence in sequences)
     fields = {"weight": [1.0 / tokens] * len(sequences), "sample": range(len(sequences))}
     update = Update(
@@ -100,6 +106,11 @@ class NegativeLogLikelihood:
         everything = torch.ones_like(loss, dtype=torch.bool)
         parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
         return weighted_sum(loss, batch.fields["weight"]), {**parts, HEAD: scale}
+
+
+def labelled(tokenizer, prompt: Prompt) -> TokenSequence:
+    """The prompt and its label, of which the label is trained."""
+    return TokenSequence(prompt.token_ids, label_tokens(tokenizer, prompt))
 
 
 def label_tokens(tokenizer, prompt: Prompt) -> list[int]:
