@@ -53,6 +53,7 @@ def config(tmp_path_factory) -> Config:
         "model.path": folder / "model",
         "model.random_init": "true",
         "data.train": folder / "train.jsonl",
+        "rollout.prompts_per_step": 40,
         "train.steps": 10,
         "train.tokens_per_micro_batch": 1100,
         **PPO,
