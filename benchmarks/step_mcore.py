@@ -27,6 +27,7 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.train import update
+from mcore_rl.train.assemble import start
 from mcore_rl.train.batch import (
     RolloutBatch,
     build_batch,
@@ -37,7 +38,7 @@ from mcore_rl.train.batch import (
 from mcore_rl.train.checkpoint import end_step
 from mcore_rl.train.loop import learn
 from mcore_rl.train.publish import publish
-from mcore_rl.train.run import Run, rollout, start
+from mcore_rl.train.run import Run
 from mcore_rl.train.score import log_probs
 from mcore_rl.types import Prompt, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
@@ -146,7 +147,7 @@ def config_of(task: dict[str, Any]) -> Config:
 
 def steps(run: Run) -> Iterator[dict[str, float]]:
     """CPU-seconds of one step after another, by what was done."""
-    clock = Clock([psutil.Process(cast(Any, server.process).pid) for server in run.fleet.local])
+    clock = Clock([psutil.Process(cast(Any, server.process).pid) for server in run.servers.fleet.local])
     megatron = Stopwatch()
     update.forward_backward = megatron.of(update.forward_backward)
     Optimizer.step = megatron.of(Optimizer.step)
@@ -155,14 +156,14 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
     while True:
         step += 1
         times = [clock()]
-        batch = build_batch(rollout(run, step))
+        batch = build_batch(run.generation.collect(step))
         times.append(clock())
         learned = learn(run, batch, step)
         times.append(clock())
         published = publish(run, step, (whole_sequence(s) for s in batch.samples))
         times.append(clock())
         run.log(step, learned | published)
-        end_step(run, step)
+        end_step(run.trainer, run.contents, run.residency, step)
         times.append(clock())
         generate, train, sync, log = (b - a for a, b in pairwise(times))
         tokens = sum(len(sample.token_ids) for sample in batch.samples)
@@ -183,20 +184,21 @@ def witness(run: Run, directory: Path) -> None:
     """
     batch = random_batch(run)
     sequences = [token_sequence(sample) for sample in batch.samples]
-    own = log_probs(run.policy, sequences, run.shape, run.temperature)
+    policy, optimizer, shape = run.trainer.policy, run.trainer.optimizer, run.trainer.shape
+    own = log_probs(policy, sequences, shape, run.temperature)
     rng = np.random.default_rng(1)
     old = [(values + 0.3 * rng.standard_normal(values.shape)).astype(np.float32) for values in own]
     advantages = [ADVANTAGES[i % len(ADVANTAGES)] for i in range(len(sequences))]
     fields = {"advantage": advantages, "old_log_prob": old}
     micro_batches = pack_mini_batch(
-        batch, np.arange(len(sequences)), run.algorithm, run.shape, run.mesh, fields
+        batch, np.arange(len(sequences)), run.algorithm, shape, policy.mesh, fields
     )
-    run.optimizer.zero_grad()
-    sums = forward_backward(run.policy, micro_batches, run.objective, run.temperature)
+    optimizer.zero_grad()
+    sums = forward_backward(policy, micro_batches, run.objective, run.temperature)
     loss = torch.stack([one["loss"] for one in sums]).sum()
-    parameters = global_parameters(run.policy.unwrapped)
+    parameters = global_parameters(policy.unwrapped)
     mains = {name: cast(Any, parameter).main_grad for name, parameter in parameters.items()}
-    gradient = {name: g.contiguous() for name, g in gather(mains, run.policy.mapping, run.mesh).items()}
+    gradient = {name: g.contiguous() for name, g in gather(mains, policy.mapping, policy.mesh).items()}
     directory.mkdir(parents=True)
     save_file(gradient | {"loss": loss.reshape(1)}, directory / "gradient.safetensors")
     longest = max(len(sample.token_ids) for sample in batch.samples)
@@ -217,10 +219,10 @@ def witness(run: Run, directory: Path) -> None:
 def random_batch(run: Run) -> RolloutBatch:
     """As many sequences as a step has, the responses of different lengths."""
     rng = np.random.default_rng(0)
-    vocab, rollout = run.policy.arch.vocab, run.config.rollout
+    vocab, rollout = run.trainer.policy.arch.vocab, run.trainer.config.rollout
     samples = []
     for i in range(rollout.prompts_per_step * rollout.samples_per_prompt):
-        prompt = rng.integers(2, vocab, run.config.data.max_prompt_tokens)
+        prompt = rng.integers(2, vocab, run.trainer.config.data.max_prompt_tokens)
         length = int(rng.integers(1, rollout.max_new_tokens + 1))
         tokens = tuple(rng.integers(2, vocab, length).tolist())
         asked = Prompt(str(i), "", tuple(prompt.tolist()), "")

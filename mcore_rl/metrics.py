@@ -37,6 +37,11 @@ class StepLog:
             _make(run_dir)
             _truncate(self._path, -1 if resume_step is None else resume_step)
 
+    def cut(self, step: int) -> None:
+        """Keep the steps up to `step`, after which the run continues."""
+        if self._writes:
+            _truncate(self._path, step)
+
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a step; numpy and torch scalars become numbers. Raises TypeError for other objects."""
         if self._writes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Collection, Mapping
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from tests.sources import modules, report
+from tests.sources import functions, modules, report
 
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
@@ -143,3 +145,72 @@ def test_the_gate_sees_a_wrong_arrow(path: str, source: str) -> None:
 )
 def test_the_gate_lets_the_right_arrows_pass(path: str, source: str) -> None:
     assert violations(path, ast.parse(source)) == []
+
+
+def circle(files: Mapping[str, ast.AST]) -> list[str]:
+    """Modules that import each other in a circle, imports under TYPE_CHECKING or in functions included."""
+    trees = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files}
+    arrows = {
+        module: {_module_of(name, trees) for _, name in imports(path, files[path])} - {module, ""}
+        for module, path in trees.items()
+    }
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def _module_of(name: str, modules: Collection[str]) -> str:
+    """The module that `from module import name` loads; "" for none of these."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    report([" -> ".join(found)] if (found := circle(modules("mcore_rl"))) else [])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from mcore_rl.train.loop import train",
+        "def late():\n    from mcore_rl.train import loop",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mcore_rl.train.loop import train",
+    ],
+)
+def test_the_gate_sees_a_planted_circle(source: str) -> None:
+    files = modules("mcore_rl")
+    files["mcore_rl/train/batch.py"].body += ast.parse(source).body
+    assert {"mcore_rl.train.batch", "mcore_rl.train.loop"} <= {*circle(files)}
+
+
+WHOLE = frozenset({"Run", "Trainer"})
+AT_MOST = 10
+
+
+def taking_the_whole(files: Mapping[str, ast.AST]) -> list[str]:
+    """Functions and methods of train/ with a parameter of type Run or Trainer."""
+    return [
+        f"{path}:{function.lineno}: {function.name}"
+        for path, tree in files.items()
+        for function in functions(tree)
+        for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id in WHOLE
+    ]
+
+
+def test_few_functions_take_the_whole_run_or_trainer() -> None:
+    found = taking_the_whole(modules("mcore_rl/train"))
+    report(found if len(found) > AT_MOST else [])
+
+
+def test_the_gate_sees_a_function_that_takes_the_whole_run() -> None:
+    source = """
+class A:
+    def f(self, *, run: Run): ...
+def g(trainer: Trainer, mesh: Mesh): ...
+def h(mesh: Mesh): ...
+"""
+    assert {line.split()[-1] for line in taking_the_whole({"x.py": ast.parse(source)})} == {"f", "g"}

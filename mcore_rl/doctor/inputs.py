@@ -20,8 +20,8 @@ from mcore_rl.model.mapping import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
+from mcore_rl.train.assemble import check_same_tokens
 from mcore_rl.train.data import check_batch, describe_dropped
-from mcore_rl.train.judge import check_same_tokens
 from mcore_rl.train.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,30 +19,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from mcore_rl.model import versions
-from mcore_rl.model.portable import PackedAttention, RMSNorm
+from mcore_rl.model.portable import PORTABLE, Parts
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
 from mcore_rl.model.routing import ReplayedLayer
 
 _ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 """names in Megatron's distributed checkpoints: those of Transformer Engine's fused modules, in either spec"""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The classes that a layer is built of."""
-
-    norm: Any
-    attention: Any
-    column: Any
-    """column-parallel linear layer"""
-    row: Any
-    norm_column: Any | None
-    """one joined with the norm before it; None where they are apart"""
-
-
-PORTABLE = Parts(RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, None)
-"""run anywhere, in float32, float64 or bf16"""
 
 
 def parts_of(config: TransformerConfig) -> Parts:

@@ -13,8 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from mcore_rl.model.block import Parts
-from mcore_rl.model.portable import PackedLayout
+from mcore_rl.model.portable import PackedLayout, Parts
 
 
 class PackedEngineAttention(TEDotProductAttention):

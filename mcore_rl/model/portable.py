@@ -10,10 +10,12 @@ this tensor-parallel rank, D channels per head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -157,3 +159,20 @@ class PackedAttention(nn.Module):
 def _pad(x: Tensor, index: Tensor) -> Tensor:
     """[T, heads, D] -> [B, L, heads, D]; the index T reads a row of zeros."""
     return F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that a layer is built of."""
+
+    norm: Any
+    attention: Any
+    column: Any
+    """column-parallel linear layer"""
+    row: Any
+    norm_column: Any | None
+    """one joined with the norm before it; None where they are apart"""
+
+
+PORTABLE = Parts(RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, None)
+"""run anywhere, in float32, float64 or bf16"""

@@ -7,7 +7,7 @@ them (of Megatron's gradient and parameter buffers, of the optimizer) stays what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ NEEDED: dict[str, frozenset[str]] = {
     "kv_cache": frozenset({"publish", "rewards"}),
 }
 """part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients. The
-last two are of servers on the trainer's GPUs (train/colocated.py)"""
+last two are of servers on the trainer's GPUs (train/servers.py)"""
 
 PHASES = (
     "publish",
@@ -54,8 +54,8 @@ class Part(Protocol):
 class Residency:
     """The parts of this rank that wait, by their names in NEEDED; without any, everything stays."""
 
-    def __init__(self) -> None:
-        self.parts: dict[str, Part] = {}
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self.parts = parts
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -30,6 +30,16 @@ class Request:
     """of the served model, where its choice of them is asked for"""
 
 
+def join(requests: Sequence[Request]) -> Request:
+    """One call for all of these, which ask for the experts of one model or for none."""
+    return Request(
+        prompts=[prompt for request in requests for prompt in request.prompts],
+        sampling_params=[params for request in requests for params in request.sampling_params],
+        rids=[rid for request in requests for rid in request.rids],
+        experts=requests[0].experts,
+    )
+
+
 @dataclass
 class _Server:
     client: RolloutClient
@@ -98,7 +108,7 @@ class Dispatch:
         """
         self._versions.append(version)
         self._publishing = True
-        self._keep(clients, "was lost to another replica, or in an evaluation")
+        self.keep(clients, "was lost to another replica")
 
     async def serve(self, clients: Sequence[RolloutClient], version: str) -> None:
         """`version` is published, and these servers hold it: no others are asked.
@@ -107,7 +117,7 @@ class Dispatch:
         """
         self.version = version
         self._publishing, self._published = False, time.monotonic()
-        self._keep(clients, f"does not hold weight version {version}")
+        self.keep(clients, f"does not hold weight version {version}")
         left = {server.client.url for server in self._servers if not server.lost.is_set()}
         for client in clients:
             if client.url not in left and client.url not in self.lost:
@@ -115,8 +125,8 @@ class Dispatch:
                 self._servers.append(_Server(client))
                 self._watches.append(asyncio.create_task(self._watch(self._servers[-1])))
 
-    def _keep(self, clients: Sequence[RolloutClient], why: str) -> None:
-        """Lose all but these, as everybody else knows."""
+    def keep(self, clients: Sequence[RolloutClient], why: str) -> None:
+        """Lose all servers but these, as everybody else knows."""
         urls = {client.url for client in clients}
         for server in self._servers:
             if server.client.url not in urls and not server.lost.is_set():

@@ -25,7 +25,7 @@ OLDEST_SGLANG = (0, 5, 21)
 
 
 @dataclass(frozen=True)
-class Standing:
+class ServerStatus:
     """What all ranks know of the servers."""
 
     urls: tuple[str, ...]
@@ -34,7 +34,7 @@ class Standing:
 
 
 class Fleet:
-    """Servers of a run. Every rank has one with the same `standing`; only the main rank owns processes.
+    """Servers of a run. Every rank has one with the same `status`; only the main rank owns processes.
 
     Args:
         urls: servers in order.
@@ -57,7 +57,7 @@ class Fleet:
         local: Sequence[LocalServer] = (),
         initial: Path | None = None,
     ) -> None:
-        self.standing = Standing(tuple(urls), {})
+        self.status = ServerStatus(tuple(urls), {})
         self.version = ""
         """the weight version that serves"""
         self.local = list(local)
@@ -79,7 +79,7 @@ class Fleet:
     @property
     def serving(self) -> list[RolloutClient]:
         """Clients of the servers that hold the current version."""
-        return [self.client(url) for url in self.standing.urls if url not in self.standing.lost]
+        return [self.client(url) for url in self.status.urls if url not in self.status.lost]
 
     def dispatch(self, lead: int = 0, leads: int = 1) -> Dispatch:
         """A round of requests to the servers that serve, of which other `leads` have rounds too."""
@@ -88,62 +88,62 @@ class Fleet:
 
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers serve no more until the next publish. All ranks call it with the same servers."""
-        self.standing = Standing(self.standing.urls, {**lost, **self.standing.lost})
+        self.status = ServerStatus(self.status.urls, {**lost, **self.status.lost})
         self.released = {url: parts for url, parts in self.released.items() if url not in lost}
 
     # -- on the main rank ---------------------------------------------------------------------------------
 
-    def restart_lost(self) -> Standing:
+    def restart_lost(self) -> ServerStatus:
         """Starts lost servers of this machine anew on the current weights, without waiting for them."""
         for index, server in enumerate(self.local):
             restarted = server.url in self._restarted and _lives(server)
-            if server.url in self.standing.lost and not restarted:
+            if server.url in self.status.lost and not restarted:
                 server.kill()
                 server.model_dir = self.published[-1]
                 server.launch()
                 self._rename(index, server.url)
                 self._restarted.add(server.url)
-        return self.standing
+        return self.status
 
-    def end_lost(self) -> Standing:
+    def end_lost(self) -> ServerStatus:
         """Ends lost servers of this machine, whose memory is needed; `restart_and_wait` brings them back."""
         for server in self.local:
-            if server.url in self.standing.lost:
+            if server.url in self.status.lost:
                 server.kill()
-        return self.standing
+        return self.status
 
-    def restart_and_wait(self) -> Standing:
+    def restart_and_wait(self) -> ServerStatus:
         """As restart_lost, until they answer; one that does not is ended again, and stays lost."""
-        standing = self.restart_lost()
+        status = self.restart_lost()
         for server in self.local:
             if server.url in self._restarted:
                 try:
                     server.wait()
                 except RolloutError:
                     server.kill()
-        return standing
+        return status
 
     def returning(self) -> list[RolloutClient]:
         """Lost servers that answer again, emptied of what they were doing; they are to be published to."""
         starting = {server.url for server in self.local if not _answers(server)}
-        lost = [self.client(url) for url in self.standing.lost if url not in starting]
+        lost = [self.client(url) for url in self.status.lost if url not in starting]
         emptied, _ = asyncio.run(on_each(lost, _empty))
         return [client for client in lost if client.url in emptied]
 
-    def settle(self, loaded: Collection[str], directory: Path | None = None) -> Standing:
+    def mark_published(self, loaded: Collection[str], directory: Path | None = None) -> ServerStatus:
         """After a publish, from `directory` if it was one from disk: these servers hold it and serve."""
-        lost = {url: why for url, why in self.standing.lost.items() if url not in loaded}
-        self.standing = Standing(self.standing.urls, lost)
+        lost = {url: why for url, why in self.status.lost.items() if url not in loaded}
+        self.status = ServerStatus(self.status.urls, lost)
         self._restarted.difference_update(loaded)
         self._former = {url: what for url, what in self._former.items() if url not in loaded}
         if directory is not None:
             self._keep(directory)
-        return self.standing
+        return self.status
 
     def _keep(self, directory: Path) -> None:
         """Of the versions on disk, the newest and those that a lost server was started on."""
         self.published.append(directory)
-        lost = self.standing.lost
+        lost = self.status.lost
         in_use = {directory, *(server.model_dir for server in self.local if server.url in lost)}
         for old in set(self.published) - in_use:  # only what this run wrote: others may share the parent
             shutil.rmtree(old, ignore_errors=True)
@@ -151,12 +151,12 @@ class Fleet:
 
     def _rename(self, index: int, url: str) -> None:
         """A restarted server has a new port; the reason why it was lost names the one that it had."""
-        urls, lost = list(self.standing.urls), dict(self.standing.lost)
+        urls, lost = list(self.status.urls), dict(self.status.lost)
         before, why = urls[index], lost.pop(urls[index])
         self._former[url] = self._former.pop(before, f"it was {before}, lost because: {why}")
         lost[url] = f"started anew, not published to yet; {self._former[url]}"
         urls[index] = url
-        self.standing = Standing(tuple(urls), lost)
+        self.status = ServerStatus(tuple(urls), lost)
 
 
 def _answers(server: LocalServer) -> bool:

@@ -1,4 +1,4 @@
-"""Groups that are generated while the trainer trains: a thread with the requests of a `Schedule`."""
+"""Groups that servers generate, beside the trainer's thread: a thread with the requests of a `Schedule`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import Reply, RolloutClient
-from mcore_rl.rollout.dispatch import Dispatch, Request
+from mcore_rl.rollout.dispatch import Dispatch, Request, join
 from mcore_rl.rollout.schedule import Discarded, Schedule
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ _CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Group:
+class PendingGroup:
     """All samples of one prompt, being generated or waiting for their step."""
 
     id: str
@@ -42,7 +43,7 @@ class Taken:
 
 
 class InFlight:
-    """The requests of one replica, one call per group. The schedule and the servers belong to the thread.
+    """The requests of one replica. The schedule and the servers belong to the thread.
 
     A publish does not wait for requests: the server retracts what runs, loads, and continues it under the new
     weights. Nothing is taken meanwhile, since whoever publishes is whoever takes.
@@ -82,9 +83,26 @@ class InFlight:
         """Groups to ask now, with so many steps left."""
         return self._call(self._wanted(steps))
 
-    def add(self, groups: Iterable[Group]) -> None:
-        """These are in flight from now on, in this order: those without replies are asked."""
-        self._call(self._add(groups))
+    def keep(self, clients: Sequence[RolloutClient]) -> None:
+        """All servers but these are lost: what runs on others moves."""
+        self._call(self._keep(clients))
+
+    def add(self, groups: Iterable[PendingGroup], per_call: int = 1) -> None:
+        """These are in flight from now on, in this order: those without replies are asked.
+
+        Args:
+            per_call: groups that one call asks for. They finish together, so that more than 1 is for groups
+                that are all waited for.
+        """
+        self._call(self._add(groups, per_call))
+
+    def ask(self, requests: Sequence[Request], per_call: int = 1) -> list[list[Reply]]:
+        """The replies to each request; they belong to no step, and the schedule does not see them.
+
+        Raises:
+            RolloutError, RejectedError: as `take`.
+        """
+        return self._call(self._ask(requests, per_call))
 
     def take(self, step: int) -> Taken:
         """The groups of `step`, waiting for them.
@@ -107,7 +125,7 @@ class InFlight:
         """`version` is published and verified; `clients` hold it."""
         self._call(self._dispatch.serve(clients, version))
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[PendingGroup]:
         """Every group in flight, oldest first: what `add` continues with."""
         return self._call(self._groups())
 
@@ -127,24 +145,44 @@ class InFlight:
     async def _wanted(self, steps: int) -> int:
         return self._schedule.wanted(steps)
 
-    async def _add(self, groups: Iterable[Group]) -> None:
+    async def _keep(self, clients: Sequence[RolloutClient]) -> None:
+        self._dispatch.keep(clients, "was lost to another replica")
+
+    async def _add(self, groups: Iterable[PendingGroup], per_call: int) -> None:
+        asked: list[PendingGroup] = []
         for group in groups:
             self._schedule.ask([group.id], group.version)
             self._requests[group.id] = group.request
             if group.replies is None:
-                self._tasks[group.id] = asyncio.create_task(self._generate(group.id, group.request))
+                asked.append(group)
             else:
                 self._replies[group.id] = group.replies
                 self._schedule.finish(group.id)
+        for start in range(0, len(asked), per_call):
+            call = asked[start : start + per_call]
+            task = asyncio.create_task(self._generate(call))
+            self._tasks |= dict.fromkeys((group.id for group in call), task)
 
-    async def _generate(self, group: str, request: Request) -> None:
+    async def _ask(self, requests: Sequence[Request], per_call: int) -> list[list[Reply]]:
+        calls = [requests[start : start + per_call] for start in range(0, len(requests), per_call)]
+        answers = await asyncio.gather(*map(self._one_call, calls))
+        return [replies for answer in answers for replies in answer]
+
+    async def _one_call(self, requests: Sequence[Request]) -> list[list[Reply]]:
+        replies = iter(await self._dispatch.ask(join(requests)))
+        return [list(islice(replies, len(request.rids))) for request in requests]
+
+    async def _generate(self, groups: Sequence[PendingGroup]) -> None:
         try:
-            self._replies[group] = await self._dispatch.ask(request)
-            self._schedule.finish(group)
+            answer = await self._one_call([group.request for group in groups])
+            for group, replies in zip(groups, answer, strict=True):
+                self._replies[group.id] = replies
+                self._schedule.finish(group.id)
         except Exception as error:  # raised by the next `take`: this thread has no caller
             self._error = self._error or error
         finally:
-            self._tasks.pop(group, None)
+            for group in groups:
+                self._tasks.pop(group.id, None)
             self._changed.set()
 
     async def _take(self, step: int) -> Taken:
@@ -168,9 +206,11 @@ class InFlight:
     async def _expect(self, clients: Sequence[RolloutClient], version: str) -> None:
         self._dispatch.expect(clients, version)
 
-    async def _groups(self) -> list[Group]:
+    async def _groups(self) -> list[PendingGroup]:
         in_flight = self._schedule.in_flight.items()
-        return [Group(id, version, self._requests[id], self._replies.get(id)) for id, version in in_flight]
+        return [
+            PendingGroup(id, version, self._requests[id], self._replies.get(id)) for id, version in in_flight
+        ]
 
     async def _end(self) -> None:
         for task in list(self._tasks.values()):

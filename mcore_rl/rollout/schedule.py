@@ -1,4 +1,4 @@
-"""Which groups are asked, trained and discarded when generation runs beside training. Pure: no I/O, no clock.
+"""Which groups are asked, trained and discarded in each step. Pure: no I/O, no clock.
 
 Version v is the weights after step v, so that step s is trained on weights s - 1 and a token of version v is
 then s - 1 - v old. A group's tokens are never older than the version that served when it was asked.
@@ -33,7 +33,8 @@ class Schedule:
     Args:
         groups: trained per step.
         extra: asked beyond them, so that a step need not wait for the slowest.
-        max_staleness: versions that a trained token may be old; 1 or more.
+        max_staleness: versions that a trained token may be old. With 0 the groups of a step are asked in it,
+            and none is in flight between two steps.
     """
 
     def __init__(self, *, groups: int, extra: int, max_staleness: int) -> None:

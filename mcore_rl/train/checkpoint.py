@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -29,15 +30,14 @@ from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import knows_content
 from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
-from mcore_rl.metrics import StepLog
+from mcore_rl.model.build import Model
+from mcore_rl.model.optimizer import Optimizer
+from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
 from mcore_rl.train.rundir import begin, check_history, is_inside, root_of
-
-if TYPE_CHECKING:
-    from mcore_rl.train.setup import Trainer
-
+from mcore_rl.train.trainer import Trainer
 
 _ONE_REQUEST_SECONDS = 1.0
 
@@ -52,6 +52,18 @@ class Stateful(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from it."""
         ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint of a run holds besides its config and the random states."""
+
+    optimizers: Mapping[str, Optimizer]
+    """prefix of its tensors -> the optimizer of each model in training"""
+    frozen: Mapping[str, Model]
+    """prefix -> a model that only scores"""
+    stateful: Mapping[str, Stateful]
+    """name -> what else continues where it was"""
 
 
 @contextmanager
@@ -119,87 +131,85 @@ def check_what_is_left(config: Config, saved: Saved | None) -> None:
     ).on_every_rank()
 
 
-def restore(run: Trainer) -> None:
-    """Continue from `run.saved`, where there is one: weights, Adam, schedules, cursor, random states, log.
+def restore(trainer: Trainer, contents: Contents) -> None:
+    """Continue from the attempt's checkpoint, if any: weights, Adam, schedules, cursor, random states, log.
 
     Then the run directory is this run's.
 
     Raises:
         DamagedCheckpointError, ConfigError, DataError: before anything of the run directory is changed.
     """
-    if run.saved is not None and run.checkpoints is not None:
-        _restore(run, run.saved, run.checkpoints)
-    on_main(run.mesh, lambda: begin(run.config, run.identity))
+    saved, checkpoints = trainer.attempt.saved, trainer.attempt.checkpoints
+    if saved is not None and checkpoints is not None:
+        _restore(trainer, contents, saved, checkpoints)
+    on_main(trainer.mesh, lambda: begin(trainer.config, trainer.attempt.identity))
 
 
-def _restore(run: Trainer, saved: Saved, checkpoints: Checkpoints) -> None:
+def _restore(trainer: Trainer, contents: Contents, saved: Saved, checkpoints: Checkpoints) -> None:
     document = saved.document
-    in_flight = document["state"].get("ahead", {}).get("groups", [])
-    if in_flight and "ahead" not in run.stateful:
-        raise ConfigError(
-            f"{saved.path} holds {len(in_flight)} groups of samples in flight, and their prompts would never "
-            "be trained: resume with rollout.max_staleness of 1 or more"
-        )
-    checkpoints.load(saved, pieces(run))
-    for prefix, optimizer in run.optimizers.items():
+    checkpoints.load(saved, pieces(contents))
+    for prefix, optimizer in contents.optimizers.items():
         set_updates(optimizer, document["updates"][prefix])
-    for name, part in run.stateful.items():
-        if name in document["state"]:  # the saved run may have generated nothing ahead
+    for name, part in contents.stateful.items():
+        if name in document["state"]:  # the saved run may have had no such part
             part.restore(document["state"][name])
-    run.step_log = StepLog(run.config.run.dir, rank=run.mesh.rank, resume_step=run.step)
-    changed = ", ".join(_changed(document["config"], run.config.model_dump(mode="json")))
-    run.step_log.event("resume", step=run.step, path=str(saved.path), changed=changed)
-    if run.mesh.is_main:
+    trainer.step_log.cut(saved.step)
+    changed = ", ".join(_changed(document["config"], trainer.config.model_dump(mode="json")))
+    trainer.step_log.event("resume", step=saved.step, path=str(saved.path), changed=changed)
+    if trainer.mesh.is_main:
         since = f"; changed since: {changed}" if changed else ""
         if not knows_content(document["state"]["cursor"]):
             since += "; saved by an earlier version: only the ids of the training prompts could be compared"
-        line = f"resumed after step {run.step} from {saved.path}{since}"
+        line = f"resumed after step {saved.step} from {saved.path}{since}"
         print(printable(line), file=sys.stderr, flush=True)
 
 
-def end_step(run: Trainer, step: int) -> None:
+def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: int) -> None:
     """Save when it is due, or when a rank was asked to leave (SIGTERM, SIGINT); collective.
 
     Raises:
         CheckpointError: on every rank, when this or an earlier save failed.
         PreemptedError: on every rank, once `step` is saved, when one was asked to leave.
     """
-    if run.checkpoints is None:
+    config, checkpoints = trainer.config, trainer.attempt.checkpoints
+    if checkpoints is None:
         return
-    with run.timers("save"):
-        run.checkpoints.poll()
-        leaving = _any_rank(run.mesh, run.leave.is_set())
-        every = run.config.checkpoint.every
-        if leaving or (every and (step % every == 0 or step == run.config.train.steps)):
-            with run.residency.during("save"):
-                run.checkpoints.save(step, pieces(run), run_document(run))
+    with trainer.timers("save"):
+        checkpoints.poll()
+        leaving = _any_rank(trainer.mesh, trainer.attempt.leave.is_set())
+        every = config.checkpoint.every
+        if leaving or (every and (step % every == 0 or step == config.train.steps)):
+            with residency.during("save"):
+                checkpoints.save(
+                    step, pieces(contents), run_document(config, contents, trainer.attempt.identity.run)
+                )
         if leaving:
-            run.checkpoints.wait()
+            checkpoints.wait()
             left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")
             raise left.on_every_rank()
 
 
-def pieces(run: Trainer) -> list[Piece]:
+def pieces(contents: Contents) -> list[Piece]:
     """Every tensor of the run's models and optimizers on this rank; collective.
 
     A model that only scores is read from its directory, but what its FP8 recipe remembers is of this run.
     """
-    trained = {prefix: optimizer.model for prefix, optimizer in run.optimizers.items()}
-    remembered = [fp8_pieces(model, prefix) for prefix, model in (trained | run.frozen).items()]
+    trained = {prefix: optimizer.model for prefix, optimizer in contents.optimizers.items()}
+    remembered = [fp8_pieces(model, prefix) for prefix, model in (trained | dict(contents.frozen)).items()]
     return [
         *(piece for prefix, model in trained.items() for piece in model_pieces(model, prefix)),
-        *(piece for prefix, one in run.optimizers.items() for piece in optimizer_pieces(one, prefix)),
+        *(piece for prefix, one in contents.optimizers.items() for piece in optimizer_pieces(one, prefix)),
         *(piece for found in remembered for piece in found),
     ]
 
 
-def run_document(run: Trainer) -> dict[str, Any]:
+def run_document(config: Config, contents: Contents, run_id: str) -> dict[str, Any]:
     """All else, as JSON; the random states are added by Checkpoints."""
     return {
-        "run_id": run.identity.run,
-        "config": run.config.model_dump(mode="json"),
-        "updates": {prefix: count_updates(optimizer) for prefix, optimizer in run.optimizers.items()},
-        "state": {name: part.state() for name, part in run.stateful.items()},
+        "run_id": run_id,
+        "config": config.model_dump(mode="json"),
+        "updates": {prefix: count_updates(optimizer) for prefix, optimizer in contents.optimizers.items()},
+        "state": {name: part.state() for name, part in contents.stateful.items()},
     }
 
 
@@ -216,12 +226,11 @@ def _any_rank(mesh: Mesh, flag: bool) -> bool:
 
 
 @contextmanager
-def leave_when_asked(active: bool) -> Iterator[threading.Event]:
-    """Set by the first SIGTERM or SIGINT where `active`; another one has the effect that any had before.
+def leave_when_asked(asked: threading.Event, *, active: bool) -> Iterator[None]:
+    """The first SIGTERM or SIGINT sets `asked`, where `active`; another has the effect that any had before.
 
     Not one within a second: a launcher's and that of a process group are one request.
     """
-    asked = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     first = [0.0]
 
@@ -237,7 +246,7 @@ def leave_when_asked(active: bool) -> Iterator[threading.Event]:
         for number in before:
             signal.signal(number, ask)
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from mcore_rl.config import Config
 from mcore_rl.data.prompts import Limit, PromptSet, Response
 from mcore_rl.errors import DataError
+from mcore_rl.metrics import StepLog
 from mcore_rl.model.architecture import read_hf_config
 from mcore_rl.precision import packed_multiple, token_multiple
 from mcore_rl.terminal import printable
-
-if TYPE_CHECKING:
-    from mcore_rl.train.setup import Trainer
 
 
 def response_of(config: Config) -> Response:
@@ -67,17 +64,20 @@ def describe_dropped(config: Config, found: PromptSet) -> str:
     )
 
 
-def count_dropped(run: Trainer, name: str, found: PromptSet) -> None:
-    """Say on the main rank, and write to events.jsonl and the first metrics, what was left out of a file.
+def data_metrics(name: str, found: PromptSet) -> dict[str, float]:
+    """How many prompts a file has, and how many of them were left out, for the first logged step.
 
     Args:
         name: `train` or `eval`, as the key in [data] is called.
     """
-    run.counted[f"data/{name}/prompts"] = float(found.read)
-    run.counted[f"data/{name}/dropped"] = float(len(found.too_long))
+    return {f"data/{name}/prompts": float(found.read), f"data/{name}/dropped": float(len(found.too_long))}
+
+
+def say_dropped(config: Config, step_log: StepLog, name: str, found: PromptSet) -> None:
+    """Say, and write to events.jsonl, what was left out of a file; for the main rank."""
     if not found.too_long:
         return
-    run.step_log.event(
+    step_log.event(
         "prompts_dropped",
         key=f"data.{name}",
         dropped=len(found.too_long),
@@ -85,5 +85,4 @@ def count_dropped(run: Trainer, name: str, found: PromptSet) -> None:
         first=found.too_long_at,
         id=found.too_long[0],
     )
-    if run.mesh.is_main:
-        print(printable(f"data.{name}: {describe_dropped(run.config, found)}"), file=sys.stderr, flush=True)
+    print(printable(f"data.{name}: {describe_dropped(config, found)}"), file=sys.stderr, flush=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from mcore_rl.config import Config
+from mcore_rl.directories import write_whole
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.train.advantage import Advantages, Scores, compute_advantages
-from mcore_rl.train.ahead import token_ages
+from mcore_rl.train.assemble import start
 from mcore_rl.train.batch import (
     RolloutBatch,
     build_batch,
@@ -19,15 +25,16 @@ from mcore_rl.train.batch import (
     whole_sequence,
 )
 from mcore_rl.train.checkpoint import end_step
-from mcore_rl.train.colocated import release_servers
+from mcore_rl.train.data import data_metrics
+from mcore_rl.train.dump import keep_broken
 from mcore_rl.train.evaluate import evaluate
 from mcore_rl.train.metrics import StepMetrics, rollout_metrics
-from mcore_rl.train.mismatch import screen
 from mcore_rl.train.publish import publish
-from mcore_rl.train.run import Run, rollout, start
+from mcore_rl.train.run import Critic, Run
 from mcore_rl.train.score import log_probs, values
+from mcore_rl.train.staleness import token_ages
 from mcore_rl.train.update import Update, run_update
-from mcore_rl.types import PackedBatch
+from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -37,43 +44,97 @@ def train(config: Config, resume: str | None = None) -> None:
         McoreRLError: the same on every rank, with the remedy in its message.
     """
     with start(config, resume) as run:
-        published = publish(run, run.step, run.probe_prompts())
-        if run.step == 0:
-            run.log(0, published | run.counted | evaluate(run, 0))
-        for step in range(run.step + 1, config.train.steps + 1):
-            batch = build_batch(rollout(run, step))
-            release_servers(run)
+        begun, timers = run.trainer.attempt.step, run.trainer.timers
+        published = publish(run, begun, run.probe_prompts())
+        if begun == 0:
+            counted = data_metrics("train", run.trainer.prompts) | dict(run.evaluation.counted)
+            run.log(0, published | counted | evaluate(run.generation, run.evaluation, 0, timers))
+        for step in range(begun + 1, config.train.steps + 1):
+            groups = run.generation.collect(step)
+            save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
+            batch = build_batch(groups)
+            run.servers.release()
             learned = learn(run, batch, step)
             published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
-            run.log(step, learned | published | evaluate(run, step))
-            end_step(run, step)
+            run.log(step, learned | published | evaluate(run.generation, run.evaluation, step, timers))
+            end_step(run.trainer, run.contents, run.residency, step)
+
+
+def save_samples(
+    run_dir: Path,
+    mesh: Mesh,
+    decode: Callable[[Sequence[int] | Tokens], str],
+    step: int,
+    groups: Sequence[Group],
+    count: int = 8,
+) -> None:
+    """Write the first sample of a few groups to RUN_DIR/samples/step_N.jsonl, for people; collective."""
+    shown = [group.samples[0] for group in groups if group.samples][:count]
+    records = (
+        {
+            "step": step,
+            "prompt": s.prompt.text,
+            "response": decode(s.token_ids),
+            "label": s.prompt.label,
+            "reward": s.reward,
+        }
+        for s in shown
+    )
+    path = run_dir / "samples" / f"step_{step}.jsonl"
+    on_main(mesh, lambda: write_whole(path, "".join(json.dumps(record) + "\n" for record in records)))
 
 
 def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
     """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
-    screened = screen(run, batch, step)
+    config, timers, mesh = run.trainer.config, run.trainer.timers, run.trainer.mesh
+    stale = run.generation.bounds.max_staleness > 0
+    ages = token_ages(batch.samples, step - 1) if stale else None
+
+    def policy_scores(samples: Sequence[Sample]) -> list[np.ndarray]:
+        sequences = [token_sequence(sample) for sample in samples]
+        with timers("score"):
+            return log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+
+    screened = run.mismatch.screen(batch, step, policy_scores, ages)
     batch = screened.batch
-    asked = run.config.rollout.prompts_per_step * run.config.rollout.samples_per_prompt - screened.dropped
-    parts = split_mini_batches(len(batch.samples), run.shape.mini_batches, seed=(run.config.run.seed, step))
-    with run.timers("score"):
+    asked = config.rollout.prompts_per_step * config.rollout.samples_per_prompt - screened.dropped
+    parts = split_mini_batches(
+        len(batch.samples), run.trainer.shape.mini_batches, seed=(config.run.seed, step)
+    )
+    with timers("score"):
         scores = score(run, batch, parts, screened.old_log_probs)
     advantages = compute_advantages(batch, run.algorithm, scores)
     policy, critic = StepMetrics(), StepMetrics()
-    with run.timers("train"):
+    explain = partial(keep_broken, config, run.trainer.shape.align)
+    with timers("train"):
         for mini_batch in mini_batches(run, batch, parts, scores, advantages, step):
-            data = (mini_batch, run.temperature, [sample.id for sample in batch.samples])
+            update = Update(
+                kind="policy",
+                step=step,
+                optimizer=run.trainer.optimizer,
+                objective=run.objective,
+                batches=mini_batch,
+                temperature=run.temperature,
+                ids=[sample.id for sample in batch.samples],
+            )
             if run.critic is not None:
-                trained = run.critic.optimizer, run.critic.objective
-                own = [replace(micro_batch, experts=None) for micro_batch in mini_batch]
-                critic.add(*run_update(run, Update("critic", step, *trained, own, *data[1:])))
-            if step > run.config.critic.warmup_rollouts:
-                policy.add(*run_update(run, Update("policy", step, run.optimizer, run.objective, *data)))
+                critic.add(*run_update(critic_update(run.critic, update), run.residency, explain))
+            if step > config.critic.warmup_rollouts:
+                policy.add(*run_update(update, run.residency, explain))
     return (
         rollout_metrics(batch, advantages.fields["advantage"], asked)
         | screened.metrics
         | advantages.metrics
-        | policy.reduce(run.mesh, "grad_norm")
-        | critic.reduce(run.mesh, "grad_norm/critic")
+        | policy.reduce(mesh, "grad_norm")
+        | critic.reduce(mesh, "grad_norm/critic")
+    )
+
+
+def critic_update(critic: Critic, update: Update) -> Update:
+    """The critic's step on the policy's mini-batch; its routers choose for themselves."""
+    batches = [replace(micro_batch, experts=None) for micro_batch in update.batches]
+    return replace(
+        update, kind="critic", optimizer=critic.optimizer, objective=critic.objective, batches=batches
     )
 
 
@@ -82,29 +143,26 @@ def score(
 ) -> Scores:
     """One forward pass of each model that the algorithm asks, before the rollout's first update.
 
-    `known`: the old log-probs of all samples, where they were taken already.
+    The first mini-batch needs no old log-probs on its first visit: the policy is the old one, so the ratio is
+    1 by construction. A KL in the reward needs them of all samples.
+
+    Args:
+        known: the old log-probs of all samples, where they were taken already.
     """
-    old = known or old_log_probs(run, batch, parts)
-    # Other models than the policy route for themselves.
-    sequences = [replace(token_sequence(sample), experts=None) for sample in batch.samples]
+    shape, routed = run.trainer.shape, [token_sequence(sample) for sample in batch.samples]
+    sequences = [replace(sequence, experts=None) for sequence in routed]  # other models route for themselves
+    old = known
+    if not known:
+        all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
+        members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])]).tolist()
+        later = [routed[i] for i in members]
+        scored = log_probs(run.trainer.policy, later, shape, run.temperature) if later else []
+        old = dict(zip(members, scored, strict=True))
     with run.residency.during("reference"):
-        ref = log_probs(run.reference, sequences, run.shape, run.temperature) if run.reference else []
+        ref = log_probs(run.reference, sequences, shape, run.temperature) if run.reference else []
     with run.residency.during("values"):
-        value = values(run.critic.model, sequences, run.shape) if run.critic else []
+        value = values(run.critic.model, sequences, shape) if run.critic else []
     return Scores(old, ref, value)
-
-
-def old_log_probs(run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray]) -> Mapping[int, np.ndarray]:
-    """Sample number -> [n_i] of the policy, of the samples whose mini-batches need them.
-
-    The first mini-batch needs none on its first visit: the policy is the old one, so the ratio is 1 by
-    construction. A KL in the reward needs them of all samples.
-    """
-    all_of_them = run.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
-    members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])])
-    later = [token_sequence(batch.samples[i]) for i in members]
-    scored = log_probs(run.policy, later, run.shape, run.temperature) if later else []
-    return dict(zip(members.tolist(), scored, strict=True))
 
 
 def mini_batches(
@@ -116,9 +174,11 @@ def mini_batches(
     step: int,
 ) -> Iterator[list[PackedBatch]]:
     """Each optimizer step of one rollout, packed: its parts, visited `algorithm.epochs` times."""
-    for epoch in range(run.config.algorithm.epochs):
+    shape, mesh = run.trainer.shape, run.trainer.mesh
+    for epoch in range(run.trainer.config.algorithm.epochs):
         for number, part in enumerate(parts):
             old = {} if epoch == number == 0 else {"old_log_prob": scores.old_log_probs}
-            ages = {} if run.ahead is None else {"age": token_ages(batch.samples, step - 1)}
+            stale = run.generation.bounds.max_staleness > 0
+            ages = {"age": token_ages(batch.samples, step - 1)} if stale else {}
             fields = {**advantages.fields, **old, **ages}
-            yield pack_mini_batch(batch, part, run.algorithm, run.shape, run.mesh, fields)
+            yield pack_mini_batch(batch, part, run.algorithm, shape, mesh, fields)

@@ -8,21 +8,16 @@ older weights sampled is far from them by right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mcore_rl.errors import MismatchError
-from mcore_rl.train.ahead import token_ages
-from mcore_rl.train.batch import RolloutBatch, token_sequence
+from mcore_rl.metrics import StepLog
+from mcore_rl.train.batch import RolloutBatch
 from mcore_rl.train.ending import say
-from mcore_rl.train.score import log_probs
 from mcore_rl.types import Sample
-
-if TYPE_CHECKING:
-    from mcore_rl.train.run import Run
 
 _FRACTION = 0.999
 _CAUSES = (
@@ -60,29 +55,6 @@ class Screened:
         return {"mismatch/dropped": float(self.dropped)} if self.old_log_probs else {}
 
 
-def screen(run: Run, batch: RolloutBatch, step: int) -> Screened:
-    """What of `batch` is trained in `step`; collective, the same on every rank.
-
-    With "stop" and "drop" the policy scores all samples first, so that nothing of a wrong one is trained.
-
-    Raises:
-        MismatchError: on every rank, with "stop" where 99.9 % of the log-probs are not within the limit, with
-            "drop" where no sample is left.
-    """
-    action = run.config.publish.mismatch_action
-    if action == "warn":
-        return Screened(batch)
-    with run.timers("score"):
-        sequences = [token_sequence(sample) for sample in batch.samples]
-        old = log_probs(run.policy, sequences, run.shape, run.temperature)
-    ages = None if run.ahead is None else token_ages(batch.samples, step - 1)
-    gaps = differences(batch.samples, old, ages)
-    if action == "stop":
-        _stop(run, batch, gaps, step)
-        return Screened(batch, dict(enumerate(old)))
-    return _drop(run, batch, gaps, old, step)
-
-
 def differences(
     samples: Sequence[Sample], old: Sequence[np.ndarray], ages: Sequence[np.ndarray] | None
 ) -> list[np.ndarray]:
@@ -109,58 +81,97 @@ def p999(gaps: Sequence[np.ndarray]) -> float:
     return float(np.quantile(joined, _FRACTION, method="higher")) if joined.size else 0.0
 
 
-def _stop(run: Run, batch: RolloutBatch, gaps: Sequence[np.ndarray], step: int) -> None:
-    limit, found = run.config.publish.tolerance_p999, p999(gaps)
-    if found <= limit:
-        return
-    run.step_log.event("mismatch", step=step, p999=found, limit=limit)
-    worst = batch.samples[int(means(gaps).argmax())].id
-    raise MismatchError(
-        f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
-        f"quantile (publish.tolerance_p999 = {limit:g}), most in sample {worst}: {_CAUSES}. Nothing of the "
-        "step was trained. See the servers' logs and what lies between; raise the tolerance only where two "
-        "sound engines differ by so much"
-    ).on_every_rank()
+@dataclass(frozen=True)
+class Mismatch:
+    """What a run does where its servers and its trainer disagree."""
 
+    action: str
+    """publish.mismatch_action"""
+    limit: float
+    """publish.tolerance_p999"""
+    step_log: StepLog
+    says: bool
+    """this rank tells the terminal"""
+    notices: Notices = field(default_factory=Notices)
 
-def _drop(
-    run: Run, batch: RolloutBatch, gaps: Sequence[np.ndarray], old: Sequence[np.ndarray], step: int
-) -> Screened:
-    """Without the samples whose log-probs differ by more than the limit in their mean.
+    def screen(
+        self,
+        batch: RolloutBatch,
+        step: int,
+        score: Callable[[Sequence[Sample]], list[np.ndarray]],
+        ages: Sequence[np.ndarray] | None,
+    ) -> Screened:
+        """What of `batch` is trained in `step`; collective, the same on every rank.
 
-    In the mean, since one token of a thousand may differ by more in a sound sample.
-    """
-    limit, mean = run.config.publish.tolerance_p999, means(gaps)
-    kept = np.flatnonzero(mean <= limit).tolist()
-    dropped = len(batch.samples) - len(kept)
-    if not kept:
+        With "stop" and "drop" the policy scores all samples first, so that nothing of a wrong one is trained.
+
+        Args:
+            score: the policy's log-probs of samples.
+            ages: [N] of [n_i] versions since each token was sampled; None where none is older.
+
+        Raises:
+            MismatchError: on every rank, with "stop" where 99.9 % of the log-probs are not within the limit,
+                with "drop" where no sample is left.
+        """
+        if self.action == "warn":
+            return Screened(batch)
+        old = score(batch.samples)
+        gaps = differences(batch.samples, old, ages)
+        if self.action == "stop":
+            self._stop(batch, gaps, step)
+            return Screened(batch, dict(enumerate(old)))
+        return self._drop(batch, gaps, old, step)
+
+    def _stop(self, batch: RolloutBatch, gaps: Sequence[np.ndarray], step: int) -> None:
+        limit, found = self.limit, p999(gaps)
+        if found <= limit:
+            return
+        self.step_log.event("mismatch", step=step, p999=found, limit=limit)
+        worst = batch.samples[int(means(gaps).argmax())].id
         raise MismatchError(
-            f"step {step}: the log-probs of all {dropped} samples differ from the trainer's by "
-            f"{mean.min():.2e} or more in the mean (publish.tolerance_p999 = {limit:g}), and none is left to "
-            f"train: {_CAUSES}. See the servers' logs and what lies between"
-        ).on_every_rank()
-    if dropped:
-        worst = int(mean.argmax())
-        run.step_log.event("mismatch", step=step, dropped=dropped, largest=mean[worst], limit=limit)
-        if run.mesh.is_main:
-            run.notices.say(
-                f"step {step}: {dropped} of {len(batch.samples)} samples dropped, whose log-probs differ "
-                f"from the trainer's by more than {limit:g} in the mean, by {mean[worst]:.2e} in "
-                f"{batch.samples[worst].id}: {_CAUSES}"
-            )
-    left = RolloutBatch(tuple(batch.samples[i] for i in kept), tuple(batch.group_ids[i] for i in kept))
-    return Screened(left, {number: old[i] for number, i in enumerate(kept)}, dropped)
-
-
-def notice(run: Run, step: int, metrics: Mapping[str, float | str]) -> None:
-    """Say it, and write an event, where what `step` trained was above the limit."""
-    found, limit = float(metrics.get("mismatch/p999", 0.0)), run.config.publish.tolerance_p999
-    if found <= limit:
-        return
-    run.step_log.event("mismatch", step=step, p999=found, limit=limit)
-    if run.mesh.is_main:
-        run.notices.say(
             f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
-            f"quantile (publish.tolerance_p999 = {limit:g}): {_CAUSES}; it was trained: "
-            'publish.mismatch_action = "stop" ends the run before, "drop" leaves such samples out'
-        )
+            f"quantile (publish.tolerance_p999 = {limit:g}), most in sample {worst}: {_CAUSES}. Nothing of "
+            "the step was trained. See the servers' logs and what lies between; raise the tolerance only "
+            "where two sound engines differ by so much"
+        ).on_every_rank()
+
+    def _drop(
+        self, batch: RolloutBatch, gaps: Sequence[np.ndarray], old: Sequence[np.ndarray], step: int
+    ) -> Screened:
+        """Without the samples whose log-probs differ by more than the limit in their mean.
+
+        In the mean, since one token of a thousand may differ by more in a sound sample.
+        """
+        limit, mean = self.limit, means(gaps)
+        kept = np.flatnonzero(mean <= limit).tolist()
+        dropped = len(batch.samples) - len(kept)
+        if not kept:
+            raise MismatchError(
+                f"step {step}: the log-probs of all {dropped} samples differ from the trainer's by "
+                f"{mean.min():.2e} or more in the mean (publish.tolerance_p999 = {limit:g}), and none is "
+                f"left to train: {_CAUSES}. See the servers' logs and what lies between"
+            ).on_every_rank()
+        if dropped:
+            worst = int(mean.argmax())
+            self.step_log.event("mismatch", step=step, dropped=dropped, largest=mean[worst], limit=limit)
+            if self.says:
+                self.notices.say(
+                    f"step {step}: {dropped} of {len(batch.samples)} samples dropped, whose log-probs differ "
+                    f"from the trainer's by more than {limit:g} in the mean, by {mean[worst]:.2e} in "
+                    f"{batch.samples[worst].id}: {_CAUSES}"
+                )
+        left = RolloutBatch(tuple(batch.samples[i] for i in kept), tuple(batch.group_ids[i] for i in kept))
+        return Screened(left, {number: old[i] for number, i in enumerate(kept)}, dropped)
+
+    def notice(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Say it, and write an event, where what `step` trained was above the limit."""
+        found, limit = float(metrics.get("mismatch/p999", 0.0)), self.limit
+        if found <= limit:
+            return
+        self.step_log.event("mismatch", step=step, p999=found, limit=limit)
+        if self.says:
+            self.notices.say(
+                f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
+                f"quantile (publish.tolerance_p999 = {limit:g}): {_CAUSES}; it was trained: "
+                'publish.mismatch_action = "stop" ends the run before, "drop" leaves such samples out'
+            )

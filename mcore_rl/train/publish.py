@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import WeightSyncError
+from mcore_rl.model.build import Model
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.dispatch import no_server_left
-from mcore_rl.train.batch import pack_share
-from mcore_rl.train.colocated import bring_back, restart_ended
-from mcore_rl.weights.transport import server_log_probs
+from mcore_rl.train.batch import Shape, pack_share
+from mcore_rl.train.run import Run
+from mcore_rl.train.servers import Servers
+from mcore_rl.weights.transport import Transport, server_log_probs
 
-if TYPE_CHECKING:
-    from mcore_rl.train.run import Run
-
+ServerScores = Mapping[str, list[list[float]]]
+"""url -> [sequences][tokens - 1] log-probs of the probe"""
 PROBE_TOKENS = 4096
-"""of a sequence: other weights show at once, and a server holds logits for every token that it scores"""
+"""of a sequence at most: other weights show at once, and a server holds logits for all that it scores"""
 
 
 def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str, float | str]:
@@ -37,35 +39,28 @@ def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str
         WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
         RolloutError: on every rank, when no server is left.
     """
-    version = str(step)
-    if run.ahead is not None:
-        run.ahead.expect(run, version)
-    with run.timers("publish"):
-        probe = probe_of(sequences, run.config.publish.probe_sequences)
-        stale = _scores(run, probe, f"{version}-before") if step and not run.fleet.released else {}
-        restart_ended(run)
-        bring_back(run, "weights")
-        away = dict(run.fleet.standing.lost)
-        failed = run.transport.publish(run.policy, run.fleet, version)
-        run.lose(failed)
-        bring_back(run, "kv_cache")
-        fresh = _scores(run, probe, f"{version}-after")
-        difference = _largest_differences(run, probe, [*fresh.values(), *stale.values()])
-    moved = {url: _change(fresh[url], stale[url]) for url in fresh.keys() & stale.keys()}
-    for url in (url for url in moved if moved[url] == 0 < max(moved.values())):
-        run.step_log.event("server_unmoved", url=url, version=version)
-    differences, before = dict(zip(fresh, difference, strict=False)), max(difference[len(fresh) :], default=0)
-    check_close(version, differences, before, run.config.publish.tolerance_max)
-    if run.ahead is not None:
-        run.ahead.serve(run)
-    for url in away.keys() & fresh.keys():
-        run.step_log.event("server_returned", url=url, version=version)
+    version, trainer, servers = str(step), run.trainer, run.servers
+    run.generation.expect(version)
+    with trainer.timers("publish"):
+        probe = probe_of(sequences, trainer.config.publish.probe_sequences)
+        previous = step > 0 and not servers.fleet.released
+        before = measure(trainer.mesh, servers, probe, f"{version}-before") if previous else {}
+        lost = send(run.transport, trainer.policy, servers, version)
+        after = measure(trainer.mesh, servers, probe, f"{version}-after")
+        gaps = differences(trainer.policy, trainer.shape, probe, after, before)
+    moved = changes(after, before)
+    for url in unmoved(moved):
+        trainer.step_log.event("server_unmoved", url=url, version=version)
+    check_close(version, gaps.after, gaps.largest_before, trainer.config.publish.tolerance_max)
+    run.generation.serve()
+    for url in lost & after.keys():
+        trainer.step_log.event("server_returned", url=url, version=version)
     metrics: dict[str, float | str] = {
         "weight_version": version,
-        "publish/probe_max_abs": max(difference[: len(fresh)]),
-        "rollout/servers": len(run.fleet.serving),
+        "publish/probe_max_abs": max(gaps.after.values()),
+        "rollout/servers": len(servers.fleet.serving),
     }
-    metrics |= {"publish/stale_max_abs": max(difference[len(fresh) :])} if stale else {}
+    metrics |= {"publish/stale_max_abs": gaps.largest_before} if before else {}
     return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
 
 
@@ -78,29 +73,72 @@ def probe_of(sequences: Iterable[Sequence[int]], count: int) -> list[Sequence[in
     return list(islice(cut, count))
 
 
-def _scores(run: Run, probe: Sequence[Sequence[int]], tag: str) -> dict[str, list[list[float]]]:
-    """Of every server that serves: url -> [sequences][tokens - 1]. Servers that do not answer are lost."""
-    scores, failed = on_main(run.mesh, lambda: server_log_probs(run.fleet.serving, probe, tag))
-    run.lose(failed)
+def measure(mesh: Mesh, servers: Servers, probe: Sequence[Sequence[int]], tag: str) -> ServerScores:
+    """The log-probs of the probe by every server that serves; collective. Those that give none are lost."""
+    fleet = servers.fleet
+    scores, failed = on_main(mesh, lambda: server_log_probs(fleet.serving, probe, tag))
+    servers.lose(failed)
     if not scores:
-        raise no_server_left(run.fleet.standing.lost).on_every_rank()
+        raise no_server_left(fleet.status.lost).on_every_rank()
     return scores
 
 
-def _largest_differences(
-    run: Run, probe: Sequence[Sequence[int]], scores: list[list[list[float]]]
-) -> list[float]:
-    """Largest |Megatron - server| of each entry of `scores`, over the rows of all ranks."""
+def send(transport: Transport, policy: Model, servers: Servers, version: str) -> set[str]:
+    """Every server that answers takes the weights; collective. Returns those that were lost before."""
+    servers.restart_ended()
+    servers.bring_back("weights")
+    lost = set(servers.fleet.status.lost)
+    servers.lose(transport.publish(policy, servers.fleet, version))
+    servers.bring_back("kv_cache")
+    return lost
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Largest differences of servers' log-probs to those of the trainer's present weights."""
+
+    after: Mapping[str, float]
+    """by url, under the weights that were published"""
+    before: Mapping[str, float]
+    """by url, under the weights before"""
+
+    @property
+    def largest_before(self) -> float:
+        """Of all servers; 0 where none was asked."""
+        return max(self.before.values(), default=0.0)
+
+
+def differences(
+    policy: Model, shape: Shape, probe: Sequence[Sequence[int]], after: ServerScores, before: ServerScores
+) -> Gaps:
+    """Compare with the trainer's log-probs of the probe, in one forward pass; collective."""
+    asked = {("after", url): score for url, score in after.items()}
+    asked |= {("before", url): score for url, score in before.items()}
+    fields = {str(number): score for number, score in enumerate(asked.values())}
     sequences = [TokenSequence(tokens[:1], tokens[1:]) for tokens in probe]
-    fields = {str(i): score for i, score in enumerate(scores)}
-    batches = pack_share(sequences, fields, run.shape, run.mesh)
+    batches = pack_share(sequences, fields, shape, policy.mesh)
     worst = {name: torch.tensor(-torch.inf, dtype=torch.float64) for name in fields}
-    for batch, head in forward(run.policy, batches, temperature=1.0):
+    for batch, head in forward(policy, batches, temperature=1.0):
         for name in fields if head.log_prob.numel() else ():
             gap = (head.log_prob - batch.fields[name]).abs().max().double()
             worst[name] = torch.maximum(worst[name], gap.cpu())
-    reduced = reduce_maxima(run.mesh, worst)
-    return [reduced[name].item() for name in fields]
+    reduced = reduce_maxima(policy.mesh, worst)
+    found = dict(zip(asked, (reduced[name].item() for name in fields), strict=True))
+    return Gaps(
+        after={url: found["after", url] for url in after},
+        before={url: found["before", url] for url in before},
+    )
+
+
+def changes(after: ServerScores, before: ServerScores) -> dict[str, float]:
+    """By how much the publish changed the log-probs of each server that was asked before and after it."""
+    return {url: _change(after[url], before[url]) for url in after.keys() & before.keys()}
+
+
+def unmoved(moved: Mapping[str, float]) -> list[str]:
+    """The servers whose log-probs did not change at all, while those of another one did."""
+    largest = max(moved.values(), default=0.0)
+    return [url for url, change in moved.items() if change == 0 < largest]
 
 
 def _change(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]]) -> float:

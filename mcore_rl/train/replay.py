@@ -1,6 +1,6 @@
 """`mcore-rl train CONFIG.toml --replay DUMP`: one recorded micro-batch alone, and its first non-finite value.
 
-No servers, no optimizer, nothing written but events.jsonl. DUMP is what train.update left.
+No servers, no optimizer, nothing written but events.jsonl. DUMP is what train.dump kept.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.checkpoint import Checkpoints, Saved, find, fp8_pieces, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.step import Loss, forward_backward
+from mcore_rl.parallel.control import of_all
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
 from mcore_rl.terminal import printable
 from mcore_rl.train.batch import align_of
+from mcore_rl.train.dump import alone, from_json
 from mcore_rl.train.ending import recorded
 from mcore_rl.train.finite import Finding, Inspector
 from mcore_rl.train.objective import PolicyObjective, ValueObjective
@@ -33,7 +33,6 @@ from mcore_rl.train.setup import (
     world_size,
 )
 from mcore_rl.train.supervised import NegativeLogLikelihood
-from mcore_rl.train.update import alone, from_json
 from mcore_rl.train.watchdog import collective_timeout
 
 
@@ -101,9 +100,7 @@ def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
 
 
 def _gathered(mesh: Mesh, findings: list[Finding]) -> list[Finding]:
-    everyone: list[list[Finding]] = [[]] * mesh.layout.world_size
-    dist.all_gather_object(everyone, findings, group=mesh.world)
-    return sorted(finding for its in everyone for finding in its)
+    return sorted(finding for its in of_all(mesh, findings) for finding in its)
 
 
 def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[Finding]) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mcore_rl.checkpoint import Checkpoints, Saved, seed_rng
+from mcore_rl.checkpoint import seed_rng
 from mcore_rl.config import Config
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
@@ -32,92 +31,34 @@ from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.hf_files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
-from mcore_rl.model.residency import Offloaded, Residency, state_of
+from mcore_rl.model.residency import Offloaded, Part, state_of
 from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
-from mcore_rl.terminal import printable
 from mcore_rl.train.batch import Shape, align_of
 from mcore_rl.train.checkpoint import (
-    Stateful,
     check_what_is_left,
     find_start,
     leave_when_asked,
     open_checkpoints,
 )
-from mcore_rl.train.data import check_batch, count_dropped, response_of
+from mcore_rl.train.data import check_batch, response_of, say_dropped
 from mcore_rl.train.ending import recorded
-from mcore_rl.train.rundir import Identity, identity_of
+from mcore_rl.train.rundir import identity_of
+from mcore_rl.train.trainer import Attempt, Trainer
 from mcore_rl.train.watchdog import Watchdog, collective_timeout
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """a tokenizer has one of them"""
 
 
-@dataclass
-class Trainer:
-    """A model in training on this rank, and where its run is written."""
-
-    config: Config
-    mesh: Mesh
-    policy: Model
-    optimizer: Optimizer
-    shape: Shape
-    tokenizer: PreTrainedTokenizerBase
-    prompts: PromptSet
-    """training prompts"""
-    cursor: PromptCursor
-    """walks them; the same position on every rank"""
-    timers: Timers
-    step_log: StepLog
-    progress: Progress
-    optimizers: dict[str, Optimizer]
-    """prefix of its tensors in a checkpoint -> the optimizer of each model in training"""
-    frozen: dict[str, Model]
-    """prefix -> a model that only scores"""
-    stateful: dict[str, Stateful]
-    """what else a checkpoint holds, by name"""
-    checkpoints: Checkpoints | None
-    """None where nothing is saved or resumed"""
-    saved: Saved | None
-    """what the run continues from"""
-    identity: Identity
-    """which run it is; the main rank's counts"""
-    leave: threading.Event
-    """set when this rank is asked to leave"""
-    residency: Residency
-    """what of it is on the device, and when"""
-    watchdog: Watchdog | None
-    """ends the process when no step is finished; None where nobody waits for this run"""
-    counted: dict[str, float] = field(default_factory=dict, kw_only=True)
-    """metrics of the prompt files, which the first step is logged with"""
-
-    @property
-    def step(self) -> int:
-        """The step that the run continues after; 0 at the beginning."""
-        return self.saved.step if self.saved is not None else 0
-
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Write a step to metrics.jsonl and say it on the main rank."""
-        record = {**metrics, **self.timers.collect()}
-        on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
-        if self.mesh.is_main:
-            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
-        self.reached(f"step {step}")
-
-    def reached(self, what: str) -> None:
-        """The run goes on: the watchdog's clock starts again."""
-        if self.watchdog is not None:
-            self.watchdog.progress(what)
-
-
 @contextmanager
 def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -> Iterator[Trainer]:
     """Join the process group, build the model at the config's layout, open the run directory; undone on exit.
 
-    The caller adds what it trains besides to `optimizers` and `stateful`, then calls `checkpoint.restore`.
+    The caller builds what it trains besides, then calls `checkpoint.restore`.
 
     Args:
         optimizer_steps: of the whole run; a decaying learning rate reaches 0 there.
@@ -138,20 +79,20 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 watched(config, mesh) as watchdog,
                 open_checkpoints(config, mesh, resume) as checkpoints,
             ):
-                saved = find_start(config, mesh, resume)
+                saved, leave = find_start(config, mesh, resume), threading.Event()
                 check_what_is_left(config, saved)
-                trainer = build_trainer(config, mesh, optimizer_steps, keep_log=saved is not None)
-                trainer.checkpoints, trainer.saved, trainer.watchdog = checkpoints, saved, watchdog
-                trainer.identity = on_main(mesh, lambda: identity_of(config, saved))
-                trainer.reached("the model was built")
-                with leave_when_asked(active=bool(config.checkpoint.every)) as trainer.leave:
+                identity = on_main(mesh, lambda: identity_of(config, saved))
+                attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity)
+                trainer = build_trainer(config, mesh, attempt, optimizer_steps)
+                attempt.reached("the model was built")
+                with leave_when_asked(leave, active=bool(config.checkpoint.every)):
                     yield trainer
         finally:
             destroy_mesh()
 
 
-def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log: bool = False) -> Trainer:
-    """The parts of a run at `mesh`; every rank calls it. An older log is replaced, unless `keep_log`."""
+def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps: int) -> Trainer:
+    """The parts of a run at `mesh`; every rank calls it. A run that begins replaces an older log."""
     seed_rng(config.run.seed)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
@@ -164,32 +105,24 @@ def build_trainer(config: Config, mesh: Mesh, optimizer_steps: int, *, keep_log:
         ddp=trained_ddp(config),
     )
     check_gradient_scale(policy)
-    optimizer = optimizer_of(config, policy, optimizer_steps)
-    cursor = PromptCursor(prompts, config.run.seed)
-    trainer = Trainer(
+    resume_step = None if attempt.saved is None else sys.maxsize
+    step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
+    if mesh.is_main:
+        say_dropped(config, step_log, "train", prompts)
+    return Trainer(
         config=config,
         mesh=mesh,
+        attempt=attempt,
         policy=policy,
-        optimizer=optimizer,
+        optimizer=optimizer_of(config, policy, optimizer_steps),
         shape=shape_of(config, mesh),
         tokenizer=tokenizer,
         prompts=prompts,
-        cursor=cursor,
+        cursor=PromptCursor(prompts, config.run.seed),
         timers=Timers(),
-        step_log=StepLog(config.run.dir, rank=mesh.rank, resume_step=sys.maxsize if keep_log else None),
+        step_log=step_log,
         progress=Progress(config.train.steps),
-        optimizers={"": optimizer},
-        frozen={},
-        stateful={"cursor": cursor},
-        checkpoints=None,
-        saved=None,
-        identity=identity_of(config, None),
-        leave=threading.Event(),
-        residency=Residency(),
-        watchdog=None,
     )
-    count_dropped(trainer, "train", prompts)
-    return trainer
 
 
 @contextmanager
@@ -321,12 +254,14 @@ def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = No
     )
 
 
-def offload_optimizers(trainer: Trainer) -> None:
+def offloaded_optimizers(config: Config, optimizers: Mapping[str, Optimizer]) -> dict[str, Part]:
     """After `restore`: their state waits in host memory from now on, where [residency] says so."""
-    if trainer.config.residency.optimizer == "offloaded":
-        for prefix, optimizer in trainer.optimizers.items():
-            name = "critic_optimizer" if prefix else "optimizer"
-            trainer.residency.parts[name] = Offloaded(partial(state_of, optimizer))
+    if config.residency.optimizer == "resident":
+        return {}
+    return {
+        "critic_optimizer" if prefix else "optimizer": Offloaded(partial(state_of, optimizer))
+        for prefix, optimizer in optimizers.items()
+    }
 
 
 def shape_of(config: Config, mesh: Mesh) -> Shape:

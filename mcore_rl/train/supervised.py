@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +15,16 @@ from mcore_rl.algo.metrics import Key, Mean, Total
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
+from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.train.batch import pack_share
-from mcore_rl.train.checkpoint import end_step, restore
+from mcore_rl.train.checkpoint import Contents, end_step, restore
+from mcore_rl.train.data import data_metrics
+from mcore_rl.train.dump import keep_broken
 from mcore_rl.train.metrics import Gathered, HeadGradient, read
 from mcore_rl.train.objective import Parts
-from mcore_rl.train.setup import Trainer, offload_optimizers, start_trainer
+from mcore_rl.train.setup import offloaded_optimizers, start_trainer
+from mcore_rl.train.trainer import Trainer
 from mcore_rl.train.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
 from mcore_rl.weights.disk import export
@@ -29,31 +34,45 @@ HEAD = Key("head", HeadGradient(None))
 
 def train_supervised(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model."""
-    with start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as run:
-        restore(run)
-        offload_optimizers(run)
-        for step in range(run.step + 1, config.train.steps + 1):
-            with run.timers("train"):
-                metrics = train_step(run, run.cursor.next(config.supervised.batch_size), step)
-            run.log(step, metrics | (run.counted if step == 1 else {}))
-            end_step(run, step)
-        export(run.policy, config.run.dir / "model")
+    with start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as trainer:
+        contents = Contents({"": trainer.optimizer}, {}, {"cursor": trainer.cursor})
+        restore(trainer, contents)
+        residency = Residency(offloaded_optimizers(config, contents.optimizers))
+        for step in range(trainer.attempt.step + 1, config.train.steps + 1):
+            with trainer.timers("train"):
+                prompts = trainer.cursor.next(config.supervised.batch_size)
+                metrics = train_step(trainer, residency, prompts, step)
+            counted = data_metrics("train", trainer.prompts) if step == 1 else {}
+            trainer.log(step, metrics | counted)
+            end_step(trainer, contents, residency, step)
+        export(trainer.policy, config.run.dir / "model")
 
 
-def train_step(run: Trainer, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
+def train_step(
+    trainer: Trainer, residency: Residency, prompts: Sequence[Prompt], step: int
+) -> dict[str, float]:
     """One optimizer step on whole sequences; the loss is the mean over the label tokens of all replicas.
 
     Raises:
         NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics), or the gradient
             is not finite.
     """
-    sequences = [TokenSequence(prompt.token_ids, label_tokens(run.tokenizer, prompt)) for prompt in prompts]
+    tokenizer, mesh = trainer.tokenizer, trainer.mesh
+    sequences = [TokenSequence(prompt.token_ids, label_tokens(tokenizer, prompt)) for prompt in prompts]
     tokens = sum(sequence.scored for sequence in sequences)
     fields = {"weight": [1.0 / tokens] * len(sequences), "sample": range(len(sequences))}
-    batches = pack_share(sequences, fields, run.shape, run.mesh)
-    objective, ids = NegativeLogLikelihood(), [prompt.id for prompt in prompts]
-    sums, norm = run_update(run, Update("supervised", step, run.optimizer, objective, batches, 1.0, ids))
-    totals = Gathered(sums).reduce(run.mesh)
+    update = Update(
+        kind="supervised",
+        step=step,
+        optimizer=trainer.optimizer,
+        objective=NegativeLogLikelihood(),
+        batches=pack_share(sequences, fields, trainer.shape, mesh),
+        temperature=1.0,
+        ids=[prompt.id for prompt in prompts],
+    )
+    explain = partial(keep_broken, trainer.config, trainer.shape.align)
+    sums, norm = run_update(update, residency, explain)
+    totals = Gathered(sums).reduce(mesh)
     check_surprise(gradient_scale(totals[HEAD]))
     metrics = read(totals, updates=1)
     return {

@@ -84,7 +84,7 @@ class Disk:
         forms = encoded_forms(model.mapping, self._encoding, torch.float32)
         expected = {name: shape for name, (shape, _) in forms.items()}
         failed = on_main(model.mesh, lambda: publish_directory(fleet, target, version, expected))
-        fleet.standing = on_main(model.mesh, lambda: fleet.standing)
+        fleet.status = on_main(model.mesh, lambda: fleet.status)
         fleet.version = version
         return failed
 
@@ -119,7 +119,7 @@ class Changes:
             self._writer.forget()
         export(model, target, encoding=self._encoding, open_file=self._writer.open)
         failed = on_main(model.mesh, lambda: self._hand_over(fleet, target, version))
-        fleet.standing = on_main(model.mesh, lambda: fleet.standing)
+        fleet.status = on_main(model.mesh, lambda: fleet.status)
         fleet.version = version
         return failed
 
@@ -140,7 +140,7 @@ class Changes:
         loaded, failed = asyncio.run(on_each(clients, lambda client: self._load(client, version)))
         if not loaded:
             raise nobody(fleet, version, failed)
-        fleet.settle(loaded, target)
+        fleet.mark_published(loaded, target)
         return failed
 
     async def _load(self, client: RolloutClient, version: str) -> None:
@@ -295,7 +295,7 @@ def publish_directory(
     loaded, failed = asyncio.run(on_each(clients, lambda client: load_from_disk(client, target, version)))
     if not loaded:
         raise nobody(fleet, version, failed)
-    fleet.settle(loaded, target)
+    fleet.mark_published(loaded, target)
     return failed
 
 

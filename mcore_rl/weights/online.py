@@ -50,7 +50,7 @@ def publish_online(
     mesh, export = model.mesh, export_of(model, encoding)
     plan = plan_of(export, bucket_bytes)
     sizes, failed = on_main(mesh, lambda: _open(fleet))
-    mine = servers_of(mesh.copy, mesh.layout.copies, fleet.standing.urls)
+    mine = servers_of(mesh.copy, mesh.layout.copies, fleet.status.urls)
     for turn in range(max(of_all(mesh, len(plan.owners)))):
         alive = {fleet.client(url): size for url, size in sizes.items() if url not in failed}
         if not alive:
@@ -62,7 +62,7 @@ def publish_online(
     failed |= unended
     if not loaded:
         raise nobody(fleet, version, failed)
-    fleet.standing = on_main(mesh, lambda: fleet.settle(loaded))
+    fleet.status = on_main(mesh, lambda: fleet.mark_published(loaded))
     fleet.version = version
     return failed
 

@@ -36,7 +36,7 @@ class Transport(Protocol):
 
 def nobody(fleet: Fleet, version: str, failed: Mapping[str, str]) -> WeightSyncError:
     """The error of a publish that reached no server; `failed`: url -> why."""
-    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.standing.lost, **failed}.items())
+    reasons = "".join(f"\n  {url}: {why}" for url, why in {**fleet.status.lost, **failed}.items())
     return WeightSyncError(f"no server has loaded version {version}:{reasons}").on_every_rank()
 
 

@@ -88,3 +88,22 @@ def test_no_token_is_older_than_the_bound_and_the_counts_add_up(task: Task, tmp_
 def prompts(directory: Path) -> list[str]:
     """Of the third step."""
     return [json.loads(line)["prompt"] for line in (directory / SHOWN).read_text().splitlines()]
+
+
+def test_a_run_goes_on_under_another_bound_where_nothing_is_in_flight(task: Task, tmp_path: Path) -> None:
+    """Asynchronous, then taking turns, then asynchronous again; with groups in flight it is refused."""
+    take_turns = ("--rollout.max_staleness", "0", "--resume", "latest")
+    first = run(*gspo(task, tmp_path, "--train.steps", "1", "--checkpoint.every", "1"))
+    assert first.returncode == 0, first.stderr
+    second = run(*gspo(task, tmp_path, "--train.steps", "2", "--checkpoint.every", "1", *take_turns))
+    assert second.returncode == 0, second.stderr
+    third = run(*gspo(task, tmp_path, "--train.steps", "4", "--checkpoint.every", "1", "--resume", "latest"))
+    assert third.returncode == 0, third.stderr
+    lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["async/asked" in line for line in lines] == [True, False, True, True]
+    trained = [line.get("async/trained") for line in lines]
+    assert trained == [PROMPTS * EACH, None, 3 * PROMPTS * EACH, 4 * PROMPTS * EACH]
+    refused = run(*gspo(task, tmp_path, *take_turns[:2], "--resume", "previous"))
+    assert refused.returncode == 2
+    assert f"holds {PROMPTS} groups of samples in flight" in refused.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from mcore_rl.checkpoint import find
 from mcore_rl.metrics import read_metrics
-from mcore_rl.train.ahead import _reply
+from mcore_rl.rollout.saved import reply_from_json
 from tests.e2e.conftest import Task, run
 from tests.e2e.test_async import gspo, task  # noqa: F401 a fixture
 
@@ -47,7 +47,7 @@ def test_a_run_replays_and_saves_what_is_in_flight(task: Task, tmp_path: Path) -
     assert replies, "nothing had finished"
     chosen: set[int] = set()
     for reply in replies:
-        experts = _reply(reply, routed=True).experts
+        experts = reply_from_json(reply, routed=True).experts
         assert experts is not None
         assert len(experts) > len(reply["token_ids"])
         assert not experts[:, 0].any()

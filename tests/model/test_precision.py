@@ -18,9 +18,9 @@ from mcore_rl.data.packing import TokenSequence, pack
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import precision as here
 from mcore_rl.model.architecture import Architecture, read_architecture
-from mcore_rl.model.block import PORTABLE, layer_spec, parts_of
+from mcore_rl.model.block import layer_spec, parts_of
 from mcore_rl.model.mapping import ParameterMap, canonical
-from mcore_rl.model.portable import PackedAttention, RMSNorm
+from mcore_rl.model.portable import PORTABLE, PackedAttention, RMSNorm
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
 from mcore_rl.model.spec import DTYPES, padded_vocab, transformer_config
 from mcore_rl.parallel.context import local_tokens

@@ -221,18 +221,18 @@ def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
     again = pair[0].process
     fleet.restart_lost()
     assert pair[0].process is again, "it was starting and was started once more"
-    assert pair[0].url in fleet.standing.lost
-    assert old not in fleet.standing.urls
+    assert pair[0].url in fleet.status.lost
+    assert old not in fleet.status.urls
     assert [client.url for client in fleet.serving] == [pair[1].url]
     wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
     assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
-    again_lost = fleet.standing.lost[pair[0].url]
+    again_lost = fleet.status.lost[pair[0].url]
     assert again_lost == f"started anew, not published to yet; it was {old}, lost because: killed"
     copies = [tmp_path / name for name in ("1", "2")]
     for copy in copies:
         copy.mkdir()
     fleet.published.append(copies[0])
-    fleet.settle([server.url for server in pair], copies[1])
+    fleet.mark_published([server.url for server in pair], copies[1])
     assert len(fleet.serving) == 2
     assert fleet.published == [copies[1]]
     assert not copies[0].exists()
@@ -246,13 +246,13 @@ def test_a_server_that_was_started_anew_is_not_given_the_reason_of_its_former_ad
     fleet.lose({first: f"{first}/generate: no reply"})
     for number in (3, 4):
         fleet._rename(0, f"http://127.0.0.1:{number}")
-    lost = dict(fleet.standing.lost)
+    lost = dict(fleet.status.lost)
     assert lost == {"http://127.0.0.1:4": f"{anew}; it was {first}, lost because: {first}/generate: no reply"}
     assert f"\n  http://127.0.0.1:4: {anew}; it was {first}" in str(no_server_left(lost))
-    fleet.settle(["http://127.0.0.1:4"])
+    fleet.mark_published(["http://127.0.0.1:4"])
     fleet.lose({"http://127.0.0.1:4": "killed"})
     fleet._rename(0, "http://127.0.0.1:5")
-    assert fleet.standing.lost == {
+    assert fleet.status.lost == {
         "http://127.0.0.1:5": f"{anew}; it was http://127.0.0.1:4, lost because: killed"
     }, "what it was before it served again is no news"
 

@@ -12,7 +12,7 @@ import pytest
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import Reply, RolloutClient, call
 from mcore_rl.rollout.dispatch import Dispatch, Request
-from mcore_rl.rollout.inflight import Group, InFlight
+from mcore_rl.rollout.inflight import InFlight, PendingGroup
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.weights.disk import load_from_disk
 from tests.rollout.proxy import Proxy, hang, proxy, proxy_beside, status
@@ -21,10 +21,12 @@ from tests.rollout.support import largest_error, log_probs_of, running, wait_unt
 LENGTH = 300
 
 
-def group(name: str, length: int = LENGTH, version: int = 0) -> Group:
+def group(name: str, length: int = LENGTH, version: int = 0) -> PendingGroup:
     """Two samples of one prompt."""
     params = {"max_new_tokens": length, "ignore_eos": True, "sampling_seed": int(name)}
-    return Group(name, version, Request([[int(name), 3]] * 2, [params] * 2, [f"{name}/0", f"{name}/1"]))
+    return PendingGroup(
+        name, version, Request([[int(name), 3]] * 2, [params] * 2, [f"{name}/0", f"{name}/1"])
+    )
 
 
 @contextmanager
@@ -96,6 +98,28 @@ def test_after_a_publish_the_old_weights_may_not_answer(zero: str) -> None:
         groups.add([group("5", 4, version=1)])
         with pytest.raises(RolloutError, match=r"serves weight version \['0'\], not '1'"):
             groups.take(1)
+
+
+def test_groups_of_one_call_arrive_each_with_its_own_samples(zero: str) -> None:
+    """As where nothing is trained before all have arrived; what no schedule knows is asked alike."""
+
+    async def go() -> tuple[int, int]:
+        async with proxy(zero) as seen:
+            return await asyncio.to_thread(work, seen)
+
+    def work(seen: Proxy) -> tuple[int, int]:
+        with in_flight([seen.url], groups=4) as groups:
+            groups.add([group(str(name), 4) for name in range(4)], per_call=3)
+            for name, replies in groups.take(1).replies.items():
+                every_sample_once(replies, name, 4)
+            first = len(seen.bodies("/generate"))
+            answers = groups.ask([group(str(name), 4).request for name in range(8, 13)], per_call=2)
+            for name, replies in zip(range(8, 13), answers, strict=True):
+                every_sample_once(replies, str(name), 4)
+            assert groups.groups() == []
+            return first, len(seen.bodies("/generate"))
+
+    assert asyncio.run(go()) == (2, 5)
 
 
 def test_the_early_stop_ends_what_no_step_can_train(zero: str) -> None:

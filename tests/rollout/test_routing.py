@@ -23,8 +23,9 @@ from mcore_rl.rollout.local import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from mcore_rl.rollout.routing import encode_experts, parse_experts
 from mcore_rl.rollout.sampler import build_group, group_request
-from mcore_rl.train.ahead import _reply, _saved, _unrouted
-from mcore_rl.train.run import local_servers, replayed_experts
+from mcore_rl.rollout.saved import kept_replies, reply_from_json, reply_to_json
+from mcore_rl.train.assemble import replayed_experts
+from mcore_rl.train.assemble_servers import local_servers
 from mcore_rl.types import ExpertLayers, Prompt
 from tests.rollout.proxy import damaged, proxy
 from tests.rollout.support import build_moe_model, save_model
@@ -95,7 +96,7 @@ def moe_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 async def ask(client: RolloutClient, experts: ExpertLayers | None = OF_MODEL) -> list[Reply]:
     params = {"max_new_tokens": 12, "ignore_eos": True}
-    request = group_request([(PROMPT, "p@1")], 3, params, seed=0, experts=experts)
+    request = group_request(PROMPT, "p@1", 3, params, seed=0, experts=experts)
     rids = [f"{rid}-{id(client)}" for rid in request.rids]
     return await client.generate(request.prompts, request.sampling_params, rids, experts=request.experts)
 
@@ -108,6 +109,12 @@ def chosen_by_transformers(reply: Reply) -> np.ndarray:
     return np.stack([one.topk(2).indices.sort(-1).values[:-1].numpy() for one in logits], axis=1)
 
 
+def kept(*replies: dict[str, Any]) -> list[Reply] | None:
+    """What a run with routing replay keeps of a saved group."""
+    saved = {"id": "p@1", "version": 0, "replies": replies}
+    return kept_replies(saved, version=0, max_staleness=1, max_new_tokens=12, routed=True)
+
+
 def test_experts_are_those_of_the_model_and_reach_the_trainer(moe_url: str) -> None:
     replies = call(RolloutClient(moe_url), ask)
     group = build_group("p@1", PROMPT, replies, str)
@@ -118,14 +125,14 @@ def test_experts_are_those_of_the_model_and_reach_the_trainer(moe_url: str) -> N
         assert sample.experts is not None
         assert np.array_equal(np.sort(sample.experts, -1), wanted)
         assert not np.array_equal(np.sort(sample.experts, -1)[1:], wanted[:-1]), "the control: a token late"
-        saved = json.loads(json.dumps(_saved(reply)))
-        restored = _reply(saved, routed=True)
+        saved = json.loads(json.dumps(reply_to_json(reply)))
+        restored = reply_from_json(saved, routed=True)
         assert restored.experts is not None
         assert (restored.experts.dtype, restored.token_ids) == (np.uint8, reply.token_ids)
         assert np.array_equal(restored.experts, sample.experts)
-        assert _reply(saved, routed=False).experts is None
-        assert not _unrouted({"replies": [saved]})
-        assert _unrouted({"replies": [saved, saved | {"experts": None}]})
+        assert reply_from_json(saved, routed=False).experts is None
+        assert kept(saved) is not None
+        assert kept(saved, saved | {"experts": None}) is None, "sampled before routing was replayed"
     plain = call(RolloutClient(moe_url), lambda client: ask(client, None))
     assert all(reply.experts is None for reply in plain)
 

@@ -9,7 +9,8 @@ import pytest
 
 from mcore_rl.rollout import sampler
 from mcore_rl.rollout.client import RolloutClient, call, reply_bytes
-from mcore_rl.rollout.sampler import sample_groups, sample_seed
+from mcore_rl.rollout.dispatch import join
+from mcore_rl.rollout.sampler import build_group, group_request, sample_seed
 from mcore_rl.types import Group, Prompt, VersionSpan
 from tests.rollout.proxy import proxy
 from tests.rollout.support import http, running, wait_until
@@ -24,15 +25,16 @@ def decode(ids: object) -> str:
 async def ask(
     client: RolloutClient, prompts: list[Prompt] = PROMPTS, *, step: int = 4, seed: int = 1, **params: int
 ) -> list[Group]:
-    return await sample_groups(
-        lambda request: client.generate(request.prompts, request.sampling_params, request.rids),
-        prompts,
-        step=step,
-        samples_per_prompt=4,
-        sampling_params={"max_new_tokens": 5} | params,
-        tokenizer_decode=decode,
-        seed=seed,
-    )
+    """Four samples of every prompt, in as few calls as there may be."""
+    sampling = {"max_new_tokens": 5} | params
+    asked = [group_request(p, f"{p.id}@{step}", 4, sampling, seed=seed) for p in prompts]
+    size = sampler.groups_per_call(prompts, 4, sampling)
+    calls = [join(asked[i : i + size]) for i in range(0, len(asked), size)]
+    parts = await asyncio.gather(*(client.generate(c.prompts, c.sampling_params, c.rids) for c in calls))
+    replies = [reply for part in parts for reply in part]
+    return [
+        build_group(f"{p.id}@{step}", p, replies[4 * i : 4 * i + 4], decode) for i, p in enumerate(prompts)
+    ]
 
 
 def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
@@ -53,8 +55,8 @@ def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
 def test_samples_depend_on_seed_and_step_but_not_on_who_asks(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tokens(*rollouts: list[Group]) -> list[tuple[int, ...]]:
-        return [tuple(s.token_ids) for groups in rollouts for group in groups for s in group.samples]
+    def tokens(*rounds: list[Group]) -> list[tuple[int, ...]]:
+        return [tuple(s.token_ids) for groups in rounds for group in groups for s in group.samples]
 
     client = RolloutClient(url)
     whole = tokens(call(client, ask))

@@ -14,14 +14,14 @@ from mcore_rl.config import Config
 from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
 from mcore_rl.metrics import read_metrics
 from mcore_rl.parallel.launch import Pool
-from mcore_rl.parallel.mesh import Layout, destroy_mesh
+from mcore_rl.parallel.mesh import Layout
 from mcore_rl.train.batch import RolloutBatch, token_sequence
 from mcore_rl.train.loop import learn
 from mcore_rl.train.mismatch import Notices, differences, means, p999
 from mcore_rl.train.run import Run
 from mcore_rl.train.score import log_probs
 from mcore_rl.types import Prompt, Sample
-from tests.train.test_ppo import build_run, config, recorded, weights
+from tests.train.test_ppo import built_run, config, recorded, weights
 
 __all__ = ["config"]
 LAYOUTS = [Layout(tensor=2), Layout(data=2), Layout(context=2)]
@@ -31,7 +31,7 @@ def honest(run: Run) -> RolloutBatch:
     """Test_ppo's recorded rollout, as a server with the trainer's weights would have scored it."""
     batch = recorded(run)
     sequences = [token_sequence(sample) for sample in batch.samples]
-    own = log_probs(run.policy, sequences, run.shape, run.temperature)
+    own = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
     samples = [replace(s, log_probs=scores.copy()) for s, scores in zip(batch.samples, own, strict=True)]
     return replace(batch, samples=tuple(samples))
 
@@ -51,8 +51,7 @@ def spoiled(batch: RolloutBatch) -> tuple[RolloutBatch, list[int]]:
 def learned(config: Config, layout: Layout, directory: Path, action: str, which: str) -> dict[str, Any]:
     """A step on the `which` of honest, spoiled or left: what it said and how the weights are. For ranks."""
     publish = config.publish.model_copy(update={"mismatch_action": action})
-    run = build_run(config.model_copy(update={"publish": publish}), layout, directory)
-    try:
+    with built_run(config.model_copy(update={"publish": publish}), layout, directory) as run:
         before, batch = weights(run), honest(run)
         wrong, places = spoiled(batch)
         kept = [i for i in range(len(batch.samples)) if i not in places]
@@ -67,8 +66,6 @@ def learned(config: Config, layout: Layout, directory: Path, action: str, which:
         found["after"] = after
         found["moved"] = max((float((after[n] - before[n]).abs().max()) for n in after), default=0.0)
         return found
-    finally:
-        destroy_mesh()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2", "dp2", "cp2"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +13,23 @@ from torch import Tensor
 
 from examples.arithmetic import main as write_task
 from mcore_rl.algo.algorithms import configure
+from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, load_config
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.residency import Residency
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
-from mcore_rl.rewards import load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.reply import ANY_VOCABULARY
+from mcore_rl.train.assemble import build_models, build_run, waiting_parts
 from mcore_rl.train.batch import RolloutBatch, build_batch
-from mcore_rl.train.judge import Judge, place_reward_model
+from mcore_rl.train.checkpoint import open_checkpoints, restore
 from mcore_rl.train.loop import learn
 from mcore_rl.train.metrics import ON_POLICY_RATIO, GradientAlert
-from mcore_rl.train.objective import PolicyObjective
-from mcore_rl.train.run import Run, build_trained_critic, offload_trained, place_reference
-from mcore_rl.train.setup import Trainer, build_trainer
+from mcore_rl.train.run import Run
+from mcore_rl.train.setup import build_trainer
 from mcore_rl.train.supervised import train_step
+from mcore_rl.train.trainer import Attempt
 from mcore_rl.types import Group, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
 from mcore_rl.weights.disk import Disk
@@ -62,37 +66,42 @@ def config(tmp_path_factory) -> Config:
     return load_config(folder / "empty.toml", [f"--{key}={value}" for key, value in keys.items()])
 
 
-def build_run(config: Config, layout: Layout, directory: Path) -> Run:
-    """Everything a run has but servers: what was sampled is recorded."""
+def attempt_of(checkpoints: Checkpoints | None = None, saved: Saved | None = None) -> Attempt:
+    """A start that nobody watches and nobody ends."""
+    return Attempt(saved, checkpoints, threading.Event(), lambda what: None)
+
+
+@contextmanager
+def built_run(config: Config, layout: Layout, directory: Path, saved: Path | None = None) -> Iterator[Run]:
+    """A run without servers, for what was sampled is recorded; it saves where the config does.
+
+    Args:
+        saved: the checkpoint that it continues from.
+    """
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
-    trainer = build_trainer(config, build_mesh(layout, timeout=60.0), 40)
-    algorithm = configure(config.algorithm.name, config.algorithm.params)
-    reference = place_reference(trainer) if algorithm.needs_reference else None
-    critic = build_trained_critic(config, trainer.mesh) if algorithm.needs_critic else None
-    if critic is not None:
-        trainer.optimizers["critic."] = critic.optimizer
-    offload_trained(trainer, critic)
-    return Run(
-        **{field.name: getattr(trainer, field.name) for field in fields(Trainer)},
-        algorithm=algorithm,
-        objective=PolicyObjective(algorithm, None),
-        reference=reference,
-        critic=critic,
-        alert=GradientAlert(),
-        judge=Judge(load_reward(config.reward.function), place_reward_model(trainer)),
-        eval_prompts=(),
-        fleet=Fleet((), vocabulary=ANY_VOCABULARY),
-        transport=Disk(directory / "weights"),
-    )
+    with ExitStack() as stack:
+        mesh = build_mesh(layout, timeout=60.0)
+        stack.callback(destroy_mesh)
+        resume = None if saved is None else str(saved)
+        checkpoints = stack.enter_context(open_checkpoints(config, mesh, resume))
+        found = None if saved is None else find(saved.parent, str(saved))
+        attempt = Attempt(found, checkpoints, threading.Event(), lambda what: None)
+        trainer = build_trainer(config, mesh, attempt, 40)
+        models = build_models(trainer, configure(config.algorithm.name, config.algorithm.params))
+        restore(trainer, models.contents)
+        residency = Residency(waiting_parts(config, models))
+        transport = Disk(directory / "weights")
+        yield build_run(trainer, models, residency, Fleet((), vocabulary=ANY_VOCABULARY), transport, stack)
 
 
 def recorded(run: Run) -> RolloutBatch:
     """8 groups of 2: random answers of 0-6 tokens, the reward of one tells how many are even digits."""
     rng, groups = np.random.default_rng(5), []
-    for prompt in run.prompts.prompts[:8]:
+    prompts = run.trainer.prompts.prompts
+    for prompt in prompts[:8]:
         group, samples = f"{prompt.id}@1", []
         for k in range(2):
-            n = 0 if prompt is run.prompts.prompts[0] and k == 0 else int(rng.integers(1, 7))
+            n = 0 if prompt is prompts[0] and k == 0 else int(rng.integers(1, 7))
             tokens = tuple(rng.integers(2, 12, size=n).tolist())
             reward = float(np.mean([t % 2 == 0 for t in tokens])) if n else 0.0
             span = (VersionSpan("0", 0, n),)
@@ -102,14 +111,14 @@ def recorded(run: Run) -> RolloutBatch:
 
 
 def weights(run: Run) -> dict[str, Tensor]:
-    named = {name: p.detach() for name, p in global_parameters(run.policy.unwrapped).items()}
-    return gather(named, run.policy.mapping, run.mesh)
+    policy = run.trainer.policy
+    named = {name: p.detach() for name, p in global_parameters(policy.unwrapped).items()}
+    return gather(named, policy.mapping, policy.mesh)
 
 
 def train_on_recorded(config: Config, layout: Layout, directory: Path):
     """([metrics], [largest movement of any policy weight]) of rollouts that all bring the same batch."""
-    run = build_run(config, layout, directory)
-    try:
+    with built_run(config, layout, directory) as run:
         batch, metrics, moved = recorded(run), [], []
         for step in range(1, ROUNDS + 1):
             before = weights(run)
@@ -117,8 +126,6 @@ def train_on_recorded(config: Config, layout: Layout, directory: Path):
             after = weights(run)
             moved.append(max(((after[n] - before[n]).abs().max().item() for n in after), default=0.0))
         return metrics, moved
-    finally:
-        destroy_mesh()
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +186,9 @@ def supervised_step(config: Config, directory: Path) -> dict[str, float]:
     mesh = build_mesh(Layout(tensor=2), timeout=60.0)
     try:
         chosen = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
-        run = build_trainer(chosen, mesh, 10)
-        return train_step(run, run.prompts.prompts[:8], 1)
+        attempt = Attempt(None, None, threading.Event(), lambda what: None)
+        trainer = build_trainer(chosen, mesh, attempt, 10)
+        return train_step(trainer, Residency({}), trainer.prompts.prompts[:8], 1)
     finally:
         destroy_mesh()
 

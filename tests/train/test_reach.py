@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.train.run import check_reach
+from mcore_rl.train.assemble_servers import check_reach
 
 
 def test_servers_of_one_machine_are_refused_where_others_ask() -> None:

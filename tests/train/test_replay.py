@@ -16,12 +16,12 @@ from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, to_toml
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.train.dump import from_json, to_json
 from mcore_rl.train.loop import learn
 from mcore_rl.train.replay import _replay, replay_dump
-from mcore_rl.train.update import from_json, to_json
 from mcore_rl.types import PackedBatch
 from tests.sources import ROOT
-from tests.train.test_ppo import build_run, config, recorded
+from tests.train.test_ppo import built_run, config, recorded
 
 __all__ = ["config"]
 
@@ -43,18 +43,15 @@ def gspo(config: Config) -> Config:
 
 def broken_step(config: Config, layout: Layout, directory: Path, ranks: tuple[int, ...]):
     """The error of a step for which these ranks hold a NaN, and whether any other weight moved."""
-    run = build_run(config, layout, directory)
-    try:
-        (chunk,) = run.policy.unwrapped
-        if run.mesh.rank in ranks:
+    with built_run(config, layout, directory) as run:
+        (chunk,) = run.trainer.policy.unwrapped
+        if run.trainer.mesh.rank in ranks:
             chunk.embedding.word_embeddings.weight.data[TOKEN, 3] = torch.nan
         before = [parameter.detach().clone() for parameter in chunk.parameters()]
         with pytest.raises(NumericsError) as caught:
             learn(run, recorded(run), 2)  # the first only warms up a critic
         pairs = zip(before, chunk.parameters(), strict=True)
         return str(caught.value), all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
-    finally:
-        destroy_mesh()
 
 
 def replayed(config: Config, layout: Layout, dump: Path) -> str:

@@ -23,14 +23,14 @@ from mcore_rl.model.residency import (
     weights_of,
 )
 from mcore_rl.parallel.launch import Pool
-from mcore_rl.parallel.mesh import Layout, destroy_mesh
+from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of
 from mcore_rl.train.batch import token_sequence
 from mcore_rl.train.loop import learn
 from mcore_rl.train.run import Run
 from mcore_rl.train.score import log_probs
-from tests.train.test_ppo import build_run, config, recorded, weights
+from tests.train.test_ppo import built_run, config, recorded, weights
 
 __all__ = ["config"]
 
@@ -58,30 +58,31 @@ def sizes(run: Run) -> int:
     """Of models, gradients and optimizer states on this rank, less the padding of Megatron's buffers."""
     assert run.critic is not None
     assert run.reference is not None
-    models = [run.policy, run.critic.model]
+    models = [run.trainer.policy, run.critic.model]
     tensors = [
         t for model in {id(m): m for m in (*models, run.reference)}.values() for t in weights_of(model)
     ]
     tensors += [p.main_grad for m in models for chunk in m.unwrapped for p in chunk.parameters()]
-    return on_device([*tensors, *state_of(run.optimizer), *state_of(run.critic.optimizer)])
+    return on_device([*tensors, *state_of(run.trainer.optimizer), *state_of(run.critic.optimizer)])
 
 
 def trained(config: Config, directory: Path) -> dict[str, Any]:
-    run = build_run(config, Layout(), directory)
-    try:
+    with built_run(config, Layout(), directory) as run:
+        policy, shape = run.trainer.policy, run.trainer.shape
         batch = recorded(run)
         sequences = [token_sequence(sample) for sample in batch.samples]
-        before = log_probs(run.policy, sequences, run.shape, 1.0)
+        before = log_probs(policy, sequences, shape, 1.0)
         metrics = [learn(run, batch, step) for step in (1, 2)]
         with run.residency.during("reference"):
-            reference = log_probs(run.reference, sequences, run.shape, 1.0)
-        after = log_probs(run.policy, sequences, run.shape, 1.0)
+            assert run.reference is not None
+            reference = log_probs(run.reference, sequences, shape, 1.0)
+        after = log_probs(policy, sequences, shape, 1.0)
         held = {}
         for phase in PHASES:
             with run.residency.during(phase):
                 held[phase] = sizes(run)
         with run.residency.during("save"):
-            states = [t.clone() for o in run.optimizers.values() for t in state_of(o)]
+            states = [t.clone() for o in run.contents.optimizers.values() for t in state_of(o)]
             final = weights(run)
         return {
             "metrics": metrics,
@@ -92,8 +93,6 @@ def trained(config: Config, directory: Path) -> dict[str, Any]:
             "idle": sizes(run),
             "host": sum(part.host_bytes for part in run.residency.parts.values()),
         }
-    finally:
-        destroy_mesh()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,33 +12,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.checkpoint import Checkpoints, find
+from mcore_rl.checkpoint import find
 from mcore_rl.config import Config
 from mcore_rl.errors import DataError
 from mcore_rl.metrics import read_metrics
-from mcore_rl.parallel.mesh import Layout, destroy_mesh
-from mcore_rl.train.checkpoint import end_step, pieces, restore, run_document
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.train.checkpoint import end_step, pieces, run_document
 from mcore_rl.train.loop import learn
 from mcore_rl.train.run import Run
-from tests.train.test_ppo import build_run, config, recorded
+from tests.train.test_ppo import built_run, config, recorded
 
 __all__ = ["config"]
 
 
-def checkpointed(config: Config, layout: Layout, directory: Path) -> Run:
-    """A run whose critic and alert belong to its state, saving into `directory`/checkpoints."""
+@contextmanager
+def checkpointed(config: Config, layout: Layout, directory: Path, saved: Path | None = None) -> Iterator[Run]:
+    """A run that saves into `directory`/checkpoints, continued from `saved`."""
     checkpoint = config.checkpoint.model_copy(update={"every": 2})
-    run = build_run(config.model_copy(update={"checkpoint": checkpoint}), layout, directory)
-    assert run.critic is not None
-    run.optimizers["critic."] = run.critic.optimizer
-    run.stateful["alert"] = run.alert
-    root = directory / "checkpoints"
-    run.checkpoints = Checkpoints(root, run.mesh, keep=2, background=True, timeout=60.0)
-    return run
+    with built_run(config.model_copy(update={"checkpoint": checkpoint}), layout, directory, saved) as run:
+        yield run
 
 
 def state(run: Run) -> dict[str, Tensor]:
-    return {f"{p.key}{p.offset}": p.data.clone() for p in pieces(run)}
+    return {f"{p.key}{p.offset}": p.data.clone() for p in pieces(run.contents)}
 
 
 def step(run: Run, number: int) -> tuple[dict[str, float], list]:
@@ -44,7 +42,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list]:
     # Python's own right after the resume only: to check a list at run time, beartype draws an item by it,
     # and the loop of a run that has a save to end passes more lists.
     own = random.random() if number <= 3 else None
-    drawn = [p.id for p in run.cursor.next(3)], own, np.random.rand(), torch.rand(1).item()
+    drawn = [p.id for p in run.trainer.cursor.next(3)], own, np.random.rand(), torch.rand(1).item()
     metrics = learn(run, recorded(run), number)
     run.log(number, metrics)
     return metrics, list(drawn)
@@ -52,29 +50,19 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list]:
 
 def run_through(config: Config, layout: Layout, directory: Path):
     """Steps 1 to 4, saved after 2 and 4."""
-    run = checkpointed(config, layout, directory)
-    try:
-        with run.checkpoints.open():
-            done = []
-            for number in range(1, 5):
-                done.append(step(run, number))
-                end_step(run, number)
-        return done, state(run), run_document(run)
-    finally:
-        destroy_mesh()
+    with checkpointed(config, layout, directory) as run:
+        done = []
+        for number in range(1, 5):
+            done.append(step(run, number))
+            end_step(run.trainer, run.contents, run.residency, number)
+        return done, state(run), run_document(run.trainer.config, run.contents)
 
 
 def run_on(config: Config, layout: Layout, directory: Path, saved: Path):
     """Steps 3 and 4 after `saved`."""
-    run = checkpointed(config, layout, directory)
-    try:
-        with run.checkpoints.open():
-            run.saved = find(saved.parent, str(saved))
-            restore(run)
-            done = [step(run, number) for number in (3, 4)]
-        return done, state(run), run_document(run)
-    finally:
-        destroy_mesh()
+    with checkpointed(config, layout, directory, saved) as run:
+        done = [step(run, number) for number in (3, 4)]
+        return done, state(run), run_document(run.trainer.config, run.contents)
 
 
 LAYOUT = Layout(tensor=2)
@@ -113,18 +101,12 @@ def test_another_seed_is_refused_and_the_log_stays(pool2, config, whole):
 
 
 def forget_moments(config: Config, layout: Layout, directory: Path, saved: Path):
-    run = checkpointed(config, layout, directory)
-    try:
-        with run.checkpoints.open():
-            run.saved = find(saved.parent, str(saved))
-            restore(run)
-            for piece in pieces(run):
-                if "exp_avg." in piece.key:
-                    piece.data.zero_()
-            done = [step(run, number) for number in (3, 4)]
-        return done, state(run), run_document(run)
-    finally:
-        destroy_mesh()
+    with checkpointed(config, layout, directory, saved) as run:
+        for piece in pieces(run.contents):
+            if "exp_avg." in piece.key:
+                piece.data.zero_()
+        done = [step(run, number) for number in (3, 4)]
+        return done, state(run), run_document(run.trainer.config, run.contents)
 
 
 def test_another_seed_is_refused(pool2, config, tmp_path):
@@ -135,11 +117,9 @@ def test_another_seed_is_refused(pool2, config, tmp_path):
 
 
 def resume_refused(config: Config, directory: Path) -> None:
-    run = checkpointed(config, LAYOUT, directory / "new")
-    try:
-        with run.checkpoints.open():
-            run.saved = find(directory / "checkpoints", "latest")
-            with pytest.raises(DataError, match="saved with seed 0, this run has 5"):
-                restore(run)
-    finally:
-        destroy_mesh()
+    latest = find(directory / "checkpoints", "latest").path
+    with (
+        pytest.raises(DataError, match="saved with seed 0, this run has 5"),
+        checkpointed(config, LAYOUT, directory / "new", latest),
+    ):
+        pass

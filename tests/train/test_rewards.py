@@ -20,11 +20,11 @@ from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.residency import storages, weights_of
 from mcore_rl.parallel.launch import Pool
-from mcore_rl.parallel.mesh import Layout, destroy_mesh
+from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of
 from mcore_rl.types import Group, Sample
-from tests.train.test_ppo import build_run, config, recorded
+from tests.train.test_ppo import built_run, config, recorded
 
 __all__ = ["config"]
 
@@ -67,16 +67,12 @@ def groups_of(run: Any) -> list[Group]:
 
 def scores(config: Config, layout: Layout, directory: Path) -> list[tuple[tuple[int, ...], float | None]]:
     """(tokens, reward) of every recorded sample. For a pool's ranks."""
-    run = build_run(config, layout, directory)
-    try:
+    with built_run(config, layout, directory) as run:
         groups = groups_of(run)
-        assert run.judge.by_function(groups) == groups
-        with run.residency.during("rewards"):
-            judged = run.judge.by_model(groups, run.shape)
+        assert run.rewards.by_function(groups) == groups
+        judged = run.rewards.by_model(groups)
         assert unscored(judged) == groups
         return [(s.prompt.token_ids + s.token_ids, s.reward) for group in judged for s in group.samples]
-    finally:
-        destroy_mesh()
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +101,21 @@ def test_it_is_the_score_of_transformers(pool2, judged, expected, layout, tmp_pa
 def away(config: Config, directory: Path) -> dict[str, Any]:
     """What an offloaded one holds outside and inside its phase, and its scores. For a pool's rank."""
     where = config.residency.model_copy(update={"reward_model": "offloaded"})
-    run = build_run(config.model_copy(update={"residency": where}), Layout(), directory)
-    assert run.judge.model is not None
-    held = lambda: sum(s.nbytes() for s in storages(weights_of(run.judge.model)))  # noqa: E731
-    try:
+    with built_run(config.model_copy(update={"residency": where}), Layout(), directory) as run:
+        model = run.rewards.model
+        assert model is not None
+        held = lambda: sum(s.nbytes() for s in storages(weights_of(model)))  # noqa: E731
         outside = held()
         with run.residency.during("rewards"):
             inside = held()
-            judged = run.judge.by_model(groups_of(run), run.shape)
+        judged = run.rewards.by_model(groups_of(run))
+        planned = stage_memory(run.trainer.policy.arch, Layout(), work_of(run.trainer.config))
         return {
             "outside": outside,
             "inside": inside,
             "rewards": [s.reward for group in judged for s in group.samples],
-            "planned": stage_memory(run.policy.arch, Layout(), work_of(run.config))[0].reward_model,
+            "planned": planned[0].reward_model,
         }
-    finally:
-        destroy_mesh()
 
 
 def test_offloaded_it_scores_the_same_and_has_the_planned_size(judged, tmp_path):
@@ -147,7 +142,6 @@ def damaged(judged: Config, directory: Path, name: str, **changes: Any) -> Confi
 def message(config: Config, directory: Path) -> str:
     with pytest.raises((ConfigError, RewardError)) as error:
         scores(config, Layout(), directory)
-    destroy_mesh()  # of a run that was never built
     return f"{type(error.value).__name__}: {error.value}"
 
 

@@ -1,0 +1,95 @@
+"""Groups in flight as JSON, for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from mcore_rl.errors import DamagedCheckpointError
+from mcore_rl.rollout import routing
+from mcore_rl.rollout.inflight import PendingGroup
+from mcore_rl.rollout.reply import MalformedReplyError, Reply, check_spans, check_tokens
+from mcore_rl.terminal import escaped
+from mcore_rl.types import ExpertLayers, VersionSpan
+
+
+def group_to_json(group: PendingGroup) -> dict[str, Any]:
+    """A group, with its replies where it has finished; what asks for it follows from its id."""
+    replies = group.replies and [reply_to_json(reply) for reply in group.replies]
+    return {"id": group.id, "version": group.version, "replies": replies}
+
+
+def step_of(saved: Mapping[str, Any]) -> int:
+    """The step that a saved group was asked for, as its name says."""
+    return int(saved["id"].rpartition("@")[2])
+
+
+def kept_replies(
+    saved: Mapping[str, Any], *, version: int, max_staleness: int, max_new_tokens: int, routed: bool
+) -> list[Reply] | None:
+    """The replies that a saved group keeps while `version` serves; None where it must be asked again.
+
+    A group is asked again where it had not finished, where this run's bound, another one than that of the
+    checkpoint, makes it too old, where a reply is longer than this run's limit, or where this run replays
+    experts (`routed`) and its replies name none.
+    """
+    replies = saved["replies"]
+    if replies is None or is_too_old(saved, version, max_staleness):
+        return None
+    if routed and any(r.get("experts") is None and r["finish_reason"] != "abort" for r in replies):
+        return None
+    if any(np.prod(reply["token_ids"]["shape"]) > max_new_tokens for reply in replies):
+        return None
+    return [reply_from_json(reply, routed=routed) for reply in replies]
+
+
+def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers | None) -> None:
+    """The rules of a server's reply, for a group of a checkpoint; every rank reads all of them.
+
+    Raises:
+        DamagedCheckpointError: on every rank, for a sample that the policy cannot have sampled.
+    """
+    try:
+        for reply in saved["replies"] or ():
+            read = reply_from_json(reply, routed=experts is not None)
+            check_tokens(read.token_ids, read.log_probs, vocabulary)
+            check_spans(reply["versions"], len(read.token_ids))
+            if experts is not None and read.experts is not None:
+                routing.check_experts(read.experts, experts)
+    except (MalformedReplyError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(
+            f"the checkpoint's sample in flight {escaped(saved.get('id'))} is none of this model "
+            f"({escaped(error)}); go on from --resume previous, or from the model that it was sampled from"
+        ).on_every_rank() from error
+
+
+def is_too_old(saved: Mapping[str, Any], version: int, max_staleness: int) -> bool:
+    """Whether a saved group could not be trained in its step, while `version` serves."""
+    return saved["version"] < max(step_of(saved) - 1, version) - max_staleness
+
+
+def reply_to_json(reply: Reply) -> dict[str, Any]:
+    """Tokens and log-probs as memory, in the types of a Sample: every rank holds them for a moment."""
+    arrays = {
+        "token_ids": np.array(reply.token_ids, np.int32),
+        "log_probs": np.array(reply.log_probs, np.float32),
+    } | ({} if reply.experts is None else {"experts": reply.experts})
+    rest = asdict(replace(reply, token_ids=(), log_probs=(), experts=None))
+    return rest | {name: routing.to_json(array) for name, array in arrays.items()}
+
+
+def reply_from_json(saved: Mapping[str, Any], *, routed: bool) -> Reply:
+    """The reply of `reply_to_json`; with its experts where this run replays them (`routed`)."""
+    experts = saved.get("experts")
+    return Reply(
+        rid=saved["rid"],
+        token_ids=tuple(routing.from_json(saved["token_ids"]).tolist()),
+        log_probs=tuple(routing.from_json(saved["log_probs"]).tolist()),
+        prompt_log_probs=tuple(saved["prompt_log_probs"]),
+        finish_reason=saved["finish_reason"],
+        versions=tuple(VersionSpan(**span) for span in saved["versions"]),
+        experts=routing.from_json(experts) if routed and experts is not None else None,
+    )
