@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.hf_files import SafetensorsWriter, hf_reader
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import SafetensorsWriter, hf_reader
+from mcore_rl.model.hf.parameters import ParameterMap
 
 CONFIG = {
     "model_type": "llama",

@@ -1,8 +1,8 @@
 """One side of benchmarks/step.py: GRPO steps of this project, in one rank with one embedded server.
 
-The functions of a step are those of `mcore_rl.train.loop.train`, in its order; a clock is read between them.
-CPU-seconds are of the trainer and of its server together, system time and all threads included but those of
-gloo that wait for connections: an idle process group takes some 0.8 ms of CPU time per second of the wall.
+The functions of a step are those of `mcore_rl.training.loop.train`, in its order; a clock is read between
+them. CPU-seconds are of the trainer and of its server together, system time and all threads included but those
+of gloo that wait for connections: an idle process group takes some 0.8 ms of CPU time per second of the wall.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from mcore_rl.config.sections import Rollout
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.train import update
-from mcore_rl.train.assemble import start
-from mcore_rl.train.batch import (
+from mcore_rl.training import update
+from mcore_rl.training.assemble import start
+from mcore_rl.training.batch import (
     RolloutBatch,
     build_batch,
     pack_mini_batch,
     token_sequence,
     whole_sequence,
 )
-from mcore_rl.train.checkpoint import end_step
-from mcore_rl.train.loop import learn
-from mcore_rl.train.publish import publish
-from mcore_rl.train.run import Run
-from mcore_rl.train.score import log_probs
+from mcore_rl.training.checkpoint import end_step
+from mcore_rl.training.loop import learn
+from mcore_rl.training.publish import publish
+from mcore_rl.training.run import Run
+from mcore_rl.training.score import log_probs
 from mcore_rl.types import Prompt, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         WeightSyncError,
     )
     from mcore_rl.rewards import RewardFn
-    from mcore_rl.train.loop import train
+    from mcore_rl.training.loop import train
     from mcore_rl.types import Group, Prompt, Sample
 
 __version__ = "0.1.0"
@@ -60,7 +60,7 @@ _HOME = {
     "load_config": "mcore_rl.config",
     "TokenLoss": "mcore_rl.algo.policy_losses",
     "RewardFn": "mcore_rl.rewards",
-    "train": "mcore_rl.train.loop",
+    "train": "mcore_rl.training.loop",
     "Group": "mcore_rl.types",
     "Prompt": "mcore_rl.types",
     "Sample": "mcore_rl.types",

@@ -156,12 +156,12 @@ def _names(text: str) -> tuple[str, ...]:
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--replay DUMP] [--section.key value ...]`."""
     from mcore_rl.config import load_config
-    from mcore_rl.train.launch import launch_node, run_rank, under_torchrun
+    from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
 
     config = load_config(arguments.config, overrides)
     _check_flags(arguments)
     if arguments.rehearse:
-        from mcore_rl.train.rehearse import rehearse
+        from mcore_rl.launch.rehearse import rehearse
 
         return rehearse(config, arguments.rehearse_procs)
     if under_torchrun():
@@ -214,7 +214,7 @@ def serve(_: argparse.Namespace, options: list[str]) -> int:
     """`mcore-rl serve MODEL_DIR [--port P] [--api-key-env NAME] ...`: the arguments of `serve`."""
     import tyro
 
-    from mcore_rl.rollout.embedded.server import serve
+    from mcore_rl.server.server import serve
 
     tyro.cli(serve, prog="mcore-rl serve", args=options)
     return 0
@@ -272,7 +272,7 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl verify golden DIR [--tp N] [--json]`."""
-    from mcore_rl.verify_golden.run import main as golden
+    from mcore_rl.verify.golden.run import main as golden
 
     options = ["--tp", str(arguments.tp), *(["--json"] if arguments.json else [])]
     return golden([str(arguments.directory), *options])
@@ -280,8 +280,8 @@ def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def verify_layouts(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--loss module:function] [--json]`."""
-    from mcore_rl.verify_layouts.run import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
-    from mcore_rl.verify_layouts.run import main as layouts
+    from mcore_rl.verify.layouts.run import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
+    from mcore_rl.verify.layouts.run import main as layouts
 
     a = arguments
     algorithms = a.algorithms or (ALGORITHMS if a.loss is None else WITH_OWN_LOSS)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.pool import Pool
+
+pytest_plugins = ("tests.embedded",)
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is not a failing example
 settings.load_profile("untimed")

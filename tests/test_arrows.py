@@ -18,6 +18,9 @@ BASE = frozenset({"errors", "types", "precision", "strict_json"})
 BASE |= {"terminal", "before_megatron", "weight_files", "functions"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
+FLOORS_BELOW = frozenset({"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "config"})
+FLOORS_BELOW |= {"log", "checkpoint"}
+"""what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "types": frozenset({"errors"}),
@@ -36,13 +39,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rewards": BASE,
     "data": BASE,
     "config": BASE | {"algo"},
-    "metrics": BASE | DISK,
-    "report": BASE | DISK | {"metrics"},
+    "server": BASE | {"rollout.experts"},
+    "log": BASE | DISK,
+    "report": BASE | DISK | {"log"},
     "checkpoint": BASE | DISK | {"parallel", "model"},
-    "train": EVERYTHING,
+    "training": BASE | DISK | FLOORS_BELOW,
+    "launch": BASE | DISK | FLOORS_BELOW | {"training"},
     "verify": EVERYTHING,
-    "verify_golden": EVERYTHING,
-    "verify_layouts": EVERYTHING,
     "plan": EVERYTHING,
     "doctor": EVERYTHING,
     "convert": EVERYTHING,
@@ -122,8 +125,8 @@ def test_imports_follow_the_arrows() -> None:
         ("mcore_rl/algo/kl.py", "import numpy"),
         ("mcore_rl/algo/kl.py", "from mcore_rl.parallel import mesh"),
         ("mcore_rl/algo/kl.py", "from ..parallel.mesh import Mesh"),
-        ("mcore_rl/parallel/head.py", "from mcore_rl import model"),
-        ("mcore_rl/parallel/head.py", "from megatron.core.models.gpt import GPTModel"),
+        ("mcore_rl/parallel/head/head.py", "from mcore_rl import model"),
+        ("mcore_rl/parallel/head/head.py", "from megatron.core.models.gpt import GPTModel"),
         ("mcore_rl/rollout/client.py", "from mcore_rl.model.build import build_policy"),
         ("mcore_rl/model/step.py", "from mcore_rl.config import Config"),
         ("mcore_rl/weights/disk.py", "from mcore_rl.rollout.sampler import sample_groups"),
@@ -140,7 +143,7 @@ def test_the_gate_sees_a_wrong_arrow(path: str, source: str) -> None:
         ("mcore_rl/algo/kl.py", "import math, torch\nfrom torch import Tensor\nfrom . import ratio"),
         ("mcore_rl/parallel/mesh.py", "from megatron.core import parallel_state"),
         ("mcore_rl/weights/disk.py", "from mcore_rl.rollout.client import RolloutClient"),
-        ("mcore_rl/train/loop.py", "from mcore_rl.config import Config"),
+        ("mcore_rl/training/loop.py", "from mcore_rl.config import Config"),
     ],
 )
 def test_the_gate_lets_the_right_arrows_pass(path: str, source: str) -> None:
@@ -175,15 +178,15 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from mcore_rl.train.loop import train",
-        "def late():\n    from mcore_rl.train import loop",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mcore_rl.train.loop import train",
+        "from mcore_rl.training.loop import train",
+        "def late():\n    from mcore_rl.training import loop",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mcore_rl.training.loop import train",
     ],
 )
 def test_the_gate_sees_a_planted_circle(source: str) -> None:
     files = modules("mcore_rl")
-    files["mcore_rl/train/batch.py"].body += ast.parse(source).body
-    assert {"mcore_rl.train.batch", "mcore_rl.train.loop"} <= {*circle(files)}
+    files["mcore_rl/training/batch.py"].body += ast.parse(source).body
+    assert {"mcore_rl.training.batch", "mcore_rl.training.loop"} <= {*circle(files)}
 
 
 WHOLE = frozenset({"Run", "Trainer"})
@@ -191,7 +194,7 @@ AT_MOST = 10
 
 
 def taking_the_whole(files: Mapping[str, ast.AST]) -> list[str]:
-    """Functions and methods of train/ with a parameter of type Run or Trainer."""
+    """Functions and methods of training/ with a parameter of type Run or Trainer."""
     return [
         f"{path}:{function.lineno}: {function.name}"
         for path, tree in files.items()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mcore_rl.__main__ import main
 from mcore_rl.errors import DataError
-from mcore_rl.metrics import StepLog, read_metrics
+from mcore_rl.log import StepLog, read_metrics
 from mcore_rl.report import write_report
 from mcore_rl.report.compare import differences
 from mcore_rl.report.picture import picture

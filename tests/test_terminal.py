@@ -17,7 +17,7 @@ from mcore_rl.report.runs import RunData
 from mcore_rl.report.summary import text_table
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.terminal import escaped, printable
-from mcore_rl.train.ending import last_words
+from mcore_rl.training.faults.exits import last_words
 from tests.sources import modules, report
 
 FORGED = "mcore-rl: done, exit code 0"

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from mcore_rl.checkpoint.image import Entry
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from mcore_rl.model.unpickle import read_metadata
+from mcore_rl.model.hf.unpickle import read_metadata
 
 METADATA = ".metadata"
 _BACKEND = {

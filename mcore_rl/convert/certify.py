@@ -12,12 +12,12 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import NumericsError
 from mcore_rl.model import platform
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_logits
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.step import forward
-from mcore_rl.parallel.launch import spawn
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
-from mcore_rl.train.batch import Shape, align_of, pack_share
+from mcore_rl.parallel.pool import spawn
+from mcore_rl.training.batch import Shape, align_of, pack_share
 
 LENGTHS = (64, 33, 17, 2)
 """tokens per sequence"""

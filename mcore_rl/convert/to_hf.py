@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mcore_rl.convert.output import Progress
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.hf_files import INDEX, Form, SafetensorsWriter, copy_side_files
-from mcore_rl.model.mapping import ParameterMap
-from mcore_rl.model.torch_dist import torch_dist_reader
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import INDEX, Form, SafetensorsWriter, copy_side_files
+from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.torch_dist import torch_dist_reader
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from mcore_rl.convert.output import Progress
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.hf_files import SIDE_FILES, hf_reader
-from mcore_rl.model.mapping import Entry, ParameterMap
-from mcore_rl.model.torch_dist import Place, place
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import SIDE_FILES, hf_reader
+from mcore_rl.model.hf.parameters import Entry, ParameterMap
+from mcore_rl.model.hf.torch_dist import Place, place
 
 _MEGATRON = {
     "sharded_backend": "torch_dist",

@@ -13,8 +13,8 @@ import torch
 
 from mcore_rl.checkpoint import manifest
 from mcore_rl.errors import McoreRLError, NumericsError
-from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.weights_io import reader
 from mcore_rl.terminal import printable
 

@@ -19,7 +19,7 @@ from mcore_rl.doctor.servers import check_servers
 from mcore_rl.doctor.software import check_software
 from mcore_rl.doctor.storage import PUBLISHED_VERSIONS, check_disk, check_ports, weight_bytes
 from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
-from mcore_rl.model.architecture import read_hf_config
+from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.precision import check_precision
 from mcore_rl.terminal import printable
 

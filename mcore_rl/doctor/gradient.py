@@ -11,8 +11,8 @@ from mcore_rl.doctor.finding import Finding
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.probe import check_gradient_scale
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.pool import Pool
 
 SECONDS = 120.0
 """until both processes have answered, their start included"""

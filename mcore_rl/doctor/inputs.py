@@ -14,15 +14,15 @@ from mcore_rl.data.chat import render
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import AskedToLeave, RewardError
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.critic import CriticParameterMap
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
-from mcore_rl.train.assemble import check_same_tokens
-from mcore_rl.train.data import check_batch, describe_dropped
-from mcore_rl.train.setup import layout_of, load_tokenizer, read_prompts
+from mcore_rl.training.assemble import check_same_tokens
+from mcore_rl.training.data import check_batch, describe_dropped
+from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 _SHOWN = 60

@@ -9,7 +9,7 @@ from typing import Any
 from mcore_rl.config import Config
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import EXIT_RETRYABLE
-from mcore_rl.model.architecture import read_hf_config
+from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import check_server_info
 

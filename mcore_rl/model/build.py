@@ -19,10 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
-from mcore_rl.model.architecture import Architecture, read_architecture
 from mcore_rl.model.block import block_spec
 from mcore_rl.model.critic import CriticModel, CriticParameterMap, with_value_head
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import Architecture, read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab, transformer_config

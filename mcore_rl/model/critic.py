@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
-from mcore_rl.model.architecture import Architecture
-from mcore_rl.model.mapping import ParameterMap, Rule
+from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.parameters import ParameterMap, Rule
 from mcore_rl.model.policy import PackedGPT, Scored
 
 VALUE_HEAD = Rule("value_head.weight", ("score.weight",), ("one hidden",))

@@ -27,7 +27,7 @@ NEEDED: dict[str, frozenset[str]] = {
     "kv_cache": frozenset({"publish", "rewards"}),
 }
 """part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients. The
-last two are of servers on the trainer's GPUs (train/servers.py)"""
+last two are of servers on the trainer's GPUs (training/servers.py)"""
 
 PHASES = (
     "publish",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mcore_rl.model.architecture import Architecture, RopeScaling
+from mcore_rl.model.hf.architecture import Architecture, RopeScaling
 
 
 def rotary_frequencies(arch: Architecture) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_rl.errors import ConfigError, LayoutError
-from mcore_rl.model.architecture import Architecture, Experts
+from mcore_rl.model.hf.architecture import Architecture, Experts
 from mcore_rl.model.precision import NEEDS_ENGINE, engine_is_importable
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import versions
-from mcore_rl.model.hf_files import hf_reader
-from mcore_rl.model.mapping import NUMBER, Entry, ParameterMap, canonical, numbers_in
-from mcore_rl.model.torch_dist import holds_torch_dist, torch_dist_reader
+from mcore_rl.model.hf.files import hf_reader
+from mcore_rl.model.hf.parameters import NUMBER, Entry, ParameterMap, canonical, numbers_in
+from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.parallel.mesh import Mesh
 
 

@@ -15,12 +15,12 @@ from math import prod
 import torch
 
 from mcore_rl.data.balance import ModelShape
-from mcore_rl.model.architecture import Architecture
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.residency import NEEDED, PHASES
 from mcore_rl.model.spec import DTYPES, padded_vocab
+from mcore_rl.parallel.head.tiling import Tiling
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.parallel.tiling import Tiling
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
 from mcore_rl.plan.work import Work
 from mcore_rl.precision import ITEM_BYTES

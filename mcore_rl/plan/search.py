@@ -8,7 +8,7 @@ from itertools import product
 
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.errors import LayoutError
-from mcore_rl.model.architecture import Architecture
+from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.spec import check_layout, check_reward_layout
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import Fleet, Seconds, step_seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.errors import DataError
-from mcore_rl.metrics import METRICS, read_metrics
+from mcore_rl.log import METRICS, read_metrics
 
 Point = tuple[float, float | None]
 """(step, value); None where the value was no finite number, which a line shows as a gap"""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.terminal import escaped
 
 T = TypeVar("T")

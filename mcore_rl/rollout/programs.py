@@ -45,7 +45,7 @@ class Embedded:
     def command(self, model_dir: Path, port: int, scratch: Path) -> list[str]:
         """The command line."""
         key = ["--api-key-env", self.api_key_env] if self.api_key_env is not None else []
-        start = [sys.executable, "-m", "mcore_rl.rollout.embedded", str(model_dir), *self.options]
+        start = [sys.executable, "-m", "mcore_rl.server", str(model_dir), *self.options]
         return [*start, "--threads", str(self.threads), "--port", str(port), *key]
 
     def environment(self) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.rollout.routing import parse_experts
+from mcore_rl.rollout.experts import parse_experts
 from mcore_rl.terminal import escaped
 from mcore_rl.types import ExpertLayers, VersionSpan
 

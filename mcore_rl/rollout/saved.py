@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mcore_rl.errors import DamagedCheckpointError
-from mcore_rl.rollout import routing
+from mcore_rl.rollout import experts as routing
 from mcore_rl.rollout.inflight import PendingGroup
 from mcore_rl.rollout.reply import MalformedReplyError, Reply, check_spans, check_tokens
 from mcore_rl.terminal import escaped

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mcore_rl.errors import NumericsError, WeightSyncError
 from mcore_rl.model.build import Model
-from mcore_rl.model.mapping import Entry, ParameterMap
+from mcore_rl.model.hf.parameters import Entry, ParameterMap
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.control import of_all, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from mcore_rl.errors import WeightSyncError
-from mcore_rl.model.hf_files import Form, safetensors_layout, tensor_bytes
+from mcore_rl.model.hf.files import Form, safetensors_layout, tensor_bytes
 
 SUFFIX = ".delta"
 """of a file with what changed in the one without"""

@@ -22,7 +22,7 @@ from torch import Tensor
 from mcore_rl.directories import check_free, make, remove, storage_error
 from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
-from mcore_rl.model.hf_files import (
+from mcore_rl.model.hf.files import (
     EMBEDDING,
     INDEX,
     Form,

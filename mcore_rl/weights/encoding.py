@@ -7,8 +7,8 @@ it.
 FP8 is e4m3 in blocks of 128 x 128 (arXiv 2412.19437, section 3.3), the form that DeepSeek-V3 and Qwen3's FP8
 models are published in, which SGLang reads: `weight` in e4m3 and `weight_scale_inv` [ceil(rows / 128),
 ceil(columns / 128)] in float32, the last blocks cut by the edge. Which tensors are in FP8 is a property of
-their rule (model/mapping.py): the matrices of attention, MLP and experts are; embedding, lm_head, norms,
-routers and biases are not.
+their rule (model/hf/parameters.py): the matrices of attention, MLP and experts are; embedding, lm_head,
+norms, routers and biases are not.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcore_rl.errors import NumericsError
-from mcore_rl.model.hf_files import Form
-from mcore_rl.model.mapping import ParameterMap, Rule
+from mcore_rl.model.hf.files import Form
+from mcore_rl.model.hf.parameters import ParameterMap, Rule
 
 BLOCK = 128
 LARGEST = 448.0

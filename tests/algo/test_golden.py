@@ -27,11 +27,11 @@ from mcore_rl.algo import (
 )
 from mcore_rl.algo.rows import TokenLoss
 from mcore_rl.errors import ConfigError, DataError
-from mcore_rl.parallel import head
-from mcore_rl.parallel.launch import Pool
-from mcore_rl.verify_golden import Report, main, verify_golden
-from mcore_rl.verify_golden.problem import load
-from mcore_rl.verify_golden.run import DIFFERENTIATED, INPUTS, _run_rank, run_cases
+from mcore_rl.parallel.head import head
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.verify.golden import Report, main, verify_golden
+from mcore_rl.verify.golden.problem import load
+from mcore_rl.verify.golden.run import DIFFERENTIATED, INPUTS, _run_rank, run_cases
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 CASES = 98

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mcore_rl.parallel.launch import Pool
-from mcore_rl.verify_layouts.problem import MODELS, write_model
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.verify.layouts.problem import MODELS, write_model
 from tests.conftest import check_annotations
 
 

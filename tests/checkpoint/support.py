@@ -20,9 +20,9 @@ from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.train.batch import pack_share
-from mcore_rl.train.metrics import Gathered, read
-from mcore_rl.train.supervised import NegativeLogLikelihood
+from mcore_rl.training.batch import pack_share
+from mcore_rl.training.metrics import Gathered, read
+from mcore_rl.training.supervised import NegativeLogLikelihood
 from mcore_rl.weights.buckets import gather
 from tests.model.support import sequences, shape_at
 

@@ -21,7 +21,7 @@ from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.checkpoint.torch_dist import METADATA, data_file
 from mcore_rl.directories import LOCK, MARK, is_ours
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from mcore_rl.model.unpickle import read_metadata
+from mcore_rl.model.hf.unpickle import read_metadata
 from tests.checkpoint.support import step_in, write
 
 FILES = (data_file(0), METADATA, "metadata.json", "common.pt", MANIFEST, COMMITTED)

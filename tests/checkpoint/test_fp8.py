@@ -17,8 +17,8 @@ from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from tests.checkpoint.support import open_at, stored
 from tests.model.engine import HOPPER, NEEDS_ENGINE, answers_like, built
 from tests.model.support import at_layout

@@ -24,13 +24,13 @@ from mcore_rl.convert.output import Progress
 from mcore_rl.convert.run import hf_to_mcore, mcore_to_hf
 from mcore_rl.convert.verify import verify_checkpoint
 from mcore_rl.errors import CheckpointError, ConfigError, NumericsError
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import ParameterMap
-from mcore_rl.model.torch_dist import place, torch_dist_reader
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.torch_dist import place, torch_dist_reader
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.launch import Pool, RankError, spawn
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool, RankError, spawn
 from tests.model.support import at_layout
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.checkpoint import find
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from tests.e2e.conftest import DEADLINE, ROOT, Task, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]

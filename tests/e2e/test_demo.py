@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from mcore_rl.report import write_report
 from tests.e2e.conftest import Task, run
 

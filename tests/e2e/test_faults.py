@@ -18,8 +18,8 @@ import pytest
 from aiohttp import ClientSession, web
 
 from mcore_rl.__main__ import main
-from mcore_rl.metrics import read_metrics
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.log import read_metrics
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
 
@@ -131,7 +131,7 @@ def test_a_killed_server_costs_no_sample_and_comes_back(task: Task, tmp_path):
     try:
         _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
         family = psutil.Process(process.pid).children(recursive=True)
-        servers = [child for child in family if "mcore_rl.rollout.embedded" in child.cmdline()]
+        servers = [child for child in family if "mcore_rl.server" in child.cmdline()]
         assert len(servers) == 2
         servers[0].kill()
         _wait_for(lambda: b"server_returned" in events.read_bytes(), process, 240)

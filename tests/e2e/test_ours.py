@@ -15,7 +15,7 @@ import pytest
 
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.directories import MARK, is_ours
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from tests.e2e.conftest import DEADLINE, ENVIRONMENT, ROOT, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mcore_rl.checkpoint import committed, find
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from tests.checkpoint.support import stored
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
 

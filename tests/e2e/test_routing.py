@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.checkpoint import find
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from mcore_rl.rollout.saved import reply_from_json
 from tests.e2e.conftest import Task, run
 from tests.e2e.test_async import gspo, task  # noqa: F401 a fixture

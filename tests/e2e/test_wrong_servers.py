@@ -17,8 +17,8 @@ import torch
 from aiohttp import web
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mcore_rl.metrics import read_metrics
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.log import read_metrics
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from tests.e2e.conftest import DEADLINE, ROOT, Task, run
 from tests.rollout.proxy import Fault, proxy_beside

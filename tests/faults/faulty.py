@@ -16,7 +16,7 @@ from typing import Any
 
 from mcore_rl.__main__ import main
 from mcore_rl.errors import ConfigError
-from mcore_rl.train import update
+from mcore_rl.training import update
 
 
 def refuse() -> None:

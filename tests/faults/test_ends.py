@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from examples.arithmetic import main as write_task
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from tests.sources import ROOT
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]

@@ -17,7 +17,7 @@ import pytest
 
 from examples.arithmetic import main as write_task
 from mcore_rl.checkpoint import committed
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from tests.sources import ROOT
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.errors import ConfigError, RolloutError
-from mcore_rl.metrics import append_event, read_metrics
-from mcore_rl.train.ending import end_of_events, last_words, not_worth_a_restart, record, recorded
+from mcore_rl.log import append_event, read_metrics
+from mcore_rl.training.faults.exits import end_of_events, last_words, not_worth_a_restart, record, recorded
 from tests.sources import ROOT
 
 HANG = """
 import ctypes, sys, time
 from pathlib import Path
-from mcore_rl.train import watchdog
+from mcore_rl.training import watchdog
 watchdog.GRACE_SECONDS = 0.2
 with watchdog.Watchdog(Path(sys.argv[1]), "now", 1, 1.0).watching() as _:
     {call}

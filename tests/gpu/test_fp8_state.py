@@ -14,7 +14,7 @@ from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.step import forward, forward_backward
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import Fp8
-from mcore_rl.train.supervised import NegativeLogLikelihood
+from mcore_rl.training.supervised import NegativeLogLikelihood
 from tests.gpu.test_step import TEMPERATURE, batches_of
 
 pytestmark = pytest.mark.usefixtures("engine")

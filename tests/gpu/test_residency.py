@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mcore_rl.data.packing import TokenSequence, pack
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.residency import Offloaded, Swapped, state_of, storages, weights_of
 from mcore_rl.model.step import forward_backward

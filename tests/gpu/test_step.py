@@ -24,8 +24,8 @@ from mcore_rl.model.step import forward, forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import RECIPES, Fp8, token_multiple
-from mcore_rl.train.batch import Shape, align_of, pack_share
-from mcore_rl.train.supervised import NegativeLogLikelihood
+from mcore_rl.training.batch import Shape, align_of, pack_share
+from mcore_rl.training.supervised import NegativeLogLikelihood
 from mcore_rl.types import PackedBatch
 from tests.gpu.conftest import SIZES
 from tests.model.support import TokenSequence

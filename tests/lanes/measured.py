@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.verify_layouts.case import Case
-from mcore_rl.verify_layouts.measure import measure
-from mcore_rl.verify_layouts.worlds import Pools
+from mcore_rl.verify.layouts.case import Case
+from mcore_rl.verify.layouts.measure import measure
+from mcore_rl.verify.layouts.worlds import Pools
 
 
 def losses(layouts: Sequence[str], algorithms: Sequence[str]) -> dict[str, float]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mcore_rl.metrics import read_metrics
-from mcore_rl.verify_layouts.case import SMALL
+from mcore_rl.log import read_metrics
+from mcore_rl.verify.layouts.case import SMALL
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = {"0.16.1": ".venv", "0.19.2": ".venv-lane"}

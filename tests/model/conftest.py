@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.pool import Pool
 from tests.conftest import check_annotations
 from tests.model.support import DENSE, MOE
 

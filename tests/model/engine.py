@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from mcore_rl.model import build, platform, weights_io
-from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.policy import PolicyModel
 from mcore_rl.model.precision import engine_is_importable
 from mcore_rl.model.spec import padded_vocab, transformer_config

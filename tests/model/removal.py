@@ -26,8 +26,8 @@ class Outcome:
 
 def step(remove: Callable[[], None], case: str, rank: int, directory: Path) -> None:
     """One measurement on two ranks; the exit code tells."""
-    from mcore_rl.verify_layouts.case import Case
-    from mcore_rl.verify_layouts.measure import measure
+    from mcore_rl.verify.layouts.case import Case
+    from mcore_rl.verify.layouts.measure import measure
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with (directory / f"words.{rank}").open("w") as words:
@@ -44,7 +44,7 @@ def step(remove: Callable[[], None], case: str, rank: int, directory: Path) -> N
 def outcome(remove: Callable[[], None], case: str, directory: Path) -> Outcome:
     """Of two ranks, forked from a process that has already imported everything and installed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mcore_rl.verify_layouts.measure"])
+    context.set_forkserver_preload(["mcore_rl.verify.layouts.measure"])
     ranks = [
         context.Process(target=step, args=(remove, case, rank, directory), daemon=True) for rank in range(2)
     ]

@@ -13,10 +13,10 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_policy
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.train.batch import Shape, align_of
-from mcore_rl.train.score import log_probs
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import Shape, align_of
+from mcore_rl.training.score import log_probs
 
 VOCAB = 50
 DENSE = {

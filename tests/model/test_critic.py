@@ -21,12 +21,12 @@ from mcore_rl.model.critic import ValueHead
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.train.batch import Shape, align_of, pack_share
-from mcore_rl.train.metrics import Gathered, read
-from mcore_rl.train.objective import ValueObjective
-from mcore_rl.train.score import values
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import Shape, align_of, pack_share
+from mcore_rl.training.metrics import Gathered, read
+from mcore_rl.training.objective import ValueObjective
+from mcore_rl.training.score import values
 from mcore_rl.weights.buckets import gather
 
 VOCAB, HIDDEN, SEED = 50, 32, 3

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mcore_rl.model import block
-from mcore_rl.model.architecture import read_architecture
-from mcore_rl.model.mapping import canonical
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import canonical
 from mcore_rl.model.spec import transformer_config
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.precision import RECIPES
 from mcore_rl.weights.disk import export
 from tests.model.conftest import save

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mcore_rl.convert.run import hf_to_mcore, mcore_to_hf
 from mcore_rl.errors import CheckpointError, ConfigError
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import checkpoint_files
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.weights_io import reader
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.precision import PrecisionName
-from mcore_rl.rollout.embedded import weights as embedded
+from mcore_rl.server import weights as embedded
 from mcore_rl.weight_files import INDEX
 from mcore_rl.weights.disk import export as export_files
 from tests.model.conftest import save

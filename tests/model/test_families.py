@@ -17,9 +17,9 @@ from mcore_rl.model import build
 from mcore_rl.model.build import build_logits, build_policy
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.step import forward
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.train.batch import pack_share
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import pack_share
 from mcore_rl.weights.disk import export
 from tests.model.conftest import save
 from tests.model.families import FAMILIES

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf_files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader, safetensors_layout
+from mcore_rl.model.hf.files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader, safetensors_layout
 from tests.model.test_mapping import mapping_of
 
 TENSORS = {

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mcore_rl.model.architecture import architecture_of
-from mcore_rl.model.mapping import ParameterMap, canonical
+from mcore_rl.model.hf.architecture import architecture_of
+from mcore_rl.model.hf.parameters import ParameterMap, canonical
 from tests.model.families import FAMILIES
 from tests.model.test_architecture import hf_config
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mcore_rl.model.mapping import Entry, ParameterMap, canonical
+from mcore_rl.model.hf.parameters import Entry, ParameterMap, canonical
 from tests.model.families import FAMILIES
 from tests.model.test_mapping import mapping_of
 

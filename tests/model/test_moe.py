@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError, LayoutError
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.weights.disk import export as export_files
 from tests.model.support import at_layout, expected_log_probs, scored_log_probs, sequences
 

@@ -12,7 +12,7 @@ import torch
 
 from mcore_rl import before_megatron
 from mcore_rl.model import platform
-from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.pool import Pool
 from tests.model.removal import nothing, outcome
 
 # --- CUDA ----------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def test_where_cuda_is_present_nothing_is_changed(monkeypatch, cuda: bool, calls
 
 # --- imports --------------------------------------------------------------------------------------------
 
-IMPORTED = "import sys, torch, mcore_rl.train.loop; print('torch._inductor.compile_fx' in sys.modules)"
+IMPORTED = "import sys, torch, mcore_rl.training.loop; print('torch._inductor.compile_fx' in sys.modules)"
 
 
 @pytest.mark.parametrize(("before", "loaded"), [("", "False"), ("import megatron.core;", "True")])

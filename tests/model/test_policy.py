@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import step, weights_io
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import Entry, ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import checkpoint_files
+from mcore_rl.model.hf.parameters import Entry, ParameterMap
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
-from mcore_rl.train.batch import pack_share
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import pack_share
 from mcore_rl.types import PackedBatch
 from mcore_rl.weights.buckets import gather
 from mcore_rl.weights.disk import export as export_files

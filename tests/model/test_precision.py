@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mcore_rl.data.packing import TokenSequence, pack
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import precision as here
-from mcore_rl.model.architecture import Architecture, read_architecture
 from mcore_rl.model.block import layer_spec, parts_of
-from mcore_rl.model.mapping import ParameterMap, canonical
+from mcore_rl.model.hf.architecture import Architecture, read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap, canonical
 from mcore_rl.model.portable import PORTABLE, PackedAttention, RMSNorm
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
 from mcore_rl.model.spec import DTYPES, padded_vocab, transformer_config

@@ -12,8 +12,8 @@ from mcore_rl.model import step
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.probe import check_gradient_scale
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from tests.model.support import DENSE, at_layout
 
 

@@ -20,9 +20,9 @@ from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.train.batch import pack_share
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import pack_share
 from mcore_rl.weights.buckets import gather
 from tests.model.conftest import save
 from tests.model.support import MOE, at_layout, scored_log_probs, sequences, shape_at

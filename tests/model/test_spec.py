@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mcore_rl.model.architecture import read_architecture
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.spec import transformer_config
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.verify_layouts import problem
+from mcore_rl.verify.layouts import problem
 
 
 @pytest.mark.filterwarnings("ignore:full scope is deprecated")  # Megatron about its own default

@@ -13,8 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import platform, versions
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from tests.model.removal import Outcome, nothing, outcome
 from tests.model.support import at_layout
 from tests.model.test_policy import gradient_norm

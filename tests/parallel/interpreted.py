@@ -11,10 +11,10 @@ import json
 import torch
 from torch import Tensor
 
-from mcore_rl.parallel import head_passes
-from mcore_rl.parallel.kernels import rows, triton_rows
-from mcore_rl.parallel.kernels.rows import RowTerms
-from mcore_rl.parallel.tiling import Tiling
+from mcore_rl.parallel.head import passes as head_passes
+from mcore_rl.parallel.head import rows, triton_rows
+from mcore_rl.parallel.head.rows import RowTerms
+from mcore_rl.parallel.head.tiling import Tiling
 from tests.parallel import test_head as head
 
 triton_rows.BLOCK = 32  # several blocks a row

@@ -9,8 +9,8 @@ import torch
 from mcore_rl.errors import DataError
 from mcore_rl.model import platform
 from mcore_rl.parallel.control import apart, gather_replicas, on_leads, on_main, together
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.pool import Pool
 
 
 def value_of(seed: int) -> dict:

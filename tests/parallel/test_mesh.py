@@ -7,8 +7,8 @@ from dataclasses import asdict
 import pytest
 
 from mcore_rl.errors import LayoutError
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.pool import Pool
 
 
 @pytest.mark.parametrize(

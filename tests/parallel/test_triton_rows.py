@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcore_rl.parallel.kernels import row_kernels, rows
+from mcore_rl.parallel.head import rows
+from mcore_rl.parallel.head.kernels import row_kernels
 from tests.sources import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed: no wheel for this platform")
@@ -67,7 +68,7 @@ def resource_usage(name: str, types: dict[str, str], directory: Path) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mcore_rl.parallel.kernels import triton_rows
+    from mcore_rl.parallel.head import triton_rows
 
     kernel = getattr(triton_rows, name)
     constants = {"has_slope": True, "block": triton_rows.BLOCK}

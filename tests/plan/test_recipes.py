@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 from mcore_rl.__main__ import main
 from mcore_rl.config import load_config
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, LayoutError
-from mcore_rl.metrics import read_metrics
-from mcore_rl.model.architecture import read_architecture
+from mcore_rl.launch.rehearse import shrink_parallel, write_rehearsal
+from mcore_rl.log import read_metrics
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.precision import check_precision
 from mcore_rl.plan.command import plan
-from mcore_rl.train.rehearse import shrink_parallel, write_rehearsal
 from tests.sources import ROOT
 
 SCRIPTS = sorted(path for path in (ROOT / "examples").glob("train_*.sh"))

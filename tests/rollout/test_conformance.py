@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from tests.rollout.support import Answer, http
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(

@@ -18,14 +18,14 @@ from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout import client as client_module
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
+from mcore_rl.rollout.experts import encode_experts, parse_experts
 from mcore_rl.rollout.fleet import check_server_info
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
-from mcore_rl.rollout.routing import encode_experts, parse_experts
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.saved import kept_replies, reply_from_json, reply_to_json
-from mcore_rl.train.assemble import replayed_experts
-from mcore_rl.train.assemble_servers import local_servers
+from mcore_rl.training.assemble import replayed_experts
+from mcore_rl.training.assemble_servers import local_servers
 from mcore_rl.types import ExpertLayers, Prompt
 from tests.rollout.proxy import damaged, proxy
 from tests.rollout.support import build_moe_model, save_model

@@ -10,7 +10,7 @@ import torch
 from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.train.publish import check_close, probe_of
+from mcore_rl.training.publish import check_close, probe_of
 from mcore_rl.weights.broadcast import ServerGroup, _broadcast
 from mcore_rl.weights.transport import nobody, server_log_probs
 from tests.rollout.proxy import body, damaged, proxy_beside

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import SGLang
 from tests.model.conftest import pool1  # noqa: F401 a fixture
 from tests.rollout.support import build_model, build_moe_model, http, save_model

@@ -16,7 +16,7 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.weights.disk import publish_directory
 from mcore_rl.weights.transport import server_log_probs
 from tests.rollout.proxy import proxy_beside

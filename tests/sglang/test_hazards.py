@@ -21,7 +21,7 @@ from mcore_rl.errors import ConfigError, RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.fleet import Fleet, check_server, check_server_info
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.weights.disk import load_from_disk, publish_directory
 from mcore_rl.weights.transport import server_log_probs

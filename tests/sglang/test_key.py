@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from mcore_rl.rollout.client import RejectedError, RolloutClient, call
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from tests.rollout.support import http
 from tests.sglang.conftest import KEY, KEY_ENV
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mcore_rl.errors import RolloutError
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from mcore_rl.rollout.client import RolloutClient, call
 from tests.e2e.conftest import Task, run, task  # noqa: F401 a fixture
 from tests.rollout.proxy import Proxy, proxy_beside, status

@@ -15,12 +15,12 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import build_policy
 from mcore_rl.parallel.control import on_main
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.reply import ANY_VOCABULARY
-from mcore_rl.train.score import log_probs
+from mcore_rl.training.score import log_probs
 from mcore_rl.weights.broadcast import Distributed
 from mcore_rl.weights.disk import Disk
 from mcore_rl.weights.shared import SharedTensor

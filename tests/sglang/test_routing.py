@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.client import Reply, RolloutClient, call
 from mcore_rl.rollout.fleet import check_server
 from mcore_rl.types import ExpertLayers

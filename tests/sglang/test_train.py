@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mcore_rl.errors import EXIT_RETRYABLE
-from mcore_rl.metrics import read_metrics
+from mcore_rl.log import read_metrics
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, task  # noqa: F401 a fixture
 from tests.sglang.conftest import PYTHON
 

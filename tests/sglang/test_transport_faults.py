@@ -14,11 +14,11 @@ import pytest
 from mcore_rl.errors import ConfigError, WeightSyncError
 from mcore_rl.model.build import build_policy
 from mcore_rl.parallel.control import on_main
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.local import LocalServer
+from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from mcore_rl.weights.transport import server_log_probs
 from tests.model.support import at_layout

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mcore_rl.parallel.launch import Pool
+from mcore_rl.parallel.pool import Pool
 from tests.conftest import check_annotations
 
 

@@ -11,10 +11,10 @@ import torch
 
 from mcore_rl.errors import ConfigError, LayoutError, NumericsError
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.verify_layouts import problem
-from mcore_rl.verify_layouts.case import ALL, SMALL, Case
-from mcore_rl.verify_layouts.compare import Errors, compare, parameter_error, relative_error, summary
-from mcore_rl.verify_layouts.measure import Measured
+from mcore_rl.verify.layouts import problem
+from mcore_rl.verify.layouts.case import ALL, SMALL, Case
+from mcore_rl.verify.layouts.compare import Errors, compare, parameter_error, relative_error, summary
+from mcore_rl.verify.layouts.measure import Measured
 
 TENSORS = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([1e-9])}
 

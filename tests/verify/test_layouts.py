@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.errors import LayoutError
-from mcore_rl.verify_layouts import run
-from mcore_rl.verify_layouts.compare import LIMITS, SMALLEST_MOVEMENT
-from mcore_rl.verify_layouts.run import ALGORITHMS, verify_layouts
-from mcore_rl.verify_layouts.worlds import Pools
+from mcore_rl.verify.layouts import run
+from mcore_rl.verify.layouts.compare import LIMITS, SMALLEST_MOVEMENT
+from mcore_rl.verify.layouts.run import ALGORITHMS, verify_layouts
+from mcore_rl.verify.layouts.worlds import Pools
 from tests.verify.conftest import SharedPools
 
 REQUIRED = ("tp1", "tp2", "pp2", "dp2", "tp2pp2")

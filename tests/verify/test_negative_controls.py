@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mcore_rl.model import build, policy, step, weights_io
-from mcore_rl.parallel import context, head, head_passes
-from mcore_rl.train import objective
-from mcore_rl.verify_layouts.compare import Errors
-from mcore_rl.verify_layouts.run import verify_layouts
+from mcore_rl.parallel import context
+from mcore_rl.parallel.head import head
+from mcore_rl.parallel.head import passes as head_passes
+from mcore_rl.training import objective
+from mcore_rl.verify.layouts.compare import Errors
+from mcore_rl.verify.layouts.run import verify_layouts
 from tests.verify.conftest import SharedPools
 
 Plant = Callable[[pytest.MonkeyPatch], None]

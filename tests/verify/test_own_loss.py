@@ -11,10 +11,10 @@ from mcore_rl.__main__ import build_parser
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.errors import ConfigError, McoreRLError, NumericsError
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.train.objective import PolicyObjective
-from mcore_rl.verify_layouts import run
-from mcore_rl.verify_layouts.differences import check_loss
-from tests.train.test_objective import rows_of
+from mcore_rl.training.objective import PolicyObjective
+from mcore_rl.verify.layouts import run
+from mcore_rl.verify.layouts.differences import check_loss
+from tests.training.test_objective import rows_of
 from tests.verify.conftest import SharedPools
 
 DPPO = "tests.losses.dppo:total_variation"

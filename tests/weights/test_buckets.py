@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mcore_rl.errors import WeightSyncError
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.mapping import ParameterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.parallel.control import raise_everywhere
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.weights.buckets import Bucket, Held, export_of, plan_buckets, plan_of, take_turn, turns_of
 from mcore_rl.weights.online import servers_of
 from tests.model.support import at_layout

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mcore_rl.errors import WeightSyncError
-from mcore_rl.model.hf_files import Form
+from mcore_rl.model.hf.files import Form
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, Writer, apply, difference, patch
 
 BLOCK = 1 << 16

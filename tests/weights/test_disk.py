@@ -20,11 +20,11 @@ from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.directories import MARK
 from mcore_rl.errors import McoreRLError, NumericsError, StorageError
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.hf_files import Form, SafetensorsWriter
-from mcore_rl.model.mapping import Rule
+from mcore_rl.model.hf.files import Form, SafetensorsWriter
+from mcore_rl.model.hf.parameters import Rule
 from mcore_rl.parallel.control import raise_everywhere
-from mcore_rl.parallel.launch import Pool
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.weights.buckets import export_of, plan_of, take_turn, turns_of
 from mcore_rl.weights.disk import export
 from mcore_rl.weights.encoding import FP8, Encoding, Fp8, Plain

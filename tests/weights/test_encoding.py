@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mcore_rl.convert.run import hf_to_mcore, mcore_to_hf
 from mcore_rl.errors import ConfigError, NumericsError, WeightSyncError
-from mcore_rl.model.architecture import read_architecture
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.hf_files import checkpoint_files
-from mcore_rl.model.mapping import ParameterMap
-from mcore_rl.parallel.launch import Pool
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import checkpoint_files
+from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.weights.disk import export, publish_directory
 from mcore_rl.weights.encoding import (

@@ -1,0 +1,1 @@
+"""How a run starts: checks of the machine, ranks, rehearsals and replays."""

@@ -1,0 +1,253 @@
+"""A rehearsal: the same config, family and kinds of parallelism, tiny, on the CPUs of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import BaseModel
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mcore_rl.config import Config, load_config, to_toml
+from mcore_rl.config.sections import Parallel
+from mcore_rl.directories import make
+from mcore_rl.errors import EXIT_DONE, LayoutError
+from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
+from mcore_rl.model.critic import CriticParameterMap, with_value_head
+from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
+from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.weights_io import hf_reader, random_reader
+from mcore_rl.terminal import printable
+from mcore_rl.training.setup import layout_of, world_size
+
+STEPS = 3
+PROCESSES = 8
+_WAIT_SECONDS = 60.0
+_VOCABULARY = ("<|endoftext|>", "<eos>", *"0123456789+=")
+"""pads with the token that transformers adds to every tokenizer of a Qwen2 model that lacks it"""
+
+
+def rehearse(config: Config, processes: int | None = None) -> int:
+    """Train STEPS steps of the shrunk config, go back one and train it again, read the export; the exit code.
+
+    Outside torchrun it starts `processes` ranks on this node; under torchrun it is one of those there
+    are, which train without going back.
+
+    Raises:
+        LayoutError: not even degrees of 2 fit into so many processes.
+    """
+    if under_torchrun():
+        return _rehearse_as_rank(config)
+    file, tiny = write_rehearsal(config, processes or PROCESSES)
+    for resume in ((), ("--resume", "previous")):
+        code = launch_node(tiny, ["train", str(file), *resume])
+        if code != EXIT_DONE:
+            return code
+        _say("resumed and trained the last step again" if resume else f"{STEPS} steps trained and saved")
+    _say(_exported(tiny))
+    return EXIT_DONE
+
+
+def _say(what: str) -> None:
+    print(printable(f"rehearsal: {what}"), file=sys.stderr, flush=True)
+
+
+def _rehearse_as_rank(config: Config) -> int:
+    """The first rank writes the files, the others wait for them."""
+    file = config.run.dir / "rehearsal" / "rehearsal.toml"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS))  # pyright: ignore[reportPrivateImportUsage]
+    if int(os.environ["RANK"]) == 0:
+        try:
+            write_rehearsal(config, world_size())
+        finally:
+            store.set("rehearsal", "written")  # with an error, the others find no file and end too
+    store.wait(["rehearsal"])
+    return run_rank(load_config(file))
+
+
+def _exported(tiny: Config) -> str:
+    """The published weights read back: every tensor there, with the shape that config.json asks for.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    (directory,) = (tiny.run.dir / "weights").iterdir()
+    arch = read_architecture(directory)
+    hf_reader(directory, ParameterMap(arch, arch.vocab))
+    return f"exported and read back: {directory}"
+
+
+def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
+    """Write RUN_DIR/rehearsal with a tiny model, problems and a config; its file, and it as it is read back.
+
+    Says on stderr what shrank.
+
+    Raises:
+        LayoutError: not even degrees of 2 fit into so many processes.
+        ConfigError: RUN_DIR/rehearsal holds what something else wrote.
+    """
+    directory = config.run.dir / "rehearsal"
+    make(directory, "set run.dir to another directory")
+    parallel = shrink_parallel(config.parallel, processes)
+    model = shrink_model(read_hf_config(config.model.path), parallel)
+    _write_model(directory / "model", model)
+    if config.reward.model is not None:
+        _write_reward_model(directory / "reward_model", config.reward.model, parallel, config.run.seed)
+    problems = [{"prompt": f"{a}+{b}=", "label": str(a + b)} for a in range(1, 10) for b in range(1, 10)]
+    lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+    (directory / "problems.jsonl").write_text(lines)
+    file = directory / "rehearsal.toml"
+    file.write_text(to_toml(_shrink_config(config, parallel, directory)))
+    tiny = load_config(file)
+    for line in _differences(config, tiny):
+        _say(line)
+    return file, tiny
+
+
+def shrink_parallel(parallel: Parallel, processes: int) -> Parallel:
+    """Every degree above 1 becomes 2; data parallelism takes the processes that are left."""
+    degrees = {"tensor", "pipeline", "context", "expert"}
+    small: dict[str, Any] = {name: min(2, getattr(parallel, name)) for name in degrees}
+    small["virtual_pipeline"] = 2 if parallel.virtual_pipeline else None
+    replica = small["tensor"] * small["pipeline"] * small["context"]
+    least = replica * (2 if (parallel.data or 1) > 1 else 1)
+    if small["expert"] == 2 and small["tensor"] * small["context"] == 1:
+        least = replica * 2  # experts are spread over replicas here
+    if least > processes:
+        raise LayoutError(
+            f"--rehearse-procs {processes}: with every degree of [parallel] above 1 kept at 2, a rehearsal "
+            f"takes {least} processes; ask for {least} or more"
+        )
+    small["data"] = 1 if parallel.data == 1 else processes // replica
+    return parallel.model_copy(update=small)
+
+
+def shrink_model(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """config.json of a tiny model of the same family: every field that is not a size stays."""
+    layers = max(2, parallel.pipeline * (parallel.virtual_pipeline or 1))
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": len(_VOCABULARY),
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "initializer_range": 0.125,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+        "dtype": "float32",
+    }
+    tiny = hf | {name: value for name, value in sizes.items() if name in hf or name == "pad_token_id"}
+    if "mlp_only_layers" in hf:
+        tiny["mlp_only_layers"] = [layer for layer in hf["mlp_only_layers"] if layer < layers]
+    if "layer_types" in hf:
+        tiny["layer_types"] = hf["layer_types"][:layers]
+    return tiny
+
+
+def _write_model(directory: Path, hf: dict[str, Any]) -> None:
+    """config.json and a tokenizer of single characters; the weights are random."""
+    vocabulary = {token: index for index, token in enumerate(_VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    make(directory, "set run.dir to another directory")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=_VOCABULARY[0], eos_token=_VOCABULARY[1]
+    ).save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(hf, indent=2))
+
+
+def _write_reward_model(directory: Path, source: Path, parallel: Parallel, seed: int) -> None:
+    """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
+    _write_model(directory, shrink_model(read_hf_config(source), parallel))
+    arch = read_architecture(directory)
+    mapping = CriticParameterMap(arch, arch.vocab)
+    read = with_value_head(random_reader(mapping, seed), arch, seed)
+    save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
+
+
+def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Config:
+    """Not validated: `load_config` reads the file that is written of it."""
+    rollout, train, algorithm = config.rollout, config.train, config.algorithm
+    changes: dict[str, dict[str, Any]] = {
+        "run": {"dir": directory},
+        "model": {
+            "path": directory / "model",
+            "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys
+            "random_init": True,
+        },
+        "data": {
+            "train": directory / "problems.jsonl",
+            "eval": config.data.eval and directory / "problems.jsonl",
+            "prompt_key": "prompt",
+            "label_key": "label",
+            "max_prompt_tokens": 8,
+        },
+        "rollout": {
+            "urls": (),
+            "prompts_per_step": 8,
+            "samples_per_prompt": min(4, rollout.samples_per_prompt),
+            "max_new_tokens": 6,
+            "stop_token_ids": (),
+            "api_key_env": None,
+            "threads": 1,
+        },
+        "reward": {
+            "function": "mcore_rl.rewards.exact:exact_match",
+            "model": config.reward.model and directory / "reward_model",
+        },
+        "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
+        "optimizer": {"warmup_steps": 0},
+        "critic": {"warmup_rollouts": min(1, config.critic.warmup_rollouts)},
+        "train": {
+            "steps": STEPS,
+            "tokens_per_micro_batch": min(128, train.tokens_per_micro_batch),
+            "eval_every": 0,
+            "eval_samples": 16,
+        },
+        "checkpoint": {"dir": None, "every": 1, "keep": 2},
+        "supervised": {"batch_size": 16},
+        "residency": {"servers": "resident"},  # the embedded server keeps its memory
+        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
+    }
+    sections: dict[str, BaseModel] = {
+        name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
+    }
+    return config.model_copy(update=sections | {"parallel": parallel})
+
+
+def _differences(config: Config, tiny: Config) -> Iterator[str]:
+    """Sizes and settings before and after."""
+    p = config.parallel
+    before = layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1))
+    t = tiny.parallel
+    after = layout_of(tiny, t.tensor * t.pipeline * t.context * (t.data or 1))
+    yield f"{before} becomes {after} on {after.world_size} processes"
+    big, small = (read_hf_config(c.model.path) for c in (config, tiny))
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_experts")
+    changed = [f"{name} {big[name]} -> {small[name]}" for name in sizes if name in big]
+    yield f"a tiny {big['model_type']} with random weights: {', '.join(changed)}"
+    reward = "a tiny reward model" if tiny.reward.model else "exact-match reward"
+    yield f"rollouts from the embedded server on this machine, sums of two digits, {reward}"
+    for section, value in tiny:
+        for key, now in value:
+            then = getattr(getattr(config, section), key)
+            if isinstance(now, int | float | str) and now != then and section not in ("parallel", "data"):
+                yield f"{section}.{key} {then} -> {now}"

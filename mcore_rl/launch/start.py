@@ -1,0 +1,180 @@
+"""Starting a run: as one rank under torchrun, or as all ranks of this node."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from types import FrameType
+
+from mcore_rl.config import Config
+from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
+from mcore_rl.launch.verdict import Left, exit_code_of_launch
+from mcore_rl.log import append_event
+from mcore_rl.training.faults.exits import (
+    append,
+    end_of_events,
+    end_with_parent,
+    keep_a_file,
+    last_words,
+    launch_name,
+    leaving,
+    not_worth_a_restart,
+    say,
+    typed,
+)
+from mcore_rl.training.faults.leftovers import end_descendants, end_launched
+from mcore_rl.training.rundir import held, warn_of_others
+
+
+def under_torchrun() -> bool:
+    """torchrun has started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_rank(config: Config, resume: str | None = None, replay: Path | None = None) -> int:
+    """Train as this rank, or replay a dump; every rank's exit code is also in RUN_DIR/events.jsonl.
+
+    Raises:
+        ConfigError, StorageError: on the first rank, which holds the run's directories: they are not ours, or
+            another run has them. Nothing is written then.
+    """
+    end_with_parent()
+    catch_signals()
+    keep_a_file()
+    faulthandler.enable(all_threads=False)  # a crash in native code leaves the Python stack that led there
+    if int(os.environ["RANK"]) != 0:
+        return _run_recorded(config, resume, replay)
+    publishes = replay is None and not config.supervised_only
+    with held(config, publishes=publishes):  # before a line is written to what may be another run's
+        warn_of_others(config)
+        return _run_recorded(config, resume, replay)
+
+
+def _run_recorded(config: Config, resume: str | None, replay: Path | None) -> int:
+    rank, run_dir = int(os.environ["RANK"]), config.run.dir
+    if (last := not_worth_a_restart(run_dir)) is not None:
+        if rank == 0:
+            say(f"a restart would meet it again: {last['type']}: {last['message']}")
+        return int(last["exit_code"])
+    since = end_of_events(run_dir)
+    try:
+        if rank == 0:
+            append_event(run_dir, "start", world_size=int(os.environ["WORLD_SIZE"]))
+        _run(config, resume, replay)
+        code = EXIT_DONE
+    except NothingToDo as done:
+        code = done.exit_code
+        if rank == 0:
+            say(str(done))
+    except BaseException as error:  # of user code too: whatever it is, not every step is done
+        code = last_words(run_dir, typed(error), since)
+    append(run_dir, "end", exit_code=code)
+    end_descendants()
+    faulthandler.dump_traceback_later(config.train.step_timeout, exit=True)  # a thread may never let it leave
+    return code
+
+
+def catch_signals() -> None:
+    """SIGTERM and SIGINT raise AskedToLeave here, so that servers and groups are closed on the way out.
+
+    What this process forks is ended by them at once: a pool of processes ends its workers so.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    os.register_at_fork(after_in_child=_forget_signals)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """torch's agent sends SIGTERM to all when one has failed; a rank that is leaving for that goes on."""
+    if number == signal.SIGTERM and leaving.is_set():
+        return
+    raise AskedToLeave(number)
+
+
+def _forget_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(config: Config, resume: str | None, replay: Path | None) -> None:
+    from mcore_rl.launch.preflight import check_rank
+
+    check_rank(config)
+    if replay is not None:
+        from mcore_rl.launch.replay import replay_dump
+
+        replay_dump(config, replay)
+    elif config.supervised_only:
+        from mcore_rl.training.supervised import train_supervised
+
+        train_supervised(config, resume)
+    else:
+        from mcore_rl.training.loop import train
+
+        train(config, resume)
+
+
+def launch_node(config: Config, arguments: Sequence[str]) -> int:
+    """Start every rank of the config's layout on this node, by torch's elastic agent; the exit code of all.
+
+    It is 0 only when every rank has written in events.jsonl that it ended with 0.
+
+    The rendezvous port is chosen by the system. SIGTERM and Ctrl-C are passed on to the ranks, which finish
+    and save their step where checkpoints are kept; a second one ends them and what they started.
+
+    Raises:
+        ConfigError, LayoutError: this node cannot run it; nothing was started.
+        ConfigError, StorageError: the run's directories are not ours, or another run has them.
+    """
+    from mcore_rl.launch.preflight import check_node
+
+    check_node(config)
+    with held(config, publishes=not config.supervised_only and "--replay" not in arguments):
+        pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
+    ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says its own error
+    try:
+        left = _start_ranks(launch, ranks, arguments)
+    finally:
+        end_launched(launch)
+    if isinstance(left, int):
+        return left
+    return exit_code_of_launch(config.run.dir, since, ranks, left)
+
+
+def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int, Left] | int:
+    """Rank -> how it left, of those that left otherwise than with 0; an exit code where a signal came."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=launch,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(agent, sys.executable)("-m", "mcore_rl", *arguments)
+    except ChildFailedError as error:
+        return {rank: Left(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
+    except SignalException as error:
+        return EXIT_RETRYABLE if error.sigval == signal.SIGTERM else 128 + error.sigval
+    return {}
+
+
+def processes(config: Config) -> int:
+    """Ranks that the layout needs, one replica unless parallel.data says more."""
+    p = config.parallel
+    return p.tensor * p.pipeline * p.context * (p.data or 1)

@@ -1,0 +1,189 @@
+"""Hugging Face safetensors on disk: strict reading by name, writing one tensor at a time; no pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import read_json_object
+from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
+from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
+from mcore_rl.weight_files import INDEX, weight_files
+
+EMBEDDING = "model.embed_tokens.weight"
+"""never quantized: it has the type that config.json tells"""
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Copied beside weights, so that a server or transformers can load the directory."""
+
+_NAMES = {dtype: name for name, dtype in HF_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
+Form = tuple[tuple[int, ...], torch.dtype]
+"""shape and type of a tensor"""
+
+
+def checkpoint_files(directory: Path) -> dict[str, Path]:
+    """HF tensor name -> the safetensors file in `directory` that holds it.
+
+    Raises:
+        ConfigError: see `weight_files`; also a damaged file, a tensor in two files, or an index that names a
+            tensor which is not there.
+    """
+    directory = Path(directory)
+    files, weight_map = weight_files(directory)
+    held = _files_by_name(files)
+    if weight_map is not None:
+        lost = sorted(name for name, file in weight_map.items() if held.get(name) != directory / file)
+        if lost:
+            raise ConfigError(f"{directory / INDEX}: {lost} are not in the files that it names")
+    return held
+
+
+def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dictionary
+                if name in found:
+                    raise ConfigError(f"{name} is in both {found[name]} and {file}; remove one of them")
+                found[name] = file
+    return found
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # safetensors raises its own, untyped error for a damaged header
+        raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error
+
+
+def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
+    """A function that reads an HF tensor of `directory` by name, after a strict check of names and shapes.
+
+    A tied model may hold a copy of its embedding as output layer (Qwen3-0.6B does), if it is one.
+
+    Raises:
+        ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
+    """
+    files = checkpoint_files(directory)
+
+    def read(name: str) -> Tensor:
+        with _open(files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name, file in files.items():
+        with _open(file) as tensors:
+            part = tensors.get_slice(name)
+            found[name] = (tuple(part.get_shape()), part.get_dtype())
+    pair = ("lm_head.weight", "model.embed_tokens.weight")
+    if table.arch.tied and found.keys() >= set(pair) and torch.equal(*(read(name) for name in pair)):
+        del found[pair[0]]
+    problems = table.problems(found)
+    if problems:
+        raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
+    return read
+
+
+def check_side_files(directory: Path) -> None:
+    """Raises ConfigError for a damaged JSON file beside the weights: a server reads it in mid-run.
+
+    tokenizer.json and vocab.json are megabytes of JSON, which the tokenizer checks itself.
+    """
+    for name in SIDE_FILES:
+        small = name.endswith(".json") and name not in ("tokenizer.json", "vocab.json")
+        if small and (directory / name).exists():
+            fields = read_json_object(directory / name)
+            if name == "generation_config.json":
+                check_kinds(fields, GENERATION_KINDS, str(directory / name))
+
+
+def copy_side_files(
+    source: Path, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, tokenizer and the rest of SIDE_FILES.
+
+    config.json tells the type of the weights beside it, `dtype`, whatever that of `source` was: a reader that
+    goes by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    """
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    config = json.loads((source / "config.json").read_text())
+    told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:
+    """(header, name -> where its tensor begins, length) of a safetensors file that holds `forms`.
+
+    The format is 8 bytes of header length, a JSON header (name: type, shape, place), and the tensors' bytes.
+    The widest types come first, so that every tensor begins at a multiple of its type's size, as readers
+    want it.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    for name, (shape, dtype) in sorted(forms.items(), key=lambda item: -item[1][1].itemsize):
+        begins[name], end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}, len(head) + end
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied where they lie in one piece."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+class SafetensorsWriter:
+    """One safetensors file, written tensor by tensor in any order: memory for the largest of them only."""
+
+    def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
+        """Write the header; `forms` are all tensors of the file."""
+        self._waiting = dict(forms)
+        header, self._begins, _ = safetensors_layout(forms)
+        self._file = path.open("xb")
+        self._file.write(header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One tensor of `forms`, on the CPU. Raises OSError where there is no room."""
+        if (tuple(tensor.shape), tensor.dtype) != self._waiting.get(name):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not among the tensors to come")
+        del self._waiting[name]
+        self._file.seek(self._begins[name])
+        self._file.write(tensor_bytes(tensor))
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self._waiting:
+            raise ValueError(f"not written: {sorted(self._waiting)}")

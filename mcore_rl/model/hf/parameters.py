@@ -1,0 +1,346 @@
+"""Hugging Face <-> Megatron parameters: one declarative table per family, used to load, export and publish.
+
+A rule joins one Megatron parameter to one or more HF tensors. `merge` arranges the HF tensors in a view with
+the tensor-parallel axis explicit; `axis` is where tensor parallelism cuts that view (None: every rank holds
+all of it).
+
+| merge    | view                                             | Megatron's parameter             |
+|----------|--------------------------------------------------|----------------------------------|
+| single   | the HF tensor                                    | the same                         |
+| vocab    | the HF tensor, rows padded with zeros            | the same                         |
+| stack    | [2, rows, ...]: gate, up                         | gate rows of the rank, then up   |
+| qkv      | [kv groups, queries per group + 2, head dim, ...] | per group: queries, key, value   |
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table; `{layer}` and `{expert}` stand for global numbers, from 0."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    shapes: tuple[str, ...]
+    """the shape of each HF tensor, its sides by the names of `sides`"""
+    merge: str = "single"
+    axis: int | None = None
+    layers: str = "all"
+    """which layers have it: `all`, `dense` or `sparse` (those with a mixture of experts)"""
+    fp8: bool = False
+    """whether a model in FP8 has the HF tensors in FP8; the others stay in the model's own type"""
+
+
+def sides(arch: Architecture) -> dict[str, int]:
+    """The sides that an HF tensor of this model can have, by the names that a rule calls them."""
+    return {
+        "one": 1,
+        "vocab": arch.vocab,
+        "hidden": arch.hidden,
+        "queries": arch.heads * arch.head_dim,
+        "keys": arch.kv_heads * arch.head_dim,
+        "head": arch.head_dim,
+        "mlp": arch.intermediate,
+        "expert_mlp": arch.experts.intermediate if arch.experts else 0,
+        "experts": arch.experts.count if arch.experts else 0,
+    }
+
+
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def _mlp_rules(
+    megatron: str, hf: str, side: str, layers: str, axes: tuple[int | None, int | None]
+) -> tuple[Rule, Rule]:
+    """The two matrices of a SwiGLU MLP; `axes`: where gate and up, and down, are cut."""
+    return (
+        Rule(
+            f"{megatron}.linear_fc1.weight",
+            (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            (f"{side} hidden",) * 2,
+            "stack",
+            axes[0],
+            layers,
+            fp8=True,
+        ),
+        Rule(
+            f"{megatron}.linear_fc2.weight",
+            (f"{hf}.down_proj.weight",),
+            (f"hidden {side}",),
+            "single",
+            axes[1],
+            layers,
+            fp8=True,
+        ),
+    )
+
+
+def _norm(megatron: str, hf: str, side: str = "hidden") -> Rule:
+    return Rule(f"{megatron}.weight", (f"{hf}.weight",), (side,))
+
+
+_BACKBONE = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab hidden",), "vocab", 0),
+    _norm(f"{_LAYER}input_layernorm", f"{_HF_LAYER}input_layernorm"),
+    Rule(
+        f"{_LAYER}self_attention.linear_qkv.weight",
+        tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
+        ("queries hidden", "keys hidden", "keys hidden"),
+        "qkv",
+        0,
+        fp8=True,
+    ),
+    Rule(
+        f"{_LAYER}self_attention.linear_proj.weight",
+        (f"{_HF_LAYER}self_attn.o_proj.weight",),
+        ("hidden queries",),
+        axis=1,
+        fp8=True,
+    ),
+    _norm(f"{_LAYER}pre_mlp_layernorm", f"{_HF_LAYER}post_attention_layernorm"),
+    _norm("decoder.final_layernorm", "model.norm"),
+    Rule("output_layer.weight", ("lm_head.weight",), ("vocab hidden",), "vocab", 0),
+)
+_QKV_BIAS = (
+    Rule(
+        f"{_LAYER}self_attention.linear_qkv.bias",
+        tuple(f"{_HF_LAYER}self_attn.{x}_proj.bias" for x in "qkv"),
+        ("queries", "keys", "keys"),
+        "qkv",
+        0,
+    ),
+)
+_QK_NORM = tuple(
+    _norm(f"{_LAYER}self_attention.{x}_layernorm", f"{_HF_LAYER}self_attn.{x}_norm", "head") for x in "qk"
+)
+_DENSE_MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "mlp", "dense", (1, 1))
+_EXPERTS = (
+    Rule(
+        f"{_LAYER}mlp.router.weight",
+        (f"{_HF_LAYER}mlp.gate.weight",),
+        ("experts hidden",),
+        layers="sparse",
+    ),
+    *_mlp_rules(
+        f"{_LAYER}mlp.experts.local_experts.{{expert}}",
+        f"{_HF_LAYER}mlp.experts.{{expert}}",
+        "expert_mlp",
+        "sparse",
+        (None, None),
+    ),
+)
+TABLES: dict[str, tuple[Rule, ...]] = {
+    "llama": _BACKBONE + _DENSE_MLP,
+    "mistral": _BACKBONE + _DENSE_MLP,
+    "qwen2": _BACKBONE + _QKV_BIAS + _DENSE_MLP,
+    "qwen3": _BACKBONE + _QK_NORM + _DENSE_MLP,
+    "qwen3_moe": _BACKBONE + _QK_NORM + _DENSE_MLP + _EXPERTS,
+}
+"""family -> rules"""
+
+FUSED = (
+    (re.compile(r"\bself_attention\.linear_qkv\.layer_norm_(?=weight$)"), "input_layernorm."),
+    (re.compile(r"\bmlp\.linear_fc1\.layer_norm_(?=weight$)"), "pre_mlp_layernorm."),
+    (
+        re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$"),
+        r"mlp.experts.local_experts.\2.\1.weight",
+    ),
+)
+"""Transformer Engine's name -> that of the portable spec: it joins a norm with the linear layer that follows,
+and the experts of a rank into one grouped linear layer with a numbered weight each"""
+
+HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""types of weights, as safetensors writes them; others are quantized weights, which need their scales"""
+
+NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")
+"""of a layer or an expert in a Megatron name"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule applied to one parameter: concrete names."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    rule: Rule
+
+    @property
+    def layer(self) -> int | None:
+        """From 0; None for a parameter outside the layers."""
+        return numbers_in(self.megatron).get("layer")
+
+    @property
+    def is_expert(self) -> bool:
+        """The parameter belongs to one expert, so that not every rank of a stage has it."""
+        return "{expert}" in self.rule.megatron
+
+
+class ParameterMap:
+    """The table of one model: names both ways, and the tensors of one tensor-parallel rank."""
+
+    def __init__(self, arch: Architecture, vocab_rows: int) -> None:
+        """`vocab_rows`: vocabulary including padding (spec.padded_vocab)."""
+        self.arch = arch
+        self.vocab_rows = vocab_rows
+        self._rules = {rule.megatron: rule for rule in TABLES[arch.family]}
+        self._sides = sides(arch)
+
+    def entries(self) -> list[Entry]:
+        """Every parameter of the whole model in a fixed order, a tied output layer left out."""
+        rules = [
+            r for r in self._rules.values() if not (self.arch.tied and r.megatron == "output_layer.weight")
+        ]
+        once = [_entry(rule) for rule in rules if "{layer}" not in rule.megatron]
+        per_layer = [rule for rule in rules if "{layer}" in rule.megatron]
+        return once + [
+            entry
+            for layer in range(self.arch.layers)
+            for rule in per_layer
+            if rule.layers in ("all", "sparse" if self.arch.is_sparse(layer) else "dense")
+            for entry in self._of_layer(rule, layer)
+        ]
+
+    def _of_layer(self, rule: Rule, layer: int) -> list[Entry]:
+        if "{expert}" not in rule.megatron or self.arch.experts is None:
+            return [_entry(rule, layer=layer)]
+        return [_entry(rule, layer=layer, expert=expert) for expert in range(self.arch.experts.count)]
+
+    def entry(self, megatron: str) -> Entry:
+        """The entry of a global Megatron name; a tied output layer answers with the embedding's HF tensor."""
+        template = NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
+        if template not in self._rules:
+            raise ConfigError(
+                f"parameter {megatron!r} has no rule in the {self.arch.family} table of "
+                "model/hf/parameters.py"
+            )
+        numbers = numbers_in(megatron)
+        entry = _entry(self._rules[template], **numbers)
+        if self.arch.tied and megatron == "output_layer.weight":
+            return Entry(megatron, ("model.embed_tokens.weight",), entry.rule)
+        return entry
+
+    def shapes(self, rule: Rule) -> list[tuple[int, ...]]:
+        """The shapes of the HF tensors that one parameter becomes, in the rule's order.
+
+        Raises:
+            ConfigError: the rule names a side that this table does not know.
+        """
+        unknown = {side for shape in rule.shapes for side in shape.split()} - self._sides.keys()
+        if unknown:
+            raise ConfigError(
+                f"{rule.megatron}: no model has a side {min(unknown)!r}; name it in model.mapping.sides"
+            )
+        return [tuple(self._sides[side] for side in shape.split()) for shape in rule.shapes]
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every HF tensor that a checkpoint of this model must hold, with its shape."""
+        return {
+            name: shape
+            for entry in self.entries()
+            for name, shape in zip(entry.hf, self.shapes(entry.rule), strict=True)
+        }
+
+    def problems(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
+        """What keeps HF tensors, `found` by name as (shape, type in safetensors), from being this model.
+
+        All must have one floating-point type: gate and up, or query, key and value, become one parameter.
+        """
+        expected = self.hf_shapes()
+        tied = f"config.json has tie_word_embeddings = {str(self.arch.tied).lower()}"
+        why = {"lm_head.weight": f" ({tied})"}
+        problems = [f"missing {name}{why.get(name, '')}" for name in sorted(expected.keys() - found.keys())]
+        problems += [
+            f"unexpected {name}{why.get(name, '')}" for name in sorted(found.keys() - expected.keys())
+        ]
+        common = Counter(dtype for _, dtype in found.values()).most_common(1)[0][0] if found else ""
+        for name in sorted(expected.keys() & found.keys()):
+            shape, dtype = found[name]
+            if shape != expected[name]:
+                problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
+            if dtype not in HF_DTYPES:
+                problems.append(f"{name} has type {dtype}, not one of {', '.join(HF_DTYPES)}")
+            elif dtype != common:
+                problems.append(f"{name} has type {dtype}, most others {common}")
+        return problems
+
+    def to_shard(self, entry: Entry, hf: Iterable[Tensor], rank: int, size: int) -> Tensor:
+        """HF tensors of one entry -> the parameter of tensor-parallel `rank` of `size`."""
+        view = self._merge(entry.rule.merge, list(hf))
+        if entry.rule.axis is not None:
+            view = view.chunk(size, dim=entry.rule.axis)[rank]
+        return self._flatten(entry.rule.merge, view)
+
+    def place(self, entry: Entry, shard: Tensor, rank: int, size: int, out: Sequence[Tensor]) -> None:
+        """Copy the parameter of tensor-parallel `rank` of `size` to where it belongs in HF tensors `out`.
+
+        The inverse of `to_shard`, one rank's shard at a time and into memory that is there. A tensor of `out`
+        may have another type, which the copy rounds to.
+        """
+        rule = entry.rule
+        for part, tensor in zip(self.parts(entry, shard, size), out, strict=True):
+            if rule.axis is None:
+                tensor.view(part.shape).copy_(part)
+                continue
+            axis = rule.axis - 1 if rule.merge == "stack" else rule.axis  # of one part, without the stack's
+            whole = tensor.view(self.arch.kv_heads, *part.shape[1:]) if rule.merge == "qkv" else tensor
+            begin = rank * part.shape[axis]
+            live = max(0, min(part.shape[axis], whole.shape[axis] - begin))  # less the vocabulary's padding
+            whole.narrow(axis, min(begin, whole.shape[axis]), live).copy_(part.narrow(axis, 0, live))
+
+    def parts(self, entry: Entry, shard: Tensor, size: int) -> list[Tensor]:
+        """The part of each HF tensor in the parameter of one of `size` tensor-parallel ranks: views of it.
+
+        Those of query, key and value are [kv groups of the rank, heads per group, head dim, ...].
+        """
+        merge = entry.rule.merge
+        if merge == "stack":
+            return list(shard.view(2, -1, *shard.shape[1:]))
+        if merge == "qkv":
+            groups = shard.view(self.arch.kv_heads // size, -1, self.arch.head_dim, *shard.shape[1:])
+            return list(groups.split([self.arch.heads // self.arch.kv_heads, 1, 1], dim=1))
+        return [shard]
+
+    # --- the four arrangements, of HF tensors ---
+
+    def _merge(self, merge: str, hf: list[Tensor]) -> Tensor:
+        if merge == "vocab":
+            return torch.nn.functional.pad(hf[0], (0, 0, 0, self.vocab_rows - hf[0].shape[0]))
+        if merge == "stack":
+            return torch.stack(hf)
+        if merge == "qkv":
+            groups = self.arch.kv_heads
+            return torch.cat([x.view(groups, -1, self.arch.head_dim, *x.shape[1:]) for x in hf], dim=1)
+        return hf[0]
+
+    def _flatten(self, merge: str, view: Tensor) -> Tensor:
+        if merge == "stack":
+            return view.flatten(0, 1)
+        return view.flatten(0, 2) if merge == "qkv" else view
+
+
+def numbers_in(name: str) -> dict[str, int]:
+    """{"layer": ..., "expert": ...}, as far as they occur in a Megatron name."""
+    return {match.lastgroup or "": int(match[0]) for match in NUMBER.finditer(name)}
+
+
+def _entry(rule: Rule, **numbers: int) -> Entry:
+    return Entry(rule.megatron.format(**numbers), tuple(name.format(**numbers) for name in rule.hf), rule)
+
+
+def canonical(name: str) -> str:
+    """A parameter's name in the portable spec, whichever spec it comes from; see FUSED."""
+    for pattern, replacement in FUSED:
+        name = pattern.sub(replacement, name)
+    return name

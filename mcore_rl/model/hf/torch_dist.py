@@ -1,0 +1,164 @@
+"""A model in torch_dist form, as Megatron and the training checkpoints write it: names, places, lazy reading.
+
+The form knows no layout: a parameter is one global tensor, that of one rank alone, stored as any boxes. Keys
+are those of Megatron's `sharded_state_dict` with a key per layer; a layer's experts share one key, along a
+first axis.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.model.hf.parameters import HF_DTYPES, Entry, ParameterMap
+from mcore_rl.model.hf.unpickle import read_metadata
+
+METADATA = ".metadata"
+OTHER_STATE = ("optimizer.", "common_state")
+"""prefixes of keys that belong to a training checkpoint's other parts"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies: the box of a global tensor."""
+
+    key: str
+    shape: tuple[int, ...]
+    """of the global tensor"""
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def place(entry: Entry, mapping: ParameterMap) -> Place:
+    """Where a parameter of the whole model (one rank's, without padding of the vocabulary) lies."""
+    shape = _shape(entry, mapping)
+    key = entry.megatron
+    if entry.is_expert and mapping.arch.experts is not None:
+        head, _, tail = key.partition(".local_experts.")
+        number, _, rest = tail.partition(".")
+        count = mapping.arch.experts.count
+        zeros = (0,) * len(shape)
+        return Place(f"{head}.experts.{rest}", (count, *shape), (int(number), *zeros), (1, *shape))
+    key = key.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    if entry.layer is not None and not mapping.arch.is_sparse(entry.layer):
+        key = key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    return Place(key, shape, (0,) * len(shape), shape)
+
+
+def _shape(entry: Entry, mapping: ParameterMap) -> tuple[int, ...]:
+    parts = mapping.shapes(entry.rule)
+    return (sum(part[0] for part in parts), *parts[0][1:])
+
+
+def holds_torch_dist(directory: Path) -> bool:
+    """True for a directory in this form; ConfigError where it is in that of Hugging Face too."""
+    metadata = Path(directory) / METADATA
+    safetensors = next(Path(directory).glob("*.safetensors"), None)
+    if metadata.is_file() and safetensors is not None:
+        raise ConfigError(
+            f"{metadata} and {safetensors}: two models in one directory, of which transformers reads the "
+            "second; remove one of them"
+        )
+    return metadata.is_file()
+
+
+def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str], Tensor]:
+    """A function that reads an HF tensor by name from the parameters in `directory`, written at any layout.
+
+    Raises:
+        ConfigError: lists every parameter that is missing, unexpected, or of a wrong shape or type.
+        CheckpointError: the directory is damaged, or asks for anything but reading its own files.
+    """
+    directory = Path(directory)
+    metadata = read_metadata(directory / METADATA)
+    _check_files(directory, metadata)
+    problems = _problems(metadata, mapping)
+    if problems:
+        raise ConfigError(f"{directory}: parameters do not fit config.json: " + "; ".join(problems))
+    tensors = cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
+    by_hf = {name: entry for entry in mapping.entries() for name in entry.hf}
+    storage = FileSystemReader(directory)
+    storage.set_up_storage_reader(metadata, is_coordinator=False)
+
+    @lru_cache(maxsize=1)  # an HF model is read tensor by tensor: query, key, value are one parameter
+    def split(megatron: str) -> dict[str, Tensor]:
+        entry = mapping.entry(megatron)
+        where = place(entry, mapping)
+        stored = tensors[where.key]
+        rows = stored.size[0] if entry.rule.merge == "vocab" else where.size[0]
+        box = ChunkStorageMetadata(torch.Size(where.offset), torch.Size((rows, *where.size[1:])))
+        out = torch.empty(box.sizes, dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(where.key, stored, [box])
+        if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
+            raise CheckpointError(f"{directory}: {where.key} is stored with gaps or overlaps")
+        try:
+            storage.read_data(LoadPlan(items), cast(Any, _Target(out, where.offset))).wait()
+        except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{directory}: {where.key} cannot be read: {error}") from error
+        views = mapping.parts(entry, out[0] if entry.is_expert else out, 1)
+        shapes = mapping.shapes(entry.rule)
+        return {
+            name: view.reshape(-1, *shape[1:])[: shape[0]]  # less the padding of a vocabulary
+            for name, shape, view in zip(entry.hf, shapes, views, strict=True)
+        }
+
+    return lambda name: split(by_hf[name].megatron)[name]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The part of a load planner that FileSystemReader asks; every read of a plan goes into one box."""
+
+    tensor: Tensor
+    offset: tuple[int, ...]
+
+    def resolve_tensor(self, item: Any) -> Tensor:
+        part = self.tensor
+        for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            part = part.narrow(axis, start, length)
+        return part
+
+    def commit_tensor(self, item: Any, tensor: Tensor) -> None: ...
+
+
+def _problems(metadata: Metadata, mapping: ParameterMap) -> list[str]:
+    """What keeps the parameters from being this model; one type for all, as for HF tensors."""
+    expected = {place(entry, mapping).key: (place(entry, mapping), entry) for entry in mapping.entries()}
+    found = {
+        key: value
+        for key, value in metadata.state_dict_metadata.items()
+        if isinstance(value, TensorStorageMetadata) and not key.startswith(OTHER_STATE)
+    }
+    problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
+    types = {found[key].properties.dtype for key in expected.keys() & found.keys()}
+    if len(types) > 1 or not types <= set(HF_DTYPES.values()):
+        problems.append(f"types {sorted(map(str, types))}, not one floating-point type for all")
+    for key in sorted(expected.keys() & found.keys()):
+        (where, entry), shape = expected[key], tuple(found[key].size)
+        padded = entry.rule.merge == "vocab" and shape[0] >= where.shape[0] and shape[1:] == where.shape[1:]
+        if shape != where.shape and not padded:
+            problems.append(f"{key} has shape {shape}, config.json asks for {where.shape}")
+    return problems
+
+
+def _check_files(directory: Path, metadata: Metadata) -> None:
+    for index, info in metadata.storage_data.items():
+        if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
+            raise CheckpointError(
+                f"{directory}: {index.fqn} points to {info.relative_path!r}, not a file of its own"
+            )
+        if not (directory / info.relative_path).is_file():
+            raise CheckpointError(f"{directory}: {info.relative_path} is missing")

@@ -1,0 +1,271 @@
+"""The passes of the head over its rows: statistics, and the gradient in hidden states and weight.
+
+Legend: R rows, H hidden, V_local rows of this rank's lm_head shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcore_rl.parallel.head.kernels import row_kernels
+from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype, combined, merge_statistics
+from mcore_rl.parallel.head.tiling import Tiling, in_place, parts
+
+PRODUCT_ELEMENTS = 1 << 20
+"""of dW, added at once where its GEMM does not answer in the accumulator's precision"""
+
+
+class VocabShard(NamedTuple):
+    """Which rows of the vocabulary this rank holds; rows beyond `live` are padding, never multiplied."""
+
+    start: int
+    live: int
+    group: dist.ProcessGroup | None
+    """tensor-parallel group; None where one rank holds the whole vocabulary"""
+
+    @classmethod
+    def of(cls, rows: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
+        """The shard of `rows` lm_head rows that this rank of `group` owns of `vocab_size` tokens."""
+        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        start = rank * rows
+        live = max(0, min(rows, (vocab_size or rows * size) - start))
+        return cls(start, live, group if size > 1 else None)
+
+
+class Call(NamedTuple):
+    """What one call of the head is told, besides the tensors that have gradients."""
+
+    targets: Tensor
+    """[R]"""
+    scale: float
+    """1 / temperature"""
+    rows: Tensor | None
+    """[R] which hidden states are scored; None: all, in order"""
+    shard: VocabShard
+    sequence_parallel: bool
+    """hidden states are split over the group"""
+    tiling: Tiling
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        *,
+        rows: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+        vocab_size: int | None = None,
+        sequence_parallel: bool = False,
+        tiling: Tiling | None = None,
+    ) -> Call:
+        """A call that scores `targets` with the lm_head shard `weight`.
+
+        Args:
+            weight: [V_local, H] rows at or beyond `vocab_size` are padding and take no part.
+            targets: [R] token ids in [0, vocab_size).
+            temperature: the sampling policy's, positive.
+            rows: [R] targets[r] is scored from hidden state rows[r] of all T; default: from the r-th.
+            group: tensor-parallel group, or None when `weight` is the whole vocabulary.
+            vocab_size: tokens without padding; default: all rows of all shards.
+            sequence_parallel: hidden states are gathered over the group, their gradient reduce-scattered.
+            tiling: rows worked on at once; default: by size, dtype and device.
+        """
+        shard = VocabShard.of(weight.shape[0], vocab_size, group)
+        tiling = tiling or Tiling.of(weight.shape[0], weight.dtype, weight.device)
+        return cls(targets, 1.0 / temperature, rows, shard, sequence_parallel, tiling)
+
+    def local(self, rows: slice) -> Tensor:
+        """The targets of some rows, as rows of this shard."""
+        return self.targets[rows] - self.shard.start
+
+
+# --- hidden states --------------------------------------------------------------------------------------
+
+
+def scored_hidden(hidden: Tensor, call: Call) -> Tensor:
+    """[T or T/ranks, H] -> [R, H]: gathered over the group under sequence parallelism, then picked."""
+    if call.sequence_parallel and call.shard.group is not None:
+        group = call.shard.group
+        whole = hidden.new_empty(hidden.shape[0] * group.size(), hidden.shape[1])
+        dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
+        hidden = whole
+    return hidden if call.rows is None else hidden.index_select(0, call.rows)
+
+
+def begin_reduction(grad_rows: Tensor, tokens: int, call: Call) -> Callable[[], Tensor]:
+    """Start to sum the gradient [R, H] over the group; the answer waits for this rank's [tokens, H]."""
+    group = call.shard.group
+    if group is None or grad_rows.shape[0] == 0:
+        return lambda: _placed(grad_rows, tokens, call.rows)
+    if call.sequence_parallel:
+        whole = _placed(grad_rows, tokens * group.size(), call.rows)
+        result = whole.new_empty(tokens, whole.shape[1])
+        work = dist.reduce_scatter_tensor(result, whole, group=group, async_op=True)
+    else:
+        whole = result = grad_rows
+        work = dist.all_reduce(whole, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()  # type: ignore[union-attr]  # async_op gives a handle
+        return result if call.sequence_parallel else _placed(whole, tokens, call.rows)
+
+    return finish
+
+
+def _placed(grad_rows: Tensor, tokens: int, rows: Tensor | None) -> Tensor:
+    """[R, H] -> [tokens, H], 0 where no row was picked."""
+    if rows is None:
+        return grad_rows
+    return grad_rows.new_zeros(tokens, grad_rows.shape[1]).index_add_(0, rows, grad_rows)
+
+
+# --- passes ---------------------------------------------------------------------------------------------
+
+
+def statistics(hidden: Tensor, weight: Tensor, call: Call) -> Tensor:
+    """[4, R] of this shard; holds one tile of logits."""
+    stats = hidden.new_zeros(4, len(hidden), dtype=accumulate_dtype(hidden.dtype))
+    live = weight[: call.shard.live]
+    room = _room(hidden, min(call.tiling.tile, len(hidden)), min(call.tiling.columns, len(live)))
+    for tile in parts(slice(0, len(hidden)), call.tiling.tile):
+
+        def logits(columns: slice, tile: slice = tile) -> Tensor:
+            width = columns.stop - columns.start
+            return _logits(hidden[tile], live[columns], room[: tile.stop - tile.start, :width])
+
+        stats[:, tile] = _row_statistics(logits, call, tile)
+    return stats
+
+
+def statistics_of(logits: Tensor, call: Call, rows: slice) -> Tensor:
+    """[4, C] of this shard's logits [C, live] of `rows`, bit by bit those of `statistics`."""
+    return _row_statistics(lambda columns: logits[:, columns], call, rows)
+
+
+def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slice) -> Tensor:
+    """By blocks of columns, each asked for once and not kept."""
+    found = []
+    for columns in parts(slice(0, call.shard.live), call.tiling.columns) or [slice(0, 0)]:
+        local, logits = call.local(rows) - columns.start, logits_of(columns)
+        kernels = row_kernels(logits.device, logits.dtype)
+        found.append(kernels.shard_statistics(logits, local, call.scale))
+    return combined(torch.stack(found), call.scale) if len(found) > 1 else found[0]
+
+
+def merged(stats: Tensor, call: Call, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_prob, entropy, M and log S of `rows`, from this shard's statistics of them: one collective."""
+    return merge_statistics(_gather_statistics(stats, call.shard.group), call.scale)
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    call: Call,
+    terms_of: Callable[[slice, Tensor], RowTerms],
+    begin: Callable[[Tensor], Callable[[], Tensor]] | None,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(what `begin` reduces, where the weight's gradient was summed), from one more GEMM for logits and two.
+
+    Args:
+        hidden: [R, H] scored rows.
+        terms_of: (rows, their logits) -> what the row kernel needs; called for each wave, in order.
+        begin: starts the reduction of dL/dhidden [R, H], which runs beside the last GEMM for the weight; None
+            where no gradient in the hidden states is wanted.
+    """
+    live, tiling = weight[: call.shard.live], call.tiling
+    grad_hidden = None if begin is None else torch.empty_like(hidden)
+    finish = None if begin is None or len(hidden) else begin(hidden)
+    accumulator = _weight_accumulator(weight) if need_weight else None
+    everything = slice(0, len(hidden))
+    room = hidden.new_empty(min(tiling.chunk, len(hidden)), len(live))
+    apart = None
+    if not in_place(hidden.dtype, hidden.device):
+        apart = _room(hidden, min(tiling.wave, len(hidden)), len(live))
+    for chunk in parts(everything, tiling.chunk):
+        dlogits = room[: chunk.stop - chunk.start]
+        for wave in parts(chunk, tiling.wave):
+            out = dlogits[wave.start - chunk.start : wave.stop - chunk.start]
+            _wave_gradient(hidden, live, call, terms_of, wave, out, apart)
+        if grad_hidden is not None and begin is not None:
+            torch.mm(dlogits, live, out=grad_hidden[chunk])
+            finish = begin(grad_hidden) if chunk.stop == everything.stop else finish
+        if accumulator is not None:
+            _add_product(accumulator[: len(live)], dlogits, hidden[chunk])
+    return (None if finish is None else finish()), accumulator
+
+
+def _wave_gradient(
+    hidden, live, call: Call, terms_of, wave: slice, out: Tensor, apart: Tensor | None
+) -> None:
+    logits = out if apart is None else apart[: len(out)]
+    for tile in parts(wave, call.tiling.tile):
+        place = logits[tile.start - wave.start : tile.stop - wave.start]
+        for columns in parts(slice(0, len(live)), call.tiling.columns):
+            _logits(hidden[tile], live[columns], place[:, columns])
+    terms = terms_of(wave, logits)
+    kernels = row_kernels(logits.device, logits.dtype)
+    kernels.logit_gradient(logits, call.local(wave), terms, call.scale, out)
+
+
+# --- GEMMs and collectives ------------------------------------------------------------------------------
+
+
+def _room(hidden: Tensor, rows: int, width: int) -> Tensor:
+    dtype = hidden.dtype if in_place(hidden.dtype, hidden.device) else accumulate_dtype(hidden.dtype)
+    return hidden.new_empty(rows, width, dtype=dtype)
+
+
+def _logits(hidden: Tensor, live: Tensor, out: Tensor) -> Tensor:
+    """hidden W^T, before the temperature, into `out`; accumulated and kept in fp32 on CUDA."""
+    if out.dtype == hidden.dtype:
+        return torch.mm(hidden, live.T, out=out)
+    return torch.mm(hidden, live.T, out.dtype, out=out)
+
+
+def _gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[4, C] -> [ranks, 4, C], in one collective; none where C, equal in the group, is 0."""
+    if group is None or stats.shape[1] == 0:
+        return stats[None]
+    gathered = stats.new_empty(group.size() * 4, stats.shape[1])
+    dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
+    return gathered.view(group.size(), 4, -1)
+
+
+def _weight_accumulator(weight: Tensor) -> Tensor:
+    """Where dL/dweight is summed: Megatron's fp32 `main_grad` if DDP owns the weight, else a new buffer."""
+    main_grad = getattr(weight, "main_grad", None)
+    return torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype)) if main_grad is None else main_grad
+
+
+def _add_product(accumulator: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """accumulator += dlogits^T hidden, in the accumulator's precision."""
+    if accumulator.dtype == dlogits.dtype:
+        accumulator.addmm_(dlogits.T, hidden)
+        return
+    if hidden.is_cuda:
+        torch.addmm(accumulator, dlogits.T, hidden, out_dtype=accumulator.dtype, out=accumulator)
+        return
+    for some in parts(slice(0, len(accumulator)), max(1, PRODUCT_ELEMENTS // hidden.shape[1])):
+        accumulator[some].add_(torch.mm(dlogits[:, some].T, hidden))
+
+
+def weight_grad(weight: Tensor, accumulator: Tensor | None) -> Tensor | None:
+    """What autograd gets for the weight; asked for when the logits are gone, as it has the weight's size.
+
+    Megatron's contract for a gradient that already lies in `main_grad`: set `grad_added_to_main_grad` and
+    return a dummy, so that DDP's hook still fires (never None); zeros where `zero_out_wgrad` says that the
+    dummy will be added (tied embeddings: the embedding's own gradient joins it).
+    """
+    if accumulator is None:
+        return None
+    if getattr(weight, "main_grad", None) is None:
+        return accumulator.to(weight.dtype)
+    weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

@@ -1,0 +1,236 @@
+"""`serve`: the embedded server as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import ipaddress
+import logging
+import os
+import random
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from aiohttp import web
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.server.api import Api, build_app
+from mcore_rl.server.engine import Engine
+from mcore_rl.server.generate import ModelLimits
+from mcore_rl.server.kv_cache import build_cache
+from mcore_rl.server.routing import has_experts
+from mcore_rl.server.weights import load_model
+from mcore_rl.server.worker import Worker
+
+_SHUTDOWN_SECONDS = 2.0
+CONNECTION_SECONDS = 30.0
+"""Until the headers of a connection's first request, or of its next one, are there: above aiohttp's 15 s, for
+which clients keep a connection to use it again."""
+_ID_BYTES = 8
+"""of a token id in a request, with its comma"""
+_MOST_BODY_BYTES = 8 << 20
+log = logging.getLogger(__name__)
+
+
+def serve(
+    model_dir: Path,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key_env: str | None = None,
+    threads: int = 2,
+    device: str = "cpu",
+    max_running_requests: int = 1024,
+    max_length: int | None = None,
+    kv_tokens: int | None = None,
+    random_seed: int = 0,
+    max_body_mib: int | None = None,
+) -> None:
+    """Serves an HF decoder in float32 over SGLang's native HTTP API (level 0.5.23) until SIGTERM or SIGINT.
+
+    Args:
+        model_dir: local HF checkpoint directory (config.json, safetensors, optionally a tokenizer).
+        host: address to bind; one beyond this machine needs a key.
+        port: 0 lets the system choose; the log says which.
+        api_key_env: name of the environment variable that holds the key; none: no key is asked.
+        threads: CPU threads of the model.
+        device: cpu or cuda.
+        max_running_requests: rows decoded together.
+        max_length: longest prompt plus response, in tokens; at most what the model and kv_tokens allow.
+        kv_tokens: KV cache size in tokens; none: what fits in 1 GiB.
+        random_seed: seeds the draws of requests that bring no sampling_seed.
+        max_body_mib: longest request body; none: what the token ids of max_running_requests prompts of
+            max_length take, at most 8. A longer one can hold up /health for longer.
+
+    Raises ConfigError (bad directory, port in use, key not set, a public host without one) and
+    CheckpointError (incomplete weights).
+    """
+    api_key = _read_key(api_key_env)
+    with _bind(host, port) as sock:  # before the model is loaded: a port in use is known at once
+        if api_key is None:
+            _check_private(host, sock)
+        torch.set_num_threads(threads)
+        api = build_api(model_dir, device, max_running_requests, max_length, kv_tokens, random_seed)
+        most = _body_bytes(api.limits.context_length, max_running_requests)
+        max_body_bytes = most if max_body_mib is None else max_body_mib << 20
+        app = build_app(api, api_key=api_key, max_body_bytes=max_body_bytes)
+        asyncio.run(run(app, sock))
+
+
+def _body_bytes(context: int, rows: int) -> int:
+    """What a full batch of prompts takes as JSON, and 64 KiB for the fields beside them."""
+    return min(_ID_BYTES * context * rows + (1 << 16), _MOST_BODY_BYTES)
+
+
+def build_api(
+    model_dir: Path, device: str, max_running: int, max_length: int | None, kv_tokens: int | None, seed: int
+) -> Api:
+    """The API over a model that is loaded here, with its engine thread running; see `serve`."""
+    model, shapes = load_model(model_dir, device)
+    cache = build_cache(model, kv_tokens)
+    tokenizer = _load_tokenizer(model_dir)
+    config = model.config.get_text_config()
+    bounds = (config.max_position_embeddings, cache.max_length, max_length)
+    context = min(bound for bound in bounds if bound is not None)
+    if context < 2:
+        raise ConfigError(
+            f"kv_tokens={kv_tokens} and max_length={max_length} leave {context} tokens; raise them"
+        )
+    info: dict[str, Any] = {
+        "model_path": str(model_dir),
+        "served_model_name": str(model_dir),
+        "tokenizer_path": str(model_dir),
+        "model_type": config.model_type,
+        "architectures": model.config.architectures or [type(model).__name__],
+        "load_format": "auto",
+        "device": device,
+        "dtype": "float32",
+        "random_seed": seed,
+        "max_running_requests": max_running,
+        "max_total_num_tokens": cache.capacity,
+        "max_req_input_len": context - 1,
+        "context_length": context,
+        "skip_tokenizer_init": tokenizer is None,
+        "tp_size": 1,
+        "dp_size": 1,
+        "status": "ready",
+        "enable_return_routed_experts": has_experts(model),
+    }
+    eos_ids = _eos_ids(model, model_dir, tokenizer)
+    limits = ModelLimits(config.vocab_size, context, eos_ids, has_experts(model))
+    worker = Worker(Engine(model, cache, max_running=max_running))
+    return Api(worker, limits, tokenizer, shapes, info, random.Random(seed))
+
+
+async def run(app: web.Application, sock: socket.socket) -> None:
+    """Serves `app` at `sock` until SIGTERM or SIGINT."""
+    gc.freeze()  # a collection that looks at the modules and the model takes a tenth of a second
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    runner = web.AppRunner(
+        app,
+        handle_signals=False,
+        handler_cancellation=True,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+        keepalive_timeout=CONNECTION_SECONDS,
+        auto_decompress=False,  # a compressed body could unfold to any size
+        access_log=None,
+    )
+    await runner.setup()
+    try:
+        host, port = sock.getsockname()[:2]
+        try:
+            await web.SockSite(runner, sock).start()
+        except OSError as error:
+            raise _port_error(host, port, error) from error
+        log.info("serving at http://%s:%d", host, port)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen: clients are refused, not kept waiting, while the model loads."""
+    sock: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        if port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise _port_error(host, port, error) from error
+    return sock
+
+
+def _check_private(host: str, sock: socket.socket) -> None:
+    if not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+        raise ConfigError(
+            f"--host {host} is open to other machines, and whoever reaches it could change the weights; name "
+            "the environment variable of a key with --api-key-env, or serve on 127.0.0.1"
+        )
+
+
+def _port_error(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno != errno.EADDRINUSE:
+        return ConfigError(
+            f"cannot bind {host}:{port}: {error.strerror or error}; choose another host or port"
+        )
+    holder = "another user's process"
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            address = connection.laddr
+            listens = connection.status == psutil.CONN_LISTEN and connection.pid
+            if listens and address and address.port == port:
+                holder = f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ConfigError(
+        f"port {port} on {host} is in use by {holder}; end it or choose another --port (0: any free one)"
+    )
+
+
+def _read_key(name: str | None) -> str | None:
+    if name is None:
+        return None
+    key = os.environ.get(name, "")
+    if not key:
+        raise ConfigError(
+            f"api_key_env: the environment variable {name} is not set; export it or drop the option"
+        )
+    return key
+
+
+def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
+    """None without tokenizer files: token ids in, token ids out."""
+    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ConfigError(f"{model_dir}: transformers cannot load its tokenizer: {error}") from error
+
+
+def _eos_ids(
+    model: PreTrainedModel, model_dir: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> frozenset[int]:
+    """End-of-sequence ids of the model, generation_config.json and the tokenizer; all stop, as in SGLang."""
+    found = [
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id if tokenizer is not None else None,
+    ]
+    if (model_dir / "generation_config.json").is_file():
+        found.append(GenerationConfig.from_pretrained(model_dir, local_files_only=True).eos_token_id)
+    lists = [value if isinstance(value, list) else [value] for value in found if value is not None]
+    return frozenset(token for ids in lists for token in ids)

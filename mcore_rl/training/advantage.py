@@ -1,0 +1,130 @@
+"""From rewards and scores to what the losses need per token. Pure; every rank computes the same.
+
+Statistics are exact: they are those of the whole gathered batch. N samples, n_i response tokens of sample i,
+R their sum: flat rows, sample after sample, as algo.returns has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcore_rl.algo.advantages import Spread, group_statistics
+from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.returns import token_rewards, whiten
+from mcore_rl.algo.segments import offsets_of, spread
+from mcore_rl.errors import NumericsError
+from mcore_rl.training.batch import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What models say about a rollout batch before its first update; empty where nobody asks."""
+
+    old_log_probs: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """sample number -> [n_i] of the policy"""
+    ref_log_probs: Sequence[np.ndarray] = ()
+    """[N] of [n_i]"""
+    values: Sequence[np.ndarray] = ()
+    """[N] of [n_i], of the state before each token"""
+
+
+NO_SCORES = Scores()
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What a rollout batch is trained on."""
+
+    fields: Mapping[str, Sequence[Any]]
+    """`advantage`, and `ref_log_prob`, `old_value`, `return` where there are any: [N], or [N] of [n_i]"""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores = NO_SCORES) -> Advantages:
+    """Per-sample advantages from group statistics, or per-token ones by `returns.gae`; whitened where asked.
+
+    Args:
+        scores: old log-probs of ALL samples where the algorithm has KL in its reward.
+
+    Raises:
+        RewardError: a reward is not a finite number.
+        NumericsError: a value is not.
+    """
+    given = [sample.reward for sample in batch.samples]
+    statistics = group_statistics(batch.group_ids, given)
+    rewards = torch.tensor(given, dtype=torch.float64)
+    lengths = [len(sample.token_ids) for sample in batch.samples]
+    offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+    fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
+    if not algorithm.per_token:
+        advantages = algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
+        if algorithm.whiten:
+            advantages = _whitened(advantages, spread(advantages, offsets))
+        return Advantages({**fields, "advantage": advantages.tolist()})
+    values = _values(scores, algorithm, offsets)
+    old, ref = _kl_terms(scores, algorithm, offsets)
+    per_token = token_rewards(rewards, old, ref, offsets, kl_coef=algorithm.kl_in_reward)
+    advantages, returns = algorithm.advantage(per_token, values, offsets, **algorithm.advantage_params)
+    if algorithm.whiten:
+        advantages = _whitened(advantages, advantages)
+    fields["advantage"] = _split(advantages, offsets)
+    if not algorithm.needs_critic:
+        return Advantages(fields)
+    fields |= {"old_value": scores.values, "return": _split(returns, offsets)}
+    return Advantages(fields, value_metrics(values, returns))
+
+
+def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
+    """Means of values [R] and returns [R], and how much of the returns' variance the values explain.
+
+    `value/explained_variance` is 1 - Var(returns - values) / Var(returns): 1 is perfect, a constant gets 0.
+    """
+    of_returns, left = Spread.of_rows(returns), Spread.of_rows(returns - values)
+    total = of_returns.variance()
+    return {
+        "value/mean": Spread.of_rows(values).mean,
+        "value/explained_variance": 1.0 - left.variance() / total if total > 0 else 0.0,
+        "return/mean": of_returns.mean,
+    }
+
+
+def _whitened(advantages: Tensor, rows: Tensor) -> Tensor:
+    """Whiten the advantages of samples or tokens by those of all tokens, `rows` [R]."""
+    return whiten(advantages, Spread.of_rows(rows))
+
+
+def _values(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> Tensor:
+    if not algorithm.needs_critic:
+        return torch.zeros(int(offsets[-1]), dtype=torch.float64)
+    values = _join(scores.values)
+    if not torch.isfinite(values).all():
+        raise NumericsError(
+            "the critic's values are not finite, and every advantage of the batch would follow; lower "
+            "critic.lr, or start again from a checkpoint before loss/value rose"
+        ).on_every_rank()
+    return values
+
+
+def _kl_terms(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(old, reference) log-probs [R] for the KL in the reward; 0 apart where the loss masks the token."""
+    if algorithm.kl_in_reward == 0:
+        nothing = torch.zeros(int(offsets[-1]), dtype=torch.float64)
+        return nothing, nothing
+    old = _join([scores.old_log_probs[i] for i in range(len(offsets) - 1)])
+    return old, torch.where(torch.isfinite(old), _join(scores.ref_log_probs), -torch.inf)
+
+
+def _join(parts: Sequence[np.ndarray]) -> Tensor:
+    """[N] of [n_i] -> [R] float64"""
+    return torch.from_numpy(np.concatenate([np.zeros(0), *parts]))
+
+
+def _split(rows: Tensor, offsets: Tensor) -> list[np.ndarray]:
+    """[R] -> [N] of [n_i]"""
+    return np.split(rows.numpy(), offsets[1:-1].numpy())

@@ -1,0 +1,100 @@
+"""Builds what a run samples from: servers that are configured or started here, and how weights reach them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from mcore_rl.config import Config, is_loopback
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.build import Model
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.parallel.control import of_all, on_main
+from mcore_rl.rollout.fleet import Fleet
+from mcore_rl.rollout.processes import LocalServer
+from mcore_rl.rollout.programs import Embedded, SGLang
+from mcore_rl.weights.broadcast import Distributed
+from mcore_rl.weights.disk import Changes, Disk, export
+from mcore_rl.weights.encoding import ENCODINGS
+from mcore_rl.weights.shared import SharedTensor
+from mcore_rl.weights.transport import Transport
+
+
+def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> Fleet:
+    """The configured servers, or those that the main rank starts on the policy's own weights; collective."""
+    r = config.rollout
+    leads = of_all(policy.mesh, socket.gethostname() if policy.mesh.is_replica_lead else "")
+    check_reach(r.urls, [host for host in leads if host])
+    local: list[LocalServer] = []
+    initial = None
+
+    def launch() -> list[str]:
+        local.extend(local_servers(config, weights_dir.resolve() / "initial"))
+        for server in local:  # all at once, then wait: most of a start is imports
+            stack.callback(server.close)
+            server.launch()
+        for server in local:
+            server.wait()
+        return [server.url for server in local]
+
+    if r.urls:
+        urls = list(r.urls)
+    else:
+        initial = weights_dir.resolve() / "initial"
+        export(policy, initial, encoding=ENCODINGS[config.publish.quantize])
+        urls = on_main(policy.mesh, launch)
+    return Fleet(
+        urls,
+        vocabulary=read_architecture(config.model.path).vocab,
+        api_key_env=r.api_key_env,
+        timeout=r.timeout,
+        health_timeout=r.health_timeout,
+        local=local,
+        initial=initial,
+    )
+
+
+def check_reach(urls: Sequence[str], hosts: Sequence[str]) -> None:
+    """Raises ConfigError, on every rank, where leads of several `hosts` would not ask the same servers.
+
+    Args:
+        urls: servers that already run; none, they are to be started on the first host.
+    """
+    others = set(hosts) - {hosts[0]}
+    here = [url for url in urls if is_loopback(url)]
+    if not others or (urls and not here):
+        return
+    named = f"{here[0]} is" if urls else "servers that a run starts are"
+    raise ConfigError(
+        f"rollout.urls: {named} reached from one machine alone, but {hosts[0]} and {min(others)} ask; "
+        "start them yourself and list them by an address that all machines reach"
+    ).on_every_rank()
+
+
+def transport_of(config: Config, weights_dir: Path) -> Transport:
+    """The configured one. Raises ConfigError where it cannot work in this launch."""
+    p = config.publish
+    encoding = ENCODINGS[p.quantize]
+    if p.transport == "tensor":
+        return SharedTensor(p.bucket_mib << 20, encoding)
+    if p.transport == "distributed":
+        return Distributed(p.bucket_mib << 20, encoding)
+    if p.replica is not None:
+        return Changes(weights_dir, p.replica, timeout=config.rollout.timeout, encoding=encoding)
+    return Disk(weights_dir, encoding)
+
+
+def local_servers(config: Config, model_dir: Path) -> list[LocalServer]:
+    """The servers that [rollout] asks for on this machine, not started; `server.log`, `server_1.log`, ..."""
+    r = config.rollout
+    if r.python is not None:
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}[config.model.precision]
+        options = (*(["--enable-return-routed-experts"] if r.routing_replay else []), *r.options)
+        program = SGLang(r.python, dtype=dtype, api_key_env=r.api_key_env, options=options)
+    else:
+        program = Embedded(api_key_env=r.api_key_env, threads=r.threads, options=r.options)
+    names = ["server.log", *(f"server_{number}.log" for number in range(1, r.servers))]
+    logs = [config.run.dir / name for name in names]
+    return [LocalServer(model_dir, program, log_file=log, start_timeout=r.start_timeout) for log in logs]

@@ -1,0 +1,252 @@
+"""What a training checkpoint holds, when one is due, and how a run continues from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from mcore_rl.checkpoint import (
+    Checkpoints,
+    Saved,
+    committed,
+    count_updates,
+    find,
+    fp8_pieces,
+    model_pieces,
+    optimizer_pieces,
+    set_updates,
+)
+from mcore_rl.checkpoint.pieces import Piece
+from mcore_rl.config import Config
+from mcore_rl.data.cursor import knows_content
+from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
+from mcore_rl.model.build import Model
+from mcore_rl.model.optimizer import Optimizer
+from mcore_rl.model.residency import Residency
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import printable
+from mcore_rl.training.rundir import begin, check_history, is_inside, root_of
+from mcore_rl.training.trainer import Trainer
+
+_ONE_REQUEST_SECONDS = 1.0
+
+
+class Stateful(Protocol):
+    """A part of the run with a position of its own, the same on every rank."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint of a run holds besides its config and the random states."""
+
+    optimizers: Mapping[str, Optimizer]
+    """prefix of its tensors -> the optimizer of each model in training"""
+    frozen: Mapping[str, Model]
+    """prefix -> a model that only scores"""
+    stateful: Mapping[str, Stateful]
+    """name -> what else continues where it was"""
+
+
+@contextmanager
+def open_checkpoints(config: Config, mesh: Mesh, resume: str | None) -> Iterator[Checkpoints | None]:
+    """The run's checkpoints under their lock; None where it neither saves nor resumes. Collective."""
+    if not config.checkpoint.every and resume is None:
+        yield None
+        return
+    checkpoints = Checkpoints(
+        root_of(config),
+        mesh,
+        keep=config.checkpoint.keep,
+        background=config.checkpoint.background,
+        timeout=config.train.step_timeout,
+    )
+    with checkpoints.open():
+        yield checkpoints
+
+
+def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
+    """What the run continues from; None for the beginning. Collective.
+
+    An attempt that torchrun or Slurm restarted continues from its latest checkpoint unasked, also where it
+    began with a checkpoint of another run. Every agent of torchrun counts the restarts that it began itself:
+    one of them is enough.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or the directories hold another run, which would be buried.
+        DamagedCheckpointError: its manifest is damaged.
+    """
+    root = root_of(config)
+    counts = [os.environ.get(f"{starter}_RESTART_COUNT", "0") for starter in ("TORCHELASTIC", "SLURM")]
+    restarted = _any_rank(mesh, any(int(count) for count in counts))
+
+    def look() -> Saved | None:
+        known = committed(root)
+        own = resume in ("latest", "previous") or (resume is not None and is_inside(config, Path(resume)))
+        which = "latest" if restarted and known and not own else resume
+        if which is not None:
+            saved = find(root, which)
+            check_history(config, saved, known)
+            return saved
+        if known:
+            raise ConfigError(
+                f"{root} holds the checkpoints of a run up to step {known[-1][0]}: continue it with "
+                "--resume latest, or give this run another run.dir"
+            )
+        return None
+
+    return on_main(mesh, look)
+
+
+def check_what_is_left(config: Config, saved: Saved | None) -> None:
+    """A run that continues after its last step is complete; a supervised one still has its model to write.
+
+    Raises:
+        NothingToDo: on every rank, before anything is built.
+    """
+    steps = config.train.steps
+    if saved is None or saved.step < steps or config.supervised_only:
+        return
+    raise NothingToDo(
+        f"nothing to do: step {saved.step} of train.steps = {steps} is done ({saved.path}); "
+        "raise train.steps to train further"
+    ).on_every_rank()
+
+
+def restore(trainer: Trainer, contents: Contents) -> None:
+    """Continue from the attempt's checkpoint, if any: weights, Adam, schedules, cursor, random states, log.
+
+    Then the run directory is this run's.
+
+    Raises:
+        DamagedCheckpointError, ConfigError, DataError: before anything of the run directory is changed.
+    """
+    saved, checkpoints = trainer.attempt.saved, trainer.attempt.checkpoints
+    if saved is not None and checkpoints is not None:
+        _restore(trainer, contents, saved, checkpoints)
+    on_main(trainer.mesh, lambda: begin(trainer.config, trainer.attempt.identity))
+
+
+def _restore(trainer: Trainer, contents: Contents, saved: Saved, checkpoints: Checkpoints) -> None:
+    document = saved.document
+    checkpoints.load(saved, pieces(contents))
+    for prefix, optimizer in contents.optimizers.items():
+        set_updates(optimizer, document["updates"][prefix])
+    for name, part in contents.stateful.items():
+        if name in document["state"]:  # the saved run may have had no such part
+            part.restore(document["state"][name])
+    trainer.step_log.cut(saved.step)
+    changed = ", ".join(_changed(document["config"], trainer.config.model_dump(mode="json")))
+    trainer.step_log.event("resume", step=saved.step, path=str(saved.path), changed=changed)
+    if trainer.mesh.is_main:
+        since = f"; changed since: {changed}" if changed else ""
+        if not knows_content(document["state"]["cursor"]):
+            since += "; saved by an earlier version: only the ids of the training prompts could be compared"
+        line = f"resumed after step {saved.step} from {saved.path}{since}"
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: int) -> None:
+    """Save when it is due, or when a rank was asked to leave (SIGTERM, SIGINT); collective.
+
+    Raises:
+        CheckpointError: on every rank, when this or an earlier save failed.
+        PreemptedError: on every rank, once `step` is saved, when one was asked to leave.
+    """
+    config, checkpoints = trainer.config, trainer.attempt.checkpoints
+    if checkpoints is None:
+        return
+    with trainer.timers("save"):
+        checkpoints.poll()
+        leaving = _any_rank(trainer.mesh, trainer.attempt.leave.is_set())
+        every = config.checkpoint.every
+        if leaving or (every and (step % every == 0 or step == config.train.steps)):
+            with residency.during("save"):
+                checkpoints.save(
+                    step, pieces(contents), run_document(config, contents, trainer.attempt.identity.run)
+                )
+        if leaving:
+            checkpoints.wait()
+            left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")
+            raise left.on_every_rank()
+
+
+def pieces(contents: Contents) -> list[Piece]:
+    """Every tensor of the run's models and optimizers on this rank; collective.
+
+    A model that only scores is read from its directory, but what its FP8 recipe remembers is of this run.
+    """
+    trained = {prefix: optimizer.model for prefix, optimizer in contents.optimizers.items()}
+    remembered = [fp8_pieces(model, prefix) for prefix, model in (trained | dict(contents.frozen)).items()]
+    return [
+        *(piece for prefix, model in trained.items() for piece in model_pieces(model, prefix)),
+        *(piece for prefix, one in contents.optimizers.items() for piece in optimizer_pieces(one, prefix)),
+        *(piece for found in remembered for piece in found),
+    ]
+
+
+def run_document(config: Config, contents: Contents, run_id: str) -> dict[str, Any]:
+    """All else, as JSON; the random states are added by Checkpoints."""
+    return {
+        "run_id": run_id,
+        "config": config.model_dump(mode="json"),
+        "updates": {prefix: count_updates(optimizer) for prefix, optimizer in contents.optimizers.items()},
+        "state": {name: part.state() for name, part in contents.stateful.items()},
+    }
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for section, keys in now.items():
+        saved = before.get(section, {})
+        yield from (f"{section}.{key}" for key, value in keys.items() if saved.get(key) != value)
+
+
+def _any_rank(mesh: Mesh, flag: bool) -> bool:
+    flags = [False] * mesh.layout.world_size
+    dist.all_gather_object(flags, flag, group=mesh.world)
+    return any(flags)
+
+
+@contextmanager
+def leave_when_asked(asked: threading.Event, *, active: bool) -> Iterator[None]:
+    """The first SIGTERM or SIGINT sets `asked`, where `active`; another has the effect that any had before.
+
+    Not one within a second: a launcher's and that of a process group are one request.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    first = [0.0]
+
+    def ask(number: int, frame: Any) -> None:
+        if not asked.is_set():
+            first[0] = time.monotonic()
+            asked.set()
+        elif time.monotonic() - first[0] > _ONE_REQUEST_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+
+    if active:
+        for number in before:
+            signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""The reinforcement-learning loop. Every rank runs it, under torchrun: SPMD, no driver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mcore_rl.config import Config
+from mcore_rl.directories import write_whole
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.training.advantage import Advantages, Scores, compute_advantages
+from mcore_rl.training.assemble import start
+from mcore_rl.training.batch import (
+    RolloutBatch,
+    build_batch,
+    pack_mini_batch,
+    split_mini_batches,
+    token_sequence,
+    whole_sequence,
+)
+from mcore_rl.training.checkpoint import end_step
+from mcore_rl.training.data import data_metrics
+from mcore_rl.training.evaluate import evaluate
+from mcore_rl.training.faults.dump import keep_broken
+from mcore_rl.training.metrics import StepMetrics, rollout_metrics
+from mcore_rl.training.publish import publish
+from mcore_rl.training.run import Critic, Run
+from mcore_rl.training.score import log_probs, values
+from mcore_rl.training.staleness import token_ages
+from mcore_rl.training.update import Update, run_update
+from mcore_rl.types import Group, PackedBatch, Sample, Tokens
+
+
+def train(config: Config, resume: str | None = None) -> None:
+    """Train the policy of `config` for `train.steps` rollouts, from the beginning or a checkpoint.
+
+    Raises:
+        McoreRLError: the same on every rank, with the remedy in its message.
+    """
+    with start(config, resume) as run:
+        begun, timers = run.trainer.attempt.step, run.trainer.timers
+        published = publish(run, begun, run.probe_prompts())
+        if begun == 0:
+            counted = data_metrics("train", run.trainer.prompts) | dict(run.evaluation.counted)
+            run.log(0, published | counted | evaluate(run.generation, run.evaluation, 0, timers))
+        for step in range(begun + 1, config.train.steps + 1):
+            groups = run.generation.collect(step)
+            save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
+            batch = build_batch(groups)
+            run.servers.release()
+            learned = learn(run, batch, step)
+            published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
+            run.log(step, learned | published | evaluate(run.generation, run.evaluation, step, timers))
+            end_step(run.trainer, run.contents, run.residency, step)
+
+
+def save_samples(
+    run_dir: Path,
+    mesh: Mesh,
+    decode: Callable[[Sequence[int] | Tokens], str],
+    step: int,
+    groups: Sequence[Group],
+    count: int = 8,
+) -> None:
+    """Write the first sample of a few groups to RUN_DIR/samples/step_N.jsonl, for people; collective."""
+    shown = [group.samples[0] for group in groups if group.samples][:count]
+    records = (
+        {
+            "step": step,
+            "prompt": s.prompt.text,
+            "response": decode(s.token_ids),
+            "label": s.prompt.label,
+            "reward": s.reward,
+        }
+        for s in shown
+    )
+    path = run_dir / "samples" / f"step_{step}.jsonl"
+    on_main(mesh, lambda: write_whole(path, "".join(json.dumps(record) + "\n" for record in records)))
+
+
+def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
+    """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
+    config, timers, mesh = run.trainer.config, run.trainer.timers, run.trainer.mesh
+    stale = run.generation.bounds.max_staleness > 0
+    ages = token_ages(batch.samples, step - 1) if stale else None
+
+    def policy_scores(samples: Sequence[Sample]) -> list[np.ndarray]:
+        sequences = [token_sequence(sample) for sample in samples]
+        with timers("score"):
+            return log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+
+    screened = run.mismatch.screen(batch, step, policy_scores, ages)
+    batch = screened.batch
+    asked = config.rollout.prompts_per_step * config.rollout.samples_per_prompt - screened.dropped
+    parts = split_mini_batches(
+        len(batch.samples), run.trainer.shape.mini_batches, seed=(config.run.seed, step)
+    )
+    with timers("score"):
+        scores = score(run, batch, parts, screened.old_log_probs)
+    advantages = compute_advantages(batch, run.algorithm, scores)
+    policy, critic = StepMetrics(), StepMetrics()
+    explain = partial(keep_broken, config, run.trainer.shape.align)
+    with timers("train"):
+        for mini_batch in mini_batches(run, batch, parts, scores, advantages, step):
+            update = Update(
+                kind="policy",
+                step=step,
+                optimizer=run.trainer.optimizer,
+                objective=run.objective,
+                batches=mini_batch,
+                temperature=run.temperature,
+                ids=[sample.id for sample in batch.samples],
+            )
+            if run.critic is not None:
+                critic.add(*run_update(critic_update(run.critic, update), run.residency, explain))
+            if step > config.critic.warmup_rollouts:
+                policy.add(*run_update(update, run.residency, explain))
+    return (
+        rollout_metrics(batch, advantages.fields["advantage"], asked)
+        | screened.metrics
+        | advantages.metrics
+        | policy.reduce(mesh, "grad_norm")
+        | critic.reduce(mesh, "grad_norm/critic")
+    )
+
+
+def critic_update(critic: Critic, update: Update) -> Update:
+    """The critic's step on the policy's mini-batch; its routers choose for themselves."""
+    batches = [replace(micro_batch, experts=None) for micro_batch in update.batches]
+    return replace(
+        update, kind="critic", optimizer=critic.optimizer, objective=critic.objective, batches=batches
+    )
+
+
+def score(
+    run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray], known: Mapping[int, np.ndarray]
+) -> Scores:
+    """One forward pass of each model that the algorithm asks, before the rollout's first update.
+
+    The first mini-batch needs no old log-probs on its first visit: the policy is the old one, so the ratio is
+    1 by construction. A KL in the reward needs them of all samples.
+
+    Args:
+        known: the old log-probs of all samples, where they were taken already.
+    """
+    shape, routed = run.trainer.shape, [token_sequence(sample) for sample in batch.samples]
+    sequences = [replace(sequence, experts=None) for sequence in routed]  # other models route for themselves
+    old = known
+    if not known:
+        all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
+        members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])]).tolist()
+        later = [routed[i] for i in members]
+        scored = log_probs(run.trainer.policy, later, shape, run.temperature) if later else []
+        old = dict(zip(members, scored, strict=True))
+    with run.residency.during("reference"):
+        ref = log_probs(run.reference, sequences, shape, run.temperature) if run.reference else []
+    with run.residency.during("values"):
+        value = values(run.critic.model, sequences, shape) if run.critic else []
+    return Scores(old, ref, value)
+
+
+def mini_batches(
+    run: Run,
+    batch: RolloutBatch,
+    parts: Sequence[np.ndarray],
+    scores: Scores,
+    advantages: Advantages,
+    step: int,
+) -> Iterator[list[PackedBatch]]:
+    """Each optimizer step of one rollout, packed: its parts, visited `algorithm.epochs` times."""
+    shape, mesh = run.trainer.shape, run.trainer.mesh
+    for epoch in range(run.trainer.config.algorithm.epochs):
+        for number, part in enumerate(parts):
+            old = {} if epoch == number == 0 else {"old_log_prob": scores.old_log_probs}
+            stale = run.generation.bounds.max_staleness > 0
+            ages = {"age": token_ages(batch.samples, step - 1)} if stale else {}
+            fields = {**advantages.fields, **old, **ages}
+            yield pack_mini_batch(batch, part, run.algorithm, shape, mesh, fields)

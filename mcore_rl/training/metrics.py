@@ -1,0 +1,175 @@
+"""The metrics of one step: parts from every micro-batch, reduced once, each read by its own type."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcore_rl.algo.diagnostics import ALERT_RATIO, GradientScale, gradient_scale
+from mcore_rl.algo.metrics import Key, Metric, Total
+from mcore_rl.parallel.control import reduce_maxima, reduce_sums
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.training.batch import RolloutBatch
+
+ON_POLICY_RATIO = "head/grad_ratio_on_policy"
+"""The ratio of the first mini-batch of a rollout alone, the one that algo.diagnostics bounds."""
+
+
+class Gathered:
+    """The parts of some calls of an objective: added up, or the largest taken."""
+
+    def __init__(self, calls: Iterable[Mapping[Key, Tensor]] = ()) -> None:
+        """Begin with the parts of `calls`."""
+        self._parts: dict[Key, Tensor] = {}
+        self.add(calls)
+
+    def add(self, calls: Iterable[Mapping[Key, Tensor]]) -> None:
+        """Add the parts of more calls; there are none off the last pipeline stage."""
+        for parts in calls:
+            for key, value in parts.items():
+                merge = torch.maximum if key.kind.largest else torch.add
+                self._parts[key] = merge(self._parts[key], value) if key in self._parts else value
+
+    def reduce(self, mesh: Mesh) -> dict[Key, Tensor]:
+        """Return the parts over all ranks that own metrics; collective, the same everywhere."""
+        sums = {key: value for key, value in self._parts.items() if not key.kind.largest}
+        maxima = {key: value for key, value in self._parts.items() if key.kind.largest}
+        return reduce_sums(mesh, sums) | reduce_maxima(mesh, maxima)
+
+
+class StepMetrics:
+    """Collects an objective's parts over the mini-batches of a step."""
+
+    def __init__(self) -> None:
+        self._gathered = Gathered()
+        self._norms: list[float] = []
+
+    def add(self, micro_batches: Iterable[Mapping[Key, Tensor]], grad_norm: float) -> None:
+        """Add one optimizer step: the parts of each micro-batch, and the gradient's norm."""
+        self._norms.append(grad_norm)
+        self._gathered.add(micro_batches)
+
+    def reduce(self, mesh: Mesh, grad_norm: str) -> dict[str, float]:
+        """Return the metrics of what all ranks added; collective, the same everywhere.
+
+        The mean norm of the gradient is logged as `grad_norm`. Nothing where no optimizer step was taken.
+        """
+        if not self._norms:
+            return {}
+        found = read(self._gathered.reduce(mesh), len(self._norms))
+        return {**found, grad_norm: statistics.fmean(self._norms)}
+
+
+def read(totals: Mapping[Key, Tensor], updates: int) -> dict[str, float]:
+    """Turn reduced parts of `updates` optimizer steps into numbers, each under its own name."""
+    found: dict[str, float] = {}
+    for key, total in totals.items():
+        found |= key.kind.read(key.name, total, updates)
+    return found
+
+
+def loss_is_finite(parts: Mapping[Key, Tensor]) -> bool:
+    """Every total of one call is finite: its loss, whatever it is called."""
+    return all(bool(value.isfinite()) for key, value in parts.items() if isinstance(key.kind, Total))
+
+
+@dataclass(frozen=True)
+class Scale(Total):
+    """The sum of magnitudes, against which an error of the sum is measured; it is not logged."""
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return nothing; see Metric.read."""
+        return {}
+
+
+@dataclass(frozen=True)
+class EffectiveSampleSize(Metric):
+    """(sum w)^2 / (n sum w^2) of importance weights: 1 where all are equal."""
+
+    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+        weights = torch.where(rows, values, 0.0)
+        return torch.stack([weights.sum(), weights.square().sum(), rows.sum().double()])
+
+    def _read(self, total: Tensor) -> float | None:
+        weight, squared, count = total.tolist()
+        return weight**2 / max(squared * count, 1e-300) if count else None
+
+
+@dataclass(frozen=True)
+class HeadGradient(Metric):
+    """The gradient scale of the lm_head; `values` are the sums of algo.diagnostics.gradient_scale_sums."""
+
+    def part(self, usable: Tensor) -> Tensor:
+        """Return the sums, which are already over rows."""
+        assert self.values is not None
+        return self.values
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return what was measured, what was predicted, and their ratio."""
+        return head_metrics(gradient_scale(total))
+
+
+@dataclass(frozen=True)
+class HeadRatio(HeadGradient):
+    """Only the ratio of it."""
+
+    def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
+        """Return the ratio of measured to predicted."""
+        return {name: gradient_scale(total).ratio}
+
+
+def head_metrics(scale: GradientScale) -> dict[str, float]:
+    """Name the gradient scale of the lm_head; see algo.diagnostics."""
+    return {
+        "head/grad_measured": scale.measured,
+        "head/grad_predicted": scale.predicted,
+        "head/grad_ratio": scale.ratio,
+    }
+
+
+class GradientAlert:
+    """Notices a gradient scale that STAYS above its bound: one step may be sampling noise."""
+
+    PATIENCE = 5
+    """rollouts in a row"""
+
+    def __init__(self) -> None:
+        self._above = 0
+
+    def due(self, metrics: Mapping[str, float | str]) -> bool:
+        """True once per streak: the on-policy ratio exceeded ALERT_RATIO in PATIENCE rollouts in a row."""
+        above = float(metrics.get(ON_POLICY_RATIO, 0.0)) > ALERT_RATIO
+        self._above = self._above + 1 if above else 0
+        return self._above == self.PATIENCE
+
+    def state(self) -> dict[str, int]:
+        """As JSON, for a checkpoint."""
+        return {"above": self._above}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Continue from `state`."""
+        self._above = state["above"]
+
+
+def rollout_metrics(
+    batch: RolloutBatch, advantages: Sequence[float | np.ndarray], asked: int
+) -> dict[str, float]:
+    """What the samples, of `asked`, and their advantages say by themselves, before any training."""
+    lengths = [len(sample.token_ids) for sample in batch.samples]
+    rewards = [float(sample.reward or 0.0) for sample in batch.samples]
+    return {
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
+        "reward/no_signal": statistics.fmean(not np.any(advantage) for advantage in advantages),
+        "length/mean": statistics.fmean(lengths),
+        "length/max": max(lengths),
+        "truncated": statistics.fmean(sample.truncated for sample in batch.samples),
+        "samples": len(batch.samples),
+        "aborted": asked - len(batch.samples),
+        "tokens": sum(lengths),
+    }

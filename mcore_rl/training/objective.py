@@ -1,0 +1,209 @@
+"""The objectives of one micro-batch: per-token losses with weights that carry global counts, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcore_rl.algo.aggregation import weighted_sum
+from mcore_rl.algo.algorithms import Algorithm, objective
+from mcore_rl.algo.diagnostics import gradient_scale_sums
+from mcore_rl.algo.kl import kl
+from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile, Total
+from mcore_rl.algo.ratio import bounded
+from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
+from mcore_rl.algo.value import value_loss
+from mcore_rl.errors import ConfigError
+from mcore_rl.parallel.context import sequence_sums
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.training.metrics import EffectiveSampleSize, HeadGradient, HeadRatio, Scale
+from mcore_rl.types import PackedBatch
+
+Parts = Mapping[Key, Tensor]
+"""what one call of an objective measured, to be reduced over calls and ranks"""
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Called by model.step for every micro-batch; see `Loss` there.
+
+    Fields of a row: `advantage`, `weight` (aggregation weight with the optimizer step's global denominators),
+    `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, `old_log_prob` except in a
+    rollout's first mini-batch (ratio 1 by construction), and `age` (weight versions since the row was
+    sampled) where samples may be older than the weights in training.
+    """
+
+    algorithm: Algorithm
+    cp: dist.ProcessGroup | None
+    """context-parallel group, over which sequence sums run"""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        """Say what the algorithm says; see `Loss`."""
+        return self.algorithm.rowwise(on_policy="old_log_prob" not in batch.fields)
+
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Parts]:
+        """Return the sum of weight * loss over this rank's rows, and the parts of the metrics."""
+        fields = batch.fields
+        rows = self._rows(batch, head)
+        token = self.algorithm.loss(self._for_loss(batch, rows), **self.algorithm.loss_params)
+        check_answer(token, rows)
+        correction = self._correction(batch, rows)
+        loss = objective(
+            rows,
+            token,
+            correction=correction,
+            kl=self._kl(rows),
+            kl_coef=self.algorithm.kl_in_loss,
+            # 0 times the entropy would have the head compute the gradient of it
+            entropy=rows.entropy if self.algorithm.entropy_coef else 0.0,
+            entropy_coef=self.algorithm.entropy_coef,
+        )
+        metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
+        if isinstance(correction, Tensor):
+            metrics["correction/mean"] = Mean(correction)
+        if taken := metrics.keys() & token.metrics.keys():
+            raise ConfigError(f"the loss logs {min(taken)!r}, which every run logs; give it another name")
+        everything, usable = torch.ones_like(rows.usable), rows.usable
+        return weighted_sum(loss, fields["weight"]), {
+            Key(name, metric.kind): metric.part(everything if metric.of_all_rows else usable)
+            for name, metric in {**metrics, **token.metrics}.items()
+        }
+
+    def _rows(self, batch: PackedBatch, head: HeadOutput) -> Rows:
+        """Everything that was recorded for these rows, the reference's log-prob where there is one."""
+        fields = batch.fields
+        return Rows.of(
+            head.log_prob,
+            head.entropy,
+            old=fields.get("old_log_prob"),
+            rollout=fields["rollout_log_prob"],
+            advantage=fields["advantage"],
+            reference=fields.get("ref_log_prob"),
+            sequence_tokens=fields.get("sequence_tokens"),
+        )
+
+    def _for_loss(self, batch: PackedBatch, rows: Rows) -> Rows:
+        """The rows with what the loss declared, and nothing beside it."""
+        names = declared(self.algorithm.loss)
+        extras = {name: value for name, value in rows.extras.items() if name in names}
+        for name in names & set(OF_SEQUENCES):
+            other = rows.old if name == "sequence_log_ratio" else rows.rollout
+            extras[name] = self._sequence(batch, rows, rows.log_prob.detach() - other)[1]
+        return replace(rows, extras=extras)
+
+    def _kl(self, rows: Rows) -> Tensor | float:
+        if self.algorithm.kl_in_loss == 0:
+            return 0.0
+        return kl(self.algorithm.kl_estimator, rows.log_prob, rows.reference, rows.old)
+
+    def _correction(self, batch: PackedBatch, rows: Rows) -> Tensor | float:
+        """[R] weights of the policy term; 1 where none is asked."""
+        used = self.algorithm.corrects
+        if used is None:
+            return 1.0
+        log_weight = rows.old - rows.rollout
+        if used.reads != "token":
+            total, mean = self._sequence(batch, rows, log_weight)
+            log_weight = total if used.reads == "sequence-sum" else mean
+        return used.weight(log_weight, **used.params)
+
+    def _sequence(self, batch: PackedBatch, rows: Rows, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[R] sum and mean of `values` over the usable rows of the whole sequence of each row."""
+        if self.rowwise(batch):  # a log-ratio to itself, and the rows may be a part of their sequence
+            return torch.zeros_like(values), torch.zeros_like(values)
+        both = torch.stack([torch.where(rows.usable, values, 0.0), rows.usable.to(values.dtype)])
+        total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
+        return total[batch.sequence], (total / count.clamp(min=1))[batch.sequence]
+
+
+def check_answer(token: TokenLoss, rows: Rows) -> None:
+    """Raise ConfigError unless a loss, perhaps of the user's own, answered what the contract says."""
+    if not isinstance(token, TokenLoss):
+        raise ConfigError(f"the loss returned {type(token).__name__}; return TokenLoss(loss, metrics)")
+    shape = rows.log_prob.shape
+    for name, metric in token.metrics.items():
+        if not isinstance(metric, Metric):
+            raise ConfigError(
+                f"the loss logs {name!r} as {type(metric).__name__}; use a type of algo.metrics"
+            )
+        for values in (metric.values, metric.among):
+            if values is not None and values.shape != shape:
+                raise ConfigError(f"the loss logs {name!r} of shape {list(values.shape)}; give one per row")
+    if token.loss.shape != shape:
+        raise ConfigError(f"the loss has shape {list(token.loss.shape)}; return one value per row")
+
+
+def _metrics(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str, Metric]:
+    """What is logged whatever the loss; a metric is one line."""
+    log_prob, weight = rows.log_prob.detach().double(), fields["weight"]
+    weighted = torch.where(weight != 0, weight * loss.detach(), 0.0)
+    gap = rows.old - rows.rollout
+    now = fields["age"] == 0 if "age" in fields else None  # engines are compared on the same weights
+    behaviour = gap.double()
+    sampled = bounded(behaviour).exp()
+    found: dict[str, Metric] = {
+        "loss/policy": Total(weighted),
+        "loss/scale": Scale(weighted.abs()),
+        "masked/fraction": Mean(~rows.usable, of_all_rows=True),
+        "entropy": Mean(rows.entropy),
+        "kl/rollout": Mean(kl("k3", rows.rollout.double(), log_prob)),
+        "mismatch/max_abs": Max(gap.abs(), now),
+        "mismatch/p999": Quantile(gap.abs(), now, fraction=0.999),
+        "behaviour/k1": Mean(-behaviour),
+        "behaviour/k3": Mean(sampled - 1 - behaviour),
+        "behaviour/ess": EffectiveSampleSize(sampled),
+        "behaviour/max_abs": Max(behaviour.abs()),
+    }
+    if "reference" in rows.extras:
+        found["kl/reference"] = Mean(kl("k3", log_prob, rows.reference.double()))
+    return found
+
+
+def _gradient_scale(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str, Metric]:
+    """Sums of algo.diagnostics, `on_policy` ones of the mini-batch to which the soft bound applies.
+
+    The derivative stops at log_prob: it runs through a few elementwise operations per row, not the model.
+    """
+    (coefficient,) = torch.autograd.grad(loss.sum(), rows.log_prob, retain_graph=True)
+    trained = torch.where(rows.usable, rows.advantage, 0.0)
+    sums = gradient_scale_sums(rows.log_prob, rows.entropy, trained, coefficient)
+    found: dict[str, Metric] = {"head": HeadGradient(sums)}
+    if "old_log_prob" not in fields and "age" not in fields:
+        found["head/grad_ratio_on_policy"] = HeadRatio(sums)
+    return found
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The critic's loss; model.step calls it as it calls PolicyObjective.
+
+    Fields of a row: `return` and `old_value`, from before the first update, and the policy's `weight`.
+    """
+
+    clip: float | None
+    """values may move this far from the old ones before the gradient is cut; None does not clip"""
+    coef: float = 1.0
+    """factor of the loss"""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        """No: a critic answers with values, not through the head."""
+        return False
+
+    def __call__(self, batch: PackedBatch, values: Tensor) -> tuple[Tensor, Parts]:
+        """Return the sum of coef * weight * loss over this rank's rows of `values` [R], and the metrics."""
+        fields = batch.fields
+        token = value_loss(values, fields["old_value"], fields["return"], clip=self.clip)
+        weight = fields["weight"]
+        weighted = torch.where(weight != 0, weight * token.loss.detach(), 0.0)
+        metrics: dict[str, Metric] = {
+            "loss/value": Total(weighted),
+            "loss/scale": Scale(weighted.abs()),
+            "value/clip_fraction": Mean(token.clipped),
+        }
+        everything = torch.ones_like(token.clipped)
+        parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
+        return self.coef * weighted_sum(token.loss, weight), parts

@@ -1,0 +1,271 @@
+"""The directories of a run: held by one run at a time, marked as ours, and named after the run in them.
+
+RUN_DIR/.mcore_rl has the id of the run that wrote the directory, and every checkpoint has it in its document.
+So a resume knows whether what it finds is its own history or that of another run. Megatron is not imported
+here but for a directory of an earlier version: the first rank asks before it asks the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mcore_rl.config import Config, to_toml
+from mcore_rl.directories import (
+    MARK,
+    is_free,
+    is_ours,
+    locked,
+    mark,
+    read_mark,
+    storage_error,
+    write_whole,
+)
+from mcore_rl.errors import ConfigError, McoreRLError
+from mcore_rl.log import EVENTS, METRICS, append_event
+from mcore_rl.training.faults.exits import say
+
+if TYPE_CHECKING:
+    from mcore_rl.checkpoint import Saved
+
+RESOLVED = "resolved.toml"
+RUN_LOCK = ".mcore_rl.lock"
+"""besides LOCK, which is that of the checkpoints: they may lie in the run directory itself"""
+_REPLACED = (METRICS, EVENTS, RESOLVED, "server.log")
+"""files of a run directory that a run cuts, replaces or appends to"""
+_SAMPLES = re.compile(r"step_\d+\.jsonl")
+_VERSION = re.compile(r"(initial|\d+)(\.partial)?")
+_INDEX = "model.safetensors.index.json"
+_RUN_REMEDY = "set run.dir to another directory"
+_WEIGHTS_REMEDY = "set publish.dir to another directory"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run it is."""
+
+    run: str
+    """an id of its own"""
+    source: str = ""
+    """the checkpoint of another run that it began with"""
+
+
+def root_of(config: Config) -> Path:
+    """Where the run's checkpoints are."""
+    return config.checkpoint.dir or config.run.dir / "checkpoints"
+
+
+def published_to(config: Config) -> Path:
+    """Where the versions of the weights are that servers read."""
+    return config.publish.dir or config.run.dir / "weights"
+
+
+# --- held and ours --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held(config: Config, *, publishes: bool) -> Iterator[None]:
+    """Hold the run's directories, for its first rank, before anything is written to them.
+
+    The directory of the checkpoints has a lock of its own, which is taken when it is opened.
+
+    Args:
+        publishes: the run writes weights for servers.
+
+    Raises:
+        ConfigError: they hold what mcore_rl did not write; nothing was touched.
+        StorageError: another run holds them, or they cannot be written.
+    """
+    run_dir, weights = config.run.dir, published_to(config)
+    if not (run_dir / RUN_LOCK).exists():  # else it may be that of a run which is writing
+        _check_ours(config, publishes=publishes)
+    with ExitStack() as stack:
+        stack.enter_context(locked(run_dir, _RUN_REMEDY, name=RUN_LOCK))
+        if publishes and not weights.resolve().is_relative_to(run_dir.resolve()):
+            stack.enter_context(locked(weights, _WEIGHTS_REMEDY, name=RUN_LOCK))
+        _check_ours(config, publishes=publishes)
+        try:
+            _claim(config)
+        except OSError as error:
+            raise storage_error(run_dir, error, remedy=_RUN_REMEDY) from error
+        yield
+
+
+def _check_ours(config: Config, *, publishes: bool) -> None:
+    """Raises ConfigError for what a run would replace and mcore_rl did not write."""
+    if _is_of_an_earlier_version(config):
+        return  # to be marked
+    run_dir, weights = config.run.dir, published_to(config)
+    found = [] if is_ours(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
+    found += ["samples"] if _holds_foreign_samples(run_dir / "samples") else []
+    if config.supervised_only and not is_free(run_dir / "model"):
+        found.append("model")
+    _refuse(run_dir, found, _RUN_REMEDY)
+    if publishes:
+        _refuse(weights, [path.name for path in _versions(weights) if not is_free(path)], _WEIGHTS_REMEDY)
+
+
+def _holds_foreign_samples(samples: Path) -> bool:
+    if is_ours(samples) or not os.path.lexists(samples):
+        return False
+    if samples.is_symlink() or not samples.is_dir():
+        return True
+    return any(_SAMPLES.fullmatch(path.name) for path in samples.iterdir())
+
+
+def _refuse(directory: Path, names: Sequence[str], remedy: str) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ConfigError(
+            f"{directory} holds {shown} without the mark of mcore_rl ({MARK}): something else wrote it, or a "
+            "run of an earlier version that kept no checkpoints. Nothing was touched. Move it away, or "
+            f"{remedy}"
+        )
+
+
+def _versions(weights: Path) -> list[Path]:
+    if not weights.is_dir():
+        return []
+    return sorted(path for path in weights.iterdir() if _VERSION.fullmatch(path.name))
+
+
+def _is_of_an_earlier_version(config: Config) -> bool:
+    """Whether checkpoints say that the run directory is ours: earlier versions marked nothing."""
+    if is_ours(config.run.dir):
+        return False
+    return any(_belongs(config, saved) for saved in _intact(root_of(config)))
+
+
+def _intact(root: Path) -> Iterator[Saved]:
+    if not root.is_dir():
+        return
+    from mcore_rl.checkpoint import committed, manifest
+
+    for _, path in reversed(committed(root)):
+        with suppress(McoreRLError):  # damaged, which a resume says
+            yield manifest.read(path)
+
+
+def _belongs(config: Config, saved: Saved) -> bool:
+    """Whether a checkpoint was written by a run in this run directory: it lies there, or says so."""
+    run_dir = config.run.dir.resolve()
+    if saved.path.resolve().is_relative_to(run_dir):
+        return True
+    return Path(saved.document.get("config", {}).get("run", {}).get("dir", "/")).resolve() == run_dir
+
+
+def _claim(config: Config) -> None:
+    """Mark the run directory; of an earlier version's, all that this one would replace. Raises OSError."""
+    run_dir = config.run.dir
+    if is_ours(run_dir):
+        return
+    if _is_of_an_earlier_version(config):
+        whole = [*_versions(published_to(config)), run_dir / "model"]
+        for path in [run_dir / "samples", *(path for path in whole if (path / _INDEX).is_file())]:
+            if path.is_dir() and not path.is_symlink():
+                mark(path)
+    mark(run_dir)
+
+
+def warn_of_others(config: Config) -> None:
+    """Say, and write down, that everybody on this machine may change what the run writes."""
+    before = os.umask(0o077)
+    os.umask(before)
+    places = {config.run.dir, root_of(config), published_to(config)}
+    writable = sorted(str(path) for path in places if path.is_dir() and _is_open_to_all(path))
+    if not before & stat.S_IWOTH:
+        why = f"the umask is {before:03o}"
+    elif writable:
+        why = f"everybody may write to {', '.join(writable)}"
+    else:
+        return
+    say(
+        f"warning: {why}: everybody on this machine may change the results in {config.run.dir}. Set umask "
+        f"022 before the run, and `chmod -R o-w {' '.join(writable) or config.run.dir}`"
+    )
+    append_event(config.run.dir, "world_writable", umask=f"{before:03o}", directories=", ".join(writable))
+
+
+def _is_open_to_all(directory: Path) -> bool:
+    """Whether others may write to it; in one like /tmp only to files of their own."""
+    mode = directory.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
+# --- which run it is --------------------------------------------------------------------------------------
+
+
+def check_history(config: Config, saved: Saved, known: Sequence[tuple[int, Path]]) -> None:
+    """Raises ConfigError where the run's directories hold another run than that of `saved`.
+
+    Args:
+        known: committed checkpoints of the run's own directory.
+
+    A checkpoint of another run is where a branch begins, in directories that hold nothing yet, or no more
+    than an earlier attempt of the same branch.
+    """
+    own, its = read_mark(config.run.dir), saved.document.get("run_id")
+    run, source = own.get("run"), own.get("source", "")
+    if its is not None and its == run:
+        return
+    if is_inside(config, saved.path):
+        if run is None or (its is None and _belongs(config, saved)):
+            return
+    elif not known and (run is None or source == _source(saved)):
+        return
+    up_to = f" up to step {known[-1][0]}" if known else ""
+    raise ConfigError(
+        f"{config.run.dir} holds another run{up_to} than {saved.path} is of: it would be cut and "
+        "overwritten. Continue the one that is there with --resume latest, or give this run another run.dir "
+        "(and checkpoint.dir)"
+    )
+
+
+def identity_of(config: Config, saved: Saved | None) -> Identity:
+    """Of a run that `check_history` has let pass; a new one for a new run and for a branch."""
+    own = read_mark(config.run.dir)
+    if saved is None:
+        return Identity(uuid.uuid4().hex)
+    its, run, source = saved.document.get("run_id"), own.get("run"), own.get("source", "")
+    if is_inside(config, saved.path) or (its is not None and its == run):
+        return Identity(its or run or uuid.uuid4().hex, source)
+    return Identity(run if run and source == _source(saved) else uuid.uuid4().hex, _source(saved))
+
+
+def is_inside(config: Config, checkpoint: Path) -> bool:
+    """Whether a checkpoint lies in the run's own directory of checkpoints."""
+    return checkpoint.resolve().parent == root_of(config).resolve()
+
+
+def _source(saved: Saved) -> str:
+    return f"{saved.document.get('run_id') or saved.path.resolve()} step {saved.step}"
+
+
+def begin(config: Config, identity: Identity) -> None:
+    """From here on the run directory is this run's: its name, its settings."""
+    try:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        mark(config.run.dir, run=identity.run, source=identity.source)
+    except OSError as error:
+        raise storage_error(config.run.dir, error, remedy=_RUN_REMEDY) from error
+    write_whole(config.run.dir / RESOLVED, to_toml(config))
+
+
+def open_samples(run_dir: Path, *, keep: bool) -> None:
+    """RUN_DIR/samples, marked; without those of an earlier run, unless `keep`. Other files there stay."""
+    directory = run_dir / "samples"
+    try:
+        directory.mkdir(exist_ok=True)
+        for path in [] if keep else list(directory.iterdir()):
+            if _SAMPLES.fullmatch(path.name):
+                path.unlink()
+        mark(directory)
+    except OSError as error:
+        raise storage_error(directory, error, remedy=_RUN_REMEDY) from error

@@ -1,0 +1,275 @@
+"""Builds the parts of a run from its config: what supervised and reinforcement training share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mcore_rl.checkpoint import seed_rng
+from mcore_rl.config import Config
+from mcore_rl.data.balance import forward_flops, model_shape
+from mcore_rl.data.cursor import PromptCursor
+from mcore_rl.data.prompts import PromptSet, load_prompts
+from mcore_rl.errors import ConfigError
+from mcore_rl.log import Progress, StepLog, Timers
+from mcore_rl.model import platform
+from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
+from mcore_rl.model.hf.files import check_side_files
+from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
+from mcore_rl.model.probe import check_gradient_scale
+from mcore_rl.model.residency import Offloaded, Part, state_of
+from mcore_rl.model.spec import check_layout
+from mcore_rl.parallel.attempt import attempt_store
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.training.batch import Shape, align_of
+from mcore_rl.training.checkpoint import (
+    check_what_is_left,
+    find_start,
+    leave_when_asked,
+    open_checkpoints,
+)
+from mcore_rl.training.data import check_batch, response_of, say_dropped
+from mcore_rl.training.faults.exits import recorded
+from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
+from mcore_rl.training.rundir import identity_of
+from mcore_rl.training.trainer import Attempt, Trainer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""a tokenizer has one of them"""
+
+
+@contextmanager
+def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -> Iterator[Trainer]:
+    """Join the process group, build the model at the config's layout, open the run directory; undone on exit.
+
+    The caller builds what it trains besides, then calls `checkpoint.restore`.
+
+    Args:
+        optimizer_steps: of the whole run; a decaying learning rate reaches 0 there.
+        resume: `latest`, `previous` or the path of a checkpoint; None starts at the beginning.
+
+    Raises:
+        ConfigError, LayoutError, DataError: before any weight is built, where the cause allows it.
+    """
+    layout = layout_of(config, world_size())
+    layout.check(world_size())
+    check_layout(read_architecture(config.model.path), layout)
+    timeout = collective_timeout(config.train.step_timeout)
+    with process_group(timeout):
+        mesh = build_mesh(layout, timeout=timeout)
+        try:
+            with (
+                recorded(config.run.dir),
+                watched(config, mesh) as watchdog,
+                open_checkpoints(config, mesh, resume) as checkpoints,
+            ):
+                saved, leave = find_start(config, mesh, resume), threading.Event()
+                check_what_is_left(config, saved)
+                identity = on_main(mesh, lambda: identity_of(config, saved))
+                attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity)
+                trainer = build_trainer(config, mesh, attempt, optimizer_steps)
+                attempt.reached("the model was built")
+                with leave_when_asked(leave, active=bool(config.checkpoint.every)):
+                    yield trainer
+        finally:
+            destroy_mesh()
+
+
+def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps: int) -> Trainer:
+    """The parts of a run at `mesh`; every rank calls it. A run that begins replaces an older log."""
+    seed_rng(config.run.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = read_prompts(config, config.data.train, tokenizer)
+    check_batch(config, prompts)
+    policy = build_policy(
+        config.model.path,
+        mesh,
+        **model_settings(config),
+        recompute=config.train.recompute,
+        ddp=trained_ddp(config),
+    )
+    check_gradient_scale(policy)
+    resume_step = None if attempt.saved is None else sys.maxsize
+    step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
+    if mesh.is_main:
+        say_dropped(config, step_log, "train", prompts)
+    return Trainer(
+        config=config,
+        mesh=mesh,
+        attempt=attempt,
+        policy=policy,
+        optimizer=optimizer_of(config, policy, optimizer_steps),
+        shape=shape_of(config, mesh),
+        tokenizer=tokenizer,
+        prompts=prompts,
+        cursor=PromptCursor(prompts, config.run.seed),
+        timers=Timers(),
+        step_log=step_log,
+        progress=Progress(config.train.steps),
+    )
+
+
+@contextmanager
+def watched(config: Config, mesh: Mesh) -> Iterator[Watchdog]:
+    """A watchdog over this rank; collective."""
+    attempt = on_main(mesh, lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))
+    watchdog = Watchdog(config.run.dir, attempt, mesh.layout.world_size, config.train.step_timeout)
+    with watchdog.watching():
+        yield watchdog
+
+
+@contextmanager
+def process_group(timeout: float) -> Iterator[None]:
+    """torch.distributed from torchrun's environment; every collective fails after `timeout` seconds."""
+    platform.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = attempt_store(timeout)
+    dist.init_process_group(
+        platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Ranks that torchrun started."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def layout_of(config: Config, world_size: int) -> Layout:
+    """The layout that [parallel] asks for; `data` unset takes what the world size leaves."""
+    p = config.parallel
+    replica = p.tensor * p.pipeline * p.context
+    return Layout(
+        tensor=p.tensor,
+        sequence=p.sequence,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        context=p.context,
+        expert=p.expert,
+        data=p.data or max(1, world_size // replica),
+    )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model directory `path`, checked against the model's vocabulary.
+
+    Raises:
+        ConfigError: there is none, it has no end-of-sequence token, or an id that the model has no row for.
+    """
+    vocab = read_architecture(path).vocab
+    check_side_files(path)
+    if not any((path / name).exists() for name in TOKENIZER_FILES):  # transformers would make an empty one
+        raise ConfigError(f"{path}: no tokenizer; put tokenizer.json beside config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+        raise ConfigError(
+            f"{path}: no usable tokenizer ({error}); put tokenizer.json beside config.json"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{path}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab:
+        raise ConfigError(
+            f"{path}: the tokenizer has token id {largest}, the model only {vocab} rows (vocab_size in "
+            "config.json); use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """A prompt file in the format that [data] describes."""
+    data = config.data
+    return load_prompts(
+        path,
+        tokenizer,
+        prompt_key=data.prompt_key,
+        label_key=data.label_key,
+        needs_label=config.reward.model is None,  # which alone reads none
+        max_prompt_tokens=data.max_prompt_tokens,
+        response=response_of(config),
+    )
+
+
+def fp8_of(config: Config) -> Fp8:
+    """What [model] says of FP8."""
+    m = config.model
+    return Fp8(m.fp8_recipe, m.fp8_param_gather, m.fp8_first_last_bf16)
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """How policy, reference and critic are built alike."""
+    return {
+        "precision": config.model.precision,
+        "fp8": fp8_of(config),
+        "random_seed": config.run.seed if config.model.random_init else None,
+    }
+
+
+def trained_ddp(config: Config) -> DistributedDataParallelConfig:
+    """Megatron's DDP around a model in training."""
+    return ddp_config(
+        distributed=config.optimizer.distributed,
+        fp8_param_gather=config.model.precision == "fp8" and config.model.fp8_param_gather,
+    )
+
+
+def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = None) -> Optimizer:
+    """Megatron's Adam with the numbers of [optimizer], at another learning rate where `lr` is given."""
+    o = config.optimizer
+    return build_optimizer(
+        model,
+        lr=o.lr if lr is None else lr,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_grad=o.clip_grad,
+        precision=config.model.precision,
+        fp8=fp8_of(config),
+        warmup_steps=o.warmup_steps,
+        decay_steps=steps - o.warmup_steps,
+        decay=o.schedule,
+        distributed=o.distributed,
+    )
+
+
+def offloaded_optimizers(config: Config, optimizers: Mapping[str, Optimizer]) -> dict[str, Part]:
+    """After `restore`: their state waits in host memory from now on, where [residency] says so."""
+    if config.residency.optimizer == "resident":
+        return {}
+    return {
+        "critic_optimizer" if prefix else "optimizer": Offloaded(partial(state_of, optimizer))
+        for prefix, optimizer in optimizers.items()
+    }
+
+
+def shape_of(config: Config, mesh: Mesh) -> Shape:
+    """How this run's samples become micro-batches."""
+    return Shape(
+        mini_batches=config.algorithm.mini_batches,
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        max_new_tokens=config.rollout.max_new_tokens,
+        cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
+        align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
+    )

@@ -1,0 +1,107 @@
+"""Supervised training on the same stack: prompt -> label, token-mean negative log-likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mcore_rl.algo.aggregation import weighted_sum
+from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
+from mcore_rl.algo.metrics import Key, Mean, Total
+from mcore_rl.algo.preference import sft
+from mcore_rl.config import Config
+from mcore_rl.data.packing import TokenSequence
+from mcore_rl.model.residency import Residency
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.training.batch import pack_share
+from mcore_rl.training.checkpoint import Contents, end_step, restore
+from mcore_rl.training.data import data_metrics
+from mcore_rl.training.faults.dump import keep_broken
+from mcore_rl.training.metrics import Gathered, HeadGradient, read
+from mcore_rl.training.objective import Parts
+from mcore_rl.training.setup import offloaded_optimizers, start_trainer
+from mcore_rl.training.trainer import Trainer
+from mcore_rl.training.update import Update, run_update
+from mcore_rl.types import PackedBatch, Prompt
+from mcore_rl.weights.disk import export
+
+HEAD = Key("head", HeadGradient(None))
+
+
+def train_supervised(config: Config, resume: str | None = None) -> None:
+    """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model."""
+    with start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as trainer:
+        contents = Contents({"": trainer.optimizer}, {}, {"cursor": trainer.cursor})
+        restore(trainer, contents)
+        residency = Residency(offloaded_optimizers(config, contents.optimizers))
+        for step in range(trainer.attempt.step + 1, config.train.steps + 1):
+            with trainer.timers("train"):
+                prompts = trainer.cursor.next(config.supervised.batch_size)
+                metrics = train_step(trainer, residency, prompts, step)
+            counted = data_metrics("train", trainer.prompts) if step == 1 else {}
+            trainer.log(step, metrics | counted)
+            end_step(trainer, contents, residency, step)
+        export(trainer.policy, config.run.dir / "model")
+
+
+def train_step(
+    trainer: Trainer, residency: Residency, prompts: Sequence[Prompt], step: int
+) -> dict[str, float]:
+    """One optimizer step on whole sequences; the loss is the mean over the label tokens of all replicas.
+
+    Raises:
+        NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics), or the gradient
+            is not finite.
+    """
+    tokenizer, mesh = trainer.tokenizer, trainer.mesh
+    sequences = [TokenSequence(prompt.token_ids, label_tokens(tokenizer, prompt)) for prompt in prompts]
+    tokens = sum(sequence.scored for sequence in sequences)
+    fields = {"weight": [1.0 / tokens] * len(sequences), "sample": range(len(sequences))}
+    update = Update(
+        kind="supervised",
+        step=step,
+        optimizer=trainer.optimizer,
+        objective=NegativeLogLikelihood(),
+        batches=pack_share(sequences, fields, trainer.shape, mesh),
+        temperature=1.0,
+        ids=[prompt.id for prompt in prompts],
+    )
+    explain = partial(keep_broken, trainer.config, trainer.shape.align)
+    sums, norm = run_update(update, residency, explain)
+    totals = Gathered(sums).reduce(mesh)
+    check_surprise(gradient_scale(totals[HEAD]))
+    metrics = read(totals, updates=1)
+    return {
+        **metrics,
+        "perplexity": math.exp(min(metrics["loss/policy"], 50.0)),
+        "grad_norm": norm,
+        "tokens": tokens,
+    }
+
+
+class NegativeLogLikelihood:
+    """Called by model.step for every micro-batch; see `Loss` there."""
+
+    def rowwise(self, batch: PackedBatch) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Parts]:
+        """Return the sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
+        loss = sft(head.log_prob)
+        weighted = batch.fields["weight"] * loss.detach()
+        one = torch.ones_like(loss)
+        scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
+        metrics = {"loss/policy": Total(weighted), "entropy": Mean(head.entropy)}
+        everything = torch.ones_like(loss, dtype=torch.bool)
+        parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
+        return weighted_sum(loss, batch.fields["weight"]), {**parts, HEAD: scale}
+
+
+def label_tokens(tokenizer, prompt: Prompt) -> list[int]:
+    """The label as the model should answer it, ended by the end-of-sequence token."""
+    return [*tokenizer.encode(prompt.label, add_special_tokens=False), tokenizer.eos_token_id]

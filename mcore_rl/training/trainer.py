@@ -1,0 +1,78 @@
+"""A model in training on this rank: what supervised and reinforcement training share, as a value."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mcore_rl.checkpoint import Checkpoints, Saved
+from mcore_rl.config import Config
+from mcore_rl.data.cursor import PromptCursor
+from mcore_rl.data.prompts import PromptSet
+from mcore_rl.log import Progress, StepLog, Timers
+from mcore_rl.model.build import Model
+from mcore_rl.model.optimizer import Optimizer
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import printable
+from mcore_rl.training.batch import Shape
+from mcore_rl.training.rundir import Identity
+from mcore_rl.types import Tokens
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run: what it continues from, where it saves, and how it ends."""
+
+    saved: Saved | None
+    """the checkpoint that it continues from; None at the beginning of a run"""
+    checkpoints: Checkpoints | None
+    """None where nothing is saved or resumed"""
+    leave: threading.Event
+    """set when this rank is asked to leave"""
+    reached: Callable[[str], None]
+    """says what is done: the run goes on, and the watchdog's clock starts again"""
+    identity: Identity
+    """which run it is"""
+
+    @property
+    def step(self) -> int:
+        """The step that the run continues after; 0 at the beginning."""
+        return self.saved.step if self.saved is not None else 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model in training on this rank, and where its run is written."""
+
+    config: Config
+    mesh: Mesh
+    attempt: Attempt
+    policy: Model
+    optimizer: Optimizer
+    shape: Shape
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    """training prompts"""
+    cursor: PromptCursor
+    """walks them; the same position on every rank"""
+    timers: Timers
+    step_log: StepLog
+    progress: Progress
+
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Write a step to metrics.jsonl and say it on the main rank."""
+        record = {**metrics, **self.timers.collect()}
+        on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
+        if self.mesh.is_main:
+            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
+        self.attempt.reached(f"step {step}")
+
+    def decode(self, ids: Sequence[int] | Tokens) -> str:
+        """A response as text, for rewards and people."""
+        return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))

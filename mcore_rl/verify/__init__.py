@@ -1,0 +1,1 @@
+"""The proofs that a user can run: golden cases and layouts."""

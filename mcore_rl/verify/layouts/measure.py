@@ -1,0 +1,229 @@
+"""What one layout computes on the recorded problem, gathered to full shapes; runs on every rank."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcore_rl.data.balance import forward_flops, model_shape
+from mcore_rl.model import platform
+from mcore_rl.model.build import Model, build_critic, build_policy
+from mcore_rl.model.hf.architecture import read_hf_config
+from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
+from mcore_rl.model.step import Loss, forward, forward_backward
+from mcore_rl.model.weights_io import global_parameters
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
+from mcore_rl.training.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequence
+from mcore_rl.training.metrics import Gathered
+from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.types import PackedBatch, Sample
+from mcore_rl.verify.layouts import problem
+from mcore_rl.verify.layouts.case import Case
+from mcore_rl.weights.buckets import gather
+
+SGD_STEPS = 3
+ADAM_STEPS = 2
+"""The second one's gradient needs the parameters that the first one updated, gathered again."""
+CRITIC = "critic"
+"""What an algorithm with a critic trains beside its policy; measured under this name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of one algorithm, or of the critic; equal at every layout up to rounding."""
+
+    loss: float
+    abs_loss: float
+    """sum of |w * l|, the scale of the loss's error"""
+    metrics: Mapping[str, Tensor]
+    """what the logged metrics of the first step are made of: counts, sums, maxima, the gradient norm"""
+    scores: Mapping[str, Tensor]
+    """`log_prob` and `entropy`, or `value` -> [rows] of the starting weights"""
+    gradients: Mapping[str, Tensor]
+    """HF name -> gradient, full shape"""
+    parameters: Mapping[str, Tensor]
+    """HF name -> value after SGD_STEPS of plain SGD, full shape"""
+    start: Mapping[str, Tensor]
+    """HF name -> starting value, full shape"""
+    exp_avg: Mapping[str, Tensor]
+    """`<step>:<HF name>` -> first moment of the distributed optimizer's Adam after that step, full shape"""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model to train and the loss to train it by."""
+
+    build: Callable[..., Model]
+    """build_policy or build_critic, all but `ddp` given"""
+    loss: Loss
+    recorded: problem.Recorded
+    shape: Shape
+    scores: Mapping[str, Tensor]
+    overlap: bool
+
+    def micro_batches(self, mesh: Mesh) -> list[PackedBatch]:
+        """This rank's share of the whole recorded batch, as one mini-batch."""
+        batch = self.recorded.batch
+        everyone = np.arange(len(batch.samples))
+        return pack_mini_batch(
+            batch, everyone, self.recorded.algorithm, self.shape, mesh, self.recorded.fields
+        )
+
+
+def measure(
+    case: Case, algorithms: Sequence[str], log_probs: list[np.ndarray] | None, own_loss: str | None = None
+):
+    """({algorithm: Measured}, log-probs) on rank 0, None elsewhere. Collective over all running ranks.
+
+    Args:
+        log_probs: [N] arrays of the reference run's own log-probs, from which old ones are derived; rank 0's
+            count. None (the reference run itself) takes this layout's.
+        own_loss: `module:function` of a policy loss in the place of the algorithms'.
+
+    Raises:
+        NumericsError: the reference run's problem would not tell a wrong layout.
+    """
+    platform.install()
+    torch.set_float32_matmul_precision("highest")  # TF32 would drown what is measured
+    mesh = build_mesh(case.layout, timeout=120.0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mcore_rl_verify_") as scratch:
+            model_dir = problem.write_model(Path(scratch), case.model)
+            return _measure(case, mesh, algorithms, model_dir, log_probs, own_loss)
+    finally:
+        destroy_mesh()
+
+
+def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path, log_probs, own_loss):
+    shape = _shape(model_dir, mesh)
+    settings = {"mesh": mesh, "random_seed": problem.SEED, "recompute": case.recompute}
+    policy = partial(build_policy, model_dir, **settings)
+    critic = partial(build_critic, model_dir, **settings)
+    samples = build_batch(problem.recorded_groups()).samples
+    log_prob, entropy = score(policy(ddp=None), samples, shape, kinds=2)
+    lengths = [len(sample.token_ids) for sample in samples]
+    box = [[values.numpy() for values in log_prob.split(lengths)] if log_probs is None else log_probs]
+    dist.broadcast_object_list(box, src=0, group=mesh.world)
+    results = {}
+    for name in algorithms:
+        recorded = problem.record(name, box[0], own_loss)
+        if log_probs is None:
+            problem.check(recorded, box[0])
+        scores = {"log_prob": log_prob, "entropy": entropy}
+        loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
+        results[name] = _train(mesh, _Subject(policy, loss, recorded, shape, scores, case.overlap))
+        if recorded.algorithm.needs_critic:
+            scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
+            value_loss = ValueObjective(problem.VALUE_CLIP)
+            results[CRITIC] = _train(
+                mesh, _Subject(critic, value_loss, recorded, shape, scores, case.overlap)
+            )
+    return (results, box[0]) if mesh.is_main else None
+
+
+def score(model: Model, samples: Sequence[Sample], shape: Shape, *, kinds: int) -> Tensor:
+    """[kinds, rows] log-probs and entropies (2), or values (1), of all samples; the same on every rank."""
+    sequences = [token_sequence(sample) for sample in samples]
+    bounds = np.cumsum([0, *(sequence.scored for sequence in sequences)])
+    numbers = [np.arange(start, stop) for start, stop in pairwise(bounds)]
+    batches = pack_share(sequences, {"number": numbers}, shape, model.mesh)
+    scores = torch.zeros(kinds, int(bounds[-1]))
+    for batch, output in forward(model, batches, problem.TEMPERATURE):
+        if model.mesh.owns_metrics:
+            values = torch.stack(tuple(output)) if isinstance(output, tuple) else output[None]
+            scores[:, batch.fields["number"].cpu()] = values.cpu()
+    dist.all_reduce(scores, group=model.mesh.world)  # every row was written by one rank, the others add 0
+    return scores
+
+
+def _train(mesh: Mesh, subject: _Subject) -> Measured:
+    """Plain SGD for gradients and parameters, then the distributed optimizer from the same start."""
+    model = subject.build(ddp=ddp_config(distributed=False, overlap=subject.overlap))
+    optimizer = build_optimizer(
+        model, lr=problem.SGD_LEARNING_RATE, kind="sgd", clip_grad=0.0, distributed=False
+    )
+    parameters = global_parameters(model.unwrapped)
+    micro_batches = subject.micro_batches(mesh)
+    start = gathered(model, parameters)
+    first = _pass(model, optimizer, subject, micro_batches)
+    gradients = gathered(model, {name: vars(p)["main_grad"] for name, p in parameters.items()})
+    norm = optimizer.step()
+    for _ in range(SGD_STEPS - 1):
+        _pass(model, optimizer, subject, micro_batches)
+        optimizer.step()
+    totals = Gathered(first).reduce(mesh)
+    by_name = {key.name: total for key, total in totals.items()}
+    return Measured(
+        loss=next(by_name[name] for name in ("loss/policy", "loss/value") if name in by_name).item(),
+        abs_loss=by_name["loss/scale"].item(),
+        metrics=by_name | {"grad_norm": torch.tensor(norm)},
+        scores=subject.scores,
+        gradients=gradients,
+        parameters=gathered(model, parameters),
+        start=start,
+        exp_avg=_first_moments(subject, micro_batches),
+    )
+
+
+def _first_moments(subject: _Subject, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
+    model = subject.build(ddp=ddp_config(distributed=True, overlap=subject.overlap))
+    optimizer = build_optimizer(
+        model, lr=problem.ADAM_LEARNING_RATE, eps=problem.ADAM_EPS, clip_grad=0.0, distributed=True
+    )
+    moments: dict[str, Tensor] = {}
+    for step in range(ADAM_STEPS):
+        _pass(model, optimizer, subject, micro_batches)
+        optimizer.step()
+        whole = {
+            name: _whole_state(optimizer, parameter, "exp_avg")
+            for name, parameter in global_parameters(model.unwrapped).items()
+        }
+        moments |= {f"{step + 1}:{name}": moment for name, moment in gathered(model, whole).items()}
+    return moments
+
+
+def _pass(model: Model, optimizer: Optimizer, subject: _Subject, micro_batches: Sequence[PackedBatch]):
+    optimizer.zero_grad()
+    return forward_backward(model, micro_batches, subject.loss, problem.TEMPERATURE)
+
+
+def _whole_state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str) -> Tensor:
+    """A state of `parameter`, whose shards Megatron's distributed optimizer spreads over its ranks."""
+    parts = getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron])
+    (part,) = (
+        part for part in parts if any(parameter is p for buffer in part.buffers for p in buffer.params)
+    )
+    whole = torch.zeros(parameter.numel(), device=parameter.device)
+    if parameter in part.model_param_gbuf_map:  # this rank owns some of it
+        owned = part._get_model_param_range_map(parameter)["param"]
+        whole[owned.start : owned.end] = part._get_main_param_and_optimizer_states(parameter)[name]
+    dist.all_reduce(whole, group=part.data_parallel_group)
+    return whole.view_as(parameter)
+
+
+def _shape(model_dir: Path, mesh: Mesh) -> Shape:
+    numbers = model_shape(read_hf_config(model_dir))
+    return Shape(
+        mini_batches=1,
+        tokens_per_micro_batch=problem.TOKENS_PER_MICRO_BATCH,
+        max_new_tokens=problem.MAX_NEW_TOKENS,
+        cost=lambda lengths: forward_flops(lengths, numbers),
+        align=align_of(mesh),
+    )
+
+
+def gathered(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per-rank tensors by global Megatron name -> {HF name: full tensor} on rank 0, empty elsewhere."""
+    mine = gather(dict(tensors), model.mapping, model.mesh)
+    shares: list[dict[str, Tensor]] = [{} for _ in range(model.mesh.layout.world_size)]
+    dist.gather_object(mine, shares if model.mesh.is_main else None, group=model.mesh.world)
+    return {name: tensor for share in shares for name, tensor in share.items()} if model.mesh.is_main else {}

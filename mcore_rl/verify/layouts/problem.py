@@ -1,0 +1,187 @@
+"""The recorded problem that every layout solves: a tiny random model and rollouts with ratios off 1.
+
+Everything is a pure function of fixed seeds and of names and indices, never of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcore_rl.algo import policy_losses
+from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.algo.rows import Rows
+from mcore_rl.algo.segments import sequence_mean
+from mcore_rl.errors import NumericsError
+from mcore_rl.training.advantage import Scores, compute_advantages
+from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+
+VOCAB = 50
+"""not divisible by 4, so that the last tensor-parallel shards hold padding"""
+SEED = 3
+"""of the weights"""
+TOKENS_PER_MICRO_BATCH = 64
+MAX_NEW_TOKENS = 16
+TEMPERATURE = 0.9
+SGD_LEARNING_RATE = 0.5
+"""Parameters move by more than 1e-3 in 3 steps of plain SGD."""
+ADAM_LEARNING_RATE = 1e-3
+ADAM_EPS = 1e-2
+"""A large value: where it is small, Adam turns the rounding error of a tiny gradient into a whole step."""
+VALUE_CLIP = 0.2
+OVERRIDES: Mapping[str, Mapping[str, float]] = {"gspo": {"eps_low": 0.02, "eps_high": 0.03}}
+"""Wider clips where the paper's are so narrow that rounding decides which side a sequence is on."""
+_TWO_SIDED = (policy_losses.ppo, policy_losses.gspo)
+
+_DENSE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 1,
+}
+MODELS = {"dense": _DENSE, "tied": _DENSE | {"tie_word_embeddings": True}, "moe": _DENSE | _EXPERTS}
+"""name -> config.json"""
+
+
+def write_model(directory: Path, model: str) -> Path:
+    """A model directory with config.json only; weights are random by name (weights_io.random_reader)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(MODELS[model]))
+    return directory
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One algorithm's rollout batch with what was recorded when it was sampled."""
+
+    algorithm: Algorithm
+    batch: RolloutBatch
+    fields: Mapping[str, PerSample]
+    """`old_log_prob`, `advantage` and what else the algorithm's losses need"""
+
+
+def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) -> Recorded:
+    """The batch of algorithm `name`, given the log-probs [N] of [n_i] of the starting weights.
+
+    `loss` is `module:function` of a policy loss in the place of the algorithm's. Reference log-probs and old
+    values are drawn by index, so that they do not depend on the layout.
+    """
+    algorithm = configure(name, OVERRIDES.get(name) if loss is None else None, loss)
+    batch = build_batch(recorded_groups())
+    sampled = perturbed(log_probs, seed=14)
+    samples = (replace(s, log_probs=own) for s, own in zip(batch.samples, sampled, strict=True))
+    batch = replace(batch, samples=tuple(samples))
+    old = perturbed(log_probs)
+    scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), drawn(log_probs, seed=13))
+    advantages = compute_advantages(batch, algorithm, scores)
+    return Recorded(algorithm, batch, {"old_log_prob": old, **advantages.fields})
+
+
+def recorded_groups(groups: int = 6, size: int = 4) -> list[Group]:
+    """Prompts of 1-9 tokens, responses of 1-14, binary rewards, and one group without signal."""
+    rng = np.random.default_rng(7)
+    made = []
+    for g in range(groups):
+        prompt = Prompt(f"p{g}", "", tuple(rng.integers(VOCAB, size=rng.integers(1, 10)).tolist()), "")
+        samples = []
+        for k in range(size):
+            length = int(rng.integers(1, 15))
+            tokens = tuple(rng.integers(VOCAB, size=length).tolist())
+            reward = 1.0 if g == 0 else float(rng.integers(0, 2))
+            spans = (VersionSpan("0", 0, length),)
+            samples.append(Sample(f"p{g}@1/{k}", prompt, tokens, (0.0,) * length, "", "stop", spans, reward))
+        made.append(Group(f"p{g}@1", tuple(samples)))
+    return made
+
+
+def perturbed(log_probs: Sequence[np.ndarray], seed: int = 11) -> list[np.ndarray]:
+    """Behaviour log-probs: the model's own plus noise whose size differs per sequence (1e-4, 0.1, 0.5).
+
+    Small noise keeps a sequence inside every clip range, large noise puts it outside on either side.
+    """
+    scales = (1e-4, 0.1, 0.5)
+    noise = drawn(log_probs, seed)
+    return [
+        (own + scales[i % 3] * extra).astype(np.float32)
+        for i, (own, extra) in enumerate(zip(log_probs, noise, strict=True))
+    ]
+
+
+def drawn(like: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Standard normal numbers in the shapes of `like`."""
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(values.shape).astype(np.float32) for values in like]
+
+
+def check(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> None:
+    """NumericsError unless the data can tell a wrong layout: ratios off 1, each clip acting on both sides."""
+    ratio, clipped = _ratio_and_clipped(recorded, log_probs)
+    spread = ratio.min() < 0.95 and ratio.max() > 1.05
+    below = above = clipped is None
+    if clipped is not None:
+        below, above = clipped[ratio < 1].any(), clipped[ratio > 1].any()
+    if not spread or (recorded.algorithm.loss in _TWO_SIDED and not (below and above)):
+        raise NumericsError(
+            f"verify/layouts/problem.py: ratios from {ratio.min():.3f} to {ratio.max():.3f}, clipped below "
+            f"1: {bool(below)}, above 1: {bool(above)}; that proves nothing: raise the noise of `perturbed`"
+        )
+
+
+def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+    """The ratio of every row, and whether its clip acts, as the algorithm's own loss says."""
+    lengths = torch.tensor([len(values) for values in log_probs])
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+    per_sample = [torch.as_tensor(a, dtype=torch.float32).reshape(-1) for a in recorded.fields["advantage"]]
+    advantage = torch.cat([a.expand(n) for a, n in zip(per_sample, lengths.tolist(), strict=True)])
+    own, old, rollout, reference = (
+        torch.from_numpy(np.concatenate(values))
+        for values in (
+            log_probs,
+            recorded.fields["old_log_prob"],
+            [sample.log_probs for sample in recorded.batch.samples],
+            drawn(log_probs, 0),
+        )
+    )
+    rows = Rows.of(own, -own, old=old, rollout=rollout, advantage=advantage, reference=reference)
+    means = {
+        "sequence_log_ratio": sequence_mean(own - old, sequence, len(lengths))[sequence],
+        "sequence_rollout_log_ratio": sequence_mean(own - rollout, sequence, len(lengths))[sequence],
+    }
+    algorithm = recorded.algorithm
+    token = algorithm.loss(
+        replace(rows, sequence_tokens=lengths[sequence].float(), extras={**rows.extras, **means}),
+        **algorithm.loss_params,
+    )
+    known = {name: metric.values for name, metric in token.metrics.items()}
+    ratio = known.get("ratio/mean")
+    return (own - old).exp() if ratio is None else ratio, known.get("clip/fraction")

@@ -1,5 +1,0 @@
-"""`mcore-rl verify golden`: every golden case through the library, vocab-parallel head included."""
-
-from mcore_rl.verify_golden.run import CaseReport, Report, main, verify_golden
-
-__all__ = ["CaseReport", "Report", "main", "verify_golden"]

@@ -1,0 +1,77 @@
+"""The counter-based draw and the inverse CDF, without a model."""
+
+from __future__ import annotations
+
+import torch
+
+from mcore_rl.server.sampling import Knobs, counter_uniform, sample
+
+DRAWS = 40_000
+
+
+def knobs(rows: int, uniform: torch.Tensor, **changes: float) -> Knobs:
+    values = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0} | changes
+    full = {name: torch.full((rows,), value) for name, value in values.items() if name != "top_k"}
+    return Knobs(**full, top_k=torch.full((rows,), int(changes.get("top_k", 0))), uniform=uniform)
+
+
+def largest_gap(values: torch.Tensor) -> float:
+    """Kolmogorov-Smirnov distance from the uniform distribution."""
+    ordered = values.sort().values
+    return float((ordered - (torch.arange(len(values)) + 0.5) / len(values)).abs().max())
+
+
+def test_draws_are_uniform_over_seeds_and_over_counters() -> None:
+    count = torch.arange(DRAWS)
+    bound = 1.95 / DRAWS**0.5  # Kolmogorov-Smirnov at about 0.001
+    assert largest_gap(counter_uniform(count, torch.zeros_like(count))) < bound
+    assert largest_gap(counter_uniform(torch.full_like(count, 42), count)) < bound
+    assert largest_gap(counter_uniform(count, torch.zeros_like(count)) ** 1.1) > bound
+
+
+def test_neighbouring_seeds_are_unrelated() -> None:
+    count = torch.arange(DRAWS)
+    one, next_seed = (
+        counter_uniform(torch.full_like(count, 1), count),
+        counter_uniform(torch.full_like(count, 2), count),
+    )
+    assert abs(float(torch.corrcoef(torch.stack([one, next_seed]))[0, 1])) < 4 / DRAWS**0.5
+    assert float(torch.corrcoef(torch.stack([one, one]))[0, 1]) > 0.99
+
+
+def test_a_draw_is_a_function_of_its_own_seed_and_counter() -> None:
+    seeds, counters = torch.tensor([5, -(2**63), 2**63 - 1]), torch.tensor([0, 7, 100])
+    together = counter_uniform(seeds, counters)
+    assert all(together[i] == counter_uniform(seeds[i : i + 1], counters[i : i + 1])[0] for i in range(3))
+    assert bool(((together > 0) & (together < 1)).all())
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    logits = torch.tensor([2.0, 0.5, -1.0, 0.0, 1.0])
+    uniform = counter_uniform(torch.arange(DRAWS), torch.zeros(DRAWS, dtype=torch.long))
+    for temperature in (1.0, 0.5):
+        tokens, log_probs, _ = sample(
+            logits.expand(DRAWS, -1), knobs(DRAWS, uniform, temperature=temperature)
+        )
+        want = (logits / temperature).softmax(-1)
+        found = tokens.bincount(minlength=5) / DRAWS
+        assert float((found - want).abs().max()) < 5 / DRAWS**0.5 / 2
+        assert float((found - logits.mul(1.3).softmax(-1)).abs().max()) > 5 / DRAWS**0.5 / 2
+        assert torch.allclose(log_probs, want.log()[tokens], atol=1e-6)
+
+
+def test_log_probs_are_those_before_truncation() -> None:
+    logits = torch.tensor([2.0, 1.9, -1.0]).expand(100, -1)
+    uniform = counter_uniform(torch.arange(100), torch.zeros(100, dtype=torch.long))
+    tokens, log_probs, _ = sample(logits, knobs(100, uniform, top_k=2))
+    assert set(tokens.tolist()) == {0, 1}
+    assert torch.allclose(log_probs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    greedy, untempered, _ = sample(logits, knobs(100, uniform, top_k=1, temperature=0.1))
+    assert set(greedy.tolist()) == {0}
+    assert torch.allclose(untempered, logits[0].log_softmax(-1)[0].expand(100))
+
+
+def test_an_impossible_token_is_never_drawn_at_the_edges() -> None:
+    logits = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf]).expand(2, -1)
+    edges = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    assert sample(logits, knobs(2, edges))[0].tolist() == [1, 2]

@@ -1,0 +1,137 @@
+"""What servers sample is compared with the weights in training, and what follows where they disagree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mcore_rl.config import Config
+from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
+from mcore_rl.log import read_metrics
+from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import RolloutBatch, token_sequence
+from mcore_rl.training.loop import learn
+from mcore_rl.training.mismatch import Notices, differences, means, p999
+from mcore_rl.training.run import Run
+from mcore_rl.training.score import log_probs
+from mcore_rl.types import Prompt, Sample
+from tests.training.test_ppo import built_run, config, recorded, weights
+
+__all__ = ["config"]
+LAYOUTS = [Layout(tensor=2), Layout(data=2), Layout(context=2)]
+
+
+def honest(run: Run) -> RolloutBatch:
+    """Test_ppo's recorded rollout, as a server with the trainer's weights would have scored it."""
+    batch = recorded(run)
+    sequences = [token_sequence(sample) for sample in batch.samples]
+    own = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+    samples = [replace(s, log_probs=scores.copy()) for s, scores in zip(batch.samples, own, strict=True)]
+    return replace(batch, samples=tuple(samples))
+
+
+def spoiled(batch: RolloutBatch) -> tuple[RolloutBatch, list[int]]:
+    """One sample whose tokens are all 3, two of which each has the other's response; and which these are."""
+    samples = list(batch.samples)
+    long = [i for i, sample in enumerate(samples) if len(sample.token_ids) > 2]
+    alike, one, other = long[0], long[1], long[-1]
+    samples[alike] = replace(samples[alike], token_ids=(3,) * len(samples[alike].token_ids))
+    a, b = samples[one], samples[other]
+    samples[one] = replace(a, token_ids=b.token_ids, log_probs=b.log_probs, versions=b.versions)
+    samples[other] = replace(b, token_ids=a.token_ids, log_probs=a.log_probs, versions=a.versions)
+    return replace(batch, samples=tuple(samples)), [alike, one, other]
+
+
+def learned(config: Config, layout: Layout, directory: Path, action: str, which: str) -> dict[str, Any]:
+    """A step on the `which` of honest, spoiled or left: what it said and how the weights are. For ranks."""
+    publish = config.publish.model_copy(update={"mismatch_action": action})
+    with built_run(config.model_copy(update={"publish": publish}), layout, directory) as run:
+        before, batch = weights(run), honest(run)
+        wrong, places = spoiled(batch)
+        kept = [i for i in range(len(batch.samples)) if i not in places]
+        left = RolloutBatch(tuple(batch.samples[i] for i in kept), tuple(batch.group_ids[i] for i in kept))
+        chosen = {"honest": batch, "spoiled": wrong, "left": left}[which]
+        found: dict[str, Any] = {"metrics": {}, "error": None}
+        try:
+            found["metrics"] = learn(run, chosen, 2)
+        except MismatchError as error:
+            found["error"] = (str(error), error.exit_code, error.shared)
+        after = weights(run)
+        found["after"] = after
+        found["moved"] = max((float((after[n] - before[n]).abs().max()) for n in after), default=0.0)
+        return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2", "dp2", "cp2"])
+def test_wrong_samples_are_dropped_and_the_step_is_that_of_the_others(
+    pool2: Pool, config: Config, layout: Layout, tmp_path: Path
+) -> None:
+    """At every layout alike, on every rank."""
+    dropped = pool2.run(learned, config, layout, tmp_path / "drop", "drop", "spoiled", timeout=100.0)
+    others = pool2.run(learned, config, layout, tmp_path / "left", "warn", "left", timeout=100.0)
+    assert [rank["metrics"]["mismatch/dropped"] for rank in dropped] == [3.0, 3.0]
+    assert all(rank["metrics"]["mismatch/p999"] <= config.publish.tolerance_p999 for rank in dropped)
+    assert dropped[0]["moved"] > 1e-4
+    for name, tensor in others[0]["after"].items():
+        torch.testing.assert_close(dropped[0]["after"][name], tensor, rtol=1e-4, atol=1e-5)
+    assert "mismatch/dropped" not in others[0]["metrics"]
+    (event,) = [e for e in read_metrics(tmp_path / "drop" / "events.jsonl") if e["kind"] == "mismatch"]
+    assert (event["step"], event["dropped"]) == (2, 3)
+
+
+def test_a_wrong_sample_ends_the_run_before_any_weight_moves(
+    pool2: Pool, config: Config, tmp_path: Path
+) -> None:
+    """With "stop"; the control is "warn", under which they do."""
+    stopped = pool2.run(
+        learned, config, Layout(tensor=2), tmp_path / "stop", "stop", "spoiled", timeout=100.0
+    )
+    for rank in stopped:
+        message, code, shared = rank["error"]
+        assert "step 2: the servers' log-probs differ" in message
+        assert (code, shared) == (EXIT_RETRYABLE, True)
+        assert rank["moved"] == 0
+    warned = pool2.run(learned, config, Layout(tensor=2), tmp_path / "warn", "warn", "spoiled", timeout=100.0)
+    assert warned[0]["moved"] > 1e-4
+    assert warned[0]["metrics"]["mismatch/p999"] > 100 * config.publish.tolerance_p999
+    sound = pool2.run(learned, config, Layout(data=2), tmp_path / "sound", "stop", "honest", timeout=100.0)
+    assert sound[0]["error"] is None
+    assert sound[0]["moved"] > 1e-4
+
+
+def sample(scores: list[float]) -> Sample:
+    prompt = Prompt("p", "", (1,), "")
+    return Sample("p@1/0", prompt, (2,) * len(scores), tuple(scores), "", "stop", ())
+
+
+def test_only_tokens_of_equal_weights_are_compared() -> None:
+    samples = [sample([-1.0, -2.0, -3.0]), sample([-1.0]), sample([])]
+    old = [np.array([-1.0, -9.0, -3.5], np.float32), np.array([-7.0], np.float32), np.zeros(0, np.float32)]
+    gaps = differences(samples, old, [np.array([0, 1, 0]), np.array([1]), np.zeros(0)])
+    assert [gap.tolist() for gap in gaps] == [[0, 0.5], [], []]
+    assert means(gaps).tolist() == [0.25, 0, 0]
+    assert p999(gaps) == 0.5
+    every = differences(samples, old, None)
+    assert means(every).tolist() == [2.5, 6, 0]
+    assert p999([]) == 0
+
+
+def test_a_log_prob_of_the_trainer_that_is_not_finite_is_no_fault_of_a_server() -> None:
+    """All samples would be dropped; the training step names it as what it is."""
+    gaps = differences([sample([-1.0, -2.0])], [np.array([np.nan, -2.0], np.float32)], None)
+    assert means(gaps).tolist() == [0]
+
+
+def test_a_long_mismatch_is_said_ever_more_rarely(capsys: pytest.CaptureFixture[str]) -> None:
+    notices = Notices()
+    for step in range(1, 101):
+        notices.say(f"step {step}: other weights")
+    said = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[3].rstrip(":")) for line in said] == [1, 2, 4, 8, 16, 32, 64]
+    assert said[0] == "mcore-rl: warning: step 1: other weights (so far in 1 steps of this run)"

@@ -1,0 +1,263 @@
+"""Whose a run's directories are: what another program wrote, another run, another process."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.checkpoint import Saved, manifest
+from mcore_rl.checkpoint.image import write_file
+from mcore_rl.config import Config, load_config
+from mcore_rl.directories import MARK, is_ours, make, mark, read_mark
+from mcore_rl.errors import ConfigError, StorageError
+from mcore_rl.log import read_metrics
+from mcore_rl.training.rundir import (
+    RUN_LOCK,
+    begin,
+    check_history,
+    held,
+    identity_of,
+    open_samples,
+    warn_of_others,
+)
+from tests.sources import ROOT
+
+
+def config(directory: Path, recipe: str = "gspo_tiny", **overrides: Path) -> Config:
+    """A recipe's config with run.dir `directory`; `publish__dir` is publish.dir."""
+    keys = {"run.dir": directory, **{key.replace("__", "."): path for key, path in overrides.items()}}
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return load_config(ROOT / "examples" / f"{recipe}.toml", flags)
+
+
+def plant(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("precious")
+    return file
+
+
+def save(root: Path, step: int, **document: object) -> Saved:
+    """A committed checkpoint with this document."""
+    path = root / f"step_{step}"
+    make(path, "")
+    manifest.commit(path, [write_file(path / "data", b"x")], step=step, run=document)
+    return manifest.read(path)
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+# --- what something else wrote --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("run/metrics.jsonl", r"run holds metrics.jsonl without the mark.*set run.dir to another directory"),
+        ("run/events.jsonl", "run holds events.jsonl"),
+        ("run/resolved.toml", "run holds resolved.toml"),
+        ("run/server.log", "run holds server.log"),
+        ("run/samples/step_1.jsonl", "run holds samples"),
+        ("run/samples", "run holds samples"),
+        ("run/weights/1/mine", "weights holds 1 without"),
+        ("run/weights/initial/mine", "weights holds initial without"),
+        ("run/weights/12.partial/mine", "weights holds 12.partial without"),
+        ("publish/1/mine", r"publish holds 1 without the mark.*set publish.dir to another directory"),
+    ],
+)
+def test_what_another_program_wrote_is_refused_and_nothing_is_touched(
+    tmp_path: Path, file: str, says: str
+) -> None:
+    mine = plant(tmp_path / file)
+    elsewhere = {"publish__dir": tmp_path / "publish"} if "publish" in file else {}
+    with pytest.raises(ConfigError, match=says):
+        held(config(tmp_path / "run", **elsewhere), publishes=True).__enter__()
+    assert mine.read_text() == "precious"
+    assert files(tmp_path) == {file}
+
+
+def test_files_that_are_not_in_the_way_stay(tmp_path: Path) -> None:
+    names = {"notes.txt", "samples/mine.txt", "weights/mine/x", "weights/followers/a.json", "1/x", "step_1/x"}
+    for name in names:
+        plant(tmp_path / name)
+    for keep in (False, True, False):
+        with held(config(tmp_path), publishes=True):
+            open_samples(tmp_path, keep=keep)
+            (tmp_path / "samples" / "step_1.jsonl").write_text("ours")
+    open_samples(tmp_path, keep=False)
+    assert files(tmp_path) == names | {MARK, RUN_LOCK, f"samples/{MARK}"}
+
+
+def test_an_exported_model_is_replaced_by_supervised_runs_only_where_it_is_ours(tmp_path: Path) -> None:
+    plant(tmp_path / "model" / "mine")
+    with pytest.raises(ConfigError, match="holds model without the mark"):
+        held(config(tmp_path, "sft_tiny"), publishes=False).__enter__()
+    mark(tmp_path / "model")
+    with held(config(tmp_path, "sft_tiny"), publishes=False):
+        pass
+
+
+def test_a_run_of_a_version_without_marks_is_marked_where_its_checkpoints_say_so(tmp_path: Path) -> None:
+    run_dir, root = tmp_path / "run", tmp_path / "disk"
+    for name in ("metrics.jsonl", "samples/step_1.jsonl", "weights/2/model.safetensors.index.json"):
+        plant(run_dir / name)
+    here = config(run_dir, checkpoint__dir=root)
+    saved = save(root, 2, config={"run": {"dir": str(tmp_path / "another")}})
+    with pytest.raises(ConfigError, match=r"holds metrics.jsonl, samples"):
+        held(here, publishes=True).__enter__()
+    assert saved.path.is_dir()
+    save(root, 3, config={"run": {"dir": str(run_dir)}})
+    with held(here, publishes=True):
+        assert all(is_ours(run_dir / name) for name in (".", "samples", "weights/2"))
+
+
+# --- another run ------------------------------------------------------------------------------------------
+
+
+def begun(directory: Path, saved: Saved | None = None) -> str:
+    """A run in `directory` goes on after `saved`; its id."""
+    known = [(int(path.name[5:]), path) for path in sorted((directory / "checkpoints").glob("step_*"))]
+    if saved is not None:
+        check_history(config(directory), saved, known)
+    identity = identity_of(config(directory), saved)
+    begin(config(directory), identity)
+    assert read_mark(directory)["run"] == identity.run
+    return identity.run
+
+
+def test_a_run_keeps_its_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    assert begun(tmp_path, save(tmp_path / "checkpoints", 1, run_id=run)) == run
+    assert begun(tmp_path) != run
+    assert "[run]" in (tmp_path / "resolved.toml").read_text()
+
+
+def test_a_run_directory_that_was_moved_or_lost_is_taken_up_again(tmp_path: Path) -> None:
+    saved = save(tmp_path / "checkpoints", 1, run_id="a")
+    assert begun(tmp_path, saved) == "a"
+
+
+def test_a_checkpoint_of_another_run_is_refused_where_a_run_is(tmp_path: Path) -> None:
+    other = save(tmp_path / "other" / "checkpoints", 1, run_id="other")
+    run = begun(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"a holds another run than .*step_1 is of.*another run.dir"):
+        begun(tmp_path / "a", other)
+    save(tmp_path / "a" / "checkpoints", 4, run_id=run)
+    with pytest.raises(ConfigError, match=r"a holds another run up to step 4 than"):
+        begun(tmp_path / "a", other)
+    assert read_mark(tmp_path / "a")["run"] == run
+    old = save(tmp_path / "old" / "checkpoints", 1, config={})
+    with pytest.raises(ConfigError, match="holds another run up to step 4"):
+        begun(tmp_path / "a", old)
+
+
+def test_another_run_is_refused_where_only_the_checkpoints_are_of_one(tmp_path: Path) -> None:
+    """Two run directories, one checkpoint.dir."""
+    saved = save(tmp_path / "disk", 1, run_id="a")
+    here = config(tmp_path / "b", checkpoint__dir=tmp_path / "disk")
+    begin(here, identity_of(here, None))
+    with pytest.raises(ConfigError, match="b holds another run up to step 1"):
+        check_history(here, saved, [(1, saved.path)])
+
+
+def test_a_branch_is_a_run_of_its_own_and_may_begin_again_until_it_has_saved(tmp_path: Path) -> None:
+    source = save(tmp_path / "a" / "checkpoints", 1, run_id="a")
+    branch = tmp_path / "branch"
+    run = begun(branch, source)
+    assert run != "a"
+    assert begun(branch, source) == run, "it was ended before its first checkpoint"
+    with pytest.raises(ConfigError, match="branch holds another run than"):
+        begun(branch, save(tmp_path / "a" / "checkpoints", 2, run_id="a"))
+    own = save(branch / "checkpoints", 2, run_id=run)
+    assert begun(branch, own) == run
+    with pytest.raises(ConfigError, match="branch holds another run up to step 2"):
+        begun(branch, source)
+
+
+def test_a_copy_of_a_runs_own_checkpoint_continues_it(tmp_path: Path) -> None:
+    run = begun(tmp_path / "a")
+    save(tmp_path / "a" / "checkpoints", 2, run_id=run)
+    assert begun(tmp_path / "a", save(tmp_path / "archive", 1, run_id=run)) == run
+
+
+# --- another process, everybody ---------------------------------------------------------------------------
+
+
+def test_run_and_publish_directories_are_held_by_one(tmp_path: Path) -> None:
+    one = config(tmp_path / "a", publish__dir=tmp_path / "publish")
+    with held(one, publishes=True):
+        with pytest.raises(StorageError, match=rf"a is in use by process {os.getpid()} on .*set run.dir to"):
+            held(one, publishes=True).__enter__()
+        with pytest.raises(StorageError, match=r"publish is in use by .*set publish.dir to another"):
+            held(config(tmp_path / "b", publish__dir=tmp_path / "publish"), publishes=True).__enter__()
+        with held(config(tmp_path / "c"), publishes=True):
+            pass
+    with held(one, publishes=True):
+        pass
+
+
+def test_the_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:
+    from mcore_rl.checkpoint.directory import CheckpointDirectory
+
+    with (
+        held(config(tmp_path, checkpoint__dir=tmp_path), publishes=True),
+        CheckpointDirectory(tmp_path, 2).locked(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("umask", "mode", "says"), [(0o000, 0o755, "umask is 000"), (0o022, 0o777, "may write to")]
+)
+def test_results_that_everybody_may_change_are_warned_of(
+    tmp_path: Path, capsys, umask: int, mode: int, says: str
+) -> None:
+    before = os.umask(0o022)
+    try:
+        warn_of_others(config(tmp_path))
+        assert capsys.readouterr().err == ""
+        tmp_path.chmod(mode)
+        os.umask(umask)
+        warn_of_others(config(tmp_path))
+        assert os.umask(0o022) == umask, "it is only looked at"
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+        assert f"chmod -R o-w {tmp_path}" in line
+        tmp_path.chmod(0o777 | stat.S_ISVTX)
+        warn_of_others(config(tmp_path))
+        assert capsys.readouterr().err == "", "as in /tmp, others reach only files of their own"
+    finally:
+        os.umask(before)
+    (event,) = read_metrics(tmp_path / "events.jsonl")
+    assert event["kind"] == "world_writable"
+    assert event["umask"] == f"{umask:03o}"
+
+
+# --- full disks -------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_named_file_by_file(small_disk) -> None:
+    disk = small_disk("size=64k")
+    here = config(disk / "run")
+    with held(here, publishes=True):
+        begin(here, identity_of(here, None))
+        settings = (disk / "run" / "resolved.toml").read_bytes()
+        with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            fill(filler)
+        for work in (
+            lambda: begin(here, identity_of(here, None)),
+            lambda: open_samples(disk / "run", keep=True),
+        ):
+            with pytest.raises(StorageError, match=r"No space left on device \(0 bytes are free"):
+                work()
+        assert (disk / "run" / "resolved.toml").read_bytes() == settings
+    assert not list(disk.rglob("*.partial"))
+
+
+def fill(file) -> None:
+    while file.write(bytes(4096)):
+        pass
