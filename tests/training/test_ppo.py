@@ -27,6 +27,7 @@ from mcore_rl.training.checkpoint import open_checkpoints, restore
 from mcore_rl.training.loop import learn
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.run import Run
+from mcore_rl.training.rundir import Identity
 from mcore_rl.training.setup import build_trainer
 from mcore_rl.training.supervised import train_step
 from mcore_rl.training.trainer import Attempt
@@ -57,6 +58,7 @@ def config(tmp_path_factory) -> Config:
         "model.path": folder / "model",
         "model.random_init": "true",
         "data.train": folder / "train.jsonl",
+        "rollout.prompts_per_step": 40,
         "train.steps": 10,
         "train.tokens_per_micro_batch": 1100,
         **PPO,
@@ -67,7 +69,7 @@ def config(tmp_path_factory) -> Config:
 
 def attempt_of(checkpoints: Checkpoints | None = None, saved: Saved | None = None) -> Attempt:
     """A start that nobody watches and nobody ends."""
-    return Attempt(saved, checkpoints, threading.Event(), lambda what: None)
+    return Attempt(saved, checkpoints, threading.Event(), lambda what: None, Identity("a test"))
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def built_run(config: Config, layout: Layout, directory: Path, saved: Path | Non
         resume = None if saved is None else str(saved)
         checkpoints = stack.enter_context(open_checkpoints(config, mesh, resume))
         found = None if saved is None else find(saved.parent, str(saved))
-        attempt = Attempt(found, checkpoints, threading.Event(), lambda what: None)
+        attempt = Attempt(found, checkpoints, threading.Event(), lambda what: None, Identity("a test"))
         trainer = build_trainer(config, mesh, attempt, 40)
         models = build_models(trainer, configure(config.algorithm.name, config.algorithm.params))
         restore(trainer, models.contents)
@@ -185,7 +187,7 @@ def supervised_step(config: Config, directory: Path) -> dict[str, float]:
     mesh = build_mesh(Layout(tensor=2), timeout=60.0)
     try:
         chosen = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
-        attempt = Attempt(None, None, threading.Event(), lambda what: None)
+        attempt = Attempt(None, None, threading.Event(), lambda what: None, Identity("a test"))
         trainer = build_trainer(chosen, mesh, attempt, 10)
         return train_step(trainer, Residency({}), trainer.prompts.prompts[:8], 1)
     finally:
