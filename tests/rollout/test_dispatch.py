@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mcore_rl.weights.calls import _tensor_parallel_size
 
 from mcore_rl.errors import EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
@@ -20,6 +19,7 @@ from mcore_rl.rollout.dispatch import Dispatch, Request, no_server_left
 from mcore_rl.rollout.fleet import Fleet, check_server_info
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
+from mcore_rl.weights.online import _tensor_parallel_size
 from tests.rollout.proxy import hang, proxy, status
 from tests.rollout.support import VOCAB, http, running, wait_until
 

@@ -29,7 +29,7 @@ from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.run import Run
 from mcore_rl.training.rundir import Identity
 from mcore_rl.training.setup import build_trainer
-from mcore_rl.training.supervised import train_step
+from mcore_rl.training.supervised import labelled, train_step
 from mcore_rl.training.trainer import Attempt
 from mcore_rl.types import Group, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
@@ -189,7 +189,9 @@ def supervised_step(config: Config, directory: Path) -> dict[str, float]:
         chosen = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
         attempt = Attempt(None, None, threading.Event(), lambda what: None, Identity("a test"))
         trainer = build_trainer(chosen, mesh, attempt, 10)
-        return train_step(trainer, Residency({}), trainer.prompts.prompts[:8], 1)
+        prompts = trainer.prompts.prompts[:8]
+        sequences = [labelled(trainer.tokenizer, prompt) for prompt in prompts]
+        return train_step(trainer, Residency({}), prompts, sequences, 1)
     finally:
         destroy_mesh()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.checkpoint import find
+from mcore_rl.checkpoint.rng import rng_state, set_rng_state
 from mcore_rl.config import Config
 from mcore_rl.errors import DataError
 from mcore_rl.log import read_metrics
@@ -39,10 +41,8 @@ def state(run: Run) -> dict[str, Tensor]:
 
 def step(run: Run, number: int) -> tuple[dict[str, float], list]:
     """One step's metrics, and what came from the cursor and the random generators."""
-    # Python's own right after the resume only: to check a list at run time, beartype draws an item by it,
-    # and the loop of a run that has a save to end passes more lists.
-    own = random.random() if number <= 3 else None
-    drawn = [p.id for p in run.trainer.cursor.next(3)], own, np.random.rand(), torch.rand(1).item()
+    # Python's own generator has its own test: beartype, which checks lists at run time here, draws from it.
+    drawn = [p.id for p in run.trainer.cursor.next(3)], np.random.rand(), torch.rand(1).item()
     metrics = learn(run, recorded(run), number)
     run.log(number, metrics)
     return metrics, list(drawn)
@@ -85,6 +85,14 @@ def test_two_steps_and_two_more_are_four(pool2, config, whole, tmp_path):
         assert all(torch.equal(tensors[key], resumed[key]) for key in tensors)
         assert any(key.startswith("optimizer.state.exp_avg_sq.critic.") for key in tensors)
         assert {**document, "config": 0, "run_id": 0} == {**again, "config": 0, "run_id": 0}
+
+
+def test_pythons_own_generator_continues() -> None:
+    saved = json.loads(json.dumps(rng_state()))
+    first, second = random.random(), random.random()
+    assert first != second
+    set_rng_state(saved)
+    assert random.random() == first
 
 
 def test_weights_alone_do_not_continue_the_run(pool2, config, whole, tmp_path):
