@@ -23,6 +23,7 @@ FLOORS_BELOW |= {"log", "checkpoint"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
+    "metric_names": frozenset(),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
     "strict_json": frozenset(),
@@ -41,7 +42,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": BASE | {"algo"},
     "server": BASE | {"rollout.experts"},
     "log": BASE | DISK,
-    "report": BASE | DISK | {"log"},
+    "report": BASE | DISK | {"log", "metric_names"},
     "checkpoint": BASE | DISK | {"parallel", "model"},
     "training": BASE | DISK | FLOORS_BELOW,
     "launch": BASE | DISK | FLOORS_BELOW | {"training"},

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.errors import DataError, McoreRLError, NumericsError
+from mcore_rl.metric_names import MEASURED
 from mcore_rl.report.runs import RunData, number, read_runs
 from mcore_rl.terminal import printable
-
-TIMES = ("time/",)
-"""prefixes of metrics that no two runs share"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[li
 
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any], relative: float) -> dict[str, float]:
-    keys = [key for key in one.keys() | other.keys() if not key.startswith(TIMES)]
+    keys = [key for key in one.keys() | other.keys() if not key.startswith(MEASURED)]
     distances = {key: _distance(one.get(key), other.get(key)) for key in sorted(keys)}
     return {key: distance for key, distance in distances.items() if distance > relative}
 

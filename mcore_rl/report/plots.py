@@ -77,6 +77,7 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
         Plot("Clip fraction", "Tokens whose gradient is cut", (("clip/fraction", "clipped"),), noisy=True),
         Plot("Entropy", "Of the policy, nats per token", (("entropy", "entropy"),)),
         Plot("KL divergence", "k3 per token", (("kl/*", "KL"),), noisy=True),
+        Plot("Learning rate", "Of the step's first update", (("lr/*", "rate"),)),
         Plot("Gradient norm", "Before clipping", (("grad_norm", "norm"),), noisy=True),
     ],
     "Exactness and speed": [
@@ -96,6 +97,9 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
             },
         ),
         Plot("Step time", "Seconds", (("time/step", "step"),), noisy=True),
+        Plot("Throughput", "Tokens per second", (("throughput/tokens_per_second", "step"),), noisy=True),
+        Plot("Model FLOPs utilisation", "Of the GPUs' bf16 peak", (("throughput/mfu", "MFU"),), noisy=True),
+        Plot("Peak memory", "GiB, the largest rank", (("memory/peak_gib", "memory"),)),
     ],
 }
 """heading -> plots; time by phase joins the last section, and another one has every metric that is in none"""

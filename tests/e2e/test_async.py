@@ -13,6 +13,7 @@ import pytest
 
 from mcore_rl.checkpoint import find
 from mcore_rl.log import read_metrics
+from mcore_rl.metric_names import meaning_of
 from tests.e2e.conftest import DEADLINE, ROOT, Task, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -54,6 +55,7 @@ def check(lines: list[dict]) -> None:
         assert all(math.isfinite(line[f"behaviour/{name}"]) for name in ("k1", "k3", "ess", "max_abs"))
         assert line.get("mismatch/p999", 0.0) <= 2e-5, "tokens of older weights said to be of these"
         assert line["publish/probe_max_abs"] <= 2e-4
+    assert [name for name in lines[-1] if meaning_of(name) is None] == ["step"]
     assert lines[0]["async/asked"] == 2 * PROMPTS * EACH
     assert lines[0]["staleness/max"] == 0
     assert all(line["staleness/mean"] > 0 for line in lines[1:]), "generation runs beside training"

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mcore_rl.log import read_metrics
+from mcore_rl.log import NON_FINITE, read_metrics
+from mcore_rl.metric_names import meaning_of
 from mcore_rl.report import write_report
 from tests.e2e.conftest import Task, run
 
@@ -37,6 +38,14 @@ def test_every_step_is_logged_with_held_out_accuracy_at_both_ends(steps):
     assert "eval/eval/accuracy" in steps[0]
     assert "eval/eval/accuracy" in steps[-1]
     assert all(step["samples"] == 16 * 8 for step in steps[1:])
+
+
+def test_every_metric_is_explained(steps, task: Task):
+    supervised = read_metrics(task.root / "warm_start" / "metrics.jsonl")
+    names = {name for step in [*steps, *supervised] for name in step} - {"step", NON_FINITE}
+    assert [name for name in sorted(names) if meaning_of(name) is None] == []
+    assert {"lr/policy", "throughput/tokens_per_second", "memory/peak_gib"} <= names
+    assert steps[-1]["throughput/mfu"] is None, "a CPU has no peak that anybody compares with"
 
 
 def test_servers_and_megatron_agree_on_every_sampled_token(steps):

@@ -18,6 +18,7 @@ import torch
 
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
+from mcore_rl.metric_names import MEASURED
 from tests.checkpoint.support import stored
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
 
@@ -75,7 +76,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 def timeless(directory: Path) -> list[dict]:
     lines = read_metrics(directory / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
 
 
 def documents(checkpoint: Path) -> dict:

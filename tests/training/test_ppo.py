@@ -16,6 +16,7 @@ from mcore_rl.algo.algorithms import configure
 from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, load_config
 from mcore_rl.errors import ConfigError
+from mcore_rl.metric_names import meaning_of
 from mcore_rl.model.residency import Residency
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
@@ -167,6 +168,8 @@ def test_the_reference_stays_where_the_policy_started(tensor_parallel):
 
 def test_every_rank_knows_the_same_metrics(tensor_parallel):
     assert tensor_parallel[0][0] == tensor_parallel[1][0]
+    names = {name for step in tensor_parallel[0][0] for name in step}
+    assert [name for name in sorted(names) if meaning_of(name) is None] == []
 
 
 def test_data_parallel_replicas_take_the_same_steps(pool2, config, tensor_parallel, tmp_path):

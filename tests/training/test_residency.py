@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mcore_rl.config import Config
 from mcore_rl.config.sections import Residency as Where
+from mcore_rl.metric_names import MEASURED
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import (
     NEEDED,
@@ -106,7 +107,7 @@ def runs(config: Config, tmp_path_factory) -> dict[tuple[str, str], Any]:
 
 
 def timeless(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in one.items() if not k.startswith("time/")} for one in metrics]
+    return [{k: v for k, v in one.items() if not k.startswith(MEASURED)} for one in metrics]
 
 
 @pytest.mark.slow

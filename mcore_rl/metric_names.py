@@ -1,0 +1,142 @@
+"""What every metric of metrics.jsonl means: the table behind docs/metrics.md.
+
+A metric of a user's own loss has the name that the loss gives it, and is not in the table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+SECTIONS: Mapping[str, Mapping[str, str]] = {
+    "Rewards and samples": {
+        "reward/mean": "Mean reward of the samples of the step.",
+        "reward/std": "Standard deviation of the rewards, over n.",
+        "reward/no_signal": "Share of the samples whose advantages are all 0.",
+        "length/mean": "Mean response length in tokens.",
+        "length/max": "Longest response in tokens.",
+        "truncated": "Share of the responses that ended at `rollout.max_new_tokens`.",
+        "samples": "Samples that were trained.",
+        "aborted": "Samples that were asked for and that the servers aborted.",
+        "tokens": "Response tokens of the samples; with `sft`, label tokens.",
+        "eval/*/accuracy": "Mean reward of one sample per held-out prompt, from a reward function.",
+        "eval/*/reward": "The same from a reward model, whose scores are no accuracy.",
+        "eval/*/samples": "Samples of that mean.",
+        "eval/*/prompts": "Prompts of the held-out file.",
+        "data/*/prompts": "Prompts of the file, in the first record.",
+        "data/*/dropped": "Prompts longer than `data.max_prompt_tokens`, which were left out, in the first "
+        "record.",
+    },
+    "Loss and policy": {
+        "loss/policy": "The objective, mean over the optimizer steps of the step; with `sft`, nats per "
+        "token.",
+        "loss/value": "The critic's loss, mean over its optimizer steps.",
+        "lr/policy": "Learning rate of the step's first update of the policy.",
+        "lr/critic": "Learning rate of the step's first update of the critic.",
+        "grad_norm": "Norm of the policy's gradient before clipping, mean over the optimizer steps.",
+        "grad_norm/critic": "The same of the critic.",
+        "ratio/mean": "Importance ratio of the policy to the old one, mean over tokens.",
+        "ratio/max": "Largest importance ratio.",
+        "ratio/min": "Smallest importance ratio.",
+        "clip/fraction": "Share of the tokens whose gradient the loss cuts or fades by more than half.",
+        "entropy": "Entropy of the policy, nats per token.",
+        "perplexity": "exp of the loss, with `sft`.",
+        "kl/rollout": "KL divergence to the policy that sampled, estimator k3, mean over tokens.",
+        "kl/reference": "KL divergence to the reference, estimator k3, mean over tokens.",
+        "kl/reward": "KL divergence to the reference that the token rewards carry, mean over tokens.",
+        "masked/fraction": "Share of the tokens with a recorded log-prob that is not finite; they count for "
+        "nothing.",
+        "correction/mean": "Mean weight of the correction for another sampling policy.",
+        "value/mean": "Mean of the critic's values.",
+        "value/explained_variance": "1 - Var(return - value) / Var(return).",
+        "value/clip_fraction": "Share of the tokens whose value gradient is cut.",
+        "return/mean": "Mean return.",
+        "head/grad_measured": "Measured scale of the gradient at the lm_head; see docs/algorithms.md.",
+        "head/grad_predicted": "The scale that the entropy and the advantages predict.",
+        "head/grad_ratio": "Measured over predicted.",
+        "head/grad_ratio_on_policy": "The same of the first mini-batch of the rollout, to which the bound "
+        "applies.",
+    },
+    "Servers and weights": {
+        "mismatch/max_abs": "Largest difference of a log-prob, server against trainer, on tokens of the "
+        "weights in training.",
+        "mismatch/p999": "99.9 % quantile of these differences, in 20 bins per decade.",
+        "mismatch/dropped": 'Samples that `publish.mismatch_action = "drop"` left out.',
+        "behaviour/k1": "KL divergence k1 of the policy that sampled (stale, or another engine) to the old "
+        "one.",
+        "behaviour/k3": "The same by k3.",
+        "behaviour/ess": "Effective sample size of the importance weights over the number of tokens; 1: no "
+        "difference.",
+        "behaviour/max_abs": "Largest difference of a log-prob between the two.",
+        "weight_version": "Version of the weights that was published after the step.",
+        "publish/probe_max_abs": "Largest difference of a log-prob after the publish, servers against "
+        "trainer.",
+        "publish/stale_max_abs": "The same before it: what the comparison would have seen of the previous "
+        "weights.",
+        "publish/moved_max_abs": "By how much the publish changed a server's own log-probs; the smallest of "
+        "the servers.",
+        "rollout/servers": "Servers that hold the published version.",
+        "async/asked": "Samples ever asked for, with `rollout.max_staleness` of 1 and more.",
+        "async/trained": "Samples ever trained.",
+        "async/in_flight": "Samples in flight.",
+        "async/discarded_aborted": "Samples ever aborted by a server.",
+        "async/discarded_stale": "Samples ever discarded since they were too old.",
+        "async/discarded_unfinished": "Samples ever discarded since the step had enough.",
+        "staleness/mean": "Weight versions between sampling and training, mean over tokens.",
+        "staleness/max": "The largest of these.",
+        "staleness/mixed": "Share of the samples that more than one version sampled.",
+    },
+    "Time and memory": {
+        "time/step": "Seconds since the last record.",
+        "time/rollout": "Seconds in which the lead waited for samples.",
+        "time/reward": "Seconds of giving rewards.",
+        "time/score": "Seconds of log-probs and values before the first update.",
+        "time/train": "Seconds of the updates.",
+        "time/publish": "Seconds of the publish and its check.",
+        "time/eval": "Seconds of the evaluation.",
+        "time/save": "Seconds in which training waited for a checkpoint.",
+        "throughput/tokens_per_second": "Prompt and response tokens of the step over `time/step`.",
+        "throughput/train_tokens_per_second": "Prompt and response tokens, once per epoch, over "
+        "`time/train`.",
+        "throughput/mfu": "FLOPs of the policy's updates, recomputation not counted, over `time/train` and "
+        "the "
+        "GPUs' dense bf16 peak; null on a CPU.",
+        "memory/peak_gib": "The most memory that any rank has held since the start: of torch on a GPU, of "
+        "the "
+        "process on a CPU, in 2^30 bytes.",
+    },
+}
+"""section -> metric, with `*` for any word -> meaning"""
+
+MEASURED = ("time/", "throughput/", "memory/")
+"""what begins so is of the machine: it differs between runs whose numbers are equal"""
+
+_HEAD = """# Metrics
+
+`RUN_DIR/metrics.jsonl` has one JSON object per step, `step` included; step 0 is the record before the first
+update. A value that is not finite is written as null and named under `non_finite`. A metric that has no value
+in a step is left out. The report draws all of them. A loss of your own adds metrics of its own
+([algorithms.md](algorithms.md)).
+"""
+
+
+def meaning_of(name: str) -> str | None:
+    """What the metric `name` means; None where the table does not have it."""
+    return next(
+        (text for table in SECTIONS.values() for known, text in table.items() if fnmatchcase(name, known)),
+        None,
+    )
+
+
+def as_markdown() -> str:
+    """The page docs/metrics.md."""
+    parts = [_HEAD]
+    for title, table in SECTIONS.items():
+        rows = [f"| `{name}` | {meaning} |" for name, meaning in table.items()]
+        parts.append("\n".join([f"## {title}", "", "| metric | meaning |", "|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())
