@@ -14,7 +14,9 @@ ROOMS = ("mcore_rl", "examples", "tools", "benchmarks", "tests")
 
 def modules(*rooms: str) -> dict[str, ast.Module]:
     """Path relative to the root -> syntax tree, of every Python file under `rooms` (all by default)."""
-    files = sorted(file for room in rooms or ROOMS for file in (ROOT / room).rglob("*.py"))
+    found = {room: sorted((ROOT / room).rglob("*.py")) for room in rooms or ROOMS}
+    assert all(found.values()), f"rooms without a file: {[room for room, its in found.items() if not its]}"
+    files = sorted(file for its in found.values() for file in its)
     return {str(file.relative_to(ROOT)): ast.parse(file.read_text(), str(file)) for file in files}
 
 

@@ -7,9 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from transformers import PreTrainedTokenizerBase
+
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError
+from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model, build_critic, build_policy, build_reward_model
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Offloaded, Part, Residency, Swapped, gradients_of, weights_of
@@ -156,7 +159,7 @@ def build_run(
         reference=models.reference,
         critic=models.critic,
         rewards=rewards,
-        evaluation=load_evaluation(trainer),
+        evaluation=load_evaluation(config, trainer.tokenizer, trainer.step_log, is_main=mesh.is_main),
         servers=servers,
         transport=transport,
         generation=generation,
@@ -279,15 +282,16 @@ def check_same_tokens(config: Config) -> None:
         )
 
 
-def load_evaluation(trainer: Trainer) -> Evaluation:
-    """Held-out prompts, at most `train.eval_samples`; none when data.eval is unset."""
-    config = trainer.config
+def load_evaluation(
+    config: Config, tokenizer: PreTrainedTokenizerBase, step_log: StepLog, *, is_main: bool
+) -> Evaluation:
+    """Read the held-out prompts, at most `train.eval_samples`; there are none when data.eval is unset."""
     path, t = config.data.eval, config.train
     what = "accuracy" if config.reward.model is None else "reward"
     if path is None:
         return Evaluation((), "", what, t.steps, t.eval_every, {})
-    found = read_prompts(config, path, trainer.tokenizer)
-    if trainer.mesh.is_main:
-        say_dropped(config, trainer.step_log, "eval", found)
+    found = read_prompts(config, path, tokenizer)
+    if is_main:
+        say_dropped(config, step_log, "eval", found)
     prompts, counted = found.prompts[: t.eval_samples], data_metrics("eval", found)
     return Evaluation(prompts, path.stem, what, t.steps, t.eval_every, counted)

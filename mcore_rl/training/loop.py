@@ -14,9 +14,10 @@ from mcore_rl.config import Config
 from mcore_rl.directories import write_whole
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.training.advantage import Advantages, Scores, compute_advantages
+from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.assemble import start
 from mcore_rl.training.batch import (
+    PerSample,
     RolloutBatch,
     build_batch,
     pack_mini_batch,
@@ -113,8 +114,15 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
         rates["lr/critic"] = learning_rate(run.critic.optimizer)
     policy, critic = StepMetrics(), StepMetrics()
     explain = partial(keep_broken, config, run.trainer.shape.align)
+    shape = run.trainer.shape
+    ages = {} if ages is None else {"age": token_ages(batch.samples, step - 1)}
+    fields = {**advantages.fields, **ages}
+
+    def packed(part: np.ndarray, its: Mapping[str, PerSample]) -> list[PackedBatch]:
+        return pack_mini_batch(batch, part, run.algorithm, shape, mesh, its)
+
     with timers("train"):
-        for mini_batch in mini_batches(run, batch, parts, scores, advantages, step):
+        for mini_batch in mini_batches(parts, fields, scores, config.algorithm.epochs, packed):
             update = Update(
                 kind="policy",
                 step=step,
@@ -174,19 +182,14 @@ def score(
 
 
 def mini_batches(
-    run: Run,
-    batch: RolloutBatch,
     parts: Sequence[np.ndarray],
+    fields: Mapping[str, PerSample],
     scores: Scores,
-    advantages: Advantages,
-    step: int,
+    epochs: int,
+    pack: Callable[[np.ndarray, Mapping[str, PerSample]], list[PackedBatch]],
 ) -> Iterator[list[PackedBatch]]:
-    """Each optimizer step of one rollout, packed: its parts, visited `algorithm.epochs` times."""
-    shape, mesh = run.trainer.shape, run.trainer.mesh
-    for epoch in range(run.trainer.config.algorithm.epochs):
+    """Yield each optimizer step of one rollout, packed: its parts, visited `epochs` times."""
+    for epoch in range(epochs):
         for number, part in enumerate(parts):
             old = {} if epoch == number == 0 else {"old_log_prob": scores.old_log_probs}
-            stale = run.generation.bounds.max_staleness > 0
-            ages = {"age": token_ages(batch.samples, step - 1)} if stale else {}
-            fields = {**advantages.fields, **old, **ages}
-            yield pack_mini_batch(batch, part, run.algorithm, shape, mesh, fields)
+            yield pack(part, {**fields, **old})
