@@ -18,6 +18,8 @@ from mcore_rl.algo.ratio import bounded
 from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
 from mcore_rl.algo.value import value_loss
 from mcore_rl.errors import ConfigError
+from mcore_rl.log import NON_FINITE
+from mcore_rl.metric_names import meaning_of
 from mcore_rl.parallel.context import sequence_sums
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.metrics import EffectiveSampleSize, HeadGradient, HeadRatio, Scale
@@ -65,8 +67,6 @@ class PolicyObjective:
         metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
         if isinstance(correction, Tensor):
             metrics["correction/mean"] = Mean(correction)
-        if taken := metrics.keys() & token.metrics.keys():
-            raise ConfigError(f"the loss logs {min(taken)!r}, which every run logs; give it another name")
         everything, usable = torch.ones_like(rows.usable), rows.usable
         return weighted_sum(loss, fields["weight"]), {
             Key(name, metric.kind): metric.part(everything if metric.of_all_rows else usable)
@@ -120,21 +120,51 @@ class PolicyObjective:
         return total[batch.sequence], (total / count.clamp(min=1))[batch.sequence]
 
 
+OF_LOSSES = frozenset({"ratio/mean", "ratio/max", "ratio/min", "clip/fraction"})
+"""names that policy_losses.ratio_metrics gives, for any loss with an importance ratio"""
+RESERVED = frozenset({"step", NON_FINITE})
+
+
 def check_answer(token: TokenLoss, rows: Rows) -> None:
     """Raise ConfigError unless a loss, perhaps of the user's own, answered what the contract says."""
     if not isinstance(token, TokenLoss):
         raise ConfigError(f"the loss returned {type(token).__name__}; return TokenLoss(loss, metrics)")
-    shape = rows.log_prob.shape
+    if not isinstance(token.loss, Tensor) or token.loss.shape != rows.log_prob.shape:
+        raise ConfigError(f"the loss returned {_kind_of(token.loss)} as loss; return one value per row")
+    if rows.log_prob.requires_grad and not token.loss.requires_grad:
+        raise ConfigError(
+            "the loss does not follow from rows.log_prob, so that nothing would be learnt; leave out the "
+            "detach(), or the no_grad, that cuts it off"
+        )
+    if not isinstance(token.metrics, Mapping):
+        raise ConfigError(
+            f"the loss returned {_kind_of(token.metrics)} as metrics; return a dict of types of algo.metrics"
+        )
     for name, metric in token.metrics.items():
-        if not isinstance(metric, Metric):
-            raise ConfigError(
-                f"the loss logs {name!r} as {type(metric).__name__}; use a type of algo.metrics"
-            )
-        for values in (metric.values, metric.among):
-            if values is not None and values.shape != shape:
-                raise ConfigError(f"the loss logs {name!r} of shape {list(values.shape)}; give one per row")
-    if token.loss.shape != shape:
-        raise ConfigError(f"the loss has shape {list(token.loss.shape)}; return one value per row")
+        _check_metric(name, metric, rows)
+
+
+def _check_metric(name: object, metric: object, rows: Rows) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"the loss logs a metric named {name!r}; name it with a string")
+    if name in RESERVED or (name not in OF_LOSSES and meaning_of(name) is not None):
+        raise ConfigError(f"the loss logs {name!r}, which every run logs; give it another name")
+    if not isinstance(metric, Metric):
+        raise ConfigError(f"the loss logs {name!r} as {type(metric).__name__}; use a type of algo.metrics")
+    for what, values in (("values", metric.values), ("among", metric.among)):
+        if values is None and what == "among":
+            continue
+        if not isinstance(values, Tensor) or values.shape != rows.log_prob.shape:
+            raise ConfigError(f"the loss logs {name!r} with {_kind_of(values)} as {what}; give one per row")
+    if metric.among is not None and metric.among.dtype != torch.bool:
+        raise ConfigError(
+            f"the loss logs {name!r} among {metric.among.dtype}; say with bools which rows count"
+        )
+
+
+def _kind_of(value: object) -> str:
+    """What a wrong answer is, in words."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _metrics(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str, Metric]:

@@ -46,6 +46,41 @@ def scalar(rows: Rows) -> TokenLoss:
     return TokenLoss((-rows.advantage * rows.log_prob).sum())
 
 
+def cut_off(rows: Rows) -> TokenLoss:
+    """No gradient comes back from it."""
+    return TokenLoss((-rows.advantage * rows.log_prob).detach())
+
+
+def without_metrics(rows: Rows) -> TokenLoss:
+    """It says that there are no metrics in a way of its own."""
+    return TokenLoss(-rows.advantage * rows.log_prob, None)  # type: ignore
+
+
+def valueless(rows: Rows) -> TokenLoss:
+    """It logs nothing under a name."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {"own/mean": Mean(None)})
+
+
+def nameless(rows: Rows) -> TokenLoss:
+    """It numbers its metrics."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {3: Mean(rows.advantage)})  # type: ignore
+
+
+def weights_for_bools(rows: Rows) -> TokenLoss:
+    """It says which rows count by numbers."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {"own/mean": Mean(rows.advantage, rows.advantage)})
+
+
+def renumbered(rows: Rows) -> TokenLoss:
+    """Its metric would take the place of the step's number."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {"step": Mean(rows.advantage)})
+
+
+def reward(rows: Rows) -> TokenLoss:
+    """Its metric would take the place of the mean reward."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {"reward/mean": Mean(rows.advantage)})
+
+
 def number(rows: Rows) -> Tensor:
     """It returns a tensor."""
     return -rows.advantage * rows.log_prob

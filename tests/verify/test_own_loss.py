@@ -37,9 +37,20 @@ def test_a_loss_of_ones_own_that_keeps_the_contract_passes(loss: str) -> None:
         ("mixed", NumericsError, r"the loss of row \d+ changes with the log_prob of row"),
         ("mixed_constant", NumericsError, "depends on which other rows it is asked with"),
         ("undeclared", ConfigError, r"reads rows.sequence_log_ratio without saying so; write @reads"),
-        ("scalar", ConfigError, r"the loss has shape \[\]; return one value per row"),
+        ("scalar", ConfigError, r"returned a tensor of shape \[\] as loss; return one value per row"),
+        ("cut_off", ConfigError, "does not follow from rows.log_prob, so that nothing would be learnt"),
+        ("without_metrics", ConfigError, "returned NoneType as metrics; return a dict"),
+        ("valueless", ConfigError, "logs 'own/mean' with NoneType as values; give one per row"),
+        ("nameless", ConfigError, "logs a metric named 3; name it with a string"),
+        (
+            "weights_for_bools",
+            ConfigError,
+            "logs 'own/mean' among torch.float64; say with bools which rows count",
+        ),
+        ("renumbered", ConfigError, "logs 'step', which every run logs; give it another name"),
+        ("reward", ConfigError, "logs 'reward/mean', which every run logs; give it another name"),
         ("number", ConfigError, "the loss returned Tensor; return TokenLoss"),
-        ("metric", ConfigError, r"logs 'own/mean' of shape \[\]; give one per row"),
+        ("metric", ConfigError, r"logs 'own/mean' with a tensor of shape \[\] as values; give one per row"),
     ],
 )
 def test_a_loss_that_breaks_the_contract_is_seen(name: str, kind: type[McoreRLError], message: str) -> None:

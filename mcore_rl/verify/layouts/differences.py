@@ -55,9 +55,10 @@ def check_loss(algorithm: Algorithm) -> None:
     """
     rows = _rows(algorithm)
     log_prob, entropy = (x.clone().requires_grad_() for x in (rows.log_prob, rows.entropy))
+    leaves = replace(rows, log_prob=log_prob, entropy=entropy)
     with _Constants() as constants:
-        token = _loss(algorithm, replace(rows, log_prob=log_prob, entropy=entropy))
-    check_answer(token, rows)
+        token = _loss(algorithm, leaves)
+    check_answer(token, leaves)
     if not torch.isfinite(token.loss).all():
         raise NumericsError(f"{_name(algorithm)}: its value is not finite on finite log-probs")
     by_autograd = torch.autograd.grad(
