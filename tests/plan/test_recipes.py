@@ -243,5 +243,5 @@ def test_a_rehearsal_on_two_nodes(tmp_path: Path) -> None:
     assert codes == [0, 0], said[-3000:]
     assert "tp2" in said
     assert said.count("step 3/3") == 1, "one of the agents has rank 0"
-    events = read_metrics(tmp_path / "run" / "rehearsal" / "events.jsonl")
+    events = read_metrics(tmp_path / "run" / "rehearsal" / "run" / "events.jsonl")
     assert [event["world_size"] for event in events if event["kind"] == "start"] == [2]
