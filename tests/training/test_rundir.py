@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -287,6 +290,42 @@ def test_a_process_that_holds_its_directories_already_goes_on(tmp_path: Path) ->
         held(here, publishes=True).__enter__()
     with held(here, publishes=True):
         pass
+
+
+OWN_SCRIPT = """
+import sys
+from pathlib import Path
+from mcore_rl.config import load_config
+from mcore_rl.training.setup import start_trainer
+with start_trainer(load_config(Path(sys.argv[1]), sys.argv[2:]), optimizer_steps=1, resume=None):
+    print("started")
+"""
+
+
+def test_a_script_of_ones_own_does_not_train_in_a_directory_that_a_run_holds(
+    tmp_path: Path, dir_a: Path
+) -> None:
+    own = ["--model.path", str(dir_a), "--run.dir", str(tmp_path / "run"), "--parallel.tensor", "1"]
+    (tmp_path / "own.py").write_text(OWN_SCRIPT)
+    command = [sys.executable, tmp_path / "own.py", ROOT / "examples" / "gspo_tiny.toml", *own]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    with held(config(tmp_path / "run"), publishes=True):
+        before = files(tmp_path / "run")
+        done = subprocess.run(
+            command, env=os.environ | rank, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert files(tmp_path / "run") - before <= {"events.jsonl"}
+    assert f"run is in use by process {os.getpid()}" in done.stderr
+    assert done.returncode != 0
 
 
 def test_the_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:
