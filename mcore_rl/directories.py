@@ -1,7 +1,8 @@
 """What is ours on a disk: marked directories, locks that end with their process, files that appear whole.
 
 A directory that is removed or replaced as a whole carries a mark, the file MARK, from the moment it is made.
-What has no mark was written by somebody else, and is never removed.
+The mark says what kind of directory it is, and only who writes that kind removes it: a whole run that lies
+where weights are published is not a version of them. What has no mark was written by somebody else.
 """
 
 from __future__ import annotations
@@ -10,45 +11,65 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mcore_rl.errors import ConfigError, StorageError
 
 MARK = ".mcore_rl"
 LOCK = "LOCK"
+VERSION = re.compile(r"(initial|\d+)(\.partial)?")
+"""the name of a directory of published weights"""
+Kind = Literal["run", "weights", "samples", "checkpoint", "model", "rehearsal", "conversion"]
+"""what a marked directory is"""
 _PARTIAL = ".partial"
+_held_files: set[FileIO] = set()
+"""locks of this process"""
 
 
-def is_ours(directory: Path) -> bool:
-    """Whether `directory` carries the mark. A link does not: what it leads to may be anybody's."""
-    return not directory.is_symlink() and (directory / MARK).is_file()
+def is_ours(directory: Path, kind: Kind) -> bool:
+    """Whether `directory` carries the mark of `kind`. A link does not: what it leads to may be anybody's."""
+    return not directory.is_symlink() and kind_of(directory) == kind
 
 
-def is_free(directory: Path) -> bool:
-    """Whether nothing is lost when `directory` goes: it is not there, or empty, or ours."""
+def is_free(directory: Path, kind: Kind) -> bool:
+    """Whether nothing is lost when `directory` goes: it is not there, or empty, or ours of this `kind`."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         return False
-    if not directory.exists() or is_ours(directory):
+    if not directory.exists() or is_ours(directory, kind):
         return True
     return all(entry.name == MARK + _PARTIAL for entry in directory.iterdir())  # it was about to be marked
 
 
-def check_free(directory: Path, remedy: str) -> None:
-    """Raises ConfigError, with the `remedy`, where `directory` holds what mcore_rl did not write."""
-    if not is_free(directory):
+def check_free(directory: Path, remedy: str, *, kind: Kind) -> None:
+    """Raises ConfigError, with the `remedy`, where `directory` holds files and not the mark of `kind`."""
+    if is_free(directory, kind):
+        return
+    other = None if directory.is_symlink() else kind_of(directory)
+    if other is not None:
         raise ConfigError(
-            f"{directory} holds files and no mark of mcore_rl ({MARK}): it would be replaced, and was "
-            f"written by something else, or by an earlier version. Move it away, or {remedy}"
+            f"{directory} is marked as of the kind {other!r} ({MARK}), and a directory of the kind {kind!r} "
+            f"would replace it. Nothing was touched. Move it away, or {remedy}"
         )
+    raise ConfigError(
+        f"{directory} holds files and no mark of mcore_rl ({MARK}): it would be replaced, and was "
+        f"written by something else, or by an earlier version. Move it away, or {remedy}"
+    )
 
 
-def mark(directory: Path, **content: Any) -> None:
+def mark(directory: Path, kind: Kind, **content: Any) -> None:
     """Write the mark, or write it anew, with `content` as JSON. The directory is there. Raises OSError."""
-    _put(directory / MARK, (json.dumps(content) + "\n").encode())
+    _put(directory / MARK, (json.dumps({"kind": kind, **content}) + "\n").encode())
+
+
+def kind_of(directory: Path) -> str | None:
+    """The kind that the mark of `directory` names; None where there is no mark, or no readable one."""
+    return read_mark(directory).get("kind")
 
 
 def read_mark(directory: Path) -> dict[str, Any]:
@@ -60,23 +81,24 @@ def read_mark(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def make(directory: Path, remedy: str) -> None:
-    """Make `directory` new, empty and marked; one that is ours is removed first. Raises as `remove`."""
-    remove(directory, remedy)
+def make(directory: Path, remedy: str, *, kind: Kind) -> None:
+    """Make `directory` new, empty and marked; one of the same kind is removed first. Raises as `remove`."""
+    remove(directory, remedy, kind=kind)
     directory.mkdir(parents=True)
-    mark(directory)
+    mark(directory, kind)
 
 
-def remove(directory: Path, remedy: str) -> None:
-    """Remove `directory` where it is ours or empty.
+def remove(directory: Path, remedy: str, *, kind: Kind) -> None:
+    """Remove `directory` where it is empty, or ours and of this `kind`.
 
     The mark goes last, so that an interrupted removal can go on.
 
     Raises:
-        ConfigError: something else wrote it; `remedy` says what else to do than to move it away.
+        ConfigError: something else wrote it, or it is of another kind; `remedy` says what else to do than to
+            move it away.
         OSError: it cannot be removed.
     """
-    check_free(directory, remedy)
+    check_free(directory, remedy, kind=kind)
     if not directory.exists():
         return
     for entry in directory.iterdir():
@@ -94,22 +116,28 @@ def locked(
 ) -> Iterator[None]:
     """Hold `directory`, which is made where it is not there, by a lock on its file `name`.
 
-    The lock ends with the process, however that ends.
+    The lock ends with the process, however that ends, also where processes live on that it has forked.
 
     Raises:
+        ConfigError: a file, or a link that leads nowhere, is where the directory or a parent of it belongs.
         StorageError, or the `error` given: another process holds it, or it cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / name).open("a+")
+        file = (directory / name).open("ab+", buffering=0)
+    except (FileExistsError, NotADirectoryError) as cause:
+        raise ConfigError(
+            f"{directory} cannot be a directory: a file, or a link that leads nowhere, is in its way "
+            f"({cause.strerror}: {cause.filename}). Move that away, or {remedy}"
+        ) from cause
     except OSError as cause:
         raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
-    with file:
+    with file, _closed_in_forks(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             raise error(
                 f"{directory} is in use by {holder}: two runs would destroy each other's files. Wait for it, "
                 f"or {remedy}"
@@ -118,11 +146,30 @@ def locked(
             raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as cause:
             raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
         yield
+
+
+@contextlib.contextmanager
+def _closed_in_forks(file: FileIO) -> Iterator[None]:
+    """Processes forked meanwhile close `file`: a lock is shared by them, and would outlive its holder."""
+    _held_files.add(file)
+    try:
+        yield
+    finally:
+        _held_files.discard(file)
+
+
+def _close_held_files() -> None:
+    """A forked process is no holder. To close a file there does not unlock it here."""
+    for file in tuple(_held_files):
+        file.close()
+    _held_files.clear()
+
+
+os.register_at_fork(after_in_child=_close_held_files)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -13,19 +13,19 @@ import pytest
 
 from mcore_rl import directories
 from mcore_rl.directories import LOCK, MARK, append_line, locked, make, mark, read_mark, remove, write_whole
-from mcore_rl.errors import EXIT_RETRYABLE, CheckpointError, ConfigError, StorageError
+from mcore_rl.errors import EXIT_CONFIG, EXIT_RETRYABLE, CheckpointError, ConfigError, StorageError
 
 
 def test_what_is_ours_is_made_anew_and_removed(tmp_path: Path) -> None:
     place = tmp_path / "a" / "b"
-    make(place, "set x")
+    make(place, "set x", kind="weights")
     (place / "old").mkdir()
     (place / "old" / "file").touch()
-    make(place, "set x")
+    make(place, "set x", kind="weights")
     assert [path.name for path in place.iterdir()] == [MARK]
-    remove(place, "set x")
+    remove(place, "set x", kind="weights")
     assert not place.exists()
-    remove(place, "set x")
+    remove(place, "set x", kind="weights")
 
 
 def as_directory(place: Path) -> Path:
@@ -42,7 +42,7 @@ def as_file(place: Path) -> Path:
 def as_link(place: Path) -> Path:
     """Even to a directory with the mark: it may be that of another run."""
     elsewhere = place.with_name("elsewhere")
-    make(elsewhere, "")
+    make(elsewhere, "", kind="weights")
     (elsewhere / "mine").write_text("precious")
     place.symlink_to(elsewhere)
     return elsewhere / "mine"
@@ -59,20 +59,20 @@ def as_broken_link(place: Path) -> Path:
 def test_what_something_else_wrote_stays_and_is_named(tmp_path: Path, act, foreign) -> None:
     mine = foreign(tmp_path / "place")
     with pytest.raises(ConfigError, match=r"place holds .*no mark of mcore_rl.*Move it away, or set x"):
-        act(tmp_path / "place", "set x")
+        act(tmp_path / "place", "set x", kind="weights")
     assert mine.read_text() == "precious"
     assert os.path.lexists(tmp_path / "place")
 
 
 def test_an_empty_directory_may_be_taken(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    make(tmp_path / "empty", "set x")
-    assert directories.is_ours(tmp_path / "empty")
+    make(tmp_path / "empty", "set x", kind="weights")
+    assert directories.is_ours(tmp_path / "empty", "weights")
 
 
 def test_an_interrupted_removal_can_go_on(tmp_path: Path, monkeypatch) -> None:
     place = tmp_path / "place"
-    make(place, "set x")
+    make(place, "set x", kind="weights")
     for number in range(3):
         (place / f"part_{number}").mkdir()
     removed: list[Path] = []
@@ -86,19 +86,31 @@ def test_an_interrupted_removal_can_go_on(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
-            remove(place, "set x")
-    assert directories.is_ours(place)
-    remove(place, "set x")
+            remove(place, "set x", kind="weights")
+    assert directories.is_ours(place, "weights")
+    remove(place, "set x", kind="weights")
     assert not place.exists()
 
 
+@pytest.mark.parametrize("act", [make, remove])
+def test_what_is_ours_but_of_another_kind_stays_and_is_named(tmp_path: Path, act) -> None:
+    make(tmp_path / "place", "", kind="run")
+    (tmp_path / "place" / "mine").write_text("precious")
+    with pytest.raises(ConfigError, match=r"marked as of the kind 'run'.*kind 'weights'.*or set x"):
+        act(tmp_path / "place", "set x", kind="weights")
+    assert (tmp_path / "place" / "mine").read_text() == "precious"
+    act(tmp_path / "place", "set x", kind="run")
+    assert not (tmp_path / "place" / "mine").exists()
+
+
 def test_the_mark_keeps_what_it_is_given_and_a_damaged_one_says_nothing(tmp_path: Path) -> None:
-    mark(tmp_path, run="a")
-    assert read_mark(tmp_path) == {"run": "a"}
+    mark(tmp_path, "run", run="a")
+    assert read_mark(tmp_path) == {"kind": "run", "run": "a"}
+    assert directories.is_ours(tmp_path, "run")
     for damaged in ("", "[1]", "{", "[" * 100_000):
         (tmp_path / MARK).write_text(damaged)
         assert read_mark(tmp_path) == {}
-        assert directories.is_ours(tmp_path)
+        assert not directories.is_ours(tmp_path, "run"), "nobody knows what it is"
 
 
 # --- locks --------------------------------------------------------------------------------------------
@@ -138,10 +150,62 @@ def test_a_second_process_is_refused_by_the_name_of_the_first_and_a_dead_one_blo
         holder.stdout.close() if holder.stdout else None
 
 
-def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"file.*Not a directory"):
-        locked(tmp_path / "file" / "run", "set x").__enter__()
+FORK = """
+import os, signal, sys, time
+from pathlib import Path
+from mcore_rl.directories import locked
+with locked(Path(sys.argv[1]), "set x"):
+    child = os.fork()
+    if child == 0:
+        print("forked", flush=True)
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_the_holder_forked_neither_keeps_the_lock_nor_gives_it_back(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = next(
+        int(line) for line in sorted(holder.stdout.readline() for _ in range(2)) if line.strip().isdigit()
+    )
+    try:
+        with pytest.raises(StorageError, match=f"in use by process {holder.pid}"):
+            locked(tmp_path, "set x").__enter__()
+        holder.kill()
+        holder.wait(timeout=10)
+        os.kill(child, 0)  # it lives
+        with locked(tmp_path, "set x"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+
+
+def as_file_above(place: Path) -> Path:
+    place.touch()
+    return place / "run"
+
+
+def as_it_is(make_it):
+    def made(place: Path) -> Path:
+        make_it(place)
+        return place
+
+    return made
+
+
+@pytest.mark.parametrize("taken", [as_it_is(as_file), as_it_is(as_broken_link), as_file_above])
+def test_a_place_that_cannot_be_a_directory_is_named(tmp_path: Path, taken) -> None:
+    with pytest.raises(
+        ConfigError, match=r"place.*cannot be a directory: a file, or a link .*set x"
+    ) as caught:
+        locked(taken(tmp_path / "place"), "set x", CheckpointError).__enter__()
+    assert caught.value.exit_code == EXIT_CONFIG
 
 
 # --- files --------------------------------------------------------------------------------------------

@@ -87,25 +87,25 @@ class CheckpointDirectory:
     def _recover(self) -> None:
         """Finish or remove what was begun: only a whole checkpoint is ever kept."""
         for path in _steps(self.root):
-            if not is_ours(path):
-                mark(path)  # of an earlier version, which wrote no mark; its manifest says that it is ours
+            if not is_ours(path, "checkpoint"):
+                mark(path, "checkpoint")  # of an earlier version, which wrote no mark: its manifest vouches
         for path in sorted(self.root.glob(f"step_*{_PARTIAL}")):
             try:
                 whole = manifest.read(path)
                 whole.check()
             except (CheckpointError, ConfigError):
-                remove(path, _REMEDY)
+                remove(path, _REMEDY, kind="checkpoint")
             else:
                 self._publish(path, self.root / f"step_{whole.step}")
         for path in self.root.glob(f"step_*{_SUPERSEDED}"):
             final = path.with_name(path.name.removesuffix(_SUPERSEDED))
             if final.exists():
-                remove(path, _REMEDY)
+                remove(path, _REMEDY, kind="checkpoint")
             else:
                 path.rename(final)
         for path in self.root.glob("step_*"):
             if _STEP.fullmatch(path.name) and not (path / COMMITTED).exists():  # its removal was interrupted
-                remove(path, _REMEDY)
+                remove(path, _REMEDY, kind="checkpoint")
 
     def begin(self, step: int, size: int) -> Path:
         """An empty directory to write `step` into.
@@ -115,7 +115,7 @@ class CheckpointDirectory:
         """
         partial = self.root / f"step_{step}{_PARTIAL}"
         with _reported(partial):
-            make(partial, _REMEDY)
+            make(partial, _REMEDY, kind="checkpoint")
             free = shutil.disk_usage(partial).free
         if free < size:
             raise CheckpointError(
@@ -148,11 +148,11 @@ class CheckpointDirectory:
     def _publish(self, partial: Path, final: Path) -> None:
         superseded = final.with_name(final.name + _SUPERSEDED)
         if final.exists():  # a run that resumed before this step reaches it again
-            remove(superseded, _REMEDY)
+            remove(superseded, _REMEDY, kind="checkpoint")
             final.rename(superseded)
         partial.rename(final)
         manifest.sync_directory(self.root)
-        remove(superseded, _REMEDY)
+        remove(superseded, _REMEDY, kind="checkpoint")
 
     def _prune(self, newest: Path) -> None:
         """Keep `newest` and those before it; later steps belong to a history that a resume has left."""
@@ -160,7 +160,7 @@ class CheckpointDirectory:
         at = known.index(newest)
         for path in [*known[: max(0, at + 1 - self._keep)], *known[at + 1 :]]:
             (path / COMMITTED).unlink()  # from here on it is none, wherever the removal is interrupted
-            remove(path, _REMEDY)
+            remove(path, _REMEDY, kind="checkpoint")
 
 
 def _steps(root: Path) -> list[Path]:
@@ -172,7 +172,7 @@ def _steps(root: Path) -> list[Path]:
 
 def _check_ours(root: Path) -> None:
     """Raises ConfigError for what is named like a checkpoint and neither marked nor whole."""
-    foreign = [path for path in _steps(root) if not is_free(path) and not _is_whole(path)]
+    foreign = [path for path in _steps(root) if not is_free(path, "checkpoint") and not _is_whole(path)]
     if foreign:
         names = ", ".join(path.name for path in foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise ConfigError(

@@ -30,7 +30,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     partial = target.with_name(target.name + ".partial")
     try:
         with _locked(target.with_name(target.name + ".lock")):
-            make(partial, "name another target")
+            make(partial, "name another target", kind="conversion")
             try:
                 yield partial
                 (partial / MARK).unlink()  # what is complete is never removed

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.sections import Parallel
-from mcore_rl.directories import make
+from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
 from mcore_rl.model.critic import CriticParameterMap, with_value_head
@@ -30,6 +31,8 @@ from mcore_rl.training.setup import layout_of, world_size
 
 STEPS = 3
 PROCESSES = 8
+LOCK = ".mcore_rl.rehearsal.lock"
+_REMEDY = "set run.dir to another directory"
 _WAIT_SECONDS = 60.0
 _VOCABULARY = ("<|endoftext|>", "<eos>", *"0123456789+=")
 """pads with the token that transformers adds to every tokenizer of a Qwen2 model that lacks it"""
@@ -43,10 +46,21 @@ def rehearse(config: Config, processes: int | None = None) -> int:
 
     Raises:
         LayoutError: not even degrees of 2 fit into so many processes.
+        StorageError: another process rehearses in this run directory.
     """
     if under_torchrun():
         return _rehearse_as_rank(config)
-    file, tiny = write_rehearsal(config, processes or PROCESSES)
+    with _rehearsing(config):
+        return _rehearse_on_node(config, processes or PROCESSES)
+
+
+def _rehearsing(config: Config) -> AbstractContextManager[None]:
+    """Hold RUN_DIR/rehearsal, by a lock beside it: it is removed when a rehearsal begins."""
+    return locked(config.run.dir, _REMEDY, name=LOCK)
+
+
+def _rehearse_on_node(config: Config, processes: int) -> int:
+    file, tiny = write_rehearsal(config, processes)
     for resume in ((), ("--resume", "previous")):
         code = launch_node(tiny, ["train", str(file), *resume])
         if code != EXIT_DONE:
@@ -65,13 +79,15 @@ def _rehearse_as_rank(config: Config) -> int:
     file = config.run.dir / "rehearsal" / "rehearsal.toml"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS))  # pyright: ignore[reportPrivateImportUsage]
-    if int(os.environ["RANK"]) == 0:
-        try:
-            write_rehearsal(config, world_size())
-        finally:
-            store.set("rehearsal", "written")  # with an error, the others find no file and end too
-    store.wait(["rehearsal"])
-    return run_rank(load_config(file))
+    with ExitStack() as stack:
+        if int(os.environ["RANK"]) == 0:
+            try:
+                stack.enter_context(_rehearsing(config))
+                write_rehearsal(config, world_size())
+            finally:
+                store.set("rehearsal", "written")  # with an error, the others find no file and end too
+        store.wait(["rehearsal"])
+        return run_rank(load_config(file))
 
 
 def _exported(tiny: Config) -> str:
@@ -80,7 +96,7 @@ def _exported(tiny: Config) -> str:
     Raises:
         ConfigError: they are not.
     """
-    (directory,) = (tiny.run.dir / "weights").iterdir()
+    (directory,) = (path for path in (tiny.run.dir / "weights").iterdir() if path.is_dir())
     arch = read_architecture(directory)
     hf_reader(directory, ParameterMap(arch, arch.vocab))
     return f"exported and read back: {directory}"
@@ -96,7 +112,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
         ConfigError: RUN_DIR/rehearsal holds what something else wrote.
     """
     directory = config.run.dir / "rehearsal"
-    make(directory, "set run.dir to another directory")
+    make(directory, _REMEDY, kind="rehearsal")
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
@@ -167,7 +183,7 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    make(directory, "set run.dir to another directory")
+    make(directory, _REMEDY, kind="model")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=_VOCABULARY[0], eos_token=_VOCABULARY[1]
     ).save_pretrained(directory)
@@ -187,7 +203,7 @@ def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Confi
     """Not validated: `load_config` reads the file that is written of it."""
     rollout, train, algorithm = config.rollout, config.train, config.algorithm
     changes: dict[str, dict[str, Any]] = {
-        "run": {"dir": directory},
+        "run": {"dir": directory / "run"},  # a directory is of one kind
         "model": {
             "path": directory / "model",
             "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING
 from mcore_rl.config import Config, to_toml
 from mcore_rl.directories import (
     MARK,
+    VERSION,
+    Kind,
     is_free,
     is_ours,
+    kind_of,
     locked,
     mark,
     read_mark,
@@ -38,13 +41,18 @@ if TYPE_CHECKING:
 RESOLVED = "resolved.toml"
 RUN_LOCK = ".mcore_rl.lock"
 """besides LOCK, which is that of the checkpoints: they may lie in the run directory itself"""
+WEIGHTS_LOCK = ".mcore_rl.weights.lock"
+"""of the directory that weights are published to, which may be a run directory too"""
 _REPLACED = (METRICS, EVENTS, RESOLVED, "server.log")
 """files of a run directory that a run cuts, replaces or appends to"""
 _SAMPLES = re.compile(r"step_\d+\.jsonl")
-_VERSION = re.compile(r"(initial|\d+)(\.partial)?")
 _INDEX = "model.safetensors.index.json"
 _RUN_REMEDY = "set run.dir to another directory"
 _WEIGHTS_REMEDY = "set publish.dir to another directory"
+_WHOLE = ("weights", "model", "checkpoint")
+"""kinds of directories that are removed with all they hold"""
+_held: set[Path] = set()
+"""run directories that this process holds"""
 
 
 @dataclass(frozen=True)
@@ -80,42 +88,81 @@ def held(config: Config, *, publishes: bool) -> Iterator[None]:
         publishes: the run writes weights for servers.
 
     Raises:
-        ConfigError: they hold what mcore_rl did not write; nothing was touched.
-        StorageError: another run holds them, or they cannot be written.
+        ConfigError: they hold what mcore_rl did not write, or are no directories; nothing was touched.
+        StorageError: another run holds them, or they cannot be read or written.
     """
     run_dir, weights = config.run.dir, published_to(config)
-    if not (run_dir / RUN_LOCK).exists():  # else it may be that of a run which is writing
-        _check_ours(config, publishes=publishes)
     with ExitStack() as stack:
-        stack.enter_context(locked(run_dir, _RUN_REMEDY, name=RUN_LOCK))
-        if publishes and not weights.resolve().is_relative_to(run_dir.resolve()):
-            stack.enter_context(locked(weights, _WEIGHTS_REMEDY, name=RUN_LOCK))
-        _check_ours(config, publishes=publishes)
         try:
+            if not (run_dir / RUN_LOCK).exists():  # else it may be that of a run which is writing
+                _check_ours(config, publishes=publishes)
+            stack.enter_context(locked(run_dir, _RUN_REMEDY, name=RUN_LOCK))
+            if publishes:
+                stack.enter_context(locked(weights, _WEIGHTS_REMEDY, name=WEIGHTS_LOCK))
+            _check_ours(config, publishes=publishes)
             _claim(config)
         except OSError as error:
             raise storage_error(run_dir, error, remedy=_RUN_REMEDY) from error
+        _held.add(_real(run_dir))
+        stack.callback(_held.discard, _real(run_dir))
         yield
+
+
+@contextmanager
+def held_once(config: Config, *, publishes: bool) -> Iterator[None]:
+    """Do what `held` does, unless this process holds the run directory already, as one of a launcher does."""
+    if _real(config.run.dir) in _held:
+        yield
+        return
+    with held(config, publishes=publishes):
+        yield
+
+
+def _real(directory: Path) -> Path:
+    """The directory itself: run.dir may be a link to it, and only what is removed may not."""
+    return Path(os.path.realpath(directory))
+
+
+def _is_marked(run_dir: Path) -> bool:
+    return is_ours(_real(run_dir), "run")
 
 
 def _check_ours(config: Config, *, publishes: bool) -> None:
     """Raises ConfigError for what a run would replace and mcore_rl did not write."""
+    _check_kinds(config)
     if _is_of_an_earlier_version(config):
         return  # to be marked
     run_dir, weights = config.run.dir, published_to(config)
-    found = [] if is_ours(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
+    found = [] if _is_marked(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
     found += ["samples"] if _holds_foreign_samples(run_dir / "samples") else []
-    if config.supervised_only and not is_free(run_dir / "model"):
+    if config.supervised_only and not is_free(run_dir / "model", "model"):
         found.append("model")
     _refuse(run_dir, found, _RUN_REMEDY)
     if publishes:
-        _refuse(weights, [path.name for path in _versions(weights) if not is_free(path)], _WEIGHTS_REMEDY)
+        foreign = [path.name for path in _versions(weights) if not is_free(path, "weights")]
+        _refuse(weights, foreign, _WEIGHTS_REMEDY)
+
+
+def _check_kinds(config: Config) -> None:
+    """Raises ConfigError for a run in what is another kind of directory, or in one that goes as a whole."""
+    if kind_of(config.run.dir) not in (None, "run"):
+        raise ConfigError(
+            f"{config.run.dir} is marked as of the kind {kind_of(config.run.dir)!r} ({MARK}), and no run "
+            f"directory: who wrote it may remove it. {_RUN_REMEDY.capitalize()}"
+        )
+    for place in (config.run.dir, root_of(config), published_to(config)):
+        for parent in (_real(place), *_real(place).parents):
+            if kind_of(parent) in _WHOLE:
+                raise ConfigError(
+                    f"{place}: {parent} is marked as of the kind {kind_of(parent)!r} ({MARK}), which is "
+                    "removed with all it holds. Set run.dir, checkpoint.dir or publish.dir elsewhere"
+                )
 
 
 def _holds_foreign_samples(samples: Path) -> bool:
-    if is_ours(samples) or not os.path.lexists(samples):
+    if is_ours(samples, "samples") or not os.path.lexists(samples):
         return False
-    if samples.is_symlink() or not samples.is_dir():
+    if samples.is_symlink() or not samples.is_dir() or kind_of(samples) is not None:
         return True
     return any(_SAMPLES.fullmatch(path.name) for path in samples.iterdir())
 
@@ -124,21 +171,21 @@ def _refuse(directory: Path, names: Sequence[str], remedy: str) -> None:
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise ConfigError(
-            f"{directory} holds {shown} without the mark of mcore_rl ({MARK}): something else wrote it, or a "
-            "run of an earlier version that kept no checkpoints. Nothing was touched. Move it away, or "
-            f"{remedy}"
+            f"{directory} holds {shown} without the mark of mcore_rl for it ({MARK}): something else wrote "
+            "it, another run, or one of an earlier version that kept no checkpoints. Nothing was touched. "
+            f"Move it away, or {remedy}"
         )
 
 
 def _versions(weights: Path) -> list[Path]:
     if not weights.is_dir():
         return []
-    return sorted(path for path in weights.iterdir() if _VERSION.fullmatch(path.name))
+    return sorted(path for path in weights.iterdir() if VERSION.fullmatch(path.name))
 
 
 def _is_of_an_earlier_version(config: Config) -> bool:
     """Whether checkpoints say that the run directory is ours: earlier versions marked nothing."""
-    if is_ours(config.run.dir):
+    if _is_marked(config.run.dir):
         return False
     return any(_belongs(config, saved) for saved in _intact(root_of(config)))
 
@@ -164,14 +211,16 @@ def _belongs(config: Config, saved: Saved) -> bool:
 def _claim(config: Config) -> None:
     """Mark the run directory; of an earlier version's, all that this one would replace. Raises OSError."""
     run_dir = config.run.dir
-    if is_ours(run_dir):
+    if _is_marked(run_dir):
         return
     if _is_of_an_earlier_version(config):
-        whole = [*_versions(published_to(config)), run_dir / "model"]
-        for path in [run_dir / "samples", *(path for path in whole if (path / _INDEX).is_file())]:
-            if path.is_dir() and not path.is_symlink():
-                mark(path)
-    mark(run_dir)
+        whole: list[tuple[Path, Kind]] = [(path, "weights") for path in _versions(published_to(config))]
+        whole.append((run_dir / "model", "model"))
+        whole = [(path, kind) for path, kind in whole if (path / _INDEX).is_file()]
+        for path, kind in [*whole, (run_dir / "samples", "samples")]:
+            if path.is_dir() and not path.is_symlink() and kind_of(path) is None:
+                mark(path, kind)
+    mark(run_dir, "run")
 
 
 def warn_of_others(config: Config) -> None:
@@ -252,7 +301,7 @@ def begin(config: Config, identity: Identity) -> None:
     """From here on the run directory is this run's: its name, its settings."""
     try:
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        mark(config.run.dir, run=identity.run, source=identity.source)
+        mark(config.run.dir, "run", run=identity.run, source=identity.source)
     except OSError as error:
         raise storage_error(config.run.dir, error, remedy=_RUN_REMEDY) from error
     write_whole(config.run.dir / RESOLVED, to_toml(config))
@@ -266,6 +315,6 @@ def open_samples(run_dir: Path, *, keep: bool) -> None:
         for path in [] if keep else list(directory.iterdir()):
             if _SAMPLES.fullmatch(path.name):
                 path.unlink()
-        mark(directory)
+        mark(directory, "samples")
     except OSError as error:
         raise storage_error(directory, error, remedy=_RUN_REMEDY) from error

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from mcore_rl.training.checkpoint import (
 from mcore_rl.training.data import check_batch, response_of, say_dropped
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
-from mcore_rl.training.rundir import identity_of
+from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.trainer import Attempt, Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -75,6 +75,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
         mesh = build_mesh(layout, timeout=timeout)
         try:
             with (
+                _holding(config, mesh),
                 recorded(config.run.dir),
                 watched(config, mesh) as watchdog,
                 open_checkpoints(config, mesh, resume) as checkpoints,
@@ -89,6 +90,19 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                     yield trainer
         finally:
             destroy_mesh()
+
+
+@contextmanager
+def _holding(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Hold the run's directories on the main rank, where a script of the user's own starts it; collective.
+
+    Raises:
+        ConfigError, StorageError: on every rank: they are not ours, or another run has them.
+    """
+    with ExitStack() as stack:
+        publishes = not config.supervised_only
+        on_main(mesh, lambda: stack.enter_context(held_once(config, publishes=publishes)))
+        yield
 
 
 def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps: int) -> Trainer:

@@ -48,7 +48,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
             counted = data_metrics("train", trainer.prompts) if step == 1 else {}
             trainer.log(step, metrics | {"lr/policy": rate} | counted, work_of(sequences, trainer.shape))
             end_step(trainer, contents, residency, step)
-        export(trainer.policy, config.run.dir / "model")
+        export(trainer.policy, config.run.dir / "model", kind="model")
 
 
 def train_step(

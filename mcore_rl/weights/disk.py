@@ -11,7 +11,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mcore_rl.directories import check_free, make, remove, storage_error
+from mcore_rl.directories import Kind, check_free, make, remove, storage_error
 from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.files import (
@@ -161,6 +161,7 @@ def export(
     model: Model,
     directory: Path,
     *,
+    kind: Kind = "weights",
     encoding: Encoding = PLAIN,
     open_file: OpenFile = SafetensorsWriter,
     bucket_bytes: int = GATHER_BYTES,
@@ -168,11 +169,11 @@ def export(
     """Write a model as an HF directory; collective over all ranks.
 
     Every rank that owns parameters writes a file, bucket by bucket. The directory appears complete or not at
-    all, and replaces one that an earlier export wrote. config.json and the tokenizer are those of the
-    model's source.
+    all, and replaces one that an earlier export of the same `kind` wrote. config.json and the tokenizer are
+    those of the model's source.
 
     Raises (on every rank):
-        ConfigError: `directory` holds what mcore_rl did not write.
+        ConfigError: `directory` holds what no export of this kind wrote.
         StorageError: a file cannot be written; nothing is left of the attempt.
         NumericsError: a weight cannot be encoded.
     """
@@ -180,90 +181,104 @@ def export(
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     plan = plan_of(what, bucket_bytes)
-    files = {
+    names = {
         owner: f"model-{i + 1:05d}-of-{len(plan.owners):05d}.safetensors"
         for i, owner in enumerate(plan.owners)
     }
-    on_main(mesh, lambda: _begin(directory, partial))
-    error: Exception | None = None
-    for owner in turns_of(plan, mesh) if mesh.copy == 0 else []:
-        try:
-            with _reported(partial / files[owner]):
-                _write_file(what, plan, owner, partial / files[owner], open_file)
-        except Exception as caught:  # raised on every rank, once no rank waits for this one's shards any more
-            error = error or caught
+    on_main(mesh, lambda: _begin(directory, partial, kind))
     try:
-        raise_everywhere(mesh, error)
-        on_main(mesh, lambda: _finish(model, encoding, plan, files, partial, directory))
+        _write_files(what, plan, {owner: partial / name for owner, name in names.items()}, open_file)
+        on_main(mesh, lambda: _write_side_files(model, encoding, plan, names, partial))
+        on_main(mesh, lambda: _put_in_place(partial, directory, kind))
     except Exception:
         if mesh.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
         raise
 
 
-def _write_file(what: Export, plan: Plan, owner: int, path: Path, open_file: OpenFile) -> None:
-    """One owner's turn; the other ranks of its tensor-parallel group give it their shards."""
-    if owner != what.mesh.rank:
-        take_turn(what, plan, owner, None)
-        return
-    buckets = plan.of(owner)
+def _write_files(what: Export, plan: Plan, paths: Mapping[int, Path], open_file: OpenFile) -> None:
+    """Write every owner's file, in turns within a tensor-parallel group; collective over all ranks.
+
+    What can fail before a turn, fails on every rank before any rank waits for another one's shards.
+    """
+    mesh = what.mesh
+    turns = turns_of(plan, mesh) if mesh.copy == 0 else []
+    channel: _FileChannel | None = None
+    error: Exception | None = None
+    with ExitStack() as file:
+        if mesh.rank in turns:
+            try:
+                channel = _opened(what, plan, paths[mesh.rank], open_file, file)
+            except Exception as caught:  # whatever it is: the other ranks would wait for this one
+                error = caught
+        raise_everywhere(mesh, error)
+        for owner in turns:
+            try:
+                with _reported(paths[owner]), file if owner == mesh.rank else nullcontext():
+                    take_turn(what, plan, owner, channel if owner == mesh.rank else None)
+            except Exception as caught:  # raised on every rank, once no rank waits for this one's shards
+                error = error or caught
+    raise_everywhere(mesh, error)
+
+
+def _opened(what: Export, plan: Plan, path: Path, open_file: OpenFile, file: ExitStack) -> _FileChannel:
+    """The channel into this rank's file, which is closed with `file`."""
+    buckets = plan.of(what.mesh.rank)
     forms = {slot.name: (slot.shape, slot.dtype) for bucket in buckets for slot in bucket.slots}
     device = next(iter(what.tensors.values())).device
-    channel = _FileChannel(max(bucket.nbytes for bucket in buckets), len(buckets), device)
-    failed: OSError | None = None
-    with ExitStack() as stack:
-        try:
-            channel.file = stack.enter_context(open_file(path, forms))
-        except OSError as error:  # raised below: the others wait with their shards all the same
-            failed = error
-        take_turn(what, plan, owner, channel)
-    if failed is not None:
-        raise failed
+    with _reported(path):
+        opened = file.enter_context(open_file(path, forms))
+    return _FileChannel(opened, max(bucket.nbytes for bucket in buckets), len(buckets), device)
 
 
 class _FileChannel:
-    """The channel into one file; without a file it swallows what it is given."""
+    """The channel into one file."""
 
-    def __init__(self, nbytes: int, count: int, device: torch.device) -> None:
+    def __init__(self, file: TensorFile, nbytes: int, count: int, device: torch.device) -> None:
         self.failed: dict[str, str] = {}
-        self.file: TensorFile | None = None
+        self._file = file
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(min(2, count))]
 
     def buffer(self, number: int) -> Tensor:
         return self._buffers[number % 2]
 
     def send(self, bucket: Bucket, number: int, *, last: bool) -> None:
-        file, data = self.file, self.buffer(number)
-        if file is not None:
-            for slot in bucket.slots:
-                file.write(slot.name, view(data, slot).cpu())
+        data = self.buffer(number)
+        for slot in bucket.slots:
+            self._file.write(slot.name, view(data, slot).cpu())
 
     def close(self) -> None: ...
 
 
-def _begin(directory: Path, partial: Path) -> None:
-    """An empty directory to write to; and nothing that somebody else wrote will have to go for it."""
-    check_free(directory, _REMEDY)
+def _begin(directory: Path, partial: Path, kind: Kind) -> None:
+    """Make an empty directory to write to; and nothing that somebody else wrote will have to go for it."""
+    check_free(directory, _REMEDY, kind=kind)
     with _reported(partial):
-        make(partial, _REMEDY)
+        make(partial, _REMEDY, kind=kind)
 
 
-def _finish(
-    model: Model, encoding: Encoding, plan: Plan, files: Mapping[int, str], partial: Path, directory: Path
+def _write_side_files(
+    model: Model, encoding: Encoding, plan: Plan, names: Mapping[int, str], partial: Path
 ) -> None:
-    """Index, config.json and tokenizer; then the new directory takes the place of the old one."""
-    weight_map = {slot.name: files[bucket.owner] for bucket in plan.buckets for slot in bucket.slots}
+    """Write the index, config.json and the tokenizer."""
+    weight_map = {slot.name: names[bucket.owner] for bucket in plan.buckets for slot in bucket.slots}
     with _reported(partial):
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
         slots = {slot.name: slot for bucket in plan.buckets for slot in bucket.slots}
         copy_side_files(model.source, partial, slots[EMBEDDING].dtype, encoding.config(model.mapping))
+
+
+def _put_in_place(partial: Path, directory: Path, kind: Kind) -> None:
+    """The new directory takes the place of the old one."""
+    with _reported(partial):
+        check_free(directory, _REMEDY, kind=kind)
         old = directory.with_name(directory.name + ".replaced")
-        remove(old, _REMEDY)
+        remove(old, _REMEDY, kind=kind)
         if directory.exists():
             directory.rename(old)
         partial.rename(directory)
-        remove(old, _REMEDY)
+        remove(old, _REMEDY, kind=kind)
 
 
 @contextmanager

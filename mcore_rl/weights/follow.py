@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mcore_rl.directories import is_ours, make, remove, storage_error, write_whole
+from mcore_rl.directories import VERSION, is_ours, make, remove, storage_error, write_whole
 from mcore_rl.errors import McoreRLError, WeightSyncError
 from mcore_rl.terminal import printable
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
@@ -92,7 +92,7 @@ class Follower:
 
     def _take(self, version: str) -> None:
         new, partial = self._source / version, self._target / f"{version}.partial"
-        make(partial, _REMEDY)
+        make(partial, _REMEDY, kind="weights")
         for path in files_of(new):
             if path.suffix == SUFFIX:
                 self._patch(path, partial / path.stem)
@@ -102,7 +102,7 @@ class Follower:
             if expected.exists():
                 check(partial / path.name, expected.read_text())
         whole = self._target / version
-        remove(whole, _REMEDY)
+        remove(whole, _REMEDY, kind="weights")
         partial.rename(whole)
         self._forget(version)
 
@@ -113,11 +113,13 @@ class Follower:
         apply(delta, file)
 
     def _forget(self, version: str) -> None:
-        """Remove older versions; what carries no mark of ours is somebody else's."""
+        """Remove older versions; what is not named and marked as one is somebody else's, or a whole run."""
         kept = {version, version_of(self.state.have)}  # a server may be reading the one before
         for path in self._target.iterdir():
-            if path.name not in kept and is_ours(path):
-                remove(path, _REMEDY)
+            if path.name in kept or not VERSION.fullmatch(path.name):
+                continue
+            if is_ours(path, "weights"):
+                remove(path, _REMEDY, kind="weights")
 
 
 def version_of(edition: str) -> str:

@@ -170,7 +170,7 @@ def test_checkpoints_of_a_version_without_marks_go_on(two: Path) -> None:
         (two / step / MARK).unlink()
     directory = CheckpointDirectory(two, keep=2)
     with directory.locked():
-        assert all(is_ours(path) for _, path in committed(two)), "their manifests are ours"
+        assert all(is_ours(path, "checkpoint") for _, path in committed(two)), "their manifests are ours"
         write(directory, 3)
     assert [step for step, _ in committed(two)] == [2, 3]
 
@@ -242,7 +242,7 @@ def test_a_read_only_disk(small_disk) -> None:
 
 def test_a_file_where_the_directory_belongs(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="Not a directory"):
+    with pytest.raises(ConfigError, match=r"a file, or a link .*Not a directory.*set checkpoint.dir"):
         CheckpointDirectory(tmp_path / "file" / "checkpoints", 2).locked().__enter__()
     with pytest.raises(ConfigError, match="holds 0 committed"):
         find(tmp_path / "file", "latest")

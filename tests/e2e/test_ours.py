@@ -105,7 +105,7 @@ def test_a_run_goes_on_beside_files_that_are_not_in_its_way(folder, tmp_path):
         "mine.txt",
         "step_1.jsonl",
     ]
-    assert is_ours(tmp_path / "run" / "weights" / "1")
+    assert is_ours(tmp_path / "run" / "weights" / "1", "weights")
 
 
 def test_a_run_of_a_version_without_marks_goes_on(folder, tmp_path):
@@ -116,7 +116,7 @@ def test_a_run_of_a_version_without_marks_goes_on(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "only the ids of the training prompts could be compared" in done.stderr
     assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [1, 2, 3]
-    assert is_ours(directory / "model")
+    assert is_ours(directory / "model", "model")
     again = run(*sft(folder, directory, "--resume", "latest", "--train.steps", "4"))
     assert again.returncode == 0, again.stderr
     assert "could be compared" not in again.stderr

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from mcore_rl.__main__ import main
 from mcore_rl.config import load_config
-from mcore_rl.errors import EXIT_CONFIG, ConfigError, LayoutError
-from mcore_rl.launch.rehearse import shrink_parallel, write_rehearsal
+from mcore_rl.directories import locked
+from mcore_rl.errors import EXIT_CONFIG, ConfigError, LayoutError, StorageError
+from mcore_rl.launch.rehearse import LOCK, rehearse, shrink_parallel, write_rehearsal
 from mcore_rl.log import read_metrics
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.precision import check_precision
@@ -188,6 +189,15 @@ def test_a_rehearsal_that_cannot_says_how_many_it_needs() -> None:
         shrink_parallel(parallel, 4)
 
 
+def test_a_second_rehearsal_is_refused_and_removes_nothing(tmp_path: Path) -> None:
+    config = load_config(ROOT / "examples" / "gspo_70b.toml", ["--run.dir", str(tmp_path)])
+    file, _ = write_rehearsal(config, 8)
+    with locked(tmp_path, "", name=LOCK), pytest.raises(StorageError, match="is in use by"):
+        rehearse(config)
+    assert file.exists()
+    write_rehearsal(config, 8)  # once more, in the place of the one before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.xdist_group("e2e")
@@ -243,5 +253,5 @@ def test_a_rehearsal_on_two_nodes(tmp_path: Path) -> None:
     assert codes == [0, 0], said[-3000:]
     assert "tp2" in said
     assert said.count("step 3/3") == 1, "one of the agents has rank 0"
-    events = read_metrics(tmp_path / "run" / "rehearsal" / "events.jsonl")
+    events = read_metrics(tmp_path / "run" / "rehearsal" / "run" / "events.jsonl")
     assert [event["world_size"] for event in events if event["kind"] == "start"] == [2]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +16,16 @@ import pytest
 from mcore_rl.checkpoint import Saved, manifest
 from mcore_rl.checkpoint.image import write_file
 from mcore_rl.config import Config, load_config
-from mcore_rl.directories import MARK, is_ours, make, mark, read_mark
+from mcore_rl.directories import MARK, kind_of, make, mark, read_mark
 from mcore_rl.errors import ConfigError, StorageError
 from mcore_rl.log import read_metrics
 from mcore_rl.training.rundir import (
     RUN_LOCK,
+    WEIGHTS_LOCK,
     begin,
     check_history,
     held,
+    held_once,
     identity_of,
     open_samples,
     warn_of_others,
@@ -42,7 +49,7 @@ def plant(file: Path) -> Path:
 def save(root: Path, step: int, **document: object) -> Saved:
     """A committed checkpoint with this document."""
     path = root / f"step_{step}"
-    make(path, "")
+    make(path, "", kind="checkpoint")
     manifest.commit(path, [write_file(path / "data", b"x")], step=step, run=document)
     return manifest.read(path)
 
@@ -89,14 +96,14 @@ def test_files_that_are_not_in_the_way_stay(tmp_path: Path) -> None:
             open_samples(tmp_path, keep=keep)
             (tmp_path / "samples" / "step_1.jsonl").write_text("ours")
     open_samples(tmp_path, keep=False)
-    assert files(tmp_path) == names | {MARK, RUN_LOCK, f"samples/{MARK}"}
+    assert files(tmp_path) == names | {MARK, RUN_LOCK, f"samples/{MARK}", f"weights/{WEIGHTS_LOCK}"}
 
 
 def test_an_exported_model_is_replaced_by_supervised_runs_only_where_it_is_ours(tmp_path: Path) -> None:
     plant(tmp_path / "model" / "mine")
     with pytest.raises(ConfigError, match="holds model without the mark"):
         held(config(tmp_path, "sft_tiny"), publishes=False).__enter__()
-    mark(tmp_path / "model")
+    mark(tmp_path / "model", "model")
     with held(config(tmp_path, "sft_tiny"), publishes=False):
         pass
 
@@ -112,7 +119,68 @@ def test_a_run_of_a_version_without_marks_is_marked_where_its_checkpoints_say_so
     assert saved.path.is_dir()
     save(root, 3, config={"run": {"dir": str(run_dir)}})
     with held(here, publishes=True):
-        assert all(is_ours(run_dir / name) for name in (".", "samples", "weights/2"))
+        kinds = {".": "run", "samples": "samples", "weights/2": "weights"}
+        assert {name: kind_of(run_dir / name) for name in kinds} == kinds
+
+
+def test_a_run_that_lies_where_another_one_publishes_is_refused_and_stays(tmp_path: Path) -> None:
+    run = config(tmp_path / "shared" / "1")
+    with held(run, publishes=True):
+        mine = plant(run.run.dir / "checkpoints" / "step_1" / "data")
+    with pytest.raises(ConfigError, match=r"shared holds 1 without the mark"):
+        held(config(tmp_path / "a", publish__dir=tmp_path / "shared"), publishes=True).__enter__()
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["weights", "model", "checkpoint"])
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_run_is_refused_in_a_directory_that_goes_as_a_whole(tmp_path: Path, kind, below: str) -> None:
+    make(tmp_path / "1", "", kind=kind)
+    with pytest.raises(ConfigError, match=rf"1 is marked as of the kind '{kind}'"):
+        held(config(tmp_path / "1" / below), publishes=True).__enter__()
+    assert files(tmp_path) == {f"1/{MARK}"}
+
+
+def test_a_run_in_the_place_of_another_ones_samples_or_model_stays(tmp_path: Path) -> None:
+    for name in ("samples", "model"):
+        with held(config(tmp_path / name), publishes=True):
+            pass
+        with pytest.raises(ConfigError, match=f"holds {name} without"):
+            held(config(tmp_path, "sft_tiny"), publishes=False).__enter__()
+        shutil.rmtree(tmp_path / name)
+
+
+def test_a_run_directory_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    here = config(tmp_path / "run")
+    for _ in range(2):
+        with held(here, publishes=True):
+            run = begun(tmp_path / "run")
+            plant(tmp_path / "run" / "events.jsonl")
+    assert read_mark(tmp_path / "disk")["run"] == run
+
+
+@pytest.mark.parametrize("key", ["run", "publish"])
+@pytest.mark.parametrize("taken", [Path.touch, lambda place: place.symlink_to("nowhere")])
+def test_a_file_or_a_broken_link_in_the_place_of_a_directory_is_a_fault_of_the_config(
+    tmp_path: Path, key: str, taken
+) -> None:
+    taken(tmp_path / key)
+    with pytest.raises(ConfigError, match=rf"{key} cannot be a directory.*set {key}.dir to another"):
+        held(config(tmp_path / "run", publish__dir=tmp_path / "publish"), publishes=True).__enter__()
+    assert not (tmp_path / key).is_dir()
+
+
+def test_a_place_that_may_not_be_looked_at_is_named(tmp_path: Path, monkeypatch) -> None:
+    """Root may look everywhere, so the system's refusal is put in its place."""
+
+    def refuse(config: Config, saved: object = None) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "closed"))
+
+    monkeypatch.setattr("mcore_rl.training.rundir._is_of_an_earlier_version", refuse)
+    with pytest.raises(StorageError, match=r"closed: Permission denied.*set run.dir to another"):
+        held(config(tmp_path / "closed" / "run"), publishes=True).__enter__()
 
 
 # --- another run ------------------------------------------------------------------------------------------
@@ -198,6 +266,66 @@ def test_run_and_publish_directories_are_held_by_one(tmp_path: Path) -> None:
             pass
     with held(one, publishes=True):
         pass
+
+
+def test_two_runs_do_not_publish_into_one_directory_also_where_it_lies_in_one_of_them(tmp_path: Path) -> None:
+    with held(config(tmp_path / "b"), publishes=True):
+        other = config(tmp_path / "a", publish__dir=tmp_path / "b" / "weights")
+        with pytest.raises(StorageError, match=r"weights is in use by .*set publish.dir to another"):
+            held(other, publishes=True).__enter__()
+    with held(other, publishes=True), pytest.raises(StorageError, match="weights is in use by"):
+        held(config(tmp_path / "b"), publishes=True).__enter__()
+
+
+def test_weights_may_be_published_to_the_run_directory_itself(tmp_path: Path) -> None:
+    with held(config(tmp_path, publish__dir=tmp_path), publishes=True):
+        pass
+
+
+def test_a_process_that_holds_its_directories_already_goes_on(tmp_path: Path) -> None:
+    here = config(tmp_path)
+    with held(here, publishes=True), held_once(here, publishes=True):
+        pass
+    with held_once(here, publishes=True), pytest.raises(StorageError, match="in use by"):
+        held(here, publishes=True).__enter__()
+    with held(here, publishes=True):
+        pass
+
+
+OWN_SCRIPT = """
+import sys
+from pathlib import Path
+from mcore_rl.config import load_config
+from mcore_rl.training.setup import start_trainer
+with start_trainer(load_config(Path(sys.argv[1]), sys.argv[2:]), optimizer_steps=1, resume=None):
+    print("started")
+"""
+
+
+def test_a_script_of_ones_own_does_not_train_in_a_directory_that_a_run_holds(
+    tmp_path: Path, dir_a: Path
+) -> None:
+    own = ["--model.path", str(dir_a), "--run.dir", str(tmp_path / "run"), "--parallel.tensor", "1"]
+    (tmp_path / "own.py").write_text(OWN_SCRIPT)
+    command = [sys.executable, tmp_path / "own.py", ROOT / "examples" / "gspo_tiny.toml", *own]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    with held(config(tmp_path / "run"), publishes=True):
+        before = files(tmp_path / "run")
+        done = subprocess.run(
+            command, env=os.environ | rank, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert files(tmp_path / "run") - before <= {"events.jsonl"}
+    assert f"run is in use by process {os.getpid()}" in done.stderr
+    assert done.returncode != 0
 
 
 def test_the_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mcore_rl.convert.run import hf_to_mcore
 from mcore_rl.convert.to_hf import write_hf
-from mcore_rl.directories import MARK
+from mcore_rl.directories import MARK, make
 from mcore_rl.errors import McoreRLError, NumericsError, StorageError
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.files import Form, SafetensorsWriter
@@ -26,7 +26,7 @@ from mcore_rl.parallel.control import raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.weights.buckets import export_of, plan_of, take_turn, turns_of
-from mcore_rl.weights.disk import export
+from mcore_rl.weights.disk import OpenFile, export
 from mcore_rl.weights.encoding import FP8, Encoding, Fp8, Plain
 from tests.model.support import at_layout
 from tests.weights.test_buckets import BUCKET, Allocations, Recorder
@@ -176,10 +176,25 @@ def test_a_directory_that_mcore_rl_did_not_write_is_never_removed(
     assert [path.name for path in tmp_path.iterdir()] == [place]
 
 
+@pytest.mark.parametrize("place", ["x", "x.partial", "x.replaced"])
+def test_a_whole_run_in_the_place_of_a_version_is_never_removed(
+    pool1: Pool, dense_dir: Path, tmp_path: Path, place: str
+) -> None:
+    mark_as_run(tmp_path / place)
+    (said, _), *_ = at_layout(pool1, "tp1", export_twice, dense_dir, tmp_path / "x")
+    assert said.startswith(f"ConfigError: {tmp_path / place} is marked as of the kind 'run'")
+    assert (tmp_path / place / "checkpoint").read_text() == "days of work"
+
+
+def mark_as_run(directory: Path) -> None:
+    make(directory, "", kind="run")
+    (directory / "checkpoint").write_text("days of work")
+
+
 def test_a_marked_one_is_replaced_whatever_it_holds(pool1: Pool, dense_dir: Path, tmp_path: Path) -> None:
     for name in ("x", "x.partial", "x.replaced"):  # as a run leaves them that is killed between two renames
         (tmp_path / name).mkdir()
-        (tmp_path / name / MARK).write_text("{}")
+        (tmp_path / name / MARK).write_text('{"kind": "weights"}')
         (tmp_path / name / "old").write_text("")
     (said,) = at_layout(pool1, "tp1", export_twice, dense_dir, tmp_path / "x")
     assert said == ["", ""]
@@ -240,12 +255,42 @@ def test_an_error_that_comes_when_a_file_is_closed_is_said_too(
     assert list(tmp_path.iterdir()) == []
 
 
+@contextmanager
+def out_of_memory(path: Path, forms: Mapping[str, Form]) -> Iterator[SafetensorsWriter]:
+    """A file whose beginning fails with what is no error of the disk."""
+    raise MemoryError("no room for the header")
+    yield
+
+
+class Failing(SafetensorsWriter):
+    """A file that takes no tensor."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Fail with what is no error of the disk."""
+        raise MemoryError(f"no room for {name}")
+
+
+def export_failing(mesh: Mesh, source: Path, target: Path, open_file: OpenFile) -> str:
+    with pytest.raises((MemoryError, RuntimeError)) as error:
+        export(build_policy(source, mesh), target, open_file=open_file)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("open_file", [out_of_memory, Failing])
+def test_an_error_that_is_not_of_the_disk_leaves_no_rank_waiting(
+    pool2: Pool, dense_dir: Path, tmp_path: Path, open_file: OpenFile
+) -> None:
+    said = at_layout(pool2, "tp2", export_failing, dense_dir, tmp_path / "1", open_file)
+    assert all("no room for" in one for one in said)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_rename_that_fails_is_said_and_the_old_version_stays(
     pool1: Pool, dense_dir: Path, tmp_path: Path
 ) -> None:
     """A directory that may not be renamed: a mount point is one."""
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / MARK).write_text("{}")
+    (tmp_path / "x" / MARK).write_text('{"kind": "weights"}')
     (said,) = at_layout(pool1, "tp1", export_onto_a_mount, dense_dir, tmp_path / "x")
     if said == "skip":
         pytest.skip("this user may not mount a tmpfs")

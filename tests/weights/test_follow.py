@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mcore_rl.directories import make
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.weights.delta import SUFFIX, Writer
 from mcore_rl.weights.follow import (
@@ -63,6 +64,20 @@ def test_it_keeps_up_and_keeps_two(tmp_path):
         assert holds(target / str(version), trainer)
         assert (target / str(version) / "config.json").read_text() == f'{{"version": {version}}}'
     assert sorted(path.name for path in target.iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("7", "run"), ("initial", "checkpoint"), ("mine", "weights")])
+def test_what_is_not_named_and_marked_as_a_version_stays(tmp_path, name, kind):
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
+    make(target / name, "", kind=kind)
+    (target / name / "mine").write_text("precious")
+    make(target / "9.partial", "", kind="weights")
+    follower = Follower(trainer.directory, target)
+    for version in range(3):
+        trainer.publish(version)
+        follower.step()
+    assert (target / name / "mine").read_text() == "precious"
+    assert {path.name for path in target.iterdir()} == {name, "1", "2"}
 
 
 def test_the_same_version_of_another_run_is_news(tmp_path):
