@@ -114,7 +114,8 @@ def changed_config(directory: Path, target: Path, **change) -> Path:
 
 def test_every_parameter_that_does_not_fit_is_listed(dense_source: Path, tmp_path: Path) -> None:
     hf_to_mcore(dense_source, tmp_path / "mcore")
-    bad = changed_config(tmp_path / "mcore", tmp_path / "bad", num_hidden_layers=3, intermediate_size=32)
+    layers = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    bad = changed_config(tmp_path / "mcore", tmp_path / "bad", **layers, intermediate_size=32)
     with pytest.raises(ConfigError) as raised:
         mcore_to_hf(bad, tmp_path / "hf")
     for part in (
