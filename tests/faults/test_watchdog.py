@@ -17,7 +17,7 @@ from tests.sources import ROOT
 HANG = """
 import ctypes, sys, time
 from pathlib import Path
-from mcore_rl.training import watchdog
+from mcore_rl.training.faults import watchdog
 watchdog.GRACE_SECONDS = 0.2
 with watchdog.Watchdog(Path(sys.argv[1]), "now", 1, 1.0).watching() as _:
     {call}
