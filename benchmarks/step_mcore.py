@@ -158,7 +158,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
         times = [clock()]
         batch = build_batch(run.generation.collect(step))
         times.append(clock())
-        learned = learn(run, batch, step)
+        learned = learn(run, batch, step).metrics
         times.append(clock())
         published = publish(run, step, (whole_sequence(s) for s in batch.samples))
         times.append(clock())

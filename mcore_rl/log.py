@@ -43,7 +43,14 @@ class StepLog:
             _truncate(self._path, step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a step; numpy and torch scalars become numbers. Raises TypeError for other objects."""
+        """Append a step; numpy and torch scalars become numbers.
+
+        Raises:
+            TypeError: a value is something else.
+            ValueError: a metric has the name of what the log itself writes.
+        """
+        if taken := metrics.keys() & {"step", NON_FINITE}:
+            raise ValueError(f"a metric is called {min(taken)!r}, which the log writes; give it another name")
         if self._writes:
             _append(self._path, _record({"step": step, **metrics}))
 

@@ -58,6 +58,15 @@ def test_what_is_no_scalar_is_a_bug_of_the_caller_and_writes_nothing(run_dir, va
     assert steps(run_dir) == []
 
 
+@pytest.mark.parametrize("name", ["step", "non_finite"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_metric_cannot_take_the_name_of_what_the_log_writes(run_dir, name, rank):
+    log = StepLog(run_dir, rank=rank)
+    with pytest.raises(ValueError, match=f"a metric is called '{name}', which the log writes"):
+        log.write(5, {"a": 1.0, name: 77.0})
+    assert rank or steps(run_dir) == []
+
+
 def test_only_rank_0_writes(run_dir):
     log = StepLog(run_dir, rank=1)
     log.write(0, {"a": 1})

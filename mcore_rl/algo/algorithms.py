@@ -9,9 +9,11 @@ Defaults of an entry are the keyword defaults of its two functions, changed by `
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -274,17 +276,36 @@ def _accepted(algorithm: Algorithm) -> dict[str, Any]:
 
 def _types(function: Callable[..., Any]) -> dict[str, Any]:
     """name -> annotation of every keyword-only parameter; the type of its default where there is none."""
-    known = get_type_hints(function)
     found = {}
     for name, parameter in parameters(function).items():
-        found[name] = known.get(name, type(parameter.default))
-        options = get_args(found[name]) if get_origin(found[name]) is not Literal else (str,)
-        if not {found[name], *options} & {float, int, bool, str}:
+        found[name] = hint = _hint(function, parameter)
+        options = get_args(hint) if get_origin(hint) is not Literal else (str,)
+        if not any(kind in (float, int, bool, str) for kind in (hint, *options)):
+            called = getattr(function, "__name__", type(function).__name__)
             raise ConfigError(
-                f"algorithm.params.{name}: {function.__name__} does not say that it is a number, a word or "
+                f"algorithm.params.{name}: {called} does not say that it is a number, a word or "
                 "true or false; annotate the parameter (name: float = 1.0)"
             )
     return found
+
+
+def _hint(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """The annotation of one parameter; the type of its default where it has none that can be resolved.
+
+    Each is resolved by itself, since others may name what is imported for type checkers only. A partial and
+    an object that is called have the annotations of the function behind them.
+    """
+    if parameter.annotation is parameter.empty:
+        return type(parameter.default)
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function):
+        function = function.__init__ if isinstance(function, type) else type(function).__call__
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    try:
+        return get_type_hints(SimpleNamespace(__annotations__={"it": parameter.annotation}), names)["it"]
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return type(parameter.default)
 
 
 def _checked(place: str, expected: Any, value: object) -> Any:

@@ -20,7 +20,7 @@ MAGNITUDES = torch.logspace(-8, 2, 201, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Metric:
-    """The base of all metrics."""
+    """The base of all metrics. A type of one's own says `reduce_rows` and `value`; see docs/algorithms.md."""
 
     values: Tensor | None
     """one per row, of the shape of log_prob; None in the metric's `kind`"""
@@ -40,21 +40,25 @@ class Metric:
         """Reduce the rows that are `usable`, and count, in float64."""
         assert self.values is not None
         rows = usable if self.among is None else usable & self.among
-        return self._part(self.values.detach().double(), rows)
+        return self.reduce_rows(self.values.detach().double(), rows)
 
     def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
         """Turn the reduced parts into what is logged under `name`; nothing where no row counted.
 
         `updates` is the number of optimizer steps whose parts are in `total`.
         """
-        value = self._read(total)
-        return {} if value is None else {name: value}
+        found = self.value(total)
+        return {} if found is None else {name: found}
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Reduce the `values` of the `rows` that count; picking them out would make a GPU wait."""
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Reduce the `values` of the `rows` that count (bool) to a tensor of a shape that is always the same.
+
+        Picking the rows out would make a GPU wait; there may be none.
+        """
         raise NotImplementedError
 
-    def _read(self, total: Tensor) -> float | None:
+    def value(self, total: Tensor) -> float | None:
+        """Turn the reduced parts into the number that is logged; None where no row counted."""
         raise NotImplementedError
 
 
@@ -69,10 +73,12 @@ class Key(NamedTuple):
 class Mean(Metric):
     """The mean over the rows; of booleans, the fraction that is true."""
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """See Metric.reduce_rows."""
         return torch.stack([torch.where(rows, values, 0.0).sum(), rows.sum().double()])
 
-    def _read(self, total: Tensor) -> float | None:
+    def value(self, total: Tensor) -> float | None:
+        """See Metric.value."""
         return (total[0] / total[1]).item() if total[1] > 0 else None
 
 
@@ -82,10 +88,12 @@ class Max(Metric):
 
     largest: ClassVar[bool] = True
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """See Metric.reduce_rows."""
         return _largest(values, rows)
 
-    def _read(self, total: Tensor) -> float | None:
+    def value(self, total: Tensor) -> float | None:
+        """See Metric.value."""
         return None if total.isneginf() else total.item()
 
 
@@ -95,10 +103,12 @@ class Min(Metric):
 
     largest: ClassVar[bool] = True
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """See Metric.reduce_rows."""
         return _largest(-values, rows)
 
-    def _read(self, total: Tensor) -> float | None:
+    def value(self, total: Tensor) -> float | None:
+        """See Metric.value."""
         return None if total.isneginf() else -total.item()
 
 
@@ -108,11 +118,13 @@ class Quantile(Metric):
 
     fraction: float = 0.5
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """See Metric.reduce_rows."""
         magnitudes = values.abs().clamp(1e-8, 99.0).cpu().reshape(-1)
         return torch.histogram(magnitudes, MAGNITUDES, weight=rows.double().cpu().reshape(-1)).hist
 
-    def _read(self, total: Tensor) -> float | None:
+    def value(self, total: Tensor) -> float | None:
+        """See Metric.value."""
         if not total.sum() > 0:
             return None
         return float(MAGNITUDES[int(torch.searchsorted(total.cumsum(0), self.fraction * total.sum())) + 1])
@@ -127,7 +139,8 @@ class Histogram(Metric):
 
     edges: tuple[float, ...] = (0.5, 1.0, 2.0)
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """See Metric.reduce_rows."""
         bins = torch.bucketize(values, values.new_tensor(self.edges), right=True).reshape(-1)
         return values.new_zeros(len(self.edges) + 1).index_add(0, bins, rows.double().reshape(-1))
 
@@ -143,7 +156,8 @@ class Histogram(Metric):
 class Total(Metric):
     """The sum over the rows of an optimizer step, such as that of a weighted loss."""
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """See Metric.reduce_rows."""
         return torch.where(rows, values, 0.0).sum()
 
     def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:

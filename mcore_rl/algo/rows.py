@@ -13,6 +13,7 @@ which models must score and whether any part of a micro-batch can be asked alone
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -55,7 +56,9 @@ def reads(*names: str) -> Callable[[F], F]:
 
 
 def declared(loss: Callable[..., TokenLoss]) -> frozenset[str]:
-    """Return what `loss` declares to read."""
+    """Return what `loss` declares to read; a partial of a loss reads what the loss does."""
+    if isinstance(loss, functools.partial) and not hasattr(loss, "reads"):
+        return declared(loss.func)
     return getattr(loss, "reads", frozenset())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Critic, Run
 from mcore_rl.training.score import log_probs, values
 from mcore_rl.training.staleness import token_ages
-from mcore_rl.training.throughput import learning_rate, work_of
+from mcore_rl.training.throughput import Work, learning_rate, work_of
 from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
@@ -43,6 +43,7 @@ def train(config: Config, resume: str | None = None) -> None:
     """Train the policy of `config` for `train.steps` rollouts, from the beginning or a checkpoint.
 
     Raises:
+        NothingToDo: `resume` names the checkpoint of the last step: the run is finished, which is no fault.
         McoreRLError: the same on every rank, with the remedy in its message.
     """
     with start(config, resume) as run:
@@ -59,9 +60,7 @@ def train(config: Config, resume: str | None = None) -> None:
             learned = learn(run, batch, step)
             published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
             held_out = evaluate(run.generation, run.evaluation, step, timers)
-            sequences = [token_sequence(sample) for sample in batch.samples]
-            work = work_of(sequences, run.trainer.shape, config.algorithm.epochs)
-            run.log(step, learned | published | held_out, work)
+            run.log(step, learned.metrics | published | held_out, learned.work)
             end_step(run.trainer, run.contents, run.residency, step)
 
 
@@ -89,8 +88,17 @@ def save_samples(
     on_main(mesh, lambda: write_whole(path, "".join(json.dumps(record) + "\n" for record in records)))
 
 
-def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
-    """Scores -> advantages -> mini-batches -> updates. Returns metrics, the same on every rank."""
+@dataclass(frozen=True)
+class Learned:
+    """What the updates of one step were; the same on every rank."""
+
+    metrics: dict[str, float]
+    work: Work
+    """that of the samples that were trained, without those that a mismatch left out"""
+
+
+def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
+    """Scores -> advantages -> mini-batches -> updates."""
     config, timers, mesh = run.trainer.config, run.trainer.timers, run.trainer.mesh
     stale = run.generation.bounds.max_staleness > 0
     ages = token_ages(batch.samples, step - 1) if stale else None
@@ -136,7 +144,7 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
                 critic.add(*run_update(critic_update(run.critic, update), run.residency, explain))
             if step > config.critic.warmup_rollouts:
                 policy.add(*run_update(update, run.residency, explain))
-    return (
+    metrics = (
         rollout_metrics(batch, advantages.fields["advantage"], asked)
         | screened.metrics
         | advantages.metrics
@@ -144,6 +152,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
         | policy.reduce(mesh, "grad_norm")
         | critic.reduce(mesh, "grad_norm/critic")
     )
+    sequences = [token_sequence(sample) for sample in batch.samples]
+    return Learned(metrics, work_of(sequences, shape, config.algorithm.epochs))
 
 
 def critic_update(critic: Critic, update: Update) -> Update:

@@ -74,12 +74,20 @@ def read(totals: Mapping[Key, Tensor], updates: int) -> dict[str, float]:
 
 
 def loss_is_finite(parts: Mapping[Key, Tensor]) -> bool:
-    """Every total of one call is finite: its loss, whatever it is called."""
-    return all(bool(value.isfinite()) for key, value in parts.items() if isinstance(key.kind, Total))
+    """Whether every sum of one call is finite that its objective made of its own loss.
+
+    What a loss measures beside it may be anything.
+    """
+    return all(bool(value.isfinite()) for key, value in parts.items() if isinstance(key.kind, LossTotal))
 
 
 @dataclass(frozen=True)
-class Scale(Total):
+class LossTotal(Total):
+    """The weighted loss itself, which an objective of the library makes; no loss of a user's own logs it."""
+
+
+@dataclass(frozen=True)
+class Scale(LossTotal):
     """The sum of magnitudes, against which an error of the sum is measured; it is not logged."""
 
     def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
@@ -91,11 +99,13 @@ class Scale(Total):
 class EffectiveSampleSize(Metric):
     """(sum w)^2 / (n sum w^2) of importance weights: 1 where all are equal."""
 
-    def _part(self, values: Tensor, rows: Tensor) -> Tensor:
+    def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Return the sums of the weights and of their squares, and the count."""
         weights = torch.where(rows, values, 0.0)
         return torch.stack([weights.sum(), weights.square().sum(), rows.sum().double()])
 
-    def _read(self, total: Tensor) -> float | None:
+    def value(self, total: Tensor) -> float | None:
+        """Return the fraction, None where no row counted."""
         weight, squared, count = total.tolist()
         return weight**2 / max(squared * count, 1e-300) if count else None
 

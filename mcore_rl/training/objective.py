@@ -13,7 +13,7 @@ from mcore_rl.algo.aggregation import weighted_sum
 from mcore_rl.algo.algorithms import Algorithm, objective
 from mcore_rl.algo.diagnostics import gradient_scale_sums
 from mcore_rl.algo.kl import kl
-from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile, Total
+from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile
 from mcore_rl.algo.ratio import bounded
 from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
 from mcore_rl.algo.value import value_loss
@@ -22,7 +22,7 @@ from mcore_rl.log import NON_FINITE
 from mcore_rl.metric_names import meaning_of
 from mcore_rl.parallel.context import sequence_sums
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.training.metrics import EffectiveSampleSize, HeadGradient, HeadRatio, Scale
+from mcore_rl.training.metrics import EffectiveSampleSize, HeadGradient, HeadRatio, LossTotal, Scale
 from mcore_rl.types import PackedBatch
 
 Parts = Mapping[Key, Tensor]
@@ -67,6 +67,8 @@ class PolicyObjective:
         metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
         if isinstance(correction, Tensor):
             metrics["correction/mean"] = Mean(correction)
+        if taken := metrics.keys() & token.metrics.keys():  # those that are not logged by this name, too
+            raise ConfigError(f"the loss logs {min(taken)!r}, which every run logs; give it another name")
         everything, usable = torch.ones_like(rows.usable), rows.usable
         return weighted_sum(loss, fields["weight"]), {
             Key(name, metric.kind): metric.part(everything if metric.of_all_rows else usable)
@@ -176,7 +178,7 @@ def _metrics(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str
     behaviour = gap.double()
     sampled = bounded(behaviour).exp()
     found: dict[str, Metric] = {
-        "loss/policy": Total(weighted),
+        "loss/policy": LossTotal(weighted),
         "loss/scale": Scale(weighted.abs()),
         "masked/fraction": Mean(~rows.usable, of_all_rows=True),
         "entropy": Mean(rows.entropy),
@@ -230,7 +232,7 @@ class ValueObjective:
         weight = fields["weight"]
         weighted = torch.where(weight != 0, weight * token.loss.detach(), 0.0)
         metrics: dict[str, Metric] = {
-            "loss/value": Total(weighted),
+            "loss/value": LossTotal(weighted),
             "loss/scale": Scale(weighted.abs()),
             "value/clip_fraction": Mean(token.clipped),
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcore_rl.algo.aggregation import weighted_sum
 from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
-from mcore_rl.algo.metrics import Key, Mean, Total
+from mcore_rl.algo.metrics import Key, Mean
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
@@ -102,7 +102,7 @@ class NegativeLogLikelihood:
         weighted = batch.fields["weight"] * loss.detach()
         one = torch.ones_like(loss)
         scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
-        metrics = {"loss/policy": Total(weighted), "entropy": Mean(head.entropy)}
+        metrics = {"loss/policy": LossTotal(weighted), "entropy": Mean(head.entropy)}
         everything = torch.ones_like(loss, dtype=torch.bool)
         parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
         return weighted_sum(loss, batch.fields["weight"]), {**parts, HEAD: scale}

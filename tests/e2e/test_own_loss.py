@@ -16,7 +16,8 @@ LOSS = "tests.losses.dppo:total_variation"
 
 def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(task: Task, tmp_path: Path) -> None:
     own = ["--algorithm.loss", LOSS, "--algorithm.params.delta", "0.05"]
-    flags = ["--run.dir", str(tmp_path), "--train.steps", "2", *own]
+    many = ["--rollout.prompts_per_step", "64"]  # a few right answers among them: groups with a signal
+    flags = [*many, "--run.dir", str(tmp_path), "--train.steps", "2", *own]
     done = run("train", "examples/grpo_tiny.toml", *task.rl, *flags)
     assert done.returncode == 0, done.stderr
     _, *steps = read_metrics(tmp_path / "metrics.jsonl")
@@ -25,7 +26,9 @@ def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(task: Ta
         assert 0 < step["dppo/masked"] < 1
         assert step["dppo/total_variation"] > 0.05
         assert "ratio/mean" not in step, "that is a metric of the losses that it replaces"
+    assert steps[0]["reward/no_signal"] < 1
     assert steps[0]["grad_norm"] > 0
+    assert steps[0]["publish/moved_max_abs"] > 0.01, "the servers sample from other weights than before"
     page = write_report([tmp_path]).read_text()
     assert "dppo/masked" in page
     assert "dppo/total_variation" in page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.metrics import Mean
+from mcore_rl.algo.metrics import Mean, Total
 from mcore_rl.algo.ratio import log_ratio
 from mcore_rl.algo.rows import Rows, TokenLoss, reads
 
@@ -110,3 +110,13 @@ def taken(rows: Rows, *, whiten: bool = True) -> TokenLoss:
 def known(rows: Rows) -> TokenLoss:
     """It logs under a name that every run logs."""
     return TokenLoss(-rows.advantage * rows.log_prob, {"entropy": Mean(rows.entropy)})
+
+
+def hidden(rows: Rows) -> TokenLoss:
+    """It logs under a name that the objective uses, although nothing is logged by it."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {"loss/scale": Mean(rows.advantage)})
+
+
+def broken_total(rows: Rows) -> TokenLoss:
+    """Its loss is sound, and a sum that it measures is none."""
+    return TokenLoss(-rows.advantage * rows.log_prob, {"own/total": Total(rows.advantage * torch.nan)})

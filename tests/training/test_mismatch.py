@@ -59,7 +59,8 @@ def learned(config: Config, layout: Layout, directory: Path, action: str, which:
         chosen = {"honest": batch, "spoiled": wrong, "left": left}[which]
         found: dict[str, Any] = {"metrics": {}, "error": None}
         try:
-            found["metrics"] = learn(run, chosen, 2)
+            done = learn(run, chosen, 2)
+            found |= {"metrics": done.metrics, "work": done.work}
         except MismatchError as error:
             found["error"] = (str(error), error.exit_code, error.shared)
         after = weights(run)
@@ -78,6 +79,7 @@ def test_wrong_samples_are_dropped_and_the_step_is_that_of_the_others(
     assert [rank["metrics"]["mismatch/dropped"] for rank in dropped] == [3.0, 3.0]
     assert all(rank["metrics"]["mismatch/p999"] <= config.publish.tolerance_p999 for rank in dropped)
     assert dropped[0]["moved"] > 1e-4
+    assert dropped[0]["work"] == others[0]["work"], "what was dropped is no work"
     for name, tensor in others[0]["after"].items():
         torch.testing.assert_close(dropped[0]["after"][name], tensor, rtol=1e-4, atol=1e-5)
     assert "mismatch/dropped" not in others[0]["metrics"]

@@ -124,7 +124,7 @@ def train_on_recorded(config: Config, layout: Layout, directory: Path):
         batch, metrics, moved = recorded(run), [], []
         for step in range(1, ROUNDS + 1):
             before = weights(run)
-            metrics.append(learn(run, batch, step))
+            metrics.append(learn(run, batch, step).metrics)
             after = weights(run)
             moved.append(max(((after[n] - before[n]).abs().max().item() for n in after), default=0.0))
         return metrics, moved

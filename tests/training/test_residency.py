@@ -73,7 +73,7 @@ def trained(config: Config, directory: Path) -> dict[str, Any]:
         batch = recorded(run)
         sequences = [token_sequence(sample) for sample in batch.samples]
         before = log_probs(policy, sequences, shape, 1.0)
-        metrics = [learn(run, batch, step) for step in (1, 2)]
+        metrics = [learn(run, batch, step).metrics for step in (1, 2)]
         with run.residency.during("reference"):
             assert run.reference is not None
             reference = log_probs(run.reference, sequences, shape, 1.0)

@@ -43,7 +43,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list]:
     """One step's metrics, and what came from the cursor and the random generators."""
     # Python's own generator has its own test: beartype, which checks lists at run time here, draws from it.
     drawn = [p.id for p in run.trainer.cursor.next(3)], np.random.rand(), torch.rand(1).item()
-    metrics = learn(run, recorded(run), number)
+    metrics = learn(run, recorded(run), number).metrics
     run.log(number, metrics)
     return metrics, list(drawn)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mcore_rl.__main__ import build_parser
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.errors import ConfigError, McoreRLError, NumericsError
 from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.training.metrics import loss_is_finite, read
 from mcore_rl.training.objective import PolicyObjective
 from mcore_rl.verify.layouts import run
 from mcore_rl.verify.layouts.differences import check_loss
@@ -67,12 +69,24 @@ def test_an_undeclared_field_raises_in_training_too_from_the_first_mini_batch_on
         )
 
 
-def test_a_metric_that_every_run_logs_has_its_name_to_itself() -> None:
+@pytest.mark.parametrize(("loss", "name"), [("known", "entropy"), ("hidden", "loss/scale")])
+def test_a_metric_that_every_run_logs_has_its_name_to_itself(loss: str, name: str) -> None:
     batch, log_prob = rows_of(None)
-    with pytest.raises(ConfigError, match="'entropy', which every run logs; give it another name"):
-        PolicyObjective(configure("grpo", loss="tests.losses.wrong:known"), None)(
+    with pytest.raises(ConfigError, match=f"'{name}', which every run logs; give it another name"):
+        PolicyObjective(configure("grpo", loss=f"tests.losses.wrong:{loss}"), None)(
             batch, HeadOutput(log_prob, torch.ones(4))
         )
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["its metric", "the policy"])
+def test_only_the_loss_itself_must_be_finite_not_what_it_measures(broken: bool) -> None:
+    batch, log_prob = rows_of(None)
+    if broken:  # the control
+        log_prob = torch.where(torch.arange(4) == 2, torch.nan, log_prob)
+    objective = PolicyObjective(configure("grpo", loss="tests.losses.wrong:broken_total"), None)
+    _, parts = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    assert math.isnan(read(parts, 1)["own/total"])
+    assert loss_is_finite(parts) == (not broken)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +110,32 @@ def test_its_keyword_only_parameters_are_the_algorithms() -> None:
     assert configure("grpo", {"strength": 2}, "tests.losses.wrong:unset").loss_params == {"strength": 2.0}
 
 
+@pytest.mark.parametrize("name", ["for_checkers", "called", "instance", "bound"])
+def test_hints_that_cannot_be_resolved_and_losses_that_are_no_plain_functions_work(name: str) -> None:
+    loss = f"tests.losses.unusual:{name}"
+    assert configure("grpo", {"delta": 1}, loss).loss_params == {"delta": 1.0}
+    assert configure("grpo", {}, loss).loss_params == {"delta": 0.5}
+    with pytest.raises(ConfigError, match=r"algorithm\.params\.delta: 'x' is not a number"):
+        configure("grpo", {"delta": "x"}, loss)
+    check_loss(configure("grpo", loss=loss))
+
+
+def test_a_hint_that_can_be_resolved_counts_beside_one_that_cannot() -> None:
+    loss = "tests.losses.unusual:optional"
+    assert configure("grpo", {"delta": 2}, loss).loss_params == {"delta": 2.0}
+    assert configure("grpo", {}, loss).loss_params == {"delta": None}
+
+
+def test_a_partial_reads_what_its_loss_declares() -> None:
+    assert not configure("grpo", loss="tests.losses.unusual:partly").rowwise(on_policy=False)
+
+
+@pytest.mark.parametrize("name", ["listed", "unknown", "nothing"])
+def test_a_parameter_of_no_type_that_a_config_has_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm\.params\.delta: .* does not say that it is a number"):
+        configure("grpo", loss=f"tests.losses.unusual:{name}")
+
+
 def test_what_it_declares_decides_the_mode_of_the_head() -> None:
     whole = configure("grpo", loss="tests.losses.wrong:declared")
     assert not whole.rowwise(on_policy=False)
@@ -109,3 +149,4 @@ def test_one_command_proves_it_at_several_layouts(worlds: SharedPools, monkeypat
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["layouts"], result["failed"]) == (2, 0)
     assert 0 < result["max_grad_error"] < 1e-5
+    assert {row["algorithm"] for row in result["rows"]} == {"total_variation"}, "not that of the algorithm"

@@ -69,9 +69,20 @@ def verify_layouts(
         if answer is None or reference is None:
             continue
         for name, measured in answer[0].items():
-            results.append(compare(text, name, measured, reference[name]))
+            results.append(compare(text, label(name, algorithms, loss), measured, reference[name]))
             report(results[-1])
     return results
+
+
+def label(name: str, algorithms: Sequence[str], loss: str | None) -> str:
+    """What the rows of `name` are called: by the user's own loss where it replaces the algorithm's.
+
+    With several algorithms, the name of each follows; a critic has no policy loss.
+    """
+    if loss is None or name not in algorithms:
+        return name
+    own = loss.rpartition(":")[2]
+    return own if len(algorithms) == 1 else f"{own}/{name}"
 
 
 def main(layouts: Sequence[str], algorithms: Sequence[str], *, as_json: bool, loss: str | None = None) -> int:
@@ -87,18 +98,19 @@ def main(layouts: Sequence[str], algorithms: Sequence[str], *, as_json: bool, lo
     layouts = ALL if tuple(layouts) == ("all",) else layouts
     out = sys.stderr if as_json else sys.stdout
     began = time.monotonic()
+    width = max(10, *(len(label(name, algorithms, loss)) for name in algorithms))
     with Launched() if under_torchrun() else Pools() as worlds:
         if worlds.is_main:
             names = " ".join(f"{name:>9}" for name in LIMITS)
-            print(printable(f"{'layout':27} {'algorithm':10} {names}"), file=out)
+            print(printable(f"{'layout':27} {'algorithm':{width}} {names}"), file=out)
         results = verify_layouts(
-            layouts, algorithms, worlds, loss=loss, report=lambda errors: print_row(errors, out)
+            layouts, algorithms, worlds, loss=loss, report=lambda errors: print_row(errors, width, out)
         )
         if not worlds.is_main:
             return 0
     failed = {e.layout for e in results if e.exceeded}
     limits = " ".join(f"{limit:9.0e}" for limit in LIMITS.values())
-    print(printable(f"{'limits':38} {limits}"), file=out)
+    print(printable(f"{'limits':{28 + width}} {limits}"), file=out)
     agree = f"{len(layouts) - len(failed)} of {len(layouts)} layouts agree with one rank"
     print(printable(f"{agree}; {time.monotonic() - began:.0f} s"), file=out)
     if as_json:
@@ -106,9 +118,9 @@ def main(layouts: Sequence[str], algorithms: Sequence[str], *, as_json: bool, lo
     return 1 if failed else 0
 
 
-def print_row(errors: Errors, out) -> None:
-    """One line of the table."""
+def print_row(errors: Errors, width: int, out) -> None:
+    """One line of the table, whose second column is `width` wide."""
     largest = (f"{errors.largest[name]:9.1e}" if name in errors.largest else f"{'':9}" for name in LIMITS)
     verdict = f"FAILED: {', '.join(errors.exceeded)}" if errors.exceeded else "ok"
-    row = f"{errors.layout:27} {errors.algorithm:10} {' '.join(largest)}  {verdict}"
+    row = f"{errors.layout:27} {errors.algorithm:{width}} {' '.join(largest)}  {verdict}"
     print(printable(row), file=out, flush=True)
