@@ -8,12 +8,20 @@ import sys
 import pytest
 
 import mcore_rl
+from mcore_rl import errors
+from mcore_rl.errors import McoreRLError
 
 
 @pytest.mark.parametrize("name", mcore_rl.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(mcore_rl, name).__name__ == name
     assert name in dir(mcore_rl)
+
+
+def test_every_typed_error_is_public() -> None:
+    typed = {name for name, x in vars(errors).items() if isinstance(x, type) and issubclass(x, McoreRLError)}
+    assert "StorageError" in typed
+    assert typed <= set(mcore_rl.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -21,7 +21,7 @@ from mcore_rl.training.batch import pack_share
 from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.faults.dump import keep_broken
-from mcore_rl.training.metrics import Gathered, HeadGradient, read
+from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.setup import offloaded_optimizers, start_trainer
 from mcore_rl.training.throughput import learning_rate, work_of
