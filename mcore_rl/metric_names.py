@@ -5,7 +5,6 @@ A metric of a user's own loss has the name that the loss gives it, and is not in
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -136,7 +135,3 @@ def as_markdown() -> str:
         rows = [f"| `{name}` | {meaning} |" for name, meaning in table.items()]
         parts.append("\n".join([f"## {title}", "", "| metric | meaning |", "|---|---|", *rows, ""]))
     return "\n".join(parts)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(as_markdown())

@@ -19,11 +19,11 @@ BASE |= {"terminal", "before_megatron", "weight_files", "functions"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset({"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "config"})
-FLOORS_BELOW |= {"log", "checkpoint"}
+FLOORS_BELOW |= {"log", "checkpoint", "metric_names"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
-    "metric_names": frozenset(),
+    "metric_names": frozenset({"terminal"}),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
     "strict_json": frozenset(),

@@ -25,7 +25,7 @@ CASES = {
     "all pass": (FOUND, MADE, PASSES, 0, "make test-lane: passed in"),
     "the lane fails": (FOUND, MADE, FAILS, 1, "make test-lane: FAILED in"),
     "no Python": (ABSENT, MADE, PASSES, 0, "make test-lane: NOT RUN: no Python 3.12 to 3.14"),
-    "not offered": (FOUND, f"{PIP} torch==99", FAILS, 0, "NOT RUN: its packages cannot be had: ERROR: No"),
+    "not offered": (FOUND, f"{PIP} numpy==99", FAILS, 0, "NOT RUN: its packages cannot be had: ERROR: No"),
     "no end": (FOUND, "@sleep 60", FAILS, 0, "NOT RUN: its packages were not installed within 2 s"),
     "our fault": (FOUND, f"{PIP} .", PASSES, 1, "make test-lane: FAILED: .venv-lane cannot be installed"),
 }

@@ -127,7 +127,8 @@ def test_a_damaged_checkpoint_is_refused_and_previous_continues(
         byte = file.read(1)[0]
         file.seek(5000)
         file.write(bytes([byte ^ 1]))
-    refused = run(*gspo(task, directory, "--resume"))
+    further = ("--train.steps", str(STEPS + 1))  # after the last step there would be nothing to read for
+    refused = run(*gspo(task, directory, "--resume", "latest", *further))
     assert refused.returncode == 2
     assert refused.stderr.count("__1_0.distcp does not have the checksum") == 1, refused.stderr
     assert "--resume previous" in refused.stderr
