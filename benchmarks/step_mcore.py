@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from mcore_rl.config import Config
-from mcore_rl.config.sections import Rollout
+from mcore_rl.config.sections import RolloutConfig
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
@@ -36,10 +36,10 @@ from mcore_rl.training.batch import (
     whole_sequence,
 )
 from mcore_rl.training.checkpoint import end_step
+from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Run
-from mcore_rl.training.score import log_probs
 from mcore_rl.types import Prompt, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
 
@@ -47,7 +47,7 @@ ADVANTAGES = (1.5, -0.5, 0.25, -2.0)
 """of the witness's sequences, in turn; their mean is not 0, or the loss would be"""
 
 
-class FixedLength(Rollout):
+class FixedLength(RolloutConfig):
     """Every response has `max_new_tokens` tokens, as TRL's have with `min_new_tokens`."""
 
     @property

@@ -236,7 +236,7 @@ def follow(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def convert_hf_to_mcore(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl convert hf-to-mcore SOURCE TARGET [--tp N] [--pp N] [--certify] [--json]`."""
-    from mcore_rl.convert.run import hf_to_mcore, print_summary
+    from mcore_rl.convert.command import hf_to_mcore, print_summary
 
     a = arguments
     summary = hf_to_mcore(a.source, a.target, tensor=a.tp, pipeline=a.pp, certified=a.certify)
@@ -246,7 +246,7 @@ def convert_hf_to_mcore(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl convert mcore-to-hf SOURCE TARGET [--config DIR] [--shard-gb N] [--quantize fp8] ...`."""
-    from mcore_rl.convert.run import mcore_to_hf, print_summary
+    from mcore_rl.convert.command import mcore_to_hf, print_summary
 
     a = arguments
     options = {"config": a.config, "shard_gb": a.shard_gb, "quantize": a.quantize or "none"}
@@ -272,7 +272,7 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl verify golden DIR [--tp N] [--json]`."""
-    from mcore_rl.verify.golden.run import main as golden
+    from mcore_rl.verify.golden.command import main as golden
 
     options = ["--tp", str(arguments.tp), *(["--json"] if arguments.json else [])]
     return golden([str(arguments.directory), *options])
@@ -280,8 +280,8 @@ def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def verify_layouts(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--loss module:function] [--json]`."""
-    from mcore_rl.verify.layouts.run import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
-    from mcore_rl.verify.layouts.run import main as layouts
+    from mcore_rl.verify.layouts.command import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
+    from mcore_rl.verify.layouts.command import main as layouts
 
     a = arguments
     algorithms = a.algorithms or (ALGORITHMS if a.loss is None else WITH_OWN_LOSS)

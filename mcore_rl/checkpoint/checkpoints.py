@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from mcore_rl.checkpoint.directory import CheckpointDirectory, write_error
-from mcore_rl.checkpoint.image import Entry, FileImage, Written
+from mcore_rl.checkpoint.image import FileImage, PieceEntry, Written
 from mcore_rl.checkpoint.manifest import Saved
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.checkpoint.rng import rng_state, set_rng_state
@@ -47,7 +47,7 @@ class Checkpoints:
         self._background = background
         self._timeout = timeout
         self._image = FileImage()
-        self._writer: _Writer | None = None
+        self._writer: _WriterThread | None = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class Checkpoints:
         }
         finish = partial(self._finish, step, directory, kept)
         if self._background:
-            self._writer = _Writer(finish)
+            self._writer = _WriterThread(finish)
             self._writer.start()
         else:
             finish()
@@ -130,7 +130,7 @@ class Checkpoints:
         self,
         step: int,
         directory: Path,
-        ranks: Sequence[tuple[tuple[Entry, ...], Written]],
+        ranks: Sequence[tuple[tuple[PieceEntry, ...], Written]],
         document: Mapping[str, Any],
     ) -> None:
         side = side_files([entries for entries, _ in ranks])
@@ -147,7 +147,7 @@ class Checkpoints:
         )
 
 
-class _Writer(threading.Thread):
+class _WriterThread(threading.Thread):
     """Runs the second half of a save."""
 
     def __init__(self, work: Callable[[], None]) -> None:

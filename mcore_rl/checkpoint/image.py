@@ -29,7 +29,7 @@ _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Entry:
+class PieceEntry:
     """Where a piece lies in the file."""
 
     key: str
@@ -59,7 +59,7 @@ class FileImage:
 
     def __init__(self) -> None:
         """Memory is taken by the first `fill`."""
-        self.entries: tuple[Entry, ...] = ()
+        self.entries: tuple[PieceEntry, ...] = ()
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._places: list[Tensor] = []
 
@@ -82,7 +82,7 @@ class FileImage:
     def _lay_out(self, pieces: Sequence[Piece]) -> None:
         archives, entries, end = [_archive(piece.data) for piece in pieces], [], 0
         for piece, (_, size, _) in zip(pieces, archives, strict=True):
-            entries.append(Entry(*_form(piece), end, size))
+            entries.append(PieceEntry(*_form(piece), end, size))
             end += -(-size // _ALIGN) * _ALIGN
         self._buffer = torch.zeros(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._places = []

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mcore_rl.checkpoint.image import Entry
+from mcore_rl.checkpoint.image import PieceEntry
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from mcore_rl.model.hf.unpickle import read_metadata
@@ -43,7 +43,7 @@ def data_file(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def side_files(entries: Sequence[Sequence[Entry]]) -> dict[str, bytes]:
+def side_files(entries: Sequence[Sequence[PieceEntry]]) -> dict[str, bytes]:
     """The files beside the data, given each rank's entries: what Megatron looks for when it loads.
 
     Raises:
@@ -58,7 +58,7 @@ def side_files(entries: Sequence[Sequence[Entry]]) -> dict[str, bytes]:
     }
 
 
-def _metadata(entries: Sequence[Sequence[Entry]]) -> Metadata:
+def _metadata(entries: Sequence[Sequence[PieceEntry]]) -> Metadata:
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     covered: dict[str, int] = defaultdict(int)

@@ -12,21 +12,21 @@ from mcore_rl.algo.advantages import group_normalized, leave_one_out
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
-    Algorithm,
-    Checkpoint,
-    Critic,
-    Data,
-    Model,
-    Optimizer,
-    Parallel,
-    Publish,
-    Residency,
-    Reward,
-    Rollout,
-    Run,
+    AlgorithmConfig,
+    CheckpointConfig,
+    CriticConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PublishConfig,
+    ResidencyConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
     Section,
-    Supervised,
-    Train,
+    SupervisedConfig,
+    TrainConfig,
 )
 from mcore_rl.errors import ConfigError
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
@@ -35,20 +35,20 @@ from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 class Config(Section):
     """A whole run. Construct it with `load_config`, which says where a mistake is and what to do about it."""
 
-    run: Run
-    model: Model
-    parallel: Parallel = Parallel()
-    data: Data
-    rollout: Rollout = Rollout()
-    reward: Reward = Reward()
-    algorithm: Algorithm = Algorithm()
-    optimizer: Optimizer = Optimizer()
-    critic: Critic = Critic()
-    train: Train
-    residency: Residency = Residency()
-    checkpoint: Checkpoint = Checkpoint()
-    supervised: Supervised = Supervised()
-    publish: Publish = Publish()
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+    train: TrainConfig
+    residency: ResidencyConfig = ResidencyConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    supervised: SupervisedConfig = SupervisedConfig()
+    publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
@@ -250,7 +250,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
     name = config.algorithm.name
     if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
-        keys = [f"critic.{key}" for key in Critic.model_fields] + ["residency.critic"]
+        keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
         unused |= dict.fromkeys(keys, f"{name} has no critic")
     if not _needs_reference(config):
         unused["residency.reference"] = f"{name} has no reference"

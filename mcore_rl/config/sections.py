@@ -106,7 +106,7 @@ class Section(BaseModel):
     )
 
 
-class Run(Section):
+class RunConfig(Section):
     """Where a run writes, and its seed."""
 
     dir: FilePath
@@ -115,7 +115,7 @@ class Run(Section):
     """Prompt order, sampling and random initial weights follow from it."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     """The policy's starting point."""
 
     path: FilePath
@@ -132,7 +132,7 @@ class Model(Section):
     """Start from random weights by run.seed; only config.json and the tokenizer are read."""
 
 
-class Parallel(Section):
+class ParallelConfig(Section):
     """Degrees of parallelism; their product with `data` is the number of processes."""
 
     tensor: Count = 1
@@ -151,7 +151,7 @@ class Parallel(Section):
     """Data-parallel replicas; unset, what the number of processes leaves."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Prompt files."""
 
     train: FilePath
@@ -166,7 +166,7 @@ class Data(Section):
     """Longer prompts are dropped when the file is read, and counted."""
 
 
-class Rollout(Section):
+class RolloutConfig(Section):
     """How responses are sampled."""
 
     server: Literal["embedded", "sglang"] = "embedded"
@@ -216,7 +216,7 @@ class Rollout(Section):
         }
 
 
-class Reward(Section):
+class RewardConfig(Section):
     """How responses are scored."""
 
     function: Annotated[str, AfterValidator(_function_name)] = "mcore_rl.rewards.exact:exact_match"
@@ -225,7 +225,7 @@ class Reward(Section):
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 
 
-class Algorithm(Section):
+class AlgorithmConfig(Section):
     """What is optimised."""
 
     name: Annotated[str, Field(min_length=1)] = "gspo"
@@ -240,7 +240,7 @@ class Algorithm(Section):
     """Passes over a rollout."""
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """Adam and its learning rate."""
 
     lr: Annotated[float, Field(ge=0)] = 1e-6
@@ -263,7 +263,7 @@ class Optimizer(Section):
     """Shard the optimizer state over the data-parallel ranks."""
 
 
-class Critic(Section):
+class CriticConfig(Section):
     """The value model of an algorithm that needs one; the rest of its optimizer is that of [optimizer]."""
 
     lr: Annotated[float, Field(ge=0)] = 1e-5
@@ -276,7 +276,7 @@ class Critic(Section):
     """Factor of the value loss; with Adam it matters to clip_grad only."""
 
 
-class Train(Section):
+class TrainConfig(Section):
     """Length, memory and evaluation of the run."""
 
     steps: Count
@@ -293,7 +293,7 @@ class Train(Section):
     """Seconds after which a step without progress ends the run."""
 
 
-class Residency(Section):
+class ResidencyConfig(Section):
     """What leaves the GPU while it is not used, to wait in host memory but for the servers'."""
 
     reference: Literal["resident", "offloaded", "swapped"] = "resident"
@@ -308,7 +308,7 @@ class Residency(Section):
     """Of SGLang on the trainer's own GPUs: weights and KV cache, given up while the trainer trains."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """The whole state of the run, saved to resume from."""
 
     dir: FilePath | None = None
@@ -321,7 +321,7 @@ class Checkpoint(Section):
     """Write while training goes on, from a copy in host memory; false waits for the disk."""
 
 
-class Supervised(Section):
+class SupervisedConfig(Section):
     """Supervised training, with `algorithm.name = "sft"`."""
 
     batch_size: Count = 256
@@ -334,7 +334,7 @@ differ by 0.01-0.04 in the mean over tokens, by far more in single ones; weights
 ln(vocabulary)."""
 
 
-class Publish(Section):
+class PublishConfig(Section):
     """Weights for the servers, and the check that they arrived."""
 
     transport: Literal["disk", "tensor", "distributed"] = "disk"

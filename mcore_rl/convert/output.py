@@ -59,7 +59,7 @@ def _locked(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-class Progress:
+class ConversionProgress:
     """A line on stderr every few seconds: parameters and bytes done, of how many."""
 
     def __init__(self, parameters: int, seconds: float = 2.0) -> None:

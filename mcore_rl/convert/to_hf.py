@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mcore_rl.convert.output import Progress
+from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import INDEX, Form, SafetensorsWriter, copy_side_files
@@ -20,7 +20,7 @@ from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 def write_hf(
     source: Path, directory: Path, *, config: Path, shard_bytes: int, encoding: Encoding = PLAIN
-) -> Progress:
+) -> ConversionProgress:
     """Write the model part of the torch_dist `source` into the empty `directory` as safetensors.
 
     Args:
@@ -40,7 +40,7 @@ def write_hf(
     dtype = read("model.norm.weight").dtype
     forms = encoded_forms(mapping, encoding, dtype)
     shards = _shards(forms, shard_bytes)
-    progress = Progress(len(forms))
+    progress = ConversionProgress(len(forms))
     tensors = _Encoded(mapping, encoding, read)
     weight_map = {}
     for number, forms in enumerate(shards, start=1):

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from mcore_rl.convert.output import Progress
+from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import SIDE_FILES, hf_reader
-from mcore_rl.model.hf.parameters import Entry, ParameterMap
+from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
 
 _MEGATRON = {
@@ -36,10 +36,10 @@ _MEGATRON = {
 class LazyPlanner:
     """The part of a save planner that FileSystemWriter asks: a parameter is made when its turn comes."""
 
-    entries: dict[MetadataIndex, tuple[Entry, Place]]
+    entries: dict[MetadataIndex, tuple[ParameterEntry, Place]]
     mapping: ParameterMap
     read: Callable[[str], Tensor]
-    progress: Progress
+    progress: ConversionProgress
     last: list[Tensor] = field(default_factory=list)
     """the parameter handed out before, at most one"""
 
@@ -59,14 +59,16 @@ class LazyPlanner:
         return parameter.view(where.size)
 
 
-class _Writer(FileSystemWriter):
+class _AnonymousWriter(FileSystemWriter):
     """Does not say where on this machine it wrote."""
 
     def storage_meta(self) -> None:
         return None
 
 
-def write_torch_dist(source: Path, directory: Path, *, tensor: int = 1, pipeline: int = 1) -> Progress:
+def write_torch_dist(
+    source: Path, directory: Path, *, tensor: int = 1, pipeline: int = 1
+) -> ConversionProgress:
     """Write the HF model `source` into the empty `directory`, in `tensor * pipeline` files.
 
     Weights keep their type. Peak memory is a few times the largest parameter, whatever the model's size.
@@ -86,8 +88,8 @@ def write_torch_dist(source: Path, directory: Path, *, tensor: int = 1, pipeline
         SavePlan([_item(placed[index][1], dtype) for index in part])
         for part in _distribute(placed, arch.layers, tensor, pipeline)
     ]
-    planner = LazyPlanner(placed, mapping, read, Progress(len(entries)))
-    writer = _Writer(directory, sync_files=True)
+    planner = LazyPlanner(placed, mapping, read, ConversionProgress(len(entries)))
+    writer = _AnonymousWriter(directory, sync_files=True)
     plans, metadata = create_default_global_save_plan(plans)
     plans = writer.prepare_global_plan(plans)
     try:
@@ -112,7 +114,7 @@ def _item(where: Place, dtype: torch.dtype) -> WriteItem:
 
 
 def _distribute(
-    placed: dict[MetadataIndex, tuple[Entry, Place]], layers: int, tensor: int, pipeline: int
+    placed: dict[MetadataIndex, tuple[ParameterEntry, Place]], layers: int, tensor: int, pipeline: int
 ) -> list[list[MetadataIndex]]:
     """Per writer its parameters: a stage's layers together, spread over the stage's writers by size."""
     parts: list[list[MetadataIndex]] = [[] for _ in range(tensor * pipeline)]

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
-from mcore_rl.config.sections import Parallel
+from mcore_rl.config.sections import ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
@@ -129,7 +129,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     return file, tiny
 
 
-def shrink_parallel(parallel: Parallel, processes: int) -> Parallel:
+def shrink_parallel(parallel: ParallelConfig, processes: int) -> ParallelConfig:
     """Every degree above 1 becomes 2; data parallelism takes the processes that are left."""
     degrees = {"tensor", "pipeline", "context", "expert"}
     small: dict[str, Any] = {name: min(2, getattr(parallel, name)) for name in degrees}
@@ -147,7 +147,7 @@ def shrink_parallel(parallel: Parallel, processes: int) -> Parallel:
     return parallel.model_copy(update=small)
 
 
-def shrink_model(hf: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+def shrink_model(hf: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]:
     """config.json of a tiny model of the same family: every field that is not a size stays."""
     layers = max(2, parallel.pipeline * (parallel.virtual_pipeline or 1))
     sizes = {
@@ -190,7 +190,7 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
 
 
-def _write_reward_model(directory: Path, source: Path, parallel: Parallel, seed: int) -> None:
+def _write_reward_model(directory: Path, source: Path, parallel: ParallelConfig, seed: int) -> None:
     """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
     _write_model(directory, shrink_model(read_hf_config(source), parallel))
     arch = read_architecture(directory)
@@ -199,7 +199,7 @@ def _write_reward_model(directory: Path, source: Path, parallel: Parallel, seed:
     save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
 
 
-def _shrink_config(config: Config, parallel: Parallel, directory: Path) -> Config:
+def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) -> Config:
     """Not validated: `load_config` reads the file that is written of it."""
     rollout, train, algorithm = config.rollout, config.train, config.algorithm
     changes: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from mcore_rl.terminal import printable
 from mcore_rl.training.batch import align_of
 from mcore_rl.training.faults.dump import alone, from_json
 from mcore_rl.training.faults.exits import recorded
-from mcore_rl.training.faults.inspect import Finding, Inspector
+from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
 from mcore_rl.training.faults.watchdog import collective_timeout
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.setup import (
@@ -99,11 +99,11 @@ def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
     return PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None)
 
 
-def _gathered(mesh: Mesh, findings: list[Finding]) -> list[Finding]:
+def _gathered(mesh: Mesh, findings: list[NonFiniteTensor]) -> list[NonFiniteTensor]:
     return sorted(finding for its in of_all(mesh, findings) for finding in its)
 
 
-def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[Finding]) -> None:
+def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[NonFiniteTensor]) -> None:
     """Say the first finding of every phase, then raise the first of all."""
     first = {finding.phase: finding for finding in reversed(findings)}
     if mesh.is_main:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from megatron.core.distributed import (
@@ -13,6 +15,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -143,6 +146,8 @@ def _build(
     ddp: DistributedDataParallelConfig | None,
     source: Path,
 ) -> Model:
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()  # its keys refer to the groups of models that are gone
     model_parallel_cuda_manual_seed(0)  # Megatron's RNG tracker, forked even where dropout is 0
     stages = range(mesh.layout.virtual_pipeline or 1)
     unwrapped = tuple(_build_chunk(kind, mapping, config, mesh, stage) for stage in stages)
@@ -153,11 +158,24 @@ def _build(
             chunk.requires_grad_(False).eval()
     else:
         wrapped = tuple(
-            DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
-            for i, chunk in enumerate(wrapped)
+            TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         )
         connect_schedule(config, ddp, wrapped)
     return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source))
+
+
+class TrainedChunk(DistributedDataParallel):
+    """Megatron's wrapper, whose memory and groups are given back when nothing refers to it.
+
+    Megatron's hook on a gradient accumulator refers to the wrapper. Where a module keeps an activation (the
+    dispatcher of experts does), the accumulator is held by the graph, and the garbage collector cannot see
+    that the graph is held by the wrapper alone.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        return DistributedDataParallel._make_backward_post_hook(
+            cast(DistributedDataParallel, weakref.proxy(self)), param
+        )
 
 
 def _in_bf16(config: TransformerConfig, chunk: PackedGPT) -> Float16Module:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mcore_rl.errors import NumericsError
 from mcore_rl.model import platform, step
-from mcore_rl.model.build import Model, connect_schedule
+from mcore_rl.model.build import Model, TrainedChunk, connect_schedule
 from mcore_rl.parallel.mesh import Mesh
 
 _SHARD = 512
@@ -86,21 +86,21 @@ class _Probe(MegatronModule):
         return self.weight.sum() * factor + 0 * hidden.sum()
 
 
-def _build(model: Model) -> list[DistributedDataParallel]:
+def _build(model: Model) -> list[TrainedChunk]:
     """Probes in the place of the model's chunks, under its own configuration and DDP settings."""
     config = copy.copy(model.config)
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     ddp = cast(DistributedDataParallel, model.chunks[0]).ddp_config
     ranks = model.mesh.layout.data * model.mesh.layout.context
     chunks = [
-        DistributedDataParallel(config, ddp, _Probe(config, chunk, ranks), disable_bucketing=i > 0)
+        TrainedChunk(config, ddp, _Probe(config, chunk, ranks), disable_bucketing=i > 0)
         for i, chunk in enumerate(model.unwrapped)
     ]
     connect_schedule(config, ddp, chunks)
     return chunks
 
 
-def _run(chunks: list[DistributedDataParallel], factors: list[float], scale: int) -> None:
+def _run(chunks: list[TrainedChunk], factors: list[float], scale: int) -> None:
     def forward_step(iterator, chunk):
         def loss(output: Tensor):
             return output * scale, torch.tensor(1), {}

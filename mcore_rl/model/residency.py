@@ -43,7 +43,7 @@ PHASES = (
 """of a step: scoring by a model, forward and backward of one, its optimizer's update, a checkpoint"""
 
 
-class Part(Protocol):
+class ResidentPart(Protocol):
     """Something that is on the device only inside `resident()`."""
 
     def resident(self) -> Any:
@@ -54,7 +54,7 @@ class Part(Protocol):
 class Residency:
     """The parts of this rank that wait, by their names in NEEDED; without any, everything stays."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Mapping[str, ResidentPart]) -> None:
         self.parts = parts
 
     @contextmanager

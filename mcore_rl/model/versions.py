@@ -85,7 +85,7 @@ def install() -> None:
 
 
 @dataclass(frozen=True)
-class Difference:
+class VersionDifference:
     """A place where the versions part, and the function here that meets both. For readers and tests."""
 
     met_by: Callable[..., Any]
@@ -96,24 +96,24 @@ class Difference:
 
 
 DIFFERENCES = (
-    Difference(
+    VersionDifference(
         mark_shard,
         "0.16.1",
         "marks a shard only where it also draws its weights, and ours are loaded: every shard but the first "
         "is then a duplicate to the gradient norm, and clipping differs by layout. 0.19.2 marks all of them, "
         "and asserts when it is told again",
     ),
-    Difference(
+    VersionDifference(
         name_te_gemm,
         "0.16.1",
         "imports the router's te_general_gemm with Transformer Engine and reads it without: NameError",
     ),
-    Difference(
+    VersionDifference(
         mlp_module,
         "0.19.2",
         "builds a dense MLP from a class method; it rewraps a ModuleSpec, with a warning for every layer",
     ),
-    Difference(
+    VersionDifference(
         drop_announcements,
         "0.19.2",
         "announces on every rank, model and critic that GPTModel will follow HybridModel, which 0.16.1 does "

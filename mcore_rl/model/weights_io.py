@@ -16,7 +16,7 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import versions
 from mcore_rl.model.hf.files import hf_reader
-from mcore_rl.model.hf.parameters import NUMBER, Entry, ParameterMap, canonical, numbers_in
+from mcore_rl.model.hf.parameters import NUMBER, ParameterEntry, ParameterMap, canonical, numbers_in
 from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.parallel.mesh import Mesh
 
@@ -101,7 +101,7 @@ def _keep_unrounded(parameter: Any, shard: Tensor) -> None:
         parameter._high_precision_init_val = shard.detach().cpu()
 
 
-def _mark(parameter: torch.nn.Parameter, entry: Entry) -> None:
+def _mark(parameter: torch.nn.Parameter, entry: ParameterEntry) -> None:
     """Attributes by which Megatron groups parameters; it sets them only where it also draws the weight."""
     if entry.is_expert:
         # Reduced over the ranks that hold the same experts. Megatron says so only at EP > 1; at TP > 1 alone

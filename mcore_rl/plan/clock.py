@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.memory import kv_bytes_per_token, weight_bytes
-from mcore_rl.plan.work import Work
+from mcore_rl.plan.work import PlannedStep
 
 PEAK_FLOPS = 989e12
 """bf16 without sparsity, of one H100 SXM; fp8 is estimated as bf16"""
@@ -39,7 +39,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Fleet:
+class SamplingServers:
     """The servers that sample."""
 
     gpus: int
@@ -66,8 +66,8 @@ def step_seconds(
     shape: ModelShape,
     parameters: int,
     layout: Layout,
-    work: Work,
-    fleet: Fleet,
+    work: PlannedStep,
+    fleet: SamplingServers,
     efficiency: Efficiency | None = None,
 ) -> Seconds:
     """Estimate one step; `parameters` of the whole model, `shape` for its FLOPs."""
@@ -84,7 +84,7 @@ def step_seconds(
 
 
 def generate_seconds(
-    shape: ModelShape, parameters: int, work: Work, fleet: Fleet, efficiency: float
+    shape: ModelShape, parameters: int, work: PlannedStep, fleet: SamplingServers, efficiency: float
 ) -> float:
     """Decoding reads the weights once per token of the longest response, and every sample's keys and values.
 

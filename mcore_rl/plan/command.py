@@ -13,10 +13,10 @@ from mcore_rl.data.balance import model_shape
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.plan.clock import SERVER_GPUS, Fleet
+from mcore_rl.plan.clock import SERVER_GPUS, SamplingServers
 from mcore_rl.plan.count import count_policy, distinct
 from mcore_rl.plan.memory import GIB
-from mcore_rl.plan.search import ENOUGH_SPARE, Plan, Problem, evaluate, search
+from mcore_rl.plan.search import ENOUGH_SPARE, LayoutPlan, PlanInputs, evaluate, search
 from mcore_rl.plan.show import table, to_json
 from mcore_rl.plan.work import work_of
 from mcore_rl.terminal import printable
@@ -69,9 +69,9 @@ def plan(
     )
     servers = layout.world_size if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))
     fleet = fleet_of(distinct(count_policy(arch, Layout()), Layout()), server_gpus or servers, gpu_memory)
-    problem = Problem(arch, shape, work, fleet, gpu_memory * GIB)
+    problem = PlanInputs(arch, shape, work, fleet, gpu_memory * GIB)
     outcome = _evaluate(problem, layout)
-    configured = outcome if isinstance(outcome, Plan) else None
+    configured = outcome if isinstance(outcome, LayoutPlan) else None
     plans, illegal = search(problem, layout.world_size)
     text = table(problem, layout.world_size, configured, plans, illegal)
     for line in text.split("\n"):
@@ -89,7 +89,7 @@ def plan(
     return 0
 
 
-def _evaluate(problem: Problem, layout: Layout) -> Plan | LayoutError:
+def _evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan | LayoutError:
     """The plan of the layout, or why there is none."""
     try:
         return evaluate(problem, layout)
@@ -124,8 +124,8 @@ def configured_layout(config: Config, gpus: int | None) -> Layout:
     return layout
 
 
-def fleet_of(parameters: int, gpus: int, gpu_memory: float) -> Fleet:
+def fleet_of(parameters: int, gpus: int, gpu_memory: float) -> SamplingServers:
     """Servers as small as leaves half of their GPUs' memory to the KV cache."""
     needed = ceil(2 * parameters / (gpu_memory * GIB / 2))
     tensor = next((n for n in (1, 2, 4, 8) if n >= needed), SERVER_GPUS)
-    return Fleet(gpus, min(tensor, gpus))
+    return SamplingServers(gpus, min(tensor, gpus))

@@ -15,7 +15,7 @@ from math import prod
 
 from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.hf.parameters import Entry, ParameterMap
+from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
 from mcore_rl.model.spec import padded_vocab
 from mcore_rl.parallel.mesh import Layout
 
@@ -151,7 +151,7 @@ def _tensors(table: type[ParameterMap], arch: Architecture) -> list[_Tensors]:
     return [_Tensors(*place, size) for place, size in sizes.items()]
 
 
-def _kind(entry: Entry) -> str:
+def _kind(entry: ParameterEntry) -> str:
     if entry.is_expert:
         return "experts"
     if entry.rule.merge == "vocab":

@@ -22,7 +22,7 @@ from mcore_rl.model.spec import DTYPES, padded_vocab
 from mcore_rl.parallel.head.tiling import Tiling
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
-from mcore_rl.plan.work import Work
+from mcore_rl.plan.work import PlannedStep
 from mcore_rl.precision import ITEM_BYTES
 
 _STATE = (
@@ -40,7 +40,7 @@ _SWIGLU = 5
 
 
 @dataclass(frozen=True)
-class Memory:
+class RankMemory:
     """Bytes on one rank."""
 
     weights: float = 0
@@ -89,7 +89,7 @@ class Memory:
         return max(self.at(phase) for phase in PHASES)
 
 
-def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]:
+def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[RankMemory]:
     """Of each pipeline stage, first to last."""
     policy = count_policy(arch, layout)
     nothing = [StageCount()] * layout.pipeline
@@ -106,7 +106,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Work) -> list[Memory]
             "critic_optimizer": critic_optimizer_bytes(arch, critic[stage], layout, work, stage),
         }
         stages.append(
-            Memory(
+            RankMemory(
                 weights=_weights(count, work),
                 gradients=4 * count.total,
                 **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
@@ -128,7 +128,7 @@ def weight_bytes(precision: str) -> int:
     return ITEM_BYTES[precision]
 
 
-def _weights(count: StageCount, work: Work) -> float:
+def _weights(count: StageCount, work: PlannedStep) -> float:
     """fp8 keeps row- and column-wise fp8 copies of the layers' matrices, beside the bf16 ones or instead."""
     size, matrices = weight_bytes(work.precision), count.matrices + count.experts
     if work.precision != "fp8":
@@ -136,7 +136,7 @@ def _weights(count: StageCount, work: Work) -> float:
     return size * (count.total - matrices * work.fp8.param_gather) + 2 * matrices
 
 
-def optimizer_bytes(count: StageCount, layout: Layout, work: Work) -> float:
+def optimizer_bytes(count: StageCount, layout: Layout, work: PlannedStep) -> float:
     """Adam's two moments in fp32, and fp32 weights where the model's are not; sharded where distributed."""
     per_parameter = 8 if work.precision == "fp32" else 12
     if not work.distributed_optimizer:
@@ -146,13 +146,15 @@ def optimizer_bytes(count: StageCount, layout: Layout, work: Work) -> float:
     return per_parameter * (count.dense / replicas + count.experts / expert_replicas)
 
 
-def critic_bytes(arch: Architecture, count: StageCount, layout: Layout, work: Work, stage: int) -> float:
+def critic_bytes(
+    arch: Architecture, count: StageCount, layout: Layout, work: PlannedStep, stage: int
+) -> float:
     """Weights and gradients; the value head's weights are in fp32 at least."""
     wider = (4 - weight_bytes(work.precision)) * _value_head(arch, layout, work, stage)
     return _weights(count, work) + 4 * count.total + wider
 
 
-def _judge_bytes(count: StageCount, layout: Layout, work: Work, stage: int) -> float:
+def _judge_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: int) -> float:
     """Weights of the reward model; its value head's are in fp32 at least."""
     size = weight_bytes(work.precision)
     head = work.reward_model.hidden if work.reward_model and stage == layout.pipeline - 1 else 0
@@ -160,7 +162,7 @@ def _judge_bytes(count: StageCount, layout: Layout, work: Work, stage: int) -> f
 
 
 def critic_optimizer_bytes(
-    arch: Architecture, count: StageCount, layout: Layout, work: Work, stage: int
+    arch: Architecture, count: StageCount, layout: Layout, work: PlannedStep, stage: int
 ) -> float:
     """As optimizer_bytes; the value head needs no fp32 weights beside its own."""
     replicas = layout.data * layout.context if work.distributed_optimizer else 1
@@ -168,12 +170,12 @@ def critic_optimizer_bytes(
     return optimizer_bytes(count, layout, work) - saved
 
 
-def _value_head(arch: Architecture, layout: Layout, work: Work, stage: int) -> int:
+def _value_head(arch: Architecture, layout: Layout, work: PlannedStep, stage: int) -> int:
     """Parameters of it on a stage."""
     return arch.hidden * (work.critic and stage == layout.pipeline - 1)
 
 
-def _host(waiting: dict[str, float], gradients: float, work: Work) -> float:
+def _host(waiting: dict[str, float], gradients: float, work: PlannedStep) -> float:
     """A copy of what waits; the critic's gradients are not copied, and a swap takes the weights twice."""
     copies = sum(waiting[name] for name in work.offloaded & waiting.keys())  # servers keep no copy
     return copies - gradients * ("critic" in work.offloaded) + 2 * waiting["reference"] * work.swapped
@@ -182,7 +184,7 @@ def _host(waiting: dict[str, float], gradients: float, work: Work) -> float:
 # --- activations ----------------------------------------------------------------------------------------
 
 
-def kept_bytes(arch: Architecture, layout: Layout, work: Work, stage: int) -> float:
+def kept_bytes(arch: Architecture, layout: Layout, work: PlannedStep, stage: int) -> float:
     """Kept from forward to backward on a stage: all of a layer, or its input if it is computed again."""
     layers, tokens = layers_of(stage, arch.layers, layout), _tokens(layout, work)
     if work.recompute == "full":
@@ -192,7 +194,7 @@ def kept_bytes(arch: Architecture, layout: Layout, work: Work, stage: int) -> fl
     return kept * tokens * _in_flight(layout, work, stage)
 
 
-def backward_bytes(arch: Architecture, layout: Layout, work: Work, stage: int) -> float:
+def backward_bytes(arch: Architecture, layout: Layout, work: PlannedStep, stage: int) -> float:
     """The largest layer of a stage in its backward pass, with all it keeps if that is computed again."""
     again = work.recompute == "full"
     return _tokens(layout, work) * max(
@@ -201,12 +203,12 @@ def backward_bytes(arch: Architecture, layout: Layout, work: Work, stage: int) -
     )
 
 
-def _tokens(layout: Layout, work: Work) -> float:
+def _tokens(layout: Layout, work: PlannedStep) -> float:
     """Of a micro-batch on one rank, before sequence parallelism."""
     return min(work.tokens_per_micro_batch, work.tokens / work.mini_batches / layout.data) / layout.context
 
 
-def _in_flight(layout: Layout, work: Work, stage: int) -> float:
+def _in_flight(layout: Layout, work: PlannedStep, stage: int) -> float:
     """Micro-batches whose activations a stage holds at most, in units of all its layers (1F1B)."""
     virtual = layout.virtual_pipeline or 1
     available = work.micro_batches(layout)
@@ -226,7 +228,7 @@ def _norm(width: float, precision: str) -> float:
     return width * (4 + 2 * weight_bytes(precision))
 
 
-def _kept_of_layer(arch: Architecture, layout: Layout, work: Work, layer: int) -> float:
+def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer: int) -> float:
     """Bytes per token of this rank that autograd keeps of one layer without recompute."""
     size = weight_bytes(work.precision)
     hidden = arch.hidden / _sequence(layout)
@@ -251,7 +253,7 @@ def _experts_of_layer(arch: Architecture, hidden_tokens: float, size: int) -> fl
     return hidden_tokens * (routed + 8 * arch.experts.count)
 
 
-def _working_set(arch: Architecture, layout: Layout, work: Work, layer: int) -> float:
+def _working_set(arch: Architecture, layout: Layout, work: PlannedStep, layer: int) -> float:
     """Gradients alive at once in a layer's backward pass: three of the MLP's width, two of its input."""
     size = weight_bytes(work.precision)
     width = 3 * arch.intermediate / layout.tensor
@@ -261,7 +263,7 @@ def _working_set(arch: Architecture, layout: Layout, work: Work, layer: int) -> 
     return size * (width + 2 * gathered)
 
 
-def head_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
+def head_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     """Last stage: hidden states gathered and picked, their gradients, logits and theirs, dW of a chunk."""
     size, local = weight_bytes(work.precision), padded_vocab(arch, layout.tensor) // layout.tensor
     tokens = _tokens(layout, work)
@@ -277,7 +279,7 @@ def head_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
 # --- servers --------------------------------------------------------------------------------------------
 
 
-def publish_bytes(arch: Architecture, layout: Layout, work: Work) -> float:
+def publish_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     """By disk, the largest parameter, gathered and arranged as Hugging Face stores it; else two buckets."""
     largest = weight_bytes(work.precision) * _largest_parameter(arch)
     if not work.bucket_bytes:
@@ -304,6 +306,6 @@ def kv_bytes_per_token(arch: Architecture | ModelShape) -> float:
     return 2 * 2 * arch.layers * arch.kv_heads * arch.head_dim
 
 
-def _kv_cache(arch: Architecture, layout: Layout, work: Work) -> float:
+def _kv_cache(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     length = work.prompt_tokens + work.response_tokens
     return SERVER_MEMORY_SHARE * work.samples * length * kv_bytes_per_token(arch) / layout.world_size

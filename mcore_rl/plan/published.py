@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.plan.clock import Fleet, Seconds, step_seconds
-from mcore_rl.plan.work import Work
+from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
+from mcore_rl.plan.work import PlannedStep
 from mcore_rl.terminal import printable
 
 FITTED = "NeMo-RL v0.3 performance summary: GRPO, OpenMathInstruct-2, 8 DGX-H100, bf16, Megatron backend"
@@ -26,7 +26,7 @@ class Step:
     shape: ModelShape
     parameters: int
     layout: Layout
-    fleet: Fleet
+    fleet: SamplingServers
     response_tokens: float
     """mean"""
     published: Seconds | float
@@ -37,9 +37,9 @@ class Step:
     longest: int = 4096
     """tokens of a sequence, and of a packed micro-batch"""
 
-    def work(self) -> Work:
+    def work(self) -> PlannedStep:
         """Old and reference log-probs are taken of every sample."""
-        return Work(
+        return PlannedStep(
             samples=self.samples,
             prompt_tokens=0.0,
             response_tokens=self.response_tokens,
@@ -70,7 +70,7 @@ LLAMA_70B = Step(
     ModelShape(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, vocab=128256, ffn=28672),
     70_553_706_496,
     Layout(tensor=4, sequence=True, pipeline=4, data=4),
-    Fleet(gpus=64, tensor=4),
+    SamplingServers(gpus=64, tensor=4),
     398,
     Seconds(generate=84, log_probs=18, train=28, publish=14),
 )
@@ -80,7 +80,7 @@ OTHERS = (
         ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, vocab=128256, ffn=14336),
         8_030_261_248,
         Layout(pipeline=2, data=8),
-        Fleet(gpus=16, tensor=1),
+        SamplingServers(gpus=16, tensor=1),
         1060,
         97.7,
     ),
@@ -89,7 +89,7 @@ OTHERS = (
         ModelShape(layers=64, hidden=5120, heads=64, kv_heads=8, head_dim=128, vocab=151936, ffn=25600),
         32_762_123_264,
         Layout(tensor=4, sequence=True, pipeline=4, data=2),
-        Fleet(gpus=32, tensor=4),
+        SamplingServers(gpus=32, tensor=4),
         3206,
         393.0,
     ),
@@ -100,7 +100,7 @@ OTHERS = (
         ),
         30_532_122_624,
         Layout(tensor=2, sequence=True, expert=8, data=16),
-        Fleet(gpus=32, tensor=4),
+        SamplingServers(gpus=32, tensor=4),
         3154,
         225.0,
     ),

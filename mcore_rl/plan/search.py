@@ -11,10 +11,10 @@ from mcore_rl.errors import LayoutError
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.spec import check_layout, check_reward_layout
 from mcore_rl.parallel.mesh import Layout
-from mcore_rl.plan.clock import Fleet, Seconds, step_seconds
+from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
-from mcore_rl.plan.memory import Memory, stage_memory
-from mcore_rl.plan.work import Work
+from mcore_rl.plan.memory import RankMemory, stage_memory
+from mcore_rl.plan.work import PlannedStep
 from mcore_rl.precision import packed_multiple, token_multiple
 
 ENOUGH_SPARE = 0.1
@@ -24,11 +24,11 @@ NODE = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """A legal layout, and what it costs."""
 
     layout: Layout
-    stages: Sequence[Memory]
+    stages: Sequence[RankMemory]
     """per pipeline stage, first to last"""
     spare: float
     """share of a GPU's memory that the fullest stage leaves; negative where it does not fit"""
@@ -44,13 +44,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanInputs:
     """What is planned, whatever the layout."""
 
     arch: Architecture
     shape: ModelShape
-    work: Work
-    fleet: Fleet
+    work: PlannedStep
+    fleet: SamplingServers
     gpu_memory: float
     """bytes"""
 
@@ -60,7 +60,7 @@ class Problem:
         return distinct(count_policy(self.arch, Layout()), Layout())
 
 
-def evaluate(problem: Problem, layout: Layout) -> Plan:
+def evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan:
     """Memory and time of one layout.
 
     Raises:
@@ -72,7 +72,7 @@ def evaluate(problem: Problem, layout: Layout) -> Plan:
     _check_micro_batch(problem.work, layout)
     stages = stage_memory(problem.arch, layout, problem.work)
     fullest = max(memory.total for memory in stages)
-    return Plan(
+    return LayoutPlan(
         layout=layout,
         stages=stages,
         spare=1 - fullest / problem.gpu_memory,
@@ -82,7 +82,7 @@ def evaluate(problem: Problem, layout: Layout) -> Plan:
     )
 
 
-def search(problem: Problem, gpus: int) -> tuple[list[Plan], dict[Layout, str]]:
+def search(problem: PlanInputs, gpus: int) -> tuple[list[LayoutPlan], dict[Layout, str]]:
     """(legal layouts, best first; illegal ones with their reason).
 
     Best: enough memory to spare, then the shortest step, then the least cutting: the time model knows no
@@ -98,7 +98,7 @@ def search(problem: Problem, gpus: int) -> tuple[list[Plan], dict[Layout, str]]:
     return plans, illegal
 
 
-def _rank(plan: Plan) -> tuple[float, ...]:
+def _rank(plan: LayoutPlan) -> tuple[float, ...]:
     if not plan.fits:
         return (1, -plan.spare)
     layout = plan.layout
@@ -126,7 +126,7 @@ def candidates(arch: Architecture, gpus: int) -> Iterator[Layout]:
             )
 
 
-def _check_micro_batch(work: Work, layout: Layout) -> None:
+def _check_micro_batch(work: PlannedStep, layout: Layout) -> None:
     tokens = token_multiple(work.precision, work.fp8.recipe)
     align = packed_multiple(layout.tensor, layout.context, tokens, sequence=layout.sequence)
     longest = -(-work.longest // align) * align

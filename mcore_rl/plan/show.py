@@ -8,15 +8,19 @@ from typing import Any
 
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import publish_seconds
-from mcore_rl.plan.memory import GIB, Memory
-from mcore_rl.plan.search import ENOUGH_SPARE, Plan, Problem
+from mcore_rl.plan.memory import GIB, RankMemory
+from mcore_rl.plan.search import ENOUGH_SPARE, LayoutPlan, PlanInputs
 
 SHOWN = 10
 """legal layouts in the table, and illegal ones below it"""
 
 
 def to_json(
-    problem: Problem, gpus: int, configured: Plan | None, plans: Sequence[Plan], illegal: Mapping[Layout, str]
+    problem: PlanInputs,
+    gpus: int,
+    configured: LayoutPlan | None,
+    plans: Sequence[LayoutPlan],
+    illegal: Mapping[Layout, str],
 ) -> dict[str, Any]:
     """Memory in GiB, time in seconds; `layouts` are the legal ones, best first.
 
@@ -37,7 +41,7 @@ def to_json(
     }
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: LayoutPlan) -> dict[str, Any]:
     """One entry of `layouts`."""
     return {
         "layout": str(plan.layout),
@@ -51,14 +55,18 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _gib(memory: Memory) -> dict[str, float]:
+def _gib(memory: RankMemory) -> dict[str, float]:
     sizes = {name: size for name, size in asdict(memory).items() if name != "offloaded"}
     sizes |= {"total": memory.total}
     return {name: size / GIB for name, size in sizes.items()}
 
 
 def table(
-    problem: Problem, gpus: int, configured: Plan | None, plans: Sequence[Plan], illegal: Mapping[Layout, str]
+    problem: PlanInputs,
+    gpus: int,
+    configured: LayoutPlan | None,
+    plans: Sequence[LayoutPlan],
+    illegal: Mapping[Layout, str],
 ) -> str:
     """What a person decides by: the configured layout in full, then the best ones, then what cannot be."""
     lines = [*_head(problem, gpus)]
@@ -81,7 +89,7 @@ def table(
     return "\n".join(lines)
 
 
-def _head(problem: Problem, gpus: int) -> Iterator[str]:
+def _head(problem: PlanInputs, gpus: int) -> Iterator[str]:
     work = problem.work
     yield (
         f"{problem.arch.family}: {problem.parameters:,} parameters, {gpus} GPUs of "
@@ -99,7 +107,7 @@ def _head(problem: Problem, gpus: int) -> Iterator[str]:
     yield ""
 
 
-def _stages(plan: Plan) -> Iterator[str]:
+def _stages(plan: LayoutPlan) -> Iterator[str]:
     """A line per component that is not 0, a column per pipeline stage."""
     yield f"GiB per rank of {plan.layout}, by pipeline stage (spare {plan.spare:.0%})"
     columns = [_gib(memory) for memory in plan.stages]
@@ -109,7 +117,7 @@ def _stages(plan: Plan) -> Iterator[str]:
             yield f"  {name.replace('_', ' '):16}" + "".join(f"{size:8.2f}" for size in sizes)
 
 
-def _row(plan: Plan, mark: str) -> str:
+def _row(plan: LayoutPlan, mark: str) -> str:
     fullest = max(memory.total for memory in plan.stages) / GIB
     s = plan.seconds
     verdict = "" if plan.fits else "  does not fit" if plan.spare < 0 else f"  under {ENOUGH_SPARE:.0%} spare"

@@ -19,7 +19,7 @@ from mcore_rl.training.setup import fp8_of
 
 
 @dataclass(frozen=True)
-class Work:
+class PlannedStep:
     """One rollout step, or one batch of supervised training."""
 
     samples: int
@@ -86,14 +86,14 @@ def work_of(
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
     colocated: bool = False,
-) -> Work:
+) -> PlannedStep:
     """The work of one step of `config`; mean lengths that are not given are the config's limits."""
     r, a = config.rollout, config.algorithm
     supervised = config.supervised_only
     algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params, a.loss)
     reward = None if supervised else config.reward.model
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
-    return Work(
+    return PlannedStep(
         samples=config.supervised.batch_size if supervised else r.prompts_per_step * r.samples_per_prompt,
         prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
         response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,

@@ -17,7 +17,7 @@ from mcore_rl.terminal import printable
 
 
 @dataclass(frozen=True)
-class Difference:
+class MetricDifference:
     """A metric that differs."""
 
     key: str
@@ -28,7 +28,7 @@ class Difference:
     """relative; infinite where one of the two is missing or no number"""
 
 
-def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[list[Difference], int]:
+def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[list[MetricDifference], int]:
     """The metrics that differ by more than `relative` on the steps of both runs; how many steps those are.
 
     A step between them that only one run has differs too. One run may have begun later or ended earlier.
@@ -40,14 +40,16 @@ def differences(one: RunData, other: RunData, relative: float = 0.0) -> tuple[li
     shared = sorted(left.keys() & right.keys())
     if not shared:
         raise DataError(f"{one.name} and {other.name} have no step in common")
-    found: dict[str, Difference] = {}
+    found: dict[str, MetricDifference] = {}
     gaps = sorted(s for s in left.keys() ^ right.keys() if shared[0] < s < shared[-1])
     if gaps:
-        found["step"] = Difference("step", gaps[0], len(gaps), math.inf)
+        found["step"] = MetricDifference("step", gaps[0], len(gaps), math.inf)
     for step in shared:
         for key, distance in _apart(left[step], right[step], relative).items():
-            before = found.get(key, Difference(key, step, 0, 0.0))
-            found[key] = Difference(key, before.first_step, before.steps + 1, max(before.largest, distance))
+            before = found.get(key, MetricDifference(key, step, 0, 0.0))
+            found[key] = MetricDifference(
+                key, before.first_step, before.steps + 1, max(before.largest, distance)
+            )
     return list(found.values()), len(shared)
 
 

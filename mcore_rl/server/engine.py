@@ -24,7 +24,7 @@ from mcore_rl.server.decode import build_decoder
 from mcore_rl.server.kv_cache import SlotCache
 from mcore_rl.server.routing import routed_experts
 from mcore_rl.server.sampling import sample
-from mcore_rl.server.sequence import Details, Rows, Sequence, build_rows
+from mcore_rl.server.sequence import Details, RunningSequences, Sequence, build_rows
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -232,7 +232,7 @@ class Engine:
             self._finish(sequence, reason)
         return finished
 
-    def _logits(self, rows: Rows) -> Tensor:
+    def _logits(self, rows: RunningSequences) -> Tensor:
         """[R, V] float32 logits of the token after `rows.token`."""
         width = int(rows.position.max()) + 1
         self.cache.at_decode(rows.position, width)

@@ -36,7 +36,7 @@ class ModelLimits:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerateRequest:
     """A parsed request."""
 
     sequences: list[Sequence]
@@ -50,7 +50,7 @@ def parse_generate(
     limits: ModelLimits,
     tokenizer: PreTrainedTokenizerBase | None,
     seeds: random.Random,
-) -> Generation:
+) -> GenerateRequest:
     """Raises RequestError for what cannot be served, pydantic's ValidationError for what is malformed."""
     acting = supported(body, NEUTRAL_GENERATE, "")
     check_names(acting, GenerateBody)
@@ -86,7 +86,7 @@ def parse_generate(
         values += param.n * _values(prompt, param, wanted)
         _check_size(len(sequences) + param.n, values)
         sequences += _sequences(prompt, rid, param, wanted, limits, seeds)
-    return Generation(sequences, batch or len(sequences) > 1)
+    return GenerateRequest(sequences, batch or len(sequences) > 1)
 
 
 def _prompts(

@@ -123,7 +123,7 @@ class Sequence:
 
 
 @dataclass
-class Rows:
+class RunningSequences:
     """The running sequences, one tensor per property: a decode step touches no Python object per row."""
 
     token: Tensor
@@ -168,13 +168,13 @@ class Rows:
         self.token, self.position, self.generated = tokens, self.position + 1, self.generated + 1
         return (tokens[:, None] == self.stop_ids).any(1)
 
-    def take(self, index: Tensor) -> Rows:
+    def take(self, index: Tensor) -> RunningSequences:
         """Rows `index` [n], in that order."""
-        return Rows(*(getattr(self, f.name)[index] for f in fields(self)))
+        return RunningSequences(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def join(self, other: Rows) -> Rows:
+    def join(self, other: RunningSequences) -> RunningSequences:
         """The rows of both, padded to the wider columns."""
-        return Rows(
+        return RunningSequences(
             *(
                 _cat(getattr(self, f.name), getattr(other, f.name), fill=-1 * (f.name == "stop_ids"))
                 for f in fields(self)
@@ -196,14 +196,14 @@ def _padded(rows: list[list[int]] | list[list[float]], fill: int, dtype: torch.d
     )
 
 
-def build_rows(sequences: list[Sequence], device: torch.device) -> Rows:
+def build_rows(sequences: list[Sequence], device: torch.device) -> RunningSequences:
     """Rows for sequences whose tokens except the last one are in the cache."""
 
     def column(values: list[int] | list[float], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype)
 
     limits = [s.limits for s in sequences]
-    rows = Rows(
+    rows = RunningSequences(
         token=column([s.output_ids[-1] if s.output_ids else s.prompt[-1] for s in sequences]),
         position=column([len(s.prompt) + len(s.output_ids) - 1 for s in sequences]),
         generated=column([len(s.output_ids) for s in sequences]),
@@ -218,4 +218,4 @@ def build_rows(sequences: list[Sequence], device: torch.device) -> Rows:
         output_ids=_padded([s.output_ids for s in sequences], 0, torch.int64),
         log_probs=_padded([s.log_probs for s in sequences], 0, torch.float32),
     )
-    return Rows(*(getattr(rows, f.name).to(device) for f in fields(rows)))
+    return RunningSequences(*(getattr(rows, f.name).to(device) for f in fields(rows)))

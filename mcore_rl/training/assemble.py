@@ -15,7 +15,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model, build_critic, build_policy, build_reward_model
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.residency import Offloaded, Part, Residency, Swapped, gradients_of, weights_of
+from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, gradients_of, weights_of
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import load_reward
@@ -101,7 +101,7 @@ class Models:
     reference: Model | None
     critic: Critic | None
     reward_model: Model | None
-    waiting: Mapping[str, Part]
+    waiting: Mapping[str, ResidentPart]
     """those that only score, since they were built"""
     contents: Contents
     """what a checkpoint holds of them, of the cursor and of the alert"""
@@ -116,7 +116,7 @@ def build_models(trainer: Trainer, algorithm: Algorithm) -> Models:
             policy.
     """
     config, mesh, where = trainer.config, trainer.mesh, trainer.config.residency
-    waiting: dict[str, Part] = {}
+    waiting: dict[str, ResidentPart] = {}
     frozen: dict[str, Model] = {}
     reference = None
     if algorithm.needs_reference and where.reference == "swapped":
@@ -199,7 +199,7 @@ def build_generation(
     return generation
 
 
-def waiting_parts(config: Config, models: Models) -> dict[str, Part]:
+def waiting_parts(config: Config, models: Models) -> dict[str, ResidentPart]:
     """After `restore`: optimizer states and the critic wait in host memory too, where [residency] says so."""
     waiting = {**models.waiting, **offloaded_optimizers(config, models.contents.optimizers)}
     if models.critic is not None and config.residency.critic == "offloaded":

@@ -29,10 +29,10 @@ from mcore_rl.training.checkpoint import end_step
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluate import evaluate
 from mcore_rl.training.faults.dump import keep_broken
+from mcore_rl.training.forward_only import log_probs, values
 from mcore_rl.training.metrics import StepMetrics, rollout_metrics
 from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Critic, Run
-from mcore_rl.training.score import log_probs, values
 from mcore_rl.training.staleness import token_ages
 from mcore_rl.training.throughput import Work, learning_rate, work_of
 from mcore_rl.training.update import Update, run_update

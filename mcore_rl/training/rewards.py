@@ -14,7 +14,7 @@ from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.residency import Residency
 from mcore_rl.rewards import RewardFn, score_groups
 from mcore_rl.training.batch import Shape, whole_sequence
-from mcore_rl.training.score import values
+from mcore_rl.training.forward_only import values
 from mcore_rl.types import Group
 
 

@@ -31,7 +31,7 @@ from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
-from mcore_rl.model.residency import Offloaded, Part, state_of
+from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
 from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
@@ -268,7 +268,7 @@ def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = No
     )
 
 
-def offloaded_optimizers(config: Config, optimizers: Mapping[str, Optimizer]) -> dict[str, Part]:
+def offloaded_optimizers(config: Config, optimizers: Mapping[str, Optimizer]) -> dict[str, ResidentPart]:
     """After `restore`: their state waits in host memory from now on, where [residency] says so."""
     if config.residency.optimizer == "resident":
         return {}

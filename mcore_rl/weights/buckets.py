@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mcore_rl.errors import NumericsError, WeightSyncError
 from mcore_rl.model.build import Model
-from mcore_rl.model.hf.parameters import Entry, ParameterMap
+from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.control import of_all, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
@@ -98,7 +98,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Part:
+class BucketParameter:
     """One Megatron parameter of a bucket, as the HF tensors that it becomes."""
 
     megatron: str
@@ -111,7 +111,7 @@ class Bucket:
 
     owner: int
     """global rank"""
-    parts: tuple[Part, ...]
+    parts: tuple[BucketParameter, ...]
     slots: tuple[Slot, ...]
     """of all parts, in the order of their bytes"""
 
@@ -122,7 +122,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """One export from one copy of the model: buckets in the order in which they are sent."""
 
     buckets: tuple[Bucket, ...]
@@ -147,7 +147,7 @@ def plan_buckets(
     tensor: int,
     bucket_bytes: int,
     encoding: Encoding = PLAIN,
-) -> Plan:
+) -> ExportPlan:
     """The buckets of all ranks: two of an owner's and its scratch take at most 2 x `bucket_bytes`.
 
     A parameter that is larger is a bucket of its own: servers load whole tensors.
@@ -170,7 +170,7 @@ def plan_buckets(
     found = [(slot.name, slot.shape) for bucket in buckets for slot in bucket.slots]
     expected = {name: shape for name, (shape, _) in encoded_forms(mapping, encoding, torch.float32).items()}
     check_complete(found, expected, "the ranks", "This is a bug in weights/buckets.py")
-    return Plan(buckets, scratch, staged)
+    return ExportPlan(buckets, scratch, staged)
 
 
 def check_complete(
@@ -204,7 +204,7 @@ def check_complete(
         )
 
 
-def is_cut(entry: Entry, tensor: int) -> bool:
+def is_cut(entry: ParameterEntry, tensor: int) -> bool:
     """Whether the tensor-parallel ranks each hold a shard of the parameter."""
     return tensor > 1 and entry.rule.axis is not None
 
@@ -246,7 +246,7 @@ def _lay_out(owner: int, group: Sequence[Laid]) -> Bucket:
         placed[slot.name] = Slot(slot.name, slot.shape, slot.dtype, offset)
         offset = placed[slot.name].end
     parts = tuple(
-        Part(
+        BucketParameter(
             held.megatron,
             tuple(
                 Target(t.name, t.shape, t.dtype, tuple(placed[slot.name] for slot in t.slots))
@@ -284,7 +284,7 @@ class Channel(Protocol):
         ...
 
 
-def plan_of(export: Export, bucket_bytes: int) -> Plan:
+def plan_of(export: Export, bucket_bytes: int) -> ExportPlan:
     """How this rank's copy of the model is sent, the same on all of its ranks; collective over all copies."""
     mesh, mapping = export.mesh, export.mapping
     own = [
@@ -293,7 +293,7 @@ def plan_of(export: Export, bucket_bytes: int) -> Plan:
         if is_exported(mapping, name) and is_owner(mesh, mapping.entry(name))
     ]
     held = [mine if copy == mesh.copy else [] for copy, mine in of_all(mesh, (mesh.copy, own))]
-    plan: Plan | None = None
+    plan: ExportPlan | None = None
     error: WeightSyncError | None = None
     try:
         plan = plan_buckets(held, mapping, mesh.layout.tensor, bucket_bytes, export.encoding)
@@ -309,7 +309,7 @@ def is_exported(mapping: ParameterMap, name: str) -> bool:
     return not (mapping.arch.tied and name == "output_layer.weight")
 
 
-def is_owner(mesh: Mesh, entry: Entry) -> bool:
+def is_owner(mesh: Mesh, entry: ParameterEntry) -> bool:
     """Whether this rank answers for a parameter, of all ranks of its copy that hold it or a shard of it."""
     copies = mesh.layout.copies
     if entry.is_expert:
@@ -317,13 +317,13 @@ def is_owner(mesh: Mesh, entry: Entry) -> bool:
     return mesh.cp_rank == mesh.tp_rank == 0 and mesh.dp_rank % (mesh.layout.data // copies) == 0
 
 
-def turns_of(plan: Plan, mesh: Mesh) -> list[int]:
+def turns_of(plan: ExportPlan, mesh: Mesh) -> list[int]:
     """The owners whose turns this rank takes part in, in order: those of its tensor-parallel group."""
     together = set(dist.get_process_group_ranks(mesh.tp))
     return [owner for owner in plan.owners if owner in together]
 
 
-def take_turn(export: Export, plan: Plan, owner: int, channel: Channel | None) -> None:
+def take_turn(export: Export, plan: ExportPlan, owner: int, channel: Channel | None) -> None:
     """The buckets of `owner`, which alone has a channel; every rank of its tensor-parallel group calls it.
 
     An error of the channel or of the encoding is raised when all buckets have been filled, so that no rank is
@@ -359,7 +359,7 @@ def _outcome(sent: Future[None] | None) -> Exception | None:
 class _Filling:
     """The owner's part of a turn."""
 
-    def __init__(self, export: Export, plan: Plan, device: torch.device) -> None:
+    def __init__(self, export: Export, plan: ExportPlan, device: torch.device) -> None:
         self.error: NumericsError | None = None
         """the first number that could not be encoded"""
         self._export = export
@@ -378,7 +378,7 @@ class _Filling:
         if data.is_cuda:
             torch.cuda.current_stream().synchronize()  # who reads it next is another thread, or process
 
-    def _wholes(self, part: Part, slots: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def _wholes(self, part: BucketParameter, slots: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Where each HF tensor is put together: in its slot, or where it waits to be encoded."""
         wholes, begin = [], 0
         for target, out in zip(part.targets, slots, strict=True):
@@ -390,7 +390,7 @@ class _Filling:
                 wholes.append(next(iter(out.values())))
         return wholes
 
-    def _place(self, part: Part, wholes: Sequence[Tensor]) -> None:
+    def _place(self, part: BucketParameter, wholes: Sequence[Tensor]) -> None:
         """The owner's own shard, then those that the others send, one at a time."""
         mapping, mesh = self._export.mapping, self._export.mesh
         entry, ranks = mapping.entry(part.megatron), mesh.layout.tensor

@@ -37,7 +37,7 @@ from mcore_rl.weights.buckets import (
     GATHER_BYTES,
     Bucket,
     Export,
-    Plan,
+    ExportPlan,
     check_complete,
     export_of,
     plan_of,
@@ -196,7 +196,7 @@ def export(
         raise
 
 
-def _write_files(what: Export, plan: Plan, paths: Mapping[int, Path], open_file: OpenFile) -> None:
+def _write_files(what: Export, plan: ExportPlan, paths: Mapping[int, Path], open_file: OpenFile) -> None:
     """Write every owner's file, in turns within a tensor-parallel group; collective over all ranks.
 
     What can fail before a turn, fails on every rank before any rank waits for another one's shards.
@@ -221,7 +221,7 @@ def _write_files(what: Export, plan: Plan, paths: Mapping[int, Path], open_file:
     raise_everywhere(mesh, error)
 
 
-def _opened(what: Export, plan: Plan, path: Path, open_file: OpenFile, file: ExitStack) -> _FileChannel:
+def _opened(what: Export, plan: ExportPlan, path: Path, open_file: OpenFile, file: ExitStack) -> _FileChannel:
     """The channel into this rank's file, which is closed with `file`."""
     buckets = plan.of(what.mesh.rank)
     forms = {slot.name: (slot.shape, slot.dtype) for bucket in buckets for slot in bucket.slots}
@@ -258,7 +258,7 @@ def _begin(directory: Path, partial: Path, kind: Kind) -> None:
 
 
 def _write_side_files(
-    model: Model, encoding: Encoding, plan: Plan, names: Mapping[int, str], partial: Path
+    model: Model, encoding: Encoding, plan: ExportPlan, names: Mapping[int, str], partial: Path
 ) -> None:
     """Write the index, config.json and the tokenizer."""
     weight_map = {slot.name: names[bucket.owner] for bucket in plan.buckets for slot in bucket.slots}

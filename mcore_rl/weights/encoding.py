@@ -62,7 +62,7 @@ class Encoding(Protocol):
         ...
 
 
-class Plain:
+class PlainEncoding:
     """The trainer's own numbers in the trainer's own types."""
 
     def forms(self, rule: Rule, name: str, form: Form) -> dict[str, Form]:
@@ -78,7 +78,7 @@ class Plain:
         return None
 
 
-class Fp8(Plain):
+class Fp8Encoding(PlainEncoding):
     """Matrices in e4m3 with a scale for each block of 128 x 128; everything else as it is."""
 
     def forms(self, rule: Rule, name: str, form: Form) -> dict[str, Form]:
@@ -113,7 +113,7 @@ class Fp8(Plain):
         }
 
 
-PLAIN, FP8 = Plain(), Fp8()
+PLAIN, FP8 = PlainEncoding(), Fp8Encoding()
 ENCODINGS: dict[str, Encoding] = {"none": PLAIN, "fp8": FP8}
 """publish.quantize, and --quantize of the conversion -> encoding"""
 

@@ -20,7 +20,16 @@ from mcore_rl.parallel.control import of_all, on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.terminal import escaped
-from mcore_rl.weights.buckets import Bucket, Channel, Export, Plan, export_of, plan_of, take_turn, turns_of
+from mcore_rl.weights.buckets import (
+    Bucket,
+    Channel,
+    Export,
+    ExportPlan,
+    export_of,
+    plan_of,
+    take_turn,
+    turns_of,
+)
 from mcore_rl.weights.encoding import Encoding
 from mcore_rl.weights.transport import nobody
 
@@ -80,7 +89,7 @@ def _open(fleet: Fleet) -> tuple[dict[str, int], dict[str, str]]:
 
 def _turn(
     export: Export,
-    plan: Plan,
+    plan: ExportPlan,
     turn: int,
     clients: Mapping[RolloutClient, int],
     open_channel: Callable[[int, int], Channel],

@@ -66,7 +66,7 @@ class SharedTensor:
                 'ranks are on this one; set it to "distributed"'
             )
         self._bucket_bytes, self._encoding = bucket_bytes, encoding
-        self._memory: list[Memory] = []
+        self._memory: list[BucketMemory] = []
 
     def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
         """Do what Transport.publish says."""
@@ -79,7 +79,7 @@ class SharedTensor:
             self._memory.pop().close()
 
 
-class Memory(Protocol):
+class BucketMemory(Protocol):
     """What a bucket is filled in: SharedBytes, or CudaBytes."""
 
     data: Tensor
@@ -98,7 +98,7 @@ class TensorChannel:
 
     def __init__(
         self,
-        memory: list[Memory],
+        memory: list[BucketMemory],
         clients: Mapping[RolloutClient, int],
         version: str,
         nbytes: int,
@@ -126,7 +126,7 @@ class TensorChannel:
             self._memory.pop(index).close()
         self._memory.insert(index, self._allocate())
 
-    def _allocate(self) -> Memory:
+    def _allocate(self) -> BucketMemory:
         return (
             CudaBytes(self._nbytes, self._device)
             if self._device.type == "cuda"

@@ -13,8 +13,8 @@ import pytest
 import mcore_rl.algo
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm
 from mcore_rl.algo.rows import DECLARED, Rows
-from mcore_rl.verify.golden.problem import load
-from mcore_rl.verify.golden.run import _case_names
+from mcore_rl.verify.golden.command import _case_names
+from mcore_rl.verify.golden.inputs import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "algorithms.md").read_text()

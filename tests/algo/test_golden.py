@@ -30,8 +30,8 @@ from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.parallel.head import head
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.verify.golden import Report, main, verify_golden
-from mcore_rl.verify.golden.problem import load
-from mcore_rl.verify.golden.run import DIFFERENTIATED, INPUTS, _run_rank, run_cases
+from mcore_rl.verify.golden.command import DIFFERENTIATED, INPUTS, _run_rank, run_cases
+from mcore_rl.verify.golden.inputs import load
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 CASES = 98

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_rl.convert.run import hf_to_mcore
+from mcore_rl.convert.command import hf_to_mcore
 from tests.model.conftest import pool1, save
 from tests.model.families import FAMILIES
 

@@ -20,8 +20,8 @@ from mcore_rl.checkpoint import manifest
 from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.convert import output
 from mcore_rl.convert.certify import certify
-from mcore_rl.convert.output import Progress
-from mcore_rl.convert.run import hf_to_mcore, mcore_to_hf
+from mcore_rl.convert.command import hf_to_mcore, mcore_to_hf
+from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.convert.verify import verify_checkpoint
 from mcore_rl.errors import CheckpointError, ConfigError, NumericsError
 from mcore_rl.model.build import build_policy
@@ -227,12 +227,12 @@ def test_a_full_disk_leaves_nothing(source: Path, converted: Path, tmp_path: Pat
 
 
 def killed_at(parameter: int, source: Path, target: Path) -> None:
-    def add(self: Progress, size: int) -> None:
+    def add(self: ConversionProgress, size: int) -> None:
         self.parameters += 1
         if self.parameters == parameter:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    output.Progress.add = add
+    output.ConversionProgress.add = add
     hf_to_mcore(source, target)
 
 

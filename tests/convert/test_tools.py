@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_rl.convert.run import hf_to_mcore
+from mcore_rl.convert.command import hf_to_mcore
 from mcore_rl.report.compare import main as compare_runs
 from tests.sources import ROOT
 

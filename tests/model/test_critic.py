@@ -24,9 +24,9 @@ from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import Shape, align_of, pack_share
+from mcore_rl.training.forward_only import values
 from mcore_rl.training.metrics import Gathered, read
 from mcore_rl.training.objective import ValueObjective
-from mcore_rl.training.score import values
 from mcore_rl.weights.buckets import gather
 
 VOCAB, HIDDEN, SEED = 50, 32, 3

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mcore_rl.model.hf.parameters import Entry, ParameterMap, canonical
+from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap, canonical
 from tests.model.families import FAMILIES
 from tests.model.test_mapping import mapping_of
 
@@ -37,7 +37,7 @@ def bridge_of(family: str):
     return type(registered.__name__, (registered,), own_table)(config, torch.float32, ParallelStates())
 
 
-def fused(entry: Entry, mapping: ParameterMap) -> str:
+def fused(entry: ParameterEntry, mapping: ParameterMap) -> str:
     """The parameter's name where Transformer Engine builds the layers."""
     name = entry.megatron.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
     if entry.layer is not None and not mapping.arch.is_sparse(entry.layer):
@@ -50,7 +50,7 @@ def fused(entry: Entry, mapping: ParameterMap) -> str:
     return name
 
 
-def drawn(entry: Entry, mapping: ParameterMap) -> list[Tensor]:
+def drawn(entry: ParameterEntry, mapping: ParameterMap) -> list[Tensor]:
     return [torch.randn(shape) for shape in mapping.shapes(entry.rule)]
 
 

@@ -17,7 +17,7 @@ from mcore_rl.model import step, weights_io
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import checkpoint_files
-from mcore_rl.model.hf.parameters import Entry, ParameterMap
+from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
@@ -205,7 +205,7 @@ def batches_at(mesh: Mesh) -> list[PackedBatch]:
     return pack_share(sequences(), {}, shape_at(mesh), mesh)
 
 
-def unmark(parameter: torch.nn.Parameter, entry: Entry) -> None:
+def unmark(parameter: torch.nn.Parameter, entry: ParameterEntry) -> None:
     """Megatron-Core 0.19.2 marks a shard itself."""
     vars(parameter).pop("tensor_model_parallel", None)
 

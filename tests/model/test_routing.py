@@ -5,6 +5,8 @@ The reference is transformers with its routers' choice overridden. L layers, K e
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -229,6 +231,22 @@ def test_gates_learn_from_the_replayed_choice(
     (plain,) = at_layout(pool1, "tp1", gradients, directory, sequences(), recompute)
     with pytest.raises(AssertionError):
         check_gates(plain, gate_gradients)
+
+
+def threads() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_model_that_is_let_go_of_leaves_no_group(
+    pool2: Pool, directory: Path, told: list[TokenSequence]
+) -> None:
+    """A gloo group has three threads for as long as anything refers to it, and a mesh has some twenty."""
+    at_layout(pool2, "ep2", gradients, directory, told)
+    before = pool2.run(threads)
+    for _ in range(2):
+        at_layout(pool2, "ep2", gradients, directory, told)
+    assert pool2.run(threads) == before
 
 
 @pytest.mark.parametrize(

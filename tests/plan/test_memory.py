@@ -12,7 +12,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
-from mcore_rl.plan.work import Work
+from mcore_rl.plan.work import PlannedStep
 from tests.plan.measure import measure
 
 LENGTH, COUNT = 256, 8
@@ -32,8 +32,8 @@ CONFIG = {
 }
 
 
-def work(precision: str, recompute: str, length: float = LENGTH, count: int = COUNT) -> Work:
-    return Work(
+def work(precision: str, recompute: str, length: float = LENGTH, count: int = COUNT) -> PlannedStep:
+    return PlannedStep(
         samples=count,
         prompt_tokens=1.0,
         response_tokens=length - 1,

@@ -16,10 +16,10 @@ from mcore_rl.log import read_metrics
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import RolloutBatch, token_sequence
+from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.mismatch import Notices, differences, means, p999
 from mcore_rl.training.run import Run
-from mcore_rl.training.score import log_probs
 from mcore_rl.types import Prompt, Sample
 from tests.training.test_ppo import built_run, config, recorded, weights
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.config import Config
-from mcore_rl.config.sections import Residency as Where
+from mcore_rl.config.sections import ResidencyConfig as Where
 from mcore_rl.metric_names import MEASURED
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import (
@@ -28,9 +28,9 @@ from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of
 from mcore_rl.training.batch import token_sequence
+from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.run import Run
-from mcore_rl.training.score import log_probs
 from tests.training.test_ppo import built_run, config, recorded, weights
 
 __all__ = ["config"]

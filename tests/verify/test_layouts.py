@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.errors import LayoutError
-from mcore_rl.verify.layouts import run
+from mcore_rl.verify.layouts import command
+from mcore_rl.verify.layouts.command import ALGORITHMS, verify_layouts
 from mcore_rl.verify.layouts.compare import LIMITS, SMALLEST_MOVEMENT
-from mcore_rl.verify.layouts.run import ALGORITHMS, verify_layouts
 from mcore_rl.verify.layouts.worlds import Pools
 from tests.verify.conftest import SharedPools
 
@@ -76,9 +76,9 @@ def test_eight_ranks() -> None:
 def test_the_last_line_is_one_object(
     worlds: SharedPools, monkeypatch, capsys, limit: float, code: int
 ) -> None:
-    monkeypatch.setattr(run, "Pools", lambda: worlds)
+    monkeypatch.setattr(command, "Pools", lambda: worlds)
     monkeypatch.setitem(LIMITS, "log_prob", limit)
-    assert run.main(["tp2"], ["grpo"], as_json=True) == code
+    assert command.main(["tp2"], ["grpo"], as_json=True) == code
     captured = capsys.readouterr()
     (line,) = captured.out.splitlines()
     result = json.loads(line)

@@ -15,8 +15,8 @@ from mcore_rl.parallel import context
 from mcore_rl.parallel.head import head
 from mcore_rl.parallel.head import passes as head_passes
 from mcore_rl.training import objective
+from mcore_rl.verify.layouts.command import verify_layouts
 from mcore_rl.verify.layouts.compare import Errors
-from mcore_rl.verify.layouts.run import verify_layouts
 from tests.verify.conftest import SharedPools
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -14,7 +14,7 @@ from mcore_rl.errors import ConfigError, McoreRLError, NumericsError
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.metrics import loss_is_finite, read
 from mcore_rl.training.objective import PolicyObjective
-from mcore_rl.verify.layouts import run
+from mcore_rl.verify.layouts import command
 from mcore_rl.verify.layouts.differences import check_loss
 from tests.training.test_objective import rows_of
 from tests.verify.conftest import SharedPools
@@ -143,7 +143,7 @@ def test_what_it_declares_decides_the_mode_of_the_head() -> None:
 
 
 def test_one_command_proves_it_at_several_layouts(worlds: SharedPools, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(run, "Pools", lambda: worlds)
+    monkeypatch.setattr(command, "Pools", lambda: worlds)
     given = build_parser().parse_args(["verify", "layouts", "--layouts", "tp2,cp2", "--loss", DPPO, "--json"])
     assert given.command(given, []) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

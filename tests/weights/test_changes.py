@@ -22,7 +22,7 @@ from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from mcore_rl.rollout.reply import ANY_VOCABULARY
-from mcore_rl.training.score import log_probs
+from mcore_rl.training.forward_only import log_probs
 from mcore_rl.weights.disk import Changes
 from mcore_rl.weights.follow import states
 from mcore_rl.weights.transport import server_log_probs

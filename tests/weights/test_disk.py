@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mcore_rl.convert.run import hf_to_mcore
+from mcore_rl.convert.command import hf_to_mcore
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.directories import MARK, make
 from mcore_rl.errors import McoreRLError, NumericsError, StorageError
@@ -27,7 +27,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.weights.buckets import export_of, plan_of, take_turn, turns_of
 from mcore_rl.weights.disk import OpenFile, export
-from mcore_rl.weights.encoding import FP8, Encoding, Fp8, Plain
+from mcore_rl.weights.encoding import FP8, Encoding, Fp8Encoding, PlainEncoding
 from tests.model.support import at_layout
 from tests.weights.test_buckets import BUCKET, Allocations, Recorder
 
@@ -40,7 +40,7 @@ def read(directory: Path) -> dict[str, Tensor]:
 # --- one form for every transport ---------------------------------------------------------------------------
 
 
-class InBfloat16(Plain):
+class InBfloat16(PlainEncoding):
     """What a change of what is published takes: this class."""
 
     def forms(self, rule: Rule, name: str, form: Form) -> dict[str, Form]:
@@ -83,13 +83,15 @@ def test_files_servers_and_conversion_get_the_same(
     converted, original = read(tmp_path / "converted"), read(source)
     assert sent.keys() == written.keys() == converted.keys()
     assert (
-        written.keys() > original.keys() if isinstance(encoding, Fp8) else written.keys() == original.keys()
+        written.keys() > original.keys()
+        if isinstance(encoding, Fp8Encoding)
+        else written.keys() == original.keys()
     )
     for others in (as_bytes(written), as_bytes(converted)):
         for name, (dtype, data) in sent.items():
             assert others[name][0] == dtype, name
             assert torch.equal(others[name][1], data), name
-    if not isinstance(encoding, Fp8):
+    if not isinstance(encoding, Fp8Encoding):
         assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in original.items())
 
 

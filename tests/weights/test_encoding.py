@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mcore_rl.convert.run import hf_to_mcore, mcore_to_hf
+from mcore_rl.convert.command import hf_to_mcore, mcore_to_hf
 from mcore_rl.errors import ConfigError, NumericsError, WeightSyncError
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import read_architecture

@@ -169,7 +169,7 @@ NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParameterEntry:
     """A rule applied to one parameter: concrete names."""
 
     megatron: str
@@ -197,7 +197,7 @@ class ParameterMap:
         self._rules = {rule.megatron: rule for rule in TABLES[arch.family]}
         self._sides = sides(arch)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ParameterEntry]:
         """Every parameter of the whole model in a fixed order, a tied output layer left out."""
         rules = [
             r for r in self._rules.values() if not (self.arch.tied and r.megatron == "output_layer.weight")
@@ -212,12 +212,12 @@ class ParameterMap:
             for entry in self._of_layer(rule, layer)
         ]
 
-    def _of_layer(self, rule: Rule, layer: int) -> list[Entry]:
+    def _of_layer(self, rule: Rule, layer: int) -> list[ParameterEntry]:
         if "{expert}" not in rule.megatron or self.arch.experts is None:
             return [_entry(rule, layer=layer)]
         return [_entry(rule, layer=layer, expert=expert) for expert in range(self.arch.experts.count)]
 
-    def entry(self, megatron: str) -> Entry:
+    def entry(self, megatron: str) -> ParameterEntry:
         """The entry of a global Megatron name; a tied output layer answers with the embedding's HF tensor."""
         template = NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
         if template not in self._rules:
@@ -228,7 +228,7 @@ class ParameterMap:
         numbers = numbers_in(megatron)
         entry = _entry(self._rules[template], **numbers)
         if self.arch.tied and megatron == "output_layer.weight":
-            return Entry(megatron, ("model.embed_tokens.weight",), entry.rule)
+            return ParameterEntry(megatron, ("model.embed_tokens.weight",), entry.rule)
         return entry
 
     def shapes(self, rule: Rule) -> list[tuple[int, ...]]:
@@ -275,14 +275,16 @@ class ParameterMap:
                 problems.append(f"{name} has type {dtype}, most others {common}")
         return problems
 
-    def to_shard(self, entry: Entry, hf: Iterable[Tensor], rank: int, size: int) -> Tensor:
+    def to_shard(self, entry: ParameterEntry, hf: Iterable[Tensor], rank: int, size: int) -> Tensor:
         """HF tensors of one entry -> the parameter of tensor-parallel `rank` of `size`."""
         view = self._merge(entry.rule.merge, list(hf))
         if entry.rule.axis is not None:
             view = view.chunk(size, dim=entry.rule.axis)[rank]
         return self._flatten(entry.rule.merge, view)
 
-    def place(self, entry: Entry, shard: Tensor, rank: int, size: int, out: Sequence[Tensor]) -> None:
+    def place(
+        self, entry: ParameterEntry, shard: Tensor, rank: int, size: int, out: Sequence[Tensor]
+    ) -> None:
         """Copy the parameter of tensor-parallel `rank` of `size` to where it belongs in HF tensors `out`.
 
         The inverse of `to_shard`, one rank's shard at a time and into memory that is there. A tensor of `out`
@@ -299,7 +301,7 @@ class ParameterMap:
             live = max(0, min(part.shape[axis], whole.shape[axis] - begin))  # less the vocabulary's padding
             whole.narrow(axis, min(begin, whole.shape[axis]), live).copy_(part.narrow(axis, 0, live))
 
-    def parts(self, entry: Entry, shard: Tensor, size: int) -> list[Tensor]:
+    def parts(self, entry: ParameterEntry, shard: Tensor, size: int) -> list[Tensor]:
         """The part of each HF tensor in the parameter of one of `size` tensor-parallel ranks: views of it.
 
         Those of query, key and value are [kv groups of the rank, heads per group, head dim, ...].
@@ -335,8 +337,10 @@ def numbers_in(name: str) -> dict[str, int]:
     return {match.lastgroup or "": int(match[0]) for match in NUMBER.finditer(name)}
 
 
-def _entry(rule: Rule, **numbers: int) -> Entry:
-    return Entry(rule.megatron.format(**numbers), tuple(name.format(**numbers) for name in rule.hf), rule)
+def _entry(rule: Rule, **numbers: int) -> ParameterEntry:
+    return ParameterEntry(
+        rule.megatron.format(**numbers), tuple(name.format(**numbers) for name in rule.hf), rule
+    )
 
 
 def canonical(name: str) -> str:

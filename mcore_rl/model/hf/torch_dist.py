@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mcore_rl.errors import CheckpointError, ConfigError
-from mcore_rl.model.hf.parameters import HF_DTYPES, Entry, ParameterMap
+from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.unpickle import read_metadata
 
 METADATA = ".metadata"
@@ -41,7 +41,7 @@ class Place:
     size: tuple[int, ...]
 
 
-def place(entry: Entry, mapping: ParameterMap) -> Place:
+def place(entry: ParameterEntry, mapping: ParameterMap) -> Place:
     """Where a parameter of the whole model (one rank's, without padding of the vocabulary) lies."""
     shape = _shape(entry, mapping)
     key = entry.megatron
@@ -57,7 +57,7 @@ def place(entry: Entry, mapping: ParameterMap) -> Place:
     return Place(key, shape, (0,) * len(shape), shape)
 
 
-def _shape(entry: Entry, mapping: ParameterMap) -> tuple[int, ...]:
+def _shape(entry: ParameterEntry, mapping: ParameterMap) -> tuple[int, ...]:
     parts = mapping.shapes(entry.rule)
     return (sum(part[0] for part in parts), *parts[0][1:])
 

@@ -21,7 +21,7 @@ MAY_BE_INFINITE = ("rollout_log_prob", "old_log_prob")
 
 
 @dataclass(frozen=True, order=True)
-class Finding:
+class NonFiniteTensor:
     """A tensor with a value that is not finite; they sort in the order of computation."""
 
     phase: int
@@ -44,7 +44,7 @@ class Inspector:
         self._model, self._mesh = model, model.mesh
         self._batch, self._samples = batch, samples
         self._handles: list[Any] = []
-        self._found: list[Finding] = []
+        self._found: list[NonFiniteTensor] = []
 
     def __enter__(self) -> Self:
         self._inspect_inputs()
@@ -78,7 +78,7 @@ class Inspector:
     def _last(self) -> int:
         return len(self._model.unwrapped) - 1
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[NonFiniteTensor]:
         """Of this rank; to be asked after the backward pass."""
         for number, chunk in enumerate(self._model.unwrapped):
             for name, parameter in reversed(list(chunk.named_parameters())):
@@ -124,7 +124,9 @@ class Inspector:
             shown += self._sample(int(rows.sequence[index[0]])) if index else ""
         sign = -1 if phase in (BACKWARD, GRADIENT) else 1
         stage = (sign * chunk, sign * self._mesh.pp_rank)
-        self._found.append(Finding(phase, stage, len(self._found), self._mesh.rank, f"{what}: {shown}"))
+        self._found.append(
+            NonFiniteTensor(phase, stage, len(self._found), self._mesh.rank, f"{what}: {shown}")
+        )
 
     def _token(self, local: int, count: int) -> str:
         """Which packed token the first axis of a local activation means, where it is one of tokens."""

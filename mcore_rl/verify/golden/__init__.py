@@ -1,5 +1,5 @@
 """`mcore-rl verify golden`: every golden case through the library, vocab-parallel head included."""
 
-from mcore_rl.verify.golden.run import CaseReport, Report, main, verify_golden
+from mcore_rl.verify.golden.command import CaseReport, Report, main, verify_golden
 
 __all__ = ["CaseReport", "Report", "main", "verify_golden"]

@@ -16,7 +16,7 @@ from mcore_rl.algo import advantages, aggregation, algorithms, corrections, kl, 
 from mcore_rl.algo.ratio import difference
 from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import DataError
-from mcore_rl.verify.golden.problem import Outputs, Problem
+from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
 from mcore_rl.verify.golden.samples import ADVANTAGES, MISMATCH, Case, match, whitened_gae
 
 Config = Mapping[str, Any]
@@ -86,7 +86,7 @@ def _loss(name: str, cfg: Config) -> Callable[[Rows], TokenLoss]:
     return partial(loss, **{key: cfg[given] for key, given in named.items() if given in cfg})
 
 
-def rows_of(p: Problem, log_prob: Tensor, entropy: Tensor, advantage: Tensor, behaviour: str) -> Rows:
+def rows_of(p: GoldenInputs, log_prob: Tensor, entropy: Tensor, advantage: Tensor, behaviour: str) -> Rows:
     """The batch as a loss sees it; `behaviour` names the log-probs of the policy that sampled."""
     old, sampled = p.tensor("old_logp"), p.tensor(behaviour)
     current = log_prob.detach()
@@ -96,7 +96,7 @@ def rows_of(p: Problem, log_prob: Tensor, entropy: Tensor, advantage: Tensor, be
     return replace(rows, extras=means)
 
 
-def policy_case(p: Problem, name: str) -> Outputs:
+def policy_case(p: GoldenInputs, name: str) -> Outputs:
     """All output arrays of `policy_losses.npz/<name>/`, its numbers taken from its cfg."""
     cfg = _config(p, name)
     advantage = _advantage(p, cfg.get("adv"))
@@ -127,7 +127,7 @@ def policy_case(p: Problem, name: str) -> Outputs:
     return {**outputs, "per_token_loss": per_token[0], "agg_weight": weight, "adv": advantage}
 
 
-def _config(p: Problem, name: str) -> Config:
+def _config(p: GoldenInputs, name: str) -> Config:
     text = str(p.files["policy_losses"].get(f"{name}/cfg", ""))
     try:
         cfg = {"clip_c": None, **json.loads(text)}
@@ -139,7 +139,7 @@ def _config(p: Problem, name: str) -> Config:
     return cfg
 
 
-def _advantage(p: Problem, name: str | None) -> Tensor:
+def _advantage(p: GoldenInputs, name: str | None) -> Tensor:
     """[N, T]; by its name in advantages.npz, or one of the generator's three other words for it."""
     match name:
         case None | "ones":
@@ -152,7 +152,7 @@ def _advantage(p: Problem, name: str | None) -> Tensor:
     return p.expand(_named(ADVANTAGES, name, p))
 
 
-def _correction(p: Problem, name: str | None) -> Tensor | float:
+def _correction(p: GoldenInputs, name: str | None) -> Tensor | float:
     match name:
         case None:
             return 1.0
@@ -163,7 +163,7 @@ def _correction(p: Problem, name: str | None) -> Tensor | float:
     return p.expand(weight) if weight.ndim == 1 else weight
 
 
-def _named(cases: Mapping[str, Case], name: str, p: Problem) -> Tensor:
+def _named(cases: Mapping[str, Case], name: str, p: GoldenInputs) -> Tensor:
     case = match(cases, name)
     if case is None:
         raise DataError(f"policy_losses.npz: a cfg names {name!r}, which is not a known advantage or weight")
@@ -172,7 +172,7 @@ def _named(cases: Mapping[str, Case], name: str, p: Problem) -> Tensor:
     return result
 
 
-def _aggregation_weight(p: Problem, name: str) -> Tensor:
+def _aggregation_weight(p: GoldenInputs, name: str) -> Tensor:
     valid = name.endswith("-valid")
     weight = aggregation.aggregation_weight(
         cast(aggregation.Aggregation, name.removesuffix("-valid")),
@@ -186,46 +186,46 @@ def _aggregation_weight(p: Problem, name: str) -> Tensor:
 
 # --- preference.npz ---------------------------------------------------------------------------------------
 
-PairLoss = Callable[[Problem, Tensor], Tensor]
+PairLoss = Callable[[GoldenInputs, Tensor], Tensor]
 """(problem, log_prob [N, T]) -> scalar loss"""
 
 
-def _pairs(p: Problem, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(p: GoldenInputs, numbers: Tensor) -> tuple[Tensor, Tensor]:
     chosen, rejected = p.tensor("pairs", "preference").unbind(1)
     return numbers[chosen], numbers[rejected]
 
 
-def _margins(p: Problem, log_prob: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def _margins(p: GoldenInputs, log_prob: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     return preference.margin(*_pairs(p, reduce(log_prob)), *_pairs(p, reduce(p.tensor("ref_logp"))))
 
 
-def _numbers(p: Problem, *names: str) -> dict[str, float]:
+def _numbers(p: GoldenInputs, *names: str) -> dict[str, float]:
     return {name: p.scalar(name, "preference") for name in names}
 
 
-def _dpo(p: Problem, log_prob: Tensor) -> Tensor:
+def _dpo(p: GoldenInputs, log_prob: Tensor) -> Tensor:
     return preference.dpo(_margins(p, log_prob, p.sequence_sum), **_numbers(p, "beta")).mean()
 
 
-def _cdpo(p: Problem, log_prob: Tensor) -> Tensor:
+def _cdpo(p: GoldenInputs, log_prob: Tensor) -> Tensor:
     numbers = _numbers(p, "beta", "label_smoothing")
     return preference.dpo(_margins(p, log_prob, p.sequence_sum), **numbers).mean()
 
 
-def _rdpo(p: Problem, log_prob: Tensor) -> Tensor:
+def _rdpo(p: GoldenInputs, log_prob: Tensor) -> Tensor:
     numbers = _numbers(p, "beta", "label_smoothing")
     return preference.robust_dpo(_margins(p, log_prob, p.sequence_sum), **numbers).mean()
 
 
-def _ipo_sum(p: Problem, log_prob: Tensor) -> Tensor:
+def _ipo_sum(p: GoldenInputs, log_prob: Tensor) -> Tensor:
     return preference.ipo(_margins(p, log_prob, p.sequence_sum), tau=p.scalar("beta", "preference")).mean()
 
 
-def _ipo_average(p: Problem, log_prob: Tensor) -> Tensor:
+def _ipo_average(p: GoldenInputs, log_prob: Tensor) -> Tensor:
     return preference.ipo(_margins(p, log_prob, p.sequence_mean), tau=p.scalar("beta", "preference")).mean()
 
 
-def _orpo(p: Problem, log_prob: Tensor) -> Tensor:
+def _orpo(p: GoldenInputs, log_prob: Tensor) -> Tensor:
     chosen, _ = _pairs(p, p.mask)
     likelihood = preference.sft(_pairs(p, log_prob)[0])[chosen].mean()
     means = _pairs(p, p.sequence_mean(log_prob))
@@ -242,12 +242,12 @@ PREFERENCES: Mapping[str, PairLoss] = {
 }
 
 
-def preference_case(p: Problem, name: str) -> Outputs:
+def preference_case(p: GoldenInputs, name: str) -> Outputs:
     """All output arrays of `preference.npz/<name>/` of a loss on log-probs."""
     return p.gradients(lambda log_prob, entropy: PREFERENCES[name](p, log_prob))
 
 
-def _reward_model(p: Problem, *, plain: bool) -> Outputs:
+def _reward_model(p: GoldenInputs, *, plain: bool) -> Outputs:
     score = p.tensor("rm_score", "preference").requires_grad_()
     margin = 0.0 if plain else p.tensor("rm_margin", "preference")
     center = 0.0 if plain else p.scalar("rm_center_coef", "preference")

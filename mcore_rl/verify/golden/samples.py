@@ -25,14 +25,14 @@ from mcore_rl.algo import (
 )
 from mcore_rl.algo.ratio import difference
 from mcore_rl.algo.rows import Rows
-from mcore_rl.verify.golden.problem import Outputs, Problem
+from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
 
 Case = Callable[..., Tensor | Outputs]
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 
 
-def match(cases: Mapping[str, Case], name: str) -> Callable[[Problem], Tensor | Outputs] | None:
+def match(cases: Mapping[str, Case], name: str) -> Callable[[GoldenInputs], Tensor | Outputs] | None:
     """The case whose pattern is `name`, its numbers bound; None for a name that no pattern knows."""
     for pattern, case in cases.items():
         if found := re.fullmatch(pattern.replace("#", NUMBER), name):
@@ -50,32 +50,32 @@ def _normalized(std: advantages.StdSource) -> Case:
     )
 
 
-def _batch_normalized(p: Problem, ddof: float, eps: float) -> Tensor:
+def _batch_normalized(p: GoldenInputs, ddof: float, eps: float) -> Tensor:
     """The batch is normalised as a single group is."""
     everyone = advantages.group_statistics([0] * len(p.groups), p.rewards.tolist())
     return advantages.group_normalized(p.rewards, everyone, ddof=1 if ddof else 0, eps=eps)
 
 
-def _whitened(p: Problem, rows: Tensor) -> Tensor:
+def _whitened(p: GoldenInputs, rows: Tensor) -> Tensor:
     return p.unpack(returns.whiten(rows, advantages.Spread.of_rows(rows)))
 
 
-def _reinforce_pp_baseline(p: Problem) -> Tensor:
+def _reinforce_pp_baseline(p: GoldenInputs) -> Tensor:
     centered = advantages.group_normalized(p.rewards, p.statistics, std="none")
     return _whitened(p, centered.repeat_interleave(p.lengths))
 
 
-def _reinforce_pp(p: Problem) -> Tensor:
+def _reinforce_pp(p: GoldenInputs) -> Tensor:
     rewards = _token_rewards(p)
     gamma = p.scalar("gamma", "value_gae")
     return _whitened(p, returns.gae(rewards, torch.zeros_like(rewards), p.offsets, gamma=gamma, lam=1.0)[0])
 
 
-def _prompt_values(p: Problem) -> Tensor:
+def _prompt_values(p: GoldenInputs) -> Tensor:
     return p.tensor("values_old")[:, 0]
 
 
-def _adaptive_kl(p: Problem) -> Tensor:
+def _adaptive_kl(p: GoldenInputs) -> Tensor:
     trace = [0.2]
     for observed, samples in ((9.0, 256.0), (3.0, 256.0)):
         trace.append(kl.adaptive_kl_coefficient(trace[-1], observed, samples, target=6.0, horizon=1e4))
@@ -105,24 +105,24 @@ ADVANTAGES: Mapping[str, Case] = {
 # --- value_gae.npz ----------------------------------------------------------------------------------------
 
 
-def _token_rewards(p: Problem) -> Tensor:
+def _token_rewards(p: GoldenInputs) -> Tensor:
     return returns.token_rewards(
         p.rewards, p.rows("old_logp"), p.rows("ref_logp"), p.offsets, kl_coef=p.scalar("kl_coef", "value_gae")
     )
 
 
-def gae_rows(p: Problem) -> tuple[Tensor, Tensor]:
+def gae_rows(p: GoldenInputs) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [R] float64."""
     numbers = {"gamma": p.scalar("gamma", "value_gae"), "lam": p.scalar("lam", "value_gae")}
     return returns.gae(_token_rewards(p), p.rows("values_old"), p.offsets, **numbers)
 
 
-def whitened_gae(p: Problem) -> Tensor:
+def whitened_gae(p: GoldenInputs) -> Tensor:
     """[N, T]"""
     return _whitened(p, gae_rows(p)[0])
 
 
-def _value_loss(p: Problem, clip: float | None = None) -> Outputs:
+def _value_loss(p: GoldenInputs, clip: float | None = None) -> Outputs:
     values = p.tensor("values_new").requires_grad_()
     result = value.value_loss(values, p.tensor("values_old"), p.unpack(gae_rows(p)[1]), clip=clip)
     loss = torch.where(p.mask, result.loss, 0.0).sum() / p.mask.sum()
@@ -142,7 +142,7 @@ VALUES: Mapping[str, Case] = {
 # --- batch.npz and kl_entropy.npz -------------------------------------------------------------------------
 
 
-def _kept(p: Problem) -> tuple[Tensor, Tensor]:
+def _kept(p: GoldenInputs) -> tuple[Tensor, Tensor]:
     logits = p.logits.clone().requires_grad_()
     log_prob = sampling.kept_log_prob(
         logits, p.tensor("y"), p.tensor("keep_mask"), temperature=p.scalar("temperature")
@@ -151,7 +151,7 @@ def _kept(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _kl(estimator: kl.KLEstimator, derivative: bool = False) -> Case:
-    def case(p: Problem) -> Tensor:
+    def case(p: GoldenInputs) -> Tensor:
         log_prob = p.scores()[0].requires_grad_()
         result = kl.kl(estimator, log_prob, p.tensor("ref_logp"), p.tensor("old_logp"))
         return torch.autograd.grad(result.sum(), log_prob)[0] if derivative else result.detach()
@@ -183,7 +183,7 @@ KL_ENTROPY: Mapping[str, Case] = {
 # --- mismatch.npz -----------------------------------------------------------------------------------------
 
 
-def _mismatch(p: Problem) -> Tensor:
+def _mismatch(p: GoldenInputs) -> Tensor:
     return difference(p.tensor("old_logp"), p.tensor("rollout_logp"))
 
 
@@ -192,7 +192,7 @@ def _token(weight: str, *names: str) -> Case:
 
 
 def _sequence(weight: str, *names: str, mean: bool = False) -> Case:
-    def case(p: Problem, *numbers: float) -> Tensor:
+    def case(p: GoldenInputs, *numbers: float) -> Tensor:
         return _weight(weight, (p.sequence_mean if mean else p.sequence_sum)(_mismatch(p)), names, numbers)
 
     return case
@@ -203,7 +203,7 @@ def _weight(weight: str, log_weight: Tensor, names: Sequence[str], numbers: Sequ
 
 
 def _sequence_mask(behaviour: str) -> Case:
-    def case(p: Problem) -> Tensor:
+    def case(p: GoldenInputs) -> Tensor:
         """1 where DeepSeek-V3.2's mask keeps the sequence, read off the loss of an unmoved policy."""
         log_prob = p.scores()[0]
         mean = p.sequence_mean(difference(log_prob, p.tensor(behaviour)))
@@ -236,12 +236,12 @@ MISMATCH: Mapping[str, Case] = {
 # --- layout.npz -------------------------------------------------------------------------------------------
 
 
-def _per_group(p: Problem, numbers: Tensor) -> Tensor:
+def _per_group(p: GoldenInputs, numbers: Tensor) -> Tensor:
     """[N] -> one number per group, in the order of the ids."""
     return torch.stack([numbers[p.groups.index(group)] for group in sorted(set(p.groups))])
 
 
-def _scale(p: Problem, coefficient: float = 1.0) -> diagnostics.GradientScale:
+def _scale(p: GoldenInputs, coefficient: float = 1.0) -> diagnostics.GradientScale:
     log_prob, entropy = (x[p.mask] for x in p.scores())
     ones = torch.ones_like(log_prob)
     return diagnostics.gradient_scale(
@@ -249,17 +249,17 @@ def _scale(p: Problem, coefficient: float = 1.0) -> diagnostics.GradientScale:
     )
 
 
-def _number(read: Callable[[Problem], float]) -> Case:
+def _number(read: Callable[[GoldenInputs], float]) -> Case:
     return lambda p: torch.tensor(read(p), dtype=torch.float64)
 
 
-def _expected_surprise(p: Problem) -> float:
+def _expected_surprise(p: GoldenInputs) -> float:
     """E over y ~ p of 1 - p_y: the diagnostic on every possible token, weighted by its probability."""
     log_p = torch.log_softmax(p.logits / p.scalar("temperature"), dim=-1)[p.mask].double()
     return (log_p.exp() * -torch.expm1(log_p)).sum(-1).mean().item()
 
 
-def _entropy_bound(p: Problem) -> float:
+def _entropy_bound(p: GoldenInputs) -> float:
     """1 - e^(-mean H): the surprise bound with the mean entropy in the place of the cross-entropy."""
     return diagnostics.GradientScale(0, 0, 0, p.scores()[1][p.mask].double().mean().item()).surprise_bound
 

@@ -70,7 +70,7 @@ def _read(file: Path) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Problem:
+class GoldenInputs:
     """Everything a case may read. Floats have `dtype`; rewards stay float64, as in training."""
 
     files: Mapping[str, Arrays]

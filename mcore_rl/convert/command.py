@@ -11,7 +11,7 @@ from typing import Any
 
 from mcore_rl.checkpoint import manifest
 from mcore_rl.convert.certify import Certificate, certify
-from mcore_rl.convert.output import Progress, whole_directory
+from mcore_rl.convert.output import ConversionProgress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.directories import MARK
@@ -33,7 +33,7 @@ def hf_to_mcore(
         ConfigError, CheckpointError, NumericsError: nothing is left at `target`.
     """
 
-    def write(directory: Path) -> Progress:
+    def write(directory: Path) -> ConversionProgress:
         return write_torch_dist(source, directory, tensor=tensor, pipeline=pipeline)
 
     return _convert(
@@ -64,7 +64,7 @@ def mcore_to_hf(
         )
     where = source if config is None else config
 
-    def write(directory: Path) -> Progress:
+    def write(directory: Path) -> ConversionProgress:
         size, encoding = int(shard_gb * 1e9), ENCODINGS[quantize]
         return write_hf(source, directory, config=where, shard_bytes=size, encoding=encoding)
 
@@ -78,7 +78,7 @@ def _convert(
     direction: str,
     source: Path,
     target: Path,
-    write: Callable[[Path], Progress],
+    write: Callable[[Path], ConversionProgress],
     check: Callable[[Path], Certificate] | None,
 ) -> dict[str, Any]:
     with whole_directory(target) as directory:

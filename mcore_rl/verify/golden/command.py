@@ -20,7 +20,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.terminal import printable
 from mcore_rl.verify.golden import losses, samples
-from mcore_rl.verify.golden.problem import BATCH_INPUTS, Arrays, Outputs, Problem, load
+from mcore_rl.verify.golden.inputs import BATCH_INPUTS, Arrays, GoldenInputs, Outputs, load
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 """largest |difference| allowed, relative to max|x| of the array"""
@@ -116,7 +116,7 @@ def _run_rank(directory: str) -> Report:
 
 def run_cases(files: Mapping[str, Arrays], group: dist.ProcessGroup | None) -> Report:
     """Collective over `group`: each rank runs every case and gets the report of its own copies."""
-    problems = [Problem(files, dtype, group, fused) for dtype in TOLERANCE for fused in (False, True)]
+    problems = [GoldenInputs(files, dtype, group, fused) for dtype in TOLERANCE for fused in (False, True)]
     return Report(tuple(_run_case(problems, file, name) for file, name in _case_names(files)))
 
 
@@ -126,7 +126,7 @@ def _case_names(files: Mapping[str, Arrays]) -> Iterator[tuple[str, str]]:
         yield from ((file, name) for name in sorted(names))
 
 
-def _run_case(problems: Sequence[Problem], file: str, name: str) -> CaseReport:
+def _run_case(problems: Sequence[GoldenInputs], file: str, name: str) -> CaseReport:
     case = samples.match(CASES.get(file, {}), name)
     if case is None:
         return CaseReport(f"{file}/{name}", {}, passed=False)
@@ -143,7 +143,7 @@ def _run_case(problems: Sequence[Problem], file: str, name: str) -> CaseReport:
     return CaseReport(f"{file}/{name}", errors, passed)
 
 
-def _compare(problem: Problem, file: str, name: str, outputs: Outputs) -> dict[str, float]:
+def _compare(problem: GoldenInputs, file: str, name: str, outputs: Outputs) -> dict[str, float]:
     """Array -> error. An array that the case does not compute, or of another shape, has an infinite error."""
     arrays = problem.files[file]
     prefix = f"{name}/"
