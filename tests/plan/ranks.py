@@ -4,7 +4,8 @@
 
 Megatron's own models on the meta device, their groups made by torch's fake process group. OUT.json gets a
 list per argument: where each rank stands and how many parameters its policy and its critic have. `:all`
-builds every rank, else one for each (pipeline, tensor, expert) coordinate.
+builds every rank. Otherwise each expert-parallel rank of a pipeline stage is built once, and the stage's last
+rank besides: tensor-parallel ranks differ in what they hold, not in how much (Megatron refuses uneven cuts).
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def built_ranks(directory: Path, layout: Layout, *, every: bool) -> Iterator[dic
     arch = read_architecture(directory)
     mapping = ParameterMap(arch, padded_vocab(arch, layout.tensor))
     shards: dict[str, dict[int, int]] = {}
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[int, int, bool]] = set()
     for rank in range(layout.world_size):
         mesh, expert = _join(layout, rank)
-        where = (mesh.pp_rank, mesh.tp_rank, expert)
+        last = (mesh.tp_rank, expert) == (layout.tensor - 1, layout.expert - 1)
+        where = (mesh.pp_rank, expert, last)
         if every or where not in seen:
             seen.add(where)
             policy, critic = _build(mapping, mesh)
@@ -49,7 +51,7 @@ def built_ranks(directory: Path, layout: Layout, *, every: bool) -> Iterator[dic
             yield {"stage": mesh.pp_rank, "policy": _kinds(policy), "critic": _kinds(critic)}
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-    yield {"whole": sum(_whole(mapping, name, sizes) for name, sizes in shards.items())}
+    yield {"whole": sum(_whole(mapping, name, sizes, layout.tensor) for name, sizes in shards.items())}
 
 
 def _join(layout: Layout, rank: int) -> tuple[Mesh, int]:
@@ -97,16 +99,16 @@ def _kinds(sizes: dict[str, int]) -> dict[str, int]:
     return {"dense": sum(sizes.values()) - experts, "experts": experts}
 
 
-def _whole(mapping: ParameterMap, name: str, sizes: dict[int, int]) -> int:
+def _whole(mapping: ParameterMap, name: str, sizes: dict[int, int], tensor: int) -> int:
     """Parameters of one tensor over the tensor-parallel ranks, less padding; a tied copy is none."""
     entry = mapping.entry(name)
     if mapping.arch.tied and name == "output_layer.weight":
         return 0
+    (size,) = set(sizes.values())
     if entry.rule.axis is None:
-        (once,) = set(sizes.values())
-        return once
+        return size
     padding = (mapping.vocab_rows - mapping.arch.vocab) * mapping.arch.hidden
-    return sum(sizes.values()) - (padding if entry.rule.merge == "vocab" else 0)
+    return tensor * size - (padding if entry.rule.merge == "vocab" else 0)
 
 
 def main(out: Path, cases: list[str]) -> None:
