@@ -1,7 +1,8 @@
 """`torchrun ... tests/faults/faulty.py FAULTS train ...`: the mcore-rl command with ranks that misbehave.
 
 FAULTS is JSON: one fault for each attempt of torchrun, `{"do": ..., "rank": r, "step": s}`, or null. It fires
-in the middle of supervised step s: the gradients are there, no weight has changed.
+in the middle of supervised step s: the gradients are there, no weight has changed. Step 0 is the start of the
+rank, before it has imported Megatron.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 
 from mcore_rl.__main__ import main
 from mcore_rl.errors import ConfigError
-from mcore_rl.training import update
 
 
 def refuse() -> None:
@@ -45,17 +45,27 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def plant(fault: dict[str, Any]) -> None:
-    """Between the backward pass and the optimizer's step, on the rank and at the step that it names."""
-    original, steps = update.forward_backward, iter(range(1, 1000))
+    """On the rank and at the step that it names."""
+    if os.environ["RANK"] != str(fault["rank"]):
+        return
+    if fault["step"] == 0:
+        from mcore_rl.launch import preflight as module
 
-    def forward_backward(*arguments: Any) -> Any:
-        sums = original(*arguments)
-        if next(steps) == fault["step"] and os.environ["RANK"] == str(fault["rank"]):
+        name = "check_rank"
+    else:
+        from mcore_rl.training import update as module
+
+        name = "forward_backward"
+    original, calls = getattr(module, name), iter(range(min(1, fault["step"]), 1000))
+
+    def then_misbehave(*arguments: Any) -> Any:
+        result = original(*arguments)
+        if next(calls) == fault["step"]:
             print(f"fault: {fault['do']} in process {os.getpid()}", file=sys.stderr, flush=True)
             FAULTS[fault["do"]]()
-        return sums
+        return result
 
-    update.forward_backward = forward_backward
+    setattr(module, name, then_misbehave)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,6 @@ def leave(sample: Sample) -> float:
     return float(len(sample.token_ids))
 
 
-def interrupt(sample: Sample) -> float:
-    if _due():
-        raise KeyboardInterrupt
-    return float(len(sample.token_ids))
-
-
 def vanish(sample: Sample) -> float:
     if _due():
         os._exit(0)

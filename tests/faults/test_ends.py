@@ -6,31 +6,54 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.arithmetic import main as write_task
 from mcore_rl.log import read_metrics
+from mcore_rl.rollout.processes import LocalServer
+from mcore_rl.rollout.programs import Embedded
 from tests.sources import ROOT
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of two steps of 32 samples, of a model of one layer with random weights."""
-    folder = tmp_path_factory.mktemp("ends")
-    small = ["--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]
-    assert write_task([str(folder), *small]) == 0
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems, and a model of one layer with random weights."""
+    made = tmp_path_factory.mktemp("ends")
+    assert write_task([str(made), "--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]) == 0
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made / "model"))
+    policy.float().save_pretrained(made / "model")
+    return made
+
+
+@pytest.fixture(scope="module")
+def task(folder: Path) -> list[str]:
+    """Flags of two steps of 32 samples."""
     return [
         *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/model"),
-        *("--model.random_init", "true", "--train.steps", "2", "--train.eval_every", "0"),
+        *("--train.steps", "2", "--train.eval_every", "0"),
         *("--data.eval", f"{folder}/eval.jsonl"),
-        *("--rollout.prompts_per_step", "8", "--rollout.samples_per_prompt", "4", "--rollout.threads", "1"),
+        *("--rollout.prompts_per_step", "8", "--rollout.samples_per_prompt", "4"),
         *("--optimizer.warmup_steps", "0"),
     ]
+
+
+@pytest.fixture(scope="module")
+def served(task: list[str], folder: Path) -> Iterator[list[str]]:
+    """The same of runs that share a server, where its end is not what is proven."""
+    with LocalServer(folder / "model", Embedded(threads=1), log_file=folder / "server.log") as server:
+        yield [*task, "--rollout.urls", f'["{server.url}"]']
+
+
+OWN_SERVER = ("--rollout.threads", "1")
 
 
 def train(
@@ -50,24 +73,20 @@ def ends(run_dir: Path) -> dict[int, int]:
     return {event["rank"]: event["exit_code"] for event in events if event["kind"] == "end"}
 
 
-@pytest.mark.parametrize(
-    ("reward", "raised", "ranks"), [("leave", "SystemExit", 1), ("interrupt", "KeyboardInterrupt", 2)]
-)
-def test_a_reward_that_exits_ends_the_run_as_its_error(
-    task: list[str], tmp_path: Path, reward: str, raised: str, ranks: int
-):
-    done = train(tmp_path, reward, ranks, *task)
+def test_a_reward_that_exits_ends_the_run_as_its_error(served: list[str], tmp_path: Path):
+    """With exit code 0, which is that of success; tests/rewards has all that a reward can raise."""
+    done = train(tmp_path, "leave", 2, *served)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count(f"mcore-rl: RewardError: reward {reward} raised {raised} on sample ") == 1
+    assert done.stderr.count("mcore-rl: RewardError: reward leave raised SystemExit on sample ") == 1
     assert "Traceback" not in done.stderr
-    assert ends(tmp_path) == dict.fromkeys(range(ranks), 2)
+    assert ends(tmp_path) == {0: 2, 1: 2}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
-    task: list[str], tmp_path: Path, ranks: int
+    served: list[str], tmp_path: Path, ranks: int
 ):
-    done = train(tmp_path, "vanish", ranks, *task)
+    done = train(tmp_path, "vanish", ranks, *served)
     assert done.returncode == 75, done.stderr
     said = "mcore-rl: rank 0 left with exit code 0, without an `end` event, after step 0; something in it"
     assert done.stderr.count(said) == 1, done.stderr
@@ -77,7 +96,8 @@ def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
 
 
 def test_a_crash_says_where_and_after_which_step(task: list[str], tmp_path: Path):
-    done = train(tmp_path, "crash", 1, *task)
+    """And its server ends with it: one that held the other end of stderr would keep us waiting here."""
+    done = train(tmp_path, "crash", 1, *task, *OWN_SERVER)
     assert done.returncode == 75, done.stderr
     assert (
         "mcore-rl: rank 0 was ended by signal 11 (SIGSEGV), without an `end` event, after step 1"
@@ -101,7 +121,7 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str],
     run_dir, forked = tmp_path / "run", tmp_path / "forked"
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        done = train(run_dir, "fork", 1, *task, "--checkpoint.every", "1", FORKED=str(forked))
+        done = train(run_dir, "fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", FORKED=str(forked))
         assert stranger.poll() is None, "only what the run has started is ended"
     finally:
         stranger.kill()
@@ -114,12 +134,12 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str],
     assert done.stderr.count("was still there at the end of the run; it is ended") == 2
     assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]
     assert sum(event["kind"] == "end" for event in read_metrics(run_dir / "events.jsonl")) == 1
-    served = (run_dir / "server.log").stat().st_mtime_ns
+    last_served = (run_dir / "server.log").stat().st_mtime_ns
     began = time.monotonic()
-    again = train(run_dir, "fork", 1, *task, "--checkpoint.every", "1", "--resume")
+    again = train(run_dir, "fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", "--resume")
     assert again.returncode == 0, again.stderr
     assert "mcore-rl: nothing to do: step 2 of train.steps = 2 is done" in again.stderr
     assert "raise train.steps" in again.stderr
-    assert (run_dir / "server.log").stat().st_mtime_ns == served, "no server was started"
+    assert (run_dir / "server.log").stat().st_mtime_ns == last_served, "no server was started"
     assert time.monotonic() - began < 120
     assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]

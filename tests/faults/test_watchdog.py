@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mcore_rl.errors import ConfigError, RolloutError
@@ -15,18 +18,22 @@ from mcore_rl.training.faults.exits import end_of_events, last_words, not_worth_
 from tests.sources import ROOT
 
 HANG = """
-import ctypes, sys, time
+import ctypes, os, signal, sys, time
 from pathlib import Path
 from mcore_rl.training.faults import watchdog
 watchdog.GRACE_SECONDS = 0.2
-with watchdog.Watchdog(Path(sys.argv[1]), "now", 1, 1.0).watching() as _:
+with watchdog.Watchdog(Path(sys.argv[1]), "now", {ranks}, 1.0).watching() as _:
     {call}
 print("left in peace")
 """
 
 
+def program(directory: Path, call: str, ranks: int = 1) -> list[str]:
+    return [sys.executable, "-c", HANG.format(call=call, ranks=ranks), str(directory)]
+
+
 def hang(directory: Path, call: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", HANG.format(call=call), str(directory)]
+    command = program(directory, call)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -50,6 +57,38 @@ def test_who_makes_progress_is_left_in_peace(tmp_path: Path):
     assert done.returncode == 0
     assert "left in peace" in done.stdout
     assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_by_the_other_one(tmp_path: Path, rank: int):
+    """A rank sees its siblings by their parent, which is this process, and by torchrun's environment."""
+
+    def of_launch(number: int) -> dict[str, str]:
+        return os.environ | {"TORCHELASTIC_RUN_ID": str(tmp_path), "RANK": str(number)}
+
+    command = program(tmp_path, "os.kill(os.getpid(), signal.SIGSTOP)", ranks=2)
+    stopped = subprocess.Popen(command, cwd=ROOT, env=of_launch(rank))
+    try:
+        deadline = time.monotonic() + 60
+        while psutil.Process(stopped.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        other = subprocess.run(
+            program(tmp_path, "time.sleep(50)", ranks=2), cwd=ROOT, env=of_launch(1 - rank),
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        stopped.kill()
+        stopped.wait()
+    assert other.returncode == 75, other.stderr
+    assert "no progress for 1 s (train.step_timeout) since the start; stacks of 1 of 2 ranks" in other.stderr
+    told = f"rank {rank} wrote no stack: it is stopped, swapped out or dead"
+    told += f" (its process {stopped.pid} is stopped)"
+    assert other.stderr.count(told) == 1
+    assert f"  rank {1 - rank}: " in other.stderr
+    (error,) = read_metrics(tmp_path / "events.jsonl")
+    assert (error["type"], error["rank"]) == ("Hang", 1 - rank)
+    assert told in error["message"]
 
 
 @pytest.fixture
