@@ -5,29 +5,51 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from aiohttp import ClientSession, web
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.arithmetic import main as write_task
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
-from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
+from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
-    return ["train", "examples/gspo_tiny.toml", *task.rl, "--run.dir", str(directory), *flags]
+PROMPTS, EACH = 8, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems, and a model of one layer with random weights, which a server can start on."""
+    made = tmp_path_factory.mktemp("faults")
+    assert write_task([str(made), "--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]) == 0
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made / "model"))
+    policy.float().save_pretrained(made / "model")
+    return made
+
+
+def gspo(folder: Path, directory: Path, *flags: str) -> list[str]:
+    return [
+        *("train", "examples/gspo_tiny.toml", "--run.dir", str(directory)),
+        *("--data.train", f"{folder}/train.jsonl", "--data.eval", f"{folder}/eval.jsonl"),
+        *("--model.path", f"{folder}/model", "--train.eval_every", "0", "--optimizer.warmup_steps", "0"),
+        *("--reward.function", "tests.e2e.rewards:brevity", "--rollout.threads", "1"),
+        *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH), *flags),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -45,32 +67,17 @@ def test_config_mistakes_end_before_any_rank_starts(flags, says, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-def test_illegal_layout(task: Task, tmp_path):
-    done = run(*gspo(task, tmp_path, "--parallel.tensor", "3"))
+def test_malformed_line_names_file_line_and_field(folder: Path, tmp_path):
+    """The ranks find it, the command says it once; tests/training/test_setup.py has what else they refuse."""
+    broken = tmp_path / "train.jsonl"
+    broken.write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
+    done = run(*gspo(folder, tmp_path / "run", "--data.train", str(broken)))
     assert done.returncode == 2
-    assert done.stderr.count("LayoutError: parallel.tensor = 3 does not divide") == 1, done.stderr
+    assert done.stderr.count(f"DataError: {broken}:2:label") == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_malformed_line_names_file_line_and_field(task: Task, tmp_path):
-    broken = tmp_path / "train.jsonl"
-    broken.write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
-    done = run(*gspo(task, tmp_path / "run", "--data.train", str(broken)))
-    assert done.returncode == 2
-    assert f"DataError: {broken}:2:label" in done.stderr, done.stderr
-
-
-def test_vocabulary_mismatch(task: Task, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(task.root / "warm_start" / "model", model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
-    done = run(*gspo(task, tmp_path / "run", "--model.path", str(model), "--parallel.tensor", "1"))
-    assert done.returncode == 2
-    assert "the tokenizer has token id" in done.stderr, done.stderr
-
-
-def test_dead_server_ends_the_run_within_its_deadline(task: Task, tmp_path):
+def test_dead_server_ends_the_run_within_its_deadline(folder: Path, tmp_path):
     flags = [
         "--rollout.urls",
         '["http://127.0.0.1:9"]',
@@ -80,14 +87,14 @@ def test_dead_server_ends_the_run_within_its_deadline(task: Task, tmp_path):
         "1",
     ]
     began = time.monotonic()
-    done = run(*without_threads(gspo(task, tmp_path, *flags)))
+    done = run(*without_threads(gspo(folder, tmp_path, *flags)))
     assert done.returncode == 75, done.stderr
     assert "not ready after 2 s: http://127.0.0.1:9" in done.stderr
     assert time.monotonic() - began < 60
     assert read_metrics(tmp_path / "events.jsonl")[-1]["exit_code"] == 75
 
 
-def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
+def test_a_server_that_ignores_new_weights_is_noticed(folder: Path, tmp_path):
     """Old weights under a new version: SGLang does so when it does not know the names that it is sent."""
 
     async def train_through_proxy(target: str, other: str) -> tuple[str, subprocess.CompletedProcess[str]]:
@@ -100,13 +107,18 @@ def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
                 "--train.steps",
                 "2",
             ]
-            done = await asyncio.to_thread(run, *without_threads(gspo(task, tmp_path / "run", *flags)))
+            done = await asyncio.to_thread(run, *without_threads(gspo(folder, tmp_path / "run", *flags)))
             return url, done
 
-    model = task.root / "warm_start" / "model"
+    model = folder / "model"
     servers = [LocalServer(model, Embedded(threads=1), log_file=tmp_path / f"{i}.log") for i in range(2)]
-    with servers[0] as one, servers[1] as other:
-        url, done = asyncio.run(train_through_proxy(one.url, other.url))
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.close)
+            server.launch()
+        for server in servers:
+            server.wait()
+        url, done = asyncio.run(train_through_proxy(servers[0].url, servers[1].url))
     assert done.returncode == 75, done.stderr
     assert f"WeightSyncError: {url} reports version 1" in done.stderr
     events = read_metrics(tmp_path / "run" / "events.jsonl")
@@ -115,36 +127,43 @@ def test_a_server_that_ignores_new_weights_is_noticed(task: Task, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_server_costs_no_sample_and_comes_back(task: Task, tmp_path):
-    """One of two is killed while the run goes on; it returns through a publish, and then the run may end."""
-    arguments = gspo(task, tmp_path, "--rollout.servers", "2", "--train.steps", "1000")
+def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_process_behind(
+    folder: Path, tmp_path
+):
+    """One of two is killed while the run goes on, and returns through a publish; then Ctrl-C reaches all."""
+    arguments = gspo(folder, tmp_path, "--rollout.servers", "2", "--train.steps", "100000")
     log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(*arguments),
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
-            stdout=out,
-            stderr=out,
+            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out,
             start_new_session=True,
-        )
+        )  # fmt: skip
     try:
         _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
-        family = psutil.Process(process.pid).children(recursive=True)
-        servers = [child for child in family if "mcore_rl.server" in child.cmdline()]
+        servers = _servers_of(process)
         assert len(servers) == 2
         servers[0].kill()
         _wait_for(lambda: b"server_returned" in events.read_bytes(), process, 240)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(_servers_of(process)) == 2
+        assert len(family) >= 4, "two ranks and two servers"
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=60)
+        assert process.wait(timeout=60) in (130, 128 + signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     steps = read_metrics(tmp_path / "metrics.jsonl")
-    assert {step["samples"] for step in steps[1:]} == {16 * 8}
+    assert {step["samples"] for step in steps[1:]} == {PROMPTS * EACH}
     assert min(step["rollout/servers"] for step in steps) == 1, "the fault did not fire"
     kinds = [event["kind"] for event in read_metrics(events)]
     assert kinds.index("server_lost") < kinds.index("server_returned")
+
+
+def _servers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in family if "mcore_rl.server" in child.cmdline()]
 
 
 def without_threads(arguments: list[str]) -> list[str]:
@@ -177,31 +196,6 @@ async def forgetful(target: str, model: Path) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
-
-
-def test_ctrl_c_leaves_no_process_behind(task: Task, tmp_path):
-    arguments = gspo(task, tmp_path, "--train.steps", "1000")
-    log = tmp_path / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command(*arguments),
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-    try:
-        _wait_for(lambda: b"step 1/" in log.read_bytes(), process)
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) >= 3  # two ranks and a server
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) in (130, 128 + signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=20)
-        assert not alive
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> None:

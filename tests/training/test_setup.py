@@ -1,0 +1,52 @@
+"""What is refused before a process group is formed or a weight is built; whole commands are in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples.arithmetic import main as write_task
+from mcore_rl.config import load_config
+from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.training.setup import load_tokenizer, start_trainer
+from tests.sources import ROOT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("setup")
+    assert write_task([str(made), "--train", "8", "--eval", "2", "--layers", "1", "--hidden", "64"]) == 0
+    return made
+
+
+def test_a_layout_that_does_not_fit_the_model_is_refused_before_a_group_is_formed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There is nobody to form one with: it would wait, not raise."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    keys = {"model.path": folder / "model", "parallel.tensor": "3", "run.dir": tmp_path / "run"}
+    overrides = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    config = load_config(ROOT / "examples" / "gspo_tiny.toml", overrides)
+    refused = pytest.raises(LayoutError, match=r"parallel\.tensor = 3 does not divide")
+    with refused as caught, start_trainer(config, optimizer_steps=1, resume=None):
+        pass
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rows", [10, None])
+def test_a_tokenizer_with_an_id_that_the_model_has_no_row_for_is_refused(folder: Path, rows: int | None):
+    """Untouched, as the control, it is loaded."""
+    file = folder / "model" / "config.json"
+    own = json.loads(file.read_text())
+    if rows is None:
+        assert load_tokenizer(folder / "model").eos_token_id is not None
+        return
+    file.write_text(json.dumps(own | {"vocab_size": rows}))
+    try:
+        with pytest.raises(ConfigError, match=rf"the tokenizer has token id \d+, the model only {rows} rows"):
+            load_tokenizer(folder / "model")
+    finally:
+        file.write_text(json.dumps(own))
