@@ -55,13 +55,46 @@ def run(*arguments: str, deadline: float = DEADLINE) -> subprocess.CompletedProc
     )
 
 
+def warm_start(task: Task, directory: Path, *flags: str) -> list[str]:
+    """A supervised run of 40 steps at TP=2, which saves after 20 and 40."""
+    steps = ["--train.steps", "40", "--checkpoint.every", "20"]
+    model = ["--model.path", f"{task.root}/data/model"]
+    return [
+        "train",
+        "examples/sft_tiny.toml",
+        *task.data,
+        *model,
+        "--run.dir",
+        str(directory),
+        *steps,
+        *flags,
+    ]
+
+
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """The arithmetic problems and a policy after 40 supervised steps at TP=2."""
     made = Task(tmp_path_factory.mktemp("task"))
     generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
     subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
-    flags = ["--model.path", f"{made.root}/data/model", "--run.dir", f"{made.root}/warm_start"]
-    done = run("train", "examples/sft_tiny.toml", *made.data, *flags, "--train.steps", "40")
+    done = run(*warm_start(made, made.root / "warm_start"))
     assert done.returncode == 0, done.stderr
     return made
+
+
+STEPS = 8
+
+
+def demo_run(task: Task, directory: Path, *flags: str) -> list[str]:
+    """A short run of what `make demo` runs, which saves every other step."""
+    steps = ["--train.steps", str(STEPS), "--checkpoint.every", "2", "--checkpoint.keep", "3"]
+    return ["train", "examples/gspo_tiny.toml", *task.rl, "--run.dir", str(directory), *steps, *flags]
+
+
+@pytest.fixture(scope="session")
+def demo(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of that run, which nothing interrupted; a test that changes it takes a copy."""
+    directory = tmp_path_factory.mktemp("demo") / "run"
+    done = run(*demo_run(task, directory))
+    assert done.returncode == 0, done.stderr
+    return directory

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.arithmetic import main as write_task
 from mcore_rl.checkpoint import find
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
-from tests.e2e.conftest import DEADLINE, ROOT, Task, run
+from mcore_rl.rollout.processes import LocalServer
+from mcore_rl.rollout.programs import Embedded
+from tests.e2e.conftest import Task, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS, PROMPTS, EACH, EXTRA = 4, 8, 4, 2
@@ -23,11 +27,22 @@ SHOWN = "samples/step_3.jsonl"
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """The arithmetic problems; no warm start is needed."""
+    """The arithmetic problems and a model of random weights, which a server can start on."""
     made = Task(tmp_path_factory.mktemp("task"))
-    generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
-    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
+    assert write_task([f"{made.root}/data", "--seed", "0"]) == 0
+    model = made.root / "data" / "model"
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    policy.float().save_pretrained(model)
     return made
+
+
+@pytest.fixture(scope="module")
+def served(task: Task) -> Iterator[list[str]]:
+    """Flags of runs that share a server; tests/e2e/test_routing.py has a run with its own."""
+    log = task.root / "server.log"
+    with LocalServer(task.root / "data" / "model", Embedded(threads=1), log_file=log) as server:
+        yield ["--rollout.urls", f'["{server.url}"]']
 
 
 def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
@@ -39,9 +54,18 @@ def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
         *("--model.random_init", "true", "--model.path", f"{task.root}/data/model"),
         *("--parallel.tensor", "1", "--train.steps", str(STEPS), "--checkpoint.every", "2"),
         *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH)),
-        *("--rollout.threads", "1", "--rollout.max_new_tokens", "48", "--optimizer.warmup_steps", "0"),
+        *("--rollout.max_new_tokens", "48", "--optimizer.warmup_steps", "0"),
         *("--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token", *flags),
     ]
+
+
+@pytest.fixture(scope="module")
+def whole(task: Task, served: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of all steps; who changes it takes a copy."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    done = run(*gspo(task, directory, *served))
+    assert done.returncode == 0, done.stderr
+    return directory
 
 
 def check(lines: list[dict]) -> None:
@@ -62,21 +86,21 @@ def check(lines: list[dict]) -> None:
     assert max(line["behaviour/max_abs"] for line in lines[1:]) > 1e-3, "the control: older weights sampled"
 
 
-def test_no_token_is_older_than_the_bound_and_the_counts_add_up(task: Task, tmp_path: Path) -> None:
+def test_no_token_is_older_than_the_bound_and_the_counts_add_up(
+    task: Task, served: list[str], whole: Path, tmp_path: Path
+) -> None:
     """And a resume, at another bound of over-sampling and two replicas, has the prompts of the whole run."""
-    directory, again = tmp_path / "run", tmp_path / "again"
-    done = run(*gspo(task, directory))
-    assert done.returncode == 0, done.stderr
-    lines = read_metrics(directory / "metrics.jsonl")[1:]
+    again = tmp_path / "again"
+    lines = read_metrics(whole / "metrics.jsonl")[1:]
     check(lines)
     assert lines[-1]["async/in_flight"] == 0, "nothing is asked for steps that will not come"
-    saved = find(directory / "checkpoints", "previous").document["state"]["ahead"]["groups"]
+    saved = find(whole / "checkpoints", "previous").document["state"]["ahead"]["groups"]
     assert [group["id"].endswith("@3") for group in saved] == [True] * PROMPTS
 
-    shutil.copytree(directory, again)
+    shutil.copytree(whole, again)
     (again / SHOWN).unlink()
     flags = ("--resume", "previous", "--parallel.data", "2", "--rollout.over_sampling", str(EXTRA))
-    done = run(*gspo(task, again, *flags))
+    done = run(*gspo(task, again, *served, *flags))
     assert done.returncode == 0, done.stderr
     resumed = read_metrics(again / "metrics.jsonl")[1:]
     assert resumed[:2] == lines[:2]
@@ -92,20 +116,24 @@ def prompts(directory: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in (directory / SHOWN).read_text().splitlines()]
 
 
-def test_a_run_goes_on_under_another_bound_where_nothing_is_in_flight(task: Task, tmp_path: Path) -> None:
+def test_a_run_goes_on_under_another_bound_where_nothing_is_in_flight(
+    task: Task, served: list[str], whole: Path, tmp_path: Path
+) -> None:
     """Asynchronous, then taking turns, then asynchronous again; with groups in flight it is refused."""
-    take_turns = ("--rollout.max_staleness", "0", "--resume", "latest")
-    first = run(*gspo(task, tmp_path, "--train.steps", "1", "--checkpoint.every", "1"))
-    assert first.returncode == 0, first.stderr
-    second = run(*gspo(task, tmp_path, "--train.steps", "2", "--checkpoint.every", "1", *take_turns))
-    assert second.returncode == 0, second.stderr
-    third = run(*gspo(task, tmp_path, "--train.steps", "4", "--checkpoint.every", "1", "--resume", "latest"))
-    assert third.returncode == 0, third.stderr
-    lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert ["async/asked" in line for line in lines] == [True, False, True, True]
-    trained = [line.get("async/trained") for line in lines]
-    assert trained == [PROMPTS * EACH, None, 3 * PROMPTS * EACH, 4 * PROMPTS * EACH]
-    refused = run(*gspo(task, tmp_path, *take_turns[:2], "--resume", "previous"))
+    directory, turns = tmp_path / "run", ("--rollout.max_staleness", "0")
+    shutil.copytree(whole, directory)
+    refused = run(*gspo(task, directory, *served, *turns, "--resume", "previous"))
     assert refused.returncode == 2
     assert f"holds {PROMPTS} groups of samples in flight" in refused.stderr
+
+    more = (*served, "--checkpoint.every", "1", "--resume", "latest", "--train.steps")
+    second = run(*gspo(task, directory, *more, str(STEPS + 1), *turns))
+    assert second.returncode == 0, second.stderr
+    third = run(*gspo(task, directory, *more, str(STEPS + 3)))
+    assert third.returncode == 0, third.stderr
+    lines = read_metrics(directory / "metrics.jsonl")[STEPS:]
+    assert [line["step"] for line in lines] == [STEPS, STEPS + 1, STEPS + 2, STEPS + 3]
+    assert ["async/asked" in line for line in lines] == [True, False, True, True]
+    trained = [line.get("async/trained") for line in lines]
+    each = PROMPTS * EACH
+    assert trained == [STEPS * each, None, (STEPS + 2) * each, (STEPS + 3) * each]

@@ -13,19 +13,9 @@ import pytest
 from mcore_rl.log import NON_FINITE, read_metrics
 from mcore_rl.metric_names import meaning_of
 from mcore_rl.report import write_report
-from tests.e2e.conftest import Task, run
+from tests.e2e.conftest import STEPS, Task
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def demo(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo")
-    flags = ["--run.dir", str(directory), "--train.steps", str(STEPS)]
-    done = run("train", "examples/gspo_tiny.toml", *task.rl, *flags)
-    assert done.returncode == 0, done.stderr
-    return directory
 
 
 @pytest.fixture(scope="module")

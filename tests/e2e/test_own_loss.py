@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
 from mcore_rl.report import write_report
-from tests.e2e.conftest import Task, run
+from tests.e2e.conftest import ROOT, Task, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 LOSS = "tests.losses.dppo:total_variation"
@@ -34,8 +35,10 @@ def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(task: Ta
     assert "dppo/total_variation" in page
 
 
-def test_a_parameter_that_the_loss_does_not_have_is_refused(task: Task, tmp_path: Path) -> None:
-    flags = ["--run.dir", str(tmp_path), "--algorithm.loss", LOSS, "--algorithm.params.eps_low", "0.1"]
-    done = run("train", "examples/grpo_tiny.toml", *task.rl, *flags)
-    assert done.returncode == 2
-    assert "algorithm.params.eps_low: grpo has no such parameter" in done.stderr
+def test_a_parameter_that_the_loss_does_not_have_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    flags = ["--run.dir", str(tmp_path / "run"), "--algorithm.loss", LOSS]
+    flags += ["--algorithm.params.eps_low", "0.1"]
+    assert main(["train", "examples/grpo_tiny.toml", *flags]) == 2
+    assert "algorithm.params.eps_low: grpo has no such parameter" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,17 +20,9 @@ from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import MEASURED
 from tests.checkpoint.support import stored
-from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, run
+from tests.e2e.conftest import ENVIRONMENT, ROOT, STEPS, Task, command, demo_run, run, warm_start
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
-STEPS = 6
-
-
-def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
-    steps = ["--train.steps", str(STEPS), "--checkpoint.every", "2", "--checkpoint.keep", "3"]
-    return ["train", "examples/gspo_tiny.toml", *task.rl, "--run.dir", str(directory), *steps, *flags]
-
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -52,23 +44,14 @@ def interrupted(start: list[str], log: Path, when, number: int) -> int:
         process.wait()
 
 
-@pytest.fixture(scope="module")
-def whole(task: Task, tmp_path_factory) -> Path:
-    """The run without a fault."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    done = run(*gspo(task, directory))
-    assert done.returncode == 0, done.stderr
-    return directory
-
-
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, steps: Sequence[int] = range(STEPS + 1)) -> None:
     """Bitwise, but for times: parameters, moments, schedule, random states, data order, metrics."""
-    last = f"checkpoints/step_{STEPS}"
+    last = f"checkpoints/step_{steps[-1]}"
     tensors, again = stored(one / last), stored(other / last)
     assert tensors.keys() == again.keys()
     assert [key for key in tensors if not torch.equal(tensors[key], again[key])] == []
     lines, its = timeless(one), timeless(other)
-    assert [line["step"] for line in its] == list(range(STEPS + 1))
+    assert [line["step"] for line in its] == list(steps)
     assert lines == its
     a, b = documents(one / last), documents(other / last)
     assert a == b
@@ -84,86 +67,95 @@ def documents(checkpoint: Path) -> dict:
     return {key: document[key] for key in ("updates", "state", "rng", "layout")}
 
 
-def test_a_rank_is_killed_and_torchrun_restarts_it(task: Task, whole: Path, tmp_path: Path) -> None:
+def test_a_rank_is_killed_and_torchrun_restarts_it(task: Task, demo: Path, tmp_path: Path) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
 
     def step_3_is_logged_and_step_2_committed() -> bool:
         return b"step 3/" in log.read_bytes() and bool(committed(directory / "checkpoints"))
 
-    restarted = [*TORCHRUN, "--max-restarts", "1", "-m", "mcore_rl", *gspo(task, directory)]
+    restarted = [*TORCHRUN, "--max-restarts", "1", "-m", "mcore_rl", *demo_run(task, directory)]
     code = interrupted(restarted, log, step_3_is_logged_and_step_2_committed, signal.SIGKILL)
     assert code == 0, log.read_text()
     assert b"exitcode: -9" in log.read_bytes(), "the fault fired"
     assert b"resumed after step 2 from" in log.read_bytes()
-    assert_same(whole, directory)
+    assert_same(demo, directory)
     events = read_metrics(directory / "events.jsonl")
     assert [event["step"] for event in events if event["kind"] == "resume"] == [2]
     assert [event["exit_code"] for event in events if event["kind"] == "end"][-1] == 0
 
 
-def test_sigterm_saves_and_leaves_with_75(task: Task, whole: Path, tmp_path: Path) -> None:
+def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
+    task: Task, demo: Path, tmp_path: Path, small_disk: Callable[[str], Path]
+) -> None:
+    """The first saves the step, the second ends the run with a typed error; both leave with 75."""
     directory, log = tmp_path / "run", tmp_path / "log"
-    start = command(*gspo(task, directory))
+    start = command(*demo_run(task, directory))
     code = interrupted(start, log, lambda: b"step 1/" in log.read_bytes(), signal.SIGTERM)
     assert code == 75, log.read_text()
     assert b"is saved; --resume latest continues after it" in log.read_bytes()
     (step, _), *_ = reversed(committed(directory / "checkpoints"))
     assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == step < STEPS
-    refused = run(*gspo(task, directory))
+    refused = run(*demo_run(task, directory, "--parallel.tensor", "1"))
     assert refused.returncode == 2
     assert f"up to step {step}: continue it with --resume latest" in refused.stderr
-    done = run(*gspo(task, directory, "--resume", "latest"))
+
+    resume, no_disk = demo_run(task, directory, "--resume", "latest"), None
+    try:
+        disk = small_disk("size=40m")
+    except pytest.skip.Exception as reason:  # the rest is proven all the same
+        no_disk = reason
+    else:
+        resume += ["--publish.dir", str(disk / "weights")]
+        fill_up(command(*resume), log, f"step {step + 1}/", disk / "other")
+        check_full(log.read_text(), disk)
+    done = run(*resume)
     assert done.returncode == 0, done.stderr
-    assert_same(whole, directory)
+    assert_same(demo, directory)
+    if no_disk is not None:
+        raise no_disk
 
 
-def test_a_damaged_checkpoint_is_refused_and_previous_continues(
-    task: Task, whole: Path, tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
-    shutil.copytree(whole, directory)
-    with (directory / "checkpoints" / f"step_{STEPS}" / "__1_0.distcp").open("r+b") as file:
-        file.seek(5000)
-        byte = file.read(1)[0]
-        file.seek(5000)
-        file.write(bytes([byte ^ 1]))
-    further = ("--train.steps", str(STEPS + 1))  # after the last step there would be nothing to read for
-    refused = run(*gspo(task, directory, "--resume", "latest", *further))
-    assert refused.returncode == 2
-    assert refused.stderr.count("__1_0.distcp does not have the checksum") == 1, refused.stderr
-    assert "--resume previous" in refused.stderr
-    done = run(*gspo(task, directory, "--resume", "previous"))
-    assert done.returncode == 0, done.stderr
-    assert_same(whole, directory)
+def check_full(text: str, disk: Path) -> None:
+    """What a run says whose weights found no room."""
+    assert text.count("StorageError: ") == 1, text
+    assert f"StorageError: {disk}/weights/" in text
+    assert "No space left on device" in text
+    assert "Traceback" not in text
 
 
-def test_a_disk_that_fills_up_under_a_publish_ends_the_run_typed_and_it_resumes(
-    task: Task, whole: Path, tmp_path: Path, small_disk: Callable[[str], Path]
-) -> None:
-    directory, log, place = tmp_path / "run", tmp_path / "log", small_disk("size=40m")
-    flags = ["--publish.dir", str(place / "weights")]
+def fill_up(start: list[str], log: Path, said: str, file: Path) -> None:
+    """Start a command, and leave no room beside `file` once it has `said` so; it ends with 75."""
     with log.open("wb") as out:
-        start = command(*gspo(task, directory, *flags))
         process = subprocess.Popen(start, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out)
     try:
         end = time.monotonic() + 200
-        while not committed(directory / "checkpoints"):
+        while said not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end
             time.sleep(0.02)
-        with suppress(OSError), (place / "other").open("wb", buffering=0) as other:
+        with suppress(OSError), file.open("wb", buffering=0) as other:
             while other.write(bytes(4096)):
                 pass
         assert process.wait(timeout=120) == 75, log.read_text()
     finally:
         process.kill()
         process.wait()
-    text = log.read_text()
-    assert text.count("StorageError: ") == 1, text
-    assert f"StorageError: {place}/weights/" in text
-    assert "No space left on device" in text
-    assert "Traceback" not in text
-    (place / "other").unlink()
-    done = run(*gspo(task, directory, *flags, "--resume", "latest"))
+    file.unlink()
+
+
+def test_a_damaged_checkpoint_is_refused_and_previous_continues(task: Task, tmp_path: Path) -> None:
+    """Of the supervised warm start: what reads checkpoints is the same, and no server has to start."""
+    directory, whole = tmp_path / "run", task.root / "warm_start"
+    shutil.copytree(whole, directory)
+    with (directory / "checkpoints" / "step_40" / "__1_0.distcp").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    refused = run(*warm_start(task, directory, "--resume", "latest"))
+    assert refused.returncode == 2
+    assert refused.stderr.count("__1_0.distcp does not have the checksum") == 1, refused.stderr
+    assert "--resume previous" in refused.stderr
+    done = run(*warm_start(task, directory, "--resume", "previous"))
     assert done.returncode == 0, done.stderr
-    assert_same(whole, directory)
+    assert_same(whole, directory, range(1, 41))
