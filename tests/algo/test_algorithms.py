@@ -222,7 +222,7 @@ def test_adding_an_algorithm_is_one_entry_and_one_function(monkeypatch: pytest.M
 
 
 def test_algo_imports_torch_only() -> None:
-    """In a fresh interpreter nothing of the project but errors and their words comes with it, and no collective is called."""
+    """In a fresh interpreter only errors and their words come with it, and no collective is called."""
     code = (
         "import sys, mcore_rl.algo.algorithms, mcore_rl.algo.preference, mcore_rl.algo.diagnostics;"
         "print([m for m in sys.modules if m.startswith(('mcore_rl.', 'megatron', 'transformers'))])"
