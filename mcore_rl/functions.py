@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mcore_rl.errors import AskedToLeave, ConfigError
+from mcore_rl.terminal import quoted
 
 
 def load_function(key: str, name: str, argument: str, *, keywords: bool = False) -> Callable[..., Any]:
@@ -22,7 +23,7 @@ def load_function(key: str, name: str, argument: str, *, keywords: bool = False)
     """
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
-        raise ConfigError(f"{key}: {name!r} is not of the form `module:function`")
+        raise ConfigError(f"{key}: {quoted(name)} is not of the form `module:function`")
     if os.getcwd() not in sys.path:  # the `mcore-rl` script, unlike `python -m`, does not put it there
         sys.path.append(os.getcwd())
     try:

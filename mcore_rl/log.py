@@ -125,19 +125,27 @@ def _plain(key: str, value: Any) -> float | int | str | bool | None:
 
 
 class Timers:
-    """Seconds per phase of a step: `with timers("rollout"): ...`, then `timers.collect()` once per step."""
+    """Seconds per phase of a step: `with timers("rollout"): ...`, then `timers.collect()` once per step.
+
+    A phase inside another is part of that one: its seconds count there alone, so that phases add up.
+    """
 
     def __init__(self) -> None:
         self._phases: dict[str, float] = {}
+        self._inside = False
         self._since = time.monotonic()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to `phase`, also when it raises."""
-        start = time.monotonic()
+        if self._inside:
+            yield
+            return
+        start, self._inside = time.monotonic(), True
         try:
             yield
         finally:
+            self._inside = False
             self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
 
     def collect(self) -> dict[str, float]:
@@ -155,7 +163,6 @@ class Progress:
     SHOWN: Mapping[str, str] = {
         "reward/mean": "reward",
         "loss/policy": "loss",
-        "loss/supervised": "loss",
         "kl/rollout": "kl",
         "clip/fraction": "clipped",
     }

@@ -88,13 +88,14 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Time and memory": {
         "time/step": "Seconds since the last record.",
-        "time/rollout": "Seconds in which the lead waited for samples.",
-        "time/reward": "Seconds of giving rewards.",
+        "time/rollout": "Seconds in which the lead waited for samples to train on.",
+        "time/reward": "Seconds of giving them rewards.",
         "time/score": "Seconds of log-probs and values before the first update.",
         "time/train": "Seconds of the updates.",
         "time/publish": "Seconds of the publish and its check.",
-        "time/eval": "Seconds of the evaluation.",
+        "time/eval": "Seconds of the evaluation, its samples and rewards included.",
         "time/save": "Seconds in which training waited for a checkpoint.",
+        "time/release": "Seconds in which servers on the same GPUs gave up their memory.",
         "throughput/tokens_per_second": "Prompt and response tokens of the step over `time/step`.",
         "throughput/train_tokens_per_second": "Prompt and response tokens, once per epoch, over "
         "`time/train`.",

@@ -13,6 +13,9 @@ import unicodedata
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of what acts instead of being shown: controls, formats, surrogates, line separators"""
 
+QUOTED_CHARS = 100
+"""the most that a message repeats of one value"""
+
 
 def escaped(foreign: object) -> str:
     """`str(foreign)` on one line, with what a terminal would act on as Python writes it: `\\x1b`, `\\r`."""
@@ -20,6 +23,12 @@ def escaped(foreign: object) -> str:
     if text.isprintable():  # the common case, and no category of _HIDDEN is printable
         return text
     return "".join(_shown(character) for character in text)
+
+
+def quoted(value: object) -> str:
+    """`repr(value)` for a message: on one line, and cut where it is long."""
+    text = escaped(repr(value))
+    return text if len(text) <= QUOTED_CHARS else f"{text[:QUOTED_CHARS]}..."
 
 
 def printable(message: object) -> str:

@@ -29,7 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "strict_json": frozenset(),
     "terminal": frozenset(),
     "weight_files": frozenset({"errors"}),
-    "functions": frozenset({"errors"}),
+    "functions": frozenset({"errors", "terminal"}),
     "before_megatron": frozenset(),
     "directories": frozenset({"errors"}),
     "algo": BASE,

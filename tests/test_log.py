@@ -144,6 +144,20 @@ def test_timers_add_up_and_start_anew(monkeypatch):
     assert timers.collect() == {"time/train": 0, "time/step": 0}
 
 
+def test_a_phase_inside_another_counts_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    timers = Timers()
+    with timers("eval"):
+        for inner in ("rollout", "reward"):
+            with timers(inner):
+                now[0] += 2
+        now[0] += 1
+    with timers("rollout"):
+        now[0] += 3
+    assert timers.collect() == {"time/eval": 5, "time/rollout": 3, "time/step": 8}
+
+
 def test_the_line_of_progress():
     progress = Progress(60)
     metrics = {"reward/mean": 0.71234, "loss/policy": -0.00213, "time/step": 1.0, "grad_norm": 3}

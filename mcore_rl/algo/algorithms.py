@@ -27,6 +27,7 @@ from mcore_rl.algo.kl import KLEstimator
 from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
 from mcore_rl.errors import ConfigError
 from mcore_rl.functions import load_function
+from mcore_rl.terminal import quoted
 
 Param = float | int | str | bool | None
 
@@ -178,7 +179,7 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
             range, or a loss that cannot be loaded.
     """
     if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm.name: {name!r} is unknown{_suggest(name, ALGORITHMS)}")
+        raise ConfigError(f"algorithm.name: {quoted(name)} is unknown{_suggest(name, ALGORITHMS)}")
     algorithm = ALGORITHMS[name]
     if loss is not None:
         algorithm = _with_loss(algorithm, loss)
@@ -313,11 +314,11 @@ def _checked(place: str, expected: Any, value: object) -> Any:
     options = get_args(expected)
     if get_origin(expected) is Literal:
         if value not in options:
-            raise ConfigError(f"{place}: {value!r} is not one of {', '.join(map(str, options))}")
+            raise ConfigError(f"{place}: {quoted(value)} is not one of {', '.join(map(str, options))}")
         return value
     if expected is bool:
         if not isinstance(value, bool):
-            raise ConfigError(f"{place}: {value!r} is not true or false")
+            raise ConfigError(f"{place}: {quoted(value)} is not true or false")
         return value
     if value is None and type(None) in options:
         return value
@@ -330,7 +331,7 @@ def _checked(place: str, expected: Any, value: object) -> Any:
         if value == int(value):
             return int(value)
     raise ConfigError(
-        f"{place}: {value!r} is not a {'whole ' * (expected is int)}number from {low:g} to {high:g}"
+        f"{place}: {quoted(value)} is not a {'whole ' * (expected is int)}number from {low:g} to {high:g}"
     )
 
 

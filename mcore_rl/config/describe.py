@@ -26,9 +26,10 @@ _BOUNDS: tuple[tuple[Any, str, str], ...] = (
 )
 _HEAD = """# Configuration keys
 
-`mcore-rl config` prints this page; `mcore-rl config SECTION` prints one section. A configuration is one
-TOML file, and `--section.key value` on the command line overrides a key. Relative paths start at the current
-directory. A key that is unknown, out of range or without effect ends the command with exit code 2.
+`mcore-rl config` lists these keys in the terminal, `mcore-rl config SECTION` those of one section, and
+`mcore-rl config --markdown` prints this page. A configuration is one TOML file, and `--section.key value` on
+the command line overrides a key. Relative paths start at the current directory. A key that is unknown, out of
+range or without effect ends the command with exit code 2.
 """
 
 

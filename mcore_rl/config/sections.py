@@ -294,7 +294,7 @@ class TrainConfig(Section):
 
 
 class ResidencyConfig(Section):
-    """What leaves the GPU while it is not used, to wait in host memory but for the servers'."""
+    """What leaves the GPU while it is not used. It waits in host memory; the servers' memory is freed."""
 
     reference: Literal["resident", "offloaded", "swapped"] = "resident"
     """`swapped`: no second model; for scoring, the policy takes its first weights back."""

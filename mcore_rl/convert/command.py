@@ -14,7 +14,6 @@ from mcore_rl.convert.certify import Certificate, certify
 from mcore_rl.convert.output import ConversionProgress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
-from mcore_rl.directories import MARK
 from mcore_rl.errors import ConfigError
 from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
@@ -93,7 +92,7 @@ def _convert(
         if check is not None:
             print("comparing the logits of both sides", file=sys.stderr, flush=True)
             summary["certificate"] = asdict(check(directory))
-        files = [manifest.checksum(path) for path in sorted(directory.iterdir()) if path.name != MARK]
+        files = [manifest.checksum(path) for path in sorted(directory.iterdir())]
         manifest.commit(directory, files, conversion=summary)
     return summary
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import sys
 import time
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mcore_rl.checkpoint.manifest import sync_directory
-from mcore_rl.directories import MARK, make
+from mcore_rl.directories import check_free, locked, mark, remove
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.terminal import printable
 
@@ -27,18 +26,19 @@ def whole_directory(target: Path) -> Iterator[Path]:
     target = Path(target)
     if target.exists():
         raise ConfigError(f"{target} exists; remove it or name another directory")
-    partial = target.with_name(target.name + ".partial")
+    partial, remedy = target.with_name(target.name + ".partial"), "name another target"
     try:
-        with _locked(target.with_name(target.name + ".lock")):
-            make(partial, "name another target", kind="conversion")
+        check_free(partial, remedy, kind="conversion")
+        partial.mkdir(parents=True, exist_ok=True)
+        mark(partial, "conversion")
+        with locked(partial, remedy, CheckpointError):
             try:
-                yield partial
-                (partial / MARK).unlink()  # what is complete is never removed
-                sync_directory(partial)
-                partial.rename(target)
+                yield _emptied(partial / "whole")
+                sync_directory(partial / "whole")
+                (partial / "whole").rename(target)
                 sync_directory(target.parent)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial, remedy, kind="conversion")
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or partial}: {error.strerror or error}; nothing is left of the conversion. "
@@ -46,17 +46,12 @@ def whole_directory(target: Path) -> Iterator[Path]:
         ) from error
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process; it ends with the process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{path}: another process is converting to this directory") from None
-        yield
-        path.unlink(missing_ok=True)
+def _emptied(directory: Path) -> Path:
+    """The directory without what a conversion that was killed left in it."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir()
+    return directory
 
 
 class ConversionProgress:

@@ -43,6 +43,11 @@ class Optimizer:
     schedule: OptimizerParamScheduler
     model: Model
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return max(float(group["lr"]) for group in self.megatron.param_groups)
+
     def zero_grad(self) -> None:
         """Before the first micro-batch of a step."""
         for chunk in _trained(self.model):

@@ -14,7 +14,7 @@ from mcore_rl.report.svg import Line, Reference, format_number, line_chart, movi
 SMOOTH_FROM = 25
 """points from which a noisy metric gets a moving average"""
 MAX_BARS = 60
-PHASES = ("rollout", "reward", "train", "publish", "eval")
+PHASES = ("rollout", "reward", "train", "publish", "eval", "score", "save", "release")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
     "Learning": [
         Plot(
             "Held-out accuracy",
-            "Temperature 1, prompts outside the training set",
+            "At the temperature of training, prompts outside the training set",
             (("eval/*/accuracy", "accuracy"),),
             dots=True,
         ),
         Plot(
             "Held-out reward",
-            "Of the reward model; temperature 1, prompts outside the training set",
+            "Of the reward model; at the temperature of training, prompts outside the training set",
             (("eval/*/reward", "reward"),),
             dots=True,
         ),

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_rl.rollout.experts import parse_experts
-from mcore_rl.terminal import escaped
+from mcore_rl.terminal import quoted
 from mcore_rl.types import ExpertLayers, VersionSpan
 
 ANY_VOCABULARY = 1 << 31
@@ -25,7 +25,6 @@ LARGEST_LOG_PROB = 1e-4
 vocabulary, some 1e-6 for 2^18 addends that are summed in a tree, as GPUs and CPUs do. A hundred times that
 leaves room for any order of summation, and a ratio that is wrong by 1e-4 harms nobody."""
 _FLOAT32 = float(np.finfo(np.float32).max)
-_QUOTED_CHARS = 100
 
 
 class MalformedReplyError(Exception):
@@ -212,8 +211,7 @@ def _shown(value: Any) -> str:
     """For a message: short, on one line, whatever it is."""
     if isinstance(value, list | dict):
         return f"a {'list' if isinstance(value, list) else 'n object'}"
-    text = escaped(repr(value))
-    return text if len(text) <= _QUOTED_CHARS else f"{text[:_QUOTED_CHARS]}..."
+    return quoted(value)
 
 
 def _check(holds: bool, field: str, what: str) -> None:

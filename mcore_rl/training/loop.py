@@ -34,7 +34,7 @@ from mcore_rl.training.metrics import StepMetrics, rollout_metrics
 from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Critic, Run
 from mcore_rl.training.staleness import token_ages
-from mcore_rl.training.throughput import Work, learning_rate, work_of
+from mcore_rl.training.throughput import Work, work_of
 from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
@@ -117,9 +117,9 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
     with timers("score"):
         scores = score(run, batch, parts, screened.old_log_probs)
     advantages = compute_advantages(batch, run.algorithm, scores)
-    rates = {"lr/policy": learning_rate(run.trainer.optimizer)}
+    rates = {"lr/policy": run.trainer.optimizer.learning_rate}
     if run.critic is not None:
-        rates["lr/critic"] = learning_rate(run.critic.optimizer)
+        rates["lr/critic"] = run.critic.optimizer.learning_rate
     policy, critic = StepMetrics(), StepMetrics()
     explain = partial(keep_broken, config, run.trainer.shape.align)
     shape = run.trainer.shape

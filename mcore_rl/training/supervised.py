@@ -24,7 +24,7 @@ from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.setup import offloaded_optimizers, start_trainer
-from mcore_rl.training.throughput import learning_rate, work_of
+from mcore_rl.training.throughput import work_of
 from mcore_rl.training.trainer import Trainer
 from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
@@ -42,7 +42,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         for step in range(trainer.attempt.step + 1, config.train.steps + 1):
             with trainer.timers("train"):
                 prompts = trainer.cursor.next(config.supervised.batch_size)
-                rate = learning_rate(trainer.optimizer)
+                rate = trainer.optimizer.learning_rate
                 sequences = [labelled(trainer.tokenizer, prompt) for prompt in prompts]
                 metrics = train_step(trainer, residency, prompts, sequences, step)
             counted = data_metrics("train", trainer.prompts) if step == 1 else {}

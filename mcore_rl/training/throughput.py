@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.control import of_all
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.batch import Shape
@@ -59,11 +58,6 @@ def throughput(work: Work, times: Mapping[str, float], mesh: Mesh) -> dict[str, 
         "throughput/mfu": None if peak_flops is None else work.flops / (busy * peak_flops),
         "memory/peak_gib": max(peaks),
     }
-
-
-def learning_rate(optimizer: Optimizer) -> float:
-    """The learning rate of the next optimizer step."""
-    return max(float(group["lr"]) for group in optimizer.megatron.param_groups)
 
 
 def peak_memory_gib() -> float:

@@ -4,7 +4,7 @@ import string
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as options
 from hypothesis import strategies as st
 
@@ -284,6 +284,10 @@ toml_values = json_values() | st.sampled_from([value for value in AWKWARD if val
 
 
 @options(max_examples=examples(100))
+@example({"algorithm.name": "x" * 3000})
+@example({"algorithm.loss": "x" * 3000})
+@example({"reward.function": "x" * 3000 + ":"})
+@example({"algorithm.params": {"clip_low": "x" * 3000}})
 @given(st.dictionaries(any_key, toml_values, max_size=4))
 def test_any_value_of_any_key_is_read_or_refused_with_its_place(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("fuzz") / "c.toml"

@@ -145,6 +145,23 @@ def test_what_lies_where_the_target_is_written_is_left_alone(dense_source: Path,
     assert mine.read_text() == "precious"
 
 
+def test_a_file_with_the_name_of_a_lock_is_left_alone(dense_source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mcore.lock"
+    mine.write_text("precious")
+    hf_to_mcore(dense_source, tmp_path / "mcore")
+    assert mine.read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"mcore.lock", "mcore"}
+
+
+def test_two_conversions_to_one_target_are_told_apart(dense_source: Path, tmp_path: Path) -> None:
+    with output.whole_directory(tmp_path / "mcore") as first:
+        (first / "begun").touch()
+        with pytest.raises(CheckpointError, match=rf"mcore.partial is in use by process {os.getpid()} on "):
+            hf_to_mcore(dense_source, tmp_path / "mcore")
+        assert (first / "begun").exists()
+    assert [path.name for path in (tmp_path / "mcore").iterdir()] == ["begun"]
+
+
 class Malice:
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -240,7 +257,7 @@ def killed_at(parameter: int, source: Path, target: Path) -> None:
 def test_a_killed_conversion_starts_clean(dense_source: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError):
         spawn(killed_at, 1, 9, dense_source, tmp_path / "mcore")
-    assert list((tmp_path / "mcore.partial").glob("*.distcp")), "the process died while writing"
+    assert list((tmp_path / "mcore.partial").rglob("*.distcp")), "the process died while writing"
     assert not (tmp_path / "mcore").exists()
     hf_to_mcore(dense_source, tmp_path / "mcore")
     assert verify_checkpoint(tmp_path / "mcore", against=dense_source)
