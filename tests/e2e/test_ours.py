@@ -6,29 +6,21 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mcore_rl.__main__ import main
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.directories import MARK, is_ours
 from mcore_rl.log import read_metrics
-from tests.e2e.conftest import DEADLINE, ENVIRONMENT, ROOT, command, run
+from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The arithmetic task with a model of one layer and random weights."""
-    made = tmp_path_factory.mktemp("small")
-    small = ["--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]
-    generate = [sys.executable, "examples/arithmetic.py", str(made), *small]
-    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
-    return made
 
 
 def sft(folder: Path, directory: Path, *flags: str) -> list[str]:
@@ -36,12 +28,16 @@ def sft(folder: Path, directory: Path, *flags: str) -> list[str]:
     return _train(folder, directory, "sft_tiny", "--supervised.batch_size", "8", *_saved(flags), *flags)
 
 
-def grpo(folder: Path, directory: Path, *flags: str) -> list[str]:
-    """A run of two steps with the embedded server, a checkpoint after each."""
-    sizes = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 4, "threads": 1}
+def grpo(folder: Path, directory: Path, *flags: str, url: str = "") -> list[str]:
+    """A run of two steps, a checkpoint after each, with the server at `url` or else an embedded one."""
+    sizes = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 4}
     rollout = [word for key, value in sizes.items() for word in (f"--rollout.{key}", str(value))]
     held_out = ("--data.eval", str(folder / "eval.jsonl"))
-    return _train(folder, directory, "grpo_tiny", *held_out, *rollout, *_saved(flags), *flags)
+    server = ["--rollout.threads", "1"]
+    if url:
+        server = ["--rollout.urls", f'["{url}"]', "--model.path", f"{folder}/policy"]
+        server += ["--model.random_init", "false"]
+    return _train(folder, directory, "grpo_tiny", *held_out, *rollout, *server, *_saved(flags), *flags)
 
 
 def _saved(flags: tuple[str, ...]) -> list[str]:
@@ -74,30 +70,38 @@ def plant(*files: Path) -> Callable[[], bool]:
 # --- what something else wrote --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("file", "names"),
-    [
-        ("metrics.jsonl", "metrics.jsonl"),
-        ("weights/1/mine", "1"),
-        ("checkpoints/step_7/mine", "step_7"),
-    ],
-)
-def test_what_another_program_wrote_stops_the_run_and_stays(folder, tmp_path, file, names):
+@pytest.mark.parametrize("file", ["metrics.jsonl", "weights/1/mine"])
+def test_what_another_program_wrote_stops_the_command_and_stays(folder, tmp_path, file, capsys, monkeypatch):
+    """The launcher refuses it; no rank starts."""
+    monkeypatch.chdir(ROOT)
     kept = plant(tmp_path / "run" / file, tmp_path / "run" / "samples" / "mine.txt")
-    done = run(*grpo(folder, tmp_path / "run"))
+    assert main(grpo(folder, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert f" holds {file.removeprefix('weights/').removesuffix('/mine')}" in said
+    assert "dir to another" in said
+    assert kept()
+    assert not (tmp_path / "run" / "events.jsonl").exists(), "not a word of it"
+
+
+def test_what_another_program_wrote_among_the_checkpoints_stops_the_run_and_stays(folder, tmp_path):
+    """The rank refuses it, which holds their lock; the launcher passes its exit code on."""
+    kept = plant(
+        tmp_path / "run" / "checkpoints" / "step_7" / "mine", tmp_path / "run" / "samples" / "mine.txt"
+    )
+    done = run(*sft(folder, tmp_path / "run"))
     assert done.returncode == 2, done.stderr
-    assert f" holds {names}" in done.stderr
+    assert " holds step_7" in done.stderr
     assert "Traceback" not in done.stderr
     assert "dir to another" in done.stderr
     assert kept()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or file == "metrics.jsonl"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_run_goes_on_beside_files_that_are_not_in_its_way(folder, tmp_path):
+def test_a_run_goes_on_beside_files_that_are_not_in_its_way(ranks, folder, tmp_path):
     names = ("notes.txt", "samples/mine.txt", "weights/mine/x", "checkpoints/mine/x", "publish/LATEST")
     kept = plant(*(tmp_path / "run" / name for name in names))
     for _ in range(2):
-        done = run(*grpo(folder, tmp_path / "run", "--checkpoint.every", "0", "--train.steps", "1"))
+        done = ranks.run(*grpo(folder, tmp_path / "run", "--checkpoint.every", "0", "--train.steps", "1"))
         assert done.returncode == 0, done.stderr
         assert kept()
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
@@ -108,16 +112,16 @@ def test_a_run_goes_on_beside_files_that_are_not_in_its_way(folder, tmp_path):
     assert is_ours(tmp_path / "run" / "weights" / "1", "weights")
 
 
-def test_a_run_of_a_version_without_marks_goes_on(folder, tmp_path):
+def test_a_run_of_a_version_without_marks_goes_on(ranks, folder, tmp_path):
     directory = tmp_path / "run"
-    assert run(*sft(folder, directory)).returncode == 0
+    assert ranks.run(*sft(folder, directory)).returncode == 0
     forget(directory)
-    done = run(*sft(folder, directory, "--resume", "latest", "--train.steps", "3"))
+    done = ranks.run(*sft(folder, directory, "--resume", "latest", "--train.steps", "3"))
     assert done.returncode == 0, done.stderr
     assert "only the ids of the training prompts could be compared" in done.stderr
     assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [1, 2, 3]
     assert is_ours(directory / "model", "model")
-    again = run(*sft(folder, directory, "--resume", "latest", "--train.steps", "4"))
+    again = ranks.run(*sft(folder, directory, "--resume", "latest", "--train.steps", "4"))
     assert again.returncode == 0, again.stderr
     assert "could be compared" not in again.stderr
 
@@ -143,15 +147,15 @@ def forget(directory: Path) -> None:
 # --- another run ------------------------------------------------------------------------------------------
 
 
-def test_a_resume_into_the_directory_of_another_run_is_refused(folder, tmp_path):
+def test_a_resume_into_the_directory_of_another_run_is_refused(ranks, folder, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    assert run(*sft(folder, a, "--train.steps", "3", "--checkpoint.keep", "9")).returncode == 0
-    assert run(*sft(folder, b, "--train.steps", "1")).returncode == 0
+    assert ranks.run(*sft(folder, a, "--train.steps", "3", "--checkpoint.keep", "9")).returncode == 0
+    assert ranks.run(*sft(folder, b, "--train.steps", "1")).returncode == 0
     before = {
         path: path.read_bytes() for path in a.rglob("*") if path.is_file() and path.name != "events.jsonl"
     }
     other = str(b / "checkpoints" / "step_1")
-    done = run(*sft(folder, a, "--resume", other))
+    done = ranks.run(*sft(folder, a, "--resume", other))
     assert done.returncode == 2, done.stderr
     assert f"{a} holds another run up to step 3 than {other} is of" in done.stderr
     now = {path: path.read_bytes() for path in a.rglob("*") if path.is_file() and path.name != "events.jsonl"}
@@ -161,9 +165,9 @@ def test_a_resume_into_the_directory_of_another_run_is_refused(folder, tmp_path)
     }
 
 
-def test_a_run_that_keeps_no_checkpoints_spares_those_that_are_there(folder, tmp_path):
-    assert run(*sft(folder, tmp_path)).returncode == 0
-    done = run(*sft(folder, tmp_path, "--checkpoint.every", "0"))
+def test_a_run_that_keeps_no_checkpoints_spares_those_that_are_there(ranks, folder, tmp_path):
+    assert ranks.run(*sft(folder, tmp_path)).returncode == 0
+    done = ranks.run(*sft(folder, tmp_path, "--checkpoint.every", "0"))
     assert done.returncode == 2
     assert "holds the checkpoints of a run up to step 2" in done.stderr
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
@@ -172,56 +176,62 @@ def test_a_run_that_keeps_no_checkpoints_spares_those_that_are_there(folder, tmp
 # --- two runs at once -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", ["0", "1"])
-def test_the_second_run_in_a_directory_is_refused_and_the_first_unharmed(folder, tmp_path, every):
-    directory, log = tmp_path / "run", tmp_path / "log"
-    arguments = sft(folder, directory, "--checkpoint.every", every, "--train.steps", "100000")
-    with log.open("wb") as out:
-        first = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
-        )
-    try:
-        wait_for(lambda: b"step 2/" in log.read_bytes(), first)
+def test_the_second_run_in_a_directory_is_refused_and_the_first_unharmed(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """The first keeps no checkpoints, so that their lock is not what saves it from a second that does."""
+    monkeypatch.chdir(ROOT)
+    directory = tmp_path / "run"
+    arguments = sft(folder, directory, "--checkpoint.every", "0", "--train.steps", "100000")
+    with started(tmp_path / "log", *arguments) as first:
+        wait_for(lambda: b"step 2/" in (tmp_path / "log").read_bytes(), first)
         events = (directory / "events.jsonl").read_bytes()
-        second = run(*arguments, "--run.seed", "2")
-        assert second.returncode == 75, second.stderr
-        assert f"{directory} is in use by process " in second.stderr
-        assert "set run.dir to another directory" in second.stderr
-        assert (directory / "events.jsonl").read_bytes() == events, "not a word of it"
-        report = run("report", str(directory))
-        assert report.returncode == 0, report.stderr
+        for every in ("0", "1"):
+            assert main([*arguments, "--run.seed", "2", "--checkpoint.every", every]) == 75
+            said = capsys.readouterr().err
+            assert f"{directory} is in use by process " in said
+            assert "set run.dir to another directory" in said
+            assert (directory / "events.jsonl").read_bytes() == events, "not a word of it"
+        assert main(["report", str(directory)]) == 0
         assert (directory / "report.html").exists()
         assert first.poll() is None
         first.send_signal(signal.SIGTERM)
         first.wait(timeout=60)
-    finally:
-        first.kill()
-        first.wait()
     steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "each once, in order"
 
 
-def test_two_runs_with_one_place_for_weights(folder, tmp_path):
+def test_two_runs_with_one_place_for_weights(ranks, folder, server_url, tmp_path, capsys, monkeypatch):
     """A run directory for each; a killed run blocks nobody."""
-    log, publish = tmp_path / "log", ["--publish.dir", str(tmp_path / "publish")]
+    monkeypatch.chdir(ROOT)
+    publish = ["--publish.dir", str(tmp_path / "publish")]
     arguments = grpo(folder, tmp_path / "a", *publish, "--train.steps", "100000", "--checkpoint.every", "0")
+    with started(tmp_path / "log", *arguments) as first:
+        wait_for(lambda: b"step 1/" in (tmp_path / "log").read_bytes(), first)
+        assert main(grpo(folder, tmp_path / "b", *publish)) == 75
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'publish'} is in use by process " in said
+        assert "set publish.dir to another directory" in said
+        assert first.poll() is None
+        family = psutil.Process(first.pid).children(recursive=True)
+        first.kill()
+        assert psutil.wait_procs(family, timeout=60)[1] == [], "the kernel ends its rank, and its server"
+    third = ranks.run(*grpo(folder, tmp_path / "b", *publish, "--train.steps", "1", url=server_url))
+    assert third.returncode == 0, third.stderr
+
+
+@contextmanager
+def started(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, which writes to `log` and is killed on the way out."""
     with log.open("wb") as out:
-        first = subprocess.Popen(
+        process = subprocess.Popen(
             command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
         )
     try:
-        wait_for(lambda: b"step 1/" in log.read_bytes(), first)
-        second = run(*grpo(folder, tmp_path / "b", *publish))
-        assert second.returncode == 75, second.stderr
-        assert f"{tmp_path / 'publish'} is in use by process " in second.stderr
-        assert "set publish.dir to another directory" in second.stderr
-        assert first.poll() is None
+        yield process
     finally:
-        first.kill()
-        first.wait()
-    time.sleep(1.0)  # in which the kernel ends its rank
-    third = run(*grpo(folder, tmp_path / "b", *publish, "--train.steps", "1"))
-    assert third.returncode == 0, third.stderr
+        process.kill()
+        process.wait()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
@@ -234,30 +244,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 # --- full disks, open doors, other data -------------------------------------------------------------------
 
-FILLING = """
-import os
-from pathlib import Path
-
-disk, witness = Path(os.environ["TEST_DISK"]), Path(__file__).with_name("filled")
-calls = 0
-
-def fill(sample):
-    global calls
-    calls += 1
-    if calls > 24 and not witness.exists():
-        witness.touch()
-        with (disk / "filler").open("wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
-                pass
-    return float(calls % 2)
-"""
-
 
 def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
-    folder, tmp_path, small_disk, monkeypatch
+    ranks, folder, server_url, tmp_path, small_disk
 ):
     """The rewards of step 2 take the last byte: neither samples nor a line of metrics can be written.
 
@@ -265,13 +254,11 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     """
     disk, safe = small_disk("size=4m"), tmp_path / "safe"
     safe.mkdir()
-    (safe / "filling.py").write_text(FILLING)
-    monkeypatch.setenv("PYTHONPATH", str(safe))
-    monkeypatch.setenv("TEST_DISK", str(disk))
     elsewhere = ["--checkpoint.dir", str(safe / "checkpoints"), "--publish.dir", str(safe / "weights")]
-    reward = ["--reward.function", "filling:fill"]
-    arguments = grpo(folder, disk / "run", *elsewhere, *reward)
-    done = run(*arguments)
+    reward = ["--reward.function", "tests.e2e.rewards:fill"]
+    places = {"TEST_DISK": str(disk), "TEST_WITNESS": str(safe / "filled")}
+    arguments = grpo(folder, disk / "run", *elsewhere, *reward, url=server_url)
+    done = ranks.run(*arguments, **places)
     assert done.returncode == 75, done.stderr
     assert (safe / "filled").exists(), "the fault fired"
     assert "mcore-rl: StorageError: " in done.stderr
@@ -280,12 +267,12 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     assert "Traceback" not in done.stderr
     assert not list((disk / "run").rglob("*.partial"))
     (disk / "filler").unlink()
-    again = run(*arguments, "--resume", "latest")
+    again = ranks.run(*arguments, "--resume", "latest", **places)
     assert again.returncode == 0, again.stderr
     assert [line["step"] for line in read_metrics(disk / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_results_that_everybody_may_change_are_warned_of_once(folder, tmp_path):
+def test_results_that_everybody_may_change_are_warned_of_once(ranks, folder, tmp_path):
     line = ["bash", "-c", 'umask 000; exec "$@"', "-", *command(*sft(folder, tmp_path / "run"))]
     done = subprocess.run(
         line, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
@@ -295,41 +282,41 @@ def test_results_that_everybody_may_change_are_warned_of_once(folder, tmp_path):
     assert "chmod -R o-w" in done.stderr
     events = read_metrics(tmp_path / "run" / "events.jsonl")
     assert [event["umask"] for event in events if event["kind"] == "world_writable"] == ["000"]
-    quiet = run(*sft(folder, tmp_path / "other"))
+    quiet = ranks.run(*sft(folder, tmp_path / "other"))
     assert "warning" not in quiet.stderr
-    opened = run(*sft(folder, tmp_path / "run", "--resume", "--train.steps", "3"))
+    opened = ranks.run(*sft(folder, tmp_path / "run", "--resume", "--train.steps", "3"))
     assert f"everybody may write to {tmp_path / 'run'}" in opened.stderr
 
 
-def test_other_problems_under_the_same_ids_are_refused(folder, tmp_path):
+def test_other_problems_under_the_same_ids_are_refused(ranks, folder, tmp_path):
     data = tmp_path / "train.jsonl"
     lines = (folder / "train.jsonl").read_text().splitlines()
     data.write_text("\n".join(lines) + "\n")
     arguments = sft(folder, tmp_path / "run", "--data.train", str(data))
-    assert run(*arguments).returncode == 0
+    assert ranks.run(*arguments).returncode == 0
     first = json.loads(lines[0])
     data.write_text("\n".join([json.dumps(first | {"label": first["label"] + "1"}), *lines[1:]]) + "\n")
     settings = (tmp_path / "run" / "resolved.toml").read_bytes()
-    refused = run(*arguments, "--resume", "latest", "--run.seed", "0", "--optimizer.lr", "0.5")
+    refused = ranks.run(*arguments, "--resume", "latest", "--run.seed", "0", "--optimizer.lr", "0.5")
     assert refused.returncode == 2, refused.stderr
     assert (
         "the same 40 ids with other texts, tokens, labels or metadata: the file was edited" in refused.stderr
     )
     assert (tmp_path / "run" / "resolved.toml").read_bytes() == settings, "a refused run changes no settings"
     data.write_text("\n".join([*lines, json.dumps(first | {"id": "new"})]) + "\n")
-    assert "1 were appended to its 40" in run(*arguments, "--resume", "latest").stderr
+    assert "1 were appended to its 40" in ranks.run(*arguments, "--resume", "latest").stderr
 
 
-def test_what_ran_ahead_to_its_end_goes_on_in_step(folder, tmp_path):
+def test_what_ran_ahead_to_its_end_goes_on_in_step(ranks, folder, server_url, tmp_path):
     correct = ["--algorithm.params.correction", "tis-token", "--checkpoint.keep", "9"]
-    ahead = grpo(folder, tmp_path / "run", "--rollout.max_staleness", "1", *correct)
-    done = run(*ahead)
+    ahead = grpo(folder, tmp_path / "run", "--rollout.max_staleness", "1", *correct, url=server_url)
+    done = ranks.run(*ahead)
     assert done.returncode == 0, done.stderr
     document = find(tmp_path / "run" / "checkpoints", "latest").document
     assert document["state"]["ahead"]["groups"] == []
     more = ["--train.steps", "3", *correct]
-    in_flight = run(*grpo(folder, tmp_path / "run", "--resume", "previous", *more))
+    in_flight = ranks.run(*grpo(folder, tmp_path / "run", "--resume", "previous", *more, url=server_url))
     assert in_flight.returncode == 2, "negative control: one that holds groups is refused"
     assert "groups of samples in flight, and their prompts would never be trained" in in_flight.stderr
-    in_step = run(*grpo(folder, tmp_path / "run", "--resume", "latest", *more))
+    in_step = ranks.run(*grpo(folder, tmp_path / "run", "--resume", "latest", *more, url=server_url))
     assert in_step.returncode == 0, in_step.stderr

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from aiohttp import web
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mcore_rl.log import read_metrics
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
-from tests.e2e.conftest import DEADLINE, ROOT, Task, run
+from tests.e2e.conftest import run
+from tests.e2e.ranks import Ranks
 from tests.rollout.proxy import Fault, proxy_beside
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -29,25 +24,7 @@ ASYNC = ("--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-t
 TRAINED = r"@\d+/"
 """ids of samples that are to be trained; those of an evaluation and of a publish's check are others"""
 Replies = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """The arithmetic problems and a policy of random weights, which a server can start on."""
-    made = Task(tmp_path_factory.mktemp("task"))
-    generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
-    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
-    shutil.copytree(made.root / "data" / "model", made.root / "policy")
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made.root / "policy"))
-    policy.float().save_pretrained(made.root / "policy")
-    return made
-
-
-@pytest.fixture(scope="module")
-def server(task: Task) -> Iterator[str]:
-    with LocalServer(task.root / "policy", Embedded(threads=1), log_file=task.root / "server.log") as running:
-        yield running.url
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def altered(change: Callable[[Replies], None], ids: str) -> Fault:
@@ -69,15 +46,22 @@ def wrong(server: str, change: Callable[[Replies], None], ids: str = TRAINED) ->
         yield between.url
 
 
-def gspo(task: Task, directory: Path, url: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        *("train", "examples/gspo_tiny.toml", *task.data, "--run.dir", str(directory)),
-        *("--data.eval", f"{task.root}/data/eval.jsonl", "--train.eval_samples", "8"),
+def gspo(folder: Path, directory: Path, url: str, *flags: str) -> list[str]:
+    return [
+        *(
+            "train",
+            "examples/gspo_tiny.toml",
+            "--run.dir",
+            str(directory),
+            "--model.path",
+            f"{folder}/policy",
+        ),
+        *("--data.train", f"{folder}/train.jsonl", "--data.eval", f"{folder}/eval.jsonl"),
         *("--train.eval_every", "0", "--reward.function", "tests.e2e.rewards:brevity"),
-        *("--model.path", f"{task.root}/policy", "--train.steps", "3", "--rollout.urls", f'["{url}"]'),
+        *("--train.steps", "3", "--rollout.urls", f'["{url}"]'),
         *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH)),
         *("--rollout.max_new_tokens", "8", "--optimizer.warmup_steps", "0", *flags),
-    )
+    ]
 
 
 def impossible(replies: Replies) -> None:
@@ -102,20 +86,23 @@ def swapped(replies: Replies) -> None:
         other.update(kept, meta_info={**kept["meta_info"], "id": theirs})
 
 
+def in_parallel(ranks: Ranks, degree: int) -> Command:
+    """A run of so many tensor-parallel ranks."""
+    return lambda *arguments: ranks.run(*arguments, "--parallel.tensor", str(degree), world=degree)
+
+
 @pytest.mark.parametrize(
-    ("flags", "ids"),
-    [
-        (("--parallel.tensor", "1"), TRAINED),
-        (("--parallel.tensor", "2", *ASYNC), TRAINED),
-        (("--parallel.tensor", "2"), "@eval"),
-    ],
+    ("degree", "flags", "ids"),
+    [(1, (), TRAINED), (2, ASYNC, TRAINED), (2, (), "@eval")],
     ids=["tp1", "tp2-async", "evaluation"],
 )
 def test_a_token_that_the_model_cannot_have_sampled_is_never_trained(
-    task: Task, server: str, tmp_path: Path, flags: tuple[str, ...], ids: str
+    ranks: Ranks, folder: Path, server_url: str, tmp_path: Path, degree: int, flags: tuple[str, ...], ids: str
 ) -> None:
-    with wrong(server, impossible, ids) as url:
-        done = gspo(task, tmp_path / "run", url, *flags)
+    """The first by the whole command."""
+    start = in_parallel(ranks, degree) if degree > 1 else run
+    with wrong(server_url, impossible, ids) as url:
+        done = start(*gspo(folder, tmp_path / "run", url, "--parallel.tensor", "1", *flags))
     assert done.returncode == 75, done.stderr
     assert f"{url}/generate: no usable reply after" in done.stderr
     assert "output_ids: 9999 (token 0) is no id of the model's" in done.stderr
@@ -124,9 +111,11 @@ def test_a_token_that_the_model_cannot_have_sampled_is_never_trained(
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] in ([], [0])
 
 
-def test_samples_of_other_prompts_are_dropped_and_said(task: Task, server: str, tmp_path: Path) -> None:
-    with wrong(server, swapped) as url:
-        done = gspo(task, tmp_path, url, "--parallel.tensor", "2", "--publish.mismatch_action", "drop")
+def test_samples_of_other_prompts_are_dropped_and_said(
+    ranks: Ranks, folder: Path, server_url: str, tmp_path: Path
+) -> None:
+    with wrong(server_url, swapped) as url:
+        done = in_parallel(ranks, 2)(*gspo(folder, tmp_path, url, "--publish.mismatch_action", "drop"))
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert [line["mismatch/dropped"] for line in lines] == [2.0 * EACH] * 3
@@ -137,12 +126,13 @@ def test_samples_of_other_prompts_are_dropped_and_said(task: Task, server: str, 
     assert "8 of 32 samples dropped" in said[0]
 
 
-def test_other_tokens_end_the_run_before_they_are_trained(task: Task, server: str, tmp_path: Path) -> None:
+def test_other_tokens_end_the_run_before_they_are_trained(
+    ranks: Ranks, folder: Path, server_url: str, tmp_path: Path
+) -> None:
     """Also beside training, where only tokens of equal weights are compared."""
-    with wrong(server, threes) as url:
-        done = gspo(
-            task, tmp_path, url, *("--parallel.tensor", "1", *ASYNC, "--publish.mismatch_action", "stop")
-        )
+    with wrong(server_url, threes) as url:
+        stop = gspo(folder, tmp_path, url, *ASYNC, "--publish.mismatch_action", "stop")
+        done = in_parallel(ranks, 1)(*stop)
     assert done.returncode == 75, done.stderr
     assert done.stderr.count("MismatchError: step 1: the servers' log-probs differ") == 1
     assert "Traceback" not in done.stderr
@@ -150,15 +140,15 @@ def test_other_tokens_end_the_run_before_they_are_trained(task: Task, server: st
 
 
 def test_a_wrong_server_is_said_on_the_terminal_and_a_sound_one_is_not(
-    task: Task, server: str, tmp_path: Path
+    ranks: Ranks, folder: Path, server_url: str, tmp_path: Path
 ) -> None:
-    with wrong(server, threes) as url:
-        done = gspo(task, tmp_path / "wrong", url, "--parallel.tensor", "1")
+    with wrong(server_url, threes) as url:
+        done = in_parallel(ranks, 1)(*gspo(folder, tmp_path / "wrong", url))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("mcore-rl: warning: step 1: the servers' log-probs differ") == 1
     assert done.stderr.count("warning: step") == 2, "in the 1st and the 2nd of three steps"
     events = [e for e in read_metrics(tmp_path / "wrong" / "events.jsonl") if e["kind"] == "mismatch"]
     assert [event["step"] for event in events] == [1, 2, 3]
-    done = gspo(task, tmp_path / "sound", server, "--parallel.tensor", "1")
+    done = in_parallel(ranks, 1)(*gspo(folder, tmp_path / "sound", server_url))
     assert done.returncode == 0, done.stderr
     assert "warning: step" not in done.stderr

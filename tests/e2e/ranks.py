@@ -1,0 +1,117 @@
+"""Ranks as torchrun starts them, forked from a process that has imported the library once.
+
+Nearly all that a short run costs is the imports of its launcher and of each rank. So a test that is not about
+the launcher starts the ranks alone: `python -m tests.e2e.ranks` imports what a rank imports, and then forks
+one process for each rank, which calls the command with the arguments and the environment of torchrun.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.sources import ROOT
+
+
+class Ranks:
+    """What starts the ranks: `ranks.run("train", ...)` is as `run("train", ...)` without the launcher."""
+
+    def __init__(self, process: subprocess.Popen[str], scratch: Path, deadline: float) -> None:
+        self._process, self._scratch, self._deadline = process, scratch, deadline
+
+    def run(self, *arguments: str, world: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the command as `world` ranks to its end; all of them have to leave with the same exit code."""
+        said = self._scratch / "stderr"
+        said.write_bytes(b"")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        asked = {"arguments": arguments, "said": str(said), "environment": environment | meeting}
+        codes = self._answer({**asked, "world": world})
+        assert len(set(codes)) == 1, f"ranks left with {codes}: {said.read_text()}"
+        return subprocess.CompletedProcess(arguments, codes[0], "", said.read_text())
+
+    def _answer(self, asked: dict) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], self._deadline)
+        assert ready, f"no end of {asked} within {self._deadline} s: {Path(asked['said']).read_text()}"
+        return json.loads(self._process.stdout.readline())
+
+
+@contextmanager
+def imported(scratch: Path, environment: Mapping[str, str], deadline: float) -> Iterator[Ranks]:
+    """A process that has imported the library; on the way out it is ended with all that it has started.
+
+    Args:
+        scratch: a directory for what ranks say.
+        deadline: seconds that a run may take.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.ranks"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield Ranks(process, scratch, deadline)
+        process.communicate(timeout=30)  # the end of its input is its end
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def serve() -> None:
+    """Start what each line of the input asks for, and answer with the exit codes of its ranks."""
+    import torch._dynamo  # noqa: F401  what torch's optimizers import when the first of them is made
+
+    import mcore_rl.launch.preflight
+    import mcore_rl.launch.start
+    import mcore_rl.training.loop
+    import mcore_rl.training.supervised  # noqa: F401  what a rank imports
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be in what is forked"
+    gc.freeze()  # no collection of a rank walks, and so copies, what was imported here
+    for line in iter(sys.stdin.readline, ""):
+        asked = json.loads(line)
+        ranks = []
+        for rank in range(asked["world"]):
+            ranks.append(os.fork())
+            if ranks[-1] == 0:
+                become(rank, asked)
+        statuses = [os.waitpid(pid, 0)[1] for pid in ranks]
+        print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]), flush=True)
+
+
+def become(rank: int, asked: dict) -> None:
+    """Run the command as one of torchrun's ranks; ends the process in the ordinary way."""
+    from mcore_rl.__main__ import main
+
+    world = str(asked["world"])
+    of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update(asked["environment"] | of_rank)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    said = os.open(asked["said"], os.O_WRONLY | os.O_APPEND)
+    for mine, place in ((nothing, 0), (nothing, 1), (said, 2)):
+        os.dup2(mine, place)
+    sys.exit(main(asked["arguments"]))
+
+
+if __name__ == "__main__":
+    serve()
