@@ -32,9 +32,10 @@ from mcore_rl.parallel.pool import Pool
 from mcore_rl.verify.golden import Report, main, verify_golden
 from mcore_rl.verify.golden.command import DIFFERENTIATED, INPUTS, _run_rank, run_cases
 from mcore_rl.verify.golden.inputs import load
+from mcore_rl.verify.golden.trajectories import Trajectories
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-CASES = 98
+CASES = 116
 
 
 def failed(report: Report) -> set[str]:
@@ -70,13 +71,13 @@ def test_the_command_starts_its_ranks_and_ends_with_json(capfd: pytest.CaptureFi
 
 def only(case: str) -> dict[str, dict[str, np.ndarray]]:
     """The golden files with all inputs and one case."""
-    file, name = case.split("/")
+    file, name = case.split("/", 1)
     files = load(GOLDEN)
     return {
         stem: {
             key: array
             for key, array in arrays.items()
-            if key in INPUTS.get(stem, ()) or (stem, key.split("/")[0]) == (file, name)
+            if key in INPUTS.get(stem, ()) or (stem == file and f"{key}/".startswith(f"{name}/"))
         }
         for stem, arrays in files.items()
     }
@@ -150,6 +151,8 @@ def shifted_targets(hidden, weight, call, *, score=head.log_prob_entropy):
 
 no_std = with_(advantages.group_normalized, std="none")
 fewer_sequences = with_(aggregation.aggregation_weight, sequences=15.0)
+void_counted = with_(advantages.group_statistics, void=())
+counted_by_segment = with_(aggregation.aggregation_weight, sequences=24)
 kept_at_one = with_(sampling.kept_log_prob, temperature=1.0)
 NEVER_CONSTANT = classmethod(lambda cls, v: cls(sum(v) / len(v), 1e-20, len(v), False))
 
@@ -171,6 +174,28 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("IPO tau", preference, "ipo", with_(preference.ipo, tau=0.2), "preference/ipo_sum"),
     ("cDPO for rDPO", preference, "robust_dpo", preference.dpo, "preference/rdpo"),
     ("entropy penalised", algorithms, "objective", penalise_entropy, "policy_losses/entropy_bonus"),
+    ("void in the group", advantages, "group_statistics", void_counted, "trajectories/adv/grpo"),
+    (
+        "a rollout per segment",
+        aggregation,
+        "aggregation_weight",
+        counted_by_segment,
+        "trajectories/weight/seq-mean-token-mean",
+    ),
+    (
+        "an observation trained",
+        Trajectories,
+        "trained",
+        property(lambda t: ~t.void[t.rollout, None].expand(t.segments.mask.shape)),
+        "trajectories/loss/grpo",
+    ),
+    (
+        "void trained",
+        Trajectories,
+        "trained",
+        property(lambda t: t.segments.mask),
+        "trajectories/weight/token-mean",
+    ),
     ("kept set at T = 1", sampling, "kept_log_prob", kept_at_one, "batch/logp_keep"),
     ("head at T = 1", head, "log_prob_entropy", no_temperature, "batch/logp"),
     ("labels shifted", head, "log_prob_entropy", shifted_targets, "policy_losses/sft_token-mean"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.terminal import printable
-from mcore_rl.verify.golden import losses, samples
+from mcore_rl.verify.golden import losses, samples, trajectories
 from mcore_rl.verify.golden.inputs import BATCH_INPUTS, Arrays, GoldenInputs, Outputs, load
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -31,6 +31,7 @@ INPUTS: Mapping[str, frozenset[str]] = {
     "preference": frozenset({"pairs", "beta", "label_smoothing", "rm_score", "rm_margin", "rm_center_coef"}),
     "mismatch": frozenset({"opsm_delta"}),
     "layout": frozenset({"owner3"}),
+    "trajectories": trajectories.INPUTS,
 }
 """file -> arrays that are inputs and not cases"""
 
@@ -41,6 +42,7 @@ CASES: Mapping[str, Mapping[str, samples.Case]] = {
     "kl_entropy": samples.KL_ENTROPY,
     "mismatch": samples.MISMATCH,
     "layout": samples.LAYOUT,
+    "trajectories": trajectories.CASES,
     "policy_losses": {name: partial(losses.policy_case, name=name) for name in losses.POLICY_LOSSES},
     "preference": {
         **{name: partial(losses.preference_case, name=name) for name in losses.PREFERENCES},
@@ -49,7 +51,7 @@ CASES: Mapping[str, Mapping[str, samples.Case]] = {
 }
 """file -> pattern of the case's name -> how to compute it"""
 
-DIFFERENTIATED = ("policy_losses", "preference")
+DIFFERENTIATED = ("policy_losses", "preference", "trajectories")
 """files whose cases go through the backward pass of the head: in both of its modes"""
 
 DEADLINE_SECONDS = 300.0
@@ -122,7 +124,8 @@ def run_cases(files: Mapping[str, Arrays], group: dist.ProcessGroup | None) -> R
 
 def _case_names(files: Mapping[str, Arrays]) -> Iterator[tuple[str, str]]:
     for file, arrays in files.items():
-        names = {name.split("/")[0] for name in arrays} - INPUTS.get(file, frozenset())
+        depth = 2 if file == "trajectories" else 1
+        names = {"/".join(name.split("/")[:depth]) for name in arrays} - INPUTS.get(file, frozenset())
         yield from ((file, name) for name in sorted(names))
 
 
