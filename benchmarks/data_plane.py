@@ -49,7 +49,7 @@ def random_groups(samples: int, tokens: int, seed: int = 0) -> tuple[list[Group]
 
 def _sample(rng: np.random.Generator, prompt: Prompt, id: str, tokens: int) -> Sample:
     n = int(tokens * rng.uniform(0.5, 1.5))
-    return Sample(
+    return Sample.of_response(
         id=id,
         prompt=prompt,
         token_ids=rng.integers(VOCAB, size=n, dtype=np.int32),

@@ -32,7 +32,7 @@ from mcore_rl.training.batch import (
     RolloutBatch,
     build_batch,
     pack_mini_batch,
-    token_sequence,
+    token_sequences,
     whole_sequence,
 )
 from mcore_rl.training.checkpoint import end_step
@@ -183,7 +183,7 @@ def witness(run: Run, directory: Path) -> None:
     present ones by noise that reaches both sides of the clip), DIRECTORY/gradient.safetensors the answer.
     """
     batch = random_batch(run)
-    sequences = [token_sequence(sample) for sample in batch.samples]
+    sequences = token_sequences(batch.samples)
     policy, optimizer, shape = run.trainer.policy, run.trainer.optimizer, run.trainer.shape
     own = log_probs(policy, sequences, shape, run.temperature)
     rng = np.random.default_rng(1)
@@ -227,7 +227,7 @@ def random_batch(run: Run) -> RolloutBatch:
         tokens = tuple(rng.integers(2, vocab, length).tolist())
         asked = Prompt(str(i), "", tuple(prompt.tolist()), "")
         zeros, spans = (0.0,) * length, (VersionSpan("0", 0, length),)
-        samples.append(Sample(str(i), asked, tokens, zeros, "", "stop", spans, 0.0))
+        samples.append(Sample.of_response(str(i), asked, tokens, zeros, "", "stop", spans, 0.0))
     return RolloutBatch(tuple(samples), tuple(sample.id for sample in samples))
 
 

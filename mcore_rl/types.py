@@ -5,7 +5,7 @@ Legend: T packed tokens, R rows (scored response tokens), B sequences, G samples
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Response tokens [start, end) were sampled from weight version `version`."""
+    """Trained tokens [start, end) of a segment were sampled from weight version `version`."""
 
     version: str
     start: int
@@ -67,31 +67,81 @@ class ExpertLayers:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One response to a prompt, as the server sampled it."""
+class Segment:
+    """One training sequence of a sample: a context, and what followed it there.
 
-    id: str
-    """`<group id>/<index in the group>`; unique within a rollout batch."""
-    prompt: Prompt
+    The policy sampled some of the tokens that followed. The others are observations, such as a tool's answer,
+    or were sampled in an earlier segment, which trains them. m of n tokens are trained here.
+    """
+
+    context: Tokens
+    """[P >= 1] token ids before them; nothing of it is trained here."""
     token_ids: Tokens
-    """[n] response token ids, the stop token included when it was sampled."""
+    """[n] token ids that followed, the stop tokens that were sampled included."""
     log_probs: npt.NDArray[np.float32] | tuple[float, ...]
-    """[n] log-probability under the sampling policy at its temperature, before top-p and top-k."""
-    text: str
-    """Decoded response: for rewards; empty once they are given."""
-    finish_reason: str
-    """`stop`, `length` or `abort`."""
+    """[m] log-probability of each under the sampling policy at its temperature, before top-p and top-k."""
     versions: tuple[VersionSpan, ...]
-    """Weight version of every token span, in order, covering [0, n)."""
-    reward: float | None = None
-    """Finite, set by the reward function."""
+    """Weight version of every trained token, in order, covering [0, m)."""
+    trained: npt.NDArray[np.bool_] | None = None
+    """[n] which tokens are trained here, m of them; None: all."""
     experts: npt.NDArray[np.integer] | None = None
     """[P+n-1, layers, K] experts of every token but the last, where routing is replayed."""
 
     def __post_init__(self) -> None:
         """Its arrays become read-only: a reward that writes into one gets an error, not other tokens."""
-        for array in (self.token_ids, self.log_probs, self.experts):
+        for array in (self.context, self.token_ids, self.log_probs, self.trained, self.experts):
             _freeze(array)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One attempt at a prompt (a rollout), as it was sampled; it counts once, whatever segments it has."""
+
+    id: str
+    """`<group id>/<index in the group>`; unique within a rollout batch."""
+    prompt: Prompt
+    segments: tuple[Segment, ...]
+    """In the order in which they were sampled; one, where there is one response to the prompt."""
+    text: str
+    """Decoded response: for rewards; empty once they are given."""
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+    reward: float | None = None
+    """Finite, set by the reward function."""
+    void: bool = False
+    """Its environment or its grader failed: it has no part in its group, the batch, a count or the loss."""
+
+    @classmethod
+    def of_response(
+        cls,
+        id: str,
+        prompt: Prompt,
+        token_ids: Tokens,
+        log_probs: npt.NDArray[np.float32] | tuple[float, ...],
+        text: str,
+        finish_reason: str,
+        versions: tuple[VersionSpan, ...],
+        reward: float | None = None,
+        experts: npt.NDArray[np.integer] | None = None,
+    ) -> Sample:
+        """One response to the prompt, every token of which was sampled."""
+        segment = Segment(prompt.token_array, token_ids, log_probs, versions, experts=experts)
+        return cls(id, prompt, (segment,), text, finish_reason, reward)
+
+    @cached_property
+    def token_ids(self) -> Tokens:
+        """[m] the trained tokens of all segments, one after another."""
+        return _joined([_trained(segment) for segment in self.segments], np.int32)
+
+    @cached_property
+    def log_probs(self) -> npt.NDArray[np.float32] | tuple[float, ...]:
+        """[m] their log-probabilities under the sampling policy."""
+        return _joined([segment.log_probs for segment in self.segments], np.float32)
+
+    @property
+    def trained_tokens(self) -> int:
+        """m, over all segments."""
+        return sum(len(segment.log_probs) for segment in self.segments)
 
     @property
     def truncated(self) -> bool:
@@ -99,9 +149,19 @@ class Sample:
         return self.finish_reason == "length"
 
 
+def _trained(segment: Segment) -> Tokens:
+    return segment.token_ids if segment.trained is None else np.asarray(segment.token_ids)[segment.trained]
+
+
+def _joined(parts: Sequence[Any], dtype: npt.DTypeLike) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    return _freeze(np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="same_kind"))
+
+
 @dataclass(frozen=True)
 class Group:
-    """All samples of one prompt in one rollout; statistics are keyed by `id`, never by position."""
+    """All samples of one prompt in one step; statistics are keyed by `id`, never by position."""
 
     id: str
     """`<prompt id>@<rollout step>`"""

@@ -98,16 +98,10 @@ class GroupStatistics(NamedTuple):
         raise ConfigError(f"algorithm.params.std: {source!r} is not group, batch, batch-centered or none")
 
 
-def group_statistics(
-    group_ids: Sequence[Hashable], rewards: Sequence[Any], void: Sequence[bool] = ()
-) -> GroupStatistics:
+def group_statistics(group_ids: Sequence[Hashable], rewards: Sequence[Any]) -> GroupStatistics:
     """Statistics of `rewards` per group id and over the batch; an empty batch gives empty statistics.
 
     Every rank that passes the same gathered batch gets the same bits, and the same error.
-
-    Args:
-        void: [N] True for a rollout whose environment or grader failed: it has no part in any statistic,
-            whatever its reward is, and its own are those of nothing, which makes its advantage 0.
 
     Raises:
         DataError: as many ids as rewards are needed.
@@ -118,10 +112,7 @@ def group_statistics(
             f"group_statistics: {len(group_ids)} group ids for {len(rewards)} rewards; pass one id each"
         )
     members: dict[Hashable, list[float]] = defaultdict(list)
-    alive = [not out for out in void] or [True] * len(rewards)
     for position, (group_id, reward) in enumerate(zip(group_ids, rewards, strict=True)):
-        if not alive[position]:
-            continue
         if not _is_reward(reward):
             raise RewardError(
                 f"sample {position} of group {group_id!r}: reward {reward!r} is not a finite number; "
@@ -131,10 +122,7 @@ def group_statistics(
     spreads = {group_id: Spread.of(values) for group_id, values in members.items()}
     centered = [value - spreads[group_id].mean for group_id, values in members.items() for value in values]
     return GroupStatistics(
-        tuple(
-            spreads[group_id] if counts else Spread.of(())
-            for group_id, counts in zip(group_ids, alive, strict=True)
-        ),
+        tuple(spreads[group_id] for group_id in group_ids),
         Spread.of([value for values in members.values() for value in values]),
         # rounding leaves constant groups a hair off 0: the exact test decides
         Spread.of(() if all(spread.constant for spread in spreads.values()) else centered),

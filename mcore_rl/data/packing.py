@@ -134,7 +134,7 @@ class TokenSequence:
     """[P >= 1] token ids"""
     response: Sequence[int] | Tokens
     """[n] token ids"""
-    loss_mask: Sequence[bool] | None = None
+    loss_mask: Sequence[bool] | npt.NDArray[np.bool_] | None = None
     """[n] which response tokens are scored; None scores all"""
     experts: npt.NDArray[np.integer] | None = None
     """[P+n-1, layers, K] experts of all tokens but the last; None where routers choose themselves"""
@@ -164,7 +164,7 @@ def pack(
 
     Args:
         sequences: all of the step; `members` (a bin) selects.
-        fields: name -> per sequence either one number or [n] numbers, one per response token.
+        fields: name -> per sequence either one number, or one per scored token.
         align: 2 x context parallel size, times the tensor parallel size under sequence parallel.
         dtype: of floating-point fields; integer and bool fields keep their kind (int64, bool).
     Raises:
@@ -186,7 +186,7 @@ def pack(
         tokens[response : offset + len(one)] = one.response
     positions = np.arange(ends[-1]) - np.repeat(offsets, spans)
 
-    responses = lengths - prompts
+    responses, scored = lengths - prompts, [one.scored for one in chosen]
     keep = np.concatenate([np.zeros(0, bool), *map(_mask, chosen)])
     sequence = np.repeat(np.arange(len(chosen)), responses)
     response_position = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
@@ -199,9 +199,7 @@ def pack(
         rows=torch.from_numpy(rows[keep]),
         targets=torch.from_numpy(tokens[rows + 1][keep]),
         sequence=torch.from_numpy(sequence[keep]),
-        fields={
-            name: _field(name, values, members, responses, keep, dtype) for name, values in fields.items()
-        },
+        fields={name: _field(name, values, members, scored, dtype) for name, values in fields.items()},
         experts=_experts(chosen, offsets.tolist(), int(ends[-1])),
     )
 
@@ -245,22 +243,21 @@ def _field(
     name: str,
     values: Sequence[Any],
     members: Sequence[int],
-    responses: npt.NDArray[np.int64],
-    keep: npt.NDArray[np.bool_],
+    scored: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """[R] one field in row order."""
     kind = np.asarray(values[0]).dtype if len(values) else np.dtype(np.float64)
     parts = [np.zeros(0, kind)]
-    for i, count in zip(members, responses.tolist(), strict=True):
+    for i, count in zip(members, scored, strict=True):
         part = np.asarray(values[i])
         if part.shape not in ((), (count,)):
             raise DataError(
-                f"field {name!r} of sequence {i} has shape {part.shape} for {count} response tokens; "
-                "give one number, or one per response token"
+                f"field {name!r} of sequence {i} has shape {part.shape} for {count} scored tokens; "
+                "give one number, or one per scored token"
             )
         parts.append(part if part.shape else np.full(count, part))
-    rows = torch.from_numpy(np.concatenate(parts)[keep])
+    rows = torch.from_numpy(np.concatenate(parts))
     if rows.is_floating_point():
         return rows.to(dtype)
     return rows if rows.dtype == torch.bool else rows.long()

@@ -188,7 +188,7 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         return
     name = config.reward.function
     function = load_reward(name)
-    sample = Sample(
+    sample = Sample.of_response(
         id="doctor/0",
         prompt=prompt,
         token_ids=(0,),

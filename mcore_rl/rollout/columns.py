@@ -3,19 +3,22 @@
 Eight bytes a token (and its experts, where routing is replayed), and no Python object per token. Prompts
 travel by their ids, since every rank has read them; texts do not travel, since rewards have been given.
 
-Legend: N samples, R tokens of all of them, n_i of sample i.
+Legend: N samples, S segments of all of them, R tokens of all segments, M of them trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from mcore_rl.types import Group, Prompt, Sample, Segment, Tokens, VersionSpan
+
+Spans = list[tuple[str, int, int]]
+_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -24,34 +27,40 @@ class Columns:
 
     groups: list[tuple[str, str, int]]
     """(group id, prompt id where it has samples, how many)"""
-    samples: list[tuple[str, str, float | None, list[tuple[str, int, int]]]]
-    """[N] (id, finish reason, reward, [(version, start, end)])"""
+    samples: list[tuple[str, str, float | None, bool, list[Spans]]]
+    """[N] (id, finish reason, reward, void, of each segment [(version, start, end)])"""
     ends: npt.NDArray[np.int64]
-    """[N] where the tokens of each sample end"""
+    """[4, S] where the tokens, the trained tokens, the context and the rows of experts of each segment end"""
     tokens: npt.NDArray[np.int32]
     """[R]"""
     log_probs: npt.NDArray[np.float32]
-    """[R]"""
-    expert_ends: npt.NDArray[np.int64]
-    """[N] where the rows of each sample end"""
+    """[M]"""
+    trained: npt.NDArray[np.bool_]
+    """which tokens are trained, of the segments that do not train all of theirs"""
+    contexts: npt.NDArray[np.int32]
+    """those that are not the prompt"""
     experts: npt.NDArray[np.integer]
-    """[rows, layers, K] one after another; a sample without has none"""
+    """[rows, layers, K] one after another; a segment without has none"""
 
 
 def pack_groups(groups: Sequence[Group]) -> Columns:
     """The columns of scored groups."""
     samples = [sample for group in groups for sample in group.samples]
+    segments = [segment for sample in samples for segment in sample.segments]
+    contexts = [_own_context(sample, segment) for sample in samples for segment in sample.segments]
+    lengths = [
+        (len(s.token_ids), len(s.log_probs), len(context), 0 if s.experts is None else len(s.experts))
+        for s, context in zip(segments, contexts, strict=True)
+    ]
     return Columns(
         groups=[(group.id, _prompt_id(group), len(group.samples)) for group in groups],
-        samples=[
-            (s.id, s.finish_reason, s.reward, [(span.version, span.start, span.end) for span in s.versions])
-            for s in samples
-        ],
-        ends=np.cumsum([len(s.token_ids) for s in samples], dtype=np.int64),
-        tokens=_join([s.token_ids for s in samples], np.int32),
-        log_probs=_join([s.log_probs for s in samples], np.float32),
-        expert_ends=np.cumsum([0 if s.experts is None else len(s.experts) for s in samples], dtype=np.int64),
-        experts=_join_experts([s.experts for s in samples if s.experts is not None]),
+        samples=[(s.id, s.finish_reason, s.reward, s.void, _spans(s)) for s in samples],
+        ends=np.cumsum(np.array(lengths, np.int64).reshape(-1, 4), axis=0).T,
+        tokens=_join([s.token_ids for s in segments], np.int32),
+        log_probs=_join([s.log_probs for s in segments], np.float32),
+        trained=_join([s.trained for s in segments if len(s.log_probs) < len(s.token_ids)], np.bool_),
+        contexts=_join(contexts, np.int32),
+        experts=_join_experts([s.experts for s in segments if s.experts is not None]),
     )
 
 
@@ -61,9 +70,9 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     Args:
         prompts: id -> prompt, of all that the groups name.
     """
-    rest = zip(columns.samples, _slices(columns.ends), _slices(columns.expert_ends), strict=True)
+    samples, segments = iter(columns.samples), _segments(columns)
     return [
-        Group(id, tuple(_sample(columns, prompts[prompt], *next(rest)) for _ in range(count)))
+        Group(id, tuple(_sample(prompts[prompt], next(samples), segments) for _ in range(count)))
         for id, prompt, count in columns.groups
     ]
 
@@ -72,23 +81,47 @@ def _prompt_id(group: Group) -> str:
     return group.samples[0].prompt.id if group.samples else ""
 
 
+def _own_context(sample: Sample, segment: Segment) -> Tokens:
+    """Nothing where it is the prompt, which every rank has."""
+    return _NOTHING if segment.context is sample.prompt.token_array else segment.context
+
+
+def _spans(sample: Sample) -> list[Spans]:
+    return [[(span.version, span.start, span.end) for span in s.versions] for s in sample.segments]
+
+
 def _slices(ends: npt.NDArray[np.int64]) -> Iterator[slice]:
     return (slice(start, end) for start, end in pairwise([0, *ends.tolist()]))
 
 
-def _sample(columns: Columns, prompt: Prompt, row: tuple, mine: slice, routed: slice) -> Sample:
-    id, finish_reason, reward, spans = row
-    return Sample(
-        id=id,
-        prompt=prompt,
-        token_ids=columns.tokens[mine],
-        log_probs=columns.log_probs[mine],
-        text="",
-        finish_reason=finish_reason,
-        versions=tuple(VersionSpan(*span) for span in spans),
-        reward=reward,
-        experts=columns.experts[routed] if routed.start < routed.stop else None,
+def _segments(columns: Columns) -> Iterator[Segment]:
+    """All of them in order, without context where it is the prompt, and without versions."""
+    masks = 0
+    for tokens, trained, context, routed in zip(*map(_slices, columns.ends), strict=True):
+        length = tokens.stop - tokens.start
+        some = trained.stop - trained.start < length
+        yield Segment(
+            context=columns.contexts[context],
+            token_ids=columns.tokens[tokens],
+            log_probs=columns.log_probs[trained],
+            versions=(),
+            trained=columns.trained[masks : masks + length] if some else None,
+            experts=columns.experts[routed] if routed.start < routed.stop else None,
+        )
+        masks += length * some
+
+
+def _sample(prompt: Prompt, row: tuple, segments: Iterator[Segment]) -> Sample:
+    id, finish_reason, reward, void, spans = row
+    its = tuple(
+        replace(
+            segment,
+            context=segment.context if len(segment.context) else prompt.token_array,
+            versions=tuple(VersionSpan(*span) for span in of_segment),
+        )
+        for segment, of_segment in zip(islice(segments, len(spans)), spans, strict=True)
     )
+    return Sample(id, prompt, its, "", finish_reason, reward, void)
 
 
 def _join_experts(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:

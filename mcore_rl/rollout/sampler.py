@@ -73,7 +73,7 @@ def build_group(
 
 
 def _sample(reply: Reply, prompt: Prompt, decode: Callable[[Sequence[int]], str]) -> Sample:
-    return Sample(
+    return Sample.of_response(
         id=reply.rid,
         prompt=prompt,
         token_ids=np.array(reply.token_ids, np.int32),

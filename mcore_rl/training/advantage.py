@@ -1,7 +1,7 @@
 """From rewards and scores to what the losses need per token. Pure; every rank computes the same.
 
-Statistics are exact: they are those of the whole gathered batch. N samples, n_i response tokens of sample i,
-R their sum: flat rows, sample after sample, as algo.returns has them.
+Statistics are exact: they are those of the whole gathered batch. N samples, m_i trained tokens of sample i,
+R their sum: flat rows, sample after sample and segment after segment, as algo.returns has them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Scores:
     """What models say about a rollout batch before its first update; empty where nobody asks."""
 
     old_log_probs: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """sample number -> [n_i] of the policy"""
+    """sample number -> [m_i] of the policy"""
     ref_log_probs: Sequence[np.ndarray] = ()
-    """[N] of [n_i]"""
+    """[N] of [m_i]"""
     values: Sequence[np.ndarray] = ()
-    """[N] of [n_i], of the state before each token"""
+    """[N] of [m_i], of the state before each token"""
 
 
 NO_SCORES = Scores()
@@ -42,7 +42,7 @@ class Advantages:
     """What a rollout batch is trained on."""
 
     fields: Mapping[str, Sequence[Any]]
-    """`advantage`, and `ref_log_prob`, `old_value`, `return` where there are any: [N], or [N] of [n_i]"""
+    """`advantage`, and `ref_log_prob`, `old_value`, `return` where there are any: [N], or [N] of [m_i]"""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,7 +59,7 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
     given = [sample.reward for sample in batch.samples]
     statistics = group_statistics(batch.group_ids, given)
     rewards = torch.tensor(given, dtype=torch.float64)
-    lengths = [len(sample.token_ids) for sample in batch.samples]
+    lengths = [sample.trained_tokens for sample in batch.samples]
     offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
     fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
     if not algorithm.per_token:
@@ -121,10 +121,10 @@ def _kl_terms(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> tuple[Te
 
 
 def _join(parts: Sequence[np.ndarray]) -> Tensor:
-    """[N] of [n_i] -> [R] float64"""
+    """[N] of [m_i] -> [R] float64"""
     return torch.from_numpy(np.concatenate([np.zeros(0), *parts]))
 
 
 def _split(rows: Tensor, offsets: Tensor) -> list[np.ndarray]:
-    """[R] -> [N] of [n_i]"""
+    """[R] -> [N] of [m_i]"""
     return np.split(rows.numpy(), offsets[1:-1].numpy())

@@ -1,13 +1,14 @@
 """From groups to micro-batches: order, mini-batches with global counts, packing. No collective.
 
 Every function is pure and every rank calls it with the same gathered batch, so all ranks agree unasked.
-N samples of the whole rollout batch, n_i response tokens of sample i.
+N samples of the whole rollout batch, m_i trained tokens of sample i over all of its segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,25 +22,31 @@ from mcore_rl.precision import packed_multiple
 from mcore_rl.types import Group, PackedBatch, Sample
 
 PerSample = Sequence[Any] | Mapping[int, Any]
-"""sample number -> one number, or [n_i] numbers, one per response token"""
+"""sample number -> one number, or [m_i] numbers, one per trained token"""
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """All samples of one rollout step, the same on every rank."""
+    """The samples of one step that are trained, the same on every rank."""
 
     samples: tuple[Sample, ...]
     """[N] in the order of their ids, whoever sampled them"""
     group_ids: tuple[str, ...]
     """[N]"""
+    void: int = 0
+    """samples that are not here, since their environment or their grader failed"""
 
 
 def build_batch(groups: Sequence[Group]) -> RolloutBatch:
-    """The samples of all replicas, ordered by id."""
-    pairs = sorted(
-        ((group.id, sample) for group in groups for sample in group.samples), key=lambda p: p[1].id
+    """The samples of all replicas, ordered by id, without the void ones.
+
+    What is left out here is in no statistic of a group or of the batch, in no count and in no loss.
+    """
+    pairs = [(group.id, sample) for group in groups for sample in group.samples]
+    alive = sorted((pair for pair in pairs if not pair[1].void), key=lambda pair: pair[1].id)
+    return RolloutBatch(
+        tuple(sample for _, sample in alive), tuple(id for id, _ in alive), len(pairs) - len(alive)
     )
-    return RolloutBatch(tuple(sample for _, sample in pairs), tuple(group_id for group_id, _ in pairs))
 
 
 @dataclass(frozen=True)
@@ -74,38 +81,66 @@ def pack_mini_batch(
 ) -> list[PackedBatch]:
     """This replica's micro-batches of one mini-batch; every replica gets equally many.
 
-    Each row carries its `weight` (aggregation weight with the mini-batch's GLOBAL denominators), the server's
-    `rollout_log_prob`, the number of its `sample`, `sequence_tokens` (how many of its are scored), and
-    `fields`: by name what has an entry for each member.
+    Each row carries its `weight` (aggregation weight with the mini-batch's GLOBAL denominators, in which a
+    sample counts once, however many segments it has), the server's `rollout_log_prob`, the number of its
+    `sample`, `sequence_tokens` (how many of its segment are scored), and `fields`: by name what has an entry
+    for each member. Segments of one sample may be packed on several replicas.
     """
     samples = [batch.samples[i] for i in members]
-    sequences = [token_sequence(sample) for sample in samples]
-    scored = torch.tensor([sequence.scored for sequence in sequences], dtype=torch.float64)
+    trained = torch.tensor([sample.trained_tokens for sample in samples], dtype=torch.float64)
     weight = aggregation_weight(
         algorithm.aggregation,
-        scored,
-        tokens=float(scored.sum()),
-        sequences=len(sequences),
+        trained,
+        tokens=float(trained.sum()),
+        sequences=len(samples),
         max_length=shape.max_new_tokens,
     )
-    rows = {
-        "weight": weight.tolist(),
-        "sequence_tokens": scored.tolist(),
-        "rollout_log_prob": [sample.log_probs for sample in samples],
-        "sample": members.tolist(),
+    sequences = token_sequences(samples)
+    rows: dict[str, list[Any]] = {
+        "weight": by_segment(weight.tolist(), samples),
+        "sequence_tokens": [float(sequence.scored) for sequence in sequences],
+        "rollout_log_prob": [segment.log_probs for sample in samples for segment in sample.segments],
+        "sample": by_segment(members.tolist(), samples),
     }
-    rows |= {name: [values[i] for i in members] for name, values in fields.items()}
+    rows |= {name: by_segment([values[i] for i in members], samples) for name, values in fields.items()}
     return pack_share(sequences, rows, shape, mesh)
 
 
-def token_sequence(sample: Sample) -> TokenSequence:
-    """What is trained on: the prompt, and every response token scored; its experts, where there are any."""
-    return TokenSequence(sample.prompt.token_array, sample.token_ids, experts=sample.experts)
+def token_sequences(samples: Sequence[Sample]) -> list[TokenSequence]:
+    """What is trained on: every segment of every sample, in order; its experts, where there are any."""
+    return [
+        TokenSequence(segment.context, segment.token_ids, segment.trained, segment.experts)
+        for sample in samples
+        for segment in sample.segments
+    ]
+
+
+def by_segment(values: Sequence[Any], samples: Sequence[Sample]) -> list[Any]:
+    """[N] of one number or [m_i] numbers -> the same for each segment of each sample, in order."""
+    return [
+        part
+        for value, sample in zip(values, samples, strict=True)
+        for part in _cut(value, [len(segment.log_probs) for segment in sample.segments])
+    ]
+
+
+def by_sample(values: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[np.ndarray]:
+    """What `token_sequences` were scored with, of each segment -> [N] of [m_i]."""
+    rest = iter(values)
+    parts = [list(islice(rest, len(sample.segments))) for sample in samples]
+    return [its[0] if len(its) == 1 else np.concatenate([np.zeros(0, np.float32), *its]) for its in parts]
+
+
+def _cut(value: Any, lengths: Sequence[int]) -> Sequence[Any]:
+    if np.ndim(value) == 0 or len(lengths) == 1:
+        return [value] * len(lengths)
+    return np.split(np.asarray(value), np.cumsum(lengths)[:-1])
 
 
 def whole_sequence(sample: Sample) -> list[int]:
-    """Prompt and response."""
-    return [*sample.prompt.token_ids, *np.asarray(sample.token_ids).tolist()]
+    """All that the model saw at the end: the last segment, its context and what followed."""
+    last = sample.segments[-1]
+    return [*np.asarray(last.context).tolist(), *np.asarray(last.token_ids).tolist()]
 
 
 def pack_share(

@@ -20,9 +20,10 @@ from mcore_rl.training.batch import (
     PerSample,
     RolloutBatch,
     build_batch,
+    by_sample,
     pack_mini_batch,
     split_mini_batches,
-    token_sequence,
+    token_sequences,
     whole_sequence,
 )
 from mcore_rl.training.checkpoint import end_step
@@ -104,9 +105,10 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
     ages = token_ages(batch.samples, step - 1) if stale else None
 
     def policy_scores(samples: Sequence[Sample]) -> list[np.ndarray]:
-        sequences = [token_sequence(sample) for sample in samples]
+        sequences = token_sequences(samples)
         with timers("score"):
-            return log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+            scored = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+        return by_sample(scored, samples)
 
     screened = run.mismatch.screen(batch, step, policy_scores, ages)
     batch = screened.batch
@@ -152,8 +154,7 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
         | policy.reduce(mesh, "grad_norm")
         | critic.reduce(mesh, "grad_norm/critic")
     )
-    sequences = [token_sequence(sample) for sample in batch.samples]
-    return Learned(metrics, work_of(sequences, shape, config.algorithm.epochs))
+    return Learned(metrics, work_of(token_sequences(batch.samples), shape, config.algorithm.epochs))
 
 
 def critic_update(critic: Critic, update: Update) -> Update:
@@ -175,20 +176,22 @@ def score(
     Args:
         known: the old log-probs of all samples, where they were taken already.
     """
-    shape, routed = run.trainer.shape, [token_sequence(sample) for sample in batch.samples]
-    sequences = [replace(sequence, experts=None) for sequence in routed]  # other models route for themselves
+    shape, samples = run.trainer.shape, batch.samples
+    # other models route for themselves
+    sequences = [replace(sequence, experts=None) for sequence in token_sequences(samples)]
     old = known
     if not known:
         all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
         members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])]).tolist()
-        later = [routed[i] for i in members]
-        scored = log_probs(run.trainer.policy, later, shape, run.temperature) if later else []
-        old = dict(zip(members, scored, strict=True))
+        later = [samples[i] for i in members]
+        sequences_of_later = token_sequences(later)
+        scored = log_probs(run.trainer.policy, sequences_of_later, shape, run.temperature) if later else []
+        old = dict(zip(members, by_sample(scored, later), strict=True))
     with run.residency.during("reference"):
         ref = log_probs(run.reference, sequences, shape, run.temperature) if run.reference else []
     with run.residency.during("values"):
         value = values(run.critic.model, sequences, shape) if run.critic else []
-    return Scores(old, ref, value)
+    return Scores(old, by_sample(ref, samples) if ref else [], by_sample(value, samples) if value else [])
 
 
 def mini_batches(

@@ -170,7 +170,7 @@ def rollout_metrics(
     batch: RolloutBatch, advantages: Sequence[float | np.ndarray], asked: int
 ) -> dict[str, float]:
     """What the samples, of `asked`, and their advantages say by themselves, before any training."""
-    lengths = [len(sample.token_ids) for sample in batch.samples]
+    lengths = [sample.trained_tokens for sample in batch.samples]
     rewards = [float(sample.reward or 0.0) for sample in batch.samples]
     return {
         "reward/mean": statistics.fmean(rewards),

@@ -9,7 +9,7 @@ older weights sampled is far from them by right.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -160,7 +160,11 @@ class Mismatch:
                     f"from the trainer's by more than {limit:g} in the mean, by {mean[worst]:.2e} in "
                     f"{batch.samples[worst].id}: {_CAUSES}"
                 )
-        left = RolloutBatch(tuple(batch.samples[i] for i in kept), tuple(batch.group_ids[i] for i in kept))
+        left = replace(
+            batch,
+            samples=tuple(batch.samples[i] for i in kept),
+            group_ids=tuple(batch.group_ids[i] for i in kept),
+        )
         return Screened(left, {number: old[i] for number, i in enumerate(kept)}, dropped)
 
     def notice(self, step: int, metrics: Mapping[str, float | str]) -> None:

@@ -151,7 +151,6 @@ def shifted_targets(hidden, weight, call, *, score=head.log_prob_entropy):
 
 no_std = with_(advantages.group_normalized, std="none")
 fewer_sequences = with_(aggregation.aggregation_weight, sequences=15.0)
-void_counted = with_(advantages.group_statistics, void=())
 counted_by_segment = with_(aggregation.aggregation_weight, sequences=24)
 kept_at_one = with_(sampling.kept_log_prob, temperature=1.0)
 NEVER_CONSTANT = classmethod(lambda cls, v: cls(sum(v) / len(v), 1e-20, len(v), False))
@@ -174,7 +173,6 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("IPO tau", preference, "ipo", with_(preference.ipo, tau=0.2), "preference/ipo_sum"),
     ("cDPO for rDPO", preference, "robust_dpo", preference.dpo, "preference/rdpo"),
     ("entropy penalised", algorithms, "objective", penalise_entropy, "policy_losses/entropy_bonus"),
-    ("void in the group", advantages, "group_statistics", void_counted, "trajectories/adv/grpo"),
     (
         "a rollout per segment",
         aggregation,

@@ -20,7 +20,7 @@ from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 def sample(k, text, label="42"):
     prompt = Prompt("p", "40+2=", (1,), label)
-    return Sample(f"p@0/{k}", prompt, (2,), (-0.5,), text, "stop", (VersionSpan("0", 0, 1),))
+    return Sample.of_response(f"p@0/{k}", prompt, (2,), (-0.5,), text, "stop", (VersionSpan("0", 0, 1),))
 
 
 GROUPS = [Group("p@0", (sample(0, "42"), sample(1, "41"))), Group("q@0", (sample(2, " 42\n"),))]
@@ -43,7 +43,9 @@ def test_rewards_are_attached_and_nothing_else_changes():
 def written() -> Sample:
     """A sample with arrays, as servers' samples have them."""
     arrays = {"token_ids": np.array([2, 5], np.int32), "log_probs": np.array([-0.5, -1], np.float32)}
-    return replace(sample(0, "42"), **arrays, experts=np.zeros((2, 1, 2), np.uint8))
+    one = sample(0, "42")
+    (segment,) = one.segments
+    return replace(one, segments=(replace(segment, **arrays, experts=np.zeros((2, 1, 2), np.uint8)),))
 
 
 @pytest.mark.parametrize("name", ["token_ids", "log_probs", "experts"])
@@ -51,16 +53,16 @@ def test_a_reward_that_writes_into_a_sample_gets_an_error_that_names_it(name):
     """It trained what the reward had written, and nothing said so."""
 
     def rewriting(one):
-        getattr(one, name)[:] = 0
+        getattr(one.segments[0], name)[:] = 0
         return 1.0
 
     one = written()
-    before = getattr(one, name).copy()
+    before = getattr(one.segments[0], name).copy()
     with pytest.raises(RewardError, match=r"rewriting raised ValueError on sample p@0/0: .*read-only"):
         score_groups([Group("p@0", (one,))], rewriting)
-    assert np.array_equal(getattr(one, name), before)
+    assert np.array_equal(getattr(one.segments[0], name), before)
     scored = score_groups([Group("p@0", (one,))], lambda s: 1.0)[0].samples[0]
-    assert not getattr(scored, name).flags.writeable, "with its reward too"
+    assert not getattr(scored.segments[0], name).flags.writeable, "with its reward too"
 
 
 def test_the_prompt_of_a_sample_is_read_only_too():

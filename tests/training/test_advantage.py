@@ -25,7 +25,7 @@ def batch(lengths=LENGTHS, rewards=REWARDS) -> RolloutBatch:
     for g, (of_group, its_rewards) in enumerate(zip(lengths, rewards, strict=True)):
         prompt = Prompt(f"p{g}", "", (1, 2), "")
         samples = [
-            Sample(
+            Sample.of_response(
                 f"p{g}@1/{k}",
                 prompt,
                 (5,) * n,

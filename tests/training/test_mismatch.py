@@ -15,7 +15,7 @@ from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
 from mcore_rl.log import read_metrics
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.training.batch import RolloutBatch, token_sequence
+from mcore_rl.training.batch import RolloutBatch, token_sequences
 from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.mismatch import Notices, differences, means, p999
@@ -30,7 +30,7 @@ LAYOUTS = [Layout(tensor=2), Layout(data=2), Layout(context=2)]
 def honest(run: Run) -> RolloutBatch:
     """Test_ppo's recorded rollout, as a server with the trainer's weights would have scored it."""
     batch = recorded(run)
-    sequences = [token_sequence(sample) for sample in batch.samples]
+    sequences = token_sequences(batch.samples)
     own = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
     samples = [replace(s, log_probs=scores.copy()) for s, scores in zip(batch.samples, own, strict=True)]
     return replace(batch, samples=tuple(samples))
@@ -109,7 +109,7 @@ def test_a_wrong_sample_ends_the_run_before_any_weight_moves(
 
 def sample(scores: list[float]) -> Sample:
     prompt = Prompt("p", "", (1,), "")
-    return Sample("p@1/0", prompt, (2,) * len(scores), tuple(scores), "", "stop", ())
+    return Sample.of_response("p@1/0", prompt, (2,) * len(scores), tuple(scores), "", "stop", ())
 
 
 def test_only_tokens_of_equal_weights_are_compared() -> None:

@@ -107,7 +107,9 @@ def recorded(run: Run) -> RolloutBatch:
             tokens = tuple(rng.integers(2, 12, size=n).tolist())
             reward = float(np.mean([t % 2 == 0 for t in tokens])) if n else 0.0
             span = (VersionSpan("0", 0, n),)
-            samples.append(Sample(f"{group}/{k}", prompt, tokens, (-2.5,) * n, "", "stop", span, reward))
+            samples.append(
+                Sample.of_response(f"{group}/{k}", prompt, tokens, (-2.5,) * n, "", "stop", span, reward)
+            )
         groups.append(Group(group, tuple(samples)))
     return build_batch(groups)
 

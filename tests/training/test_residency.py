@@ -27,7 +27,7 @@ from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of
-from mcore_rl.training.batch import token_sequence
+from mcore_rl.training.batch import token_sequences
 from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.run import Run
@@ -71,7 +71,7 @@ def trained(config: Config, directory: Path) -> dict[str, Any]:
     with built_run(config, Layout(), directory) as run:
         policy, shape = run.trainer.policy, run.trainer.shape
         batch = recorded(run)
-        sequences = [token_sequence(sample) for sample in batch.samples]
+        sequences = token_sequences(batch.samples)
         before = log_probs(policy, sequences, shape, 1.0)
         metrics = [learn(run, batch, step).metrics for step in (1, 2)]
         with run.residency.during("reference"):

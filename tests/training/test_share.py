@@ -30,7 +30,9 @@ def group(number: int, rewards: list[float]) -> Group:
         n = 1 + (number + k) % 5
         tokens, log_probs = np.full(n, 5, np.int32), np.zeros(n, np.float32)
         spans = (VersionSpan("0", 0, n),)
-        samples.append(Sample(f"p{number}@1/{k}", prompt, tokens, log_probs, "", "stop", spans, reward))
+        samples.append(
+            Sample.of_response(f"p{number}@1/{k}", prompt, tokens, log_probs, "", "stop", spans, reward)
+        )
     return Group(f"p{number}@1", tuple(samples))
 
 

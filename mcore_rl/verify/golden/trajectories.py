@@ -62,11 +62,12 @@ class Trajectories:
         """[R] float64"""
         return self.segments.tensor("rollout_reward").double()
 
-    @property
-    def statistics(self) -> advantages.GroupStatistics:
-        """Of the rewards of the rollouts that are not void."""
-        groups = self.segments.tensor("rollout_group").tolist()
-        return advantages.group_statistics(groups, self.rewards.tolist(), void=self.void.tolist())
+    def advantage(self, of: Callable[..., Tensor], **params: str) -> Tensor:
+        """[R] from the rewards of the rollouts that are alive, 0 for the others."""
+        alive, groups = ~self.void, self.segments.tensor("rollout_group")
+        rewards = self.rewards[alive]
+        statistics = advantages.group_statistics(groups[alive].tolist(), rewards.tolist())
+        return torch.zeros_like(self.rewards).masked_scatter(alive, of(rewards, statistics, **params))
 
     def expand(self, rollouts: Tensor) -> Tensor:
         """[R] -> [S, T]"""
@@ -81,15 +82,13 @@ class Trajectories:
 # --- numbers ----------------------------------------------------------------------------------------------
 
 
-def _advantage(name: str) -> Callable[[Trajectories], Tensor]:
-    match name:
-        case "grpo":
-            return lambda t: advantages.group_normalized(t.rewards, t.statistics)
-        case "mean_only":
-            return lambda t: advantages.group_normalized(t.rewards, t.statistics, std="none")
-        case "liteppo":
-            return lambda t: advantages.group_normalized(t.rewards, t.statistics, std="batch")
-    return lambda t: advantages.leave_one_out(t.rewards, t.statistics)
+STD = {"grpo": "group", "mean_only": "none", "liteppo": "batch"}
+
+
+def _advantage(t: Trajectories, name: str) -> Tensor:
+    if name == "rloo":
+        return t.advantage(advantages.leave_one_out)
+    return t.advantage(advantages.group_normalized, std=STD[name])
 
 
 def _weight(t: Trajectories, name: str) -> Tensor:
@@ -133,7 +132,7 @@ def _loss(t: Trajectories, name: str) -> Outputs:
     """The sequence of a sequence ratio is a segment: its tokens were scored in one context."""
     loss, of, how = LOSSES[name]
     p = t.segments
-    advantage = _gae(t, of) if of == "whitened" else t.expand(_advantage(of)(t))
+    advantage = _gae(t, of) if of == "whitened" else t.expand(_advantage(t, of))
     weight = _weight(t, how)
     old = p.tensor("old_logp")
 
@@ -151,7 +150,7 @@ def _on(case: Callable[..., Tensor | Outputs], *names: str) -> Callable[[GoldenI
 
 
 CASES: Mapping[str, Callable[[GoldenInputs], Tensor | Outputs]] = {
-    **{f"adv/{name}": _on(_advantage(name)) for name in ("grpo", "mean_only", "rloo", "liteppo")},
+    **{f"adv/{name}": _on(_advantage, name) for name in ("rloo", *STD)},
     **{
         f"weight/{name}": _on(_weight, name)
         for name in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")

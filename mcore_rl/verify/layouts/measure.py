@@ -22,7 +22,7 @@ from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
-from mcore_rl.training.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequence
+from mcore_rl.training.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequences
 from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.types import PackedBatch, Sample
@@ -110,7 +110,7 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
     critic = partial(build_critic, model_dir, **settings)
     samples = build_batch(problem.recorded_groups()).samples
     log_prob, entropy = score(policy(ddp=None), samples, shape, kinds=2)
-    lengths = [len(sample.token_ids) for sample in samples]
+    lengths = [sample.trained_tokens for sample in samples]
     box = [[values.numpy() for values in log_prob.split(lengths)] if log_probs is None else log_probs]
     dist.broadcast_object_list(box, src=0, group=mesh.world)
     results = {}
@@ -132,7 +132,7 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
 
 def score(model: Model, samples: Sequence[Sample], shape: Shape, *, kinds: int) -> Tensor:
     """[kinds, rows] log-probs and entropies (2), or values (1), of all samples; the same on every rank."""
-    sequences = [token_sequence(sample) for sample in samples]
+    sequences = token_sequences(samples)
     bounds = np.cumsum([0, *(sequence.scored for sequence in sequences)])
     numbers = [np.arange(start, stop) for start, stop in pairwise(bounds)]
     batches = pack_share(sequences, {"number": numbers}, shape, model.mesh)

@@ -20,8 +20,8 @@ from mcore_rl.algo.rows import Rows
 from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import NumericsError
 from mcore_rl.training.advantage import Scores, compute_advantages
-from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch, by_segment
+from mcore_rl.types import Group, Prompt, Sample, Segment, Tokens, VersionSpan
 
 VOCAB = 50
 """not divisible by 4, so that the last tensor-parallel shards hold padding"""
@@ -36,6 +36,8 @@ ADAM_LEARNING_RATE = 1e-3
 ADAM_EPS = 1e-2
 """A large value: where it is small, Adam turns the rounding error of a tiny gradient into a whole step."""
 VALUE_CLIP = 0.2
+TRAJECTORIES = 2
+"""groups whose samples have several segments"""
 OVERRIDES: Mapping[str, Mapping[str, float]] = {"gspo": {"eps_low": 0.02, "eps_high": 0.03}}
 """Wider clips where the paper's are so narrow that rounding decides which side a sequence is on."""
 _TWO_SIDED = (policy_losses.ppo, policy_losses.gspo)
@@ -99,8 +101,7 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
     algorithm = configure(name, OVERRIDES.get(name) if loss is None else None, loss)
     batch = build_batch(recorded_groups())
     sampled = perturbed(log_probs, seed=14)
-    samples = (replace(s, log_probs=own) for s, own in zip(batch.samples, sampled, strict=True))
-    batch = replace(batch, samples=tuple(samples))
+    batch = replace(batch, samples=tuple(map(_sampled_with, batch.samples, sampled)))
     old = perturbed(log_probs)
     scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), drawn(log_probs, seed=13))
     advantages = compute_advantages(batch, algorithm, scores)
@@ -108,20 +109,47 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
 
 
 def recorded_groups(groups: int = 6, size: int = 4) -> list[Group]:
-    """Prompts of 1-9 tokens, responses of 1-14, binary rewards, and one group without signal."""
+    """Prompts of 1-9 tokens, responses of 1-14, binary rewards, and one group without signal.
+
+    The samples of the last groups are trajectories: they have several segments, with observations in them.
+    """
     rng = np.random.default_rng(7)
     made = []
     for g in range(groups):
         prompt = Prompt(f"p{g}", "", tuple(rng.integers(VOCAB, size=rng.integers(1, 10)).tolist()), "")
         samples = []
         for k in range(size):
-            length = int(rng.integers(1, 15))
-            tokens = tuple(rng.integers(VOCAB, size=length).tolist())
             reward = 1.0 if g == 0 else float(rng.integers(0, 2))
-            spans = (VersionSpan("0", 0, length),)
-            samples.append(Sample(f"p{g}@1/{k}", prompt, tokens, (0.0,) * length, "", "stop", spans, reward))
+            if g < groups - TRAJECTORIES:
+                segments = (_segment(rng, prompt.token_array),)
+            else:
+                segments = _segments(rng, prompt.token_array, first=k == 0)
+            samples.append(Sample(f"p{g}@1/{k}", prompt, segments, "", "stop", reward))
         made.append(Group(f"p{g}@1", tuple(samples)))
     return made
+
+
+def _segment(rng: np.random.Generator, context: Tokens, *, every: bool = True) -> Segment:
+    """A segment of 1-14 tokens, of which every one is trained, or each with a chance of a half."""
+    length = int(rng.integers(1, 15))
+    tokens = tuple(rng.integers(VOCAB, size=length).tolist())
+    trained = None if every else rng.random(length) < 0.5
+    count = length if trained is None else int(trained.sum())
+    return Segment(context, tokens, (0.0,) * count, (VersionSpan("0", 0, count),), trained)
+
+
+def _segments(rng: np.random.Generator, context: Tokens, *, first: bool) -> tuple[Segment, ...]:
+    """Those of a trajectory: with observations, a context of its own, and once without a trained token."""
+    own = rng.integers(VOCAB, size=rng.integers(1, 10)).astype(np.int32)
+    empty = Segment(own, (3, 4), (), (), np.zeros(2, bool))
+    return (_segment(rng, context, every=False), _segment(rng, own, every=False), *([empty] if first else []))
+
+
+def _sampled_with(sample: Sample, log_probs: np.ndarray) -> Sample:
+    """The sample as a policy with these log-probs [m] would have sampled it."""
+    own = by_segment([log_probs], [sample])
+    segments = (replace(s, log_probs=part) for s, part in zip(sample.segments, own, strict=True))
+    return replace(sample, segments=tuple(segments))
 
 
 def perturbed(log_probs: Sequence[np.ndarray], seed: int = 11) -> list[np.ndarray]:
@@ -160,7 +188,9 @@ def check(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> None:
 def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
     """The ratio of every row, and whether its clip acts, as the algorithm's own loss says."""
     lengths = torch.tensor([len(values) for values in log_probs])
-    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+    samples = recorded.batch.samples
+    segments = torch.tensor([len(s.log_probs) for sample in samples for s in sample.segments])
+    sequence = torch.arange(len(segments)).repeat_interleave(segments)
     per_sample = [torch.as_tensor(a, dtype=torch.float32).reshape(-1) for a in recorded.fields["advantage"]]
     advantage = torch.cat([a.expand(n) for a, n in zip(per_sample, lengths.tolist(), strict=True)])
     own, old, rollout, reference = (
@@ -174,8 +204,8 @@ def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> t
     )
     rows = Rows.of(own, -own, old=old, rollout=rollout, advantage=advantage, reference=reference)
     means = {
-        "sequence_log_ratio": sequence_mean(own - old, sequence, len(lengths))[sequence],
-        "sequence_rollout_log_ratio": sequence_mean(own - rollout, sequence, len(lengths))[sequence],
+        "sequence_log_ratio": sequence_mean(own - old, sequence, len(segments))[sequence],
+        "sequence_rollout_log_ratio": sequence_mean(own - rollout, sequence, len(segments))[sequence],
     }
     algorithm = recorded.algorithm
     token = algorithm.loss(
