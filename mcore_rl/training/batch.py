@@ -7,7 +7,7 @@ N samples of the whole rollout batch, m_i trained tokens of sample i over all of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -129,6 +129,13 @@ def by_sample(values: Sequence[np.ndarray], samples: Sequence[Sample]) -> list[n
     rest = iter(values)
     parts = [list(islice(rest, len(sample.segments))) for sample in samples]
     return [its[0] if len(its) == 1 else np.concatenate([np.zeros(0, np.float32), *its]) for its in parts]
+
+
+def sampled_with(sample: Sample, log_probs: np.ndarray) -> Sample:
+    """The sample as a policy with these log-probs [m_i] would have sampled it."""
+    own = by_segment([log_probs], [sample])
+    segments = (replace(s, log_probs=part) for s, part in zip(sample.segments, own, strict=True))
+    return replace(sample, segments=tuple(segments))
 
 
 def _cut(value: Any, lengths: Sequence[int]) -> Sequence[Any]:

@@ -46,7 +46,7 @@ def test_groups_hold_every_sample_once_with_its_origin(url: str) -> None:
             assert sample.prompt is prompt
             assert len(sample.token_ids) == len(sample.log_probs) > 0
             assert sample.text == decode(np.asarray(sample.token_ids).tolist())
-            assert sample.versions == (VersionSpan("default", 0, len(sample.token_ids)),)
+            assert sample.segments[0].versions == (VersionSpan("default", 0, len(sample.token_ids)),)
             assert sample.reward is None
             for array in (sample.token_ids, sample.log_probs, sample.prompt.token_array):
                 assert not array.flags.writeable

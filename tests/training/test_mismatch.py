@@ -15,7 +15,7 @@ from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
 from mcore_rl.log import read_metrics
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.training.batch import RolloutBatch, token_sequences
+from mcore_rl.training.batch import RolloutBatch, sampled_with, token_sequences
 from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.mismatch import Notices, differences, means, p999
@@ -32,7 +32,7 @@ def honest(run: Run) -> RolloutBatch:
     batch = recorded(run)
     sequences = token_sequences(batch.samples)
     own = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
-    samples = [replace(s, log_probs=scores.copy()) for s, scores in zip(batch.samples, own, strict=True)]
+    samples = [sampled_with(s, scores.copy()) for s, scores in zip(batch.samples, own, strict=True)]
     return replace(batch, samples=tuple(samples))
 
 
@@ -41,10 +41,13 @@ def spoiled(batch: RolloutBatch) -> tuple[RolloutBatch, list[int]]:
     samples = list(batch.samples)
     long = [i for i, sample in enumerate(samples) if len(sample.token_ids) > 2]
     alike, one, other = long[0], long[1], long[-1]
-    samples[alike] = replace(samples[alike], token_ids=(3,) * len(samples[alike].token_ids))
+    (segment,) = samples[alike].segments
+    wrong = replace(segment, token_ids=(3,) * len(segment.token_ids))
+    samples[alike] = replace(samples[alike], segments=(wrong,))
     a, b = samples[one], samples[other]
-    samples[one] = replace(a, token_ids=b.token_ids, log_probs=b.log_probs, versions=b.versions)
-    samples[other] = replace(b, token_ids=a.token_ids, log_probs=a.log_probs, versions=a.versions)
+    (of_a,), (of_b,) = a.segments, b.segments
+    samples[one] = replace(a, segments=(replace(of_b, context=of_a.context),))
+    samples[other] = replace(b, segments=(replace(of_a, context=of_b.context),))
     return replace(batch, samples=tuple(samples)), [alike, one, other]
 
 

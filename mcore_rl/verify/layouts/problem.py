@@ -20,7 +20,7 @@ from mcore_rl.algo.rows import Rows
 from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import NumericsError
 from mcore_rl.training.advantage import Scores, compute_advantages
-from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch, by_segment
+from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch, sampled_with
 from mcore_rl.types import Group, Prompt, Sample, Segment, Tokens, VersionSpan
 
 VOCAB = 50
@@ -101,7 +101,7 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
     algorithm = configure(name, OVERRIDES.get(name) if loss is None else None, loss)
     batch = build_batch(recorded_groups())
     sampled = perturbed(log_probs, seed=14)
-    batch = replace(batch, samples=tuple(map(_sampled_with, batch.samples, sampled)))
+    batch = replace(batch, samples=tuple(map(sampled_with, batch.samples, sampled)))
     old = perturbed(log_probs)
     scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), drawn(log_probs, seed=13))
     advantages = compute_advantages(batch, algorithm, scores)
@@ -143,13 +143,6 @@ def _segments(rng: np.random.Generator, context: Tokens, *, first: bool) -> tupl
     own = rng.integers(VOCAB, size=rng.integers(1, 10)).astype(np.int32)
     empty = Segment(own, (3, 4), (), (), np.zeros(2, bool))
     return (_segment(rng, context, every=False), _segment(rng, own, every=False), *([empty] if first else []))
-
-
-def _sampled_with(sample: Sample, log_probs: np.ndarray) -> Sample:
-    """The sample as a policy with these log-probs [m] would have sampled it."""
-    own = by_segment([log_probs], [sample])
-    segments = (replace(s, log_probs=part) for s, part in zip(sample.segments, own, strict=True))
-    return replace(sample, segments=tuple(segments))
 
 
 def perturbed(log_probs: Sequence[np.ndarray], seed: int = 11) -> list[np.ndarray]:
