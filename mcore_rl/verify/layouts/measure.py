@@ -27,7 +27,7 @@ from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify.layouts import problem
-from mcore_rl.verify.layouts.case import Case
+from mcore_rl.verify.layouts.case import LOSSES, Case
 from mcore_rl.weights.buckets import gather
 
 SGD_STEPS = 3
@@ -163,7 +163,7 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
     totals = Gathered(first).reduce(mesh)
     by_name = {key.name: total for key, total in totals.items()}
     return Measured(
-        loss=next(by_name[name] for name in ("loss/policy", "loss/value") if name in by_name).item(),
+        loss=next(by_name[name] for name in LOSSES if name in by_name).item(),
         abs_loss=by_name["loss/scale"].item(),
         metrics=by_name | {"grad_norm": torch.tensor(norm)},
         scores=subject.scores,

@@ -202,7 +202,7 @@ def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> t
     }
     algorithm = recorded.algorithm
     token = algorithm.loss(
-        replace(rows, sequence_tokens=lengths[sequence].float(), extras={**rows.extras, **means}),
+        replace(rows, sequence_tokens=segments[sequence].float(), extras={**rows.extras, **means}),
         **algorithm.loss_params,
     )
     known = {name: metric.values for name, metric in token.metrics.items()}
