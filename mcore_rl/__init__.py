@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from mcore_rl.rewards import RewardFn
     from mcore_rl.training.loop import train
-    from mcore_rl.types import Group, Prompt, Sample
+    from mcore_rl.types import Group, Prompt, Sample, Segment
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "RewardFn",
     "RolloutError",
     "Sample",
+    "Segment",
     "StorageError",
     "TokenLoss",
     "WeightSyncError",
@@ -70,6 +71,7 @@ _HOME = {
     "Group": "mcore_rl.types",
     "Prompt": "mcore_rl.types",
     "Sample": "mcore_rl.types",
+    "Segment": "mcore_rl.types",
 }
 """public name -> module; every other one is in mcore_rl.errors"""
 
