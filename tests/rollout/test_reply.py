@@ -186,8 +186,8 @@ def check_possible(sample: Reply) -> None:
     assert (scores <= np.float32(LARGEST_LOG_PROB)).all()
     assert len(sample.prompt_log_probs) in (0, len(ASKED.prompt) - 1)
     assert sample.finish_reason in ("stop", "length", "abort")
-    edges = [0, *(one.end for one in sample.segments[0].versions)]
-    assert [one.start for one in sample.segments[0].versions] == edges[:-1]
+    edges = [0, *(one.end for one in sample.versions)]
+    assert [one.start for one in sample.versions] == edges[:-1]
     assert edges[-1] == n
 
 

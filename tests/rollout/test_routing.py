@@ -122,14 +122,16 @@ def test_experts_are_those_of_the_model_and_reach_the_trainer(moe_url: str) -> N
     for reply, sample in zip(replies, shared.samples, strict=True):
         wanted = chosen_by_transformers(reply)
         assert wanted.shape == (5 + 12 - 1, 2, 2)
-        assert sample.experts is not None
-        assert np.array_equal(np.sort(sample.experts, -1), wanted)
-        assert not np.array_equal(np.sort(sample.experts, -1)[1:], wanted[:-1]), "the control: a token late"
+        assert sample.segments[0].experts is not None
+        assert np.array_equal(np.sort(sample.segments[0].experts, -1), wanted)
+        assert not np.array_equal(np.sort(sample.segments[0].experts, -1)[1:], wanted[:-1]), (
+            "the control: a token late"
+        )
         saved = json.loads(json.dumps(reply_to_json(reply)))
         restored = reply_from_json(saved, routed=True)
         assert restored.experts is not None
         assert (restored.experts.dtype, restored.token_ids) == (np.uint8, reply.token_ids)
-        assert np.array_equal(restored.experts, sample.experts)
+        assert np.array_equal(restored.experts, experts)
         assert reply_from_json(saved, routed=False).experts is None
         assert kept(saved) is not None
         assert kept(saved, saved | {"experts": None}) is None, "sampled before routing was replayed"
