@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcore_rl.errors import ConfigError, StorageError
+from mcore_rl.terminal import quoted
 
 MARK = ".mcore_rl"
 LOCK = "LOCK"
@@ -28,6 +29,9 @@ VERSION = re.compile(r"(initial|\d+)(\.partial)?")
 Kind = Literal["run", "weights", "samples", "checkpoint", "model", "rehearsal", "conversion"]
 """what a marked directory is"""
 _PARTIAL = ".partial"
+_HOLDER = re.compile(rb"(process [^\n]*\n?)?")
+"""what a lock's file holds: who has, or had it"""
+_HOLDER_BYTES = 4096
 _held_files: set[FileIO] = set()
 """locks of this process"""
 
@@ -53,8 +57,8 @@ def check_free(directory: Path, remedy: str, *, kind: Kind) -> None:
     other = None if directory.is_symlink() else kind_of(directory)
     if other is not None:
         raise ConfigError(
-            f"{directory} is marked as of the kind {other!r} ({MARK}), and a directory of the kind {kind!r} "
-            f"would replace it. Nothing was touched. Move it away, or {remedy}"
+            f"{directory} is marked as of the kind {quoted(other)} ({MARK}), and a directory of the kind "
+            f"{kind!r} would replace it. Nothing was touched. Move it away, or {remedy}"
         )
     raise ConfigError(
         f"{directory} holds files and no mark of mcore_rl ({MARK}): it would be replaced, and was "
@@ -119,11 +123,14 @@ def locked(
     The lock ends with the process, however that ends, also where processes live on that it has forked.
 
     Raises:
-        ConfigError: a file, or a link that leads nowhere, is where the directory or a parent of it belongs.
+        ConfigError: a file, or a link that leads nowhere, is where the directory or a parent of it belongs,
+            or what something else wrote, or a link, has the name of the lock.
         StorageError, or the `error` given: another process holds it, or it cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if (directory / name).is_symlink():  # what it leads to would be overwritten
+            raise _no_lock(directory / name, remedy)
         file = (directory / name).open("ab+", buffering=0)
     except (FileExistsError, NotADirectoryError) as cause:
         raise ConfigError(
@@ -137,19 +144,29 @@ def locked(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().decode(errors="replace").strip() or "another process"
+            holder = file.read(_HOLDER_BYTES).decode(errors="replace").strip() or "another process"
             raise error(
                 f"{directory} is in use by {holder}: two runs would destroy each other's files. Wait for it, "
                 f"or {remedy}"
             ) from None
         except OSError as cause:
             raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
+        file.seek(0)
+        if not _HOLDER.fullmatch(file.read(_HOLDER_BYTES)):
+            raise _no_lock(directory / name, remedy)
         try:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as cause:
             raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
         yield
+
+
+def _no_lock(path: Path, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is no lock of mcore_rl: something else wrote it, and it would be overwritten. Nothing was "
+        f"touched. Move it away, or {remedy}"
+    )
 
 
 @contextlib.contextmanager

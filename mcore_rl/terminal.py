@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of what acts instead of being shown: controls, formats, surrogates, line separators"""
 
 QUOTED_CHARS = 100
 """the most that a message repeats of one value"""
+MOST_LISTED = 20
+"""the most values that a message lists"""
 
 
 def escaped(foreign: object) -> str:
@@ -27,8 +30,25 @@ def escaped(foreign: object) -> str:
 
 def quoted(value: object) -> str:
     """`repr(value)` for a message: on one line, and cut where it is long."""
-    text = escaped(repr(value))
+    return short(repr(value))
+
+
+def short(foreign: object) -> str:
+    """A name that others chose, for a message: escaped, and cut where it is long."""
+    text = escaped(foreign)
     return text if len(text) <= QUOTED_CHARS else f"{text[:QUOTED_CHARS]}..."
+
+
+def listed(names: Iterable[object]) -> str:
+    """`['a', 'b']` for a message, of names that others chose: the first few, each cut, and how many more."""
+    return f"[{joined(map(quoted, names))}]"
+
+
+def joined(texts: Iterable[str]) -> str:
+    """`a, b`: the first few of many texts for a message, and how many more there are."""
+    every = list(texts)
+    more = f" and {len(every) - MOST_LISTED} more" if len(every) > MOST_LISTED else ""
+    return ", ".join(every[:MOST_LISTED]) + more
 
 
 def printable(message: object) -> str:

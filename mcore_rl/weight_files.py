@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import listed, quoted, short
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,16 +40,23 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     weight_map = _read_index(index)
     for name, file in weight_map.items():
         if Path(file).name != file:
-            raise ConfigError(f"{index}: {name} points to {file!r}, outside the directory")
+            raise ConfigError(f"{index}: {short(name)} points to {quoted(file)}, outside the directory")
     names = sorted(set(weight_map.values()))
     if single.exists() and names != [SINGLE]:
         raise ConfigError(_two_readers(single, index, "other programs read the files of"))
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not _is_file(directory / name)]
     if missing or not names:
         raise ConfigError(
-            f"{index}: names {missing}, which are not in the directory; fetch or export it again"
+            f"{index}: names {listed(missing)}, which are not in the directory; fetch or export it again"
         )
     return [directory / name for name in names], weight_map
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def _two_readers(single: Path, other: Path, others: str) -> str:

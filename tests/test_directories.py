@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -235,3 +236,36 @@ def test_a_cut_line_is_closed_before_the_next(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"whole\ncut")
     append_line(tmp_path / "log", b"next\n")
     assert (tmp_path / "log").read_bytes() == b"whole\ncut\nnext\n"
+
+
+@pytest.mark.parametrize("mine", [b"precious\n", b"process 1 on here\nmine\n", b"\xff"])
+def test_a_file_of_something_else_with_the_name_of_a_lock_stays_and_is_named(tmp_path: Path, mine) -> None:
+    (tmp_path / LOCK).write_bytes(mine)
+    with (
+        pytest.raises(ConfigError, match=r"LOCK is no lock of mcore_rl.*or elsewhere"),
+        locked(tmp_path, "elsewhere"),
+    ):
+        pass
+    assert (tmp_path / LOCK).read_bytes() == mine
+
+
+@pytest.mark.parametrize("left", [b"", b"process 1 on a host of dots...\n", b"process 1 on"])
+def test_the_lock_of_a_process_that_was_killed_is_taken(tmp_path: Path, left) -> None:
+    (tmp_path / LOCK).write_bytes(left)
+    with locked(tmp_path, ""):
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+
+
+def test_what_a_link_with_the_name_of_a_lock_leads_to_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (tmp_path / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="LOCK is no lock of mcore_rl"), locked(tmp_path, ""):
+        pass
+    assert (tmp_path / "mine").read_text() == ""
+
+
+def test_a_message_repeats_the_beginning_of_the_kind_in_a_mark(tmp_path: Path) -> None:
+    (tmp_path / MARK).write_text(json.dumps({"kind": "k" * 50_000}))
+    with pytest.raises(ConfigError, match="kkk") as refused:
+        make(tmp_path, "elsewhere", kind="weights")
+    assert len(str(refused.value)) < 1000

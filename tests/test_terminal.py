@@ -12,7 +12,8 @@ from aiohttp import web
 
 from mcore_rl.__main__ import main
 from mcore_rl.data.prompts import load_prompts
-from mcore_rl.errors import DataError, McoreRLError, RewardError
+from mcore_rl.errors import DataError, McoreRLError, NumericsError, RewardError
+from mcore_rl.report.compare import main as compare
 from mcore_rl.report.runs import RunData
 from mcore_rl.report.summary import text_table
 from mcore_rl.rollout.client import RejectedError, RolloutClient
@@ -142,3 +143,30 @@ def test_whatever_the_package_prints_is_printable() -> None:
 def test_the_gate_sees_a_bare_print() -> None:
     assert len(bare_prints("x.py", ast.parse("print(f'{x}')\nprint(error, file=sys.stderr)"))) == 2
     assert bare_prints("x.py", ast.parse("print()\nprint('done')\nprint(printable(x))")) == []
+
+
+def test_what_a_run_and_a_comparison_print_of_a_metric_is_the_beginning_of_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {f"eval/{name * 50_000}/accuracy": 0.5 for name in "ab"}
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        record = {"step": 1} | {key: value + number for key, value in keys.items()}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert compare([str(tmp_path / "one"), str(tmp_path / "two")]) == NumericsError.exit_code
+    assert main(["report", str(tmp_path / "one")]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 400
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "k" * 5000], ids=len)
+def test_a_name_that_no_file_system_takes_is_refused_by_every_command(path: str, tmp_path: Path) -> None:
+    there = str(tmp_path / "new")
+    for command in (
+        ["report", path],
+        ["verify", "golden", path],
+        ["convert", "hf-to-mcore", path, there],
+        ["convert", "hf-to-mcore", there, path],
+        ["convert", "mcore-to-hf", path, there],
+        ["convert", "mcore-to-hf", there, there, "--config", path],
+    ):
+        assert main(command) == 2, command

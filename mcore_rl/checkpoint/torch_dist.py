@@ -25,6 +25,7 @@ from mcore_rl.checkpoint.image import PieceEntry
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from mcore_rl.model.hf.unpickle import read_metadata
+from mcore_rl.terminal import quoted
 
 METADATA = ".metadata"
 _BACKEND = {
@@ -147,7 +148,8 @@ def _overlap(piece: Piece, offset: tuple[int, ...], extent: tuple[int, ...]) -> 
 def _archive(directory: Path, info: Any, allowed: frozenset[str]) -> _Archive:
     if info.relative_path not in allowed or getattr(info, "transform_descriptors", None):
         raise DamagedCheckpointError(
-            f"{directory / METADATA}: points to {info.relative_path!r}, which the manifest does not list"
+            f"{directory / METADATA}: points to {quoted(info.relative_path)}, which the manifest does not "
+            "list"
         )
     return info.relative_path, info.offset, info.length
 

@@ -16,6 +16,7 @@ from mcore_rl.config import toml
 from mcore_rl.config.config import Config
 from mcore_rl.config.file import KEYS
 from mcore_rl.errors import ConfigError
+from mcore_rl.terminal import quoted
 
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "string", Path: "path"}
 _BOUNDS: tuple[tuple[Any, str, str], ...] = (
@@ -43,7 +44,7 @@ def describe(sections: Sequence[str] = ()) -> str:
         if name not in KEYS:
             close = get_close_matches(name, KEYS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the sections are {', '.join(KEYS)}"
-            raise ConfigError(f"config: there is no section {name!r}; {hint}")
+            raise ConfigError(f"config: there is no section {quoted(name)}; {hint}")
     lines: list[str] = []
     for name in sections or KEYS:
         lines += ["", f"[{name}]  {_about(name)}"]

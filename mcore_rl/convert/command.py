@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -61,6 +62,8 @@ def mcore_to_hf(
             "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
             "--quantize"
         )
+    if not 0 < shard_gb < math.inf:
+        raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0")
     where = source if config is None else config
 
     def write(directory: Path) -> ConversionProgress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import sys
 import time
@@ -14,6 +16,9 @@ from mcore_rl.directories import check_free, locked, mark, remove
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.terminal import printable
 
+_NO_PLACE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""errors of a path that stays wrong, however often it is tried"""
+
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
@@ -24,7 +29,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         CheckpointError: it cannot be written, or another process is writing it.
     """
     target = Path(target)
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere too: nothing can take its place
         raise ConfigError(f"{target} exists; remove it or name another directory")
     partial, remedy = target.with_name(target.name + ".partial"), "name another target"
     try:
@@ -40,9 +45,11 @@ def whole_directory(target: Path) -> Iterator[Path]:
             finally:
                 remove(partial, remedy, kind="conversion")
     except OSError as error:
+        place = f"{error.filename or partial}: {error.strerror or error}"
+        if error.errno in _NO_PLACE:
+            raise ConfigError(f"{place}; nothing was converted. Name another target") from error
         raise CheckpointError(
-            f"{error.filename or partial}: {error.strerror or error}; nothing is left of the conversion. "
-            "Make room or make it writable, and convert again"
+            f"{place}; nothing is left of the conversion. Make room or make it writable, and convert again"
         ) from error
 
 

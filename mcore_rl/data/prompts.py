@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mcore_rl import strict_json
 from mcore_rl.data.chat import render
 from mcore_rl.errors import DataError
-from mcore_rl.terminal import escaped
+from mcore_rl.terminal import escaped, quoted
 from mcore_rl.types import Prompt
 
 MOST_DROPPED = 0.9
@@ -130,7 +130,7 @@ def load_prompts(
         prompt = _prompt(place, record, tokenizer, prompt_key, label_key, needs_label=needs_label)
         if prompt.id in places:
             raise DataError(
-                f"{place}:id: {prompt.id!r} is already the id at {places[prompt.id]}; ids are unique"
+                f"{place}:id: {quoted(prompt.id)} is already the id at {places[prompt.id]}; ids are unique"
             )
         places[prompt.id] = place
         if len(prompt.token_ids) > max_prompt_tokens:
@@ -166,7 +166,7 @@ def _check_length(
     for limit in response.limits:
         if total > limit.tokens:
             raise DataError(
-                f"{place}:{key}: prompt {prompt.id!r} of {len(prompt.token_ids)} tokens and {what} of "
+                f"{place}:{key}: prompt {quoted(prompt.id)} of {len(prompt.token_ids)} tokens and {what} of "
                 f"{follows} make {total} tokens, and {limit.what}; {limit.remedy}"
             )
 
@@ -239,7 +239,7 @@ def _prompt(
     name = _string(place, "id", record.get("id", place.rpartition(":")[2]))
     if any("\ud800" <= character <= "\udfff" for character in name):
         raise DataError(
-            f"{place}:id: {name!r} holds half of a surrogate pair, which no file can hold; rename it"
+            f"{place}:id: {quoted(name)} holds half of a surrogate pair, which no file can hold; rename it"
         )
     text = _text(f"{place}:{prompt_key}", record[prompt_key], tokenizer)
     token_ids = _encode(f"{place}:{prompt_key}", text, tokenizer)

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
 from mcore_rl.errors import LayoutError
+from mcore_rl.terminal import quoted
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Layout:
             key = ("sequence" if match[1] else names[match[2]]) if match else ""
             if not match or key in fields:
                 raise LayoutError(
-                    f"layout {text!r}: cannot read {rest!r}; write it like tp2+sp, tp2pp2cp2 or pp2+vpp2"
+                    f"layout {quoted(text)}: cannot read {quoted(rest)}; write it like tp2+sp, tp2pp2cp2 or "
+                    "pp2+vpp2"
                 )
             fields[key] = True if match[1] else int(match[3])
             rest = rest[match.end() :]

@@ -13,7 +13,7 @@ from typing import Any
 from mcore_rl.errors import DataError, McoreRLError, NumericsError
 from mcore_rl.metric_names import MEASURED
 from mcore_rl.report.runs import RunData, number, read_runs
-from mcore_rl.terminal import printable
+from mcore_rl.terminal import printable, short
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     for d in found:
         where = f"{d.steps} of {steps} steps, first {d.first_step}"
-        print(printable(f"{d.key}: differs in {where}, by up to {d.largest:.3g}"))
+        print(printable(f"{short(d.key)}: differs in {where}, by up to {d.largest:.3g}"))
     alone = " and ".join(f"{len(run.steps) - steps} of {run.name}" for run in (one, other))
     print(printable(f"{steps} steps compared, {len(found)} metrics differ by more than {arguments.rtol:g}"))
     print(printable(f"not compared, in one run only: {alone}"))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import format_number
-from mcore_rl.terminal import escaped
+from mcore_rl.terminal import short
 
 AXES = (
     ("tensor", "TP"),
@@ -44,7 +44,7 @@ def headline(run: RunData) -> list[Fact]:
 
 def text_table(run: RunData) -> str:
     """The headline for a terminal, a fact per line."""
-    facts = [(escaped(fact.label), fact.value, fact.detail) for fact in headline(run)]
+    facts = [(short(fact.label), fact.value, fact.detail) for fact in headline(run)]
     label = max(len(name) for name, _, _ in facts)
     value = max(len(number) for _, number, _ in facts)
     return "\n".join(

@@ -20,6 +20,8 @@ from mcore_rl.types import ExpertLayers, VersionSpan
 
 ANY_VOCABULARY = 1 << 31
 """where nobody says which: ids are kept as int32"""
+FINISH_REASONS = ("stop", "length", "abort")
+"""why a response can have ended"""
 LARGEST_LOG_PROB = 1e-4
 """No probability exceeds 1. The logarithm of a float32 softmax may exceed 0 by the rounding of a sum over the
 vocabulary, some 1e-6 for 2^18 addends that are summed in a tree, as GPUs and CPUs do. A hundred times that
@@ -116,8 +118,9 @@ def _parse(item: Any, asked: Asked) -> Reply:
     reply = _object(item, "reply")
     meta = _object(reply["meta_info"], "meta_info")
     finish = _object(meta["finish_reason"], "meta_info.finish_reason")["type"]
-    reasons = ("stop", "length", "abort")
-    _check(finish in reasons, "meta_info.finish_reason", f"{_shown(finish)}, not one of {reasons}")
+    _check(
+        finish in FINISH_REASONS, "meta_info.finish_reason", f"{_shown(finish)}, not one of {FINISH_REASONS}"
+    )
     _check(meta["id"] == asked.sent, "meta_info.id", f"{_shown(meta['id'])} is not {asked.sent!r}")
     token_ids = _list(reply["output_ids"], "output_ids")
     aborted_early = finish == "abort" and not token_ids

@@ -11,8 +11,8 @@ import numpy as np
 from mcore_rl.errors import DamagedCheckpointError
 from mcore_rl.rollout import experts as routing
 from mcore_rl.rollout.inflight import PendingGroup
-from mcore_rl.rollout.reply import MalformedReplyError, Reply, check_spans, check_tokens
-from mcore_rl.terminal import escaped
+from mcore_rl.rollout.reply import FINISH_REASONS, MalformedReplyError, Reply, check_spans, check_tokens
+from mcore_rl.terminal import quoted, short
 from mcore_rl.types import ExpertLayers, VersionSpan
 
 
@@ -53,16 +53,21 @@ def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers
         DamagedCheckpointError: on every rank, for a sample that the policy cannot have sampled.
     """
     try:
+        step_of(saved)
+        if type(saved["version"]) is not int:
+            raise ValueError("its version is no number")
         for reply in saved["replies"] or ():
             read = reply_from_json(reply, routed=experts is not None)
+            if read.finish_reason not in FINISH_REASONS:
+                raise ValueError(f"it ended by {quoted(read.finish_reason)}")
             check_tokens(read.token_ids, read.log_probs, vocabulary)
             check_spans(reply["versions"], len(read.token_ids))
             if experts is not None and read.experts is not None:
                 routing.check_experts(read.experts, experts)
-    except (MalformedReplyError, KeyError, TypeError, ValueError) as error:
+    except (MalformedReplyError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(
-            f"the checkpoint's sample in flight {escaped(saved.get('id'))} is none of this model "
-            f"({escaped(error)}); go on from --resume previous, or from the model that it was sampled from"
+            f"the checkpoint's sample in flight {short(saved.get('id'))} is none of this model "
+            f"({short(error)}); go on from --resume previous, or from the model that it was sampled from"
         ).on_every_rank() from error
 
 

@@ -10,7 +10,7 @@ from mcore_rl.errors import DataError
 from mcore_rl.log import StepLog
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.precision import packed_multiple, token_multiple
-from mcore_rl.terminal import printable
+from mcore_rl.terminal import printable, quoted
 
 
 def response_of(config: Config) -> Response:
@@ -60,7 +60,7 @@ def describe_dropped(config: Config, found: PromptSet) -> str:
     return (
         f"{len(found.too_long)} of {found.read} prompts exceed data.max_prompt_tokens = "
         f"{config.data.max_prompt_tokens} and are left out, the first at {found.too_long_at} "
-        f"({found.too_long[0]!r})"
+        f"({quoted(found.too_long[0])})"
     )
 
 

@@ -33,6 +33,7 @@ from mcore_rl.directories import (
 )
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.log import EVENTS, METRICS, append_event
+from mcore_rl.terminal import quoted
 from mcore_rl.training.faults.exits import say
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ def _check_kinds(config: Config) -> None:
     """Raises ConfigError for a run in what is another kind of directory, or in one that goes as a whole."""
     if kind_of(config.run.dir) not in (None, "run"):
         raise ConfigError(
-            f"{config.run.dir} is marked as of the kind {kind_of(config.run.dir)!r} ({MARK}), and no run "
-            f"directory: who wrote it may remove it. {_RUN_REMEDY.capitalize()}"
+            f"{config.run.dir} is marked as of the kind {quoted(kind_of(config.run.dir))} ({MARK}), and no "
+            f"run directory: who wrote it may remove it. {_RUN_REMEDY.capitalize()}"
         )
     for place in (config.run.dir, root_of(config), published_to(config)):
         for parent in (_real(place), *_real(place).parents):

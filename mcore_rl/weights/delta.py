@@ -162,7 +162,7 @@ def apply(delta: Path, file: Path) -> None:
         mapped = np.memmap(file, dtype=read.values.dtype, mode="r+")
         patch(mapped, read)
         mapped.flush()
-    except (OSError, KeyError, TypeError, IndexError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
         raise WeightSyncError(f"{delta}: cannot be applied ({error})") from error
     check(file, expected)
 

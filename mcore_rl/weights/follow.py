@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mcore_rl.directories import VERSION, is_ours, make, remove, storage_error, write_whole
 from mcore_rl.errors import McoreRLError, WeightSyncError
-from mcore_rl.terminal import printable
+from mcore_rl.terminal import printable, quoted
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
 
 LATEST = "LATEST"
@@ -54,7 +54,7 @@ class Follower:
         self._beat = 0.0
 
     def run(self) -> None:
-        """Follow until the process ends. Raises StorageError where SOURCE cannot be written."""
+        """Follow until the process ends. Raises StorageError where SOURCE cannot be read or written."""
         try:
             while True:
                 self.step()
@@ -91,6 +91,8 @@ class Follower:
         write_whole(self._file, json.dumps(asdict(state)))
 
     def _take(self, version: str) -> None:
+        if not VERSION.fullmatch(version):  # it becomes a directory's name
+            raise WeightSyncError(f"{self._source / LATEST}: {quoted(version)} is no version of weights")
         new, partial = self._source / version, self._target / f"{version}.partial"
         make(partial, _REMEDY, kind="weights")
         for path in files_of(new):
@@ -128,11 +130,17 @@ def version_of(edition: str) -> str:
 
 
 def latest(source: Path) -> str:
-    """The newest edition of SOURCE that is complete; empty before the first."""
+    """The newest edition of SOURCE that is complete; empty before the first.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     try:
-        return (source / LATEST).read_text().strip()
+        return (source / LATEST).read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise storage_error(source / LATEST, error, remedy="name another SOURCE") from error
 
 
 def announce(source: Path, version: str) -> str:
@@ -158,8 +166,9 @@ def states(source: Path) -> list[State]:
     for file in sorted((source / FOLLOWERS).glob("*.json")):
         try:
             if now - file.stat().st_mtime < DEAD_SECONDS:
-                found.append(State(**json.loads(file.read_text())))
-        except (OSError, ValueError, TypeError):  # gone meanwhile, or not a follower's
+                state = State(**json.loads(file.read_text()))
+                found += [state] if all(isinstance(said, str) for said in vars(state).values()) else []
+        except (OSError, ValueError, TypeError, RecursionError):  # gone meanwhile, or not a follower's
             continue
     return found
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -322,3 +324,33 @@ def test_a_directory_stored_in_other_boxes_is_read(dense_source: Path, tmp_path:
     writer.finish(metadata, [writer.write_data(plan, Planner()).wait() for plan in plans])
     read = torch_dist_reader(tmp_path / "halves", mapping)
     assert all(torch.equal(read(name), tensor) for name, tensor in original.items())
+
+
+def as_link(tmp_path: Path) -> Path:
+    (tmp_path / "mcore").symlink_to(tmp_path / "nowhere")
+    return tmp_path / "mcore"
+
+
+def below_a_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "mcore"
+
+
+@pytest.mark.parametrize(
+    "target", [as_link, below_a_file, lambda path: path / ("x" * 300), lambda path: path / ("x" * 250)]
+)
+def test_a_target_that_no_directory_can_be_is_refused_before_anything_is_converted(
+    tmp_path: Path, target: Callable[[Path], Path]
+) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"ame another"),
+        output.whole_directory(target(tmp_path)),
+    ):
+        pytest.fail("it was begun")
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf, -math.inf, -1.0, 0.0])
+def test_a_size_of_files_that_is_none_is_refused(tmp_path: Path, size: float) -> None:
+    with pytest.raises(ConfigError, match=r"--shard-gb .*give a number above 0"):
+        mcore_to_hf(tmp_path, tmp_path / "hf", shard_gb=size)

@@ -300,3 +300,15 @@ def test_files_without_prompts(load, tmp_path, tokenizer):
         load_prompts(tmp_path / "absent.jsonl", tokenizer, max_prompt_tokens=4)
     with pytest.raises(DataError, match="Is a directory"):
         load_prompts(tmp_path, tokenizer, max_prompt_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "tokens"),
+    [(["k" * 50_000] * 2, 16), (["\ud800" + "k" * 50_000], 16), (["k" * 50_000], 7)],
+    ids=["twice", "half a pair", "beyond a limit"],
+)
+def test_a_message_repeats_the_beginning_of_an_id(load, ids, tokens):
+    limit = Response(4, [Limit(tokens, "the model has no more", "shorten it")])
+    with pytest.raises(DataError, match="kkkk") as refused:
+        load(*[GOOD | {"id": name} for name in ids], response=limit)
+    assert len(str(refused.value)) < 600

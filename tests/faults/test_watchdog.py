@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from mcore_rl.errors import ConfigError, RolloutError
-from mcore_rl.log import append_event, read_metrics
+from mcore_rl.log import EVENTS, append_event, read_metrics
 from mcore_rl.training.faults.exits import end_of_events, last_words, not_worth_a_restart, record, recorded
 from tests.sources import ROOT
 
@@ -155,4 +156,23 @@ def test_a_restart_of_what_no_restart_mends(tmp_path: Path, as_rank, monkeypatch
     assert (not_worth_a_restart(tmp_path) or {})["message"] == "wrong"
     append_event(tmp_path, "start")
     record(tmp_path, OSError("a disk"))
+    assert not_worth_a_restart(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"x": 1},
+        {"kind": ["error"]},
+        {"kind": "error"},
+        {"kind": "end", "rank": None},
+        {"kind": "error", "rank": 1, "type": "A", "message": "m", "exit_code": None},
+        {"kind": "error", "rank": 1, "type": "A", "message": 5, "exit_code": 2},
+    ],
+)
+def test_a_line_that_no_run_wrote_hides_no_error(tmp_path: Path, line: dict, monkeypatch, capsys) -> None:
+    (tmp_path / EVENTS).write_text(json.dumps(line) + "\n")
+    assert last_words(tmp_path, RuntimeError("the cause"), 0) == 75
+    assert "the cause" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not_worth_a_restart(tmp_path) is None

@@ -271,3 +271,26 @@ def test_rotary_frequencies_are_those_of_transformers(scaling: dict | None) -> N
     config = hf_config("llama", rope_parameters=rope, head_dim=128)
     expected = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq
     torch.testing.assert_close(rotary_frequencies(architecture_of(config)), expected, rtol=2e-7, atol=0)
+
+
+MANY = {f"field_{number}": 1 for number in range(5000)}
+LONG = "k" * 50_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": LONG}},
+        {"rope_parameters": {"rope_theta": 1e4, LONG: 1}},
+        {"rope_parameters": {"rope_theta": 1e4} | MANY},
+        {"layer_types": [LONG]},
+        {"layer_types": list(MANY)},
+        {LONG: 1},
+        MANY,
+    ],
+    ids=lambda fields: ",".join(fields)[:20],
+)
+def test_a_message_repeats_the_beginning_of_what_a_config_holds(fields: dict) -> None:
+    with pytest.raises(ConfigError) as refused:
+        architecture_of(VALID["qwen3"] | fields)
+    assert len(str(refused.value)) < 3000

@@ -98,3 +98,15 @@ def test_a_tied_model_may_hold_a_copy_of_its_embedding(tmp_path: Path) -> None:
     save_file(tensors | {"lm_head.weight": copy}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"unexpected lm_head\.weight \(config\.json has tie_word"):
         hf_reader(tmp_path, mapping)
+
+
+def test_a_message_repeats_the_beginning_of_what_an_index_names(tmp_path: Path) -> None:
+    for weight_map in (
+        {"k" * 50_000: "../x"},
+        {"a": "k" * 50_000},
+        {f"w{i}": f"file {i}" for i in range(5000)},
+    ):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ConfigError) as refused:
+            checkpoint_files(tmp_path)
+        assert len(str(refused.value)) < 3000

@@ -105,7 +105,7 @@ def test_what_is_kept_is_trained_within_the_bound(before: int, after: int, saved
 
 
 def checkpoint_with(*groups: str) -> Saved:
-    in_flight = [{"id": id, "replies": None} for id in groups]
+    in_flight = [{"id": id, "version": 2, "replies": None} for id in groups]
     return Saved(Path("step_2"), 2, {}, {"state": {"ahead": {"groups": in_flight}}})
 
 
@@ -136,3 +136,22 @@ def test_with_a_bound_of_0_a_step_asks_for_its_groups_and_leaves_none() -> None:
         assert batch.trained == tuple(names[1:])
         assert batch.discarded == {names[0]: "unfinished"}
         assert schedule.in_flight == {}
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"id": "a@1", "version": 1, "replies": [None]},
+        {"id": "a@1", "version": 1, "replies": {"a": 1}},
+        {"id": "a@1", "version": "1", "replies": None},
+        {"id": "a", "version": 1, "replies": None},
+        {"id": None, "version": 1, "replies": None},
+        in_flight(finish_reason="because"),
+        {"id": "k" * 50_000, "version": 1, "replies": None},
+    ],
+    ids=lambda group: f"{group['id']} {group['replies']}"[:30],
+)
+def test_a_group_in_flight_of_another_form_is_a_damaged_checkpoint(group: dict) -> None:
+    with pytest.raises(DamagedCheckpointError, match="is none of this model") as refused:
+        check_group(group, 320, None)
+    assert len(str(refused.value)) < 600

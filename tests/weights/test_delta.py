@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -166,3 +167,11 @@ def test_a_wrong_base_is_refused(tmp_path):
     damaged(first / "m.safetensors")
     with pytest.raises(WeightSyncError, match="not the file that was written"):
         apply(second / f"m.safetensors{SUFFIX}", first / "m.safetensors")
+
+
+def test_a_delta_with_fewer_values_than_places_is_refused(tmp_path: Path) -> None:
+    arrays = {"counts": np.array([3], np.uint32), "offsets": np.array([0, 1, 2], np.uint16)}
+    save_file(arrays | {"values": np.zeros(2, np.uint16)}, tmp_path / "d", metadata={"sha256": ""})
+    (tmp_path / "f").write_bytes(bytes(64))
+    with pytest.raises(WeightSyncError, match="cannot be applied"):
+        apply(tmp_path / "d", tmp_path / "f")

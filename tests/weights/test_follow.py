@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mcore_rl.directories import make
-from mcore_rl.errors import WeightSyncError
+from mcore_rl.errors import StorageError, WeightSyncError
 from mcore_rl.weights.delta import SUFFIX, Writer
 from mcore_rl.weights.follow import (
     DEAD_SECONDS,
@@ -172,3 +173,32 @@ def test_the_command_follows_until_it_is_asked_to_end(tmp_path):
         child.wait()
     assert states(trainer.directory) == []
     assert "version 1" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("version", ["../outside", "7/..", "/", ".", "x" * 300, "\udcff"])
+def test_a_version_that_is_no_name_of_one_is_not_taken(tmp_path, version):
+    trainer, target = Trainer(tmp_path / "shared"), tmp_path / "there" / "local"
+    trainer.publish(0)
+    (trainer.directory / "LATEST").write_bytes(f"{version} 1".encode(errors="surrogateescape"))
+    (tmp_path / "outside").mkdir()
+    follower = Follower(trainer.directory, target)
+    follower.step()
+    assert "is no version of weights" in follower.state.why
+    assert len(follower.state.why) < 500
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "shared"]
+
+
+@pytest.mark.parametrize(
+    "said", [{"name": 5}, {"name": ["a"]}, {"name": "a", "have": 1}, {"name": "a", "why": {}}]
+)
+def test_what_is_no_state_of_a_follower_is_none(tmp_path, said):
+    (tmp_path / FOLLOWERS).mkdir()
+    (tmp_path / FOLLOWERS / "a.json").write_text(json.dumps(said))
+    assert states(tmp_path) == []
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for source in (tmp_path / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(StorageError, match="LATEST"):
+            Follower(source, tmp_path / "local").step()

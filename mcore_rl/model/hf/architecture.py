@@ -14,6 +14,7 @@ from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.families import FAMILIES, Family, known_fields, only_values
 from mcore_rl.model.hf.fields import KINDS, ROPE_KINDS, check_kinds, shown
+from mcore_rl.terminal import joined, listed, quoted, short
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _refuse_unknown(hf: dict[str, Any], family: Family, where: str) -> None:
             raise ConfigError(f"{where}: {name} = {shown(hf[name])} is not supported, only {shown(value)}")
     others = {name: hf[name] for name in sorted(hf.keys() - known_fields(family)) if hf[name] is not None}
     if others:
-        fields = ", ".join(f"{name} = {shown(value)}" for name, value in others.items())
+        fields = joined(f"{short(name)} = {shown(value)}" for name, value in others.items())
         raise ConfigError(
             f"{where}: {fields}: no supported field of {hf['model_type']!r}; take it out if it does not "
             "change what the model computes"
@@ -161,7 +162,7 @@ def _check_layer_types(hf: dict[str, Any], where: str) -> None:
     kinds = hf.get("layer_types", [])
     windows = sorted(set(kinds) - {"full_attention"})
     if windows:
-        raise ConfigError(f"{where}: layer_types {windows} are not supported, only full_attention")
+        raise ConfigError(f"{where}: layer_types {listed(windows)} are not supported, only full_attention")
     if kinds and len(kinds) != hf.get("num_hidden_layers", len(kinds)):
         raise ConfigError(
             f"{where}: layer_types names {len(kinds)} layers, num_hidden_layers is "
@@ -183,14 +184,16 @@ def _read_rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: rope_parameters contradicts rope_scaling or rope_theta; keep one")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ConfigError(f"{where}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise ConfigError(f"{where}: rope_type {quoted(kind)} is not supported, only 'default' and 'llama3'")
     partial = rope.get("partial_rotary_factor", 1.0)
     if partial not in (None, 1.0):
         raise ConfigError(f"{where}: partial_rotary_factor = {partial} is not supported, only 1.0")
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     unknown = rope.keys() - known - (_SCALING if kind == "llama3" else set())
     if unknown:
-        raise ConfigError(f"{where}: rope fields {sorted(unknown)} are not supported with rope_type {kind!r}")
+        raise ConfigError(
+            f"{where}: rope fields {listed(sorted(unknown))} are not supported with rope_type {quoted(kind)}"
+        )
     return rope | {"rope_type": kind}
 
 

@@ -18,6 +18,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_json_object
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
+from mcore_rl.terminal import listed, short
 from mcore_rl.weight_files import INDEX, weight_files
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -54,7 +55,7 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
     if weight_map is not None:
         lost = sorted(name for name, file in weight_map.items() if held.get(name) != directory / file)
         if lost:
-            raise ConfigError(f"{directory / INDEX}: {lost} are not in the files that it names")
+            raise ConfigError(f"{directory / INDEX}: {listed(lost)} are not in the files that it names")
     return held
 
 
@@ -64,7 +65,9 @@ def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dictionary
                 if name in found:
-                    raise ConfigError(f"{name} is in both {found[name]} and {file}; remove one of them")
+                    raise ConfigError(
+                        f"{short(name)} is in both {found[name]} and {file}; remove one of them"
+                    )
                 found[name] = file
     return found
 

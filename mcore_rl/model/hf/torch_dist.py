@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.unpickle import read_metadata
+from mcore_rl.terminal import quoted, short
 
 METADATA = ".metadata"
 OTHER_STATE = ("optimizer.", "common_state")
@@ -158,7 +159,8 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
     for index, info in metadata.storage_data.items():
         if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
             raise CheckpointError(
-                f"{directory}: {index.fqn} points to {info.relative_path!r}, not a file of its own"
+                f"{directory}: {short(index.fqn)} points to {quoted(info.relative_path)}, not a file of its "
+                "own"
             )
         if not (directory / info.relative_path).is_file():
             raise CheckpointError(f"{directory}: {info.relative_path} is missing")

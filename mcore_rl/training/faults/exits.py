@@ -196,9 +196,19 @@ def errors(run_dir: Path, since: int) -> list[dict[str, Any]]:
 
 
 def read_events(run_dir: Path, since: int) -> list[dict[str, Any]]:
-    """Everything in events.jsonl since that byte; nothing where there is no such file yet."""
+    """Every event in events.jsonl since that byte; nothing where there is no such file yet."""
     path = run_dir / EVENTS
-    return read_metrics(path, since) if path.exists() else []
+    return [event for event in read_metrics(path, since) if _is_event(event)] if path.exists() else []
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    """Whether a run wrote the line: one of something else must not hide why this run ends."""
+    kind = event.get("kind")
+    numbers = ("rank", "exit_code") if kind in ("error", "end") else ()
+    texts = ("kind", "type", "message") if kind == "error" else ("kind",)
+    return all(type(event.get(name)) is int for name in numbers) and all(
+        isinstance(event.get(name), str) for name in texts
+    )
 
 
 def _is_same(event: dict[str, Any], error: BaseException) -> bool:
@@ -215,10 +225,10 @@ def not_worth_a_restart(run_dir: Path) -> dict[str, Any] | None:
 
     To be asked before this attempt's own `start` event is written.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (run_dir / EVENTS).exists():
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     last: dict[str, Any] | None = None
-    for event in read_metrics(run_dir / EVENTS):
+    for event in read_events(run_dir, 0):
         if event["kind"] == "start":
             last = None
         elif event["kind"] == "error" and event.get("exit_code") in (EXIT_CONFIG, EXIT_NUMERICS):

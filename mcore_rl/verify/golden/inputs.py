@@ -50,7 +50,11 @@ def load(directory: Path) -> dict[str, dict[str, np.ndarray]]:
         DataError: no such directory, no batch.npz in it, a file that cannot be read, or a batch without an
         input.
     """
-    if not directory.is_dir():
+    try:
+        is_there = directory.is_dir()
+    except OSError:  # a name that no file system takes
+        is_there = False
+    if not is_there:
         raise DataError(f"{directory}: no such directory; pass one that holds batch.npz and the golden files")
     files = {file.stem: _read(file) for file in sorted(directory.glob("*.npz"))}
     missing = sorted(BATCH_INPUTS - files.get("batch", {}).keys())
