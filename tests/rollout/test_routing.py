@@ -122,11 +122,10 @@ def test_experts_are_those_of_the_model_and_reach_the_trainer(moe_url: str) -> N
     for reply, sample in zip(replies, shared.samples, strict=True):
         wanted = chosen_by_transformers(reply)
         assert wanted.shape == (5 + 12 - 1, 2, 2)
-        assert sample.segments[0].experts is not None
-        assert np.array_equal(np.sort(sample.segments[0].experts, -1), wanted)
-        assert not np.array_equal(np.sort(sample.segments[0].experts, -1)[1:], wanted[:-1]), (
-            "the control: a token late"
-        )
+        experts = sample.segments[0].experts
+        assert experts is not None
+        assert np.array_equal(np.sort(experts, -1), wanted)
+        assert not np.array_equal(np.sort(experts, -1)[1:], wanted[:-1]), "the control: a token late"
         saved = json.loads(json.dumps(reply_to_json(reply)))
         restored = reply_from_json(saved, routed=True)
         assert restored.experts is not None
