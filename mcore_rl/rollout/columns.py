@@ -9,7 +9,7 @@ Legend: N samples, S segments of all of them, R tokens of all segments, M of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import numpy as np
@@ -70,9 +70,9 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     Args:
         prompts: id -> prompt, of all that the groups name.
     """
-    samples, segments = iter(columns.samples), _segments(columns)
+    samples, places = iter(columns.samples), _places(columns)
     return [
-        Group(id, tuple(_sample(prompts[prompt], next(samples), segments) for _ in range(count)))
+        Group(id, tuple(_sample(columns, prompts[prompt], next(samples), places) for _ in range(count)))
         for id, prompt, count in columns.groups
     ]
 
@@ -94,34 +94,34 @@ def _slices(ends: npt.NDArray[np.int64]) -> Iterator[slice]:
     return (slice(start, end) for start, end in pairwise([0, *ends.tolist()]))
 
 
-def _segments(columns: Columns) -> Iterator[Segment]:
-    """All of them in order, without context where it is the prompt, and without versions."""
+def _places(columns: Columns) -> Iterator[tuple[slice, slice, slice, slice, slice | None]]:
+    """Where each segment's tokens, trained tokens, context, experts and mask (if it has one) are."""
     masks = 0
     for tokens, trained, context, routed in zip(*map(_slices, columns.ends), strict=True):
         length = tokens.stop - tokens.start
-        some = trained.stop - trained.start < length
-        yield Segment(
-            context=columns.contexts[context],
-            token_ids=columns.tokens[tokens],
-            log_probs=columns.log_probs[trained],
-            versions=(),
-            trained=columns.trained[masks : masks + length] if some else None,
-            experts=columns.experts[routed] if routed.start < routed.stop else None,
-        )
-        masks += length * some
+        if trained.stop - trained.start == length:
+            yield tokens, trained, context, routed, None
+        else:
+            yield tokens, trained, context, routed, slice(masks, masks + length)
+            masks += length
 
 
-def _sample(prompt: Prompt, row: tuple, segments: Iterator[Segment]) -> Sample:
+def _sample(columns: Columns, prompt: Prompt, row: tuple, places: Iterator[tuple]) -> Sample:
     id, finish_reason, reward, void, spans = row
-    its = tuple(
-        replace(
-            segment,
-            context=segment.context if len(segment.context) else prompt.token_array,
-            versions=tuple(VersionSpan(*span) for span in of_segment),
+    segments = tuple(
+        Segment(
+            columns.contexts[context] if context.start < context.stop else prompt.token_array,
+            columns.tokens[tokens],
+            columns.log_probs[trained],
+            tuple(VersionSpan(*span) for span in of_segment),
+            None if mask is None else columns.trained[mask],
+            columns.experts[routed] if routed.start < routed.stop else None,
         )
-        for segment, of_segment in zip(islice(segments, len(spans)), spans, strict=True)
+        for of_segment, (tokens, trained, context, routed, mask) in zip(
+            spans, islice(places, len(spans)), strict=True
+        )
     )
-    return Sample(id, prompt, its, "", finish_reason, reward, void)
+    return Sample(id, prompt, segments, "", finish_reason, reward, void)
 
 
 def _join_experts(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
