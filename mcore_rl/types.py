@@ -5,6 +5,7 @@ Legend: T packed tokens, R rows (scored response tokens), B sequences, G samples
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,9 +37,18 @@ class Prompt:
     """What a person reads; never re-tokenised."""
     token_ids: tuple[int, ...]
     """[P] what the server receives and the trainer trains on."""
-    label: str
-    """What the reward function compares with."""
+    label: Any
+    """What the reward function compares with: any value of JSON, as the file has it; empty text where there
+    is none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The other keys of the row."""
+    messages: Sequence[Mapping[str, Any]] = ()
+    """The conversation that the chat template was given; none where the prompt is text."""
+
+    @property
+    def label_text(self) -> str:
+        """The label as a response would write it: a string as it is, any other value as JSON."""
+        return self.label if isinstance(self.label, str) else json.dumps(self.label, ensure_ascii=False)
 
     @cached_property
     def token_array(self) -> npt.NDArray[np.int32]:

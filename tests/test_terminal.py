@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from mcore_rl.__main__ import main
-from mcore_rl.data.prompts import load_prompts
+from mcore_rl.data.prompts import open_prompts
 from mcore_rl.errors import DataError, McoreRLError, NumericsError, RewardError
 from mcore_rl.report.compare import main as compare
 from mcore_rl.report.runs import RunData
@@ -96,12 +96,9 @@ def test_keys_and_names_of_a_prompt_file_are_harmless(
     path = tmp_path / f"a\x1b[2J\r\n{FORGED}\nb.jsonl"
     path.write_text(json.dumps({HOSTILE: 1, "k" * 100_000: 2}) + "\n")
     with pytest.raises(DataError) as refused:
-        load_prompts(
-            path,
+        open_prompts(
+            [path],
             None,  # pyright: ignore[reportArgumentType] (the key is missing before anything is encoded)
-            prompt_key="prompt",
-            label_key="label",
-            needs_label=True,
             max_prompt_tokens=8,
         )
     assert len(str(refused.value)) < 1200

@@ -79,6 +79,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor >= 2 or drop it"
     if parallel.virtual_pipeline and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline: needs pipeline stages; set parallel.pipeline >= 2 or drop it"
+    yield from _of_data(config)
     if train.eval_every and config.data.eval is None:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or drop it"
     if config.publish.tolerance_p999 > config.publish.tolerance_max:
@@ -108,6 +109,20 @@ def _contradictions(config: Config) -> Iterator[str]:
             "lower it, or raise train.steps"
         )
     yield from _of_lengths(config)
+
+
+def _of_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.weights and len(data.weights) != len(data.train):
+        yield (
+            f"data.weights: {len(data.weights)} for the {len(data.train)} paths of data.train; give one for "
+            "each, or none"
+        )
+    if config.supervised_only and not data.label_key and data.last_assistant != "drop":
+        yield (
+            'data.label_key: sft trains on labels; name their key, or set data.last_assistant = "drop" to '
+            "train on the last turns"
+        )
 
 
 def _of_lengths(config: Config) -> Iterator[str]:

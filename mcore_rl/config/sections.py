@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mcore_rl.precision import PrecisionName, RecipeName
 
@@ -37,6 +37,11 @@ def _file_path(path: Path) -> Path:
             f"longer than a path of {MAX_PATH} bytes, or a name of {MAX_NAME}; choose a shorter one"
         )
     return path
+
+
+def _listed(value: Any) -> Any:
+    """One path is a list of one; what a validator hands on must be a tuple in the strict mode."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def _without_nul(text: str) -> str:
@@ -154,14 +159,30 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """Prompt files."""
 
-    train: FilePath
-    """jsonl or parquet file of prompts and labels."""
+    train: Annotated[tuple[FilePath, ...], BeforeValidator(_listed), Field(min_length=1)]
+    """Prompts and labels: jsonl, jsonl.gz, parquet, a folder or glob of these, or a directory that `datasets`
+    saved; one path or a list, and `PATH@[0:100]` takes rows."""
+    weights: tuple[Positive, ...] = ()
+    """Shares of the paths of `train` in every step, exactly; unset, all rows are shuffled together."""
     eval: FilePath | None = None
-    """Held-out file in the same format."""
+    """Held-out prompts in the same formats."""
     prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
-    """Key of the prompt: a string, or a list of chat messages."""
-    label_key: Annotated[str, Field(min_length=1)] = "label"
-    """Key of the reference answer."""
+    """Key of the prompt: a string, or a list of chat messages; `a.b.c` looks into objects."""
+    label_key: str = "label"
+    """Key of the reference answer, any value of JSON; empty, rows have none."""
+    id_key: Annotated[str, Field(min_length=1)] = "id"
+    """Key of a name that is unique in its file; unset, `id`, or the line where a row has none."""
+    apply_chat_template: bool = False
+    """A prompt that is a string is what a user says in a conversation."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """System turn of conversations without one; a row's own `system` comes first."""
+    tools: FilePath | None = None
+    """JSON file with the list of tools that conversations may use; a row's own `tools` come first."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
+    """Variables of the chat template, such as enable_thinking = false; a row's own come first."""
+    last_assistant: Literal["refuse", "drop", "continue"] = "refuse"
+    """What becomes of an assistant's turn that ends a conversation; what is dropped is the label of a row
+    without one."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are dropped when the file is read, and counted."""
 

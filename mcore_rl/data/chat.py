@@ -26,17 +26,38 @@ class _TooSlowError(Exception):
     """The template did not end in time."""
 
 
-def render(place: str, messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def render(
+    place: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    asks: bool = True,
+) -> str:
     """The text of a conversation, up to where the assistant answers.
+
+    Where the last turn is the assistant's, the text ends inside it, and the answer continues it.
+
+    Args:
+        tools: JSON schemas of what the assistant may call.
+        variables: what else the template is given, such as `enable_thinking`.
+        asks: False for the text of the whole conversation, its last turn ended.
 
     Raises:
         DataError: `place: what, remedy` for whatever the template does but give a text: it raises, by itself
             or on purpose (raise_exception), asks for what the sandbox refuses, or does not end in time.
     """
+    continued = messages[-1]["role"] == "assistant"
     try:
         with _deadline(RENDER_SECONDS):
             text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=asks and not continued,
+                continue_final_message=asks and continued,
+                **(variables or {}),
             )
     except _TooSlowError:
         raise DataError(

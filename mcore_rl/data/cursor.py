@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.data.prompts import Fingerprint, PromptSet, fingerprint
+from mcore_rl.data.fingerprint import Fingerprint, RenderedFingerprint, fingerprint_rendered
+from mcore_rl.data.prompts import PromptSet, twice
+from mcore_rl.data.quota import next_part, shares_of
 from mcore_rl.errors import DataError
 from mcore_rl.types import Prompt
 
@@ -22,99 +23,222 @@ class PromptCursor:
 
     Within an epoch every prompt comes exactly once. A batch that crosses into the next epoch holds no prompt
     twice: those it already has come last in the new epoch, so that group ids are unique within a rollout.
+    Over-long prompts are passed over. With weights every path of the set is walked by itself, and gives its
+    exact quota.
+
+    Args:
+        weights: of the paths of `data`; none walks all of them as one.
     """
 
-    def __init__(self, data: PromptSet, seed: int) -> None:
+    def __init__(self, data: PromptSet, seed: int, weights: Sequence[float] = ()) -> None:
         self._data = data
         self._seed = seed
-        self._epoch = 0
-        self._position = 0
-        self._last: list[int] = []
+        self._weights = tuple(weights)
+        self._shares = shares_of(weights) if weights else shares_of([1.0])
+        ends = data.part_ends if weights else (len(data),)
+        self._walks = [
+            _Walk(range(begin, end), [seed] if part == 0 else [seed, part])
+            for part, (begin, end) in enumerate(zip((0, *ends), ends, strict=False))
+        ]
+        self._given = [0] * len(self._walks)
+        self._numbers = dict[str, int]()
+        self.drawn = dict[str, Prompt]()
+        """id -> prompt, of all that were drawn and not forgotten"""
+        self.passed_over = 0
+        """over-long prompts that were met so far, besides those that were known"""
 
     @property
     def epoch(self) -> int:
-        """Epochs begun before the next prompt, from 0."""
-        return self._epoch
+        """Epochs begun before the next prompt, from 0; of a mixture, those of its first path."""
+        return self._walks[0].epoch
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts over all replicas.
 
-        Raises DataError when there are fewer prompts than that in the set.
+        Raises:
+            DataError: there are fewer prompts than that, a row is malformed, or two of those that are drawn
+            have
+                one id.
         """
-        prompts = self._data.prompts
-        if count > len(prompts):
+        if count > len(self._data):
             raise DataError(
-                f"a batch of {count} prompts from a set of {len(prompts)}; lower rollout.prompts_per_step or "
+                f"a batch of {count} prompts from a set of {len(self._data)}; lower "
+                f"rollout.prompts_per_step or "
                 "supervised.batch_size"
             )
-        taken = self._order()[self._position : self._position + count].tolist()
-        self._position += len(taken)
-        if len(taken) < count:
-            self._epoch, self._position, self._last = self._epoch + 1, count - len(taken), taken
-            taken = taken + self._order()[: self._position].tolist()
-        return [prompts[index] for index in taken]
+        for walk in self._walks:
+            walk.begin_batch()
+        return [self._next() for _ in range(count)]
 
-    def _order(self) -> npt.NDArray[np.int64]:
-        """[N] this epoch's order, with the prompts of the batch that began it last."""
-        # Raw PCG64 output is stable across numpy versions; Generator.permutation is not promised to be.
-        keys = np.random.PCG64([self._seed, self._epoch]).random_raw(len(self._data.prompts))
-        order = np.argsort(keys, kind="stable")
-        late = np.isin(order, self._last)
-        return np.concatenate([order[~late], order[late]])
+    def _next(self) -> Prompt:
+        part = next_part(self._shares, self._given) if self._weights else 0
+        number, prompt = self._usable(self._walks[part])
+        known = self._numbers.setdefault(prompt.id, number)
+        if known != number:
+            raise twice(self._data.place(number), "id", prompt.id, self._data.place(known))
+        self._walks[part].take(number)
+        self._given[part] += 1
+        self.drawn[prompt.id] = prompt
+        return prompt
 
-    @cached_property
-    def _fingerprint(self) -> Fingerprint:
-        return self._data.fingerprint()
+    def _usable(self, walk: _Walk) -> tuple[int, Prompt]:
+        """The next prompt of a walk that is not over-long, and its number."""
+        for _ in range(2 * len(walk.numbers)):  # a batch may begin at the end of an epoch
+            number = walk.next()
+            if number is None:
+                break
+            prompt = self._data.find(number)
+            if prompt is not None:
+                return number, prompt
+            self.passed_over += 1
+        raise DataError(
+            f"{self._data.place(walk.numbers.start)}: from here on there are fewer usable prompts than a "
+            f"batch takes; "
+            "lower rollout.prompts_per_step or supervised.batch_size, or give more prompts"
+        )
+
+    def keep(self, ids: Collection[str]) -> None:
+        """Forget the prompts that were drawn, but for these."""
+        self.drawn = {name: self.drawn[name] for name in ids if name in self.drawn}
+        self._numbers = {name: self._numbers[name] for name in self.drawn}
 
     def state(self) -> dict[str, Any]:
         """JSON-serialisable position, for a checkpoint."""
+        first, *others = [walk.state() for walk in self._walks]
         return {
             "seed": self._seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "last": self._last,
-            "data": asdict(self._fingerprint),
+            **first,
+            "others": others,
+            "weights": list(self._weights),
+            "given": self._given,
+            "drawn": self._numbers,
+            "passed_over": self.passed_over,
+            "data": asdict(self._data.fingerprint),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken.
 
-        A state of an earlier version has only the ids in it (`knows_content`): other texts or labels under
-        the same ids are not seen then.
+        A state of an earlier version is compared by what it has: the prompts as they were rendered, or their
+        ids alone (`knows_content`): other texts or labels under the same ids are not seen then.
 
-        Raises DataError when the prompts or the seed are not those of the state.
+        Raises:
+            DataError: the prompts or the seed are not those of the state.
         """
         if state["seed"] != self._seed:
             raise DataError(
                 f"the prompt cursor was saved with seed {state['seed']}, this run has {self._seed}; resume "
                 "with the run.seed of the saved run"
             )
-        what = self._changed(state)
+        known = "form" in state.get("data", {})
+        what = self._changed(Fingerprint(**state["data"])) if known else self._changed_since_earlier(state)
         if what:
             raise DataError(
                 f"the training prompts are not those of the saved run: {what}. Resume with the file, "
                 "tokenizer and data.max_prompt_tokens that it had, or start a new run from its weights"
             )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._last = [int(index) for index in state["last"]]
+        walks = [state, *state.get("others", [])]
+        if len(walks) != len(self._walks):
+            raise DataError(
+                f"the saved run walked {len(walks)} parts of its data, this one {len(self._walks)}; resume "
+                f"with "
+                "data.weights as it had it, or start a new run from its weights"
+            )
+        for walk, its in zip(self._walks, walks, strict=True):
+            walk.restore(its)
+        if list(self._weights) == state.get("weights", []):  # other weights count from here
+            self._given = [int(count) for count in state.get("given", self._given)]
+        self.passed_over = int(state.get("passed_over", 0))
+        if known:
+            self._numbers = {name: int(number) for name, number in state["drawn"].items()}
+            found = {name: self._data.find(number) for name, number in self._numbers.items()}
+            self.drawn = {name: prompt for name, prompt in found.items() if prompt is not None}
 
-    def _changed(self, state: Mapping[str, Any]) -> str:
-        """What is different from the prompts of `state`, for people; empty where nothing is."""
-        now = self._fingerprint
-        if not knows_content(state):
-            return "" if state["fingerprint"] == now.ids else "it has other ids, or another order or number"
-        then = Fingerprint(**state["data"])
+    def _changed(self, then: Fingerprint) -> str:
+        """What is different from the rows of `then`, for people; empty where nothing is."""
+        now = self._data.fingerprint
         if then == now:
             return ""
+        if then.content == now.content:
+            return (
+                f"the same {now.count} in another form: the tokenizer, its chat template or a key of [data] "
+                f"is "
+                "another one"
+            )
         if then.unordered == now.unordered:
             return f"the same {now.count} in another order"
-        if now.count > then.count and fingerprint(self._data.prompts[: then.count]) == then:
+        if now.count > then.count and self._data.beginning(then.count).content == then.content:
             return f"{now.count - then.count} were appended to its {then.count}"
+        if then.count == now.count:
+            return f"as many, {now.count}, but others or with other values: the file was edited or replaced"
+        return f"it had {then.count}, these are {now.count} others"
+
+    def _changed_since_earlier(self, state: Mapping[str, Any]) -> str:
+        """The same for a state of an earlier version; renders all prompts, and keeps those as drawn."""
+        prompts = {number: self._data.find(number) for number in range(len(self._data))}
+        if None in prompts.values():
+            return "over-long ones are beyond what was examined at the start; take them out of the file"
+        kept = [prompt for prompt in prompts.values() if prompt is not None]
+        self.drawn = {prompt.id: prompt for prompt in kept}
+        self._numbers = {prompt.id: number for number, prompt in enumerate(kept)}
+        now = fingerprint_rendered(kept)
+        if not knows_content(state):
+            return "" if state["fingerprint"] == now.ids else "it has other ids, or another order or number"
+        then = RenderedFingerprint(**state["data"])
+        if then == now:
+            return ""
         if then.ids == now.ids:
             return (
                 f"the same {now.count} ids with other texts, tokens, labels or metadata: the file was edited"
             )
         return f"it had {then.count}, these are {now.count} others"
+
+
+class _Walk:
+    """The order of some prompts over epochs."""
+
+    def __init__(self, numbers: range, seed: Sequence[int]) -> None:
+        self.numbers = numbers
+        self.epoch = 0
+        self._seed, self._position = seed, 0
+        self._last: list[int] = []
+        self._taken: list[int] = []
+        self._order: npt.NDArray[np.int64] | None = None
+
+    def begin_batch(self) -> None:
+        """What is taken from now on is one batch."""
+        self._taken = []
+
+    def take(self, number: int) -> None:
+        """This one is in the batch."""
+        self._taken.append(number - self.numbers.start)
+
+    def next(self) -> int | None:
+        """The number of the next prompt; None where the batch has all of them."""
+        if self._position == len(self.numbers):
+            self.epoch, self._position, self._last, self._order = self.epoch + 1, 0, [*self._taken], None
+        if self._order is None:
+            self._order = self._shuffled()
+        index = int(self._order[self._position])
+        if self._last and index in self._taken:
+            return None
+        self._position += 1
+        return self.numbers.start + index
+
+    def _shuffled(self) -> npt.NDArray[np.int64]:
+        """[N] this epoch's order, with the prompts of the batch that began it last."""
+        # Raw PCG64 output is stable across numpy versions; Generator.permutation is not promised to be.
+        keys = np.random.PCG64([self._seed[0], self.epoch, *self._seed[1:]]).random_raw(len(self.numbers))
+        order = np.argsort(keys, kind="stable")
+        late = np.isin(order, self._last)
+        return np.concatenate([order[~late], order[late]])
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self._position, "last": self._last}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._last, self._order = [int(index) for index in state["last"]], None
 
 
 def knows_content(state: Mapping[str, Any]) -> bool:

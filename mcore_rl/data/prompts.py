@@ -1,81 +1,37 @@
-"""Prompt files: reading, checking and encoding them."""
+"""The prompts of a run's files: opened at once, rendered and encoded one by one when they are asked for."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import overload
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from mcore_rl import strict_json
-from mcore_rl.data.chat import render
+from mcore_rl.data.fingerprint import Fingerprint, fingerprint_form, fingerprint_rows
+from mcore_rl.data.locate import locate
+from mcore_rl.data.opening import open_table
+from mcore_rl.data.reader import RowFormat, RowReader, encode
+from mcore_rl.data.tables import Records, Table
 from mcore_rl.errors import DataError
-from mcore_rl.terminal import escaped, quoted
+from mcore_rl.terminal import quoted
 from mcore_rl.types import Prompt
 
 MOST_DROPPED = 0.9
 """Share of over-long prompts above which a file is refused. Many are a filter at work, which is said and
 counted; where next to nothing is left, the limit is in another unit, or tokenizer or key are wrong ones."""
-_KEYS_CHARS = 500
-"""of a record's keys, as a message quotes them"""
+EXAMINED_CHARACTERS = 1 << 22
+"""of rendered prompts, shared by the paths of a set, that are examined before a run begins: all of a file of
+some ten thousand prompts, and the beginning of one of a million. A constant: which prompts are known to be
+over-long decides the order of all"""
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """The usable prompts of one file, in file order."""
-
-    prompts: tuple[Prompt, ...]
-    """at least one; ids are unique"""
-    too_long: tuple[str, ...]
-    """ids of the prompts that were dropped because they exceed the token limit"""
-    too_long_at: str = ""
-    """`file:line` of the first of them; empty where there are none"""
-
-    @property
-    def read(self) -> int:
-        """Prompts in the file, the dropped ones included."""
-        return len(self.prompts) + len(self.too_long)
-
-    def fingerprint(self) -> Fingerprint:
-        """Of everything in them that reaches training."""
-        return fingerprint(self.prompts)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells one set of prompts from another; digests in hex."""
-
-    count: int
-    ids: str
-    """of the ids in order; all that checkpoints of earlier versions have"""
-    content: str
-    """of ids, texts, token ids, labels and metadata in order"""
-    unordered: str
-    """the same in any order"""
-
-
-def fingerprint(prompts: Sequence[Prompt]) -> Fingerprint:
-    """One pass, a few microseconds a prompt: much less than to encode it."""
-    ids = hashlib.sha256("\0".join(prompt.id for prompt in prompts).encode(errors="surrogatepass"))
-    content, total = hashlib.sha256(), 0
-    for prompt in prompts:
-        row = _digest(prompt)
-        content.update(row)
-        total += int.from_bytes(row, "big")  # a sum and no exclusive or: rows that are there twice count
-    unordered = hashlib.sha256(total.to_bytes(64, "big"))
-    return Fingerprint(len(prompts), *(digest.hexdigest()[:16] for digest in (ids, content, unordered)))
-
-
-def _digest(prompt: Prompt) -> bytes:
-    metadata = json.dumps(prompt.metadata, sort_keys=True, default=str) if prompt.metadata else ""
-    texts = [part.encode(errors="surrogatepass") for part in (prompt.id, prompt.text, prompt.label, metadata)]
-    parts = [array("q", prompt.token_ids).tobytes(), *texts]
-    return hashlib.sha256(b"".join([array("q", map(len, parts)).tobytes(), *parts])).digest()
+_DEFAULT_FORMAT = RowFormat()
 
 
 @dataclass(frozen=True)
@@ -97,71 +53,248 @@ class Response:
     limits: Sequence[Limit] = ()
 
 
-def load_prompts(
-    path: Path,
+@dataclass(frozen=True)
+class Examined:
+    """What was found in the rows that were read when the files were opened."""
+
+    rows: int = 0
+    longest: int = 0
+    """tokens of the longest prompt that is kept"""
+    too_long: tuple[str, ...] = ()
+    """ids of the prompts that exceed the token limit"""
+    too_long_at: str = ""
+    """`file:line` of the first of them; empty where there are none"""
+    without_beginning: str = ""
+    """`file:line` of the first conversation that its template begins without the token (<s>, bos) that the
+    tokenizer puts in front of every text; empty where there is none"""
+
+
+class PromptSet:
+    """The prompts of one or several paths, in file order.
+
+    A prompt has a number, under which it is found again. Those that were examined and are over-long have
+    none.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        reader: RowReader,
+        max_prompt_tokens: int,
+        response: Response | None,
+        examined: Examined,
+        parts: Sequence[npt.NDArray[np.int64]],
+    ) -> None:
+        self.records, self.examined = records, examined
+        self._reader, self._limit, self._response = reader, max_prompt_tokens, response
+        self._rows = np.concatenate(parts)
+        self.part_ends = tuple(np.cumsum([len(part) for part in parts]).tolist())
+        """where the prompts of each path end, by number"""
+
+    @property
+    def read(self) -> int:
+        """Rows of the files, those of over-long prompts included."""
+        return len(self.records)
+
+    @property
+    def too_long(self) -> tuple[str, ...]:
+        """Ids of the examined prompts that exceed the token limit."""
+        return self.examined.too_long
+
+    @property
+    def prompts(self) -> Prompts:
+        """Them as a sequence."""
+        return Prompts(self)
+
+    @property
+    def beginning_token(self) -> str:
+        """What the tokenizer puts in front of every text; empty where it puts nothing."""
+        return str(self._reader.tokenizer.decode(list(self._reader.begins_with)))
+
+    def __len__(self) -> int:
+        """Prompts that are not known to be over-long."""
+        return len(self._rows)
+
+    def place(self, number: int) -> str:
+        """`file:line` of a prompt."""
+        return self.records.place(int(self._rows[number]))
+
+    def find(self, number: int) -> Prompt | None:
+        """The prompt of a number; None where it turns out to be over-long.
+
+        Raises:
+            DataError: its row is malformed, or it exceeds a limit of the response.
+        """
+        row = int(self._rows[number])
+        prompt = read_row(self.records, self._reader, row)
+        if len(prompt.token_ids) > self._limit:
+            return None
+        if self._response is not None:
+            check_length(self.records.place(row), prompt, self._response, self._reader)
+        return prompt
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of everything in the files and the configuration that reaches training."""
+        return fingerprint_rows(self.records, self._form)
+
+    def beginning(self, count: int) -> Fingerprint:
+        """The fingerprint of the first `count` rows alone."""
+        return fingerprint_rows(self.records, self._form, count)
+
+    @cached_property
+    def _form(self) -> str:
+        return fingerprint_form(self._reader, self._limit)
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of a set by number; iteration and slices leave out those that turn out to be over-long."""
+
+    def __init__(self, data: PromptSet) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        """Those that are not known to be over-long."""
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        found = map(self._data.find, range(len(self)))
+        return (prompt for prompt in found if prompt is not None)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            found = map(self._data.find, numbers)
+            return tuple(prompt for prompt in found if prompt is not None)
+        prompt = self._data.find(numbers)
+        if prompt is None:
+            raise DataError(
+                f"{self._data.place(numbers)}: the prompt exceeds data.max_prompt_tokens; take it out"
+            )
+        return prompt
+
+
+def read_row(records: Records, reader: RowReader, row: int) -> Prompt:
+    """The prompt of a row, however long. Raises DataError."""
+    return reader.read(records.place(row), records.record(row), records.name(row), records.default_id(row))
+
+
+def open_prompts(
+    paths: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
+    form: RowFormat = _DEFAULT_FORMAT,
     *,
-    prompt_key: str = "prompt",
-    label_key: str = "label",
-    needs_label: bool = True,
     max_prompt_tokens: int,
     response: Response | None = None,
+    whole: bool = False,
 ) -> PromptSet:
-    """Read a jsonl file, or a parquet file when the name ends so.
+    """Open the files that `paths` name (data.locate) and examine their beginning.
 
-    A prompt is a string, encoded as it stands with no special token added, or a list of messages
-    (`{"role": ..., "content": ...}`) that does not end with the assistant's turn, rendered by the tokenizer's
-    chat template up to that turn. `id` is optional and defaults to the line number; other keys become the
-    prompt's metadata, but for `sampling_params`, which would not act and is refused. A prompt without a
-    label, where none is needed, has an empty one. In parquet a null is as good as an absent key, at any
-    depth.
+    Ids are unique: an id is the row's own or its line, after the file's name where there are several files.
+
+    Args:
+        whole: examine every row.
 
     Raises:
-        DataError: `file:line:field: what, remedy` for anything malformed, an empty file, a duplicate id, a
-            prompt that makes a sequence beyond a limit of `response`, or a file of which more than
-            MOST_DROPPED is longer than `max_prompt_tokens`.
+        DataError: `file:line:key: what, remedy` for anything malformed that was examined, files without a
+        row, a
+            duplicate id, a prompt that makes a sequence beyond a limit of `response`, or a path of which more
+            than MOST_DROPPED is longer than `max_prompt_tokens`.
     """
-    records = list(_parquet(path) if path.suffix == ".parquet" else _jsonl(path))
-    if not records:
-        raise DataError(f"{path}: no prompts in the file; write one JSON object per line")
-    places = dict[str, str]()
-    kept, too_long, shortest = list[Prompt](), list[str](), max_prompt_tokens
-    for place, record in records:
-        prompt = _prompt(place, record, tokenizer, prompt_key, label_key, needs_label=needs_label)
-        if prompt.id in places:
+    located = [locate(path) for path in paths]
+    names = _names([file for one in located for file in one.files])
+    tables, taken = list[tuple[Table, range, str]](), list[tuple[Path, range]]()
+    ends = list[int]()
+    for path, one in zip(paths, located, strict=True):
+        opened = [open_table(file) for file in one.files]
+        chosen = _chosen([len(table) for table in opened], one.rows)
+        if not any(map(len, chosen)):
+            raise DataError(f"{path}: no prompts in the file; write one JSON object per line")
+        taken += zip(one.files, chosen, strict=True)
+        tables += [(t, its, names[f]) for t, its, f in zip(opened, chosen, one.files, strict=True) if its]
+        ends.append((ends[-1] if ends else 0) + sum(map(len, chosen)))
+    _check_disjoint(taken)
+    records, reader = Records(tables), RowReader(form, tokenizer)
+    examination = _Examination(records, reader, max_prompt_tokens, response)
+    characters = math.inf if whole else EXAMINED_CHARACTERS / len(paths)
+    parts = [
+        examination.of_path(path, range(begin, end), characters)
+        for path, begin, end in zip(paths, [0, *ends], ends, strict=False)
+    ]
+    return PromptSet(records, reader, max_prompt_tokens, response, examination.result(), parts)
+
+
+class _Examination:
+    """Reads rows as a run will, and remembers what it finds."""
+
+    def __init__(
+        self, records: Records, reader: RowReader, max_prompt_tokens: int, response: Response | None
+    ) -> None:
+        self._records, self._reader = records, reader
+        self._limit, self._response = max_prompt_tokens, response
+        self._seen = dict[str, int]()
+        self._too_long = list[int]()
+        self._ids, self._longest, self._without = list[str](), 0, ""
+
+    def of_path(self, path: Path, rows: range, characters: float) -> npt.NDArray[np.int64]:
+        """The rows of `path` without the over-long ones among the first that have `characters` together."""
+        before, shortest, last = len(self._too_long), 0, rows.start
+        for row in rows:
+            if characters <= 0:
+                break
+            prompt = read_row(self._records, self._reader, row)
+            characters, last = characters - len(prompt.text), row + 1
+            self._note(row, prompt)
+            tokens = len(prompt.token_ids)
+            if tokens > self._limit:
+                shortest = min(shortest or tokens, tokens)
+        dropped, read = self._too_long[before:], last - rows.start
+        if len(dropped) > MOST_DROPPED * read:
+            how_many = "all" if len(dropped) == read else f"{len(dropped)} of"
             raise DataError(
-                f"{place}:id: {quoted(prompt.id)} is already the id at {places[prompt.id]}; ids are unique"
+                f"{path}: {how_many} {read} prompts exceed {self._limit} tokens (the shortest has "
+                f"{shortest}); "
+                "raise data.max_prompt_tokens, or take them out of the file"
             )
-        places[prompt.id] = place
-        if len(prompt.token_ids) > max_prompt_tokens:
-            too_long.append(prompt.id)
-            shortest = min(shortest, len(prompt.token_ids)) if len(too_long) > 1 else len(prompt.token_ids)
-            continue
-        kept.append(prompt)
-        if response is not None:
-            _check_length(place, prompt, response, tokenizer, prompt_key, label_key)
-    if len(too_long) > MOST_DROPPED * len(records):
-        raise DataError(
-            f"{path}: {'all' if not kept else f'{len(too_long)} of'} {len(records)} prompts exceed "
-            f"{max_prompt_tokens} tokens (the shortest has {shortest}); raise data.max_prompt_tokens, or "
-            "take them out of the file"
-        )
-    return PromptSet(tuple(kept), tuple(too_long), places[too_long[0]] if too_long else "")
+        return np.delete(np.arange(rows.start, rows.stop), np.array(dropped, np.int64) - rows.start)
+
+    def _note(self, row: int, prompt: Prompt) -> None:
+        place = self._records.place(row)
+        if prompt.id in self._seen:
+            raise twice(
+                place, self._reader.form.id_key, prompt.id, self._records.place(self._seen[prompt.id])
+            )
+        self._seen[prompt.id] = row
+        if len(prompt.token_ids) > self._limit:
+            self._too_long.append(row)
+            self._ids.append(prompt.id)
+            return
+        self._longest = max(self._longest, len(prompt.token_ids))
+        if prompt.messages and not self._without and not self._reader.begins(prompt.token_ids):
+            self._without = place
+        if self._response is not None:
+            check_length(place, prompt, self._response, self._reader)
+
+    def result(self) -> Examined:
+        at = self._records.place(self._too_long[0]) if self._too_long else ""
+        return Examined(len(self._seen), self._longest, tuple(self._ids), at, self._without)
 
 
-def _check_length(
-    place: str,
-    prompt: Prompt,
-    response: Response,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_key: str,
-    label_key: str,
-) -> None:
+def twice(place: str, key: str, name: str, other: str) -> DataError:
+    """The error of an id that two rows have."""
+    return DataError(f"{place}:{key}: {quoted(name)} is already the id at {other}; ids are unique")
+
+
+def check_length(place: str, prompt: Prompt, response: Response, reader: RowReader) -> None:
     """Raises DataError where the prompt and its response do not fit together into a limit."""
-    follows, key, what = response.sampled, prompt_key, "rollout.max_new_tokens"
+    follows, key, what = response.sampled, reader.form.prompt_key, "rollout.max_new_tokens"
     if follows is None:
-        follows = len(_encode(f"{place}:{label_key}", prompt.label, tokenizer)) + 1
-        key, what = label_key, "the label and its end of sequence"
+        follows = len(encode(f"{place}:{reader.form.label_key}", prompt.label_text, reader.tokenizer)) + 1
+        key, what = reader.form.label_key, "the label and its end of sequence"
     total = len(prompt.token_ids) + follows
     for limit in response.limits:
         if total > limit.tokens:
@@ -171,125 +304,29 @@ def _check_length(
             )
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(`file:line`, object) of every line that is not blank."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; check the path") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            record = strict_json.parse(line)
-        except strict_json.JsonError as error:
-            raise DataError(f"{place}: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: a JSON {_kind(record)}, expected an object per line; write one")
-        yield place, record
+def _names(files: Sequence[Path]) -> dict[Path, str]:
+    """What the ids of each file begin with: nothing for one file, else its name, or its path."""
+    distinct = dict.fromkeys(files)
+    names = [file.name for file in distinct]
+    if len(distinct) == 1:
+        return dict.fromkeys(distinct, "")
+    return {file: str(file) if names.count(file.name) > 1 else file.name for file in distinct}
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(`file:row`, record) of every row, counted from 1."""
-    # Imported here: it adds a quarter of a second to the start of every rank, and few runs read parquet.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise DataError(f"{path}: {error}; check that it is a readable parquet file") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}:{number}", _without_nulls(row)
+def _check_disjoint(taken: Sequence[tuple[Path, range]]) -> None:
+    """Raises DataError where rows of a file are taken twice."""
+    rows_of = dict[Path, list[range]]()
+    for file, rows in taken:
+        for other in rows_of.setdefault(file, []):
+            if max(rows.start, other.start) < min(rows.stop, other.stop):
+                raise DataError(f"{file}: some of its rows are named twice in [data]; name them once")
+        rows_of[file].append(rows)
 
 
-def _without_nulls(value: Any) -> Any:
-    """A value without the keys whose value is null, in objects within it too.
-
-    All rows of a column have the same keys in Arrow, which fills up with nulls what a row lacks: without this
-    a template would be shown arguments that nobody gave.
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _prompt(
-    place: str,
-    record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_key: str,
-    label_key: str,
-    *,
-    needs_label: bool,
-) -> Prompt:
-    for key in (prompt_key, *([label_key] if needs_label else [])):
-        if key not in record:
-            have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
-            raise DataError(f"{place}:{key}: missing (keys here: {have}); add it, or name the key in [data]")
-    if "sampling_params" in record:
-        raise DataError(
-            f"{place}:sampling_params: no prompt is sampled by parameters of its own, since training takes "
-            "log-probs at one temperature, untruncated; remove it, and set [rollout]"
-        )
-    label = _string(place, label_key, record.get(label_key, ""))
-    name = _string(place, "id", record.get("id", place.rpartition(":")[2]))
-    if any("\ud800" <= character <= "\udfff" for character in name):
-        raise DataError(
-            f"{place}:id: {quoted(name)} holds half of a surrogate pair, which no file can hold; rename it"
-        )
-    text = _text(f"{place}:{prompt_key}", record[prompt_key], tokenizer)
-    token_ids = _encode(f"{place}:{prompt_key}", text, tokenizer)
-    if not token_ids:
-        raise DataError(f"{place}:{prompt_key}: empty prompt; give it at least one token")
-    metadata = {key: value for key, value in record.items() if key not in ("id", prompt_key, label_key)}
-    return Prompt(name, text, tuple(token_ids), label, metadata)
-
-
-def _encode(place: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    try:
-        return tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exception for text it has no token for
-        raise DataError(
-            f"{place}: the tokenizer refuses it ({error}); fix the text, or use its model"
-        ) from error
-
-
-def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list):
-        raise DataError(f"{place}: a {_kind(prompt)}; expected a string or a list of messages")
-    for index, message in enumerate(prompt):
-        if not (
-            isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-        ):
-            raise DataError(
-                f'{place}[{index}]: expected {{"role": string, "content": string}}; write the message so'
-            )
-    if not prompt:
-        raise DataError(f"{place}: empty list of messages; give at least one")
-    if prompt[-1]["role"] == "assistant":
-        raise DataError(
-            f"{place}[{len(prompt) - 1}]: ends with the assistant's turn, and the response would be one "
-            "more; take the turn out, and keep what it says as the label"
-        )
-    if not tokenizer.chat_template:
-        raise DataError(f"{place}: messages, but the tokenizer has no chat template; give prompts as strings")
-    return render(place, prompt, tokenizer)
-
-
-def _string(place: str, key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}:{key}: a {_kind(value)}; expected a string (quote it)")
-    return value
-
-
-def _kind(value: Any) -> str:
-    """What a value of JSON or parquet is called."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    names |= {int: "number", float: "number", bytes: "byte string"}
-    return names.get(type(value), type(value).__name__)
+def _chosen(counts: Sequence[int], rows: slice) -> list[range]:
+    """The rows of each file that a slice of all of them takes."""
+    taken, chosen, begin = range(sum(counts))[rows], list[range](), 0
+    for count in counts:
+        chosen.append(range(max(taken.start - begin, 0), min(taken.stop - begin, count)))
+        begin += count
+    return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
 from mcore_rl.training.assemble import check_same_tokens
-from mcore_rl.training.data import check_batch, describe_dropped
+from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
@@ -122,9 +122,10 @@ def _data(config: Config) -> list[Finding]:
     tokenizer = load_tokenizer(config.model.path)
     read: dict[str, PromptSet] = {}
 
-    def examine(check: str, path: Path) -> Iterable[Finding]:
-        read[check] = read_prompts(config, path, tokenizer)
-        yield from _prompts(check, path, config, read[check])
+    def examine(check: str, path: Path | Sequence[Path]) -> Iterable[Finding]:
+        read[check] = read_prompts(config, path, tokenizer, whole=True)
+        name = str(path) if isinstance(path, Path) else ", ".join(map(str, path))
+        yield from _prompts(check, name, config, read[check])
         if check == "data.train":
             check_batch(config, read[check])
 
@@ -155,13 +156,13 @@ def _overlap(read: Mapping[str, PromptSet]) -> list[Finding]:
     ]
 
 
-def _prompts(check: str, path: Path, config: Config, found: PromptSet) -> Iterable[Finding]:
+def _prompts(check: str, name: str, config: Config, found: PromptSet) -> Iterable[Finding]:
     first = found.prompts[0]
-    longest = max(len(prompt.token_ids) for prompt in found.prompts)
     yield Finding(
         check,
         "ok",
-        f"{path}: {len(found.prompts)} prompts of up to {longest} tokens, the first {first.text[:_SHOWN]!r}",
+        f"{name}: {len(found)} prompts of up to {found.examined.longest} tokens, the first "
+        f"{first.text[:_SHOWN]!r}",
     )
     if found.too_long:
         yield Finding(
@@ -170,6 +171,9 @@ def _prompts(check: str, path: Path, config: Config, found: PromptSet) -> Iterab
             describe_dropped(config, found),
             "raise data.max_prompt_tokens if they matter",
         )
+    if found.examined.without_beginning:
+        what, _, remedy = describe_beginning(found).partition("; ")
+        yield Finding(check, "warning", what, remedy)
 
 
 def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
@@ -193,7 +197,7 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         prompt=prompt,
         token_ids=(0,),
         log_probs=(0.0,),
-        text=prompt.label,
+        text=prompt.label_text,
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )

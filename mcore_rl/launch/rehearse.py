@@ -210,10 +210,17 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "random_init": True,
         },
         "data": {
-            "train": directory / "problems.jsonl",
+            "train": (directory / "problems.jsonl",),
+            "weights": (),
             "eval": config.data.eval and directory / "problems.jsonl",
             "prompt_key": "prompt",
             "label_key": "label",
+            "id_key": "id",
+            "apply_chat_template": False,
+            "system": None,
+            "tools": None,
+            "chat_template_kwargs": {},
+            "last_assistant": "refuse",
             "max_prompt_tokens": 8,
         },
         "rollout": {

@@ -187,7 +187,6 @@ def build_generation(
         trainer.mesh,
         servers,
         requests,
-        prompts=trainer.prompts.prompts,
         cursor=trainer.cursor,
         rewards=rewards,
         bounds=bounds,

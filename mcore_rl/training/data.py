@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from mcore_rl import strict_json
 from mcore_rl.config import Config
+from mcore_rl.data.messages import read_tools
 from mcore_rl.data.prompts import Limit, PromptSet, Response
-from mcore_rl.errors import DataError
+from mcore_rl.data.quota import shares_of
+from mcore_rl.data.reader import RowFormat
+from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.log import StepLog
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.precision import packed_multiple, token_multiple
@@ -40,6 +48,39 @@ def response_of(config: Config) -> Response:
     return Response(None if supervised else sampled, limits)
 
 
+def row_format(config: Config) -> RowFormat:
+    """How [data] says that a row is read.
+
+    Raises:
+        ConfigError: data.tools is no file of tools.
+    """
+    data = config.data
+    return RowFormat(
+        prompt_key=data.prompt_key,
+        label_key=data.label_key,
+        id_key=data.id_key,
+        needs_label=config.reward.model is None,  # which alone reads none
+        trains_label=config.supervised_only,
+        apply_chat_template=data.apply_chat_template,
+        last_assistant=data.last_assistant,
+        system=data.system,
+        tools=None if data.tools is None else _tools(data.tools),
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+
+
+def _tools(path: Path) -> Sequence[Any]:
+    try:
+        found = read_tools(str(path), strict_json.parse(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"data.tools: {path}: {error.strerror}; check the path") from None
+    except (strict_json.JsonError, DataError) as error:
+        raise ConfigError(f"data.tools: {path}: {error}") from None
+    if found is None:
+        raise ConfigError(f"data.tools: {path}: no tool in it; write a JSON list of tools, or drop the key")
+    return found
+
+
 def check_batch(config: Config, prompts: PromptSet) -> None:
     """Raises DataError where the training file has fewer usable prompts than the run takes at once."""
     wanted, key = config.supervised.batch_size, "supervised.batch_size"
@@ -48,18 +89,29 @@ def check_batch(config: Config, prompts: PromptSet) -> None:
         if config.rollout.max_staleness and config.rollout.over_sampling:
             wanted += config.rollout.over_sampling
             key += " and rollout.over_sampling"
-    if wanted > len(prompts.prompts):
+    paths = ", ".join(map(str, config.data.train))
+    if wanted > len(prompts):
         raise DataError(
-            f"{config.data.train}: {key} = {wanted}, the file has {len(prompts.prompts)} usable prompts; "
+            f"{paths}: {key} = {wanted}, the file has {len(prompts)} usable prompts; "
             "lower it, or give more prompts"
         )
+    shares = shares_of(config.data.weights) if config.data.weights else ()
+    begins = (0, *prompts.part_ends)
+    for path, share, begin, end in zip(config.data.train, shares, begins, prompts.part_ends, strict=False):
+        if math.ceil(share * wanted) > end - begin:
+            raise DataError(
+                f"{path}: data.weights and {key} = {wanted} take {math.ceil(share * wanted)} prompts of it "
+                f"at once, it "
+                f"has {end - begin} usable ones; lower them, or give more prompts"
+            )
 
 
 def describe_dropped(config: Config, found: PromptSet) -> str:
     """What was left out of a file and where it begins; of a set that lacks some."""
+    examined = "" if found.examined.rows == found.read else f"the first {found.examined.rows} of "
     return (
-        f"{len(found.too_long)} of {found.read} prompts exceed data.max_prompt_tokens = "
-        f"{config.data.max_prompt_tokens} and are left out, the first at {found.too_long_at} "
+        f"{len(found.too_long)} of {examined}{found.read} prompts exceed data.max_prompt_tokens = "
+        f"{config.data.max_prompt_tokens} and are left out, the first at {found.examined.too_long_at} "
         f"({quoted(found.too_long[0])})"
     )
 
@@ -82,7 +134,25 @@ def say_dropped(config: Config, step_log: StepLog, name: str, found: PromptSet) 
         key=f"data.{name}",
         dropped=len(found.too_long),
         prompts=found.read,
-        first=found.too_long_at,
+        first=found.examined.too_long_at,
         id=found.too_long[0],
     )
     print(printable(f"data.{name}: {describe_dropped(config, found)}"), file=sys.stderr, flush=True)
+
+
+def say_beginning(step_log: StepLog, found: PromptSet) -> None:
+    """Warn, and write to events.jsonl, where conversations lack the token that begins texts; main rank."""
+    if found.examined.without_beginning:
+        step_log.event("prompts_without_bos", first=found.examined.without_beginning)
+        print(printable(f"warning: {describe_beginning(found)}"), file=sys.stderr, flush=True)
+
+
+def describe_beginning(found: PromptSet) -> str:
+    """What is unusual of conversations without the beginning that the tokenizer gives a text."""
+    return (
+        f"{found.examined.without_beginning}: the chat template writes no {quoted(found.beginning_token)} "
+        f"in front, "
+        "which the tokenizer puts in front of every text; use the template that belongs to the model, if "
+        "this one "
+        "does not"
+    )

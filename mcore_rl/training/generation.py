@@ -39,7 +39,7 @@ class Generation:
 
     Args:
         requests: what `open_requests` gave to this rank; whoever opened it closes it.
-        prompts: those that `cursor` walks.
+        cursor: remembers the prompts in flight, which every rank draws alike.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Generation:
         servers: Servers,
         requests: InFlight | None,
         *,
-        prompts: Sequence[Prompt],
         cursor: PromptCursor,
         rewards: RewardSource,
         bounds: Bounds,
@@ -60,7 +59,6 @@ class Generation:
         """of the last step, where generation runs beside training: what became of all samples ever asked, and
         how old the trained tokens were"""
         self._mesh, self._servers, self._requests = mesh, servers, requests
-        self._prompts = {prompt.id: prompt for prompt in prompts}
         self._cursor, self._rewards, self._sampling, self._timers = cursor, rewards, sampling, timers
         self._saved: list[Mapping[str, Any]] = []
         """groups in flight of the checkpoint that the run continues from, until they are in flight again"""
@@ -78,17 +76,19 @@ class Generation:
         """
         self._ask_for(step)
 
-        def work() -> tuple[list[Group], tuple[Counter[str], int, dict[str, str]]]:
+        def work() -> tuple[list[Group], tuple[Counter[str], list[str], dict[str, str]]]:
             lead = self._of_lead()
             with self._timers("rollout"):
                 taken = lead.take(step)
             scored = self._scored({name: self._prompt(name) for name in taken.replies}, taken.replies)
-            return scored, (Counter(taken.discarded.values()), len(lead.groups()), lead.lost())
+            return scored, (Counter(taken.discarded.values()), [g.id for g in lead.groups()], lead.lost())
 
-        groups, counted = share_groups(self._mesh, self._prompts, work)
+        groups, counted = share_groups(self._mesh, self._cursor.drawn, work)
+        in_flight = [name for _, names, _ in counted for name in names]
+        self._cursor.keep({name.rpartition("@")[0] for name in in_flight})
         groups = self._settle(groups, [lost for *_, lost in counted])
         discarded = sum((counts for counts, _, _ in counted), Counter())
-        self._count(groups, discarded, sum(left for _, left, _ in counted))
+        self._count(groups, discarded, len(in_flight))
         if self.bounds.max_staleness:
             self.metrics |= staleness_metrics([s for group in groups for s in group.samples], step - 1)
         if not any(group.samples for group in groups):
@@ -247,7 +247,7 @@ class Generation:
         return self._requests
 
     def _prompt(self, group: str) -> Prompt:
-        return self._prompts[group.rpartition("@")[0]]
+        return self._cursor.drawn[group.rpartition("@")[0]]
 
     def _pending(self, group: str, version: int, replies: list[Reply] | None = None) -> PendingGroup:
         s = self._sampling

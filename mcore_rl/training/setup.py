@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from mcore_rl.checkpoint import seed_rng
 from mcore_rl.config import Config
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
-from mcore_rl.data.prompts import PromptSet, load_prompts
+from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers
 from mcore_rl.model import platform
@@ -44,7 +44,7 @@ from mcore_rl.training.checkpoint import (
     leave_when_asked,
     open_checkpoints,
 )
-from mcore_rl.training.data import check_batch, response_of, say_dropped
+from mcore_rl.training.data import check_batch, response_of, row_format, say_beginning, say_dropped
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.rundir import held_once, identity_of
@@ -123,6 +123,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
     if mesh.is_main:
         say_dropped(config, step_log, "train", prompts)
+        say_beginning(step_log, prompts)
     return Trainer(
         config=config,
         mesh=mesh,
@@ -132,7 +133,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
         shape=shape_of(config, mesh),
         tokenizer=tokenizer,
         prompts=prompts,
-        cursor=PromptCursor(prompts, config.run.seed),
+        cursor=PromptCursor(prompts, config.run.seed, config.data.weights),
         timers=Timers(),
         step_log=step_log,
         progress=Progress(config.train.steps),
@@ -211,17 +212,21 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """A prompt file in the format that [data] describes."""
-    data = config.data
-    return load_prompts(
-        path,
+def read_prompts(
+    config: Config, path: Path | Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, whole: bool = False
+) -> PromptSet:
+    """The prompts of one path or several, in the format that [data] describes.
+
+    Args:
+        whole: examine every row, and not the beginning of a large file alone.
+    """
+    return open_prompts(
+        [path] if isinstance(path, Path) else path,
         tokenizer,
-        prompt_key=data.prompt_key,
-        label_key=data.label_key,
-        needs_label=config.reward.model is None,  # which alone reads none
-        max_prompt_tokens=data.max_prompt_tokens,
+        row_format(config),
+        max_prompt_tokens=config.data.max_prompt_tokens,
         response=response_of(config),
+        whole=whole,
     )
 
 

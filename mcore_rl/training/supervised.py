@@ -42,6 +42,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         for step in range(trainer.attempt.step + 1, config.train.steps + 1):
             with trainer.timers("train"):
                 prompts = trainer.cursor.next(config.supervised.batch_size)
+                trainer.cursor.keep(())
                 rate = trainer.optimizer.learning_rate
                 sequences = [labelled(trainer.tokenizer, prompt) for prompt in prompts]
                 metrics = train_step(trainer, residency, prompts, sequences, step)
@@ -115,4 +116,4 @@ def labelled(tokenizer, prompt: Prompt) -> TokenSequence:
 
 def label_tokens(tokenizer, prompt: Prompt) -> list[int]:
     """The label as the model should answer it, ended by the end-of-sequence token."""
-    return [*tokenizer.encode(prompt.label, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(prompt.label_text, add_special_tokens=False), tokenizer.eos_token_id]

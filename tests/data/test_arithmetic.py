@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from examples.arithmetic import Problem, main, shuffled, split
-from mcore_rl.data.prompts import load_prompts
+from mcore_rl.data.prompts import open_prompts
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "arithmetic.py"
 
@@ -27,8 +27,8 @@ def task(tmp_path_factory):
 
 def test_the_files_load_and_every_answer_is_right(task):
     tokenizer = AutoTokenizer.from_pretrained(task / "model", local_files_only=True)
-    train = load_prompts(task / "train.jsonl", tokenizer, max_prompt_tokens=8)
-    held_out = load_prompts(task / "eval.jsonl", tokenizer, max_prompt_tokens=8)
+    train = open_prompts([task / "train.jsonl"], tokenizer, max_prompt_tokens=8)
+    held_out = open_prompts([task / "eval.jsonl"], tokenizer, max_prompt_tokens=8)
     assert (len(train.prompts), len(held_out.prompts)) == (6000, 1000)
     for prompt in (*train.prompts, *held_out.prompts):
         assert int(prompt.label) == eval(prompt.id)

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mcore_rl.data import chat
-from mcore_rl.data.prompts import Limit, Response, load_prompts
+from mcore_rl.data.prompts import Limit, Response, open_prompts
+from mcore_rl.data.reader import RowFormat
 from mcore_rl.errors import DataError
 from tests.any_json import examples, json_values
 
@@ -26,7 +28,10 @@ def load(tmp_path, tokenizer):
             path.write_bytes(
                 b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
             )
-        return load_prompts(path, tokenizer, max_prompt_tokens=max_prompt_tokens, **keys)
+        rules = {key: keys.pop(key) for key in ("response", "whole") if key in keys}
+        return open_prompts(
+            [path], tokenizer, RowFormat(**keys), max_prompt_tokens=max_prompt_tokens, **rules
+        )
 
     return write_and_load
 
@@ -144,7 +149,7 @@ def test_a_null_that_somebody_wrote_in_jsonl_stays(load):
 
 def test_bytes_in_parquet_are_called_so(load, tmp_path):
     pq.write_table(pa.table({"prompt": ["1"], "label": [b"\xff"]}), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match=r"p.parquet:1:label: a byte string; expected a string"):
+    with pytest.raises(DataError, match=r"p.parquet:1:label: a byte string; expected a value of JSON"):
         load(name="p.parquet")
 
 
@@ -160,7 +165,10 @@ def test_a_sequence_beyond_a_limit_is_named_by_line_key_and_id(load):
     assert load(GOOD, long, response=sampled, max_prompt_tokens=4).too_long == ("b",), (
         "dropped, and no matter"
     )
-    label = Response(None, [Limit(8, "the model has 8 positions", "shorten it")])
+    label, load = (
+        Response(None, [Limit(8, "the model has 8 positions", "shorten it")]),
+        partial(load, trains_label=True),
+    )
     assert len(load({**GOOD, "label": "123"}, response=label).prompts) == 1
     with pytest.raises(
         DataError, match=r"p.jsonl:1:label: prompt 'a' of 4 tokens and the label .* of 5 make 9"
@@ -174,7 +182,7 @@ def test_a_sequence_beyond_a_limit_is_named_by_line_key_and_id(load):
 def test_a_file_of_which_next_to_nothing_is_left_is_refused(load):
     lines = [{**GOOD, "id": str(n), "prompt": "1" * 5} for n in range(19)]
     kept = load(*lines[:9], GOOD, max_prompt_tokens=4)
-    assert (kept.read, len(kept.too_long), kept.too_long_at[-10:]) == (10, 9, "/p.jsonl:1")
+    assert (kept.read, len(kept.too_long), kept.examined.too_long_at[-10:]) == (10, 9, "/p.jsonl:1")
     with pytest.raises(
         DataError, match=r"p.jsonl: 19 of 20 prompts exceed 4 tokens .*; raise data.max_prompt_tok"
     ):
@@ -197,8 +205,8 @@ def read_or_refused(load, *lines, **keys):
     if refused:
         assert re.match(r".*p\.(jsonl|parquet)(:\d+)?(:| )", refused)
         return
-    assert all(prompt.token_ids and isinstance(prompt.label, str) for prompt in found.prompts)
-    assert found.fingerprint().count == len(found.prompts)
+    assert all(prompt.token_ids and isinstance(prompt.label_text, str) for prompt in found.prompts)
+    assert found.fingerprint.count == found.read
 
 
 @settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -264,9 +272,8 @@ def test_long_prompts_are_dropped_and_named(load):
         (b"3", r":2: a JSON number, expected an object"),
         ({"id": "b", "label": "3"}, r":2:prompt: missing \(keys here: id, label\)"),
         ({"id": "b", "prompt": "1"}, r":2:label: missing"),
-        ({**GOOD, "id": "b", "label": 3}, r":2:label: a number; expected a string"),
         ({**GOOD, "id": "b", "label": None}, r":2:label: a null"),
-        ({**GOOD, "id": 7}, r":2:id: a number"),
+        ({**GOOD, "id": 7.5}, r":2:id: a number; expected a string or an integer"),
         ({**GOOD, "id": "b", "prompt": True}, r":2:prompt: a boolean; expected a string or a list"),
         ({**GOOD, "id": "b", "prompt": ""}, r":2:prompt: empty prompt"),
         ({**GOOD, "id": "b", "prompt": []}, r":2:prompt: empty list"),
@@ -283,7 +290,8 @@ def test_long_prompts_are_dropped_and_named(load):
                 "id": "b",
                 "prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],
             },
-            r":2:prompt\[1\]: ends with the assistant's turn, .*; take the turn out",
+            r":2:prompt\[1\]: ends with the assistant's turn, .*; take the turn out, or set "
+            r"data.last_assistant",
         ),
         (GOOD, r":2:id: 'a' is already the id at .*p.jsonl:1"),
     ],
@@ -297,9 +305,10 @@ def test_files_without_prompts(load, tmp_path, tokenizer):
     with pytest.raises(DataError, match="no prompts in the file"):
         load(b"", b" ")
     with pytest.raises(DataError, match="No such file"):
-        load_prompts(tmp_path / "absent.jsonl", tokenizer, max_prompt_tokens=4)
+        open_prompts([tmp_path / "absent.jsonl"], tokenizer, max_prompt_tokens=4)
+    (tmp_path / "p.jsonl").unlink()
     with pytest.raises(DataError, match="Is a directory"):
-        load_prompts(tmp_path, tokenizer, max_prompt_tokens=4)
+        open_prompts([tmp_path], tokenizer, max_prompt_tokens=4)
 
 
 @pytest.mark.parametrize(
