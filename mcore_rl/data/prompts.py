@@ -25,9 +25,9 @@ from mcore_rl.types import Prompt
 MOST_DROPPED = 0.9
 """Share of over-long prompts above which a file is refused. Many are a filter at work, which is said and
 counted; where next to nothing is left, the limit is in another unit, or tokenizer or key are wrong ones."""
-EXAMINED_CHARACTERS = 1 << 22
+EXAMINED_CHARACTERS = 1 << 21
 """of rendered prompts, shared by the paths of a set, that are examined before a run begins: all of a file of
-some ten thousand prompts, and the beginning of one of a million. A constant: which prompts are known to be
+some thousand prompts, and the beginning of one of a million. A constant: which prompts are known to be
 over-long decides the order of all"""
 
 
