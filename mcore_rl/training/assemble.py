@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
+from mcore_rl.data.curriculum import Curriculum, load_curriculum
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model, build_critic, build_policy, build_reward_model
@@ -29,6 +30,7 @@ from mcore_rl.training.generation import Generation
 from mcore_rl.training.metrics import GradientAlert
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.requests import Bounds, Sampling, check_saved, open_requests
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.run import Critic, Run
@@ -58,6 +60,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     updates = config.algorithm.mini_batches * config.algorithm.epochs
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     load_reward(config.reward.function)  # what is wrong is said before anything is built
+    curriculum_of(config)
     replayed_experts(config)
     with (
         start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
@@ -187,16 +190,22 @@ def build_generation(
         trainer.mesh,
         servers,
         requests,
-        prompts=trainer.prompts.prompts,
-        cursor=trainer.cursor,
+        source=PromptSource(trainer.mesh, trainer.cursor, trainer.prompts.prompts, curriculum_of(config)),
         rewards=rewards,
         bounds=bounds,
         sampling=Sampling(config.rollout.sampling_params, config.run.seed, experts, trainer.decode),
         timers=trainer.timers,
+        reached=trainer.attempt.reached,
     )
     if saved is not None and "ahead" in saved.document["state"]:
         generation.restore(saved.document["state"]["ahead"])
     return generation
+
+
+def curriculum_of(config: Config) -> Curriculum | None:
+    """What chooses among the prompts, if anything does. Raises ConfigError; see load_curriculum."""
+    name = config.data.curriculum
+    return None if name is None else Curriculum(name, load_curriculum(name), config.run.seed)
 
 
 def waiting_parts(config: Config, models: Models) -> dict[str, ResidentPart]:
@@ -229,7 +238,12 @@ def bounds_of(config: Config) -> Bounds:
     """What [rollout] says of how much is generated."""
     r = config.rollout
     return Bounds(
-        config.train.steps, r.prompts_per_step, r.samples_per_prompt, r.over_sampling, r.max_staleness
+        steps=config.train.steps,
+        groups=r.prompts_per_step,
+        samples=r.samples_per_prompt,
+        extra=r.over_sampling,
+        max_staleness=r.max_staleness,
+        most_sampled=r.dynamic_sampling * r.prompts_per_step,
     )
 
 
