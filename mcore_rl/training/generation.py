@@ -122,8 +122,8 @@ class Generation:
 
     def _discard(self, step: int) -> Counter[str]:
         """How many groups are in flight no more since no later step could train them, by the reason."""
-        if not self.bounds.extra:
-            return Counter()  # every group is taken in its time
+        if not len(self._queue):
+            return Counter()
         replicas = gather_replicas(
             self._mesh, on_leads(self._mesh, lambda: dict(self._of_lead().discard(step)))
         )
