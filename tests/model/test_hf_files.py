@@ -110,3 +110,14 @@ def test_a_message_repeats_the_beginning_of_what_an_index_names(tmp_path: Path) 
         with pytest.raises(ConfigError) as refused:
             checkpoint_files(tmp_path)
         assert len(str(refused.value)) < 3000
+
+
+def test_rotary_frequencies_that_an_old_version_saved_are_left(tmp_path: Path) -> None:
+    table = mapping_of("llama")
+    whole = {name: torch.randn(shape) for name, shape in table.hf_shapes().items()}
+    old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    save_file(whole | old, tmp_path / "model.safetensors")
+    assert hf_reader(tmp_path, table)("model.norm.weight").shape == whole["model.norm.weight"].shape
+    save_file(whole | {"model.layers.0.self_attn.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"self_attn\.inv_freq"):
+        hf_reader(tmp_path, table)
