@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -317,6 +318,26 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
     (run / "report.html" / "file").touch()
     assert main(["report", str(run)]) == 75
     assert f"StorageError: {run}/report.html: " in capsys.readouterr().err
+
+
+def test_a_page_that_something_else_wrote_stays(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "report.html").write_text("<title>mine</title>")
+    assert main(["report", str(run)]) == 2
+    assert f"DataError: {run}/report.html is no page of this command" in capsys.readouterr().err
+    assert (run / "report.html").read_text() == "<title>mine</title>"
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == main(["report", str(run)]) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/step_1.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "samples").mkdir(exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(DataError, match="not a plain file"):
+        write_report([run])
 
 
 some_keys = st.sampled_from(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.hf.files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader, safetensors_layout
 from tests.model.test_mapping import mapping_of
 
@@ -121,3 +123,11 @@ def test_rotary_frequencies_that_an_old_version_saved_are_left(tmp_path: Path) -
     save_file(whole | {"model.layers.0.self_attn.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"self_attn\.inv_freq"):
         hf_reader(tmp_path, table)
+
+
+@pytest.mark.parametrize("name", [INDEX, "model.safetensors", "config.json"])
+def test_a_pipe_in_a_model_directory_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    read = read_hf_config if name == "config.json" else checkpoint_files
+    with pytest.raises(ConfigError, match="not a plain file"):
+        read(tmp_path)

@@ -81,6 +81,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not JSON, or holds something else than an object.
     """
+    if file.exists() and not file.is_file():  # to read a pipe could take for ever
+        raise ConfigError(f"{file}: not a plain file; fetch the file again")
     try:
         content = strict_json.parse(file.read_bytes())
     except FileNotFoundError:
