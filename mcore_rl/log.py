@@ -191,8 +191,8 @@ class Progress:
 
 def _of_how_many(key: str, metrics: Mapping[str, Any]) -> str:
     """` (of 4 of 16 prompts)`: how many of its file a held-out mean is of; nothing where it is not known."""
-    samples, prompts = (metrics.get(f"{key.rpartition('/')[0]}/{what}") for what in ("samples", "prompts"))
-    return f" (of {samples:.0f} of {prompts:.0f} prompts)" if samples and prompts else ""
+    sampled, prompts = (metrics.get(f"{key.rpartition('/')[0]}/{what}") for what in ("sampled", "prompts"))
+    return f" (of {sampled:.0f} of {prompts:.0f} prompts)" if sampled and prompts else ""
 
 
 def clock(seconds: float) -> str:
