@@ -15,9 +15,11 @@ from itertools import islice, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.types import Group, Prompt, Sample, Segment, Tokens, VersionSpan
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, Segment, Tokens, TurnReward, VersionSpan
 
 Spans = list[tuple[str, int, int]]
+Flat = tuple[str, str, float | None, bool, list[Spans]]
+Detailed = tuple[str, str, float | None, bool, list[Spans], tuple[RewardPart, ...], tuple[TurnReward, ...]]
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -27,8 +29,9 @@ class Columns:
 
     groups: list[tuple[str, str, int]]
     """(group id, prompt id where it has samples, how many)"""
-    samples: list[tuple[str, str, float | None, bool, list[Spans]]]
-    """[N] (id, finish reason, reward, void, of each segment [(version, start, end)])"""
+    samples: list[Flat | Detailed]
+    """[N] (id, finish reason, reward, void, of each segment [(version, start, end)]), and parts and turns
+    of the reward where it has any"""
     ends: npt.NDArray[np.int64]
     """[4, S] where the tokens, the trained tokens, the context and the rows of experts of each segment end"""
     tokens: npt.NDArray[np.int32]
@@ -54,7 +57,7 @@ def pack_groups(groups: Sequence[Group]) -> Columns:
     ]
     return Columns(
         groups=[(group.id, _prompt_id(group), len(group.samples)) for group in groups],
-        samples=[(s.id, s.finish_reason, s.reward, s.void, _spans(s)) for s in samples],
+        samples=[_detailed(s) if s.parts or s.turn_rewards else _flat(s) for s in samples],
         ends=np.cumsum(np.array(lengths, np.int64).reshape(-1, 4), axis=0).T,
         tokens=_join([s.token_ids for s in segments], np.int32),
         log_probs=_join([s.log_probs for s in segments], np.float32),
@@ -86,6 +89,14 @@ def _own_context(sample: Sample, segment: Segment) -> Tokens:
     return _NOTHING if segment.context is sample.prompt.token_array else segment.context
 
 
+def _flat(s: Sample) -> Flat:
+    return s.id, s.finish_reason, s.reward, s.void, _spans(s)
+
+
+def _detailed(s: Sample) -> Detailed:
+    return *_flat(s), s.parts, s.turn_rewards
+
+
 def _spans(sample: Sample) -> list[Spans]:
     return [[(span.version, span.start, span.end) for span in s.versions] for s in sample.segments]
 
@@ -107,21 +118,21 @@ def _places(columns: Columns) -> Iterator[tuple[slice, slice, slice, slice, slic
 
 
 def _sample(columns: Columns, prompt: Prompt, row: tuple, places: Iterator[tuple]) -> Sample:
-    id, finish_reason, reward, void, spans = row
-    segments = tuple(
+    id, finish_reason, reward, void, spans = row[:5]
+    segments = [
         Segment(
             columns.contexts[context] if context.start < context.stop else prompt.token_array,
             columns.tokens[tokens],
             columns.log_probs[trained],
-            tuple(VersionSpan(*span) for span in of_segment),
+            tuple([VersionSpan(version, start, end) for version, start, end in of_segment]),
             None if mask is None else columns.trained[mask],
             columns.experts[routed] if routed.start < routed.stop else None,
         )
         for of_segment, (tokens, trained, context, routed, mask) in zip(
             spans, islice(places, len(spans)), strict=True
         )
-    )
-    return Sample(id, prompt, segments, "", finish_reason, reward, void)
+    ]
+    return Sample(id, prompt, tuple(segments), "", finish_reason, reward, void, *row[5:])
 
 
 def _join_experts(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
