@@ -13,6 +13,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "reward/mean": "Mean reward of the samples of the step.",
         "reward/std": "Standard deviation of the rewards, over n.",
         "reward/no_signal": "Share of the samples whose advantages are all 0.",
+        "reward/*": "Mean of this part of the reward, before its weight, over the samples that have it.",
         "length/mean": "Mean response length in tokens.",
         "length/max": "Longest response in tokens.",
         "truncated": "Share of the responses that ended at `rollout.max_new_tokens`.",

@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from mcore_rl.algo.advantages import group_normalized, leave_one_out
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.sections import (
@@ -237,7 +236,7 @@ def _against_algorithm(config: Config) -> Iterator[str]:
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
             'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
         )
-    if algorithm.advantage in (group_normalized, leave_one_out) and config.rollout.samples_per_prompt == 1:
+    if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
             "with one every advantage is 0; set 2 or more"
@@ -275,7 +274,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:
-        unused["reward.function"] = "reward.model gives the rewards"
+        unused |= dict.fromkeys(("reward.function", "reward.weights"), "reward.model gives the rewards")
     if not config.checkpoint.every:
         unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
     if config.rollout.server == "embedded":

@@ -274,6 +274,8 @@ class RewardConfig(Section):
 
     function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
     """`module:function` that scores one sample."""
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    """Weight of a part in the sum, by its name, where the function returns several; 1 for the others."""
     model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 

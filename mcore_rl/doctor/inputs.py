@@ -208,7 +208,9 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
-    (group,) = _in_time(name, lambda: score_groups([Group("doctor", (sample,))], function))
+    (group,) = _in_time(
+        name, lambda: score_groups([Group("doctor", (sample,))], function, config.reward.weights)
+    )
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 

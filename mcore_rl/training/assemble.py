@@ -130,7 +130,13 @@ def build_run(
 ) -> Run:
     """The run, whose models are restored; its requests to the servers are closed by `stack`."""
     config, mesh, algorithm = trainer.config, trainer.mesh, models.algorithm
-    rewards = RewardSource(load_reward(config.reward.function), models.reward_model, trainer.shape, residency)
+    rewards = RewardSource(
+        load_reward(config.reward.function),
+        config.reward.weights,
+        models.reward_model,
+        trainer.shape,
+        residency,
+    )
     generation, evaluator = build_sampling(trainer, servers, rewards, stack)
     contents = models.contents
     return Run(

@@ -135,7 +135,8 @@ def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | s
             return
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
         function, keep = load_reward(config.reward.function), trainer.attempt.saved is not None
-        rewards = RewardSource(function, None, trainer.shape, Residency({}))
+        weights = config.reward.weights
+        rewards = RewardSource(function, weights, None, trainer.shape, Residency({}))
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
