@@ -82,7 +82,8 @@ def reply_to_json(reply: Reply) -> dict[str, Any]:
         "token_ids": np.array(reply.token_ids, np.int32),
         "log_probs": np.array(reply.log_probs, np.float32),
     } | ({} if reply.experts is None else {"experts": reply.experts})
-    rest = asdict(replace(reply, token_ids=(), log_probs=(), experts=None))
+    rest = asdict(replace(reply, token_ids=(), log_probs=(), versions=(), experts=None))
+    rest["versions"] = [span._asdict() for span in reply.versions]
     return rest | {name: routing.to_json(array) for name, array in arrays.items()}
 
 

@@ -9,17 +9,31 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mcore_rl.algo.advantages import group_statistics
+from mcore_rl.algo.shaping import informative
 from mcore_rl.errors import NoSignalError
+from mcore_rl.training.advantage import reward_parts
 from mcore_rl.types import Group, Sample
 
 
-def has_signal(group: Group) -> bool:
+def has_signal(group: Group, *, by_parts: bool) -> bool:
     """Whether two rewards of its live samples differ, so that an advantage over the group is not 0.
 
     Void samples have no reward that counts, and a sample alone has nothing to be compared with. A response
     that `algorithm.overlong_filter` leaves out of the loss counts here, as it does in the statistics.
+
+    Args:
+        by_parts: the algorithm compares each part of the reward by itself (GDPO): one part that differs is a
+            signal, though the sums are equal. A part that a sample does not have is 0 there.
     """
-    return len({sample.reward for sample in _live(group.samples)}) > 1
+    live = _live(group.samples)
+    compared = [[sample.reward for sample in live]]
+    if by_parts:
+        parts = [{part.name: part.value for part in reward_parts(one) if part.weight} for one in live]
+        names = {name for its in parts for name in its}
+        compared = [[its.get(name, 0.0) for its in parts] for name in names]
+    ids = [group.id] * len(live)
+    return any(informative(group_statistics(ids, rewards)).any() for rewards in compared)
 
 
 @dataclass
@@ -30,6 +44,8 @@ class Sifted:
     """groups that are trained"""
     most: int
     """groups that may be sampled to find them; 0: any group is trained"""
+    by_parts: bool = False
+    """as in `has_signal`"""
     kept: list[Group] = field(default_factory=list)
     dropped: list[Group] = field(default_factory=list)
 
@@ -46,7 +62,8 @@ class Sifted:
     def add(self, groups: Sequence[Group]) -> None:
         """These were sampled."""
         for group in groups:
-            (self.kept if not self.most or has_signal(group) else self.dropped).append(group)
+            signal = not self.most or has_signal(group, by_parts=self.by_parts)
+            (self.kept if signal else self.dropped).append(group)
 
     def check(self, step: int) -> None:
         """Raise NoSignalError, on every rank, where what is missing is more than may still be sampled."""

@@ -27,16 +27,12 @@ from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
 from mcore_rl.rollout.schedule import Queue
 from mcore_rl.training.dynamic_sampling import Sifted, live_samples
 from mcore_rl.training.prompt_source import PromptSource
-from mcore_rl.training.requests import Bounds, Sampling
+from mcore_rl.training.requests import CALLS_PER_SERVER, Bounds, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.share import share_groups
 from mcore_rl.training.staleness import staleness_metrics
 from mcore_rl.types import Group, Prompt
-
-_CALLS_PER_SERVER = 4
-"""of a round that is all waited for: few, for the servers batch; not one, so that what a lost server had is
-not everything"""
 
 
 class Generation:
@@ -89,7 +85,7 @@ class Generation:
             NoSignalError: on every rank, when too many groups had no signal; see Sifted.
         """
         self._resume(step - 1)
-        sifted = Sifted(self.bounds.groups, self.bounds.most_sampled)
+        sifted = Sifted(self.bounds.groups, self.bounds.most_sampled, by_parts=self.bounds.by_parts)
         while sifted.missing:
             self._ask_for(step, sifted)
             groups = self._take(sifted.missing)
@@ -131,27 +127,6 @@ class Generation:
         self._queue.remove(discarded)
         return Counter(discarded.values())
 
-    def evaluate(self, prompts: Sequence[Prompt], name: str) -> list[Group]:
-        """One scored sample of each prompt under the present weights, in groups `<prompt id>@<name>`."""
-        mine = share(prompts, self._mesh.dp_rank, self._mesh.layout.data)
-        asked = {f"{prompt.id}@{name}": prompt for prompt in mine}
-        sampling, serving = self._sampling, self._servers.fleet.serving
-
-        def work() -> tuple[list[Group], dict[str, str]]:
-            lead = self._of_lead()
-            lead.keep(serving)
-            requests = [
-                group_request(prompt, group, 1, sampling.params, seed=sampling.seed)
-                for group, prompt in asked.items()
-            ]
-            per_call = groups_per_call(mine, 1, sampling.params, calls=self._calls())
-            with self._timers("rollout"):
-                replies = lead.ask(requests, per_call)
-            return self._scored(asked, dict(zip(asked, replies, strict=True))), lead.lost()
-
-        groups, losses = share_groups(self._mesh, {prompt.id: prompt for prompt in prompts}, work)
-        return self._settle(groups, losses)
-
     def _ask_for(self, step: int, sifted: Sifted) -> None:
         """Fill up what is in flight, for what `step` lacks and the steps to come; its weights serve."""
         serving = self._servers.fleet.serving
@@ -192,7 +167,7 @@ class Generation:
 
     def _calls(self) -> int:
         servers = len(self._servers.fleet.serving)
-        return _CALLS_PER_SERVER * servers if servers > 1 else 1
+        return CALLS_PER_SERVER * servers if servers > 1 else 1
 
     def _scored(self, prompts: Mapping[str, Prompt], replies: Mapping[str, Sequence[Reply]]) -> list[Group]:
         """On a lead: the groups (id -> its prompt, its replies), with rewards where a function gives them."""

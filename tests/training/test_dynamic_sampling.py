@@ -10,7 +10,7 @@ import pytest
 from mcore_rl.errors import EXIT_CONFIG, NoSignalError
 from mcore_rl.training.dynamic_sampling import Sifted, has_signal
 from mcore_rl.training.generation import named
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, VersionSpan
 
 VOID = None
 """in the place of a reward: the sample is void, with a reward that must not count"""
@@ -53,11 +53,36 @@ def group(*rewards: float | None, name: str = "p@1", reason: str = "stop") -> Gr
 def test_a_group_has_a_signal_where_two_live_rewards_differ(
     rewards: Sequence[float | None], signal: bool
 ) -> None:
-    assert has_signal(group(*rewards)) is signal
+    assert has_signal(group(*rewards), by_parts=False) is signal
+    assert has_signal(group(*rewards), by_parts=True) is signal, "one number is one part"
 
 
 def test_truncated_samples_are_compared_too() -> None:
-    assert has_signal(group(0.0, 1.0, reason="length"))
+    assert has_signal(group(0.0, 1.0, reason="length"), by_parts=False)
+
+
+@pytest.mark.parametrize(
+    ("parts", "of_sums", "of_parts"),
+    [
+        ([{"right": (1, 1.0), "short": (0, 1.0)}, {"right": (0, 1.0), "short": (1, 1.0)}], False, True),
+        ([{"right": (1, 1.0), "short": (0, 1.0)}, {"right": (1, 1.0)}], False, False),
+        ([{"right": (1, 1.0), "seen": (3, 0.0)}, {"right": (1, 1.0), "seen": (4, 0.0)}], False, False),
+        ([{"right": (1, 1.0)}, {"right": (0, 1.0)}], True, True),
+    ],
+    ids=["equal sums", "an absent part is 0", "weight 0", "one part"],
+)
+def test_where_parts_are_compared_one_by_one_one_that_differs_is_a_signal(
+    parts: list[dict[str, tuple[float, float]]], of_sums: bool, of_parts: bool
+) -> None:
+    sums = [sum(value * weight for value, weight in its.values()) for its in parts]
+    plain = group(*sums)
+    samples = (
+        replace(one, parts=tuple(RewardPart(name, *its[name]) for name in its))
+        for one, its in zip(plain.samples, parts, strict=True)
+    )
+    both = replace(plain, samples=tuple(samples))
+    assert has_signal(both, by_parts=False) is of_sums
+    assert has_signal(both, by_parts=True) is of_parts
 
 
 def test_a_step_lacks_what_has_no_signal_and_counts_what_it_sampled() -> None:
