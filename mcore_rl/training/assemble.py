@@ -18,6 +18,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.training.assemble_rollouts import (
     build_sampling,
+    curriculum_of,
     replayed_experts,
     start_servers,
 )
@@ -53,6 +54,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     load_reward(config.reward.function)  # what is wrong is said before anything is built
     load_set_functions(config)
+    curriculum_of(config)
     replayed_experts(config)
     with (
         start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
