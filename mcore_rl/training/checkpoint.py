@@ -104,7 +104,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         which = "latest" if restarted and known and not own else resume
         if which is not None:
             saved = find(root, which)
-            _check_form(saved)
+            check_form(saved)
             check_history(config, saved, known)
             return saved
         if known:
@@ -117,7 +117,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
     return on_main(mesh, look)
 
 
-def _check_form(saved: Saved) -> None:
+def check_form(saved: Saved) -> None:
     """Raises ConfigError for a whole directory that no run saved to continue: a converted model, a dump."""
     forms = {"config": dict, "updates": dict, "state": dict, "layout": dict, "rng": list}
     wrong = [name for name, form in forms.items() if not isinstance(saved.document.get(name), form)]
