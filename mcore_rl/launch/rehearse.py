@@ -241,7 +241,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
-        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
+        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
     }
     sections: dict[str, BaseModel] = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
