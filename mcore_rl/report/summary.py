@@ -19,7 +19,7 @@ AXES = (
     ("data", "DP"),
 )
 FILES = ("train", "eval")
-"""of prompts, by their keys in [data]"""
+"""files of prompts, by their keys in [data]"""
 
 
 class Fact(NamedTuple):

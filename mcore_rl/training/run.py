@@ -71,7 +71,7 @@ class Run:
 
     @property
     def temperature(self) -> float:
-        """Of sampling, and therefore of every log-prob."""
+        """The temperature of sampling, and therefore of every log-prob."""
         return self.trainer.config.rollout.temperature
 
     def probe_prompts(self) -> list[tuple[int, ...]]:
