@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # reward functions run in processes that have no use for torch
+    import torch
 
 T = TypeVar("T")
 
@@ -94,6 +96,25 @@ class Segment:
         _freeze(self.context, self.token_ids, self.log_probs, self.trained, self.experts)
 
 
+class RewardPart(NamedTuple):
+    """One of several rewards of a sample: its reward is the sum of weight x value over its parts."""
+
+    name: str
+    """as in the metric `reward/<name>`"""
+    value: float
+    """before the weight; the sum over the turns, where it was given per turn"""
+    weight: float
+
+
+class TurnReward(NamedTuple):
+    """A reward of one turn, at the token that ends it."""
+
+    token: int
+    """its place among the trained tokens of the sample, in [0, m)"""
+    reward: float
+    """after the weights of its parts"""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One attempt at a prompt (a rollout), as it was sampled; it counts once, whatever segments it has."""
@@ -108,9 +129,13 @@ class Sample:
     finish_reason: str
     """`stop`, `length` or `abort`."""
     reward: float | None = None
-    """Finite, set by the reward function."""
+    """Finite, set by the reward function; the sum over parts or turns, where there are any."""
     void: bool = False
     """Its environment or its grader failed: it has no part in its group, the batch, a count or the loss."""
+    parts: tuple[RewardPart, ...] = ()
+    """What its reward is the weighted sum of; none, where the function gave one number or turns."""
+    turn_rewards: tuple[TurnReward, ...] = ()
+    """Where its reward lies, in the order of the tokens; none: all of it at the last trained token."""
 
     @classmethod
     def of_response(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -259,15 +260,15 @@ def test_held_out_accuracy_says_of_how_many_and_dropped_prompts_have_a_tile(tmp_
     counts = {
         "data/train/prompts": 16,
         "data/train/dropped": 12,
-        "data/eval/prompts": 16,
-        "data/eval/dropped": 0,
+        "data/eval/e/prompts": 16,
+        "data/eval/e/dropped": 0,
     }
-    held_out = {"eval/e/accuracy": 0.5, "eval/e/samples": 4, "eval/e/prompts": 16}
+    held_out = {"eval/e/accuracy": 0.5, "eval/e/sampled": 4, "eval/e/samples": 8, "eval/e/prompts": 16}
     run = write_run(tmp_path / "run", [{"step": 0} | counts | held_out, step(1) | held_out])
     tiles = {fact.label: fact for fact in headline(read_runs([run])[0])}
     assert tiles["Held-out accuracy"].detail.endswith("; 4 of 16 prompts")
-    assert tiles["Prompts left out \u00b7 data.train"].value == "12 of 16"
-    assert "Prompts left out \u00b7 data.eval" not in tiles
+    assert tiles["Prompts left out \u00b7 train"].value == "12 of 16"
+    assert "Prompts left out \u00b7 eval/e" not in tiles
 
 
 BIG = (1e308, -1e308, 10**400, -(10**400), 5e-324, float("nan"), "text", True, None, [1], {"a": 1})
@@ -319,8 +320,28 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
     assert f"StorageError: {run}/report.html: " in capsys.readouterr().err
 
 
+def test_a_page_that_something_else_wrote_stays(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "report.html").write_text("<title>mine</title>")
+    assert main(["report", str(run)]) == 2
+    assert f"DataError: {run}/report.html is no page of this command" in capsys.readouterr().err
+    assert (run / "report.html").read_text() == "<title>mine</title>"
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == main(["report", str(run)]) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/step_1.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "samples").mkdir(exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(DataError, match="not a plain file"):
+        write_report([run])
+
+
 some_keys = st.sampled_from(
-    [*step(1), "eval/a/accuracy", "eval/a/samples", "eval/a/prompts", "data/train/dropped"]
+    [*step(1), "eval/a/accuracy", "eval/a/sampled", "eval/a/prompts", "data/train/dropped"]
 )
 some_settings = st.sampled_from(
     ["publish.tolerance_max", "optimizer.lr", "parallel.tensor", "train.steps", "x"]

@@ -67,6 +67,8 @@ def read(path: Path) -> Saved:
         DamagedCheckpointError: its manifest is not what was committed.
     """
     try:
+        if not all((path / name).is_file() for name in (COMMITTED, MANIFEST)):
+            raise FileNotFoundError(path)
         mark, manifest = (path / COMMITTED).read_text(), (path / MANIFEST).read_bytes()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(

@@ -8,14 +8,16 @@ from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from mcore_rl.algo.advantages import group_normalized, leave_one_out
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
     CheckpointConfig,
     CriticConfig,
     DataConfig,
+    EvalConfig,
+    EvalSetConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -39,6 +41,7 @@ class Config(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
+    eval: EvalConfig = EvalConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -67,6 +70,17 @@ class Config(Section):
         return self
 
     @property
+    def held_out(self) -> dict[str, EvalSetConfig]:
+        """Every set that is evaluated, by name; that of data.eval, which is named after its file, first."""
+        one = {} if self.data.eval is None else {set_name(self.data.eval): EvalSetConfig(path=self.data.eval)}
+        return {**one, **self.eval.sets}
+
+    @property
+    def samples_responses(self) -> bool:
+        """Servers are needed: to train on rollouts, or to evaluate."""
+        return not self.supervised_only or bool(self.held_out)
+
+    @property
     def supervised_only(self) -> bool:
         """No rollouts: train on the labels."""
         return self.algorithm.name == "sft"
@@ -79,8 +93,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor >= 2 or drop it"
     if parallel.virtual_pipeline and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline: needs pipeline stages; set parallel.pipeline >= 2 or drop it"
-    if train.eval_every and config.data.eval is None:
-        yield "train.eval_every: there is nothing to evaluate on; set data.eval or drop it"
+    if train.eval_every and not config.held_out:
+        yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
+    yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
     if config.publish.tolerance_p999 > config.publish.tolerance_max:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
@@ -112,14 +127,16 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _of_lengths(config: Config) -> Iterator[str]:
     parallel, train, rollout = config.parallel, config.train, config.rollout
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    of_sets = [one.max_new_tokens or 0 for one in config.eval.sets.values() if one.reward is None]
+    responses = [rollout.max_new_tokens, *(of_sets if config.reward.model is not None else [])]
+    longest = config.data.max_prompt_tokens + max(responses)
     longest += config.reward.model is not None  # its score is a row of its own behind the response
     tokens = token_multiple(config.model.precision, config.model.fp8_recipe)
     align = packed_multiple(parallel.tensor, parallel.context, tokens, sequence=parallel.sequence)
     if -(-longest // align) * align > train.tokens_per_micro_batch:
         yield (
             f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
-            f"{longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens, padded to {align}); raise it"
+            f"{longest} tokens (data.max_prompt_tokens + max_new_tokens, padded to {align}); raise it"
         )
 
 
@@ -219,7 +236,7 @@ def _against_algorithm(config: Config) -> Iterator[str]:
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
             'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
         )
-    if algorithm.advantage in (group_normalized, leave_one_out) and config.rollout.samples_per_prompt == 1:
+    if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
             "with one every advantage is 0; set 2 or more"
@@ -257,7 +274,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:
-        unused["reward.function"] = "reward.model gives the rewards"
+        unused |= dict.fromkeys(("reward.function", "reward.weights"), "reward.model gives the rewards")
     if not config.checkpoint.every:
         unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
     if config.rollout.server == "embedded":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,20 @@ def _function_name(name: str) -> str:
     if not re.fullmatch(r"[\w.]+:\w+", name):
         raise ValueError("must be `module:function`")
     return name
+
+
+def _named_sets(sets: dict[str, Any]) -> dict[str, Any]:
+    """Names that files and metrics can have, where a disk does not tell capitals from small letters too."""
+    for name in sets:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
+            raise ValueError(
+                "the name of a set, which files and metrics carry, is of at most 64 letters, digits, `_` and "
+                "`-`, and does not begin with `-`; rename it"
+            )
+    twice = [name for name, times in Counter(map(str.lower, sets)).items() if times > 1]
+    if twice:
+        raise ValueError(f"two sets are called {twice[0]}, but for capitals; rename one")
+    return sets
 
 
 def _variable_name(name: str) -> str:
@@ -80,6 +95,8 @@ REFUSED_SAMPLING = {
 }
 """what servers could do to the distribution and training does not follow -> why not, and the remedy"""
 
+EXACT_MATCH = "mcore_rl.rewards.exact:exact_match"
+"""the reward where none is named"""
 MAX_PATH, MAX_NAME = 4096, 255
 """bytes that Linux allows in a path and in each of its names"""
 MAX_SECONDS = 1e6
@@ -157,13 +174,49 @@ class DataConfig(Section):
     train: FilePath
     """jsonl or parquet file of prompts and labels."""
     eval: FilePath | None = None
-    """Held-out file in the same format."""
+    """Held-out file in the same format: one set named after it, a sample of each prompt; or see [eval]."""
     prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
     """Key of the prompt: a string, or a list of chat messages."""
     label_key: Annotated[str, Field(min_length=1)] = "label"
     """Key of the reference answer."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are dropped when the file is read, and counted."""
+
+
+class EvalSetConfig(Section):
+    """One held-out set: its prompts, how they are sampled, and how the samples are scored."""
+
+    path: FilePath
+    """jsonl or parquet file of prompts and labels, with the keys that [data] names."""
+    prompts: Count | None = None
+    """Prompts of one evaluation, at most; unset, train.eval_samples."""
+    samples: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Responses per prompt."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Sampling temperature, 0 for the likeliest token; unset, that of [rollout]."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that have this probability together."""
+    top_k: Count | None = None
+    """Sample from so many of the likeliest tokens."""
+    max_new_tokens: Count | None = None
+    """Longest response; unset, that of [rollout]."""
+    reward: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` that scores one sample; unset, what [reward] says."""
+    pass_reward: float | None = None
+    """Least reward with which a sample passes; unset, 1.0 where a function gives the rewards."""
+    pass_at: tuple[Count, ...] = ()
+    """Every k for pass@k, the chance that one of k samples passes."""
+    majority_at: tuple[Count, ...] = ()
+    """Every k for majority@k, how often the answer that most of k samples give passes."""
+    answer: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` of one sample: the answer it votes for, or None; unset, exact_match's whole text."""
+
+
+class EvalConfig(Section):
+    """What is held out, beside data.eval: named sets, each a table `[eval.sets.NAME]`."""
+
+    sets: Annotated[dict[str, EvalSetConfig], AfterValidator(_named_sets)] = {}
+    """Name, as metrics and files carry it -> the set."""
 
 
 class RolloutConfig(Section):
@@ -219,8 +272,10 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """How responses are scored."""
 
-    function: Annotated[str, AfterValidator(_function_name)] = "mcore_rl.rewards.exact:exact_match"
+    function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
     """`module:function` that scores one sample."""
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    """Weight of a part in the sum, by its name, where the function returns several; 1 for the others."""
     model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 
@@ -288,7 +343,7 @@ class TrainConfig(Section):
     eval_every: NonNegative = 0
     """Steps between evaluations; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000
-    """Held-out prompts of one evaluation, at most."""
+    """Held-out prompts of a set in one evaluation, at most."""
     step_timeout: Seconds = 600.0
     """Seconds after which a step without progress ends the run."""
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
 from mcore_rl.training.assemble import check_same_tokens
 from mcore_rl.training.data import check_batch, describe_dropped
+from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
@@ -122,36 +124,45 @@ def _data(config: Config) -> list[Finding]:
     tokenizer = load_tokenizer(config.model.path)
     read: dict[str, PromptSet] = {}
 
-    def examine(check: str, path: Path) -> Iterable[Finding]:
-        read[check] = read_prompts(config, path, tokenizer)
+    def examine(check: str, path: Path, **settings: Any) -> Iterable[Finding]:
+        read[check] = read_prompts(config, path, tokenizer, **settings)
         yield from _prompts(check, path, config, read[check])
         if check == "data.train":
             check_batch(config, read[check])
 
     findings = guarded("data.train", lambda: examine("data.train", config.data.train))
-    held_out = config.data.eval
-    if held_out is not None:
-        findings += guarded("data.eval", lambda: examine("data.eval", held_out))
+    for name, one in config.held_out.items():
+        settings = reading_of(config, one)
+        key = key_of(config, name)
+        findings += guarded(key, lambda key=key, one=one, its=settings: examine(key, one.path, **its))
     findings += _overlap(read)
+    if config.eval.sets:
+        findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
         findings += guarded("reward", lambda: _reward(config, read["data.train"].prompts[0]))
     return findings
 
 
+def _set_functions(config: Config) -> Iterable[Finding]:
+    """None; raises for a reward or an answer function that is not there."""
+    load_set_functions(config)
+    return ()
+
+
 def _overlap(read: Mapping[str, PromptSet]) -> list[Finding]:
-    """A warning where prompts of both files are the same."""
-    texts = [{prompt.text for prompt in found.prompts} for found in read.values()]
-    both = set.intersection(*texts) if len(texts) == 2 else set()
-    if not both:
-        return []
-    what = f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}"
+    """A warning for every set that has prompts of the training file."""
+    texts = {check: {prompt.text for prompt in found.prompts} for check, found in read.items()}
+    trained = texts.pop("data.train", set())
+    shared = {check: trained & its for check, its in texts.items()}
     return [
         Finding(
-            "data.eval",
+            check,
             "warning",
-            what,
+            f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}",
             "remove them from one file: accuracy on them is not held out",
         )
+        for check, both in shared.items()
+        if both
     ]
 
 
@@ -197,7 +208,9 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
-    (group,) = _in_time(name, lambda: score_groups([Group("doctor", (sample,))], function))
+    (group,) = _in_time(
+        name, lambda: score_groups([Group("doctor", (sample,))], function, config.reward.weights)
+    )
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
-from mcore_rl.config.sections import ParallelConfig
+from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
@@ -216,6 +216,12 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "label_key": "label",
             "max_prompt_tokens": 8,
         },
+        "eval": {
+            "sets": {
+                name: _shrink_set(one, directory / "problems.jsonl", by_model=config.reward.model is not None)
+                for name, one in config.eval.sets.items()
+            },
+        },
         "rollout": {
             "urls": (),
             "prompts_per_step": 8,
@@ -247,6 +253,17 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
     return config.model_copy(update=sections | {"parallel": parallel})
+
+
+def _shrink_set(one: EvalSetConfig, problems: Path, *, by_model: bool) -> EvalSetConfig:
+    """A set of the tiny problems, scored as they are: a user's own reward and answers fit other texts."""
+    samples = min(4, one.samples)
+    pass_at = tuple(k for k in one.pass_at if k <= samples)
+    majority_at = () if by_model else tuple(k for k in one.majority_at if k <= samples)
+    changes = {"path": problems, "prompts": 16, "samples": samples, "max_new_tokens": None, "reward": None}
+    changes |= {"answer": None, "pass_at": pass_at, "majority_at": majority_at}
+    changes["pass_reward"] = (one.pass_reward or 0.0) if by_model and pass_at else None
+    return one.model_copy(update=changes)
 
 
 def _differences(config: Config, tiny: Config) -> Iterator[str]:

@@ -50,7 +50,7 @@ def run_rank(config: Config, resume: str | None = None, replay: Path | None = No
     faulthandler.enable(all_threads=False)  # a crash in native code leaves the Python stack that led there
     if int(os.environ["RANK"]) != 0:
         return _run_recorded(config, resume, replay)
-    publishes = replay is None and not config.supervised_only
+    publishes = replay is None and config.samples_responses
     with held(config, publishes=publishes):  # before a line is written to what may be another run's
         warn_of_others(config)
         return _run_recorded(config, resume, replay)
@@ -135,7 +135,7 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
     from mcore_rl.launch.preflight import check_node
 
     check_node(config)
-    with held(config, publishes=not config.supervised_only and "--replay" not in arguments):
+    with held(config, publishes=config.samples_responses and "--replay" not in arguments):
         pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

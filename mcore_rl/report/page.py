@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from mcore_rl.directories import write_whole
+from mcore_rl.errors import DataError
 from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
 from mcore_rl.report.svg import color_class
 from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_tables
 
+_TITLE = "mcore_rl report</title>"
+"""in every page; what lacks it is somebody else's"""
+_HEAD_BYTES = 1 << 16
+
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
 
-    Returns its path. Raises DataError where a run directory has no complete line of metrics, StorageError
-    where the page cannot be written; an older page then stays as it is.
+    Returns its path. Raises DataError where a run directory has no complete line of metrics or something else
+    wrote what would be replaced, StorageError where the page cannot be written; an older page then stays as
+    it is.
     """
     runs = read_runs(run_dirs)
     path = out or run_dirs[0] / "report.html"
+    _check_ours(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, render(runs))
     return path
+
+
+def _check_ours(path: Path) -> None:
+    """Raises DataError where something other than this command wrote the file at `path`."""
+    if path.is_dir() or not os.path.lexists(path):  # a directory is never replaced by a file
+        return
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as page:
+                if _TITLE.encode() in page.read(_HEAD_BYTES):
+                    return
+    raise DataError(
+        f"{path} is no page of this command: something else wrote it, and it would be replaced. Nothing was "
+        "touched. Move it away"
+    )
 
 
 def render(runs: Sequence[RunData]) -> str:
@@ -45,7 +69,7 @@ def render(runs: Sequence[RunData]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(", ".join(run.name for run in runs))} \u00b7 mcore_rl report</title>
+<title>{escape(", ".join(run.name for run in runs))} \u00b7 {_TITLE}
 <style>{style}</style>
 </head>
 <body>

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Protocol
-
-import numpy as np
 
 from mcore_rl.errors import AskedToLeave, RewardError
 from mcore_rl.functions import load_function
+from mcore_rl.rewards.outcome import Outcome, Returned, read_outcome
 from mcore_rl.terminal import printable
 from mcore_rl.types import Group, Sample
 
 EXIT_COPY = 1
 """what a process ends with that a reward function forked and let go"""
-LARGEST = float(np.finfo(np.float32).max)
-"""Rewards beyond this would be infinite as soon as they enter a float32 tensor."""
 
 
 class RewardFn(Protocol):
     """Scores one response. Pure: the same sample always gets the same reward."""
 
-    def __call__(self, sample: Sample, /) -> float:
-        """A finite number, higher is better, from `sample.text` (the response) and `sample.prompt.label`."""
+    def __call__(self, sample: Sample, /) -> Returned:
+        """A finite number, higher is better, from `sample.text` (the response) and `sample.prompt.label`.
+
+        Or one per turn, or several parts: see outcome.py.
+        """
         ...
 
 
@@ -39,21 +38,29 @@ def load_reward(name: str) -> RewardFn:
     return load_function("reward.function", name, "the sample")
 
 
-def score_groups(groups: Sequence[Group], function: RewardFn) -> list[Group]:
+def score_groups(
+    groups: Sequence[Group], function: RewardFn, weights: Mapping[str, float] | None = None
+) -> list[Group]:
     """The same groups with every sample's reward set.
 
     Raises RewardError, naming the sample and the function, when the function raises anything, SystemExit and
-    KeyboardInterrupt included, or returns anything but a finite number (bool, None, strings and tensors are
-    refused). A process that the function has forked never returns from here.
+    KeyboardInterrupt included, or returns anything that outcome.py does not name (bool, None, strings and
+    tensors are refused, and numbers that are not finite). A process that the function has forked never
+    returns from here.
+
+    Args:
+        weights: part of the reward -> its weight in the sum; 1 where it is not named.
     """
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return [
-        replace(group, samples=tuple(replace(s, reward=_score(s, function, name)) for s in group.samples))
-        for group in groups
-    ]
+
+    def scored(sample: Sample) -> Sample:
+        found = _score(sample, function, name, weights or {})
+        return replace(sample, reward=found.reward, parts=found.parts, turn_rewards=found.turn_rewards)
+
+    return [replace(group, samples=tuple(map(scored, group.samples))) for group in groups]
 
 
-def _score(sample: Sample, function: RewardFn, name: str) -> float:
+def _score(sample: Sample, function: RewardFn, name: str, weights: Mapping[str, float]) -> Outcome:
     process = os.getpid()
     try:
         reward = function(sample)
@@ -66,14 +73,11 @@ def _score(sample: Sample, function: RewardFn, name: str) -> float:
             "handle this response in the function"
         ) from error
     _end_copy(process, name, sample)
-    if isinstance(reward, bool) or not isinstance(reward, Real):
-        raise RewardError(
-            f"reward {name} returned {type(reward).__name__} for sample {sample.id}; return a float"
-        )
-    if not -LARGEST <= reward <= LARGEST:  # NaN compares false
-        what = "NaN" if reward != reward else "infinity or a number beyond float32"
-        raise RewardError(f"reward {name} returned {what} for sample {sample.id}; return a finite number")
-    return float(reward)
+    try:
+        return read_outcome(reward, sample, weights)
+    except RewardError as error:
+        what, _, remedy = str(error).partition(";")
+        raise RewardError(f"reward {name} returned {what} for sample {sample.id};{remedy}") from None
 
 
 def _end_copy(process: int, name: str, sample: Sample, error: BaseException | None = None) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.types import Group, Prompt, Sample, Segment, VersionSpan, join_arrays
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, Segment, TurnReward, VersionSpan, join_arrays
 
+Flat = tuple[str, str, float | None, bool, int]
+Detailed = tuple[str, str, float | None, bool, int, tuple[RewardPart, ...], tuple[TurnReward, ...]]
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -28,8 +30,9 @@ class Columns:
 
     groups: list[tuple[str, str, int]]
     """(group id, prompt id where it has samples, how many)"""
-    samples: list[tuple[str, str, float | None, bool, int]]
-    """[N] (id, finish reason, reward, void, how many segments)"""
+    samples: list[Flat | Detailed]
+    """[N] (id, finish reason, reward, void, how many segments), and parts and turns of the reward where it
+    has any"""
     ends: npt.NDArray[np.int64]
     """[6, S] where each segment's context, tokens, log-probs, version spans, mask and rows of experts end"""
     versions: list[str]
@@ -70,7 +73,7 @@ def pack_groups(groups: Sequence[Group]) -> Columns:
     spans = [span for s in segments for span in s.versions]
     return Columns(
         groups=[(group.id, _prompt_id(group), len(group.samples)) for group in groups],
-        samples=[(s.id, s.finish_reason, s.reward, s.void, len(s.segments)) for s in samples],
+        samples=[_detailed(s) if s.parts or s.turn_rewards else _flat(s) for s in samples],
         ends=np.cumsum(np.array(lengths, np.int64), axis=1),
         versions=[span.version for span in spans],
         spans=np.array([[span.start for span in spans], [span.end for span in spans]], np.int64),
@@ -90,7 +93,7 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     """
     samples, segments = iter(columns.samples), _segments(columns)
     return [
-        Group(id, tuple(_sample(prompts[prompt], *next(samples), segments) for _ in range(count)))
+        Group(id, tuple(_sample(prompts[prompt], segments, *next(samples)) for _ in range(count)))
         for id, prompt, count in columns.groups
     ]
 
@@ -113,20 +116,30 @@ def _cut(array: Any, ends: list[int], absent: Any) -> Iterator[Any]:
     return (array[start:end] if start < end else absent for start, end in pairwise([0, *ends]))
 
 
+def _flat(s: Sample) -> Flat:
+    return s.id, s.finish_reason, s.reward, s.void, len(s.segments)
+
+
+def _detailed(s: Sample) -> Detailed:
+    return *_flat(s), s.parts, s.turn_rewards
+
+
 def _sample(
     prompt: Prompt,
+    segments: Iterator[tuple],
     id: str,
     finish_reason: str,
     reward: float | None,
     void: bool,
     count: int,
-    segments: Iterator[tuple],
+    parts: tuple[RewardPart, ...] = (),
+    turn_rewards: tuple[TurnReward, ...] = (),
 ) -> Sample:
     own = tuple(
         Segment(prompt.token_array if context is None else context, *rest)
         for context, *rest in islice(segments, count)
     )
-    return Sample(id, prompt, own, "", finish_reason, reward, void)
+    return Sample(id, prompt, own, "", finish_reason, reward, void, parts, turn_rewards)
 
 
 def _join_experts(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:

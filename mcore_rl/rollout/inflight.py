@@ -17,6 +17,8 @@ from mcore_rl.rollout.dispatch import Dispatch, Request, join
 from mcore_rl.rollout.schedule import Discarded, Schedule
 
 T = TypeVar("T")
+Begun = Sequence[asyncio.Task[list[list[Reply]]]]
+"""calls that are waited for later"""
 
 _CLOSE_SECONDS = 10.0
 
@@ -61,6 +63,8 @@ class InFlight:
         """of the groups that have finished"""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """of those that have not"""
+        self._begun: set[asyncio.Task[list[list[Reply]]]] = set()
+        """calls that belong to no step, until `finish` has their replies"""
         self._error: Exception | None = None
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
@@ -96,13 +100,22 @@ class InFlight:
         """
         self._call(self._add(groups, per_call))
 
-    def ask(self, requests: Sequence[Request], per_call: int = 1) -> list[list[Reply]]:
-        """The replies to each request; they belong to no step, and the schedule does not see them.
+    def begin(self, requests: Sequence[Request], per_call: int = 1, calls: int = 4) -> Begun:
+        """Ask these, which belong to no step and which the schedule does not see; `finish` waits for them.
+
+        Args:
+            per_call: requests that one call asks for.
+            calls: so many calls at a time, so that none waits longer at a server than a call may take.
+        """
+        return self._call(self._begin(requests, per_call, calls))
+
+    def finish(self, begun: Begun) -> list[list[Reply]]:
+        """The replies to each of those requests, waiting for them.
 
         Raises:
             RolloutError, RejectedError: as `take`.
         """
-        return self._call(self._ask(requests, per_call))
+        return self._call(self._finish(begun))
 
     def take(self, step: int) -> Taken:
         """The groups of `step`, waiting for them.
@@ -163,9 +176,21 @@ class InFlight:
             task = asyncio.create_task(self._generate(call))
             self._tasks |= dict.fromkeys((group.id for group in call), task)
 
-    async def _ask(self, requests: Sequence[Request], per_call: int) -> list[list[Reply]]:
-        calls = [requests[start : start + per_call] for start in range(0, len(requests), per_call)]
-        answers = await asyncio.gather(*map(self._one_call, calls))
+    async def _begin(self, requests: Sequence[Request], per_call: int, calls: int) -> Begun:
+        free = asyncio.Semaphore(calls)
+
+        async def one(part: Sequence[Request]) -> list[list[Reply]]:
+            async with free:
+                return await self._one_call(part)
+
+        parts = [requests[start : start + per_call] for start in range(0, len(requests), per_call)]
+        begun = [asyncio.create_task(one(part)) for part in parts]
+        self._begun.update(begun)
+        return begun
+
+    async def _finish(self, begun: Begun) -> list[list[Reply]]:
+        answers = await asyncio.gather(*begun)
+        self._begun.difference_update(begun)
         return [replies for answer in answers for replies in answer]
 
     async def _one_call(self, requests: Sequence[Request]) -> list[list[Reply]]:
@@ -213,7 +238,8 @@ class InFlight:
         ]
 
     async def _end(self) -> None:
-        for task in list(self._tasks.values()):
+        tasks = [*self._tasks.values(), *self._begun]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._dispatch.__aexit__(None, None, None)

@@ -13,19 +13,24 @@ from mcore_rl.precision import packed_multiple, token_multiple
 from mcore_rl.terminal import printable, quoted
 
 
-def response_of(config: Config) -> Response:
+def response_of(config: Config, sampled: int | None = None) -> Response:
     """What follows every prompt in a run of `config`, and the lengths that the two together may not exceed.
+
+    Args:
+        sampled: tokens of the longest response of a held-out set, which is sampled whatever is trained.
 
     Raises:
         ConfigError: the model's config.json cannot be read.
     """
     positions = read_hf_config(config.model.path).get("max_position_embeddings")
-    supervised, sampled = config.supervised_only, config.rollout.max_new_tokens
+    supervised = config.supervised_only and sampled is None
+    key = "rollout.max_new_tokens" if sampled is None else "the set's max_new_tokens"
+    sampled = config.rollout.max_new_tokens if sampled is None else sampled
     limits = []
     if positions is not None:
         remedy = "shorten it, or take the line out"
         if not supervised:
-            remedy = "lower rollout.max_new_tokens"
+            remedy = f"lower {key}"
             if sampled < positions:
                 remedy += (
                     f", or data.max_prompt_tokens to {positions - sampled}, which leaves such prompts out"
@@ -68,21 +73,25 @@ def data_metrics(name: str, found: PromptSet) -> dict[str, float]:
     """How many prompts a file has, and how many of them were left out, for the first logged step.
 
     Args:
-        name: `train` or `eval`, as the key in [data] is called.
+        name: `train`, or `eval/NAME` of a held-out set.
     """
     return {f"data/{name}/prompts": float(found.read), f"data/{name}/dropped": float(len(found.too_long))}
 
 
-def say_dropped(config: Config, step_log: StepLog, name: str, found: PromptSet) -> None:
-    """Say, and write to events.jsonl, what was left out of a file; for the main rank."""
+def say_dropped(config: Config, step_log: StepLog, key: str, found: PromptSet) -> None:
+    """Say, and write to events.jsonl, what was left out of a file; for the main rank.
+
+    Args:
+        key: of the file in the config, such as `data.train`.
+    """
     if not found.too_long:
         return
     step_log.event(
         "prompts_dropped",
-        key=f"data.{name}",
+        key=key,
         dropped=len(found.too_long),
         prompts=found.read,
         first=found.too_long_at,
         id=found.too_long[0],
     )
-    print(printable(f"data.{name}: {describe_dropped(config, found)}"), file=sys.stderr, flush=True)
+    print(printable(f"{key}: {describe_dropped(config, found)}"), file=sys.stderr, flush=True)

@@ -22,16 +22,12 @@ from mcore_rl.rollout.inflight import InFlight, PendingGroup
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
-from mcore_rl.training.requests import Bounds, Sampling, share_of
+from mcore_rl.training.requests import CALLS_PER_SERVER, Bounds, Sampling, share_of
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.share import share_groups
 from mcore_rl.training.staleness import staleness_metrics
 from mcore_rl.types import Group, Prompt
-
-_CALLS_PER_SERVER = 4
-"""of a round that is all waited for: few, for the servers batch; not one, so that what a lost server had is
-not everything"""
 
 
 class Generation:
@@ -97,27 +93,6 @@ class Generation:
             ).on_every_rank()
         return groups
 
-    def evaluate(self, prompts: Sequence[Prompt], name: str) -> list[Group]:
-        """One scored sample of each prompt under the present weights, in groups `<prompt id>@<name>`."""
-        mine = share(prompts, self._mesh.dp_rank, self._mesh.layout.data)
-        asked = {f"{prompt.id}@{name}": prompt for prompt in mine}
-        sampling, serving = self._sampling, self._servers.fleet.serving
-
-        def work() -> tuple[list[Group], dict[str, str]]:
-            lead = self._of_lead()
-            lead.keep(serving)
-            requests = [
-                group_request(prompt, group, 1, sampling.params, seed=sampling.seed)
-                for group, prompt in asked.items()
-            ]
-            per_call = groups_per_call(mine, 1, sampling.params, calls=self._calls())
-            with self._timers("rollout"):
-                replies = lead.ask(requests, per_call)
-            return self._scored(asked, dict(zip(asked, replies, strict=True))), lead.lost()
-
-        groups, losses = share_groups(self._mesh, {prompt.id: prompt for prompt in prompts}, work)
-        return self._settle(groups, losses)
-
     def _ask_for(self, step: int) -> None:
         """Fill up what is in flight; the weights of step - 1 serve."""
         self._resume(step - 1)
@@ -163,7 +138,7 @@ class Generation:
 
     def _calls(self) -> int:
         servers = len(self._servers.fleet.serving)
-        return _CALLS_PER_SERVER * servers if servers > 1 else 1
+        return CALLS_PER_SERVER * servers if servers > 1 else 1
 
     def _scored(self, prompts: Mapping[str, Prompt], replies: Mapping[str, Sequence[Reply]]) -> list[Group]:
         """On a lead: the groups (id -> its prompt, its replies), with rewards where a function gives them."""

@@ -28,11 +28,10 @@ from mcore_rl.training.batch import (
 )
 from mcore_rl.training.checkpoint import end_step
 from mcore_rl.training.data import data_metrics
-from mcore_rl.training.evaluate import evaluate
+from mcore_rl.training.evaluation_sets import held_out_metrics
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.forward_only import log_probs, values
 from mcore_rl.training.metrics import StepMetrics, rollout_metrics
-from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Critic, Run
 from mcore_rl.training.staleness import token_ages
 from mcore_rl.training.throughput import Work, work_of
@@ -48,19 +47,22 @@ def train(config: Config, resume: str | None = None) -> None:
         McoreRLError: the same on every rank, with the remedy in its message.
     """
     with start(config, resume) as run:
-        begun, timers = run.trainer.attempt.step, run.trainer.timers
-        published = publish(run, begun, run.probe_prompts())
+        begun, evaluator = run.trainer.attempt.step, run.evaluator
+        published = run.publisher.publish(begun, run.trainer.probe_prompts())
         if begun == 0:
-            counted = data_metrics("train", run.trainer.prompts) | dict(run.evaluation.counted)
-            run.log(0, published | counted | evaluate(run.generation, run.evaluation, 0, timers))
+            counted = data_metrics("train", run.trainer.prompts) | held_out_metrics(evaluator.sets)
+            run.log(0, published | counted | evaluator.after(0))
+        else:
+            evaluator.resume(begun)
         for step in range(begun + 1, config.train.steps + 1):
             groups = run.generation.collect(step)
             save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
             batch = build_batch(groups)
             run.servers.release()
             learned = learn(run, batch, step)
-            published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
-            held_out = evaluate(run.generation, run.evaluation, step, timers)
+            held_out = evaluator.finish()
+            published = run.publisher.publish(step, (whole_sequence(sample) for sample in batch.samples))
+            held_out |= evaluator.after(step)
             run.log(step, learned.metrics | published | held_out, learned.work)
             end_step(run.trainer, run.contents, run.residency, step)
 

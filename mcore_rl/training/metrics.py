@@ -172,7 +172,10 @@ def rollout_metrics(
     """What the samples, of `asked`, and their advantages say by themselves, before any training."""
     lengths = [sample.trained_tokens for sample in batch.samples]
     rewards = [float(sample.reward or 0.0) for sample in batch.samples]
-    return {
+    parts: dict[str, list[float]] = {}
+    for part in (part for sample in batch.samples for part in sample.parts):
+        parts.setdefault(f"reward/{part.name}", []).append(part.value)
+    return {name: statistics.fmean(values) for name, values in parts.items()} | {
         "reward/mean": statistics.fmean(rewards),
         "reward/std": statistics.pstdev(rewards),
         "reward/no_signal": statistics.fmean(not np.any(advantage) for advantage in advantages),

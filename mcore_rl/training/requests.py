@@ -16,6 +16,10 @@ from mcore_rl.rollout.saved import check_group
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.types import ExpertLayers, Tokens
 
+CALLS_PER_SERVER = 4
+"""of a round that is all waited for: few, for the servers batch; not one, so that what a lost server had is
+not everything"""
+
 
 @dataclass(frozen=True)
 class Bounds:

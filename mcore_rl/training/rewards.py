@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import isfinite
@@ -23,6 +23,8 @@ class RewardSource:
     """What gives the rewards: `model` where there is one, else `function`."""
 
     function: RewardFn
+    weights: Mapping[str, float]
+    """name -> weight of each part that the function returns"""
     model: Model | None
     shape: Shape
     """how the model's micro-batches are made"""
@@ -31,7 +33,7 @@ class RewardSource:
 
     def by_function(self, groups: Sequence[Group]) -> list[Group]:
         """On a lead: the groups with rewards; unchanged where a model gives them. Raises RewardError."""
-        return list(groups) if self.model else score_groups(groups, self.function)
+        return list(groups) if self.model else score_groups(groups, self.function, self.weights)
 
     def by_model(self, groups: Sequence[Group]) -> list[Group]:
         """On all ranks, for the same groups: with the model's rewards; unchanged where there is no model.

@@ -10,16 +10,16 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
 from mcore_rl.training.checkpoint import Contents
-from mcore_rl.training.evaluate import Evaluation
+from mcore_rl.training.evaluate import Evaluator
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.publish import Publisher
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.throughput import Work
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.weights.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Run:
     """where the algorithm needs one"""
     rewards: RewardSource
     """gives every sample its reward"""
-    evaluation: Evaluation
+    evaluator: Evaluator
+    """samples and scores the held-out sets"""
     servers: Servers
-    transport: Transport
-    """how versions reach the servers"""
+    publisher: Publisher
+    """hands them new weights"""
     generation: Generation
     """asks the servers for what is trained"""
     residency: Residency
@@ -73,8 +74,3 @@ class Run:
     def temperature(self) -> float:
         """The temperature of sampling, and therefore of every log-prob."""
         return self.trainer.config.rollout.temperature
-
-    def probe_prompts(self) -> list[tuple[int, ...]]:
-        """Token sequences for the check of the first publish, before anything was sampled."""
-        prompts = self.trainer.prompts.prompts[: self.trainer.config.publish.probe_sequences]
-        return [prompt.token_ids for prompt in prompts]

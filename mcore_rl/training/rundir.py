@@ -46,7 +46,9 @@ WEIGHTS_LOCK = ".mcore_rl.weights.lock"
 """lock of the directory that weights are published to, which may be a run directory too"""
 _REPLACED = (METRICS, EVENTS, RESOLVED, "server.log")
 """files of a run directory that a run cuts, replaces or appends to"""
-_SAMPLES = re.compile(r"step_\d+\.jsonl")
+_SAMPLES = re.compile(r"step_\d+\.([\w.-]+\.)?jsonl")
+SAMPLES = ("samples", "eval")
+"""directories of a run with samples for people: of training, and of evaluations"""
 _INDEX = "model.safetensors.index.json"
 _RUN_REMEDY = "set run.dir to another directory"
 _WEIGHTS_REMEDY = "set publish.dir to another directory"
@@ -135,7 +137,7 @@ def _check_ours(config: Config, *, publishes: bool) -> None:
         return  # to be marked
     run_dir, weights = config.run.dir, published_to(config)
     found = [] if _is_marked(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
-    found += ["samples"] if _holds_foreign_samples(run_dir / "samples") else []
+    found += [name for name in SAMPLES if _holds_foreign_samples(run_dir / name)]
     if config.supervised_only and not is_free(run_dir / "model", "model"):
         found.append("model")
     _refuse(run_dir, found, _RUN_REMEDY)
@@ -218,7 +220,7 @@ def _claim(config: Config) -> None:
         whole: list[tuple[Path, Kind]] = [(path, "weights") for path in _versions(published_to(config))]
         whole.append((run_dir / "model", "model"))
         whole = [(path, kind) for path, kind in whole if (path / _INDEX).is_file()]
-        for path, kind in [*whole, (run_dir / "samples", "samples")]:
+        for path, kind in [*whole, *((run_dir / name, "samples") for name in SAMPLES)]:
             if path.is_dir() and not path.is_symlink() and kind_of(path) is None:
                 mark(path, kind)
     mark(run_dir, "run")
@@ -309,8 +311,12 @@ def begin(config: Config, identity: Identity) -> None:
 
 
 def open_samples(run_dir: Path, *, keep: bool) -> None:
-    """RUN_DIR/samples, marked; without those of an earlier run, unless `keep`. Other files there stay."""
-    directory = run_dir / "samples"
+    """Its directories of samples, marked; without an earlier run's, unless `keep`. Other files stay."""
+    for name in SAMPLES:
+        _open_samples(run_dir / name, keep=keep)
+
+
+def _open_samples(directory: Path, *, keep: bool) -> None:
     try:
         directory.mkdir(exist_ok=True)
         for path in [] if keep else list(directory.iterdir()):
@@ -319,3 +325,8 @@ def open_samples(run_dir: Path, *, keep: bool) -> None:
         mark(directory, "samples")
     except OSError as error:
         raise storage_error(directory, error, remedy=_RUN_REMEDY) from error
+
+
+def evaluation_file(run_dir: Path, step: int, name: str) -> Path:
+    """Every sample of a set, evaluated after `step`."""
+    return run_dir / "eval" / f"step_{step}.{name}.jsonl"

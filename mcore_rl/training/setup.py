@@ -100,7 +100,7 @@ def _holding(config: Config, mesh: Mesh) -> Iterator[None]:
         ConfigError, StorageError: on every rank: they are not ours, or another run has them.
     """
     with ExitStack() as stack:
-        publishes = not config.supervised_only
+        publishes = config.samples_responses
         on_main(mesh, lambda: stack.enter_context(held_once(config, publishes=publishes)))
         yield
 
@@ -122,7 +122,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     resume_step = None if attempt.saved is None else sys.maxsize
     step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
     if mesh.is_main:
-        say_dropped(config, step_log, "train", prompts)
+        say_dropped(config, step_log, "data.train", prompts)
     return Trainer(
         config=config,
         mesh=mesh,
@@ -211,17 +211,30 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_prompts(config: Config, path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """A prompt file in the format that [data] describes."""
+def read_prompts(
+    config: Config,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_label: bool | None = None,
+    sampled: int | None = None,
+) -> PromptSet:
+    """A prompt file in the format that [data] describes.
+
+    Args:
+        needs_label: a prompt without a label is refused; unset, as what trains on it needs one.
+        sampled: longest response, where it is not that of training.
+    """
     data = config.data
     return load_prompts(
         path,
         tokenizer,
         prompt_key=data.prompt_key,
         label_key=data.label_key,
-        needs_label=config.reward.model is None,  # which alone reads none
+        # a reward model alone reads none
+        needs_label=config.reward.model is None if needs_label is None else needs_label,
         max_prompt_tokens=data.max_prompt_tokens,
-        response=response_of(config),
+        response=response_of(config, sampled),
     )
 
 

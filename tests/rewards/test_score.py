@@ -95,13 +95,17 @@ def test_real_numbers_become_floats(value):
         (1j, "complex"),
         (torch.tensor(1.0), "Tensor"),
         (np.array(1.0), "ndarray"),
-        ((1.0,), "tuple"),
+        ((1.0, 0.0), "2 rewards, and the sample has 1 turns"),
         (math.nan, "NaN"),
         (np.float32("nan"), "NaN"),
         (math.inf, "infinity"),
         (-math.inf, "infinity"),
         (1e39, "beyond float32"),
         pytest.param(10**5000, "beyond float32", id="huge"),
+        (({"acc": 1}, 1.0), "2 rewards"),
+        (("1",), "str"),
+        ({"mean": 1.0}, "a part called 'mean'"),
+        ({1: 1.0}, "at token 1, and the sample has 1 trained"),
     ],
 )
 def test_anything_else_is_refused_with_the_sample_and_the_function(value, what):

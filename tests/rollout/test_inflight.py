@@ -113,7 +113,8 @@ def test_groups_of_one_call_arrive_each_with_its_own_samples(zero: str) -> None:
             for name, replies in groups.take(1).replies.items():
                 every_sample_once(replies, name, 4)
             first = len(seen.bodies("/generate"))
-            answers = groups.ask([group(str(name), 4).request for name in range(8, 13)], per_call=2)
+            begun = groups.begin([group(str(name), 4).request for name in range(8, 13)], per_call=2)
+            answers = groups.finish(begun)
             for name, replies in zip(range(8, 13), answers, strict=True):
                 every_sample_once(replies, str(name), 4)
             assert groups.groups() == []

@@ -1,0 +1,152 @@
+"""Builds what samples, for training and for evaluations: servers, requests, generation, held-out sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from mcore_rl.config import Config
+from mcore_rl.errors import ConfigError
+from mcore_rl.log import StepLog, Timers
+from mcore_rl.model.build import Model
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.residency import Residency
+from mcore_rl.parallel.control import on_main
+from mcore_rl.rewards import load_reward
+from mcore_rl.training.assemble_servers import build_fleet, transport_of
+from mcore_rl.training.data import say_dropped
+from mcore_rl.training.evaluate import EvalSchedule, Evaluator
+from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
+from mcore_rl.training.generation import Generation
+from mcore_rl.training.publish import Publisher
+from mcore_rl.training.requests import Bounds, Sampling, open_requests
+from mcore_rl.training.rewards import RewardSource
+from mcore_rl.training.rundir import open_samples, published_to
+from mcore_rl.training.servers import Servers
+from mcore_rl.training.trainer import Trainer
+from mcore_rl.types import ExpertLayers
+from mcore_rl.weights.transport import Transport, wait_for_servers
+
+_OF_STEP_TIMEOUT = 0.9
+"""share of it that a lead may wait: it names the cause before the ranks that wait for it run out of time"""
+
+
+def start_servers(
+    config: Config, policy: Model, step_log: StepLog, timers: Timers, stack: ExitStack
+) -> tuple[Servers, Transport]:
+    """The servers, ready, and how the policy's weights reach them; ended by `stack`. Collective."""
+    weights_dir = published_to(config)
+    transport = transport_of(config, weights_dir)
+    fleet = build_fleet(config, policy, weights_dir, stack)
+    stack.callback(transport.close, fleet)
+    shared = config.residency.servers == "released"
+    wait = partial(
+        wait_for_servers,
+        fleet.serving,
+        config.rollout.start_timeout,
+        experts=config.rollout.routing_replay,
+        releases=shared,
+    )
+    on_main(policy.mesh, wait)
+    return Servers(policy.mesh, fleet, step_log, timers, shared=shared), transport
+
+
+def build_sampling(
+    trainer: Trainer, servers: Servers, rewards: RewardSource, stack: ExitStack
+) -> tuple[Generation, Evaluator]:
+    """What asks the servers for what is trained, continued where the run is, and for what is evaluated.
+
+    The connections of a replica's lead are those of both; `stack` closes them.
+    """
+    config, mesh, saved = trainer.config, trainer.mesh, trainer.attempt.saved
+    bounds, timeout = bounds_of(config), _OF_STEP_TIMEOUT * config.train.step_timeout
+    requests = open_requests(mesh, servers.fleet, bounds, timeout)
+    if requests is not None:
+        stack.callback(requests.close)
+    experts = replayed_experts(config)
+    sampling = Sampling(config.rollout.sampling_params, config.run.seed, experts, trainer.decode)
+    generation = Generation(
+        mesh,
+        servers,
+        requests,
+        prompts=trainer.prompts.prompts,
+        cursor=trainer.cursor,
+        rewards=rewards,
+        bounds=bounds,
+        sampling=sampling,
+        timers=trainer.timers,
+    )
+    if saved is not None and "ahead" in saved.document["state"]:
+        generation.restore(saved.document["state"]["ahead"])
+    sets = read_sets(config, trainer.tokenizer)
+    for one in sets if mesh.is_main else ():
+        say_dropped(config, trainer.step_log, one.key, one.found)
+    evaluator = Evaluator(
+        mesh,
+        servers,
+        requests,
+        sets=sets,
+        schedule=EvalSchedule(config.train.steps, config.train.eval_every, bool(bounds.max_staleness)),
+        rewards=rewards,
+        sampling=sampling,
+        run_dir=config.run.dir,
+        timers=trainer.timers,
+        reached=trainer.attempt.reached,
+    )
+    return generation, evaluator
+
+
+def replayed_experts(config: Config) -> ExpertLayers | None:
+    """What replies have to choose from, with rollout.routing_replay.
+
+    Raises:
+        ConfigError: the model has no experts.
+    """
+    if not config.rollout.routing_replay:
+        return None
+    arch = read_architecture(config.model.path)
+    if arch.experts is None:
+        raise ConfigError(
+            f"rollout.routing_replay: a {arch.family} model has no experts whose choice could be replayed; "
+            "set it to false"
+        )
+    return ExpertLayers(arch.experts.count, arch.experts.per_token, arch.experts.sparse_layers)
+
+
+def bounds_of(config: Config) -> Bounds:
+    """What [rollout] says of how much is generated."""
+    r = config.rollout
+    return Bounds(
+        config.train.steps, r.prompts_per_step, r.samples_per_prompt, r.over_sampling, r.max_staleness
+    )
+
+
+@contextmanager
+def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | str]]]:
+    """For training without rollouts: what publishes and evaluates the policy after a step that asks for it.
+
+    It is collective, gives the metrics, and does nothing where the config has no held-out sets.
+    """
+    config = trainer.config
+    with ExitStack() as stack:
+        if not config.held_out:
+            yield lambda step: {}
+            return
+        servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
+        function, keep = load_reward(config.reward.function), trainer.attempt.saved is not None
+        weights = config.reward.weights
+        rewards = RewardSource(function, weights, None, trainer.shape, Residency({}))
+        generation, evaluator = build_sampling(trainer, servers, rewards, stack)
+        publisher = Publisher(trainer, servers, transport, generation)
+        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
+        trainer.attempt.reached("the servers were ready")
+
+        def after(step: int) -> dict[str, float | str]:
+            if not evaluator.schedule.due(step):
+                return {}
+            published = publisher.publish(step, trainer.probe_prompts())
+            counted = held_out_metrics(evaluator.sets) if step == 0 else {}
+            return published | counted | evaluator.after(step)
+
+        yield after
