@@ -67,9 +67,9 @@ class GroupStatistics(NamedTuple):
     groups: tuple[Spread, ...]
     """[N] of each sample's group"""
     batch: Spread
-    """of all rewards"""
+    """spread of all rewards"""
     centered: Spread
-    """of all rewards after their group's mean is taken away"""
+    """spread of all rewards after their group's mean is taken away"""
 
     @property
     def mean(self) -> Float[Tensor, " N"]:

@@ -55,7 +55,7 @@ class Algorithm:
     kl_in_loss: float = 0.0
     """coefficient of the KL term inside the same aggregation"""
     kl_estimator: KLEstimator = "k3"
-    """of the KL in the loss"""
+    """coefficient of the KL in the loss"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
     correction: CorrectionName = "none"

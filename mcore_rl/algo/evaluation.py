@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
-"""of the intervals"""
+"""confidence level of the intervals"""
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _EXACT = 30
 """degrees of freedom up to which Student's quantile is not taken from its expansion"""

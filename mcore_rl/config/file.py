@@ -26,7 +26,7 @@ KEYS: dict[str, dict[str, FieldInfo]] = {
 SET = "eval.sets"
 """under it are tables of the user's own names, of a section each"""
 MAX_DEPTH = 16
-"""of tables and arrays within each other; the deepest key is of 3, such as algorithm.params.eps_low"""
+"""tables and arrays within each other; the deepest key is at 3, such as algorithm.params.eps_low"""
 MOST_SHOWN = 200
 """characters of a key or flag in a message"""
 

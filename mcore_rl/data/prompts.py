@@ -42,7 +42,7 @@ class PromptSet:
         return len(self.prompts) + len(self.too_long)
 
     def fingerprint(self) -> Fingerprint:
-        """Of everything in them that reaches training."""
+        """The fingerprint of everything in the prompts that reaches training."""
         return fingerprint(self.prompts)
 
 

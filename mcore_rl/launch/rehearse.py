@@ -249,7 +249,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
-        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
+        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
     }
     sections: dict[str, BaseModel] = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
@@ -258,7 +258,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
 
 
 def _shrink_set(one: EvalSetConfig, problems: Path, *, by_model: bool) -> EvalSetConfig:
-    """Of the tiny problems, scored as they are; the reward and answers of the user's own fit other texts."""
+    """A set of the tiny problems, scored as they are: a user's own reward and answers fit other texts."""
     samples = min(4, one.samples)
     pass_at = tuple(k for k in one.pass_at if k <= samples)
     majority_at = () if by_model else tuple(k for k in one.majority_at if k <= samples)

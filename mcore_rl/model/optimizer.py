@@ -45,7 +45,7 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return max(float(group["lr"]) for group in self.megatron.param_groups)
 
     def zero_grad(self) -> None:

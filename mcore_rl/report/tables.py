@@ -32,7 +32,7 @@ def comparison(runs: Sequence[RunData]) -> str:
 
 
 def sample_tables(runs: Sequence[RunData]) -> list[str]:
-    """Of one run the first, a middle and the last recorded step, that one open; of several runs the last."""
+    """One run's first, middle and last recorded step, the last one open; of several runs, the last step."""
     if len(runs) > 1:
         last = [(run, max(run.samples)) for run in runs if run.samples]
         return [_sample_table(f"{run.name}, step {step}", run.samples[step]) for run, step in last]

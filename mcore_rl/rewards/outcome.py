@@ -54,7 +54,7 @@ class _Placed:
     tokens: int
     """m, the trained tokens of the sample"""
     ends: tuple[int, ...]
-    """of its turns"""
+    """ends of its turns"""
     at: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     by_turn: bool = False
 

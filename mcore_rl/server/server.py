@@ -36,7 +36,7 @@ CONNECTION_SECONDS = 30.0
 """Until the headers of a connection's first request, or of its next one, are there: above aiohttp's 15 s, for
 which clients keep a connection to use it again."""
 _ID_BYTES = 8
-"""of a token id in a request, with its comma"""
+"""bytes of a token id in a request, with its comma"""
 _MOST_BODY_BYTES = 8 << 20
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from mcore_rl.types import ExpertLayers
 from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _OF_STEP_TIMEOUT = 0.9
-"""of it, a lead may wait: it names the cause before the ranks that wait for it run out of time"""
+"""share of it that a lead may wait: it names the cause before the ranks that wait for it run out of time"""
 
 
 def start_servers(

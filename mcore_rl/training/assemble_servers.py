@@ -11,7 +11,7 @@ from mcore_rl.config import Config, is_loopback
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.parallel.control import of_all, on_main
+from mcore_rl.parallel.control import gather_ranks, on_main
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
@@ -25,7 +25,7 @@ from mcore_rl.weights.transport import Transport
 def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> Fleet:
     """The configured servers, or those that the main rank starts on the policy's own weights; collective."""
     r = config.rollout
-    leads = of_all(policy.mesh, socket.gethostname() if policy.mesh.is_replica_lead else "")
+    leads = gather_ranks(policy.mesh, socket.gethostname() if policy.mesh.is_replica_lead else "")
     check_reach(r.urls, [host for host in leads if host])
     local: list[LocalServer] = []
     initial = None

@@ -46,7 +46,7 @@ class Stateful(Protocol):
     """A part of the run with a position of its own, the same on every rank."""
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Its position, as JSON."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:

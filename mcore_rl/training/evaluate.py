@@ -36,7 +36,7 @@ class EvalSchedule:
     """When the sets are evaluated."""
 
     steps: int
-    """of the whole run"""
+    """steps of the whole run"""
     every: int
     """steps between two evaluations; 0 evaluates at the start and at the end alone"""
     beside: bool

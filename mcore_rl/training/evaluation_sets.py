@@ -36,9 +36,9 @@ class EvalSet:
     """One held-out set."""
 
     name: str
-    """as metrics and files carry it"""
+    """name of the set in metrics and files"""
     key: str
-    """of its file in the config: `data.eval`, `eval.sets.NAME.path`"""
+    """key of its file in the config: `data.eval`, `eval.sets.NAME.path`"""
     found: PromptSet
     """all that its file has"""
     prompts: Sequence[Prompt]

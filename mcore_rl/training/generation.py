@@ -217,7 +217,7 @@ class Generation:
     # -- a checkpoint -------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """As JSON: every group in flight, oldest first, with its replies where it has finished."""
+        """Every group in flight as JSON, oldest first, with its replies where it has finished."""
         work = lambda: [group_to_json(group) for group in self._of_lead().groups()]  # noqa: E731
         replicas = gather_replicas(self._mesh, on_leads(self._mesh, work))
         saved = {group["id"]: group for replica in replicas for group in replica}

@@ -158,7 +158,7 @@ class GradientAlert:
         return self._above == self.PATIENCE
 
     def state(self) -> dict[str, int]:
-        """As JSON, for a checkpoint."""
+        """The streak so far as JSON, for a checkpoint."""
         return {"above": self._above}
 
     def restore(self, state: Mapping[str, int]) -> None:

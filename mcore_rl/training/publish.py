@@ -24,7 +24,7 @@ from mcore_rl.weights.transport import Transport, server_log_probs
 ServerScores = Mapping[str, list[list[float]]]
 """url -> [sequences][tokens - 1] log-probs of the probe"""
 PROBE_TOKENS = 4096
-"""of a sequence at most: other weights show at once, and a server holds logits for all that it scores"""
+"""tokens of a sequence: other weights show at once, and a server holds logits for all that it scores"""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Gaps:
 
     @property
     def largest_before(self) -> float:
-        """Of all servers; 0 where none was asked."""
+        """The largest difference before, over all servers; 0 where none was asked."""
         return max(self.before.values(), default=0.0)
 
 

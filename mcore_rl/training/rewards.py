@@ -24,7 +24,7 @@ class RewardSource:
 
     function: RewardFn
     weights: Mapping[str, float]
-    """of the parts that the function returns"""
+    """name -> weight of each part that the function returns"""
     model: Model | None
     shape: Shape
     """how the model's micro-batches are made"""

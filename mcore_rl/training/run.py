@@ -45,7 +45,7 @@ class Run:
     rewards: RewardSource
     """gives every sample its reward"""
     evaluator: Evaluator
-    """of the held-out sets"""
+    """samples and scores the held-out sets"""
     servers: Servers
     publisher: Publisher
     """hands them new weights"""
@@ -72,5 +72,5 @@ class Run:
 
     @property
     def temperature(self) -> float:
-        """Of sampling, and therefore of every log-prob."""
+        """The temperature of sampling, and therefore of every log-prob."""
         return self.trainer.config.rollout.temperature

@@ -43,7 +43,7 @@ RESOLVED = "resolved.toml"
 RUN_LOCK = ".mcore_rl.lock"
 """besides LOCK, which is that of the checkpoints: they may lie in the run directory itself"""
 WEIGHTS_LOCK = ".mcore_rl.weights.lock"
-"""of the directory that weights are published to, which may be a run directory too"""
+"""lock of the directory that weights are published to, which may be a run directory too"""
 _REPLACED = (METRICS, EVENTS, RESOLVED, "server.log")
 """files of a run directory that a run cuts, replaces or appends to"""
 _SAMPLES = re.compile(r"step_\d+\.([\w.-]+\.)?jsonl")
@@ -281,7 +281,7 @@ def check_history(config: Config, saved: Saved, known: Sequence[tuple[int, Path]
 
 
 def identity_of(config: Config, saved: Saved | None) -> Identity:
-    """Of a run that `check_history` has let pass; a new one for a new run and for a branch."""
+    """The identity of a run that `check_history` has let pass; a new one for a new run and for a branch."""
     own = read_mark(config.run.dir)
     if saved is None:
         return Identity(uuid.uuid4().hex)

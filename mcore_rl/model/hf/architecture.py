@@ -54,7 +54,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     intermediate: int
-    """of dense layers"""
+    """hidden size of the MLP in dense layers"""
     vocab: int
     rope_theta: float
     norm_eps: float

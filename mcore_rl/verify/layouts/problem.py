@@ -27,7 +27,7 @@ from mcore_rl.types import Group, Prompt, RewardPart, Sample, Segment, Tokens, T
 VOCAB = 50
 """not divisible by 4, so that the last tensor-parallel shards hold padding"""
 SEED = 3
-"""of the weights"""
+"""seed of the weights"""
 TOKENS_PER_MICRO_BATCH = 64
 MAX_NEW_TOKENS = 16
 TEMPERATURE = 0.9

@@ -20,7 +20,7 @@ from mcore_rl.parallel.pool import Pool
 T = TypeVar("T")
 
 CALL_SECONDS = 300.0
-"""of one layout with all algorithms"""
+"""deadline of one layout with all algorithms"""
 
 
 class Worlds(Protocol):
@@ -61,7 +61,7 @@ class Pools:
         self._stack.close()
 
     def run(self, size: int, fn: Callable[..., T], *args: Any) -> T | None:
-        """As Worlds.run. Raises what a rank raised, or RankError."""
+        """Run `fn` on `size` ranks of a pool. Raises what a rank raised, or RankError."""
         if size not in self._pools:
             self._pools[size] = self._stack.enter_context(Pool(size))
         return self._pools[size].run(fn, *args, timeout=CALL_SECONDS)[0]
@@ -91,7 +91,7 @@ class Launched:
         """Nothing is left: every call closes its own process group."""
 
     def run(self, size: int, fn: Callable[..., T], *args: Any) -> T | None:
-        """As Worlds.run; every rank calls it."""
+        """Run `fn` on the first `size` ranks of this launch; every rank calls it."""
         self._calls += 1
         done = f"verify/{self._calls}/done"
         allowed = timedelta(seconds=CALL_SECONDS)
