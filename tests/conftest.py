@@ -21,8 +21,8 @@ settings.load_profile("untimed")
 CHECKED_PACKAGES = ["mcore_rl.algo", "mcore_rl.parallel"]
 """as in pyproject.toml's --jaxtyping-packages, which reaches only the process of pytest itself"""
 
-GROUPS = {"pool1": "ranks", "pool2": "ranks", "pool4": "ranks", "ranks": "e2e", "server_url": "e2e"}
-"""session fixture -> xdist group: one worker owns them, so that they start once and do not compete"""
+GROUPS = {"pool1": "ranks", "pool2": "ranks", "pool4": "ranks"}
+"""session fixture -> xdist group: one worker owns the pools, so that they start once and do not compete"""
 
 
 def check_annotations() -> None:

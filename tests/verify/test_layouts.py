@@ -127,6 +127,7 @@ def test_under_torchrun_the_running_ranks_are_used() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
+@pytest.mark.xdist_group("e2e")  # whose worker has `ranks`
 def test_a_layout_that_is_too_large_ends_all_ranks(ranks: Ranks) -> None:
     done = ranks.run("verify", "layouts", "--layouts", "tp4", "--algorithms", "gspo", world=2)
     assert done.returncode != 0
