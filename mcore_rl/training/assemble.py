@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.checkpoint import Saved
 from mcore_rl.config import Config
+from mcore_rl.data.cursor import PromptCursor
+from mcore_rl.directories import is_ours
+from mcore_rl.dumps import directory as dumps
 from mcore_rl.errors import ConfigError
-from mcore_rl.log import StepLog
+from mcore_rl.log import StepLog, Timers
 from mcore_rl.model.build import Model, build_critic, build_policy, build_reward_model
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, gradients_of, weights_of
@@ -26,6 +31,7 @@ from mcore_rl.training.data import data_metrics, say_dropped
 from mcore_rl.training.evaluate import Evaluation
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.generation import Generation
+from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
 from mcore_rl.training.metrics import GradientAlert
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
@@ -43,8 +49,8 @@ from mcore_rl.training.setup import (
     start_trainer,
     trained_ddp,
 )
-from mcore_rl.training.trainer import Trainer
-from mcore_rl.types import ExpertLayers
+from mcore_rl.training.trainer import Attempt, Trainer
+from mcore_rl.types import ExpertLayers, Prompt, Tokens
 from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _OF_STEP_TIMEOUT = 0.9
@@ -55,12 +61,10 @@ _OF_STEP_TIMEOUT = 0.9
 def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
-    updates = config.algorithm.mini_batches * config.algorithm.epochs
-    policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     load_reward(config.reward.function)  # what is wrong is said before anything is built
     replayed_experts(config)
     with (
-        start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
+        start_trainer(config, optimizer_steps=policy_updates(config), resume=resume) as trainer,
         ExitStack() as stack,
         recorded(config.run.dir),
     ):
@@ -86,10 +90,22 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         )
         on_main(trainer.mesh, wait)
         run = build_run(trainer, models, residency, fleet, transport, stack)
-        keep = trainer.attempt.saved is not None
-        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
+        on_main(trainer.mesh, lambda: open_kept(config, trainer.attempt))
         trainer.attempt.reached("the servers were ready")
         yield run
+
+
+def policy_updates(config: Config) -> int:
+    """Optimizer steps of the policy in the whole run."""
+    updates = config.algorithm.mini_batches * config.algorithm.epochs
+    return (config.train.steps - config.critic.warmup_rollouts) * updates
+
+
+def open_kept(config: Config, attempt: Attempt) -> None:
+    """On the main rank: the directories of what a run keeps of its rollouts, less those of another."""
+    open_samples(config.run.dir, keep=attempt.saved is not None)
+    if config.rollout.dump or is_ours(config.run.dir / dumps.NAME, "rollouts"):
+        open_dumps(config.run.dir, "rollouts", after=attempt.step)
 
 
 @dataclass(frozen=True)
@@ -108,8 +124,10 @@ class Models:
     alert: GradientAlert
 
 
-def build_models(trainer: Trainer, algorithm: Algorithm) -> Models:
-    """Every model that the algorithm and the rewards need, where [residency] says; collective.
+def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True) -> Models:
+    """Every model that the algorithm and, with `rewards`, a reward model need, where [residency] says.
+
+    Collective.
 
     Raises:
         ConfigError: as build_reward_model, with LayoutError; the reward model has another tokenizer than the
@@ -126,7 +144,7 @@ def build_models(trainer: Trainer, algorithm: Algorithm) -> Models:
         if where.reference == "offloaded":
             waiting["reference"] = Offloaded(partial(weights_of, reference), constant=True)
     critic = build_trained_critic(config, mesh) if algorithm.needs_critic else None
-    reward_model = build_frozen_reward_model(config, mesh)
+    reward_model = build_frozen_reward_model(config, mesh) if rewards else None
     if reward_model is not None:
         frozen["reward_model."] = reward_model
         if where.reward_model == "offloaded":
@@ -146,53 +164,92 @@ def build_run(
     stack: ExitStack,
 ) -> Run:
     """The run, whose models are restored; its requests to the servers are closed by `stack`."""
-    config, mesh, algorithm = trainer.config, trainer.mesh, models.algorithm
+    config, mesh = trainer.config, trainer.mesh
     rewards = RewardSource(load_reward(config.reward.function), models.reward_model, trainer.shape, residency)
     shared = config.residency.servers == "released"
     servers = Servers(mesh, fleet, trainer.step_log, trainer.timers, shared=shared)
-    generation = build_generation(trainer, servers, rewards, stack)
-    contents = models.contents
+    generation = build_generation(
+        config,
+        mesh,
+        servers,
+        rewards,
+        stack,
+        prompts=trainer.prompts.prompts,
+        cursor=trainer.cursor,
+        decode=trainer.decode,
+        timers=trainer.timers,
+        saved=trainer.attempt.saved,
+    )
+    parts = learner_parts(trainer, models, residency)
+    stateful = {**models.contents.stateful, "ahead": generation}
+    parts["contents"] = replace(models.contents, stateful=stateful)
     return Run(
-        trainer=trainer,
-        algorithm=algorithm,
-        objective=PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None),
-        reference=models.reference,
-        critic=models.critic,
+        **parts,
         rewards=rewards,
         evaluation=load_evaluation(config, trainer.tokenizer, trainer.step_log, is_main=mesh.is_main),
         servers=servers,
         transport=transport,
         generation=generation,
-        residency=residency,
-        contents=replace(contents, stateful={**contents.stateful, "ahead": generation}),
-        alert=models.alert,
-        mismatch=Mismatch(
-            config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
-        ),
     )
 
 
+def learner_parts(trainer: Trainer, models: Models, residency: Residency) -> dict[str, Any]:
+    """The fields of a Learner, whose models are restored."""
+    config, mesh, algorithm = trainer.config, trainer.mesh, models.algorithm
+    return {
+        "trainer": trainer,
+        "algorithm": algorithm,
+        "objective": PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None),
+        "reference": models.reference,
+        "critic": models.critic,
+        "residency": residency,
+        "contents": models.contents,
+        "alert": models.alert,
+        "mismatch": Mismatch(
+            config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
+        ),
+        "dumps": DumpWriter(
+            run_dir=config.run.dir,
+            every=config.rollout.dump,
+            keep=config.rollout.dump_keep,
+            mesh=mesh,
+            temperature=config.rollout.temperature,
+            cursor=trainer.cursor,
+            words=words_of(trainer.tokenizer),
+        ),
+    }
+
+
 def build_generation(
-    trainer: Trainer, servers: Servers, rewards: RewardSource, stack: ExitStack
+    config: Config,
+    mesh: Mesh,
+    servers: Servers,
+    rewards: RewardSource,
+    stack: ExitStack,
+    *,
+    prompts: Sequence[Prompt],
+    cursor: PromptCursor,
+    decode: Callable[[Sequence[int] | Tokens], str],
+    timers: Timers,
+    saved: Saved | None = None,
 ) -> Generation:
     """What asks the servers, continued where the run is; its requests are closed by `stack`."""
-    config, saved = trainer.config, trainer.attempt.saved
     bounds = bounds_of(config)
     timeout = _OF_STEP_TIMEOUT * config.train.step_timeout
-    requests = open_requests(trainer.mesh, servers.fleet, bounds, timeout)
+    requests = open_requests(mesh, servers.fleet, bounds, timeout)
     if requests is not None:
         stack.callback(requests.close)
     experts = replayed_experts(config)
     generation = Generation(
-        trainer.mesh,
+        mesh,
         servers,
         requests,
-        prompts=trainer.prompts.prompts,
-        cursor=trainer.cursor,
+        prompts=prompts,
+        cursor=cursor,
         rewards=rewards,
         bounds=bounds,
-        sampling=Sampling(config.rollout.sampling_params, config.run.seed, experts, trainer.decode),
-        timers=trainer.timers,
+        sampling=Sampling(config.rollout.sampling_params, config.run.seed, experts, decode),
+        timers=timers,
     )
     if saved is not None and "ahead" in saved.document["state"]:
         generation.restore(saved.document["state"]["ahead"])

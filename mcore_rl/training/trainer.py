@@ -78,4 +78,9 @@ class Trainer:
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """A response as text, for rewards and people."""
-        return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
+        return decode_with(self.tokenizer, ids)
+
+
+def decode_with(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tokens) -> str:
+    """A response as text, without special tokens."""
+    return str(tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
