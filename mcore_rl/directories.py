@@ -26,7 +26,17 @@ MARK = ".mcore_rl"
 LOCK = "LOCK"
 VERSION = re.compile(r"(initial|\d+)(\.partial)?")
 """the name of a directory of published weights"""
-Kind = Literal["run", "weights", "samples", "checkpoint", "model", "rehearsal", "conversion"]
+Kind = Literal[
+    "run",
+    "weights",
+    "samples",
+    "rollouts",
+    "sampled",
+    "checkpoint",
+    "model",
+    "rehearsal",
+    "conversion",
+]
 """what a marked directory is"""
 _PARTIAL = ".partial"
 _HOLDER = re.compile(rb"(process [^\n]*\n?)?")

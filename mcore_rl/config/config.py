@@ -270,6 +270,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
         keys += ("rollout.dynamic_sampling", "algorithm.overlong_filter", "data.curriculum")
         keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
+        keys += ("rollout.dump",)
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
@@ -292,9 +293,15 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
     else:
         unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
+    return {**unused, **_unused_of_rollout(config), **_unused_of_transport(config)}
+
+
+def _unused_of_rollout(config: Config) -> Mapping[str, str]:
+    unused: dict[str, str] = {}
+    if not config.rollout.dump:
+        unused["rollout.dump_keep"] = "rollout.dump is 0"
     if not config.rollout.max_staleness:
         unused["rollout.over_sampling"] = "rollout.max_staleness is 0, and a step waits for all its samples"
-    unused |= _unused_of_transport(config)
     if config.rollout.urls:
         keys = ("server", "python", "servers", "options", "threads")
         unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}

@@ -248,6 +248,10 @@ class RolloutConfig(Section):
     """Sampling temperature; log-probs are taken at it everywhere."""
     max_new_tokens: Count = 64
     """Longest response."""
+    dump: NonNegative = 0
+    """Keep every N-th step's rollouts in the run directory, to train from or to look at; 0 keeps none."""
+    dump_keep: Count = 100
+    """Newest steps of them that stay; a token takes about 12 bytes, and 12 more once it is trained."""
     routing_replay: bool = False
     """Train a mixture of experts with the experts that the servers sent each token to (R3)."""
     stop_token_ids: tuple[NonNegative, ...] = ()

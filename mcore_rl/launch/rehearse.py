@@ -21,7 +21,7 @@ from mcore_rl.config import Config, load_config, to_toml
 from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
-from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
+from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 from mcore_rl.model.critic import CriticParameterMap, with_value_head
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -62,7 +62,7 @@ def _rehearsing(config: Config) -> AbstractContextManager[None]:
 def _rehearse_on_node(config: Config, processes: int) -> int:
     file, tiny = write_rehearsal(config, processes)
     for resume in ((), ("--resume", "previous")):
-        code = launch_node(tiny, ["train", str(file), *resume])
+        code = launch_node(tiny, Source(resume[1] if resume else None), ["train", str(file), *resume])
         if code != EXIT_DONE:
             return code
         _say("resumed and trained the last step again" if resume else f"{STEPS} steps trained and saved")
@@ -87,7 +87,7 @@ def _rehearse_as_rank(config: Config) -> int:
             finally:
                 store.set("rehearsal", "written")  # with an error, the others find no file and end too
         store.wait(["rehearsal"])
-        return run_rank(load_config(file))
+        return run_rank(load_config(file), Source())
 
 
 def _exported(tiny: Config) -> str:

@@ -18,6 +18,7 @@ from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
 from mcore_rl.report.svg import color_class
 from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_tables
+from mcore_rl.report.tokens import token_panels
 from mcore_rl.terminal import escaped
 
 _TITLE = "mcore_rl report</title>"
@@ -25,18 +26,24 @@ _TITLE = "mcore_rl report</title>"
 _HEAD_BYTES = 1 << 16
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path | None = None, samples: Sequence[str] = ()) -> Path:
     """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
 
-    Returns its path. Raises DataError where a run directory has no complete line of metrics or something else
-    wrote what would be replaced, StorageError where the page cannot be written; an older page then stays as
-    it is.
+    Args:
+        samples: ids of dumped samples of one run that are shown token by token; by default it shows a few.
+
+    Returns its path. Raises DataError where a run directory has no complete line of metrics, no dump has such
+    a sample, or something else wrote what would be replaced, StorageError where the page cannot be written;
+    an older page then stays as it is.
     """
+    if samples and len(run_dirs) > 1:
+        raise DataError("report: --sample shows samples of one run; name one run directory")
     runs = read_runs(run_dirs)
     path = out or run_dirs[0] / "report.html"
     _check_ours(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, render(runs))
+    tokens = token_panels(run_dirs[0], samples) if len(run_dirs) == 1 else []
+    write_whole(path, render(runs, tokens))
     return path
 
 
@@ -55,8 +62,8 @@ def _check_ours(path: Path) -> None:
     )
 
 
-def render(runs: Sequence[RunData]) -> str:
-    """The page as text; the same runs give the same text.
+def render(runs: Sequence[RunData], tokens: Sequence[str] = ()) -> str:
+    """The page as text, with panels of `tokens`; the same runs give the same text.
 
     Control characters and bidirectional marks of names, keys and samples are written out, as on a terminal.
     """
@@ -65,7 +72,8 @@ def render(runs: Sequence[RunData]) -> str:
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     parts = [_one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)]
     parts += [_section(heading, map(_figure, figures)) for heading, figures in draw_sections(runs).items()]
-    parts += [_section("Samples", sample_tables(runs)), _section("Settings", settings_tables(runs))]
+    parts += [_section("Samples", sample_tables(runs)), _section("Token by token", tokens)]
+    parts += [_section("Settings", settings_tables(runs))]
     page = f"""<!doctype html>
 <html lang="en">
 <head>

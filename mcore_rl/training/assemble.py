@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.config import Config
+from mcore_rl.directories import is_ours
+from mcore_rl.dumps import directory as dumps
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model, build_critic, build_policy, build_reward_model
 from mcore_rl.model.hf.architecture import read_architecture
@@ -25,6 +28,7 @@ from mcore_rl.training.assemble_rollouts import (
 from mcore_rl.training.checkpoint import Contents, restore
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.exits import recorded
+from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
 from mcore_rl.training.metrics import GradientAlert
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
@@ -42,7 +46,7 @@ from mcore_rl.training.setup import (
     start_trainer,
     trained_ddp,
 )
-from mcore_rl.training.trainer import Trainer
+from mcore_rl.training.trainer import Attempt, Trainer
 from mcore_rl.weights.transport import Transport
 
 
@@ -50,14 +54,12 @@ from mcore_rl.weights.transport import Transport
 def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
-    updates = config.algorithm.mini_batches * config.algorithm.epochs
-    policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     load_reward(config.reward.function)  # what is wrong is said before anything is built
     curriculum_of(config)
     load_set_functions(config)
     replayed_experts(config)
     with (
-        start_trainer(config, optimizer_steps=policy_steps, resume=resume) as trainer,
+        start_trainer(config, optimizer_steps=policy_updates(config), resume=resume) as trainer,
         ExitStack() as stack,
         recorded(config.run.dir),
     ):
@@ -71,10 +73,22 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
         restore(trainer, models.contents)  # before a server starts on the policy's weights
         residency = Residency(waiting_parts(config, models))  # before a server takes the memory
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
-        keep = trainer.attempt.saved is not None
-        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
+        on_main(trainer.mesh, lambda: open_kept(config, trainer.attempt))
         trainer.attempt.reached("the servers were ready")
         yield build_run(trainer, models, residency, servers, transport, stack)
+
+
+def policy_updates(config: Config) -> int:
+    """Optimizer steps of the policy in the whole run."""
+    updates = config.algorithm.mini_batches * config.algorithm.epochs
+    return (config.train.steps - config.critic.warmup_rollouts) * updates
+
+
+def open_kept(config: Config, attempt: Attempt) -> None:
+    """On the main rank: the directories of what a run keeps of its rollouts, less those of another."""
+    open_samples(config.run.dir, keep=attempt.saved is not None)
+    if config.rollout.dump or is_ours(config.run.dir / dumps.NAME, "rollouts"):
+        open_dumps(config.run.dir, "rollouts", after=attempt.step)
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,10 @@ class Models:
     alert: GradientAlert
 
 
-def build_models(trainer: Trainer, algorithm: Algorithm) -> Models:
-    """Every model that the algorithm and the rewards need, where [residency] says; collective.
+def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True) -> Models:
+    """Every model that the algorithm and, with `rewards`, a reward model need, where [residency] says.
+
+    Collective.
 
     Raises:
         ConfigError: as build_reward_model, with LayoutError; the reward model has another tokenizer than the
@@ -111,7 +127,7 @@ def build_models(trainer: Trainer, algorithm: Algorithm) -> Models:
         if where.reference == "offloaded":
             waiting["reference"] = Offloaded(partial(weights_of, reference), constant=True)
     critic = build_trained_critic(config, mesh) if algorithm.needs_critic else None
-    reward_model = build_frozen_reward_model(config, mesh)
+    reward_model = build_frozen_reward_model(config, mesh) if rewards else None
     if reward_model is not None:
         frozen["reward_model."] = reward_model
         if where.reward_model == "offloaded":
@@ -131,7 +147,7 @@ def build_run(
     stack: ExitStack,
 ) -> Run:
     """The run, whose models are restored; its requests to the servers are closed by `stack`."""
-    config, mesh, algorithm = trainer.config, trainer.mesh, models.algorithm
+    config = trainer.config
     rewards = RewardSource(
         load_reward(config.reward.function),
         config.reward.weights,
@@ -140,25 +156,44 @@ def build_run(
         residency,
     )
     generation, evaluator = build_sampling(trainer, servers, rewards, stack)
-    contents = models.contents
+    parts = learner_parts(trainer, models, residency)
+    stateful = {**models.contents.stateful, "ahead": generation}
+    parts["contents"] = replace(models.contents, stateful=stateful)
     return Run(
-        trainer=trainer,
-        algorithm=algorithm,
-        objective=PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None),
-        reference=models.reference,
-        critic=models.critic,
+        **parts,
         rewards=rewards,
         evaluator=evaluator,
         servers=servers,
         publisher=Publisher(trainer, servers, transport, generation),
         generation=generation,
-        residency=residency,
-        contents=replace(contents, stateful={**contents.stateful, "ahead": generation}),
-        alert=models.alert,
-        mismatch=Mismatch(
+    )
+
+
+def learner_parts(trainer: Trainer, models: Models, residency: Residency) -> dict[str, Any]:
+    """The fields of a Learner, whose models are restored."""
+    config, mesh, algorithm = trainer.config, trainer.mesh, models.algorithm
+    return {
+        "trainer": trainer,
+        "algorithm": algorithm,
+        "objective": PolicyObjective(algorithm, mesh.cp if mesh.layout.context > 1 else None),
+        "reference": models.reference,
+        "critic": models.critic,
+        "residency": residency,
+        "contents": models.contents,
+        "alert": models.alert,
+        "mismatch": Mismatch(
             config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
         ),
-    )
+        "dumps": DumpWriter(
+            run_dir=config.run.dir,
+            every=config.rollout.dump,
+            keep=config.rollout.dump_keep,
+            mesh=mesh,
+            temperature=config.rollout.temperature,
+            cursor=trainer.cursor,
+            words=words_of(trainer.tokenizer),
+        ),
+    }
 
 
 def waiting_parts(config: Config, models: Models) -> dict[str, ResidentPart]:

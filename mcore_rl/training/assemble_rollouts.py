@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -15,7 +15,9 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import load_reward
+from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
@@ -28,7 +30,7 @@ from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.types import ExpertLayers
+from mcore_rl.types import ExpertLayers, Tokens
 from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _OF_STEP_TIMEOUT = 0.9
@@ -62,24 +64,22 @@ def build_sampling(
 
     The connections of a replica's lead are those of both; `stack` closes them.
     """
-    config, mesh, saved = trainer.config, trainer.mesh, trainer.attempt.saved
-    bounds, timeout = bounds_of(config), _OF_STEP_TIMEOUT * config.train.step_timeout
-    requests = open_requests(mesh, servers.fleet, bounds, timeout)
-    if requests is not None:
-        stack.callback(requests.close)
-    experts = replayed_experts(config)
-    sampling = Sampling(config.rollout.sampling_params, config.run.seed, experts, trainer.decode)
+    config, mesh = trainer.config, trainer.mesh
+    requests = connect(config, mesh, servers, stack)
+    sampling = sampling_of(config, trainer.decode)
+    source = PromptSource(mesh, trainer.cursor, trainer.prompts.prompts, curriculum_of(config))
     generation = Generation(
         mesh,
         servers,
         requests,
-        source=PromptSource(mesh, trainer.cursor, trainer.prompts.prompts, curriculum_of(config)),
+        source=source,
         rewards=rewards,
-        bounds=bounds,
+        bounds=bounds_of(config),
         sampling=sampling,
         timers=trainer.timers,
         reached=trainer.attempt.reached,
     )
+    saved = trainer.attempt.saved
     if saved is not None and "ahead" in saved.document["state"]:
         generation.restore(saved.document["state"]["ahead"])
     sets = read_sets(config, trainer.tokenizer)
@@ -90,7 +90,7 @@ def build_sampling(
         servers,
         requests,
         sets=sets,
-        schedule=EvalSchedule(config.train.steps, config.train.eval_every, bool(bounds.max_staleness)),
+        schedule=EvalSchedule(config.train.steps, config.train.eval_every, config.rollout.max_staleness > 0),
         rewards=rewards,
         sampling=sampling,
         run_dir=config.run.dir,
@@ -98,6 +98,20 @@ def build_sampling(
         reached=trainer.attempt.reached,
     )
     return generation, evaluator
+
+
+def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
+    """The connections of this rank to the servers, if it is a replica's lead; `stack` closes them."""
+    timeout = _OF_STEP_TIMEOUT * config.train.step_timeout
+    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout)
+    if requests is not None:
+        stack.callback(requests.close)
+    return requests
+
+
+def sampling_of(config: Config, decode: Callable[[Sequence[int] | Tokens], str]) -> Sampling:
+    """How [rollout] asks for a sample, and how its text is read."""
+    return Sampling(config.rollout.sampling_params, config.run.seed, replayed_experts(config), decode)
 
 
 def replayed_experts(config: Config) -> ExpertLayers | None:

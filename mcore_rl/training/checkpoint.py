@@ -176,8 +176,13 @@ def _restore(trainer: Trainer, contents: Contents, saved: Saved, checkpoints: Ch
         print(printable(line), file=sys.stderr, flush=True)
 
 
-def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: int) -> None:
+def end_step(
+    trainer: Trainer, contents: Contents, residency: Residency, step: int, *, last: bool = False
+) -> None:
     """Save when it is due, or when a rank was asked to leave (SIGTERM, SIGINT); collective.
+
+    Args:
+        last: no step follows, whatever train.steps says.
 
     Raises:
         CheckpointError: on every rank, when this or an earlier save failed.
@@ -190,7 +195,7 @@ def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: i
         checkpoints.poll()
         leaving = _any_rank(trainer.mesh, trainer.attempt.leave.is_set())
         every = config.checkpoint.every
-        if leaving or (every and (step % every == 0 or step == config.train.steps)):
+        if leaving or (every and (step % every == 0 or last or step == config.train.steps)):
             with residency.during("save"):
                 checkpoints.save(
                     step, pieces(contents), run_document(config, contents, trainer.attempt.identity.run)

@@ -170,6 +170,12 @@ def rollout_metrics(
     batch: RolloutBatch, advantages: Sequence[float | np.ndarray], asked: int
 ) -> dict[str, float]:
     """What the samples, of `asked`, and their advantages say by themselves, before any training."""
+    no_signal = statistics.fmean(not np.any(advantage) for advantage in advantages)
+    return {**sample_metrics(batch, asked), "reward/no_signal": no_signal}
+
+
+def sample_metrics(batch: RolloutBatch, asked: int) -> dict[str, float]:
+    """What the samples, of `asked`, say by themselves."""
     lengths = [sample.trained_tokens for sample in batch.samples]
     rewards = [float(sample.reward or 0.0) for sample in batch.samples]
     parts: dict[str, list[float]] = {}
@@ -178,7 +184,6 @@ def rollout_metrics(
     return {name: statistics.fmean(values) for name, values in parts.items()} | {
         "reward/mean": statistics.fmean(rewards),
         "reward/std": statistics.pstdev(rewards),
-        "reward/no_signal": statistics.fmean(not np.any(advantage) for advantage in advantages),
         "length/mean": statistics.fmean(lengths),
         "length/max": max(lengths),
         "truncated": statistics.fmean(sample.truncated for sample in batch.samples),

@@ -31,6 +31,7 @@ from mcore_rl.directories import (
     storage_error,
     write_whole,
 )
+from mcore_rl.dumps.directory import FILES, NAME
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.log import EVENTS, METRICS, append_event
 from mcore_rl.terminal import quoted
@@ -82,13 +83,14 @@ def published_to(config: Config) -> Path:
 
 
 @contextmanager
-def held(config: Config, *, publishes: bool) -> Iterator[None]:
+def held(config: Config, *, publishes: bool, dumps: Kind = "rollouts") -> Iterator[None]:
     """Hold the run's directories, for its first rank, before anything is written to them.
 
     The directory of the checkpoints has a lock of its own, which is taken when it is opened.
 
     Args:
         publishes: the run writes weights for servers.
+        dumps: the kind of RUN_DIR/rollouts that it writes.
 
     Raises:
         ConfigError: they hold what mcore_rl did not write, or are no directories; nothing was touched.
@@ -98,11 +100,11 @@ def held(config: Config, *, publishes: bool) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if not (run_dir / RUN_LOCK).exists():  # else it may be that of a run which is writing
-                _check_ours(config, publishes=publishes)
+                _check_ours(config, publishes=publishes, dumps=dumps)
             stack.enter_context(locked(run_dir, _RUN_REMEDY, name=RUN_LOCK))
             if publishes:
                 stack.enter_context(locked(weights, _WEIGHTS_REMEDY, name=WEIGHTS_LOCK))
-            _check_ours(config, publishes=publishes)
+            _check_ours(config, publishes=publishes, dumps=dumps)
             _claim(config)
         except OSError as error:
             raise storage_error(run_dir, error, remedy=_RUN_REMEDY) from error
@@ -130,14 +132,15 @@ def _is_marked(run_dir: Path) -> bool:
     return is_ours(_real(run_dir), "run")
 
 
-def _check_ours(config: Config, *, publishes: bool) -> None:
+def _check_ours(config: Config, *, publishes: bool, dumps: Kind) -> None:
     """Raises ConfigError for what a run would replace and mcore_rl did not write."""
     _check_kinds(config)
     if _is_of_an_earlier_version(config):
         return  # to be marked
     run_dir, weights = config.run.dir, published_to(config)
     found = [] if _is_marked(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
-    found += [name for name in SAMPLES if _holds_foreign_samples(run_dir / name)]
+    found += [name for name in SAMPLES if _holds_foreign(run_dir / name, "samples", _SAMPLES)]
+    found += [NAME] if _holds_foreign(run_dir / NAME, dumps, FILES) else []
     if config.supervised_only and not is_free(run_dir / "model", "model"):
         found.append("model")
     _refuse(run_dir, found, _RUN_REMEDY)
@@ -162,12 +165,13 @@ def _check_kinds(config: Config) -> None:
                 )
 
 
-def _holds_foreign_samples(samples: Path) -> bool:
-    if is_ours(samples, "samples") or not os.path.lexists(samples):
+def _holds_foreign(directory: Path, kind: Kind, files: re.Pattern[str]) -> bool:
+    """Whether it is no directory of this kind, and has `files` that one of this kind would replace."""
+    if is_ours(directory, kind) or not os.path.lexists(directory):
         return False
-    if samples.is_symlink() or not samples.is_dir() or kind_of(samples) is not None:
+    if directory.is_symlink() or not directory.is_dir() or kind_of(directory) is not None:
         return True
-    return any(_SAMPLES.fullmatch(path.name) for path in samples.iterdir())
+    return any(files.fullmatch(path.name) for path in directory.iterdir())
 
 
 def _refuse(directory: Path, names: Sequence[str], remedy: str) -> None:
