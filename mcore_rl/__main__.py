@@ -10,7 +10,8 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
-from mcore_rl.terminal import printable
+from mcore_rl.streams import guard
+from mcore_rl.terminal import CommandParser, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,10 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in (train, plan, doctor, serve):
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    guard(output=arguments.command not in (train, serve, follow))
     try:
-        return arguments.command(arguments, rest)
+        code = arguments.command(arguments, rest)
+        sys.stdout.flush()
+        return code
     except McoreRLError as error:
-        print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
+        if not isinstance(error.__cause__, BrokenPipeError):  # whoever reads no further wants no more
+            print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of every command; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(prog="mcore-rl", description=__doc__)
+    parser = CommandParser(prog="mcore-rl", description=__doc__)
     none = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--version", action=_Version, **none, help="of mcore_rl and what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

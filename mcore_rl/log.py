@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,7 @@ def read_metrics(path: Path, since: int = 0) -> list[dict[str, Any]]:
 
 
 def _records(path: Path, since: int = 0) -> Iterator[tuple[dict[str, Any], bytes]]:
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):  # no error for a long name
         raise DataError(f"{path}: not a plain file; give the directory of a run that has begun")
     try:
         lines = path.read_bytes()[since:].splitlines(keepends=True)

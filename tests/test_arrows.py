@@ -28,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "precision": frozenset(),
     "strict_json": frozenset(),
     "terminal": frozenset(),
+    "streams": frozenset({"errors"}),
     "weight_files": frozenset({"errors", "terminal"}),
     "functions": frozenset({"errors", "terminal"}),
     "before_megatron": frozenset(),

@@ -320,6 +320,21 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
     assert f"StorageError: {run}/report.html: " in capsys.readouterr().err
 
 
+def test_what_a_terminal_would_act_on_is_written_out_in_the_page(tmp_path: Path) -> None:
+    hostile = "x\x1b[2J\u202egnp\0"
+    lines = [{**step(1), f"eval/{hostile}/accuracy": 0.5, hostile: 2.0}]
+    runs = [write_run(tmp_path / name, lines) for name in ("a\x1b[2J\u202eb", "c")]
+    (runs[0] / "samples").mkdir(exist_ok=True)
+    sample = {"prompt": hostile, "response": hostile + "\nsecond", "label": hostile, "reward": 1.0}
+    (runs[0] / "samples" / "step_1.jsonl").write_text(json.dumps(sample) + "\n")
+    (runs[0] / "resolved.toml").write_text('"k\\u001b\\u202e" = "\\u202e"\n# \u202e\n')
+    for shown in (runs[:1], runs):
+        page = write_report(shown, tmp_path / "page.html").read_text()
+        assert not {"\x1b", "\u202e", "\0"} & set(page)
+        assert "a\\x1b[2J\\u202eb" in page
+        assert "gnp\\x00" in page
+
+
 def test_a_page_that_something_else_wrote_stays(tmp_path: Path, capsys) -> None:
     run = write_run(tmp_path / "run", [step(1)])
     (run / "report.html").write_text("<title>mine</title>")

@@ -236,6 +236,16 @@ def _against_algorithm(config: Config) -> Iterator[str]:
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
             'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
         )
+    if config.rollout.dynamic_sampling and not algorithm.compares:
+        yield (
+            f"rollout.dynamic_sampling: {config.algorithm.name} does not compare the samples of a prompt, "
+            "and learns from equal rewards too; drop it"
+        )
+    if config.rollout.dynamic_sampling == 1:
+        yield (
+            "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
+            "ends the run; set 2 or more, or 0"
+        )
     if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
@@ -258,6 +268,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.supervised_only:
         keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
+        keys += ("rollout.dynamic_sampling", "algorithm.overlong_filter", "data.curriculum")
         keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
         unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
     else:

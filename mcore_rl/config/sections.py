@@ -181,6 +181,8 @@ class DataConfig(Section):
     """Key of the reference answer."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are dropped when the file is read, and counted."""
+    curriculum: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` that chooses prompts by what was measured of them; unset, each once per epoch."""
 
 
 class EvalSetConfig(Section):
@@ -240,6 +242,8 @@ class RolloutConfig(Section):
     """Versions that a trained token may be old; 0 takes turns, 1 or more generates beside training."""
     over_sampling: NonNegative = 0
     """Prompts in flight beyond those of the steps, so that a step need not wait for the slowest."""
+    dynamic_sampling: NonNegative = 0
+    """Replace groups of equal rewards (DAPO), sampling at most so many times the step's prompts; 0: off."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs are taken at it everywhere."""
     max_new_tokens: Count = 64
@@ -289,6 +293,8 @@ class AlgorithmConfig(Section):
     """The algorithm's own numbers, where they differ from its paper's."""
     loss: Annotated[str, AfterValidator(_function_name)] | None = None
     """`module:function` of a policy loss of your own, in the place of the algorithm's."""
+    overlong_filter: bool = False
+    """Leave truncated responses out of the loss (DAPO); the statistics of their group have them."""
     mini_batches: Count = 4
     """Optimizer steps per pass over a rollout."""
     epochs: Count = 1

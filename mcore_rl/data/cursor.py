@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, TypeVar
@@ -36,10 +36,14 @@ class PromptCursor:
         """Epochs begun before the next prompt, from 0."""
         return self._epoch
 
-    def next(self, count: int) -> list[Prompt]:
+    def next(self, count: int, takes: Callable[[Prompt, int], bool] | None = None) -> list[Prompt]:
         """The next `count` prompts over all replicas.
 
-        Raises DataError when there are fewer prompts than that in the set.
+        Args:
+            takes: whether a prompt is taken, of it and the epoch; it is passed over in this epoch if not.
+
+        Raises DataError when there are fewer prompts than that in the set, or when fewer are taken until the
+        end of the next epoch.
         """
         prompts = self._data.prompts
         if count > len(prompts):
@@ -47,12 +51,37 @@ class PromptCursor:
                 f"a batch of {count} prompts from a set of {len(prompts)}; lower rollout.prompts_per_step or "
                 "supervised.batch_size"
             )
-        taken = self._order()[self._position : self._position + count].tolist()
-        self._position += len(taken)
+        taken: list[int] = []
+        self._walk(taken, count, takes)
         if len(taken) < count:
-            self._epoch, self._position, self._last = self._epoch + 1, count - len(taken), taken
-            taken = taken + self._order()[: self._position].tolist()
+            self._epoch, self._position, self._last = self._epoch + 1, 0, list(taken)
+            self._walk(taken, count, takes)
+        if len(taken) < count:
+            raise DataError(
+                f"data.curriculum takes {len(taken)} of {len(prompts)} prompts by the end of epoch "
+                f"{self._epoch}, and {count} are asked at once; let it take more, or lower "
+                "rollout.prompts_per_step"
+            )
         return [prompts[index] for index in taken]
+
+    def _walk(self, taken: list[int], count: int, takes: Callable[[Prompt, int], bool] | None) -> None:
+        """Add to `taken` from this epoch; none that it has from the one before."""
+        prompts, before = self._data.prompts, set(taken)
+        for index in map(int, self._order()[self._position :] if len(taken) < count else ()):
+            if len(taken) == count or index in before:
+                return
+            self._position += 1
+            if takes is None or takes(prompts[index], self._epoch):
+                taken.append(index)
+
+    @property
+    def place(self) -> tuple[int, int, list[int]]:
+        """Where it stands: epoch, position in it, and the prompts that come last in it."""
+        return self._epoch, self._position, self._last
+
+    def move(self, place: tuple[int, int, list[int]]) -> None:
+        """Stand at a `place` of a cursor over the same prompts."""
+        self._epoch, self._position, self._last = place
 
     def _order(self) -> npt.NDArray[np.int64]:
         """[N] this epoch's order, with the prompts of the batch that began it last."""

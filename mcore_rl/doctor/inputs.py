@@ -6,15 +6,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
 from mcore_rl.data.chat import render
+from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.errors import AskedToLeave, RewardError
+from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -22,10 +23,13 @@ from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import load_reward, score_groups
 from mcore_rl.training.assemble import check_same_tokens
+from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_dropped
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+
+T = TypeVar("T")
 
 _SHOWN = 60
 """characters of a prompt"""
@@ -140,7 +144,19 @@ def _data(config: Config) -> list[Finding]:
         findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
         findings += guarded("reward", lambda: _reward(config, read["data.train"].prompts[0]))
+        if config.data.curriculum is not None:
+            findings += guarded("curriculum", lambda: _curriculum(config, read["data.train"]))
     return findings
+
+
+def _curriculum(config: Config, found: PromptSet) -> Iterable[Finding]:
+    """The first step's prompts, drawn as a run draws them."""
+    drawn = config.rollout.prompts_per_step
+    curriculum = curriculum_of(config)
+    assert curriculum is not None
+    cursor, takes = PromptCursor(found, config.run.seed), curriculum.takes(1)
+    _in_time(f"{curriculum.name} chose no prompts", lambda: cursor.next(drawn, takes))
+    yield Finding("curriculum", "ok", f"{curriculum.name} takes {drawn} prompts for the first step")
 
 
 def _set_functions(config: Config) -> Iterable[Finding]:
@@ -208,14 +224,15 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
+    late = f"{name} gave one response no reward"
     (group,) = _in_time(
-        name, lambda: score_groups([Group("doctor", (sample,))], function, config.reward.weights)
+        late, lambda: score_groups([Group("doctor", (sample,))], function, config.reward.weights)
     )
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 
-def _in_time(name: str, score: Callable[[], list[Group]]) -> list[Group]:
-    """What `score` returns or raises; RewardError when it does neither within REWARD_SECONDS.
+def _in_time(late: str, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; ConfigError, `late`, when it does neither within REWARD_SECONDS.
 
     It runs in the main thread, as in training: there a function may set an alarm of its own.
     """
@@ -224,13 +241,12 @@ def _in_time(name: str, score: Callable[[], list[Group]]) -> list[Group]:
     before = signal.signal(_TOO_LATE, _leave)
     timer.start()
     try:
-        return score()
+        return call()
     except AskedToLeave as asked:
         if asked.number != _TOO_LATE:
             raise
-        raise RewardError(
-            f"{name} gave one response no reward within {REWARD_SECONDS:g} s, and a step waits for each; "
-            "give what it calls a deadline"
+        raise ConfigError(
+            f"{late} within {REWARD_SECONDS:g} s, and a step waits for each; give what it calls a deadline"
         ) from None
     finally:
         timer.cancel()

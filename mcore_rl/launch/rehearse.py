@@ -215,6 +215,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "prompt_key": "prompt",
             "label_key": "label",
             "max_prompt_tokens": 8,
+            "curriculum": None,
         },
         "eval": {
             "sets": {
@@ -227,6 +228,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "prompts_per_step": 8,
             "samples_per_prompt": min(4, rollout.samples_per_prompt),
             "max_new_tokens": 6,
+            "dynamic_sampling": 0,  # random weights are never right
             "stop_token_ids": (),
             "api_key_env": None,
             "threads": 1,

@@ -14,6 +14,7 @@ from types import FrameType
 
 from mcore_rl.config import Config
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
+from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
 from mcore_rl.training.faults.exits import (
@@ -41,9 +42,11 @@ def run_rank(config: Config, resume: str | None = None, replay: Path | None = No
     """Train as this rank, or replay a dump; every rank's exit code is also in RUN_DIR/events.jsonl.
 
     Raises:
+        ConfigError: the environment is not that of a rank.
         ConfigError, StorageError: on the first rank, which holds the run's directories: they are not ours, or
             another run has them. Nothing is written then.
     """
+    check_environment()
     end_with_parent()
     catch_signals()
     keep_a_file()

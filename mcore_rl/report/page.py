@@ -18,6 +18,7 @@ from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
 from mcore_rl.report.svg import color_class
 from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_tables
+from mcore_rl.terminal import escaped
 
 _TITLE = "mcore_rl report</title>"
 """in every page; what lacks it is somebody else's"""
@@ -55,14 +56,17 @@ def _check_ours(path: Path) -> None:
 
 
 def render(runs: Sequence[RunData]) -> str:
-    """The page as text; the same runs give the same text."""
+    """The page as text; the same runs give the same text.
+
+    Control characters and bidirectional marks of names, keys and samples are written out, as on a terminal.
+    """
     style, script = _asset("style.css"), _asset("hover.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     parts = [_one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)]
     parts += [_section(heading, map(_figure, figures)) for heading, figures in draw_sections(runs).items()]
     parts += [_section("Samples", sample_tables(runs)), _section("Settings", settings_tables(runs))]
-    return f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -79,6 +83,7 @@ def render(runs: Sequence[RunData]) -> str:
 </body>
 </html>
 """
+    return "\n".join(map(escaped, page.split("\n")))
 
 
 def _one_run(run: RunData) -> str:

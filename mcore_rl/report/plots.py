@@ -60,6 +60,12 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
         ),
         Plot("Reward", "Mean over the step's samples", (("reward/mean", "reward"),), noisy=True),
         Plot(
+            "Replaced groups",
+            "Share of the sampled groups that had no signal",
+            (("sampling/refill_rate", "replaced"),),
+            noisy=True,
+        ),
+        Plot(
             "Response length",
             "Tokens; shaded: up to the longest",
             (("length/mean", "mean"),),

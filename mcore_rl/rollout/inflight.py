@@ -35,15 +35,6 @@ class PendingGroup:
     """one per sample, once all have finished"""
 
 
-@dataclass(frozen=True)
-class Taken:
-    """One step's groups."""
-
-    replies: Mapping[str, list[Reply]]
-    """group id -> one reply per sample, groups in the order in which they were asked"""
-    discarded: Mapping[str, Discarded]
-
-
 class InFlight:
     """The requests of one replica. The schedule and the servers belong to the thread.
 
@@ -83,10 +74,6 @@ class InFlight:
 
     # -- what the lead calls ------------------------------------------------------------------------------
 
-    def wanted(self, steps: int) -> int:
-        """Groups to ask now, with so many steps left."""
-        return self._call(self._wanted(steps))
-
     def keep(self, clients: Sequence[RolloutClient]) -> None:
         """All servers but these are lost: what runs on others moves."""
         self._call(self._keep(clients))
@@ -117,14 +104,18 @@ class InFlight:
         """
         return self._call(self._finish(begun))
 
-    def take(self, step: int) -> Taken:
-        """The groups of `step`, waiting for them.
+    def take(self, groups: int) -> dict[str, list[Reply]]:
+        """So many groups, waiting for them: id -> one reply per sample, in the order of asking.
 
         Raises:
             RolloutError: no server is left, or they do not finish within the timeout.
             RejectedError: a server refuses one of the groups in flight.
         """
-        return self._call(self._take(step))
+        return self._call(self._take(groups))
+
+    def discard(self, step: int) -> Mapping[str, Discarded]:
+        """What no step after `step` could train: it is in flight no more, and its generation ends."""
+        return self._call(self._discard(step))
 
     def lost(self) -> dict[str, str]:
         """Servers lost since the last call: url -> why."""
@@ -154,9 +145,6 @@ class InFlight:
                 f"the groups in flight did not answer within {self._timeout:g} s; see the servers' logs, "
                 "ask for fewer (rollout.max_staleness, rollout.over_sampling), or raise train.step_timeout"
             ) from error
-
-    async def _wanted(self, steps: int) -> int:
-        return self._schedule.wanted(steps)
 
     async def _keep(self, clients: Sequence[RolloutClient]) -> None:
         self._dispatch.keep(clients, "was lost to another replica")
@@ -210,19 +198,24 @@ class InFlight:
                 self._tasks.pop(group.id, None)
             self._changed.set()
 
-    async def _take(self, step: int) -> Taken:
-        while (batch := self._schedule.take(step)) is None:
+    async def _take(self, groups: int) -> dict[str, list[Reply]]:
+        while (taken := self._schedule.take(groups)) is None:
             if self._error is not None:
                 raise self._error
             self._changed.clear()
             await self._changed.wait()
-        for group in (*batch.trained, *batch.discarded):
+        for group in taken:
             del self._requests[group]
-        for group in batch.discarded:
+        return {group: self._replies.pop(group) for group in taken}
+
+    async def _discard(self, step: int) -> Mapping[str, Discarded]:
+        discarded = self._schedule.discard(step)
+        for group in discarded:
+            del self._requests[group]
             self._replies.pop(group, None)
             if group in self._tasks:
                 self._tasks[group].cancel()
-        return Taken({group: self._replies.pop(group) for group in batch.trained}, batch.discarded)
+        return discarded
 
     async def _lost(self) -> dict[str, str]:
         lost, self._dispatch.lost = self._dispatch.lost, {}

@@ -23,8 +23,8 @@ def group_to_json(group: PendingGroup) -> dict[str, Any]:
 
 
 def step_of(saved: Mapping[str, Any]) -> int:
-    """The step that a saved group was asked for, as its name says."""
-    return int(saved["id"].rpartition("@")[2])
+    """The step that a saved group was asked for, as its name says: `<prompt id>@<step>[.<refill>]`."""
+    return int(saved["id"].rpartition("@")[2].partition(".")[0])
 
 
 def kept_replies(

@@ -18,6 +18,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import load_reward
 from mcore_rl.training.assemble_rollouts import (
     build_sampling,
+    curriculum_of,
     replayed_experts,
     start_servers,
 )
@@ -52,6 +53,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     updates = config.algorithm.mini_batches * config.algorithm.epochs
     policy_steps = (config.train.steps - config.critic.warmup_rollouts) * updates
     load_reward(config.reward.function)  # what is wrong is said before anything is built
+    curriculum_of(config)
     load_set_functions(config)
     replayed_experts(config)
     with (

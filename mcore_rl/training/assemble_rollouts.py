@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+from mcore_rl.algo.algorithms import ALGORITHMS
 from mcore_rl.config import Config
+from mcore_rl.data.curriculum import Curriculum, load_curriculum
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import StepLog, Timers
 from mcore_rl.model.build import Model
@@ -19,6 +21,7 @@ from mcore_rl.training.data import say_dropped
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
 from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
+from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import Bounds, Sampling, open_requests
 from mcore_rl.training.rewards import RewardSource
@@ -70,12 +73,12 @@ def build_sampling(
         mesh,
         servers,
         requests,
-        prompts=trainer.prompts.prompts,
-        cursor=trainer.cursor,
+        source=PromptSource(mesh, trainer.cursor, trainer.prompts.prompts, curriculum_of(config)),
         rewards=rewards,
         bounds=bounds,
         sampling=sampling,
         timers=trainer.timers,
+        reached=trainer.attempt.reached,
     )
     if saved is not None and "ahead" in saved.document["state"]:
         generation.restore(saved.document["state"]["ahead"])
@@ -118,8 +121,20 @@ def bounds_of(config: Config) -> Bounds:
     """What [rollout] says of how much is generated."""
     r = config.rollout
     return Bounds(
-        config.train.steps, r.prompts_per_step, r.samples_per_prompt, r.over_sampling, r.max_staleness
+        steps=config.train.steps,
+        groups=r.prompts_per_step,
+        samples=r.samples_per_prompt,
+        extra=r.over_sampling,
+        max_staleness=r.max_staleness,
+        most_sampled=r.dynamic_sampling * r.prompts_per_step,
+        by_parts=config.algorithm.name in ALGORITHMS and ALGORITHMS[config.algorithm.name].decoupled,
     )
+
+
+def curriculum_of(config: Config) -> Curriculum | None:
+    """What chooses among the prompts, if anything does. Raises ConfigError; see load_curriculum."""
+    name = config.data.curriculum
+    return None if name is None else Curriculum(name, load_curriculum(name), config.run.seed)
 
 
 @contextmanager

@@ -104,6 +104,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         which = "latest" if restarted and known and not own else resume
         if which is not None:
             saved = find(root, which)
+            check_form(saved)
             check_history(config, saved, known)
             return saved
         if known:
@@ -114,6 +115,17 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         return None
 
     return on_main(mesh, look)
+
+
+def check_form(saved: Saved) -> None:
+    """Raises ConfigError for a whole directory that no run saved to continue: a converted model, a dump."""
+    forms = {"config": dict, "updates": dict, "state": dict, "layout": dict, "rng": list}
+    wrong = [name for name, form in forms.items() if not isinstance(saved.document.get(name), form)]
+    if wrong or not isinstance(saved.document["state"].get("cursor"), dict):
+        raise ConfigError(
+            f"{saved.path} holds no run to continue ({', '.join(wrong) or 'state.cursor'} is not in its "
+            "manifest): it may be a converted model, or a dump of numerics. Name RUN_DIR/checkpoints/step_N"
+        )
 
 
 def check_what_is_left(config: Config, saved: Saved | None) -> None:

@@ -21,6 +21,7 @@ from mcore_rl.training.batch import (
     RolloutBatch,
     build_batch,
     by_sample,
+    has_loss,
     pack_mini_batch,
     split_mini_batches,
     token_sequences,
@@ -156,7 +157,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
         | policy.reduce(mesh, "grad_norm")
         | critic.reduce(mesh, "grad_norm/critic")
     )
-    return Learned(metrics, work_of(token_sequences(batch.samples), shape, config.algorithm.epochs))
+    trained = token_sequences([sample for sample in batch.samples if has_loss(sample, shape)])
+    return Learned(metrics, work_of(trained, shape, config.algorithm.epochs))
 
 
 def critic_update(critic: Critic, update: Update) -> Update:

@@ -299,4 +299,5 @@ def shape_of(config: Config, mesh: Mesh) -> Shape:
         max_new_tokens=config.rollout.max_new_tokens,
         cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
+        overlong_filter=config.algorithm.overlong_filter,
     )

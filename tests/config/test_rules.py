@@ -60,6 +60,16 @@ def load(tmp_path):
             "rollout.samples_per_prompt: .*2",
         ),
         (
+            {"rollout__dynamic_sampling": 10, "algorithm__name": "ppo"},
+            {"algorithm__name": "rloo"},
+            "rollout.dynamic_sampling: ppo does not compare .*drop it",
+        ),
+        (
+            {"rollout__dynamic_sampling": 1},
+            {"rollout__dynamic_sampling": 2},
+            "rollout.dynamic_sampling: with 1 a step may replace no group.*set 2 or more, or 0",
+        ),
+        (
             {"rollout__max_staleness": 1},
             {"algorithm__params.correction": '"tis-token"'},
             'rollout.max_staleness: .*algorithm.params.correction = "tis-token"',

@@ -175,6 +175,12 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "train.jsonl:6001",
         "fix the line",
     ),
+    "a curriculum that takes nothing": (
+        lambda s: None,
+        ("--data.curriculum", "tests.doctor.rewards:nothing_taken"),
+        "data.curriculum takes 0 of 6000 prompts by the end of epoch 1, and 64 are asked at once",
+        "let it take more",
+    ),
     "no such file": (lambda s: s.eval.unlink(), (), "eval.jsonl", "check the path"),
     "held-out prompts in training": (
         lambda s: s.eval.write_text(s.train.read_text()),

@@ -6,39 +6,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.arithmetic import main as write_task
 from mcore_rl.log import read_metrics
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from tests.e2e.ranks import Ranks
 from tests.sources import ROOT
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems, and a model of one layer with random weights."""
-    made = tmp_path_factory.mktemp("ends")
-    assert write_task([str(made), "--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]) == 0
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made / "model"))
-    policy.float().save_pretrained(made / "model")
-    return made
-
-
-@pytest.fixture(scope="module")
 def task(folder: Path) -> list[str]:
     """Flags of two steps of 32 samples."""
     return [
-        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/model"),
+        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/policy"),
         *("--train.steps", "2", "--train.eval_every", "0"),
         *("--data.eval", f"{folder}/eval.jsonl"),
         *("--rollout.prompts_per_step", "8", "--rollout.samples_per_prompt", "4"),
@@ -47,21 +31,24 @@ def task(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def served(task: list[str], folder: Path) -> Iterator[list[str]]:
+def served(task: list[str], server_url: str) -> list[str]:
     """The same of runs that share a server, where its end is not what is proven."""
-    with LocalServer(folder / "model", Embedded(threads=1), log_file=folder / "server.log") as server:
-        yield [*task, "--rollout.urls", f'["{server.url}"]']
+    return [*task, "--rollout.urls", f'["{server_url}"]']
 
 
 OWN_SERVER = ("--rollout.threads", "1")
 
 
+def of_reward(run_dir: Path, reward: str, ranks: int, *flags: str) -> list[str]:
+    """The command's arguments."""
+    own = ["--run.dir", str(run_dir), "--reward.function", f"tests.faults.rewards:{reward}"]
+    return ["train", "examples/gspo_tiny.toml", *flags, *own, "--parallel.tensor", str(ranks)]
+
+
 def train(
     run_dir: Path, reward: str, ranks: int, *flags: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
-    command += ["--run.dir", str(run_dir), "--reward.function", f"tests.faults.rewards:{reward}"]
-    command += ["--parallel.tensor", str(ranks)]
+    command = [sys.executable, "-m", "mcore_rl", *of_reward(run_dir, reward, ranks, *flags)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False
@@ -116,7 +103,9 @@ def works(number: int) -> bool:
         return False
 
 
-def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str], tmp_path: Path):
+def test_what_a_reward_forks_ends_with_the_run_and_never_trains(
+    ranks: Ranks, task: list[str], tmp_path: Path
+):
     """A pool of processes works while signals save a step; then a resumed run has nothing left to do."""
     run_dir, forked = tmp_path / "run", tmp_path / "forked"
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -136,7 +125,8 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str],
     assert sum(event["kind"] == "end" for event in read_metrics(run_dir / "events.jsonl")) == 1
     last_served = (run_dir / "server.log").stat().st_mtime_ns
     began = time.monotonic()
-    again = train(run_dir, "fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", "--resume")
+    more = [*task, *OWN_SERVER, "--checkpoint.every", "1", "--resume"]
+    again = ranks.run(*of_reward(run_dir, "fork", 1, *more))
     assert again.returncode == 0, again.stderr
     assert "mcore-rl: nothing to do: step 2 of train.steps = 2 is done" in again.stderr
     assert "raise train.steps" in again.stderr

@@ -6,6 +6,7 @@ refused: a new one may mean anything.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not JSON, or holds something else than an object.
     """
-    if file.exists() and not file.is_file():  # to read a pipe could take for ever
+    if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe could take for ever
         raise ConfigError(f"{file}: not a plain file; fetch the file again")
     try:
         content = strict_json.parse(file.read_bytes())
