@@ -1,6 +1,7 @@
 """The configuration of a run: frozen sections from TOML and dotted overrides, checked before anything starts.
 
-Only train, __main__, plan, doctor and verify read it; below them functions take the numbers they need.
+Only training, launch, __main__, plan, doctor and verify read it; below them functions take the numbers they
+need.
 """
 
 from mcore_rl.config.config import Config, is_loopback

@@ -91,7 +91,7 @@ class Curriculum:
                 self._rewards[prompt] = (*self._rewards.get(prompt, ()), mean)
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """The rewards of every prompt so far, as JSON."""
         return {prompt: list(rewards) for prompt, rewards in self._rewards.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -91,7 +91,8 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     Args:
         prompts: id -> prompt, of all that the groups name.
     """
-    samples, segments = iter(columns.samples), _segments(columns)
+    samples: Iterator[tuple[Any, ...]] = iter(columns.samples)
+    segments = _segments(columns)
     return [
         Group(id, tuple(_sample(prompts[prompt], segments, *next(samples)) for _ in range(count)))
         for id, prompt, count in columns.groups
