@@ -26,7 +26,7 @@ MARK = ".mcore_rl"
 LOCK = "LOCK"
 VERSION = re.compile(r"(initial|\d+)(\.partial)?")
 """the name of a directory of published weights"""
-Kind = Literal["run", "weights", "samples", "checkpoint", "model", "rehearsal", "conversion"]
+Kind = Literal["run", "weights", "samples", "checkpoint", "model", "rehearsal", "conversion", "evaluation"]
 """what a marked directory is"""
 _PARTIAL = ".partial"
 _HOLDER = re.compile(rb"(process [^\n]*\n?)?")

@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from types import FrameType
 
-from mcore_rl.config import Config
+from mcore_rl.config import Config, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
@@ -53,6 +53,9 @@ def run_rank(config: Config, resume: str | None = None, replay: Path | None = No
     publishes = replay is None and config.samples_responses
     with held(config, publishes=publishes):  # before a line is written to what may be another run's
         warn_of_others(config)
+        for what in warnings(config):
+            say(f"warning: {what}")
+            append_event(config.run.dir, "warning", what=what)
         return _run_recorded(config, resume, replay)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -27,3 +28,10 @@ def fill(sample: Sample) -> float:
             while file.write(bytes(4096)):
                 pass
     return float(call % 2)
+
+
+def slow(sample: Sample) -> float:
+    """Half a minute for each but the first call's samples."""
+    if next(_calls) > 3:
+        time.sleep(30)
+    return 1.0
