@@ -141,14 +141,14 @@ def _others(runs: Sequence[RunData]) -> list[Plot]:
 def _by_k(runs: Sequence[RunData]) -> list[Plot]:
     """For each set a plot of all its pass@k, and one of all its majority@k."""
     keys = dict.fromkeys(key for run in runs for key in run.keys if not key.endswith(("/low", "/high")))
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name, note in BY_K.items():
         for key in keys:
             head, at, k = key.rpartition(f"/{name}@")
             if at and head.startswith("eval/"):
                 title = f"Held-out {name}@k: {head.removeprefix('eval/')}"
-                found.setdefault(f"{title}\n{note}", []).append((key, f"k = {k}"))
-    return [Plot(*title.split("\n", 1), tuple(metrics), dots=True) for title, metrics in found.items()]
+                found.setdefault((title, note), []).append((key, f"k = {k}"))
+    return [Plot(title, note, tuple(metrics), dots=True) for (title, note), metrics in found.items()]
 
 
 def _expand(plot: Plot, runs: Sequence[RunData]) -> list[Plot]:
