@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, rollout, plan, doctor, serve):
+    if rest and arguments.command not in (train, rollout, plan, doctor, serve, evaluate):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     guard(output=arguments.command not in (train, serve, follow))
     try:
@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=doctor)
 
+    _add_eval(commands)
+
     add = commands.add_parser("plan", help="memory and time of every layout, before anything starts")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.add_argument("--gpus", type=int, help="that train; default: what the config's layout needs")
@@ -75,21 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add.set_defaults(command=follow)
 
-    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
-    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
-    add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
-    add.add_argument(
-        "--tp", type=int, default=1, help="with --pp: write tp x pp files, which any layout reads"
-    )
-    add.add_argument("--pp", type=int, default=1)
-    add.set_defaults(command=convert_hf_to_mcore)
-    _add_conversion(add)
-    add = directions.add_parser("mcore-to-hf", help="torch_dist, or a training checkpoint, to safetensors")
-    add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
-    add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
-    add.add_argument("--quantize", choices=["fp8"], help="FP8 in blocks of 128 x 128, for SGLang")
-    add.set_defaults(command=convert_mcore_to_hf)
-    _add_conversion(add)
+    _add_convert(commands)
 
     add = commands.add_parser("report", help="write RUN_DIR/report.html; several runs are compared")
     add.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
@@ -156,6 +144,42 @@ def _add_samples(commands: Any) -> None:
     add.add_argument("--sample", metavar="ID", help="show this one, token by token")
     add.add_argument("--limit", type=int, default=50, metavar="N", help="samples listed (default 50)")
     add.set_defaults(command=samples)
+
+
+def _add_eval(commands: Any) -> None:
+    add = commands.add_parser("eval", help="sample and score the held-out sets, without training")
+    add.add_argument(
+        "target",
+        type=Path,
+        metavar="CONFIG.toml|RUN_DIR",
+        help="a config, whose model.path is meant, or a run's newest weights; then overrides",
+    )
+    add.add_argument(
+        "--checkpoint",
+        metavar="latest|previous|PATH",
+        help="other weights: a training checkpoint, or a Hugging Face directory",
+    )
+    add.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/evaluations/NAME")
+    add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    add.set_defaults(command=evaluate)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
+    add.add_argument(
+        "--tp", type=int, default=1, help="with --pp: write tp x pp files, which any layout reads"
+    )
+    add.add_argument("--pp", type=int, default=1)
+    add.set_defaults(command=convert_hf_to_mcore)
+    _add_conversion(add)
+    add = directions.add_parser("mcore-to-hf", help="torch_dist, or a training checkpoint, to safetensors")
+    add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
+    add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
+    add.add_argument("--quantize", choices=["fp8"], help="FP8 in blocks of 128 x 128, for SGLang")
+    add.set_defaults(command=convert_mcore_to_hf)
+    _add_conversion(add)
 
 
 def _add_verify(commands: Any) -> None:
@@ -254,6 +278,14 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.doctor import main as examine
 
     return examine(arguments.config, overrides, as_json=arguments.json)
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl eval CONFIG.toml|RUN_DIR [--checkpoint WHICH] [--out DIR] [--section.key value ...]`."""
+    from mcore_rl.evaluate.command import evaluate
+
+    a = arguments
+    return evaluate(a.target, overrides, checkpoint=a.checkpoint, out=a.out, as_json=a.json)
 
 
 def config(arguments: argparse.Namespace, _: list[str]) -> int:

@@ -36,6 +36,7 @@ Kind = Literal[
     "model",
     "rehearsal",
     "conversion",
+    "evaluation",
 ]
 """what a marked directory is"""
 _PARTIAL = ".partial"

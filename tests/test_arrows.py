@@ -52,6 +52,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "plan": EVERYTHING,
     "doctor": EVERYTHING,
     "convert": EVERYTHING,
+    "evaluate": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }

@@ -20,8 +20,9 @@ from mcore_rl.errors import DataError
 from mcore_rl.log import StepLog, read_metrics
 from mcore_rl.report import write_report
 from mcore_rl.report.compare import differences
+from mcore_rl.report.page import render
 from mcore_rl.report.picture import picture
-from mcore_rl.report.plots import SECTIONS
+from mcore_rl.report.plots import SECTIONS, draw_sections
 from mcore_rl.report.runs import read_runs
 from mcore_rl.report.summary import duration, headline, text_table
 from mcore_rl.report.svg import Axis, Line, format_number, line_chart, moving_average, thin, ticks
@@ -269,6 +270,41 @@ def test_held_out_accuracy_says_of_how_many_and_dropped_prompts_have_a_tile(tmp_
     assert tiles["Held-out accuracy"].detail.endswith("; 4 of 16 prompts")
     assert tiles["Prompts left out \u00b7 train"].value == "12 of 16"
     assert "Prompts left out \u00b7 eval/e" not in tiles
+
+
+def test_held_out_sets_have_a_table_with_intervals_and_a_place_at_the_step_that_they_measure(
+    tmp_path: Path,
+) -> None:
+    """An evaluation beside step 2 measures the weights of step 1; `mcore-rl eval` adds rows of its own."""
+
+    def of_set(value: float) -> dict:
+        keys = {"accuracy": value, "pass@4": value + 0.1, "pass@8": value + 0.2, "majority@8": value}
+        ends = {f"{key}/{end}": v + d for key, v in keys.items() for end, d in (("low", -0.1), ("high", 0.1))}
+        counts = {"sampled": 4, "samples": 32, "prompts": 16}
+        return {f"eval/m/{key}": v for key, v in {**keys, **ends, **counts}.items()}
+
+    beside = {"eval/version": 1} | of_set(0.25)
+    run = write_run(
+        tmp_path / "run", [step(1), step(2) | beside, step(3) | {"eval/version": 3} | of_set(0.5)]
+    )
+    alone = run / "evaluations" / "other"
+    alone.mkdir(parents=True)
+    found = {"sets": {"<b>": {"eval/<b>/accuracy": 0.125}}}
+    (alone / "results.json").write_text(json.dumps(found))
+    for name in ("broken", "odd"):
+        (alone.parent / name).mkdir()
+    (alone.parent / "broken" / "results.json").write_text('{"sets": [')
+    (alone.parent / "odd" / "results.json").write_text('{"sets": {"a": 3}}')
+    data = read_runs([run])[0]
+    assert data.points("eval/m/accuracy") == [(1.0, 0.25), (3.0, 0.5)]
+    page = render([data])
+    assert "0.400 to 0.600" in page
+    assert "0.150 to 0.350" not in page, "the last evaluation counts"
+    assert "4 prompts, 32 samples" in page
+    assert ">&lt;b&gt;</" in page
+    titles = [figure.title for figure in draw_sections([data])["Learning"]]
+    assert {"Held-out accuracy", "Held-out pass@k: m", "Held-out majority@k: m"} <= set(titles)
+    assert not [f for fs in draw_sections([data]).values() for f in fs if f.title.startswith("eval/")]
 
 
 BIG = (1e308, -1e308, 10**400, -(10**400), 5e-324, float("nan"), "text", True, None, [1], {"a": 1})

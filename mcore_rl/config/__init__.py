@@ -4,7 +4,7 @@ Only training, launch, __main__, plan, doctor and verify read it; below them fun
 need.
 """
 
-from mcore_rl.config.config import Config, is_loopback
+from mcore_rl.config.config import Config, is_loopback, warnings
 from mcore_rl.config.file import load_config, to_toml
 
-__all__ = ["Config", "is_loopback", "load_config", "to_toml"]
+__all__ = ["Config", "is_loopback", "load_config", "to_toml", "warnings"]

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import model_validator
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.config.effects import doubtful, params_without_effect
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
@@ -231,6 +232,7 @@ def _against_algorithm(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
+    yield from params_without_effect(algorithm, config.algorithm.params)
     if config.rollout.max_staleness and algorithm.corrects is None:
         yield (
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
@@ -253,6 +255,17 @@ def _against_algorithm(config: Config) -> Iterator[str]:
         )
 
 
+def warnings(config: Config) -> list[str]:
+    """`key: what` for settings that are allowed and hardly meant."""
+    rates = {"optimizer.lr": config.optimizer.lr}
+    a = config.algorithm
+    if config.supervised_only:
+        return [f"{key}: 0, so that nothing is learned" for key, rate in rates.items() if rate == 0]
+    algorithm = configure(a.name, a.params, a.loss)
+    rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
+    return list(doubtful(algorithm, a.params, updates=a.mini_batches * a.epochs, rates=rates))
+
+
 def _needs_reference(config: Config) -> bool:
     try:
         return configure(
@@ -264,16 +277,9 @@ def _needs_reference(config: Config) -> bool:
 
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
-    unused: dict[str, str] = {}
-    if config.supervised_only:
-        keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
-        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("rollout.dynamic_sampling", "algorithm.overlong_filter", "data.curriculum")
-        keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
-        keys += ("rollout.dump",)
-        unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
-    else:
-        unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
+    unused = {**_unused_of_training(config), **_unused_of_servers(config)}
+    if all(one.prompts for one in config.held_out.values()):
+        unused["train.eval_samples"] = "no held-out set takes its number of prompts from it"
     if config.model.precision != "fp8":
         keys = ("fp8_recipe", "fp8_param_gather", "fp8_first_last_bf16")
         unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
@@ -283,12 +289,35 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= dict.fromkeys(keys, f"{name} has no critic")
     if not _needs_reference(config):
         unused["residency.reference"] = f"{name} has no reference"
+    if not config.checkpoint.every:
+        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+    return unused
+
+
+def _unused_of_training(config: Config) -> Mapping[str, str]:
+    unused: dict[str, str] = {}
+    if config.supervised_only:
+        keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
+        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
+        keys += ("rollout.dynamic_sampling", "algorithm.overlong_filter", "data.curriculum", "rollout.dump")
+        keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
+        unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
+        if not config.held_out:
+            keys = [f"rollout.{key}" for key in RolloutConfig.model_fields]
+            keys += [f"publish.{key}" for key in PublishConfig.model_fields]
+            why = 'algorithm.name is "sft", and without held-out sets nothing is sampled'
+            unused |= dict.fromkeys((*keys, "reward.function"), why)
+    else:
+        unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:
         unused |= dict.fromkeys(("reward.function", "reward.weights"), "reward.model gives the rewards")
-    if not config.checkpoint.every:
-        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+    return unused
+
+
+def _unused_of_servers(config: Config) -> Mapping[str, str]:
+    unused: dict[str, str] = {}
     if config.rollout.server == "embedded":
         unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
     else:

@@ -321,7 +321,7 @@ class OptimizerConfig(Section):
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; update u of them has the rate lr * u / (warmup_steps + 1)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay, or decay to 0 at the last optimizer step."""
     distributed: bool = True

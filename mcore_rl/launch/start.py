@@ -14,7 +14,7 @@ from math import ceil
 from pathlib import Path
 from types import FrameType
 
-from mcore_rl.config import Config
+from mcore_rl.config import Config, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
@@ -74,6 +74,9 @@ def run_rank(config: Config, source: Source) -> int:
         return _run_recorded(config, partial(_run, config, source))
     with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
         warn_of_others(config)
+        for what in warnings(config):
+            say(f"warning: {what}")
+            append_event(config.run.dir, "warning", what=what)
         return _run_recorded(config, partial(_run, config, source))
 
 

@@ -17,7 +17,7 @@ from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
 from mcore_rl.report.svg import color_class
-from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_tables
+from mcore_rl.report.tables import comparison, held_out_table, run_key, sample_tables, settings_tables
 from mcore_rl.report.tokens import token_panels
 from mcore_rl.terminal import escaped
 
@@ -71,6 +71,7 @@ def render(runs: Sequence[RunData], tokens: Sequence[str] = ()) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     parts = [_one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)]
+    parts += [_section("Held-out sets", [held_out_table(runs)])]
     parts += [_section(heading, map(_figure, figures)) for heading, figures in draw_sections(runs).items()]
     parts += [_section("Samples", sample_tables(runs)), _section("Token by token", tokens)]
     parts += [_section("Settings", settings_tables(runs))]

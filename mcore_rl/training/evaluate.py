@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcore_rl.data.cursor import share
-from mcore_rl.directories import write_whole
 from mcore_rl.log import Timers
 from mcore_rl.parallel.control import on_leads, on_main
 from mcore_rl.parallel.mesh import Mesh
@@ -22,7 +21,7 @@ from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.training.evaluation_sets import EvalSet, as_lines, measure, record_of
 from mcore_rl.training.requests import CALLS_PER_SERVER, Sampling
 from mcore_rl.training.rewards import RewardSource
-from mcore_rl.training.rundir import evaluation_file
+from mcore_rl.training.rundir import keep_evaluation
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.share import share_groups
 from mcore_rl.types import Group, Prompt
@@ -172,7 +171,7 @@ class Evaluator:
             for group in groups
             for sample in group.samples
         ]
-        write_whole(evaluation_file(self._run_dir, step, one.name), as_lines(records))
+        keep_evaluation(self._run_dir, step, one.name, as_lines(records))
         return measure(one, records)
 
     def _of_lead(self) -> InFlight:

@@ -315,22 +315,29 @@ def begin(config: Config, identity: Identity) -> None:
 
 
 def open_samples(run_dir: Path, *, keep: bool) -> None:
-    """Its directories of samples, marked; without an earlier run's, unless `keep`. Other files stay."""
-    for name in SAMPLES:
-        _open_samples(run_dir / name, keep=keep)
-
-
-def _open_samples(directory: Path, *, keep: bool) -> None:
+    """RUN_DIR/samples, marked. Samples of an earlier run go, unless `keep`. Other files stay."""
     try:
-        directory.mkdir(exist_ok=True)
-        for path in [] if keep else list(directory.iterdir()):
-            if _SAMPLES.fullmatch(path.name):
-                path.unlink()
-        mark(directory, "samples")
+        for name in SAMPLES:
+            directory = run_dir / name
+            for path in [] if keep or not directory.exists() else list(directory.iterdir()):
+                if _SAMPLES.fullmatch(path.name):
+                    path.unlink()
+        _make_samples(run_dir / "samples")
     except OSError as error:
-        raise storage_error(directory, error, remedy=_RUN_REMEDY) from error
+        raise storage_error(run_dir / "samples", error, remedy=_RUN_REMEDY) from error
 
 
-def evaluation_file(run_dir: Path, step: int, name: str) -> Path:
-    """Every sample of a set, evaluated after `step`."""
-    return run_dir / "eval" / f"step_{step}.{name}.jsonl"
+def _make_samples(directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    if not is_ours(directory, "samples"):
+        mark(directory, "samples")
+
+
+def keep_evaluation(run_dir: Path, step: int, name: str, lines: str) -> None:
+    """Write every sample of a set, evaluated after `step`, to RUN_DIR/eval/step_N.NAME.jsonl."""
+    path = run_dir / "eval" / f"step_{step}.{name}.jsonl"
+    try:
+        _make_samples(path.parent)
+    except OSError as error:
+        raise storage_error(path.parent, error, remedy=_RUN_REMEDY) from error
+    write_whole(path, lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -51,3 +52,10 @@ def nothing(sample: Sample) -> float:
 def half(candidate: Candidate) -> float:
     """A curriculum: half of the prompts that were not sampled yet, and no other."""
     return 0.0 if candidate.rewards else 0.5
+
+
+def slow(sample: Sample) -> float:
+    """Half a minute for each but the first call's samples."""
+    if next(_calls) > 3:
+        time.sleep(30)
+    return 1.0

@@ -129,7 +129,10 @@ def test_beside_training_an_evaluation_is_in_the_record_of_the_next_step(
 def test_supervised_training_is_evaluated_too(ranks, folder, server_url, tmp_path) -> None:
     file = config(folder, tmp_path, server_url)
     flags = ("--algorithm.name", "sft", "--supervised.batch_size", "8", "--train.eval_every", "3")
-    lines = train(ranks, file, *flags, "--eval.sets.easy.max_new_tokens", "3", world=1)
+    flags = (*flags, "--optimizer.warmup_steps", "2", "--eval.sets.easy.max_new_tokens", "3")
+    lines = train(ranks, file, *flags)
+    rates = [line["lr/policy"] for line in lines[1:]]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2]), "no update has the size 0"
     assert [line.get("eval/version") for line in lines] == [0, None, None, 3, 4]
     assert [line.get("weight_version") for line in lines] == ["0", None, None, "3", "4"]
     assert all(meaning_of(key) for line in lines for key in line if key != "step")
