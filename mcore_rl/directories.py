@@ -231,7 +231,7 @@ def _put(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:  # a signal that ends the process too
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise

@@ -54,7 +54,7 @@ def _all(directory: Path, steps: Sequence[int]) -> Iterator[str]:
 
 
 def _of_step(dump: RolloutDump, limit: int) -> Iterator[str]:
-    samples = [s for group in dump.groups for s in group.samples]
+    samples, limit = [s for group in dump.groups for s in group.samples], max(0, limit)
     for s in samples[:limit]:
         facts = [_reward(s), f"{s.trained_tokens} tokens", s.finish_reason]
         facts += [f"{len(s.segments)} segments"] if len(s.segments) > 1 else []

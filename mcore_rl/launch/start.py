@@ -33,7 +33,7 @@ from mcore_rl.training.faults.exits import (
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.rundir import held, warn_of_others
-from mcore_rl.training.sampled import check_directory
+from mcore_rl.training.sampled import check_directory, check_source
 
 
 def under_torchrun() -> bool:
@@ -185,11 +185,14 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
 
     Raises:
         ConfigError, LayoutError: this node cannot run it; nothing was started.
+        DataError: there are no dumps to train on.
         ConfigError, StorageError: the run's directories are not ours, or another run has them.
     """
     from mcore_rl.launch.preflight import check_node
 
     check_node(config)
+    if source.rollouts is not None:
+        check_source(config, source.rollouts)
     with held(config, publishes=source.publishes(config)):
         pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()

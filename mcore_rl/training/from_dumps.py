@@ -33,6 +33,7 @@ from mcore_rl.training.checkpoint import end_step, restore
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.loop import learn, save_samples
 from mcore_rl.training.run import Learner
+from mcore_rl.training.sampled import check_source
 from mcore_rl.training.setup import start_trainer
 from mcore_rl.types import Group, Prompt
 
@@ -79,18 +80,6 @@ def start(config: Config, source: Path, resume: str | None) -> Iterator[tuple[Le
             say(f"trains on the rollouts of {len(steps)} steps in {source}: no server, no evaluation")
         trainer.attempt.reached("the models were built")
         yield Learner(**learner_parts(trainer, models, residency)), steps
-
-
-def check_source(config: Config, source: Path) -> None:
-    """Raises DataError where there are no dumps, ConfigError where this run cannot be one that reads them."""
-    directory = find_dumps(source)
-    if config.supervised_only:
-        raise ConfigError('--rollouts: algorithm.name = "sft" trains on labels; drop one of the two')
-    if directory.resolve().is_relative_to(config.run.dir.resolve()):
-        raise ConfigError(
-            f"--rollouts: {directory} lies in run.dir, whose files this run would replace; set run.dir to "
-            "another directory"
-        )
 
 
 def steps_of(config: Config, source: Path, after: int) -> list[int]:

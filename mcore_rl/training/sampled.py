@@ -1,12 +1,13 @@
-"""The directory of `mcore-rl rollout`: what it holds, how far it has come, and what it was sampled with."""
+"""Directories of dumps before anything heavy is imported: one that is trained from, one to sample into."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mcore_rl.config import Config, to_toml
 from mcore_rl.directories import is_ours, mark, read_mark, storage_error, write_whole
-from mcore_rl.dumps.directory import NAME, dumped_steps, remove
+from mcore_rl.dumps.directory import NAME, dumped_steps, find_dumps, remove
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import METRICS
 from mcore_rl.terminal import listed
@@ -18,6 +19,18 @@ _OF_ROLLOUT = (
     *("prompts_per_step", "samples_per_prompt", "temperature", "max_new_tokens", "stop_token_ids"),
     "dynamic_sampling",
 )
+
+
+def check_source(config: Config, source: Path) -> None:
+    """Raises DataError where there are no dumps, ConfigError where this run cannot be one that reads them."""
+    directory = find_dumps(source)
+    if config.supervised_only:
+        raise ConfigError('--rollouts: algorithm.name = "sft" trains on labels; drop one of the two')
+    if directory.resolve().is_relative_to(config.run.dir.resolve()):
+        raise ConfigError(
+            f"--rollouts: {directory} lies in run.dir, whose files this run would replace; set run.dir to "
+            "another directory"
+        )
 
 
 def check_directory(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from mcore_rl.__main__ import main
 from mcore_rl.checkpoint import find
 from mcore_rl.dumps.directory import dumped_steps, groups_file, read_step, trained_file
+from mcore_rl.dumps.rollouts import Words, dump_bytes
 from mcore_rl.dumps.trained import read_trained
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import MEASURED
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
+from mcore_rl.types import Sample, Segment, VersionSpan
 from tests.checkpoint.support import stored
 from tests.e2e.test_ours import grpo
 
@@ -169,3 +172,53 @@ def test_a_command_samples_what_a_run_would_and_goes_on_where_it_was_ended(
     assert (stale.returncode, "1 versions older" in stale.stderr) == (2, True), stale.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
     assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [1, 2]
+
+
+def test_trajectories_of_a_dump_are_trained_segment_by_segment(ranks, folder, live, tmp_path) -> None:
+    """A sample in two segments with an observation between, and a void one that has no part in the step."""
+    dump = read_step(live / "rollouts", 1)
+    groups = [list(group.samples) for group in dump.groups]
+    cut = next(i for i, s in enumerate(groups[0]) if len(s.token_ids) > 2)
+    groups[0][cut], groups[1][0] = in_two(groups[0][cut]), replace(groups[1][0], void=True, reward=None)
+    made = [replace(g, samples=tuple(its)) for g, its in zip(dump.groups, groups, strict=True)]
+    directory = tmp_path / "made" / "rollouts"
+    directory.mkdir(parents=True)
+    words = Words(lambda ids: "", dump.pieces.__getitem__)
+    content = dump_bytes(1, made, temperature=1.0, cursor={}, words=words)
+    groups_file(directory, 1).write_bytes(content)
+    flags = ("--rollout.dump", "1", "--parallel.tensor", "2")
+    done = ranks.run(*from_dumps(folder, tmp_path / "run", directory, *flags), world=2)
+    assert done.returncode == 0, done.stderr
+    (line,) = learned(tmp_path / "run")
+    alive = [s for g in made for s in g.samples if not s.void]
+    assert (line["samples"], line["tokens"]) == (15, sum(s.trained_tokens for s in alive))
+    trained = read_trained(trained_file(tmp_path / "run" / "rollouts", 1))
+    assert trained.keys() == {s.id for s in alive}
+    (kept,) = (
+        s
+        for g in read_step(tmp_path / "run" / "rollouts", 1).groups
+        for s in g.samples
+        if len(s.segments) == 2
+    )
+    own = trained[kept.id]
+    assert np.isfinite(own.log_probs).all()
+    before = read_trained(trained_file(live / "rollouts", 1))[kept.id]
+    first = len(kept.segments[0].log_probs)
+    assert own.old_log_probs[:first] == pytest.approx(before.old_log_probs[:first], abs=1e-4)
+    assert np.abs(own.old_log_probs[first:] - before.old_log_probs[first:-1]).max() > 1e-3, "another context"
+
+
+def in_two(sample: Sample) -> Sample:
+    """Its first token in one segment; its others behind another context, the last of them an observation."""
+    (whole,) = sample.segments
+    one = replace(
+        whole,
+        token_ids=whole.token_ids[:1],
+        log_probs=whole.log_probs[:1],
+        versions=(VersionSpan("0", 0, 1),),
+    )
+    count = len(whole.token_ids) - 2
+    mask = np.array([True] * count + [False])
+    spans = (VersionSpan("0", 0, count),)
+    two = Segment(whole.context[:1], whole.token_ids[1:], whole.log_probs[1:-1], spans, mask)
+    return replace(sample, segments=(one, two))
