@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,23 +11,19 @@ from mcore_rl.config import Config
 from mcore_rl.data.chat import render
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.errors import AskedToLeave, RewardError
 from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
-from mcore_rl.rewards import load_reward, score_groups
-from mcore_rl.training.assemble import check_same_tokens
+from mcore_rl.rewards import check_rate, load_reward
+from mcore_rl.training.assemble import check_same_tokens, reward_pool
 from mcore_rl.training.data import check_batch, describe_dropped
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 _SHOWN = 60
 """characters of a prompt"""
-REWARD_SECONDS = 60.0
-_TOO_LATE = signal.SIGUSR2
-"""which user code has no use for: SIGALRM is that of deadlines of its own"""
 
 
 def check_inputs(config: Config, gpus: int) -> list[Finding]:
@@ -187,7 +181,7 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         yield from _reward_model(config, config.reward.model)
         return
     name = config.reward.function
-    function = load_reward(name)
+    load_reward(name)
     sample = Sample.of_response(
         id="doctor/0",
         prompt=prompt,
@@ -197,34 +191,7 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
-    (group,) = _in_time(
-        name, lambda: score_groups([Group("doctor", (sample,))], function, config.reward.weights)
-    )
+    with reward_pool(config) as pool:
+        (group,), reasons = pool.score([Group("doctor", (sample,))])
+    check_rate(1, [reasons], 0.0, name)
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
-
-
-def _in_time(name: str, score: Callable[[], list[Group]]) -> list[Group]:
-    """What `score` returns or raises; RewardError when it does neither within REWARD_SECONDS.
-
-    It runs in the main thread, as in training: there a function may set an alarm of its own.
-    """
-    main = threading.get_ident()
-    timer = threading.Timer(REWARD_SECONDS, lambda: signal.pthread_kill(main, _TOO_LATE))
-    before = signal.signal(_TOO_LATE, _leave)
-    timer.start()
-    try:
-        return score()
-    except AskedToLeave as asked:
-        if asked.number != _TOO_LATE:
-            raise
-        raise RewardError(
-            f"{name} gave one response no reward within {REWARD_SECONDS:g} s, and a step waits for each; "
-            "give what it calls a deadline"
-        ) from None
-    finally:
-        timer.cancel()
-        signal.signal(_TOO_LATE, before)
-
-
-def _leave(number: int, frame: object) -> None:
-    raise AskedToLeave(number)

@@ -18,7 +18,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, gradients_of, weights_of
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import load_reward
+from mcore_rl.rewards import RewardPool, Task, load_reward
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.checkpoint import Contents, restore
@@ -148,8 +148,10 @@ def build_run(
     """The run, whose models are restored; its requests to the servers are closed by `stack`."""
     config, mesh, algorithm = trainer.config, trainer.mesh, models.algorithm
     rewards = RewardSource(
-        load_reward(config.reward.function),
-        config.reward.weights,
+        mesh,
+        stack.enter_context(reward_pool(config)),
+        config.reward.function,
+        config.reward.max_void,
         models.reward_model,
         trainer.shape,
         residency,
@@ -176,6 +178,13 @@ def build_run(
             config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
         ),
     )
+
+
+def reward_pool(config: Config) -> RewardPool:
+    """The processes of the reward function, none of which runs yet."""
+    r = config.reward
+    task = Task(r.function, r.weights, r.memory, config.model.path.absolute())
+    return RewardPool(task, workers=r.workers, timeout=r.timeout)
 
 
 def build_generation(

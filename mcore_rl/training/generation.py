@@ -177,7 +177,7 @@ class Generation:
         """On all ranks: the servers that any lead has lost are lost, and a reward model gives its rewards."""
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         with self._timers("reward"):
-            return self._rewards.by_model(groups)
+            return self._rewards.settle(groups)
 
     def _count(self, groups: Sequence[Group], discarded: Counter[str], left: int) -> None:
         each = self.bounds.samples

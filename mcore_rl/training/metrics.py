@@ -183,6 +183,6 @@ def rollout_metrics(
         "length/max": max(lengths),
         "truncated": statistics.fmean(sample.truncated for sample in batch.samples),
         "samples": len(batch.samples),
-        "aborted": asked - len(batch.samples),
+        "aborted": asked - batch.void - len(batch.samples),
         "tokens": sum(lengths),
     }

@@ -63,7 +63,7 @@ class Run:
 
         A gradient scale out of bounds is an event too, and so is a mismatch to the servers.
         """
-        metrics = {**metrics, **self.generation.metrics}
+        metrics = {**metrics, **self.generation.metrics, **self.rewards.take_metrics()}
         self.trainer.log(step, metrics, work)
         self.mismatch.notice(step, metrics)
         if self.alert.due(metrics):
