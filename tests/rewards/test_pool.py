@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.rewards import RewardPool, Task, check_rate
@@ -32,9 +36,11 @@ def groups(*texts: str) -> list[Group]:
     return [Group("p@0", tuple(made)), Group("none@0", ())]
 
 
-def pool_of(function: str, *, workers: int = 2, model: Path | None = None) -> RewardPool:
-    task = Task(f"{FUNCTIONS}:{function}", {"a": 2.0}, 4.0, model)
-    return RewardPool(task, workers=workers, timeout=SECONDS)
+def pool_of(
+    function: str, *, workers: int = 2, model: Path | None = None, seconds: float = SECONDS
+) -> RewardPool:
+    task = Task(f"{FUNCTIONS}:{function}", {"a": 2.0}, 8.0, model)
+    return RewardPool(task, workers=workers, timeout=seconds)
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +197,18 @@ def test_a_worker_ends_with_a_trainer_that_is_killed():
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
     assert ends(worker)
+
+
+def test_tags_that_are_special_tokens_are_in_the_full_text(tmp_path):
+    tokens = {"a": 0, "<|im_end|>": 1, "": 2}
+    model = Tokenizer(WordLevel(tokens, unk_token=""))
+    model.add_special_tokens(["<|im_end|>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).save_pretrained(tmp_path)
+    (group, _) = groups("a")
+    (one,) = group.samples
+    (segment,) = one.segments
+    tagged = replace(one, segments=(replace(segment, token_ids=(0, 1), log_probs=(-1.0, -1.0)),))
+    with pool_of("with_special_tokens", workers=1, model=tmp_path, seconds=60.0) as pool:
+        ((scored,), reasons) = pool.score([replace(group, samples=(tagged,))])
+    assert scored.samples[0].reward == 1.0, reasons
