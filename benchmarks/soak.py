@@ -25,7 +25,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from mcore_rl.checkpoint import find
 from mcore_rl.log import read_metrics
@@ -163,7 +165,7 @@ def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
     state = {
         key: torch.empty(of.size, dtype=of.properties.dtype)
         for key, of in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(of, "size")
+        if isinstance(of, TensorStorageMetadata)
     }
     load(state, storage_reader=reader, no_dist=True)
     return state

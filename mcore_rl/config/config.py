@@ -275,6 +275,10 @@ def _needs_reference(config: Config) -> bool:
         return False
 
 
+_OF_FUNCTION = ("function", "workers", "timeout", "memory", "max_void", "weights")
+"""keys of [reward] that a reward model has no use for"""
+
+
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
     unused = {**_unused_of_training(config), **_unused_of_servers(config)}
@@ -312,7 +316,7 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:
-        unused |= dict.fromkeys(("reward.function", "reward.weights"), "reward.model gives the rewards")
+        unused |= dict.fromkeys((f"reward.{key}" for key in _OF_FUNCTION), "reward.model gives the rewards")
     return unused
 
 

@@ -281,7 +281,15 @@ class RewardConfig(Section):
     """How responses are scored."""
 
     function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
-    """`module:function` that scores one sample."""
+    """`module:function` that scores one sample, or a group of them."""
+    workers: Count = 4
+    """Processes of a replica that it runs in, at most; they are started while there is work for them."""
+    timeout: Seconds = 60.0
+    """Seconds of one call; a sample that has no reward by then is void, and its process is replaced."""
+    memory: Positive = 8.0
+    """Address space of one process, in 2^30 bytes; beyond it the function gets a MemoryError."""
+    max_void: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of a step's samples that may get no reward; above it the run ends with the reasons."""
     weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Weight of a part in the sum, by its name, where the function returns several; 1 for the others."""
     model: FilePath | None = None

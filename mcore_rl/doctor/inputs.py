@@ -21,9 +21,9 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
-from mcore_rl.rewards import load_reward, score_groups
+from mcore_rl.rewards import check_rate, load_reward
 from mcore_rl.training.assemble import check_same_tokens
-from mcore_rl.training.assemble_rollouts import curriculum_of
+from mcore_rl.training.assemble_rollouts import curriculum_of, reward_pool
 from mcore_rl.training.data import check_batch, describe_dropped
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _SHOWN = 60
 """characters of a prompt"""
-REWARD_SECONDS = 60.0
+CHOICE_SECONDS = 60.0
 _TOO_LATE = signal.SIGUSR2
 """which user code has no use for: SIGALRM is that of deadlines of its own"""
 
@@ -214,7 +214,7 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         yield from _reward_model(config, config.reward.model)
         return
     name = config.reward.function
-    function = load_reward(name)
+    load_reward(name)
     sample = Sample.of_response(
         id="doctor/0",
         prompt=prompt,
@@ -224,20 +224,19 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
-    late = f"{name} gave one response no reward"
-    (group,) = _in_time(
-        late, lambda: score_groups([Group("doctor", (sample,))], function, config.reward.weights)
-    )
+    with reward_pool(config) as pool:
+        (group,), reasons = pool.score([Group("doctor", (sample,))])
+    check_rate(1, [reasons], 0.0, name)
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 
 def _in_time(late: str, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; ConfigError, `late`, when it does neither within REWARD_SECONDS.
+    """What `call` returns or raises; ConfigError, `late`, when it does neither within CHOICE_SECONDS.
 
     It runs in the main thread, as in training: there a function may set an alarm of its own.
     """
     main = threading.get_ident()
-    timer = threading.Timer(REWARD_SECONDS, lambda: signal.pthread_kill(main, _TOO_LATE))
+    timer = threading.Timer(CHOICE_SECONDS, lambda: signal.pthread_kill(main, _TOO_LATE))
     before = signal.signal(_TOO_LATE, _leave)
     timer.start()
     try:
@@ -246,7 +245,7 @@ def _in_time(late: str, call: Callable[[], T]) -> T:
         if asked.number != _TOO_LATE:
             raise
         raise ConfigError(
-            f"{late} within {REWARD_SECONDS:g} s, and a step waits for each; give what it calls a deadline"
+            f"{late} within {CHOICE_SECONDS:g} s, and a step waits for each; give what it calls a deadline"
         ) from None
     finally:
         timer.cancel()

@@ -21,6 +21,7 @@ from mcore_rl.evaluate.sampling import sample_set, serving
 from mcore_rl.evaluate.weights import Weights, find_weights
 from mcore_rl.launch.start import catch_signals
 from mcore_rl.terminal import printable
+from mcore_rl.training.assemble_rollouts import reward_pool
 from mcore_rl.training.evaluation_sets import EvalSet, measure, read_sets, set_params
 from mcore_rl.training.rundir import RESOLVED, RUN_LOCK
 from mcore_rl.training.setup import load_tokenizer
@@ -128,7 +129,17 @@ def _sampled(
     servers = len(config.rollout.urls) or config.rollout.servers
     with serving(config, model) as requests:
         for one in sets:
-            sample_set(requests, one, files[one.name], servers=servers, seed=config.run.seed, decode=decode)
+            with reward_pool(config, one.function) as pool:
+                sample_set(
+                    requests,
+                    one,
+                    files[one.name],
+                    pool=pool,
+                    max_void=config.reward.max_void,
+                    servers=servers,
+                    seed=config.run.seed,
+                    decode=decode,
+                )
     found = {one.name: measure(one, files[one.name].records) for one in sets}
     nothing = [name for name, its in found.items() if not its[f"eval/{name}/samples"]]
     if nothing:

@@ -13,18 +13,17 @@ from mcore_rl.config import Config
 from mcore_rl.errors import RolloutError
 from mcore_rl.evaluate.keep import SampleFile
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.rewards import score_groups
+from mcore_rl.rewards import RewardPool, check_rate
 from mcore_rl.rollout.client import call
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.rollout.inflight import Begun, InFlight
-from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.terminal import printable
 from mcore_rl.training.assemble_servers import local_servers
 from mcore_rl.training.evaluation_sets import EvalSet, Record, measure, record_of
 from mcore_rl.training.requests import CALLS_PER_SERVER
-from mcore_rl.types import Prompt
+from mcore_rl.types import Group, Prompt
 from mcore_rl.weights.disk import load_from_disk
 from mcore_rl.weights.transport import wait_for_servers
 
@@ -65,7 +64,7 @@ def serving(config: Config, model: Path) -> Iterator[InFlight]:
         else:
             _load(fleet, model.resolve())
         timeout = len(fleet.serving) * r.timeout + r.health_timeout + _GRACE_SECONDS
-        schedule = Schedule(groups=0, extra=0, max_staleness=0)
+        schedule = Schedule(extra=0, max_staleness=0)
         requests = InFlight(fleet.dispatch(), schedule, timeout=timeout)
         stack.callback(requests.close)
         yield requests
@@ -84,6 +83,8 @@ def sample_set(
     one: EvalSet,
     file: SampleFile,
     *,
+    pool: RewardPool,
+    max_void: float,
     servers: int,
     seed: int,
     decode: Callable[[Sequence[int]], str],
@@ -92,7 +93,7 @@ def sample_set(
 
     Raises:
         RolloutError: no server is left; what was sampled is kept.
-        RewardError: a reward or an answer could not be had.
+        RewardError: an answer could not be had, or more than `max_void` of the rewards of a call.
     """
     left = [prompt for prompt in one.prompts if prompt.id not in file.sampled]
     calls = CALLS_PER_SERVER * servers
@@ -106,7 +107,9 @@ def sample_set(
             asked = [group_request(p, _group(p, one), one.samples, one.params, seed=seed) for p in part]
             waiting.append((part, requests.begin(asked, len(part))))
         part, begun = waiting.popleft()
-        file.add(_scored(one, part, requests.finish(begun), decode))
+        replies = requests.finish(begun)
+        groups = [build_group(_group(p, one), p, its, decode) for p, its in zip(part, replies, strict=True)]
+        file.add(_scored(one, groups, pool, max_void))
         _say(one, file)
     file.finish()
 
@@ -115,18 +118,10 @@ def _group(prompt: Prompt, one: EvalSet) -> str:
     return f"{prompt.id}@{one.name}"
 
 
-def _scored(
-    one: EvalSet,
-    prompts: Sequence[Prompt],
-    replies: Sequence[Sequence[Reply]],
-    decode: Callable[[Sequence[int]], str],
-) -> list[Record]:
+def _scored(one: EvalSet, groups: Sequence[Group], pool: RewardPool, max_void: float) -> list[Record]:
     assert one.function is not None
-    groups = [
-        build_group(_group(prompt, one), prompt, its, decode)
-        for prompt, its in zip(prompts, replies, strict=True)
-    ]
-    scored = score_groups(groups, one.function)
+    scored, reasons = pool.score(groups)
+    check_rate(sum(len(group.samples) for group in groups), [reasons], max_void, one.function)
     return [record_of(one, sample) for group in scored for sample in group.samples]
 
 

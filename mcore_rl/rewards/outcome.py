@@ -7,7 +7,8 @@ A reward function returns one of these for a sample:
   its reward is placed at its last token;
 - a dict from the place of a token, counted among the sample's trained tokens, to the reward placed there,
   for turns that the environment tells apart in another way;
-- a dict from names to any of the above: the parts of the reward, whose weighted sum it is.
+- a dict from names to any of the above: the parts of the reward, whose weighted sum it is;
+- `Void(reason)`, where the response cannot be judged.
 """
 
 from __future__ import annotations
@@ -31,10 +32,20 @@ LARGEST = float(np.finfo(np.float32).max)
 MOST_PARTS = 64
 TAKEN = frozenset({"mean", "std", "no_signal"})
 """names of other metrics below `reward/`"""
-Turns = Real | float | Sequence[float] | Mapping[int, float]
-Returned = Turns | Mapping[str, Turns]
-"""what a reward function returns"""
 _NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Void:
+    """A reward function returns this for a response that it cannot judge: the sample counts for nothing."""
+
+    reason: str
+    """a word or two, as the metric `void/<reason>` counts it"""
+
+
+Turns = Real | float | Sequence[float] | Mapping[int, float]
+Returned = Turns | Mapping[str, Turns] | Void
+"""what a reward function returns"""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mcore_rl.training.assemble_rollouts import (
     build_sampling,
     curriculum_of,
     replayed_experts,
+    reward_pool,
     start_servers,
 )
 from mcore_rl.training.checkpoint import Contents, restore
@@ -149,8 +150,10 @@ def build_run(
     """The run, whose models are restored; its requests to the servers are closed by `stack`."""
     config = trainer.config
     rewards = RewardSource(
-        load_reward(config.reward.function),
-        config.reward.weights,
+        trainer.mesh,
+        stack.enter_context(reward_pool(config)),
+        config.reward.function,
+        config.reward.max_void,
         models.reward_model,
         trainer.shape,
         residency,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 from mcore_rl.algo.algorithms import ALGORITHMS
@@ -16,7 +17,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import load_reward
+from mcore_rl.rewards import RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
@@ -26,7 +27,7 @@ from mcore_rl.training.generation import Generation
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import Bounds, Sampling, open_requests
-from mcore_rl.training.rewards import RewardSource
+from mcore_rl.training.rewards import RewardSource, Tally
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
@@ -91,13 +92,28 @@ def build_sampling(
         requests,
         sets=sets,
         schedule=EvalSchedule(config.train.steps, config.train.eval_every, config.rollout.max_staleness > 0),
-        rewards=rewards,
+        sources={one.name: _source_of(config, rewards, one.function, stack) for one in sets},
         sampling=sampling,
         run_dir=config.run.dir,
         timers=trainer.timers,
         reached=trainer.attempt.reached,
     )
     return generation, evaluator
+
+
+def reward_pool(config: Config, function: str | None = None) -> RewardPool:
+    """The processes of a reward function, by default the run's, none of which runs yet."""
+    r = config.reward
+    task = Task(function or r.function, r.weights, r.memory, config.model.path.absolute())
+    return RewardPool(task, workers=r.workers, timeout=r.timeout)
+
+
+def _source_of(config: Config, rewards: RewardSource, function: str | None, stack: ExitStack) -> RewardSource:
+    """What scores a held-out set: the run's own source, or one of the set's `function`."""
+    if function is None or (rewards.model is None and function == rewards.function):
+        return rewards
+    pool = stack.enter_context(reward_pool(config, function))
+    return replace(rewards, pool=pool, function=function, model=None, tally=Tally())
 
 
 def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
@@ -163,9 +179,13 @@ def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | s
             yield lambda step: {}
             return
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
-        function, keep = load_reward(config.reward.function), trainer.attempt.saved is not None
-        weights = config.reward.weights
-        rewards = RewardSource(function, weights, None, trainer.shape, Residency({}))
+        keep, function, most = (
+            trainer.attempt.saved is not None,
+            config.reward.function,
+            config.reward.max_void,
+        )
+        pool = stack.enter_context(reward_pool(config))
+        rewards = RewardSource(trainer.mesh, pool, function, most, None, trainer.shape, Residency({}))
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
@@ -176,6 +196,6 @@ def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | s
                 return {}
             published = publisher.publish(step, trainer.probe_prompts())
             counted = held_out_metrics(evaluator.sets) if step == 0 else {}
-            return published | counted | evaluator.after(step)
+            return published | counted | evaluator.after(step) | rewards.take_metrics()
 
         yield after

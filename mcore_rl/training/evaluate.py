@@ -60,7 +60,7 @@ class Evaluator:
 
     Args:
         requests: of this rank, where it is a replica's lead; whoever opened them closes them.
-        rewards: who gives the rewards of training.
+        sources: what scores the samples, by set.
         sampling: the run's seed and decoder; a set has parameters of its own.
         reached: says what is done, so that the watchdog's clock starts again.
     """
@@ -73,7 +73,7 @@ class Evaluator:
         *,
         sets: Sequence[EvalSet],
         schedule: EvalSchedule,
-        rewards: RewardSource,
+        sources: Mapping[str, RewardSource],
         sampling: Sampling,
         run_dir: Path,
         timers: Timers,
@@ -81,10 +81,7 @@ class Evaluator:
     ) -> None:
         self.sets, self.schedule = sets, schedule
         self._mesh, self._servers, self._requests = mesh, servers, requests
-        self._sources = {
-            one.name: rewards if one.function is None else replace(rewards, function=one.function, model=None)
-            for one in sets
-        }
+        self._sources = sources
         self._sampling, self._run_dir, self._timers, self._reached = sampling, run_dir, timers, reached
         self._version: int | None = None
         """step whose weights are being evaluated"""
@@ -160,7 +157,7 @@ class Evaluator:
 
         groups, losses = share_groups(self._mesh, prompts, work)
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
-        groups = source.by_model(groups)
+        groups = source.complete(groups)
         return on_main(self._mesh, lambda: self._keep(one, groups, step))
 
     def _keep(self, one: EvalSet, groups: Sequence[Group], step: int) -> dict[str, float]:

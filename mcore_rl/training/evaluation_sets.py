@@ -21,7 +21,7 @@ from mcore_rl.config.sections import EvalSetConfig
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.errors import AskedToLeave, RewardError
 from mcore_rl.functions import load_function
-from mcore_rl.rewards import RewardFn, load_reward
+from mcore_rl.rewards import load_reward
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.setup import read_prompts
 from mcore_rl.types import Prompt, Sample
@@ -47,8 +47,8 @@ class EvalSet:
     """per prompt"""
     params: Mapping[str, Any]
     """SGLang's sampling parameters"""
-    function: RewardFn | None
-    """gives the rewards; None: the run's reward model"""
+    function: str | None
+    """`module:function` that gives the rewards; None: the run's reward model"""
     answer: AnswerFn | None
     """what a sample votes for; None where nobody votes"""
     pass_reward: float
@@ -86,14 +86,16 @@ def set_params(config: Config, one: EvalSetConfig) -> dict[str, Any]:
     return config.rollout.sampling_params | {key: value for key, value in own.items() if value is not None}
 
 
-def load_set_functions(config: Config) -> dict[str, tuple[RewardFn | None, AnswerFn | None]]:
+def load_set_functions(config: Config) -> dict[str, tuple[str | None, AnswerFn | None]]:
     """Set -> what gives its rewards (None: the reward model), and what its samples vote for (None: nothing).
 
     Raises ConfigError for a function that does not exist or cannot take one sample.
     """
-    found: dict[str, tuple[RewardFn | None, AnswerFn | None]] = {}
+    found: dict[str, tuple[str | None, AnswerFn | None]] = {}
     for name, one in config.held_out.items():
-        reward = None if _by_model(config, one) else load_reward(one.reward or config.reward.function)
+        reward = None if _by_model(config, one) else one.reward or config.reward.function
+        if reward is not None:
+            load_reward(reward)
         answer: AnswerFn | None = _whole if one.majority_at else None
         if one.answer is not None:
             answer = load_function(f"eval.sets.{name}.answer", one.answer, "the sample")

@@ -114,7 +114,7 @@ class Generation:
 
         taken, losses = share_groups(self._mesh, self._source.prompts, work)
         self._queue.remove(group.id for group in taken)
-        return self._settle(taken, losses)
+        return self._complete(taken, losses)
 
     def _discard(self, step: int) -> Counter[str]:
         """How many groups are in flight no more since no later step could train them, by the reason."""
@@ -177,11 +177,11 @@ class Generation:
             ]
             return self._rewards.by_function(groups)
 
-    def _settle(self, groups: Sequence[Group], losses: Sequence[Mapping[str, str]]) -> list[Group]:
+    def _complete(self, groups: Sequence[Group], losses: Sequence[Mapping[str, str]]) -> list[Group]:
         """On all ranks: the servers that any lead has lost are lost, and a reward model gives its rewards."""
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         with self._timers("reward"):
-            return self._rewards.by_model(groups)
+            return self._rewards.complete(groups)
 
     def _count(self, sifted: Sifted, discarded: Counter[str]) -> None:
         each, groups = self.bounds.samples, [*sifted.kept, *sifted.dropped]

@@ -84,5 +84,6 @@ class Run(Learner):
     """asks the servers for what is trained"""
 
     def log(self, step: int, metrics: Mapping[str, float | str], work: Work | None = None) -> None:
-        """Log a step as a Learner does, and what became of the samples that were asked."""
-        super().log(step, {**metrics, **self.generation.metrics}, work)
+        """Log a step as a Learner does, and what became of the samples that were asked and scored."""
+        more = {**self.generation.metrics, **self.rewards.take_metrics()}
+        super().log(step, {**metrics, **more}, work)

@@ -29,7 +29,7 @@ from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.terminal import printable
 from mcore_rl.training.assemble import build_frozen_reward_model
-from mcore_rl.training.assemble_rollouts import bounds_of, connect, replayed_experts, sampling_of
+from mcore_rl.training.assemble_rollouts import bounds_of, connect, replayed_experts, reward_pool, sampling_of
 from mcore_rl.training.assemble_servers import open_fleet
 from mcore_rl.training.batch import build_batch
 from mcore_rl.training.data import say_dropped
@@ -84,11 +84,12 @@ class RolloutSource:
         config: Config,
         fleet: Fleet,
         generation: Generation,
+        rewards: RewardSource,
         dumps: DumpWriter,
         log: StepLog,
         timers: Timers,
     ) -> None:
-        self._config, self._fleet, self._generation = config, fleet, generation
+        self._config, self._fleet, self._generation, self._rewards = config, fleet, generation, rewards
         self._dumps, self._log, self._timers = dumps, log, timers
         self._progress = Progress(config.train.steps)
 
@@ -100,6 +101,7 @@ class RolloutSource:
         batch = build_batch(groups)
         asked = self._config.rollout.prompts_per_step * self._config.rollout.samples_per_prompt
         metrics = {**(sample_metrics(batch, asked) if batch.samples else {}), **self._timers.collect()}
+        metrics |= self._generation.metrics | self._rewards.take_metrics()
         self._log.write(step, metrics)
         print(printable(self._progress.line(step, metrics)), file=sys.stderr, flush=True)
 
@@ -158,8 +160,9 @@ def build_source(
     say_dropped(config, log, "train", prompts)
     reward_model = build_frozen_reward_model(config, mesh)
     shape = shape_of(config, mesh)
-    function, weights = load_reward(config.reward.function), config.reward.weights
-    rewards = RewardSource(function, weights, reward_model, shape, Residency({}))
+    pool = stack.enter_context(reward_pool(config))
+    most = config.reward.max_void
+    rewards = RewardSource(mesh, pool, config.reward.function, most, reward_model, shape, Residency({}))
     timers = Timers()
     words = words_of(tokenizer)
     turns = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 0})})
@@ -184,7 +187,7 @@ def build_source(
         cursor=cursor,
         words=words,
     )
-    return RolloutSource(config, fleet, generation, writer, log, timers)
+    return RolloutSource(config, fleet, generation, rewards, writer, log, timers)
 
 
 def version_of(fleet: Fleet) -> str:
@@ -216,4 +219,4 @@ def _named(group: Group) -> Group:
 
 
 def _numbered(versions: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    return tuple(v if v.version.isdecimal() else replace(v, version=INITIAL) for v in versions)
+    return tuple(v if v.version.isdecimal() else v._replace(version=INITIAL) for v in versions)

@@ -46,9 +46,12 @@ def of_reward(run_dir: Path, reward: str, ranks: int, *flags: str) -> list[str]:
 
 
 def train(
-    run_dir: Path, reward: str, ranks: int, *flags: str, **environment: str
+    run_dir: Path, function: str, ranks: int, *flags: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mcore_rl", *of_reward(run_dir, reward, ranks, *flags)]
+    command = [sys.executable, "-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
+    key = "--algorithm.loss" if function.startswith("losses:") else "--reward.function"
+    command += ["--run.dir", str(run_dir), key, f"tests.faults.{function}", "--reward.workers", "1"]
+    command += ["--parallel.tensor", str(ranks)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False
@@ -62,9 +65,13 @@ def ends(run_dir: Path) -> dict[int, int]:
 
 def test_a_reward_that_exits_ends_the_run_as_its_error(served: list[str], tmp_path: Path):
     """With exit code 0, which is that of success; tests/rewards has all that a reward can raise."""
-    done = train(tmp_path, "leave", 2, *served)
+    done = train(tmp_path, "rewards:leave", 2, *served, "--reward.max_void", "0")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("mcore-rl: RewardError: reward leave raised SystemExit on sample ") == 1
+    said = (
+        "mcore-rl: RewardError: reward tests.faults.rewards:leave gave 1 of 32 samples no reward (raised: 1)"
+    )
+    assert done.stderr.count(said) == 1
+    assert "raised SystemExit: 0" in done.stderr
     assert "Traceback" not in done.stderr
     assert ends(tmp_path) == {0: 2, 1: 2}
 
@@ -73,7 +80,7 @@ def test_a_reward_that_exits_ends_the_run_as_its_error(served: list[str], tmp_pa
 def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
     served: list[str], tmp_path: Path, ranks: int
 ):
-    done = train(tmp_path, "vanish", ranks, *served)
+    done = train(tmp_path, "losses:vanish", ranks, *served)
     assert done.returncode == 75, done.stderr
     said = "mcore-rl: rank 0 left with exit code 0, without an `end` event, after step 0; something in it"
     assert done.stderr.count(said) == 1, done.stderr
@@ -84,14 +91,14 @@ def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
 
 def test_a_crash_says_where_and_after_which_step(task: list[str], tmp_path: Path):
     """And its server ends with it: one that held the other end of stderr would keep us waiting here."""
-    done = train(tmp_path, "crash", 1, *task, *OWN_SERVER)
+    done = train(tmp_path, "losses:crash", 1, *task, *OWN_SERVER, METRICS=str(tmp_path / "metrics.jsonl"))
     assert done.returncode == 75, done.stderr
     assert (
         "mcore-rl: rank 0 was ended by signal 11 (SIGSEGV), without an `end` event, after step 1"
         in done.stderr
     )
     stack = done.stderr.split("Fatal Python error: Segmentation fault")[1]
-    assert "rewards.py" in stack
+    assert "losses.py" in stack
     assert "in crash" in stack
 
 
@@ -110,7 +117,13 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(
     run_dir, forked = tmp_path / "run", tmp_path / "forked"
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        done = train(run_dir, "fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", FORKED=str(forked))
+        done = train(
+            run_dir,
+            "rewards:fork",
+            1,
+            *(*task, *OWN_SERVER, "--checkpoint.every", "1"),
+            FORKED=str(forked),
+        )
         assert stranger.poll() is None, "only what the run has started is ended"
     finally:
         stranger.kill()
@@ -119,14 +132,17 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(
     children = dict(line.split() for line in forked.read_text().splitlines())
     assert children.keys() == {"returns", "sleeps", "daemon"}, "all of them were there"
     assert not [what for what, number in children.items() if works(int(number))]
-    assert done.stderr.count("and the new process came back from it; it is ended here") == 1
-    assert done.stderr.count("was still there at the end of the run; it is ended") == 2
+    assert done.stderr.count("was still there at the end of the run; it is ended") == 1, "daemon"
+    assert [record.get("void/forked") for record in read_metrics(run_dir / "metrics.jsonl")] == [
+        None,
+        1,
+        None,
+    ]
     assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]
     assert sum(event["kind"] == "end" for event in read_metrics(run_dir / "events.jsonl")) == 1
     last_served = (run_dir / "server.log").stat().st_mtime_ns
     began = time.monotonic()
-    more = [*task, *OWN_SERVER, "--checkpoint.every", "1", "--resume"]
-    again = ranks.run(*of_reward(run_dir, "fork", 1, *more))
+    again = train(run_dir, "rewards:fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", "--resume")
     assert again.returncode == 0, again.stderr
     assert "mcore-rl: nothing to do: step 2 of train.steps = 2 is done" in again.stderr
     assert "raise train.steps" in again.stderr

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from mcore_rl.errors import RewardError
 from mcore_rl.rewards.outcome import Outcome, read_outcome, turn_ends
@@ -149,3 +151,35 @@ def test_the_fields_of_a_sample_take_it():
     scored = replace(THREE, reward=found.reward, parts=found.parts, turn_rewards=found.turn_rewards)
     assert scored.reward == 6.0
     assert scored.turn_rewards[-1] == TurnReward(5, 3.0)
+
+
+@pytest.mark.parametrize(
+    "value", [1, 0.5, np.float32(0.5), np.float64(-2), np.int64(3), Fraction(1, 4), -3e38]
+)
+def test_real_numbers_become_floats(value):
+    reward = read_outcome(value, THREE, {}).reward
+    assert type(reward) is float
+    assert reward == value
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (True, "bool"),
+        (np.bool_(True), "bool"),
+        (None, "NoneType"),
+        ("1", "str"),
+        (1j, "complex"),
+        (torch.tensor(1.0), "Tensor"),
+        (np.array(1.0), "ndarray"),
+        (math.nan, "NaN"),
+        (np.float32("nan"), "NaN"),
+        (math.inf, "infinity"),
+        (-math.inf, "infinity"),
+        (1e39, "beyond float32"),
+        pytest.param(10**5000, "beyond float32", id="huge"),
+    ],
+)
+def test_anything_else_is_refused(value, what):
+    with pytest.raises(RewardError, match=rf"{what}.*; return a"):
+        read_outcome(value, THREE, {})
