@@ -62,7 +62,7 @@ demo-sglang: $(READY) $(SGLANG)/.ready  ## the demo with a real SGLang server on
 	$(BIN)/mcore-rl train examples/gspo_sglang_tiny.toml
 	$(BIN)/mcore-rl report runs/demo-sglang
 
-DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl --data.eval runs/demo-sglang/data/eval.jsonl
+DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl
 
 test: lint  ## lint and the whole correctness suite on CPU
 	$(PYTEST) $(PARALLEL) -m "$(CORRECTNESS) and not lanes"

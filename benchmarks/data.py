@@ -83,7 +83,7 @@ def measure(path: Path) -> None:
 
 def main() -> None:
     """Make the file and measure it in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--kind", choices=["jsonl", "parquet"], default="jsonl")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)

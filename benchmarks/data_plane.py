@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from mcore_rl.parallel.control import apart, together
+from mcore_rl.parallel.control import from_buffers, to_buffers
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
@@ -69,12 +69,12 @@ def tensors(groups: Sequence[Group]) -> list[torch.Tensor]:
 
 def hand_over(groups: Sequence[Group], prompts: Mapping[str, Prompt]) -> list[Group]:
     """The groups as another rank has them, in this process."""
-    return unpack_groups(together(*apart(pack_groups(groups))), prompts)
+    return unpack_groups(from_buffers(*to_buffers(pack_groups(groups))), prompts)
 
 
 def bytes_per_token(groups: Sequence[Group]) -> float:
     """All that is sent, over the response tokens of the groups."""
-    rest, memory = apart(pack_groups(groups))
+    rest, memory = to_buffers(pack_groups(groups))
     sent = len(rest) + sum(one.numel() for one in memory)
     return sent / sum(len(sample.token_ids) for group in groups for sample in group.samples)
 
@@ -91,10 +91,10 @@ def measure(samples: int, tokens: int, rounds: int) -> dict[str, float]:
     groups, prompts = random_groups(samples, tokens)
     seconds: dict[str, list[float]] = {"lead": [], "rank": [], "memcpy": []}
     for _ in range(rounds + 2):  # the first two warm up
-        lead, (rest, memory) = cpu_seconds(lambda: apart(pack_groups(groups)))
+        lead, (rest, memory) = cpu_seconds(lambda: to_buffers(pack_groups(groups)))
         copy, arrived = cpu_seconds(lambda memory=memory: [one.clone() for one in memory])
         rank, got = cpu_seconds(
-            lambda rest=rest, arrived=arrived: tensors(unpack_groups(together(rest, arrived), prompts))
+            lambda rest=rest, arrived=arrived: tensors(unpack_groups(from_buffers(rest, arrived), prompts))
         )
         for name, value in (("lead", lead), ("rank", rank), ("memcpy", copy)):
             seconds[name].append(value)

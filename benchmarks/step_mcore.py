@@ -38,7 +38,6 @@ from mcore_rl.training.batch import (
 from mcore_rl.training.checkpoint import end_step
 from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
-from mcore_rl.training.publish import publish
 from mcore_rl.training.run import Run
 from mcore_rl.types import Prompt, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
@@ -151,7 +150,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
     megatron = Stopwatch()
     update.forward_backward = megatron.of(update.forward_backward)
     Optimizer.step = megatron.of(Optimizer.step)
-    publish(run, 0, run.probe_prompts())
+    run.publisher.publish(0, run.trainer.probe_prompts())
     step = 0
     while True:
         step += 1
@@ -160,7 +159,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
         times.append(clock())
         learned = learn(run, batch, step).metrics
         times.append(clock())
-        published = publish(run, step, (whole_sequence(s) for s in batch.samples))
+        published = run.publisher.publish(step, (whole_sequence(s) for s in batch.samples))
         times.append(clock())
         run.log(step, learned | published)
         end_step(run.trainer, run.contents, run.residency, step)

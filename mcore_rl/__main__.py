@@ -10,19 +10,24 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
-from mcore_rl.terminal import printable
+from mcore_rl.streams import guard
+from mcore_rl.terminal import CommandParser, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, plan, doctor, serve):
+    if rest and arguments.command not in (train, rollout, plan, doctor, serve, evaluate):
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    guard(output=arguments.command not in (train, serve, follow))
     try:
-        return arguments.command(arguments, rest)
+        code = arguments.command(arguments, rest)
+        sys.stdout.flush()
+        return code
     except McoreRLError as error:
-        print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
+        if not isinstance(error.__cause__, BrokenPipeError):  # whoever reads no further wants no more
+            print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -30,34 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of every command; imports nothing heavy, so that --help is instant."""
-    parser = argparse.ArgumentParser(prog="mcore-rl", description=__doc__)
+    parser = CommandParser(prog="mcore-rl", description=__doc__)
     none = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--version", action=_Version, **none, help="of mcore_rl and what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
-    add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
-    add.add_argument("--rehearse", action="store_true", help="the same, tiny, on the CPUs of this machine")
-    add.add_argument("--rehearse-procs", type=int, metavar="N", help="processes of a rehearsal (default 8)")
-    add.add_argument(
-        "--resume",
-        nargs="?",
-        const="latest",
-        metavar="latest|previous|PATH",
-        help="continue after a checkpoint of the run",
-    )
-    add.add_argument(
-        "--replay",
-        type=Path,
-        metavar="DUMP",
-        help="run a recorded micro-batch alone: RUN_DIR/numerics/step_N",
-    )
-    add.set_defaults(command=train)
+    _add_train(commands)
+    _add_samples(commands)
 
     add = commands.add_parser("doctor", help="examine machine, config, model, data and servers before a run")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=doctor)
+
+    _add_eval(commands)
 
     add = commands.add_parser("plan", help="memory and time of every layout, before anything starts")
     add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
@@ -86,24 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add.set_defaults(command=follow)
 
-    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
-    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
-    add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
-    add.add_argument(
-        "--tp", type=int, default=1, help="with --pp: write tp x pp files, which any layout reads"
-    )
-    add.add_argument("--pp", type=int, default=1)
-    add.set_defaults(command=convert_hf_to_mcore)
-    _add_conversion(add)
-    add = directions.add_parser("mcore-to-hf", help="torch_dist, or a training checkpoint, to safetensors")
-    add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
-    add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
-    add.add_argument("--quantize", choices=["fp8"], help="FP8 in blocks of 128 x 128, for SGLang")
-    add.set_defaults(command=convert_mcore_to_hf)
-    _add_conversion(add)
+    _add_convert(commands)
 
     add = commands.add_parser("report", help="write RUN_DIR/report.html; several runs are compared")
     add.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    add.add_argument(
+        "--sample", action="append", default=[], metavar="ID", help="a dumped sample, token by token; repeat"
+    )
     add.set_defaults(command=report)
 
     _add_verify(commands)
@@ -124,6 +104,82 @@ class _Version(argparse.Action):
             except PackageNotFoundError:
                 print(printable(f"{package}: not installed"))
         parser.exit()
+
+
+def _add_train(commands: Any) -> None:
+    add = commands.add_parser("train", help="train by a config; under torchrun as a rank, else on this node")
+    add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.add_argument("--rehearse", action="store_true", help="the same, tiny, on the CPUs of this machine")
+    add.add_argument("--rehearse-procs", type=int, metavar="N", help="processes of a rehearsal (default 8)")
+    add.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="latest|previous|PATH",
+        help="continue after a checkpoint of the run",
+    )
+    add.add_argument(
+        "--replay",
+        type=Path,
+        metavar="DUMP",
+        help="run a recorded micro-batch alone: RUN_DIR/numerics/step_N",
+    )
+    add.add_argument(
+        "--rollouts",
+        type=Path,
+        metavar="DIR",
+        help="train on rollouts that were kept (rollout.dump, or `mcore-rl rollout`), without servers",
+    )
+    add.set_defaults(command=train)
+
+
+def _add_samples(commands: Any) -> None:
+    add = commands.add_parser("rollout", help="sample and score train.steps steps into dumps, no trainer")
+    add.add_argument("config", type=Path, metavar="CONFIG.toml", help="then --section.key value overrides")
+    add.set_defaults(command=rollout)
+
+    add = commands.add_parser("samples", help="rollouts that were kept, down to every token")
+    add.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="of rollout.dump or `mcore-rl rollout`")
+    add.add_argument("step", type=int, nargs="?", metavar="STEP", help="list the samples of this step")
+    add.add_argument("--sample", metavar="ID", help="show this one, token by token")
+    add.add_argument("--limit", type=int, default=50, metavar="N", help="samples listed (default 50)")
+    add.set_defaults(command=samples)
+
+
+def _add_eval(commands: Any) -> None:
+    add = commands.add_parser("eval", help="sample and score the held-out sets, without training")
+    add.add_argument(
+        "target",
+        type=Path,
+        metavar="CONFIG.toml|RUN_DIR",
+        help="a config, whose model.path is meant, or a run's newest weights; then overrides",
+    )
+    add.add_argument(
+        "--checkpoint",
+        metavar="latest|previous|PATH",
+        help="other weights: a training checkpoint, or a Hugging Face directory",
+    )
+    add.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/evaluations/NAME")
+    add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    add.set_defaults(command=evaluate)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron's torch_dist")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    add = directions.add_parser("hf-to-mcore", help="safetensors to torch_dist, which any layout loads")
+    add.add_argument(
+        "--tp", type=int, default=1, help="with --pp: write tp x pp files, which any layout reads"
+    )
+    add.add_argument("--pp", type=int, default=1)
+    add.set_defaults(command=convert_hf_to_mcore)
+    _add_conversion(add)
+    add = directions.add_parser("mcore-to-hf", help="torch_dist, or a training checkpoint, to safetensors")
+    add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
+    add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
+    add.add_argument("--quantize", choices=["fp8"], help="FP8 in blocks of 128 x 128, for SGLang")
+    add.set_defaults(command=convert_mcore_to_hf)
+    _add_conversion(add)
 
 
 def _add_verify(commands: Any) -> None:
@@ -154,9 +210,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--replay DUMP] [--section.key value ...]`."""
+    """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--rollouts DIR] [--replay DUMP] [--key value ...]`."""
     from mcore_rl.config import load_config
-    from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
+    from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 
     config = load_config(arguments.config, overrides)
     _check_flags(arguments)
@@ -164,11 +220,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from mcore_rl.launch.rehearse import rehearse
 
         return rehearse(config, arguments.rehearse_procs)
+    options = {name: getattr(arguments, name) for name in ("resume", "replay", "rollouts")}
+    source = Source(**options)
     if under_torchrun():
-        return run_rank(config, arguments.resume, arguments.replay)
-    options = {"--resume": arguments.resume, "--replay": arguments.replay}
-    flags = [str(part) for item in options.items() if item[1] is not None for part in item]
-    return launch_node(config, ["train", str(arguments.config), *flags, *overrides])
+        return run_rank(config, source)
+    given = {f"--{name}": str(value) for name, value in options.items() if value is not None}
+    flags = [part for flag in given.items() for part in flag]
+    return launch_node(config, source, ["train", str(arguments.config), *flags, *overrides])
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -177,11 +235,33 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
     a = arguments
     given = {"--rehearse": a.rehearse, "--resume": a.resume is not None, "--replay": a.replay is not None}
+    given["--rollouts"] = a.rollouts is not None
     chosen = [flag for flag, is_given in given.items() if is_given]
-    if len(chosen) > 1:
+    if len(chosen) > 1 and chosen != ["--resume", "--rollouts"]:
         raise ConfigError(f"{' and '.join(chosen)}: only one of them at a time")
     if a.rehearse_procs is not None and not a.rehearse:
         raise ConfigError("--rehearse-procs: only with --rehearse; add it, or this would be the real run")
+
+
+def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl rollout CONFIG.toml [--section.key value ...]`; started again, it goes on."""
+    from mcore_rl.config import load_config
+    from mcore_rl.errors import ConfigError
+    from mcore_rl.launch.start import run_alone
+
+    config = load_config(arguments.config, overrides)
+    if config.supervised_only:
+        raise ConfigError('rollout: algorithm.name = "sft" samples nothing; set another one')
+    return run_alone(config)
+
+
+def samples(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl samples RUN_DIR [STEP] [--sample ID] [--limit N]`."""
+    from mcore_rl.dumps.show import show_samples
+
+    for line in show_samples(arguments.run_dir, arguments.step, arguments.sample, arguments.limit):
+        print(printable(line))
+    return 0
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -198,6 +278,14 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.doctor import main as examine
 
     return examine(arguments.config, overrides, as_json=arguments.json)
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl eval CONFIG.toml|RUN_DIR [--checkpoint WHICH] [--out DIR] [--section.key value ...]`."""
+    from mcore_rl.evaluate.command import evaluate
+
+    a = arguments
+    return evaluate(a.target, overrides, checkpoint=a.checkpoint, out=a.out, as_json=a.json)
 
 
 def config(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -256,12 +344,12 @@ def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:
-    """`mcore-rl report RUN_DIR [RUN_DIR ...]`."""
+    """`mcore-rl report RUN_DIR [RUN_DIR ...] [--sample ID ...]`."""
     from mcore_rl.report import write_report
     from mcore_rl.report.runs import read_runs
     from mcore_rl.report.summary import text_table
 
-    page = write_report(arguments.run_dirs)
+    page = write_report(arguments.run_dirs, samples=arguments.sample)
     for run in read_runs(arguments.run_dirs):
         for line in text_table(run).split("\n"):
             print(printable(line))

@@ -26,7 +26,18 @@ MARK = ".mcore_rl"
 LOCK = "LOCK"
 VERSION = re.compile(r"(initial|\d+)(\.partial)?")
 """the name of a directory of published weights"""
-Kind = Literal["run", "weights", "samples", "checkpoint", "model", "rehearsal", "conversion"]
+Kind = Literal[
+    "run",
+    "weights",
+    "samples",
+    "rollouts",
+    "sampled",
+    "checkpoint",
+    "model",
+    "rehearsal",
+    "conversion",
+    "evaluation",
+]
 """what a marked directory is"""
 _PARTIAL = ".partial"
 _HOLDER = re.compile(rb"(process [^\n]*\n?)?")
@@ -47,7 +58,11 @@ def is_free(directory: Path, kind: Kind) -> bool:
         return False
     if not directory.exists() or is_ours(directory, kind):
         return True
-    return all(entry.name == MARK + _PARTIAL for entry in directory.iterdir())  # it was about to be marked
+    return all(_is_partial_mark(entry.name) for entry in directory.iterdir())  # it was about to be marked
+
+
+def _is_partial_mark(name: str) -> bool:
+    return name.startswith(f"{MARK}.") and name.endswith(_PARTIAL)
 
 
 def check_free(directory: Path, remedy: str, *, kind: Kind) -> None:
@@ -79,7 +94,7 @@ def kind_of(directory: Path) -> str | None:
 def read_mark(directory: Path) -> dict[str, Any]:
     """The content of the mark; nothing where there is no mark, or no readable one."""
     try:
-        content = json.loads((directory / MARK).read_text())
+        content = json.loads((directory / MARK).read_text()) if (directory / MARK).is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -203,15 +218,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write beside `path`, durably, and put it in place; nothing is left where that fails."""
-    partial = path.with_name(path.name + _PARTIAL)
+    """Write beside `path`, durably, and put it in place; nothing is left where that fails.
+
+    The file beside it is a new one of this process: what a link of that name leads to is not written to, and
+    two processes do not write into each other's.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:  # a signal that ends the process too
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise

@@ -42,6 +42,10 @@ class RewardError(McoreRLError, ValueError):
     """A reward function failed or returned something that is not a finite number."""
 
 
+class NoSignalError(McoreRLError, RuntimeError):
+    """Too few prompts whose samples get unequal rewards: a retry would meet the same prompts again."""
+
+
 class RolloutError(McoreRLError, RuntimeError):
     """No usable reply from the rollout servers within the deadline."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -69,12 +70,15 @@ def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
 def read_metrics(path: Path, since: int = 0) -> list[dict[str, Any]]:
     """All complete lines of a metrics or events file, in order; lines cut by a crash are left out.
 
-    `since` is a byte at which a line begins. Raises DataError when there is no such file.
+    `since` is a byte at which a line begins. Raises DataError when there is no such file, or it is a pipe or
+    a device, whose end may never come.
     """
     return [record for record, _ in _records(path, since)]
 
 
 def _records(path: Path, since: int = 0) -> Iterator[tuple[dict[str, Any], bytes]]:
+    if os.path.exists(path) and not os.path.isfile(path):  # no error for a long name
+        raise DataError(f"{path}: not a plain file; give the directory of a run that has begun")
     try:
         lines = path.read_bytes()[since:].splitlines(keepends=True)
     except OSError as error:
@@ -188,8 +192,8 @@ class Progress:
 
 def _of_how_many(key: str, metrics: Mapping[str, Any]) -> str:
     """` (of 4 of 16 prompts)`: how many of its file a held-out mean is of; nothing where it is not known."""
-    samples, prompts = (metrics.get(f"{key.rpartition('/')[0]}/{what}") for what in ("samples", "prompts"))
-    return f" (of {samples:.0f} of {prompts:.0f} prompts)" if samples and prompts else ""
+    sampled, prompts = (metrics.get(f"{key.rpartition('/')[0]}/{what}") for what in ("sampled", "prompts"))
+    return f" (of {sampled:.0f} of {prompts:.0f} prompts)" if sampled and prompts else ""
 
 
 def clock(seconds: float) -> str:

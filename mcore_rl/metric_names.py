@@ -13,19 +13,39 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "reward/mean": "Mean reward of the samples of the step.",
         "reward/std": "Standard deviation of the rewards, over n.",
         "reward/no_signal": "Share of the samples whose advantages are all 0.",
+        "reward/*": "Mean of this part of the reward, before its weight, over the samples that have it.",
+        "void/*": "Samples without a reward, by the reason: what the function did, or what its `Void` said.",
         "length/mean": "Mean response length in tokens.",
         "length/max": "Longest response in tokens.",
         "truncated": "Share of the responses that ended at `rollout.max_new_tokens`.",
         "samples": "Samples that were trained.",
         "aborted": "Samples that were asked for and that the servers aborted.",
+        "void": "Samples whose environment or grader failed, those of the replaced groups among them.",
+        "sampling/groups": "Groups that the step sampled, with `rollout.dynamic_sampling`.",
+        "sampling/dropped": "Those of them that had no signal and were replaced.",
+        "sampling/refill_rate": "Their share of the sampled groups.",
+        "sampling/reward": "Mean reward of all samples of the step, those of the replaced groups among them.",
         "tokens": "Response tokens of the samples; with `sft`, label tokens.",
-        "eval/*/accuracy": "Mean reward of one sample per held-out prompt, from a reward function.",
-        "eval/*/reward": "The same from a reward model, whose scores are no accuracy.",
-        "eval/*/samples": "Samples of that mean.",
-        "eval/*/prompts": "Prompts of the held-out file.",
         "data/*/prompts": "Prompts of the file, in the first record.",
         "data/*/dropped": "Prompts longer than `data.max_prompt_tokens`, which were left out, in the first "
         "record.",
+    },
+    "Held-out sets": {
+        "eval/version": "Step whose weights were evaluated: the step before, where servers generate beside "
+        "training.",
+        "eval/*/accuracy": "Mean reward over the prompts of a set, of the mean over each one's samples "
+        "(mean@k), from a reward function.",
+        "eval/*/reward": "The same from a reward model, whose scores are no accuracy.",
+        "eval/*/pass@*": "Chance that one of k samples passes, without bias; see docs/evaluation.md.",
+        "eval/*/majority@*": "How often the answer that most of k samples give passes.",
+        "eval/*/low": "Lower end of the 95 % interval of the metric before it, over prompts.",
+        "eval/*/high": "Its upper end.",
+        "eval/*/truncated": "Share of the samples that ended at their token limit.",
+        "eval/*/length": "Mean response length in tokens.",
+        "eval/*/samples": "Samples that have a reward.",
+        "eval/*/missing": "Samples that were asked for and have none: aborted by a server, or void.",
+        "eval/*/sampled": "Prompts with a sample that has a reward.",
+        "eval/*/prompts": "Prompts of the set's file.",
     },
     "Loss and policy": {
         "loss/policy": "The objective, mean over the optimizer steps of the step; with `sft`, nats per "
@@ -80,6 +100,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "async/trained": "Samples ever trained.",
         "async/in_flight": "Samples in flight.",
         "async/discarded_aborted": "Samples ever aborted by a server.",
+        "async/discarded_no_signal": "Samples ever replaced since the rewards of their group were equal.",
+        "async/discarded_void": "Samples ever left out since their environment or grader failed.",
         "async/discarded_stale": "Samples ever discarded since they were too old.",
         "async/discarded_unfinished": "Samples ever discarded since the step had enough.",
         "staleness/mean": "Weight versions between sampling and training, mean over tokens.",
@@ -109,6 +131,12 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
 }
 """section -> metric, with `*` for any word -> meaning"""
 
+_LONGEST = sorted(
+    (entry for table in SECTIONS.values() for entry in table.items()),
+    key=lambda entry: not entry[0].endswith(("/low", "/high")),
+)
+"""ends of intervals first: theirs are names of metrics with a word behind them"""
+
 MEASURED = ("time/", "throughput/", "memory/")
 """what begins so is of the machine: it differs between runs whose numbers are equal"""
 
@@ -124,7 +152,7 @@ in a step is left out. The report draws all of them. A loss of your own adds met
 def meaning_of(name: str) -> str | None:
     """What the metric `name` means; None where the table does not have it."""
     return next(
-        (text for table in SECTIONS.values() for known, text in table.items() if fnmatchcase(name, known)),
+        (text for known, text in _LONGEST if fnmatchcase(name, known)),
         None,
     )
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 MAX_DEPTH = 100
-"""of objects and arrays within each other; what is deeper could be read and then not be written again"""
+"""objects and arrays within each other; what is deeper could be read and then not be written again"""
 
 
 class JsonError(ValueError):
@@ -19,7 +19,7 @@ class JsonError(ValueError):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line
-        """of the text, from 1"""
+        """line of the text, from 1"""
 
 
 def parse(text: bytes) -> Any:

@@ -7,9 +7,11 @@ message; `printable` is for every whole message, where it is printed (tests/test
 
 from __future__ import annotations
 
+import argparse
 import re
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of what acts instead of being shown: controls, formats, surrogates, line separators"""
@@ -59,6 +61,13 @@ def printable(message: object) -> str:
     """
     lines = str(message).split("\n")
     return "\n".join([escaped(lines[0]), *(_indented(escaped(line)) for line in lines[1:])])
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of a command line whose errors repeat arguments so that they stay text; so do its parts."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message("\n".join(map(escaped, message.split("\n"))), file)
 
 
 def _shown(character: str) -> str:

@@ -9,22 +9,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # reward functions run in processes that have no use for torch
+    import torch
 
 T = TypeVar("T")
 
 Tokens = npt.NDArray[np.int32] | tuple[int, ...]
 
 
-def _freeze(array: T) -> T:
-    """`array` itself, read-only if it is an array of numpy."""
-    if isinstance(array, np.ndarray):
-        array.setflags(write=False)
-    return array
+def _freeze(*arrays: object) -> None:
+    """Arrays of numpy become read-only."""
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            # By position, which numpy's stubs do not know: the keyword takes twice as long.
+            array.setflags(False)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ class Prompt:
     @cached_property
     def token_array(self) -> npt.NDArray[np.int32]:
         """[P] `token_ids`, converted once for all samples and steps."""
-        return _freeze(np.array(self.token_ids, np.int32))
+        array = np.array(self.token_ids, np.int32)
+        _freeze(array)
+        return array
 
 
-@dataclass(frozen=True)
-class VersionSpan:
+class VersionSpan(NamedTuple):
     """Trained tokens [start, end) of a segment were sampled from weight version `version`."""
 
     version: str
@@ -99,8 +103,26 @@ class Segment:
 
     def __post_init__(self) -> None:
         """Its arrays become read-only: a reward that writes into one gets an error, not other tokens."""
-        for array in (self.context, self.token_ids, self.log_probs, self.trained, self.experts):
-            _freeze(array)
+        _freeze(self.context, self.token_ids, self.log_probs, self.trained, self.experts)
+
+
+class RewardPart(NamedTuple):
+    """One of several rewards of a sample: its reward is the sum of weight x value over its parts."""
+
+    name: str
+    """as in the metric `reward/<name>`"""
+    value: float
+    """before the weight; the sum over the turns, where it was given per turn"""
+    weight: float
+
+
+class TurnReward(NamedTuple):
+    """A reward of one turn, at the token that ends it."""
+
+    token: int
+    """its place among the trained tokens of the sample, in [0, m)"""
+    reward: float
+    """after the weights of its parts"""
 
 
 @dataclass(frozen=True)
@@ -117,9 +139,13 @@ class Sample:
     finish_reason: str
     """`stop`, `length` or `abort`."""
     reward: float | None = None
-    """Finite, set by the reward function."""
+    """Finite, set by the reward function; the sum over parts or turns, where there are any."""
     void: bool = False
     """Its environment or its grader failed: it has no part in its group, the batch, a count or the loss."""
+    parts: tuple[RewardPart, ...] = ()
+    """What its reward is the weighted sum of; none, where the function gave one number or turns."""
+    turn_rewards: tuple[TurnReward, ...] = ()
+    """Where its reward lies, in the order of the tokens; none: all of it at the last trained token."""
 
     @classmethod
     def of_response(
@@ -138,15 +164,24 @@ class Sample:
         segment = Segment(prompt.token_array, token_ids, log_probs, versions, experts=experts)
         return cls(id, prompt, (segment,), text, finish_reason, reward)
 
-    @cached_property
+    @property
     def token_ids(self) -> Tokens:
         """[m] the trained tokens of all segments, one after another."""
-        return _joined([_trained(segment) for segment in self.segments], np.int32)
+        if len(self.segments) == 1 and self.segments[0].trained is None:
+            return self.segments[0].token_ids
+        return self._joined[0]
 
-    @cached_property
+    @property
     def log_probs(self) -> npt.NDArray[np.float32] | tuple[float, ...]:
         """[m] their log-probabilities under the sampling policy."""
-        return _joined([segment.log_probs for segment in self.segments], np.float32)
+        return self.segments[0].log_probs if len(self.segments) == 1 else self._joined[1]
+
+    @cached_property
+    def _joined(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        tokens = join_arrays([_trained(segment) for segment in self.segments], np.int32)
+        log_probs = join_arrays([segment.log_probs for segment in self.segments], np.float32)
+        _freeze(tokens, log_probs)
+        return tokens, log_probs
 
     @property
     def trained_tokens(self) -> int:
@@ -163,10 +198,9 @@ def _trained(segment: Segment) -> Tokens:
     return segment.token_ids if segment.trained is None else np.asarray(segment.token_ids)[segment.trained]
 
 
-def _joined(parts: Sequence[Any], dtype: npt.DTypeLike) -> Any:
-    if len(parts) == 1:
-        return parts[0]
-    return _freeze(np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="same_kind"))
+def join_arrays(parts: Sequence[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """[sum of n_i] arrays or tuples of numbers, one after another as `dtype`."""
+    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="same_kind")
 
 
 @dataclass(frozen=True)

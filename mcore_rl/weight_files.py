@@ -27,6 +27,9 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     index = directory / INDEX
     found = sorted(directory.glob("*.safetensors"))
     single = directory / SINGLE
+    for path in (index, *found):
+        if path.exists() and not path.is_file():  # to read a pipe could take for ever
+            raise ConfigError(f"{path}: not a plain file; fetch or export it again")
     if not index.exists():
         if not found:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.parallel.pool import Pool
 
-pytest_plugins = ("tests.embedded",)
+pytest_plugins = ("tests.embedded", "tests.launched")
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is not a failing example
 settings.load_profile("untimed")
@@ -20,8 +23,18 @@ settings.load_profile("untimed")
 CHECKED_PACKAGES = ["mcore_rl.algo", "mcore_rl.parallel"]
 """as in pyproject.toml's --jaxtyping-packages, which reaches only the process of pytest itself"""
 
-GROUPS = {"pool2": "ranks", "pool4": "ranks"}
+GROUPS = {"pool1": "ranks", "pool2": "ranks", "pool4": "ranks"}
 """session fixture -> xdist group: one worker owns the pools, so that they start once and do not compete"""
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, built here: no download."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-=ab "])}
+    inner = Tokenizer(models.WordLevel(vocabulary))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
 def check_annotations() -> None:
@@ -29,17 +42,32 @@ def check_annotations() -> None:
     install_import_hook(CHECKED_PACKAGES, "beartype.beartype")
 
 
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
+
+
+def forked(world: int) -> Pool:
+    """A pool whose processes are forked from one that has imported the library, its annotations checked."""
+    return Pool(world, setup=check_annotations, method="forkserver")
+
+
+@pytest.fixture(scope="session")
+def pool1() -> Iterator[Pool]:
+    """One process in a gloo group of its own, kept for the session."""
+    with forked(1) as pool:
+        yield pool
+
+
 @pytest.fixture(scope="session")
 def pool2() -> Iterator[Pool]:
     """Two processes in one gloo group, kept for the session."""
-    with Pool(2, setup=check_annotations) as pool:
+    with forked(2) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def pool4() -> Iterator[Pool]:
     """Four processes in one gloo group, kept for the session."""
-    with Pool(4, setup=check_annotations) as pool:
+    with forked(4) as pool:
         yield pool
 
 

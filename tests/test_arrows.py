@@ -19,7 +19,7 @@ BASE |= {"terminal", "before_megatron", "weight_files", "functions"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset({"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "config"})
-FLOORS_BELOW |= {"log", "checkpoint", "metric_names"}
+FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
@@ -28,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "precision": frozenset(),
     "strict_json": frozenset(),
     "terminal": frozenset(),
+    "streams": frozenset({"errors"}),
     "weight_files": frozenset({"errors", "terminal"}),
     "functions": frozenset({"errors", "terminal"}),
     "before_megatron": frozenset(),
@@ -42,7 +43,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": BASE | {"algo"},
     "server": BASE | {"rollout.experts"},
     "log": BASE | DISK,
-    "report": BASE | DISK | {"log", "metric_names"},
+    "dumps": BASE | DISK | {"rollout.columns", "rollout.reply"},
+    "report": BASE | DISK | {"log", "metric_names", "dumps"},
     "checkpoint": BASE | DISK | {"parallel", "model"},
     "training": BASE | DISK | FLOORS_BELOW,
     "launch": BASE | DISK | FLOORS_BELOW | {"training"},
@@ -50,6 +52,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "plan": EVERYTHING,
     "doctor": EVERYTHING,
     "convert": EVERYTHING,
+    "evaluate": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }
@@ -190,12 +193,12 @@ def test_the_gate_sees_a_planted_circle(source: str) -> None:
     assert {"mcore_rl.training.batch", "mcore_rl.training.loop"} <= {*circle(files)}
 
 
-WHOLE = frozenset({"Run", "Trainer"})
+WHOLE = frozenset({"Run", "Learner", "Trainer"})
 AT_MOST = 10
 
 
 def taking_the_whole(files: Mapping[str, ast.AST]) -> list[str]:
-    """Functions and methods of training/ with a parameter of type Run or Trainer."""
+    """Functions and methods of training/ with a parameter of type Run, Learner or Trainer."""
     return [
         f"{path}:{function.lineno}: {function.name}"
         for path, tree in files.items()

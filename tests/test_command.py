@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
 
 from mcore_rl import __version__
 from mcore_rl.__main__ import build_parser, main
+from tests.sources import ROOT
 
 
 def test_the_version_is_that_of_everything_an_error_may_come_from(capsys) -> None:
@@ -27,3 +30,53 @@ def test_an_unknown_command_names_those_there_are(capsys) -> None:
         main(["trian"])
     assert end.value.code == 2
     assert "train" in capsys.readouterr().err
+
+
+def in_shell(what: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """`what` with "$@" as the command, or as Python with that code."""
+    program = ["-c", code] if code else ["-m", "mcore_rl"]
+    line = ["bash", "-c", f"set -o pipefail; {what}", "bash", sys.executable, *program]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False)
+
+
+def test_output_that_nobody_takes_is_no_success() -> None:
+    full = in_shell('"$@" config run >/dev/full')
+    assert (full.returncode, "Traceback" in full.stderr) == (75, False)
+    assert full.stderr.startswith("mcore-rl: StorageError: standard output: No space left")
+    read_no_further = in_shell('"$@" config run | true')
+    assert (read_no_further.returncode, read_no_further.stderr) == (75, "")
+
+
+def test_a_closed_standard_output_takes_nothing_that_is_needed() -> None:
+    code = "import sys; from mcore_rl.streams import guard; guard(output=True); print(1); sys.stdout.flush()"
+    assert "StorageError: standard output: Bad file descriptor" in in_shell('"$@" >&-', code).stderr
+    assert in_shell('"$@"', code).stdout == "1\n"
+
+
+GUARDED = """
+import faulthandler, os, sys
+from mcore_rl.streams import guard
+guard(output=False)
+for _ in range(1000):
+    print("step", flush=True)
+    print("step", file=sys.stderr)
+faulthandler.enable()
+assert os.open("/dev/null", os.O_RDONLY) > 2, "a file has taken the place of standard error"
+os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("lost", [">/dev/full 2>&1", ">&- 2>&-", "2>&1 | true", ">/dev/full 2>&-"])
+def test_a_run_does_not_end_because_nobody_reads_what_it_says(lost: str) -> None:
+    assert in_shell(f'"$@" {lost}', GUARDED).returncode == 7
+    unguarded = GUARDED.replace("guard(output=False)", "")
+    assert in_shell(f'"$@" {lost}', unguarded).returncode != 7
+
+
+def test_arguments_that_are_repeated_stay_text(capsys) -> None:
+    for command in (["report", "x", "--\x1b[2J"], ["\u202e"], ["plan", "x", "--gpus", "\x1b[2J"]):
+        with pytest.raises(SystemExit):
+            main(command)
+    said = capsys.readouterr().err
+    assert "\\x1b[2J" in said
+    assert not {"\x1b", "\u202e"} & set(said)

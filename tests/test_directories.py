@@ -269,3 +269,22 @@ def test_a_message_repeats_the_beginning_of_the_kind_in_a_mark(tmp_path: Path) -
     with pytest.raises(ConfigError, match="kkk") as refused:
         make(tmp_path, "elsewhere", kind="weights")
     assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["page.partial", f"page.{os.getpid()}.partial"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_a_link_beside_a_file_leads_to_is_not_written(tmp_path: Path, name: str, link) -> None:
+    (tmp_path / "mine").write_text("precious")
+    link(tmp_path / "mine", tmp_path / name)
+    write_whole(tmp_path / "page", "new")
+    assert (tmp_path / "page").read_text() == "new"
+    assert not (tmp_path / "page").is_symlink()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_directory_that_was_about_to_be_marked_is_free(tmp_path: Path) -> None:
+    for name in (f"{MARK}.partial", f"{MARK}.7.partial"):
+        (tmp_path / name).touch()
+    assert directories.is_free(tmp_path, "weights")
+    (tmp_path / "x.partial").touch()
+    assert not directories.is_free(tmp_path, "weights")

@@ -21,4 +21,5 @@ def test_every_name_stands_once_and_means_something() -> None:
 
 def test_a_star_stands_for_any_set() -> None:
     assert meaning_of("eval/held_out/accuracy") == meaning_of("eval/gsm8k/accuracy")
-    assert meaning_of("reward/median") is None
+    assert meaning_of("length/median") is None
+    assert meaning_of("reward/mean") != meaning_of("reward/format")

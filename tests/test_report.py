@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,8 +20,9 @@ from mcore_rl.errors import DataError
 from mcore_rl.log import StepLog, read_metrics
 from mcore_rl.report import write_report
 from mcore_rl.report.compare import differences
+from mcore_rl.report.page import render
 from mcore_rl.report.picture import picture
-from mcore_rl.report.plots import SECTIONS
+from mcore_rl.report.plots import SECTIONS, draw_sections
 from mcore_rl.report.runs import read_runs
 from mcore_rl.report.summary import duration, headline, text_table
 from mcore_rl.report.svg import Axis, Line, format_number, line_chart, moving_average, thin, ticks
@@ -259,15 +261,50 @@ def test_held_out_accuracy_says_of_how_many_and_dropped_prompts_have_a_tile(tmp_
     counts = {
         "data/train/prompts": 16,
         "data/train/dropped": 12,
-        "data/eval/prompts": 16,
-        "data/eval/dropped": 0,
+        "data/eval/e/prompts": 16,
+        "data/eval/e/dropped": 0,
     }
-    held_out = {"eval/e/accuracy": 0.5, "eval/e/samples": 4, "eval/e/prompts": 16}
+    held_out = {"eval/e/accuracy": 0.5, "eval/e/sampled": 4, "eval/e/samples": 8, "eval/e/prompts": 16}
     run = write_run(tmp_path / "run", [{"step": 0} | counts | held_out, step(1) | held_out])
     tiles = {fact.label: fact for fact in headline(read_runs([run])[0])}
     assert tiles["Held-out accuracy"].detail.endswith("; 4 of 16 prompts")
-    assert tiles["Prompts left out \u00b7 data.train"].value == "12 of 16"
-    assert "Prompts left out \u00b7 data.eval" not in tiles
+    assert tiles["Prompts left out \u00b7 train"].value == "12 of 16"
+    assert "Prompts left out \u00b7 eval/e" not in tiles
+
+
+def test_held_out_sets_have_a_table_with_intervals_and_a_place_at_the_step_that_they_measure(
+    tmp_path: Path,
+) -> None:
+    """An evaluation beside step 2 measures the weights of step 1; `mcore-rl eval` adds rows of its own."""
+
+    def of_set(value: float) -> dict:
+        keys = {"accuracy": value, "pass@4": value + 0.1, "pass@8": value + 0.2, "majority@8": value}
+        ends = {f"{key}/{end}": v + d for key, v in keys.items() for end, d in (("low", -0.1), ("high", 0.1))}
+        counts = {"sampled": 4, "samples": 32, "prompts": 16}
+        return {f"eval/m/{key}": v for key, v in {**keys, **ends, **counts}.items()}
+
+    beside = {"eval/version": 1} | of_set(0.25)
+    run = write_run(
+        tmp_path / "run", [step(1), step(2) | beside, step(3) | {"eval/version": 3} | of_set(0.5)]
+    )
+    alone = run / "evaluations" / "other"
+    alone.mkdir(parents=True)
+    found = {"sets": {"<b>": {"eval/<b>/accuracy": 0.125}}}
+    (alone / "results.json").write_text(json.dumps(found))
+    for name in ("broken", "odd"):
+        (alone.parent / name).mkdir()
+    (alone.parent / "broken" / "results.json").write_text('{"sets": [')
+    (alone.parent / "odd" / "results.json").write_text('{"sets": {"a": 3}}')
+    data = read_runs([run])[0]
+    assert data.points("eval/m/accuracy") == [(1.0, 0.25), (3.0, 0.5)]
+    page = render([data])
+    assert "0.400 to 0.600" in page
+    assert "0.150 to 0.350" not in page, "the last evaluation counts"
+    assert "4 prompts, 32 samples" in page
+    assert ">&lt;b&gt;</" in page
+    titles = [figure.title for figure in draw_sections([data])["Learning"]]
+    assert {"Held-out accuracy", "Held-out pass@k: m", "Held-out majority@k: m"} <= set(titles)
+    assert not [f for fs in draw_sections([data]).values() for f in fs if f.title.startswith("eval/")]
 
 
 BIG = (1e308, -1e308, 10**400, -(10**400), 5e-324, float("nan"), "text", True, None, [1], {"a": 1})
@@ -319,8 +356,43 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
     assert f"StorageError: {run}/report.html: " in capsys.readouterr().err
 
 
+def test_what_a_terminal_would_act_on_is_written_out_in_the_page(tmp_path: Path) -> None:
+    hostile = "x\x1b[2J\u202egnp\0"
+    lines = [{**step(1), f"eval/{hostile}/accuracy": 0.5, hostile: 2.0}]
+    runs = [write_run(tmp_path / name, lines) for name in ("a\x1b[2J\u202eb", "c")]
+    (runs[0] / "samples").mkdir(exist_ok=True)
+    sample = {"prompt": hostile, "response": hostile + "\nsecond", "label": hostile, "reward": 1.0}
+    (runs[0] / "samples" / "step_1.jsonl").write_text(json.dumps(sample) + "\n")
+    (runs[0] / "resolved.toml").write_text('"k\\u001b\\u202e" = "\\u202e"\n# \u202e\n')
+    for shown in (runs[:1], runs):
+        page = write_report(shown, tmp_path / "page.html").read_text()
+        assert not {"\x1b", "\u202e", "\0"} & set(page)
+        assert "a\\x1b[2J\\u202eb" in page
+        assert "gnp\\x00" in page
+
+
+def test_a_page_that_something_else_wrote_stays(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "report.html").write_text("<title>mine</title>")
+    assert main(["report", str(run)]) == 2
+    assert f"DataError: {run}/report.html is no page of this command" in capsys.readouterr().err
+    assert (run / "report.html").read_text() == "<title>mine</title>"
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == main(["report", str(run)]) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/step_1.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run", [step(1)])
+    (run / "samples").mkdir(exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(DataError, match="not a plain file"):
+        write_report([run])
+
+
 some_keys = st.sampled_from(
-    [*step(1), "eval/a/accuracy", "eval/a/samples", "eval/a/prompts", "data/train/dropped"]
+    [*step(1), "eval/a/accuracy", "eval/a/sampled", "eval/a/prompts", "data/train/dropped"]
 )
 some_settings = st.sampled_from(
     ["publish.tolerance_max", "optimizer.lr", "parallel.tensor", "train.steps", "x"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -67,9 +67,9 @@ class GroupStatistics(NamedTuple):
     groups: tuple[Spread, ...]
     """[N] of each sample's group"""
     batch: Spread
-    """of all rewards"""
+    """spread of all rewards"""
     centered: Spread
-    """of all rewards after their group's mean is taken away"""
+    """spread of all rewards after their group's mean is taken away"""
 
     @property
     def mean(self) -> Float[Tensor, " N"]:
@@ -162,6 +162,34 @@ def leave_one_out(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> 
 def raw_reward(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
     """R itself: REINFORCE without a baseline (Williams 1992)."""
     return rewards.double()
+
+
+def decoupled(
+    group_ids: Sequence[Hashable],
+    parts: Float[Tensor, "N K"],
+    weights: Float[Tensor, " K"],
+    advantage: Callable[..., Tensor] = group_normalized,
+    *,
+    eps: float = 1e-6,
+) -> Float[Tensor, " N"]:
+    """GDPO, arXiv 2601.05242 section 3: each of K parts of the reward is compared within its group by itself.
+
+    A = sum_k w_k A_k, where A_k is the `advantage` (rewards [N], GroupStatistics) of part k alone; then
+    (A - mean) / (std + eps), over all N samples. The sum of the parts, compared as one number, would give
+    different combinations of them the same advantage. Exactly 0 where no part differs within the group, and
+    where all A are equal.
+
+    Raises:
+        DataError, RewardError: see group_statistics.
+    """
+    total = torch.zeros(len(parts), dtype=torch.float64)
+    constant = torch.ones(len(parts), dtype=torch.bool)
+    for part, weight in zip(parts.double().T, weights.tolist(), strict=True):
+        statistics = group_statistics(group_ids, part.tolist())
+        total += weight * advantage(part, statistics)
+        constant &= statistics.constant | (weight == 0)
+    batch = Spread.of(total.tolist())
+    return torch.where(constant | batch.constant, 0.0, (total - batch.mean) / (batch.std() + eps))
 
 
 def hybrid(

@@ -44,6 +44,8 @@ class Algorithm:
     """weights of the per-token losses"""
     per_token: bool = False
     """advantages come from token rewards by `returns.gae`; with values 0 where there is no critic"""
+    decoupled: bool = False
+    """each part of the reward is compared by itself (`advantages.decoupled`); only where `compares`"""
     whiten: bool = False
     """advantages are whitened over all unmasked tokens of the global batch"""
     needs_critic: bool = False
@@ -53,7 +55,7 @@ class Algorithm:
     kl_in_loss: float = 0.0
     """coefficient of the KL term inside the same aggregation"""
     kl_estimator: KLEstimator = "k3"
-    """of the KL in the loss"""
+    """coefficient of the KL in the loss"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
     correction: CorrectionName = "none"
@@ -64,6 +66,11 @@ class Algorithm:
     """its upper bound; None: that of the entry"""
     params: Mapping[str, Param] = field(default_factory=dict)
     """keyword arguments of loss and advantage that differ from the functions' own defaults"""
+
+    @property
+    def compares(self) -> bool:
+        """An advantage is the difference of a sample's reward to those of the same prompt."""
+        return self.advantage in (advantages.group_normalized, advantages.leave_one_out)
 
     @property
     def needs_reference(self) -> bool:
@@ -116,6 +123,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         kl_in_reward=0.05,
     ),
     "grpo": Algorithm(policy_losses.ppo, advantages.group_normalized, "seq-mean-token-mean"),
+    "gdpo": Algorithm(policy_losses.ppo, advantages.group_normalized, "seq-mean-token-mean", decoupled=True),
     "drgrpo": Algorithm(
         policy_losses.ppo, advantages.group_normalized, "seq-mean-token-sum-norm", params={"std": "none"}
     ),
@@ -152,7 +160,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 
 _SETTINGS = (
-    *("aggregation", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef"),
+    *("aggregation", "decoupled", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef"),
     *("correction", "correction_low", "correction_high"),
 )
 
@@ -198,6 +206,11 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
     if algorithm.kl_in_reward and not algorithm.per_token:
         raise ConfigError(
             f"algorithm.params.kl_in_reward: {name} has one advantage per sample; use kl_in_loss instead"
+        )
+    if algorithm.decoupled and not algorithm.compares:
+        raise ConfigError(
+            f"algorithm.params.decoupled: {name} does not compare the samples of a prompt, part by part or "
+            "as a whole; drop it, or use gdpo"
         )
     _check_correction(algorithm)
     return algorithm

@@ -2,8 +2,8 @@
 
 Flat rows: the UNMASKED response tokens of all sequences end to end, sequence i at [offsets[i], offsets[i+1]).
 Masked tokens (tool output, padding) are simply absent, so nothing resets or leaks at them, and a sequence may
-have no row. Everything is float64. R rows, N sequences. Under context parallelism these run on whole
-sequences, before the split.
+have no row. Everything is float64. R rows, N sequences, P rewards of turns. Under
+context parallelism these run on whole sequences, before the split.
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ def token_rewards(
     rewards = -kl_coef * difference(old_log_prob.detach().double(), ref_log_prob.detach().double())
     scored = offsets.diff() > 0
     return rewards.index_add(0, offsets[1:][scored] - 1, scores.double()[scored])
+
+
+def add_turn_rewards(
+    rewards: Float[Tensor, " R"], rows: Int[Tensor, " P"], turn_rewards: Float[Tensor, " P"]
+) -> Float[Tensor, " R"]:
+    """The reward of each turn, added on the row of its last token.
+
+    The return of a token then has the rewards of its own turn and of later ones only. A sample whose reward
+    is added here has score 0 in `token_rewards`.
+    """
+    return rewards.index_add(0, rows, turn_rewards.double())
 
 
 def gae(

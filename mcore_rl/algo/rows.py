@@ -37,7 +37,7 @@ class TokenLoss(NamedTuple):
     """What every policy loss returns."""
 
     loss: Float[Tensor, "*shape"]
-    """of the shape of log_prob; to be minimised, differentiable in log_prob and entropy"""
+    """the shape of log_prob; to be minimised, differentiable in log_prob and entropy"""
     metrics: Mapping[str, Metric] = MappingProxyType({})
     """name -> metric, named as people read it in metrics.jsonl"""
 
@@ -70,9 +70,9 @@ class Rows:
     """
 
     log_prob: Float[Tensor, "*shape"]
-    """of the policy in training"""
+    """log-prob under the policy in training"""
     entropy: Float[Tensor, "*shape"]
-    """of its whole distribution at this token, in nats"""
+    """entropy of its whole distribution at this token, in nats"""
     old: Float[Tensor, "*shape"]
     """log-prob of the policy before the rollout's first update"""
     rollout: Float[Tensor, "*shape"]

@@ -34,7 +34,7 @@ class PieceEntry:
 
     key: str
     shape: tuple[int, ...]
-    """of the global tensor"""
+    """shape of the global tensor"""
     dtype: torch.dtype
     offset: tuple[int, ...]
     extent: tuple[int, ...]

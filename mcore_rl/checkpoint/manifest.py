@@ -67,6 +67,8 @@ def read(path: Path) -> Saved:
         DamagedCheckpointError: its manifest is not what was committed.
     """
     try:
+        if not all((path / name).is_file() for name in (COMMITTED, MANIFEST)):
+            raise FileNotFoundError(path)
         mark, manifest = (path / COMMITTED).read_text(), (path / MANIFEST).read_bytes()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(
@@ -88,7 +90,7 @@ def read(path: Path) -> Saved:
 
 
 def checksum(path: Path) -> Written:
-    """Of a file that another library wrote; durable when this returns."""
+    """Name, size and digest of a file that another library wrote; it is durable when this returns."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())

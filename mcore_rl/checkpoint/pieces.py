@@ -41,7 +41,7 @@ class Piece:
 
     key: str
     shape: tuple[int, ...]
-    """of the global tensor"""
+    """shape of the global tensor"""
     offset: tuple[int, ...]
     data: Tensor
     """the block itself, with as many axes as `shape`; loading writes into it"""
@@ -58,12 +58,12 @@ class _Shard:
     tensor: Tensor
     """the local tensor: a parameter or a buffer"""
     start: int
-    """of the run in the flat local tensor"""
+    """where the run lies in the flat local tensor"""
     sharded: ShardedTensor
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """Of the block, axes that Megatron prepends (one expert of many) included."""
+        """Shape of the block, with the axes that Megatron prepends (one expert of many)."""
         return (1,) * self.sharded.prepend_axis_num + tuple(self.sharded.local_shape)
 
 
@@ -185,7 +185,7 @@ class _State:
 
     parameter: Tensor
     start: int
-    """of the range"""
+    """first element of the range"""
     sharded: bool
     """every data-parallel rank has a range of its own"""
     tensors: dict[str, Tensor]

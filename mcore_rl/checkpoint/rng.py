@@ -22,7 +22,7 @@ def seed_rng(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Of this process."""
+    """The states of this process's random generators, as JSON."""
     kind, numbers, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": _to_text(torch.get_rng_state()),

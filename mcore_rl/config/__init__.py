@@ -1,9 +1,10 @@
 """The configuration of a run: frozen sections from TOML and dotted overrides, checked before anything starts.
 
-Only train, __main__, plan, doctor and verify read it; below them functions take the numbers they need.
+Only training, launch, __main__, plan, doctor and verify read it; below them functions take the numbers they
+need.
 """
 
-from mcore_rl.config.config import Config, is_loopback
+from mcore_rl.config.config import Config, is_loopback, warnings
 from mcore_rl.config.file import load_config, to_toml
 
-__all__ = ["Config", "is_loopback", "load_config", "to_toml"]
+__all__ = ["Config", "is_loopback", "load_config", "to_toml", "warnings"]

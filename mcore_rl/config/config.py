@@ -8,14 +8,17 @@ from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from mcore_rl.algo.advantages import group_normalized, leave_one_out
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.config.effects import doubtful, params_without_effect
+from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
     CheckpointConfig,
     CriticConfig,
     DataConfig,
+    EvalConfig,
+    EvalSetConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -39,6 +42,7 @@ class Config(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
+    eval: EvalConfig = EvalConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -67,6 +71,17 @@ class Config(Section):
         return self
 
     @property
+    def held_out(self) -> dict[str, EvalSetConfig]:
+        """Every set that is evaluated, by name; that of data.eval, which is named after its file, first."""
+        one = {} if self.data.eval is None else {set_name(self.data.eval): EvalSetConfig(path=self.data.eval)}
+        return {**one, **self.eval.sets}
+
+    @property
+    def samples_responses(self) -> bool:
+        """Servers are needed: to train on rollouts, or to evaluate."""
+        return not self.supervised_only or bool(self.held_out)
+
+    @property
     def supervised_only(self) -> bool:
         """No rollouts: train on the labels."""
         return self.algorithm.name == "sft"
@@ -80,8 +95,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if parallel.virtual_pipeline and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline: needs pipeline stages; set parallel.pipeline >= 2 or drop it"
     yield from _of_data(config)
-    if train.eval_every and config.data.eval is None:
-        yield "train.eval_every: there is nothing to evaluate on; set data.eval or drop it"
+    if train.eval_every and not config.held_out:
+        yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
+    yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
     if config.publish.tolerance_p999 > config.publish.tolerance_max:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
@@ -127,14 +143,16 @@ def _of_data(config: Config) -> Iterator[str]:
 
 def _of_lengths(config: Config) -> Iterator[str]:
     parallel, train, rollout = config.parallel, config.train, config.rollout
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    of_sets = [one.max_new_tokens or 0 for one in config.eval.sets.values() if one.reward is None]
+    responses = [rollout.max_new_tokens, *(of_sets if config.reward.model is not None else [])]
+    longest = config.data.max_prompt_tokens + max(responses)
     longest += config.reward.model is not None  # its score is a row of its own behind the response
     tokens = token_multiple(config.model.precision, config.model.fp8_recipe)
     align = packed_multiple(parallel.tensor, parallel.context, tokens, sequence=parallel.sequence)
     if -(-longest // align) * align > train.tokens_per_micro_batch:
         yield (
             f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
-            f"{longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens, padded to {align}); raise it"
+            f"{longest} tokens (data.max_prompt_tokens + max_new_tokens, padded to {align}); raise it"
         )
 
 
@@ -229,16 +247,38 @@ def _against_algorithm(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
+    yield from params_without_effect(algorithm, config.algorithm.params)
     if config.rollout.max_staleness and algorithm.corrects is None:
         yield (
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
             'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
         )
-    if algorithm.advantage in (group_normalized, leave_one_out) and config.rollout.samples_per_prompt == 1:
+    if config.rollout.dynamic_sampling and not algorithm.compares:
+        yield (
+            f"rollout.dynamic_sampling: {config.algorithm.name} does not compare the samples of a prompt, "
+            "and learns from equal rewards too; drop it"
+        )
+    if config.rollout.dynamic_sampling == 1:
+        yield (
+            "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
+            "ends the run; set 2 or more, or 0"
+        )
+    if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
             "with one every advantage is 0; set 2 or more"
         )
+
+
+def warnings(config: Config) -> list[str]:
+    """`key: what` for settings that are allowed and hardly meant."""
+    rates = {"optimizer.lr": config.optimizer.lr}
+    a = config.algorithm
+    if config.supervised_only:
+        return [f"{key}: 0, so that nothing is learned" for key, rate in rates.items() if rate == 0]
+    algorithm = configure(a.name, a.params, a.loss)
+    rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
+    return list(doubtful(algorithm, a.params, updates=a.mini_batches * a.epochs, rates=rates))
 
 
 def _needs_reference(config: Config) -> bool:
@@ -250,16 +290,15 @@ def _needs_reference(config: Config) -> bool:
         return False
 
 
+_OF_FUNCTION = ("function", "workers", "timeout", "memory", "max_void", "weights")
+"""keys of [reward] that a reward model has no use for"""
+
+
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
-    unused: dict[str, str] = {}
-    if config.supervised_only:
-        keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
-        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
-        unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
-    else:
-        unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
+    unused = {**_unused_of_training(config), **_unused_of_servers(config)}
+    if all(one.prompts for one in config.held_out.values()):
+        unused["train.eval_samples"] = "no held-out set takes its number of prompts from it"
     if config.model.precision != "fp8":
         keys = ("fp8_recipe", "fp8_param_gather", "fp8_first_last_bf16")
         unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
@@ -269,19 +308,48 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= dict.fromkeys(keys, f"{name} has no critic")
     if not _needs_reference(config):
         unused["residency.reference"] = f"{name} has no reference"
+    if not config.checkpoint.every:
+        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+    return unused
+
+
+def _unused_of_training(config: Config) -> Mapping[str, str]:
+    unused: dict[str, str] = {}
+    if config.supervised_only:
+        keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
+        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
+        keys += ("rollout.dynamic_sampling", "algorithm.overlong_filter", "data.curriculum", "rollout.dump")
+        keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
+        unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
+        if not config.held_out:
+            keys = [f"rollout.{key}" for key in RolloutConfig.model_fields]
+            keys += [f"publish.{key}" for key in PublishConfig.model_fields]
+            why = 'algorithm.name is "sft", and without held-out sets nothing is sampled'
+            unused |= dict.fromkeys((*keys, "reward.function"), why)
+    else:
+        unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:
-        unused["reward.function"] = "reward.model gives the rewards"
-    if not config.checkpoint.every:
-        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+        unused |= dict.fromkeys((f"reward.{key}" for key in _OF_FUNCTION), "reward.model gives the rewards")
+    return unused
+
+
+def _unused_of_servers(config: Config) -> Mapping[str, str]:
+    unused: dict[str, str] = {}
     if config.rollout.server == "embedded":
         unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
     else:
         unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
+    return {**unused, **_unused_of_rollout(config), **_unused_of_transport(config)}
+
+
+def _unused_of_rollout(config: Config) -> Mapping[str, str]:
+    unused: dict[str, str] = {}
+    if not config.rollout.dump:
+        unused["rollout.dump_keep"] = "rollout.dump is 0"
     if not config.rollout.max_staleness:
         unused["rollout.over_sampling"] = "rollout.max_staleness is 0, and a step waits for all its samples"
-    unused |= _unused_of_transport(config)
     if config.rollout.urls:
         keys = ("server", "python", "servers", "options", "threads")
         unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}

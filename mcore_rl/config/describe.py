@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from mcore_rl.config import toml
 from mcore_rl.config.config import Config
-from mcore_rl.config.file import KEYS
+from mcore_rl.config.file import KEYS, SET
+from mcore_rl.config.sections import EvalSetConfig
 from mcore_rl.errors import ConfigError
 from mcore_rl.terminal import quoted
 
@@ -46,9 +47,9 @@ def describe(sections: Sequence[str] = ()) -> str:
             hint = f"did you mean {close[0]}?" if close else f"the sections are {', '.join(KEYS)}"
             raise ConfigError(f"config: there is no section {quoted(name)}; {hint}")
     lines: list[str] = []
-    for name in sections or KEYS:
-        lines += ["", f"[{name}]  {_about(name)}"]
-        for key, kind, default, meaning in _rows(name):
+    for table, about, keys in _tables(sections or list(KEYS)):
+        lines += ["", f"[{table}]  {about}"]
+        for key, kind, default, meaning in _rows(keys):
             lines += [f"  {key} = {default}  ({kind})", f"      {meaning}"]
     return "\n".join(lines[1:])
 
@@ -56,23 +57,27 @@ def describe(sections: Sequence[str] = ()) -> str:
 def as_markdown() -> str:
     """The page docs/config.md."""
     parts = [_HEAD]
-    for name in KEYS:
+    for name, about, keys in _tables(list(KEYS)):
         rows = [
-            f"| `{k}` | {kind} | {_code(default)} | {meaning} |" for k, kind, default, meaning in _rows(name)
+            f"| `{k}` | {kind} | {_code(default)} | {meaning} |" for k, kind, default, meaning in _rows(keys)
         ]
         table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows]
-        parts.append("\n".join([f"## [{name}]", "", _about(name), "", *table, ""]))
+        parts.append("\n".join([f"## [{name}]", "", about, "", *table, ""]))
     return "\n".join(parts)
 
 
-def _about(section: str) -> str:
-    annotation = Config.model_fields[section].annotation
-    return (getattr(annotation, "__doc__", None) or "").strip()
+def _tables(sections: Sequence[str]) -> Iterator[tuple[str, str, Mapping[str, FieldInfo]]]:
+    """(name, what it is, its keys) of the sections, and of the tables in them that a user names."""
+    for section in sections:
+        annotation = Config.model_fields[section].annotation
+        yield section, (getattr(annotation, "__doc__", None) or "").strip(), KEYS[section]
+        if SET.startswith(f"{section}."):
+            yield f"{SET}.NAME", (EvalSetConfig.__doc__ or "").strip(), EvalSetConfig.model_fields
 
 
-def _rows(section: str) -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of a section's keys."""
-    for key, field in KEYS[section].items():
+def _rows(keys: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of each."""
+    for key, field in keys.items():
         kind = kind_of(field.annotation, field.metadata)
         yield key, kind, _default(field), " ".join((field.description or "").split())
 
@@ -99,13 +104,14 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         *first, last = (f'"{value}"' for value in arguments)
         return f"{', '.join(first)} or {last}" if first else last
     if origin is tuple:
-        return f"list of {kind_of(arguments[0])}s"
+        one, _, bounds = kind_of(arguments[0]).partition(" ")
+        return f"list of {one}s {bounds}".strip()
     if origin is dict:
         return "table"
-    bounds = [
+    limits = [
         f"{sign} {getattr(item, attribute)}"
         for kind, attribute, sign in _BOUNDS
         for item in metadata
         if isinstance(item, kind)
     ]
-    return " ".join([_NAMES[annotation], " and ".join(bounds)]).strip()
+    return " ".join([_NAMES[annotation], " and ".join(limits)]).strip()

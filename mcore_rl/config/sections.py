@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,20 @@ def _function_name(name: str) -> str:
     if not re.fullmatch(r"[\w.]+:\w+", name):
         raise ValueError("must be `module:function`")
     return name
+
+
+def _named_sets(sets: dict[str, Any]) -> dict[str, Any]:
+    """Names that files and metrics can have, where a disk does not tell capitals from small letters too."""
+    for name in sets:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name):
+            raise ValueError(
+                "the name of a set, which files and metrics carry, is of at most 64 letters, digits, `_` and "
+                "`-`, and does not begin with `-`; rename it"
+            )
+    twice = [name for name, times in Counter(map(str.lower, sets)).items() if times > 1]
+    if twice:
+        raise ValueError(f"two sets are called {twice[0]}, but for capitals; rename one")
+    return sets
 
 
 def _variable_name(name: str) -> str:
@@ -85,10 +100,12 @@ REFUSED_SAMPLING = {
 }
 """what servers could do to the distribution and training does not follow -> why not, and the remedy"""
 
+EXACT_MATCH = "mcore_rl.rewards.exact:exact_match"
+"""the reward where none is named"""
 MAX_PATH, MAX_NAME = 4096, 255
 """bytes that Linux allows in a path and in each of its names"""
 MAX_SECONDS = 1e6
-"""of a deadline: 11 days; poll() counts milliseconds in 32 bits"""
+"""the longest deadline: 11 days; poll() counts milliseconds in 32 bits"""
 
 Count = Annotated[int, Field(ge=1)]
 FilePath = Annotated[Path, AfterValidator(_file_path)]
@@ -165,7 +182,7 @@ class DataConfig(Section):
     weights: tuple[Positive, ...] = ()
     """Shares of the paths of `train` in every step, exactly; unset, all rows are shuffled together."""
     eval: FilePath | None = None
-    """Held-out prompts in the same formats."""
+    """Held-out prompts in the same formats: one set named after the file, a sample of each; or see [eval]."""
     prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
     """Key of the prompt: a string, or a list of chat messages; `a.b.c` looks into objects."""
     label_key: str = "label"
@@ -185,6 +202,44 @@ class DataConfig(Section):
     without one."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are dropped when the file is read, and counted."""
+    curriculum: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` that chooses prompts by what was measured of them; unset, each once per epoch."""
+
+
+class EvalSetConfig(Section):
+    """One held-out set: its prompts, how they are sampled, and how the samples are scored."""
+
+    path: FilePath
+    """Prompts and labels, as a path of data.train, with the keys that [data] names."""
+    prompts: Count | None = None
+    """Prompts of one evaluation, at most; unset, train.eval_samples."""
+    samples: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Responses per prompt."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Sampling temperature, 0 for the likeliest token; unset, that of [rollout]."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that have this probability together."""
+    top_k: Count | None = None
+    """Sample from so many of the likeliest tokens."""
+    max_new_tokens: Count | None = None
+    """Longest response; unset, that of [rollout]."""
+    reward: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` that scores one sample; unset, what [reward] says."""
+    pass_reward: float | None = None
+    """Least reward with which a sample passes; unset, 1.0 where a function gives the rewards."""
+    pass_at: tuple[Count, ...] = ()
+    """Every k for pass@k, the chance that one of k samples passes."""
+    majority_at: tuple[Count, ...] = ()
+    """Every k for majority@k, how often the answer that most of k samples give passes."""
+    answer: Annotated[str, AfterValidator(_function_name)] | None = None
+    """`module:function` of one sample: the answer it votes for, or None; unset, exact_match's whole text."""
+
+
+class EvalConfig(Section):
+    """What is held out, beside data.eval: named sets, each a table `[eval.sets.NAME]`."""
+
+    sets: Annotated[dict[str, EvalSetConfig], AfterValidator(_named_sets)] = {}
+    """Name, as metrics and files carry it -> the set."""
 
 
 class RolloutConfig(Section):
@@ -208,10 +263,16 @@ class RolloutConfig(Section):
     """Versions that a trained token may be old; 0 takes turns, 1 or more generates beside training."""
     over_sampling: NonNegative = 0
     """Prompts in flight beyond those of the steps, so that a step need not wait for the slowest."""
+    dynamic_sampling: NonNegative = 0
+    """Replace groups of equal rewards (DAPO), sampling at most so many times the step's prompts; 0: off."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs are taken at it everywhere."""
     max_new_tokens: Count = 64
     """Longest response."""
+    dump: NonNegative = 0
+    """Keep every N-th step's rollouts in the run directory, to train from or to look at; 0 keeps none."""
+    dump_keep: Count = 100
+    """Newest steps of them that stay; a token takes about 12 bytes, and 12 more once it is trained."""
     routing_replay: bool = False
     """Train a mixture of experts with the experts that the servers sent each token to (R3)."""
     stop_token_ids: tuple[NonNegative, ...] = ()
@@ -240,8 +301,18 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """How responses are scored."""
 
-    function: Annotated[str, AfterValidator(_function_name)] = "mcore_rl.rewards.exact:exact_match"
-    """`module:function` that scores one sample."""
+    function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
+    """`module:function` that scores one sample, or a group of them."""
+    workers: Count = 4
+    """Processes of a replica that it runs in, at most; they are started while there is work for them."""
+    timeout: Seconds = 60.0
+    """Seconds of one call; a sample that has no reward by then is void, and its process is replaced."""
+    memory: Positive = 8.0
+    """Address space of one process, in 2^30 bytes; beyond it the function gets a MemoryError."""
+    max_void: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of a step's samples that may get no reward; above it the run ends with the reasons."""
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    """Weight of a part in the sum, by its name, where the function returns several; 1 for the others."""
     model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 
@@ -255,6 +326,8 @@ class AlgorithmConfig(Section):
     """The algorithm's own numbers, where they differ from its paper's."""
     loss: Annotated[str, AfterValidator(_function_name)] | None = None
     """`module:function` of a policy loss of your own, in the place of the algorithm's."""
+    overlong_filter: bool = False
+    """Leave truncated responses out of the loss (DAPO); the statistics of their group have them."""
     mini_batches: Count = 4
     """Optimizer steps per pass over a rollout."""
     epochs: Count = 1
@@ -277,7 +350,7 @@ class OptimizerConfig(Section):
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; update u of them has the rate lr * u / (warmup_steps + 1)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay, or decay to 0 at the last optimizer step."""
     distributed: bool = True
@@ -309,7 +382,7 @@ class TrainConfig(Section):
     eval_every: NonNegative = 0
     """Steps between evaluations; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000
-    """Held-out prompts of one evaluation, at most."""
+    """Held-out prompts of a set in one evaluation, at most."""
     step_timeout: Seconds = 600.0
     """Seconds after which a step without progress ends the run."""
 
@@ -326,7 +399,7 @@ class ResidencyConfig(Section):
     optimizer: Literal["resident", "offloaded"] = "resident"
     """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
     servers: Literal["resident", "released"] = "resident"
-    """Of SGLang on the trainer's own GPUs: weights and KV cache, given up while the trainer trains."""
+    """SGLang's weights and KV cache on the trainer's own GPUs; released, they leave it during training."""
 
 
 class CheckpointConfig(Section):
@@ -350,7 +423,7 @@ class SupervisedConfig(Section):
 
 
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}
-"""Of [publish], below float32. Judgement, not measured here: two engines of a dense model are reported to
+"""The limits of [publish] below float32. Judged, not measured: two engines of a dense model are reported to
 differ by 0.01-0.04 in the mean over tokens, by far more in single ones; weights of no model differ by
 ln(vocabulary)."""
 
@@ -370,7 +443,7 @@ class PublishConfig(Section):
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish, 4096 tokens each."""
-    tolerance_p999: Positive = 2e-5
+    tolerance_p999: Positive = 1e-4
     """Largest difference of 99.9 % of a step's log-probs to the servers'; 0.5 below fp32."""
     mismatch_action: Literal["warn", "stop", "drop"] = "warn"
     """Above that: say so, end the run before it trains the step, or train without the samples that differ."""

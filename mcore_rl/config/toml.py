@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,25 @@ def parse_value(text: str) -> Any:
 
 
 def dumps(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """TOML of tables whose values `literal` can write; None is left out, and so is a table without values."""
-    blocks = []
-    for name, table in tables.items():
-        lines = [f"{_key(key)} = {literal(value)}\n" for key, value in table.items() if value is not None]
-        if lines:
-            blocks.append(f"[{_key(name)}]\n{''.join(lines)}")
-    return "\n".join(blocks)
+    """TOML of tables whose values `literal` can write; None is left out, and so is a table without values.
+
+    A value that is a table of tables has each of them under a heading of its own.
+    """
+    return "\n".join(block for name, table in tables.items() for block in _blocks(_key(name), table))
+
+
+def _blocks(name: str, table: Mapping[str, Any]) -> Iterator[str]:
+    within = {key: value for key, value in table.items() if _is_table_of_tables(value)}
+    values = {key: value for key, value in table.items() if value is not None and key not in within}
+    if values:
+        yield f"[{name}]\n" + "".join(f"{_key(key)} = {literal(value)}\n" for key, value in values.items())
+    for key, value in within.items():
+        for inner, its in value.items():
+            yield from _blocks(f"{name}.{_key(key)}.{_key(inner)}", its)
+
+
+def _is_table_of_tables(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Mapping) for v in value.values())
 
 
 def _key(key: str) -> str:

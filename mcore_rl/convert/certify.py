@@ -22,7 +22,7 @@ from mcore_rl.training.batch import Shape, align_of, pack_share
 LENGTHS = (64, 33, 17, 2)
 """tokens per sequence"""
 LIMIT = 1e-3
-"""of the largest difference, relative to the largest logit: float32 noise is hundred times smaller, a wrong
+"""the largest difference, relative to the largest logit: float32 noise is hundred times smaller, a wrong
 weight or rotary table a hundred times larger"""
 DEADLINE = 3600.0
 """seconds for Megatron's side"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,9 @@ from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.errors import ConfigError
 from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
+
+_MOST_SHARD_GB = 1e9
+"""an exabyte in 10^9 bytes: no file system has larger files"""
 
 
 def hf_to_mcore(
@@ -62,8 +64,8 @@ def mcore_to_hf(
             "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
             "--quantize"
         )
-    if not 0 < shard_gb < math.inf:
-        raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0")
+    if not 0 < shard_gb <= _MOST_SHARD_GB:
+        raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0, at most {_MOST_SHARD_GB:g}")
     where = source if config is None else config
 
     def write(directory: Path) -> ConversionProgress:

@@ -31,6 +31,8 @@ _MEGATRON = {
     "common_backend_version": 1,
 }
 
+_MOST_FILES = 1 << 16
+
 
 @dataclass(frozen=True)
 class LazyPlanner:
@@ -78,6 +80,8 @@ def write_torch_dist(
     """
     if min(tensor, pipeline) < 1:
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: the numbers of writers must be positive")
+    if tensor * pipeline > _MOST_FILES:
+        raise ConfigError(f"--tp {tensor} --pp {pipeline}: at most {_MOST_FILES} files in all")
     arch = read_architecture(source)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from mcore_rl.errors import McoreRLError, NumericsError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.weights_io import reader
-from mcore_rl.terminal import printable
+from mcore_rl.terminal import CommandParser, printable
 
 
 def verify_checkpoint(
@@ -58,7 +57,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`verify_checkpoint.py DIRECTORY [--config DIR] [--against DIR] [--json]`."""
-    parser = argparse.ArgumentParser(prog="verify_checkpoint.py", description=__doc__)
+    parser = CommandParser(prog="verify_checkpoint.py", description=__doc__)
     parser.add_argument(
         "directory", type=Path, metavar="DIRECTORY", help="converted, or a training checkpoint"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from mcore_rl.errors import DataError
 from mcore_rl.types import Prompt
 
 T = TypeVar("T")
+Takes = Callable[[Prompt, int], bool]
 
 
 class PromptCursor:
@@ -52,27 +53,31 @@ class PromptCursor:
         """Epochs begun before the next prompt, from 0; of a mixture, those of its first path."""
         return self._walks[0].epoch
 
-    def next(self, count: int) -> list[Prompt]:
+    def next(self, count: int, takes: Takes | None = None) -> list[Prompt]:
         """The next `count` prompts over all replicas.
 
+        Args:
+            takes: whether a prompt is taken, of it and the epoch; it is passed over in this epoch if not.
+
         Raises:
-            DataError: there are fewer prompts than that, a row is malformed, or two of those that are drawn
-            have
-                one id.
+            DataError: there are fewer prompts than that, or fewer are taken until the end of the next epoch;
+                a row is malformed, or two of those that are drawn have one id.
         """
         if count > len(self._data):
             raise DataError(
-                f"a batch of {count} prompts from a set of {len(self._data)}; lower "
-                f"rollout.prompts_per_step or "
-                "supervised.batch_size"
+                f"a batch of {count} prompts from a set of {len(self._data)}; lower rollout.prompts_per_step "
+                "or supervised.batch_size"
             )
         for walk in self._walks:
             walk.begin_batch()
-        return [self._next() for _ in range(count)]
+        return [self._next(takes, count) for _ in range(count)]
 
-    def _next(self) -> Prompt:
+    def _next(self, takes: Takes | None, count: int) -> Prompt:
         part = next_part(self._shares, self._given) if self._weights else 0
-        number, prompt = self._usable(self._walks[part])
+        found = self._usable(self._walks[part], takes)
+        if found is None:
+            raise DataError(self._too_few(self._walks[part], count, chosen=takes is not None))
+        number, prompt = found
         known = self._numbers.setdefault(prompt.id, number)
         if known != number:
             raise twice(self._data.place(number), "id", prompt.id, self._data.place(known))
@@ -81,20 +86,28 @@ class PromptCursor:
         self.drawn[prompt.id] = prompt
         return prompt
 
-    def _usable(self, walk: _Walk) -> tuple[int, Prompt]:
-        """The next prompt of a walk that is not over-long, and its number."""
-        for _ in range(2 * len(walk.numbers)):  # a batch may begin at the end of an epoch
-            number = walk.next()
-            if number is None:
-                break
+    def _usable(self, walk: _Walk, takes: Takes | None) -> tuple[int, Prompt] | None:
+        """The next prompt of a walk that is not over-long and is taken, and its number; None without one."""
+        while (number := walk.next()) is not None:
             prompt = self._data.find(number)
-            if prompt is not None:
+            if prompt is None:
+                self.passed_over += 1
+            elif takes is None or takes(prompt, walk.epoch):
                 return number, prompt
-            self.passed_over += 1
-        raise DataError(
-            f"{self._data.place(walk.numbers.start)}: from here on there are fewer usable prompts than a "
-            f"batch takes; "
-            "lower rollout.prompts_per_step or supervised.batch_size, or give more prompts"
+        return None
+
+    def _too_few(self, walk: _Walk, count: int, *, chosen: bool) -> str:
+        place = self._data.place(walk.numbers.start)
+        if chosen:
+            where = f" of {place} and on" if self._weights else ""
+            return (
+                f"data.curriculum takes {walk.in_batch} of {len(walk.numbers)} prompts{where} by the end of "
+                f"epoch {walk.epoch}, and {count} are asked at once; let it take more, or lower "
+                "rollout.prompts_per_step"
+            )
+        return (
+            f"{place}: from here on there are fewer usable prompts than a batch takes; lower "
+            "rollout.prompts_per_step or supervised.batch_size, or give more prompts"
         )
 
     def keep(self, ids: Collection[str]) -> None:
@@ -102,19 +115,43 @@ class PromptCursor:
         self.drawn = {name: self.drawn[name] for name in ids if name in self.drawn}
         self._numbers = {name: self._numbers[name] for name in self.drawn}
 
-    def state(self) -> dict[str, Any]:
-        """JSON-serialisable position, for a checkpoint."""
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it stands, as JSON: the position in every walk, and which prompts are remembered."""
         first, *others = [walk.state() for walk in self._walks]
         return {
-            "seed": self._seed,
             **first,
             "others": others,
-            "weights": list(self._weights),
-            "given": self._given,
-            "drawn": self._numbers,
+            "given": list(self._given),
+            "drawn": dict(self._numbers),
             "passed_over": self.passed_over,
-            "data": asdict(self._data.fingerprint),
         }
+
+    def move(self, place: Mapping[str, Any]) -> None:
+        """Stand at a `place` of a cursor over the same prompts with the same weights.
+
+        Raises:
+            DataError: a row that was drawn there is malformed now.
+        """
+        for walk, its in zip(self._walks, [place, *place["others"]], strict=True):
+            walk.restore(its)
+        self._given = [int(count) for count in place["given"]]
+        self.passed_over = int(place["passed_over"])
+        self._remember({name: int(number) for name, number in place["drawn"].items()})
+
+    def _remember(self, numbers: Mapping[str, int]) -> None:
+        """The prompts of these numbers are drawn, those that are new read now."""
+        found = {
+            name: self.drawn[name] if self._numbers.get(name) == number else self._data.find(number)
+            for name, number in numbers.items()
+        }
+        self.drawn = {name: prompt for name, prompt in found.items() if prompt is not None}
+        self._numbers = {name: numbers[name] for name in self.drawn}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable position, for a checkpoint."""
+        weights, data = list(self._weights), asdict(self._data.fingerprint)
+        return {"seed": self._seed, **self.place, "weights": weights, "data": data}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -137,22 +174,16 @@ class PromptCursor:
                 f"the training prompts are not those of the saved run: {what}. Resume with the file, "
                 "tokenizer and data.max_prompt_tokens that it had, or start a new run from its weights"
             )
-        walks = [state, *state.get("others", [])]
-        if len(walks) != len(self._walks):
+        parts = 1 + len(state.get("others", []))
+        if parts != len(self._walks):
             raise DataError(
-                f"the saved run walked {len(walks)} parts of its data, this one {len(self._walks)}; resume "
-                f"with "
+                f"the saved run walked {parts} parts of its data, this one {len(self._walks)}; resume with "
                 "data.weights as it had it, or start a new run from its weights"
             )
-        for walk, its in zip(self._walks, walks, strict=True):
-            walk.restore(its)
-        if list(self._weights) == state.get("weights", []):  # other weights count from here
-            self._given = [int(count) for count in state.get("given", self._given)]
-        self.passed_over = int(state.get("passed_over", 0))
-        if known:
-            self._numbers = {name: int(number) for name, number in state["drawn"].items()}
-            found = {name: self._data.find(number) for name, number in self._numbers.items()}
-            self.drawn = {name: prompt for name, prompt in found.items() if prompt is not None}
+        begun = self.place  # with what an earlier version does not say
+        if list(self._weights) != state.get("weights", []):  # other weights count from here
+            state = {**state, "given": begun["given"]}
+        self.move({**begun, **state})
 
     def _changed(self, then: Fingerprint) -> str:
         """What is different from the rows of `then`, for people; empty where nothing is."""
@@ -162,8 +193,7 @@ class PromptCursor:
         if then.content == now.content:
             return (
                 f"the same {now.count} in another form: the tokenizer, its chat template or a key of [data] "
-                f"is "
-                "another one"
+                "is another one"
             )
         if then.unordered == now.unordered:
             return f"the same {now.count} in another order"
@@ -203,19 +233,23 @@ class _Walk:
         self._seed, self._position = seed, 0
         self._last: list[int] = []
         self._taken: list[int] = []
+        self._begins_in = 0
+        """the epoch in which the batch begins"""
         self._order: npt.NDArray[np.int64] | None = None
 
     def begin_batch(self) -> None:
         """What is taken from now on is one batch."""
-        self._taken = []
+        self._taken, self._begins_in = [], self.epoch + (self._position == len(self.numbers))
 
     def take(self, number: int) -> None:
         """This one is in the batch."""
         self._taken.append(number - self.numbers.start)
 
     def next(self) -> int | None:
-        """The number of the next prompt; None where the batch has all of them."""
+        """The number of the next prompt; None where the batch has all of this epoch and the next."""
         if self._position == len(self.numbers):
+            if self.epoch > self._begins_in:
+                return None
             self.epoch, self._position, self._last, self._order = self.epoch + 1, 0, [*self._taken], None
         if self._order is None:
             self._order = self._shuffled()
@@ -224,6 +258,11 @@ class _Walk:
             return None
         self._position += 1
         return self.numbers.start + index
+
+    @property
+    def in_batch(self) -> int:
+        """Prompts that the batch has."""
+        return len(self._taken)
 
     def _shuffled(self) -> npt.NDArray[np.int64]:
         """[N] this epoch's order, with the prompts of the batch that began it last."""
@@ -237,8 +276,10 @@ class _Walk:
         return {"epoch": self.epoch, "position": self._position, "last": self._last}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._last, self._order = [int(index) for index in state["last"]], None
+        epoch, last = int(state["epoch"]), [int(index) for index in state["last"]]
+        if (epoch, last) != (self.epoch, self._last):
+            self._order = None
+        self.epoch, self._position, self._last = epoch, int(state["position"]), last
 
 
 def knows_content(state: Mapping[str, Any]) -> bool:

@@ -115,6 +115,26 @@ class PromptSet:
         """Prompts that are not known to be over-long."""
         return len(self._rows)
 
+    def first(self, count: int) -> tuple[Prompt, ...]:
+        """The first `count` prompts that are not over-long; fewer where there are not as many.
+
+        Raises:
+            DataError: see find; or two of them have one id.
+        """
+        found, at = list[Prompt](), dict[str, int]()
+        for number in range(len(self)):
+            if len(found) == count:
+                break
+            prompt = self.find(number)
+            if prompt is None:
+                continue
+            if at.setdefault(prompt.id, number) != number:
+                raise twice(
+                    self.place(number), self._reader.form.id_key, prompt.id, self.place(at[prompt.id])
+                )
+            found.append(prompt)
+        return tuple(found)
+
     def place(self, number: int) -> str:
         """`file:line` of a prompt."""
         return self.records.place(int(self._rows[number]))
@@ -135,7 +155,7 @@ class PromptSet:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Of everything in the files and the configuration that reaches training."""
+        """The fingerprint of everything in the files and the configuration that reaches training."""
         return fingerprint_rows(self.records, self._form)
 
     def beginning(self, count: int) -> Fingerprint:

@@ -42,7 +42,9 @@ class RowFormat:
     id_key: str = "id"
     needs_label: bool = True
     trains_label: bool = False
-    """supervised: the label is text to be trained on, and may be a list of the assistant's messages"""
+    """the label is text to be trained on"""
+    renders_label: bool = False
+    """a label of the assistant's messages is what the chat template writes for them"""
     apply_chat_template: bool = False
     """a string is what a user says in a conversation"""
     last_assistant: LastAssistant = "refuse"
@@ -184,11 +186,9 @@ class RowReader:
             raise DataError(
                 f"{where}: a {kind(value)}; expected a value of JSON, such as a string (quote it)"
             )
-        if not form.trains_label:
-            return value
-        if isinstance(value, list) and chat is not None:
+        if form.renders_label and chat is not None and _is_conversation(value):
             return self._completion(where, chat, text, read_messages(where, value))
-        if not isinstance(value, str):
+        if form.trains_label and not isinstance(value, str):
             raise DataError(f"{where}: a {kind(value)}; expected a string (quote it), which is trained on")
         return value
 
@@ -240,6 +240,10 @@ def special_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
     have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
     return DataError(f"{place}:{key}: missing (keys here: {have}); {remedy}")
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
 
 
 def _is_json(value: Any) -> bool:

@@ -81,7 +81,7 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
 
 
 def _precision(config: Config) -> list[Finding]:
-    """Of this machine; one without GPUs may not be the one that trains."""
+    """Whether this machine has the precision; one without GPUs may not be the one that trains."""
     m = config.model
     try:
         check_precision(m.precision, m.fp8_recipe)
@@ -103,7 +103,7 @@ def _disks(config: Config) -> Iterator[Finding]:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Of those that are kept and the one being written: weights, Adam's two moments and its fp32 weights."""
+    """Bytes of the checkpoints kept and the one being written: weights, Adam's moments and fp32 weights."""
     half = read_hf_config(config.model.path).get("torch_dtype") in ("bfloat16", "float16")
     models = 2 if _has_critic(config) else 1
     return (config.checkpoint.keep + 1) * models * (7 if half else 3) * weight_bytes(config.model.path)

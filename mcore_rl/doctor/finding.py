@@ -23,7 +23,7 @@ class Finding:
     remedy: str = ""
     """what to do about it; of every warning and error"""
     exit_code: int = EXIT_CONFIG
-    """of an error"""
+    """the remedy of an error"""
 
 
 def guarded(check: str, examine: Callable[[], Iterable[Finding]]) -> list[Finding]:

@@ -6,28 +6,34 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
 from mcore_rl.data.chat import render
+from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.errors import AskedToLeave, RewardError
+from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
-from mcore_rl.rewards import load_reward, score_groups
+from mcore_rl.rewards import check_rate, load_reward
 from mcore_rl.training.assemble import check_same_tokens
+from mcore_rl.training.assemble_rollouts import curriculum_of, reward_pool
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
+from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
+T = TypeVar("T")
+
 _SHOWN = 60
 """characters of a prompt"""
-REWARD_SECONDS = 60.0
+CHOICE_SECONDS = 60.0
 _TOO_LATE = signal.SIGUSR2
 """which user code has no use for: SIGALRM is that of deadlines of its own"""
 
@@ -122,37 +128,59 @@ def _data(config: Config) -> list[Finding]:
     tokenizer = load_tokenizer(config.model.path)
     read: dict[str, PromptSet] = {}
 
-    def examine(check: str, path: Path | Sequence[Path]) -> Iterable[Finding]:
-        read[check] = read_prompts(config, path, tokenizer, whole=True)
+    def examine(check: str, path: Path | Sequence[Path], **settings: Any) -> Iterable[Finding]:
+        read[check] = read_prompts(config, path, tokenizer, whole=True, **settings)
         name = str(path) if isinstance(path, Path) else ", ".join(map(str, path))
         yield from _prompts(check, name, config, read[check])
         if check == "data.train":
             check_batch(config, read[check])
 
     findings = guarded("data.train", lambda: examine("data.train", config.data.train))
-    held_out = config.data.eval
-    if held_out is not None:
-        findings += guarded("data.eval", lambda: examine("data.eval", held_out))
+    for name, one in config.held_out.items():
+        settings = reading_of(config, one)
+        key = key_of(config, name)
+        findings += guarded(key, lambda key=key, one=one, its=settings: examine(key, one.path, **its))
     findings += _overlap(read)
+    if config.eval.sets:
+        findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
         findings += guarded("reward", lambda: _reward(config, read["data.train"].prompts[0]))
+        if config.data.curriculum is not None:
+            findings += guarded("curriculum", lambda: _curriculum(config, read["data.train"]))
     return findings
 
 
+def _curriculum(config: Config, found: PromptSet) -> Iterable[Finding]:
+    """The first step's prompts, drawn as a run draws them."""
+    drawn = config.rollout.prompts_per_step
+    curriculum = curriculum_of(config)
+    assert curriculum is not None
+    cursor = PromptCursor(found, config.run.seed, config.data.weights)
+    takes = curriculum.takes(1)
+    _in_time(f"{curriculum.name} chose no prompts", lambda: cursor.next(drawn, takes))
+    yield Finding("curriculum", "ok", f"{curriculum.name} takes {drawn} prompts for the first step")
+
+
+def _set_functions(config: Config) -> Iterable[Finding]:
+    """None; raises for a reward or an answer function that is not there."""
+    load_set_functions(config)
+    return ()
+
+
 def _overlap(read: Mapping[str, PromptSet]) -> list[Finding]:
-    """A warning where prompts of both files are the same."""
-    texts = [{prompt.text for prompt in found.prompts} for found in read.values()]
-    both = set.intersection(*texts) if len(texts) == 2 else set()
-    if not both:
-        return []
-    what = f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}"
+    """A warning for every set that has prompts of the training file."""
+    texts = {check: {prompt.text for prompt in found.prompts} for check, found in read.items()}
+    trained = texts.pop("data.train", set())
+    shared = {check: trained & its for check, its in texts.items()}
     return [
         Finding(
-            "data.eval",
+            check,
             "warning",
-            what,
+            f"{len(both)} held-out prompts are training prompts too, such as {min(both)[:_SHOWN]!r}",
             "remove them from one file: accuracy on them is not held out",
         )
+        for check, both in shared.items()
+        if both
     ]
 
 
@@ -191,7 +219,7 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         yield from _reward_model(config, config.reward.model)
         return
     name = config.reward.function
-    function = load_reward(name)
+    load_reward(name)
     sample = Sample.of_response(
         id="doctor/0",
         prompt=prompt,
@@ -201,27 +229,28 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
         finish_reason="stop",
         versions=(VersionSpan("doctor", 0, 1),),
     )
-    (group,) = _in_time(name, lambda: score_groups([Group("doctor", (sample,))], function))
+    with reward_pool(config) as pool:
+        (group,), reasons = pool.score([Group("doctor", (sample,))])
+    check_rate(1, [reasons], 0.0, name)
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 
-def _in_time(name: str, score: Callable[[], list[Group]]) -> list[Group]:
-    """What `score` returns or raises; RewardError when it does neither within REWARD_SECONDS.
+def _in_time(late: str, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; ConfigError, `late`, when it does neither within CHOICE_SECONDS.
 
     It runs in the main thread, as in training: there a function may set an alarm of its own.
     """
     main = threading.get_ident()
-    timer = threading.Timer(REWARD_SECONDS, lambda: signal.pthread_kill(main, _TOO_LATE))
+    timer = threading.Timer(CHOICE_SECONDS, lambda: signal.pthread_kill(main, _TOO_LATE))
     before = signal.signal(_TOO_LATE, _leave)
     timer.start()
     try:
-        return score()
+        return call()
     except AskedToLeave as asked:
         if asked.number != _TOO_LATE:
             raise
-        raise RewardError(
-            f"{name} gave one response no reward within {REWARD_SECONDS:g} s, and a step waits for each; "
-            "give what it calls a deadline"
+        raise ConfigError(
+            f"{late} within {CHOICE_SECONDS:g} s, and a step waits for each; give what it calls a deadline"
         ) from None
     finally:
         timer.cancel()

@@ -13,7 +13,7 @@ from pathlib import Path
 from mcore_rl.doctor.finding import Finding
 
 PUBLISHED_VERSIONS = 3
-"""of the weights on disk at once: the initial one, the serving one and the one being written"""
+"""versions of the weights on disk at once: the initial, the serving one and the one being written"""
 SLOW_FSYNC = 1.0
 """seconds for a megabyte; a local disk takes a few milliseconds, a healthy network disk a tenth"""
 _GIB = 2**30
@@ -78,5 +78,5 @@ def check_ports() -> Iterable[Finding]:
 
 
 def weight_bytes(model: Path) -> int:
-    """Of an HF directory's safetensors files."""
+    """Bytes of an HF directory's safetensors files."""
     return sum(path.stat().st_size for path in model.glob("*.safetensors"))

@@ -14,7 +14,7 @@ from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.precision import check_precision
 
 NODE_GPUS = 8
-"""of the nodes in a launch line that is printed where this machine has no GPU"""
+"""GPUs of a node in the launch line that is printed where this machine has none"""
 CPU_RANKS = 8
 """A machine without GPUs runs this many ranks, or one per core where it has more."""
 OPEN_FILES = 256

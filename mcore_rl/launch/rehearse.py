@@ -18,10 +18,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml
-from mcore_rl.config.sections import ParallelConfig
+from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
-from mcore_rl.launch.start import launch_node, run_rank, under_torchrun
+from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 from mcore_rl.model.critic import CriticParameterMap, with_value_head
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -62,7 +62,7 @@ def _rehearsing(config: Config) -> AbstractContextManager[None]:
 def _rehearse_on_node(config: Config, processes: int) -> int:
     file, tiny = write_rehearsal(config, processes)
     for resume in ((), ("--resume", "previous")):
-        code = launch_node(tiny, ["train", str(file), *resume])
+        code = launch_node(tiny, Source(resume[1] if resume else None), ["train", str(file), *resume])
         if code != EXIT_DONE:
             return code
         _say("resumed and trained the last step again" if resume else f"{STEPS} steps trained and saved")
@@ -87,7 +87,7 @@ def _rehearse_as_rank(config: Config) -> int:
             finally:
                 store.set("rehearsal", "written")  # with an error, the others find no file and end too
         store.wait(["rehearsal"])
-        return run_rank(load_config(file))
+        return run_rank(load_config(file), Source())
 
 
 def _exported(tiny: Config) -> str:
@@ -222,12 +222,20 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "chat_template_kwargs": {},
             "last_assistant": "refuse",
             "max_prompt_tokens": 8,
+            "curriculum": None,
+        },
+        "eval": {
+            "sets": {
+                name: _shrink_set(one, directory / "problems.jsonl", by_model=config.reward.model is not None)
+                for name, one in config.eval.sets.items()
+            },
         },
         "rollout": {
             "urls": (),
             "prompts_per_step": 8,
             "samples_per_prompt": min(4, rollout.samples_per_prompt),
             "max_new_tokens": 6,
+            "dynamic_sampling": 0,  # random weights are never right
             "stop_token_ids": (),
             "api_key_env": None,
             "threads": 1,
@@ -248,12 +256,23 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16},
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
-        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 2e-5, "tolerance_max": 2e-4},
+        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
     }
     sections: dict[str, BaseModel] = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
     return config.model_copy(update=sections | {"parallel": parallel})
+
+
+def _shrink_set(one: EvalSetConfig, problems: Path, *, by_model: bool) -> EvalSetConfig:
+    """A set of the tiny problems, scored as they are: a user's own reward and answers fit other texts."""
+    samples = min(4, one.samples)
+    pass_at = tuple(k for k in one.pass_at if k <= samples)
+    majority_at = () if by_model else tuple(k for k in one.majority_at if k <= samples)
+    changes = {"path": problems, "prompts": 16, "samples": samples, "max_new_tokens": None, "reward": None}
+    changes |= {"answer": None, "pass_at": pass_at, "majority_at": majority_at}
+    changes["pass_reward"] = (one.pass_reward or 0.0) if by_model and pass_at else None
+    return one.model_copy(update=changes)
 
 
 def _differences(config: Config, tiny: Config) -> Iterator[str]:

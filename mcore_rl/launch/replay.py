@@ -15,7 +15,7 @@ from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.step import Loss, forward_backward
-from mcore_rl.parallel.control import of_all
+from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
 from mcore_rl.terminal import printable
@@ -100,7 +100,7 @@ def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
 
 
 def _gathered(mesh: Mesh, findings: list[NonFiniteTensor]) -> list[NonFiniteTensor]:
-    return sorted(finding for its in of_all(mesh, findings) for finding in its)
+    return sorted(finding for its in gather_ranks(mesh, findings) for finding in its)
 
 
 def _report(mesh: Mesh, saved: Saved, dump: dict[str, Any], findings: list[NonFiniteTensor]) -> None:

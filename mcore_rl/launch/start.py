@@ -7,13 +7,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from types import FrameType
 
-from mcore_rl.config import Config
+from mcore_rl.config import Config, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
+from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
 from mcore_rl.training.faults.exits import (
@@ -30,6 +33,7 @@ from mcore_rl.training.faults.exits import (
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.rundir import held, warn_of_others
+from mcore_rl.training.sampled import check_directory, check_source
 
 
 def under_torchrun() -> bool:
@@ -37,27 +41,71 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_rank(config: Config, resume: str | None = None, replay: Path | None = None) -> int:
-    """Train as this rank, or replay a dump; every rank's exit code is also in RUN_DIR/events.jsonl.
+@dataclass(frozen=True)
+class Source:
+    """What a launch does besides to train by its config from the beginning."""
+
+    resume: str | None = None
+    """the checkpoint that it continues after"""
+    replay: Path | None = None
+    """a recorded micro-batch that is run alone"""
+    rollouts: Path | None = None
+    """dumps that it trains on, without servers"""
+
+    def publishes(self, config: Config) -> bool:
+        """Whether weights are written for servers."""
+        return self.replay is None and self.rollouts is None and config.samples_responses
+
+
+def run_rank(config: Config, source: Source) -> int:
+    """Train as this rank, or replay a micro-batch; every rank's exit code is also in RUN_DIR/events.jsonl.
 
     Raises:
+        ConfigError: the environment is not that of a rank.
         ConfigError, StorageError: on the first rank, which holds the run's directories: they are not ours, or
             another run has them. Nothing is written then.
     """
+    check_environment()
     end_with_parent()
     catch_signals()
     keep_a_file()
     faulthandler.enable(all_threads=False)  # a crash in native code leaves the Python stack that led there
     if int(os.environ["RANK"]) != 0:
-        return _run_recorded(config, resume, replay)
-    publishes = replay is None and not config.supervised_only
-    with held(config, publishes=publishes):  # before a line is written to what may be another run's
+        return _run_recorded(config, partial(_run, config, source))
+    with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
         warn_of_others(config)
-        return _run_recorded(config, resume, replay)
+        for what in warnings(config):
+            say(f"warning: {what}")
+            append_event(config.run.dir, "warning", what=what)
+        return _run_recorded(config, partial(_run, config, source))
 
 
-def _run_recorded(config: Config, resume: str | None, replay: Path | None) -> int:
-    rank, run_dir = int(os.environ["RANK"]), config.run.dir
+def run_alone(config: Config) -> int:
+    """Sample rollouts in this one process, which ends as a rank does.
+
+    Raises:
+        ConfigError, StorageError: the run directory is not ours to sample into, or another run has it.
+    """
+    from mcore_rl.launch.preflight import check_open_files
+
+    catch_signals()
+    keep_a_file()
+    faulthandler.enable(all_threads=False)
+    check_directory(config)
+    check_open_files()
+    with held(config, publishes=False, dumps="sampled"):
+        warn_of_others(config)
+        return _run_recorded(config, partial(_sample, config))
+
+
+def _sample(config: Config) -> None:
+    from mcore_rl.training.sample_only import sample_rollouts
+
+    sample_rollouts(config)
+
+
+def _run_recorded(config: Config, work: Callable[[], None]) -> int:
+    rank, run_dir = int(os.environ.get("RANK", "0")), config.run.dir
     if (last := not_worth_a_restart(run_dir)) is not None:
         if rank == 0:
             say(f"a restart would meet it again: {last['type']}: {last['message']}")
@@ -65,8 +113,8 @@ def _run_recorded(config: Config, resume: str | None, replay: Path | None) -> in
     since = end_of_events(run_dir)
     try:
         if rank == 0:
-            append_event(run_dir, "start", world_size=int(os.environ["WORLD_SIZE"]))
-        _run(config, resume, replay)
+            append_event(run_dir, "start", world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        work()
         code = EXIT_DONE
     except NothingToDo as done:
         code = done.exit_code
@@ -102,26 +150,33 @@ def _forget_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _run(config: Config, resume: str | None, replay: Path | None) -> None:
+def _run(config: Config, source: Source) -> None:
     from mcore_rl.launch.preflight import check_rank
 
     check_rank(config)
-    if replay is not None:
+    if source.replay is not None:
         from mcore_rl.launch.replay import replay_dump
 
-        replay_dump(config, replay)
+        replay_dump(config, source.replay)
+    elif source.rollouts is not None:
+        from mcore_rl.training.from_dumps import train_from_dumps
+
+        train_from_dumps(config, source.rollouts, source.resume)
     elif config.supervised_only:
         from mcore_rl.training.supervised import train_supervised
 
-        train_supervised(config, resume)
+        train_supervised(config, source.resume)
     else:
         from mcore_rl.training.loop import train
 
-        train(config, resume)
+        train(config, source.resume)
 
 
-def launch_node(config: Config, arguments: Sequence[str]) -> int:
+def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int:
     """Start every rank of the config's layout on this node, by torch's elastic agent; the exit code of all.
+
+    Args:
+        arguments: of the command that every rank runs.
 
     It is 0 only when every rank has written in events.jsonl that it ended with 0.
 
@@ -130,12 +185,15 @@ def launch_node(config: Config, arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError, LayoutError: this node cannot run it; nothing was started.
+        DataError: there are no dumps to train on.
         ConfigError, StorageError: the run's directories are not ours, or another run has them.
     """
     from mcore_rl.launch.preflight import check_node
 
     check_node(config)
-    with held(config, publishes=not config.supervised_only and "--replay" not in arguments):
+    if source.rollouts is not None:
+        check_source(config, source.rollouts)
+    with held(config, publishes=source.publishes(config)):
         pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

@@ -117,5 +117,5 @@ def _remedy(left: Left) -> str:
     if left.exit_code < 0:
         return "its stack is above where the signal is that of a crash"
     if left.exit_code == EXIT_DONE:
-        return "something in it called os._exit: look for that in the reward function"
+        return "something in it called os._exit: look for that in a loss of your own"
     return "its last words are above; without any, something in it called os._exit"

@@ -78,7 +78,7 @@ def build_policy(
 
 
 def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32", weights: Path | None = None) -> Model:
-    """As a frozen `build_policy`, but the last stage answers with whole logits [R, V]: to compare models.
+    """A frozen policy whose last stage answers with whole logits [R, V]: to compare models.
 
     Args:
         weights: directory of the weights, where it is not that of config.json.
@@ -99,7 +99,7 @@ def build_critic(
     recompute: str = "none",
     ddp: DistributedDataParallelConfig | None = None,
 ) -> Model:
-    """As `build_policy`: the same weights and backbone, the embedding untied, under a value head.
+    """The backbone and weights of `build_policy`, the embedding untied, under a value head.
 
     The head starts at 0, and so does every value; with `random_seed` it is random like the other weights.
     """

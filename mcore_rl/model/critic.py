@@ -56,7 +56,7 @@ class CriticModel(PackedGPT):
             self.value_head = ValueHead(self.config, self.pg_collection.tp)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
-        """As any module of Megatron describes its shards; GPTModel's own way asks for an output layer."""
+        """Describe the shards as any module of Megatron does; GPTModel's own way asks for an output layer."""
         known = ensure_metadata_has_dp_cp_group(metadata)
         return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, known)
 

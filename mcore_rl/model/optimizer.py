@@ -45,7 +45,7 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return max(float(group["lr"]) for group in self.megatron.param_groups)
 
     def zero_grad(self) -> None:
@@ -131,7 +131,7 @@ def build_optimizer(
     megatron = get_megatron_optimizer(config, cast("list[MegatronModule]", _trained(model)))
     schedule = OptimizerParamScheduler(
         megatron,
-        init_lr=0.0,
+        init_lr=lr / (warmup_steps + 1),  # from 0 the first update would have no size
         max_lr=lr,
         min_lr=0.0,
         lr_warmup_steps=warmup_steps,

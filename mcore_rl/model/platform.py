@@ -2,10 +2,14 @@
 
 Megatron-Core names CUDA in its source: `device="cuda"` literals, `torch.cuda.current_device()`, streams,
 generators, type strings. `install()` answers those calls on a machine without CUDA, once, before the first
-use of Megatron-Core; where CUDA is present it only meets the differences listed in versions.py. Nothing
-outside `megatron.core` changes its behaviour: literals are redirected by a stand-in for the name `torch`
-INSIDE the modules of `TORCH_FACTORY_MODULES`, since wrapping torch's factories globally silently corrupts
-other libraries (transformers' rotary tables, logits off by 0.3).
+use of Megatron-Core; where CUDA is present it only meets the differences listed in versions.py.
+
+For the whole process it replaces what would need CUDA: of `torch.cuda` the functions current_device,
+synchronize, get_rng_state, manual_seed, current_stream, default_stream and stream and the classes Stream and
+Event; of `torch.Tensor` the methods cuda, pin_memory, record_stream and type (which answers only Megatron's
+optimizers otherwise). torch's factories stay: literals are redirected by a stand-in for the name `torch`
+INSIDE the modules of `TORCH_FACTORY_MODULES`, since wrapping them globally silently corrupts other libraries
+(transformers' rotary tables, logits off by 0.3).
 """
 
 from __future__ import annotations

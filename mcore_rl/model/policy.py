@@ -22,7 +22,7 @@ class Scored:
     targets: Tensor
     """[R] int64"""
     temperature: float
-    """of the sampling policy"""
+    """temperature of the sampling policy"""
     loss: RowLoss | None = None
     """a policy answers with `parallel.head.head_loss` of it instead of log-probs; a critic ignores it"""
 
@@ -90,7 +90,7 @@ class LogitsModel(PackedGPT):
     """Ends in the logits, gathered over tensor-parallel ranks: to compare models, not to train one."""
 
     def __init__(self, *args, live_vocab: int, **kwargs) -> None:
-        """As PolicyModel's."""
+        """Take what PolicyModel takes."""
         super().__init__(*args, **kwargs)
         self.live_vocab = live_vocab
 

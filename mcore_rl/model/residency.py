@@ -40,7 +40,7 @@ PHASES = (
     "critic step",
     "save",
 )
-"""of a step: scoring by a model, forward and backward of one, its optimizer's update, a checkpoint"""
+"""what a step consists of: scoring, forward and backward of a model, its optimizer's update, a checkpoint"""
 
 
 class ResidentPart(Protocol):
@@ -201,7 +201,7 @@ def state_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def storages(tensors: Iterable[Tensor], *, empty: bool = False) -> list[torch.UntypedStorage]:
-    """Of the tensors, each once; those without bytes only where `empty`."""
+    """The storages of the tensors, each once; those without bytes only where `empty`."""
     found = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
     return [storage for storage in found.values() if empty or storage.nbytes()]
 

@@ -39,7 +39,7 @@ class ReplayedLayer(TransformerLayer):
     """A layer with experts whose router takes the choice that comes with the micro-batch, if there is one."""
 
     def forward(self, *args, packed_seq_params: Any, **kwargs) -> Any:
-        """As TransformerLayer's; `packed_seq_params` is a portable.PackedLayout."""
+        """Run the layer as TransformerLayer does; `packed_seq_params` is a portable.PackedLayout."""
         experts: Tensor | None = packed_seq_params.experts
         mlp: Any = self.mlp
         router = mlp.router

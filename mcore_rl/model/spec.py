@@ -31,7 +31,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def check_reward_layout(arch: Architecture, layout: Layout) -> None:
-    """As check_layout, of the reward model, which is cut as the policy is."""
+    """Check the layout of the reward model, which is cut as the policy is."""
     try:
         check_layout(arch, layout)
     except LayoutError as error:

@@ -101,7 +101,7 @@ class _InParts:
     def __init__(self, loss: Loss, batch: PackedBatch) -> None:
         self.loss, self.batch = loss, batch
         self.metrics: list[Mapping[Any, Tensor]] = []
-        """of each call, in order; the backward pass fills it"""
+        """the metrics of each call, in order; the backward pass fills it"""
 
     def __call__(self, rows: slice, head: HeadOutput) -> Tensor:
         total, metrics = self.loss(_some_rows(self.batch, rows), head)
@@ -137,7 +137,7 @@ def _scaled_loss(loss: Loss, batch: PackedBatch, scale: int, output):
 
 
 def _scaled_head_loss(metrics: list, scale: int, output: Tensor):
-    """As `_scaled_loss`, of the head's own scalar: what is scaled is the gradient that it will receive."""
+    """Scale the head's own scalar, and with it the gradient that it will receive."""
     return output * scale, torch.tensor(1), metrics
 
 
@@ -202,7 +202,7 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
 
 
 def _local_experts(experts: Tensor | None, mesh: Mesh) -> Tensor | None:
-    """Of the tokens whose states this rank's routers see: under sequence parallelism, its part of them."""
+    """The experts of the tokens whose states this rank's routers see: a part, under sequence parallelism."""
     if experts is None or not mesh.layout.sequence:
         return experts
     return experts.chunk(mesh.layout.tensor)[mesh.tp_rank]

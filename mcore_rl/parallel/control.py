@@ -52,7 +52,7 @@ def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
     return _broadcast(result[0], mesh.world)  # type: ignore[return-value]
 
 
-def of_all(mesh: Mesh, value: T) -> list[T]:
+def gather_ranks(mesh: Mesh, value: T) -> list[T]:
     """The `value` of every rank in order, on every rank; collective."""
     values = [value] * mesh.layout.world_size
     dist.all_gather_object(values, value, group=mesh.world)
@@ -80,14 +80,14 @@ def gather_replicas(mesh: Mesh, value: T) -> list[T]:
     """Every replica's value, in data-parallel order, on every rank."""
     if mesh.layout.data == 1:
         return [value]
-    mine = apart(value)
+    mine = to_buffers(value)
     parts: list[tuple[bytes, list[int]]] = [(b"", [])] * mesh.layout.data
     dist.all_gather_object(parts, (mine[0], _sizes(mine[1])), group=mesh.data)
     values = []
     for replica, (rest, sizes) in enumerate(parts):
         own = replica == mesh.dp_rank
         memory = _broadcast_memory(mine[1] if own else None, sizes, mesh.data, replica)
-        values.append(value if own else together(rest, memory))
+        values.append(value if own else from_buffers(rest, memory))
     return values
 
 
@@ -96,11 +96,11 @@ def _broadcast(value: T, group: dist.ProcessGroup) -> T:
     if group.size() == 1:
         return value
     first = group.rank() == 0
-    rest, memory = apart(value) if first else (b"", None)
+    rest, memory = to_buffers(value) if first else (b"", None)
     head = [(rest, _sizes(memory or []))]
     dist.broadcast_object_list(head, group_src=0, group=group)
     memory = _broadcast_memory(memory, head[0][1], group, 0)
-    return value if first else together(head[0][0], memory)
+    return value if first else from_buffers(head[0][0], memory)
 
 
 def _broadcast_memory(
@@ -117,7 +117,7 @@ def _sizes(memory: list[torch.Tensor]) -> list[int]:
     return [one.numel() for one in memory]
 
 
-def apart(value: object) -> tuple[bytes, list[torch.Tensor]]:
+def to_buffers(value: object) -> tuple[bytes, list[torch.Tensor]]:
     """`value` pickled, and the memory [bytes] of its arrays, not copied."""
     memory: list[torch.Tensor] = []
 
@@ -131,8 +131,8 @@ def apart(value: object) -> tuple[bytes, list[torch.Tensor]]:
     return pickle.dumps(value, protocol=5, buffer_callback=within), memory
 
 
-def together(rest: bytes, memory: list[torch.Tensor]) -> Any:
-    """The value of `apart`; its arrays are this memory."""
+def from_buffers(rest: bytes, memory: list[torch.Tensor]) -> Any:
+    """The value of `to_buffers`; its arrays are this memory."""
     # From ranks of this run alone, as everything that torch.distributed carries.
     return pickle.loads(rest, buffers=[one.numpy() for one in memory])  # noqa: S301
 
@@ -147,7 +147,7 @@ def reduce_sums(mesh: Mesh, sums: Mapping[K, torch.Tensor]) -> dict[K, torch.Ten
 
 
 def reduce_maxima(mesh: Mesh, maxima: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
-    """As reduce_sums, taking the largest; -inf where no rank has a row, inf for a NaN, which MAX may drop."""
+    """Reduce to the largest; -inf where no rank has a row, inf for a NaN, which MAX may drop."""
     seen = {name: torch.where(value.isnan(), torch.inf, value) for name, value in maxima.items()}
     return _reduce(mesh, seen, dist.ReduceOp.MAX, -torch.inf)
 

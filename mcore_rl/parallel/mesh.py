@@ -1,4 +1,4 @@
-"""The parallel layout and its process groups; the only file that touches Megatron's parallel_state."""
+"""The parallel layout and its process groups; the only file that sets Megatron's parallel_state."""
 
 from __future__ import annotations
 

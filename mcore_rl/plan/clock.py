@@ -18,7 +18,7 @@ PEAK_FLOPS = 989e12
 PEAK_BYTES = 3.35e12
 """HBM bytes per second of one H100 SXM"""
 SERVER_GPUS = 8
-"""of one server; a model that does not fit into half their memory needs another fleet than this estimate's"""
+"""GPUs of one server; a model that does not fit into half their memory needs another fleet than this one"""
 
 LINKS = {"disk 2 GB/s": 2e9, "100 Gb/s": 12.5e9, "400 Gb/s": 50e9, "NVLink 450 GB/s": 450e9}
 """name -> bytes per second of the one link that a whole copy of the weights passes"""
@@ -29,11 +29,11 @@ class Efficiency:
     """Share of the peak that each phase reaches."""
 
     train: float = 0.24
-    """of FLOP/s, forward and backward, the pipeline's bubble apart"""
+    """share of the peak FLOP/s in forward and backward, without the pipeline's bubble"""
     log_probs: float = 0.25
-    """of FLOP/s, forward only"""
+    """share of the peak FLOP/s in forward alone"""
     generate: float = 0.54
-    """of HBM bytes per second while decoding"""
+    """share of the HBM bytes per second while decoding"""
     publish: float = 10e9
     """bytes per second at which a new policy reaches the servers"""
 
@@ -49,7 +49,7 @@ class SamplingServers:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one step."""
+    """Seconds of one step, by phase."""
 
     generate: float
     log_probs: float

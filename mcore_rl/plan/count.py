@@ -27,13 +27,13 @@ class StageCount:
     """Numbers of parameters on one rank of a pipeline stage."""
 
     matrices: int = 0
-    """of layers, cut over the tensor-parallel ranks"""
+    """matrices of layers, cut over the tensor-parallel ranks"""
     vocabulary: int = 0
     """embedding and output layer, cut over the tensor-parallel ranks, padding included"""
     replicated: int = 0
     """norms, routers, a value head: all of them on every tensor-parallel rank"""
     experts: int = 0
-    """of this rank's share of the experts"""
+    """parameters of this rank's share of the experts"""
     padding: int = 0
     """rows added to the vocabulary, in parameters, over all tensor-parallel ranks together"""
     copied: int = 0
@@ -60,7 +60,7 @@ def count_policy(arch: Architecture, layout: Layout) -> list[StageCount]:
 
 
 def count_critic(arch: Architecture, layout: Layout) -> list[StageCount]:
-    """As count_policy, with the value head in place of the output layer."""
+    """What each stage of the critic holds: the policy's, with the value head in place of the output layer."""
     return _deal(CriticParameterMap, arch, layout, tied=False)
 
 
@@ -140,7 +140,7 @@ class _Tensors:
 
 @lru_cache
 def _tensors(table: type[ParameterMap], arch: Architecture) -> list[_Tensors]:
-    """Of the whole model, from the table that loads it."""
+    """The tensors of the whole model, from the table that loads it."""
     mapping = table(arch, arch.vocab)
     shapes = mapping.hf_shapes()
     sizes: Counter[tuple[int | None, bool, str]] = Counter()

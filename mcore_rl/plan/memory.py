@@ -34,7 +34,7 @@ GIB = 1 << 30
 OTHER = 3 * GIB
 """CUDA context, NCCL buffers and fragmentation of one rank: an allowance, not a measurement"""
 SERVER_MEMORY_SHARE = 0.5
-"""of the KV cache that all samples of a step would need at once; servers queue the rest"""
+"""share of the KV cache that all samples of a step would need at once; servers queue the rest"""
 _SWIGLU = 5
 """widths that a SwiGLU keeps where no kernel fuses it: gate and up, silu(gate), up again, their product"""
 
@@ -90,7 +90,7 @@ class RankMemory:
 
 
 def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[RankMemory]:
-    """Of each pipeline stage, first to last."""
+    """The memory of a rank of each pipeline stage, first to last."""
     policy = count_policy(arch, layout)
     nothing = [StageCount()] * layout.pipeline
     critic = count_critic(arch, layout) if work.critic else nothing
@@ -124,7 +124,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
 
 
 def weight_bytes(precision: str) -> int:
-    """Of one parameter or activation."""
+    """Bytes of one parameter or activation."""
     return ITEM_BYTES[precision]
 
 
@@ -164,7 +164,7 @@ def _judge_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: in
 def critic_optimizer_bytes(
     arch: Architecture, count: StageCount, layout: Layout, work: PlannedStep, stage: int
 ) -> float:
-    """As optimizer_bytes; the value head needs no fp32 weights beside its own."""
+    """Bytes of the critic's optimizer: its value head needs no fp32 weights beside its own."""
     replicas = layout.data * layout.context if work.distributed_optimizer else 1
     saved = 4 * (work.precision != "fp32") * _value_head(arch, layout, work, stage) / replicas
     return optimizer_bytes(count, layout, work) - saved
@@ -204,7 +204,7 @@ def backward_bytes(arch: Architecture, layout: Layout, work: PlannedStep, stage:
 
 
 def _tokens(layout: Layout, work: PlannedStep) -> float:
-    """Of a micro-batch on one rank, before sequence parallelism."""
+    """Tokens of a micro-batch on one rank, before sequence parallelism."""
     return min(work.tokens_per_micro_batch, work.tokens / work.mini_batches / layout.data) / layout.context
 
 

@@ -18,7 +18,7 @@ from mcore_rl.plan.work import PlannedStep
 from mcore_rl.precision import packed_multiple, token_multiple
 
 ENOUGH_SPARE = 0.1
-"""of a GPU's memory: what a plan needs to be recommended"""
+"""share of a GPU's memory that a plan must leave to be recommended"""
 NODE = 8
 """GPUs with NVLink between them: tensor parallelism stays inside"""
 
@@ -33,7 +33,7 @@ class LayoutPlan:
     spare: float
     """share of a GPU's memory that the fullest stage leaves; negative where it does not fit"""
     micro_batches: int
-    """of one optimizer step, per replica"""
+    """micro-batches of one optimizer step, per replica"""
     bubble: float
     seconds: Seconds
 
@@ -56,7 +56,7 @@ class PlanInputs:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return distinct(count_policy(self.arch, Layout()), Layout())
 
 

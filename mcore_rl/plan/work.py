@@ -42,27 +42,27 @@ class PlannedStep:
     reward_model: Architecture | None
     """a frozen model on the training ranks"""
     reward_flops: float
-    """of its forward pass over a token, the policy's taken as 1"""
+    """FLOPs of its forward pass over a token, the policy's taken as 1"""
     colocated: bool
     """the servers run on the training GPUs"""
     generates: bool
     old_log_prob_share: float
-    """of the samples that get a forward pass of the policy before the updates"""
+    """share of the samples that get a forward pass of the policy before the updates"""
     fp8: Fp8 = DEFAULT_FP8
     offloaded: frozenset[str] = frozenset()
     """parts (residency.NEEDED) that leave the GPU"""
     swapped: bool = False
     """the reference is the policy with its first weights"""
     bucket_bytes: int = 0
-    """of a bucket of weights on its way to the servers; 0 where they go by disk"""
+    """bytes of a bucket of weights on its way to the servers; 0 where they go by disk"""
 
     @property
     def tokens(self) -> float:
-        """Of one step, prompts included."""
+        """Tokens of one step, prompts included."""
         return self.samples * (self.prompt_tokens + self.response_tokens)
 
     def micro_batches(self, layout: Layout) -> int:
-        """Of one optimizer step on one replica, when every micro-batch is full."""
+        """Micro-batches of one optimizer step on one replica, when every one is full."""
         tokens = self.tokens / self.mini_batches / layout.data
         filled = ceil(tokens / self.tokens_per_micro_batch)
         multiple = layout.pipeline if layout.virtual_pipeline else 1
@@ -74,7 +74,7 @@ class PlannedStep:
         return idle / (self.micro_batches(layout) + idle)
 
     def forward_flops(self, shape: ModelShape) -> float:
-        """Of one forward pass over all samples of a step; only response tokens reach the head."""
+        """FLOPs of one forward pass over all samples of a step; only response tokens reach the head."""
         length = self.prompt_tokens + self.response_tokens
         scored = np.array([self.response_tokens])
         return self.samples * float(forward_flops(np.array([length]), shape, scored)[0])
@@ -120,7 +120,7 @@ def work_of(
 
 
 def _flops_of(path: Path) -> float:
-    """Of a forward pass over one token without context, the head apart."""
+    """FLOPs of a forward pass over one token without context and without the head."""
     shape = model_shape(read_hf_config(path))
     return float(forward_flops(np.array([1.0]), shape, np.array([0.0]))[0])
 

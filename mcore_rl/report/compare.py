@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcore_rl.errors import DataError, McoreRLError, NumericsError
+from mcore_rl.errors import ConfigError, DataError, McoreRLError, NumericsError
 from mcore_rl.metric_names import MEASURED
 from mcore_rl.report.runs import RunData, number, read_runs
-from mcore_rl.terminal import printable, short
+from mcore_rl.terminal import CommandParser, printable, short
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,13 @@ def _distance(one: Any, other: Any) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`compare_runs.py RUN_DIR RUN_DIR [--rtol R]`: 0 if equal, 70 if not."""
-    parser = argparse.ArgumentParser(prog="compare_runs.py", description=__doc__)
+    parser = CommandParser(prog="compare_runs.py", description=__doc__)
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN_DIR")
     parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that counts as equal")
     arguments = parser.parse_args(argv)
     try:
+        if not 0 <= arguments.rtol < 1:  # with NaN nothing would differ, and from 1 on hardly anything
+            raise ConfigError(f"--rtol {arguments.rtol:g}: give a number from 0 to below 1")
         one, other = read_runs(arguments.runs)
         found, steps = differences(one, other, arguments.rtol)
     except McoreRLError as error:

@@ -4,48 +4,85 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from mcore_rl.directories import write_whole
+from mcore_rl.errors import DataError
 from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
 from mcore_rl.report.svg import color_class
-from mcore_rl.report.tables import comparison, run_key, sample_tables, settings_tables
+from mcore_rl.report.tables import comparison, held_out_table, run_key, sample_tables, settings_tables
+from mcore_rl.report.tokens import token_panels
+from mcore_rl.terminal import escaped
+
+_TITLE = "mcore_rl report</title>"
+"""in every page; what lacks it is somebody else's"""
+_HEAD_BYTES = 1 << 16
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path | None = None, samples: Sequence[str] = ()) -> Path:
     """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
 
-    Returns its path. Raises DataError where a run directory has no complete line of metrics, StorageError
-    where the page cannot be written; an older page then stays as it is.
+    Args:
+        samples: ids of dumped samples of one run that are shown token by token; by default it shows a few.
+
+    Returns its path. Raises DataError where a run directory has no complete line of metrics, no dump has such
+    a sample, or something else wrote what would be replaced, StorageError where the page cannot be written;
+    an older page then stays as it is.
     """
+    if samples and len(run_dirs) > 1:
+        raise DataError("report: --sample shows samples of one run; name one run directory")
     runs = read_runs(run_dirs)
     path = out or run_dirs[0] / "report.html"
+    _check_ours(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, render(runs))
+    tokens = token_panels(run_dirs[0], samples) if len(run_dirs) == 1 else []
+    write_whole(path, render(runs, tokens))
     return path
 
 
-def render(runs: Sequence[RunData]) -> str:
-    """The page as text; the same runs give the same text."""
+def _check_ours(path: Path) -> None:
+    """Raises DataError where something other than this command wrote the file at `path`."""
+    if path.is_dir() or not os.path.lexists(path):  # a directory is never replaced by a file
+        return
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as page:
+                if _TITLE.encode() in page.read(_HEAD_BYTES):
+                    return
+    raise DataError(
+        f"{path} is no page of this command: something else wrote it, and it would be replaced. Nothing was "
+        "touched. Move it away"
+    )
+
+
+def render(runs: Sequence[RunData], tokens: Sequence[str] = ()) -> str:
+    """The page as text, with panels of `tokens`; the same runs give the same text.
+
+    Control characters and bidirectional marks of names, keys and samples are written out, as on a terminal.
+    """
     style, script = _asset("style.css"), _asset("hover.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     parts = [_one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)]
+    parts += [_section("Held-out sets", [held_out_table(runs)])]
     parts += [_section(heading, map(_figure, figures)) for heading, figures in draw_sections(runs).items()]
-    parts += [_section("Samples", sample_tables(runs)), _section("Settings", settings_tables(runs))]
-    return f"""<!doctype html>
+    parts += [_section("Samples", sample_tables(runs)), _section("Token by token", tokens)]
+    parts += [_section("Settings", settings_tables(runs))]
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(", ".join(run.name for run in runs))} \u00b7 mcore_rl report</title>
+<title>{escape(", ".join(run.name for run in runs))} \u00b7 {_TITLE}
 <style>{style}</style>
 </head>
 <body>
@@ -55,6 +92,7 @@ def render(runs: Sequence[RunData]) -> str:
 </body>
 </html>
 """
+    return "\n".join(map(escaped, page.split("\n")))
 
 
 def _one_run(run: RunData) -> str:

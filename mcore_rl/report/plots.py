@@ -11,10 +11,19 @@ from typing import Any
 from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import Line, Reference, format_number, line_chart, moving_average, stacked_bars
 
+HELD_OUT = ("eval/version", *(f"eval/*/{word}" for word in ("pass@*", "majority@*", "low", "high")))
+HELD_OUT += tuple(f"eval/*/{word}" for word in ("samples", "missing", "sampled", "prompts"))
+"""of the held-out sets, what has no plot of one metric: their table has it"""
 SMOOTH_FROM = 25
 """points from which a noisy metric gets a moving average"""
 MAX_BARS = 60
 PHASES = ("rollout", "reward", "train", "publish", "eval", "score", "save", "release")
+
+
+BY_K = {
+    "pass": "Chance that one of k samples passes; intervals are in the table",
+    "majority": "How often the answer of most of k samples passes; intervals are in the table",
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,25 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
     "Learning": [
         Plot(
             "Held-out accuracy",
-            "At the temperature of training, prompts outside the training set",
+            "Mean over prompts outside the training set; shaded: 95 % interval",
             (("eval/*/accuracy", "accuracy"),),
+            band=("eval/*/accuracy/low", "eval/*/accuracy/high"),
             dots=True,
         ),
         Plot(
             "Held-out reward",
-            "Of the reward model; at the temperature of training, prompts outside the training set",
+            "Of the reward model, mean over prompts outside the training set; shaded: 95 % interval",
             (("eval/*/reward", "reward"),),
+            band=("eval/*/reward/low", "eval/*/reward/high"),
             dots=True,
         ),
         Plot("Reward", "Mean over the step's samples", (("reward/mean", "reward"),), noisy=True),
+        Plot(
+            "Replaced groups",
+            "Share of the sampled groups that had no signal",
+            (("sampling/refill_rate", "replaced"),),
+            noisy=True,
+        ),
         Plot(
             "Response length",
             "Tokens; shaded: up to the longest",
@@ -111,6 +128,7 @@ def draw_sections(runs: Sequence[RunData]) -> dict[str, list[Figure]]:
         heading: [figure for plot in plots for one in _expand(plot, runs) if (figure := _draw(one, runs))]
         for heading, plots in SECTIONS.items()
     }
+    sections["Learning"] += [figure for plot in _by_k(runs) if (figure := _draw(plot, runs))]
     sections["Exactness and speed"] += _phases(runs)
     sections["Everything else"] = [figure for plot in _others(runs) if (figure := _draw(plot, runs))]
     return {heading: figures for heading, figures in sections.items() if figures}
@@ -120,10 +138,23 @@ def _others(runs: Sequence[RunData]) -> list[Plot]:
     """A plot for every metric that no other plot shows, such as those of a loss of the user's own."""
     plots = [plot for plots in SECTIONS.values() for plot in plots]
     shown = [key for plot in plots for key, _ in plot.metrics] + [key for p in plots for key in p.band or ()]
-    shown += ["step", "time/*"]
+    shown += ["step", "time/*", "data/*", *HELD_OUT]
     keys = dict.fromkeys(key for run in runs for key in run.keys)
     rest = [key for key in keys if not any(fnmatchcase(key, pattern) for pattern in shown)]
     return [Plot(key, "As logged", ((key, key.rsplit("/", 1)[-1]),), noisy=True) for key in sorted(rest)]
+
+
+def _by_k(runs: Sequence[RunData]) -> list[Plot]:
+    """For each set a plot of all its pass@k, and one of all its majority@k."""
+    keys = dict.fromkeys(key for run in runs for key in run.keys if not key.endswith(("/low", "/high")))
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, note in BY_K.items():
+        for key in keys:
+            head, at, k = key.rpartition(f"/{name}@")
+            if at and head.startswith("eval/"):
+                title = f"Held-out {name}@k: {head.removeprefix('eval/')}"
+                found.setdefault((title, note), []).append((key, f"k = {k}"))
+    return [Plot(title, note, tuple(metrics), dots=True) for (title, note), metrics in found.items()]
 
 
 def _expand(plot: Plot, runs: Sequence[RunData]) -> list[Plot]:
@@ -136,7 +167,10 @@ def _expand(plot: Plot, runs: Sequence[RunData]) -> list[Plot]:
     names = [f"{plot.title}: {key.removeprefix(head).removesuffix(tail)}" for key in keys]
     if tail and len(keys) == 1:
         names = [plot.title]
-    return [replace(plot, title=n, metrics=((key, label),)) for n, key in zip(names, keys, strict=True)]
+    return [
+        replace(plot, title=name, metrics=((key, label),), band=plot.band and (f"{key}/low", f"{key}/high"))
+        for name, key in zip(names, keys, strict=True)
+    ]
 
 
 def _draw(plot: Plot, runs: Sequence[RunData]) -> Figure | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcore_rl import strict_json
 from mcore_rl.errors import DataError
 from mcore_rl.log import METRICS, read_metrics
 
@@ -16,6 +17,8 @@ Point = tuple[float, float | None]
 """(step, value); None where the value was no finite number, which a line shows as a gap"""
 LARGEST = 1e100
 """magnitude that a report can show"""
+VERSION = "eval/version"
+"""the metric that names the step whose weights were evaluated"""
 _LARGEST_STEP = 2**53
 """beyond it neighbouring steps are one float"""
 
@@ -32,6 +35,8 @@ class RunData:
     settings_text: str
     samples: Mapping[int, Sequence[Mapping[str, Any]]]
     """step -> lines of samples/step_N.jsonl"""
+    alone: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """directory in evaluations/ -> metrics of the held-out sets, measured by `mcore-rl eval`"""
 
     @property
     def keys(self) -> list[str]:
@@ -39,8 +44,11 @@ class RunData:
         return list(dict.fromkeys(key for record in self.steps for key in record))
 
     def points(self, key: str) -> list[Point]:
-        """(step, value) of the steps that have `key`; empty when no value is a finite number."""
-        points = [(float(r["step"]), number(r[key])) for r in self.steps if key in r]
+        """(step, value) of the steps that have `key`; empty when no value is a finite number.
+
+        What was evaluated beside a later step belongs to the step whose weights it measures.
+        """
+        points = [(_step_of(r, key), number(r[key])) for r in self.steps if key in r]
         return points if any(value is not None for _, value in points) else []
 
     def values(self, key: str) -> list[float]:
@@ -67,7 +75,12 @@ def _read_run(directory: Path, name: str) -> RunData:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{toml}: {error}; restore the file that the run wrote, or move it away") from error
     return RunData(
-        name, [by_step[s] for s in sorted(by_step)], settings, text.strip(), _read_samples(directory)
+        name,
+        [by_step[s] for s in sorted(by_step)],
+        settings,
+        text.strip(),
+        _read_samples(directory),
+        _read_alone(directory),
     )
 
 
@@ -95,6 +108,23 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
         nested = isinstance(value, Mapping)
         flat += _flatten(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
     return flat
+
+
+def _step_of(record: Mapping[str, Any], key: str) -> float:
+    version = number(record.get(VERSION)) if key.startswith("eval/") else None
+    return float(record["step"]) if version is None else version
+
+
+def _read_alone(directory: Path) -> dict[str, dict[str, Any]]:
+    """Of `mcore-rl eval`: name of the evaluation -> its metrics; what is no result is left out."""
+    found = {}
+    for path in sorted((directory / "evaluations").glob("*/results.json")):
+        try:
+            sets = strict_json.parse(path.read_bytes())["sets"]
+            found[path.parent.name] = {key: value for its in sets.values() for key, value in its.items()}
+        except (OSError, strict_json.JsonError, KeyError, TypeError, AttributeError):
+            continue
+    return found
 
 
 def _is_step(value: Any) -> bool:

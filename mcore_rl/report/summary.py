@@ -18,8 +18,6 @@ AXES = (
     ("expert", "EP"),
     ("data", "DP"),
 )
-FILES = ("train", "eval")
-"""of prompts, by their keys in [data]"""
 
 
 class Fact(NamedTuple):
@@ -108,19 +106,24 @@ def _change(run: RunData, key: str, label: str, average: int = 1) -> Fact | None
 
 def _of_how_many(run: RunData, key: str, fact: Fact | None) -> Fact | None:
     """The fact, with how many prompts of their file the last mean is of, where that is known."""
-    known = [run.values(f"{key.rpartition('/')[0]}/{what}") for what in ("samples", "prompts")]
+    known = [run.values(f"{key.rpartition('/')[0]}/{what}") for what in ("sampled", "prompts")]
     if fact is None or not all(known):
         return fact
-    samples, prompts = (values[-1] for values in known)
-    return fact._replace(detail=f"{fact.detail}; {samples:.0f} of {prompts:.0f} prompts")
+    sampled, prompts = (values[-1] for values in known)
+    return fact._replace(detail=f"{fact.detail}; {sampled:.0f} of {prompts:.0f} prompts")
+
+
+def _is_count(key: str) -> bool:
+    return fnmatchcase(key, "data/*/dropped")
 
 
 def _dropped(run: RunData) -> list[Fact]:
-    """A tile for each prompt file of which some prompts exceeded data.max_prompt_tokens."""
-    counts = {name: [run.values(f"data/{name}/{what}") for what in ("dropped", "prompts")] for name in FILES}
+    """A tile for each prompt file (`train`, `eval/NAME`) with prompts beyond data.max_prompt_tokens."""
+    names = [key.removeprefix("data/").removesuffix("/dropped") for key in run.keys if _is_count(key)]
+    counts = {name: [run.values(f"data/{name}/{what}") for what in ("dropped", "prompts")] for name in names}
     return [
         Fact(
-            f"Prompts left out \u00b7 data.{name}",
+            f"Prompts left out \u00b7 {name}",
             f"{dropped[0]:.0f} of {read[0]:.0f}",
             "longer than allowed",
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mcore_rl.report.runs import RunData, number
+from mcore_rl.report.runs import VERSION, RunData, number
 from mcore_rl.report.summary import differing_settings, headline
 from mcore_rl.report.svg import color_class
 
@@ -32,7 +32,7 @@ def comparison(runs: Sequence[RunData]) -> str:
 
 
 def sample_tables(runs: Sequence[RunData]) -> list[str]:
-    """Of one run the first, a middle and the last recorded step, that one open; of several runs the last."""
+    """One run's first, middle and last recorded step, the last one open; of several runs, the last step."""
     if len(runs) > 1:
         last = [(run, max(run.samples)) for run in runs if run.samples]
         return [_sample_table(f"{run.name}, step {step}", run.samples[step]) for run, step in last]
@@ -40,6 +40,41 @@ def sample_tables(runs: Sequence[RunData]) -> list[str]:
     steps = list(run.samples)
     chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     return [_sample_table(f"step {s}", run.samples[s], is_open=s == chosen[-1]) for s in chosen]
+
+
+def held_out_table(runs: Sequence[RunData]) -> str:
+    """Every measure of every held-out set with its 95 % interval: the last in each run, and those alone."""
+    rows = []
+    for index, run in enumerate(runs):
+        last = {
+            key: value for record in run.steps for key, value in record.items() if key.startswith("eval/")
+        }
+        places = {"last": last, **run.alone}
+        for place, metrics in places.items():
+            version = number(metrics.get(VERSION))
+            where = place if version is None else f"after step {version:.0f}"
+            rows += [
+                [run_key(index, run), *map(escape, (name, measure, value, interval, of, where))]
+                for name, measure, value, interval, of in _measures(metrics)
+            ]
+    head = ["Run", "Set", "Measure", "Value", "95 % interval", "Of", "Weights"]
+    if len(runs) == 1:
+        head, rows = head[1:], [row[1:] for row in rows]
+    return f'<div class="panel wide">{_table(head, rows)}</div>' if rows else ""
+
+
+def _measures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """(set, measure, value, interval, of how many) of what is measured of each set."""
+    for key, value in metrics.items():
+        name, _, measure = key.removeprefix("eval/").rpartition("/")
+        shown = number(value)
+        if shown is None or not (measure in ("accuracy", "reward") or "@" in measure):
+            continue
+        low, high = (number(metrics.get(f"{key}/{end}")) for end in ("low", "high"))
+        interval = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        counts = [number(metrics.get(f"eval/{name}/{what}")) for what in ("sampled", "samples")]
+        of = "" if None in counts else "{:.0f} prompts, {:.0f} samples".format(*counts)
+        yield name, measure, f"{shown:.3f}", interval, of
 
 
 def settings_tables(runs: Sequence[RunData]) -> list[str]:

@@ -1,5 +1,9 @@
-"""Scoring responses: `module:function` loading, checks, and the built-in rewards."""
+"""Scoring responses: what a reward function may return, its processes, and the built-in rewards."""
 
-from mcore_rl.rewards.score import RewardFn, load_reward, score_groups
+from mcore_rl.rewards.outcome import Void
+from mcore_rl.rewards.pool import RewardPool, check_rate
+from mcore_rl.rewards.score import RewardFn, load_reward
+from mcore_rl.rewards.tokenizer import full_text, tokenizer
+from mcore_rl.rewards.worker import Task
 
-__all__ = ["RewardFn", "load_reward", "score_groups"]
+__all__ = ["RewardFn", "RewardPool", "Task", "Void", "check_rate", "full_text", "load_reward", "tokenizer"]

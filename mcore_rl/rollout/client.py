@@ -31,7 +31,7 @@ _IDLE_SECONDS = 30.0
 _NEW_TOKENS = 128
 """SGLang's own max_new_tokens, where none is asked for"""
 _TOKEN_BYTES = 128
-"""of a reply, for a token: its id, its log-prob and its text"""
+"""bytes of a reply for a token: its id, its log-prob and its text"""
 _SMALL_REPLY_BYTES = 1 << 26
 _MESSAGE_CHARS = 500
 _LOOK = "see the server's log, or raise timeout and retries"
@@ -231,7 +231,7 @@ class RolloutClient:
         return await self._answers("/ready", min(self.timeout, _READY_SECONDS))
 
     async def end_pause(self) -> bool:
-        """As `resume`, in one attempt of a few seconds: whether it was answered; never raises."""
+        """Resume in one attempt of a few seconds; returns whether it was answered, and never raises."""
         return await self._answers("/continue_generation", min(self.timeout, _READY_SECONDS), {})
 
     async def healthy(self, within: float) -> bool:

@@ -3,21 +3,24 @@
 Eight bytes a token (and its experts, where routing is replayed), and no Python object per token. Prompts
 travel by their ids, since every rank has read them; texts do not travel, since rewards have been given.
 
-Legend: N samples, S segments of all of them, R tokens of all segments, M of them trained.
+Legend: N samples, S segments of all of them, V version spans of all segments, R tokens of all segments, M of
+them trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.types import Group, Prompt, Sample, Segment, Tokens, VersionSpan
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, Segment, TurnReward, VersionSpan, join_arrays
 
-Spans = list[tuple[str, int, int]]
+Flat = tuple[str, str, float | None, bool, int]
+Detailed = tuple[str, str, float | None, bool, int, tuple[RewardPart, ...], tuple[TurnReward, ...]]
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -27,10 +30,15 @@ class Columns:
 
     groups: list[tuple[str, str, int]]
     """(group id, prompt id where it has samples, how many)"""
-    samples: list[tuple[str, str, float | None, bool, list[Spans]]]
-    """[N] (id, finish reason, reward, void, of each segment [(version, start, end)])"""
+    samples: list[Flat | Detailed]
+    """[N] (id, finish reason, reward, void, how many segments), and parts and turns of the reward where it
+    has any"""
     ends: npt.NDArray[np.int64]
-    """[4, S] where the tokens, the trained tokens, the context and the rows of experts of each segment end"""
+    """[6, S] where each segment's context, tokens, log-probs, version spans, mask and rows of experts end"""
+    versions: list[str]
+    """[V]"""
+    spans: npt.NDArray[np.int64]
+    """[2, V] the first trained token of each version span, and the one after its last"""
     tokens: npt.NDArray[np.int32]
     """[R]"""
     log_probs: npt.NDArray[np.float32]
@@ -47,19 +55,32 @@ def pack_groups(groups: Sequence[Group]) -> Columns:
     """The columns of scored groups."""
     samples = [sample for group in groups for sample in group.samples]
     segments = [segment for sample in samples for segment in sample.segments]
-    contexts = [_own_context(sample, segment) for sample in samples for segment in sample.segments]
-    lengths = [
-        (len(s.token_ids), len(s.log_probs), len(context), 0 if s.experts is None else len(s.experts))
-        for s, context in zip(segments, contexts, strict=True)
+    contexts = [
+        _NOTHING if segment.context is prompt else segment.context
+        for sample in samples
+        for prompt in (sample.prompt.token_array,)  # which every rank has
+        for segment in sample.segments
     ]
+    masks = [s.trained if len(s.log_probs) < len(s.token_ids) else None for s in segments]
+    lengths = (
+        [len(context) for context in contexts],
+        [len(s.token_ids) for s in segments],
+        [len(s.log_probs) for s in segments],
+        [len(s.versions) for s in segments],
+        [0 if mask is None else len(mask) for mask in masks],
+        [0 if s.experts is None else len(s.experts) for s in segments],
+    )
+    spans = [span for s in segments for span in s.versions]
     return Columns(
         groups=[(group.id, _prompt_id(group), len(group.samples)) for group in groups],
-        samples=[(s.id, s.finish_reason, s.reward, s.void, _spans(s)) for s in samples],
-        ends=np.cumsum(np.array(lengths, np.int64).reshape(-1, 4), axis=0).T,
-        tokens=_join([s.token_ids for s in segments], np.int32),
-        log_probs=_join([s.log_probs for s in segments], np.float32),
-        trained=_join([s.trained for s in segments if len(s.log_probs) < len(s.token_ids)], np.bool_),
-        contexts=_join(contexts, np.int32),
+        samples=[_detailed(s) if s.parts or s.turn_rewards else _flat(s) for s in samples],
+        ends=np.cumsum(np.array(lengths, np.int64), axis=1),
+        versions=[span.version for span in spans],
+        spans=np.array([[span.start for span in spans], [span.end for span in spans]], np.int64),
+        tokens=join_arrays([s.token_ids for s in segments], np.int32),
+        log_probs=join_arrays([s.log_probs for s in segments], np.float32),
+        trained=join_arrays([mask for mask in masks if mask is not None], np.bool_),
+        contexts=join_arrays(contexts, np.int32),
         experts=_join_experts([s.experts for s in segments if s.experts is not None]),
     )
 
@@ -70,9 +91,10 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     Args:
         prompts: id -> prompt, of all that the groups name.
     """
-    samples, places = iter(columns.samples), _places(columns)
+    samples: Iterator[tuple[Any, ...]] = iter(columns.samples)
+    segments = _segments(columns)
     return [
-        Group(id, tuple(_sample(columns, prompts[prompt], next(samples), places) for _ in range(count)))
+        Group(id, tuple(_sample(prompts[prompt], segments, *next(samples)) for _ in range(count)))
         for id, prompt, count in columns.groups
     ]
 
@@ -81,52 +103,45 @@ def _prompt_id(group: Group) -> str:
     return group.samples[0].prompt.id if group.samples else ""
 
 
-def _own_context(sample: Sample, segment: Segment) -> Tokens:
-    """Nothing where it is the prompt, which every rank has."""
-    return _NOTHING if segment.context is sample.prompt.token_array else segment.context
+def _segments(columns: Columns) -> Iterator[tuple]:
+    """The fields of every segment, in their order; no context where it is the prompt."""
+    spans = tuple(map(VersionSpan, columns.versions, *columns.spans.tolist()))
+    arrays = (columns.contexts, columns.tokens, columns.log_probs, spans, columns.trained, columns.experts)
+    absent = (None, columns.tokens[:0], columns.log_probs[:0], (), None, None)
+    return zip(*map(_cut, arrays, columns.ends.tolist(), absent), strict=True)
 
 
-def _spans(sample: Sample) -> list[Spans]:
-    return [[(span.version, span.start, span.end) for span in s.versions] for s in sample.segments]
+def _cut(array: Any, ends: list[int], absent: Any) -> Iterator[Any]:
+    if len(array) == 0:
+        return repeat(absent, len(ends))
+    return (array[start:end] if start < end else absent for start, end in pairwise([0, *ends]))
 
 
-def _slices(ends: npt.NDArray[np.int64]) -> Iterator[slice]:
-    return (slice(start, end) for start, end in pairwise([0, *ends.tolist()]))
+def _flat(s: Sample) -> Flat:
+    return s.id, s.finish_reason, s.reward, s.void, len(s.segments)
 
 
-def _places(columns: Columns) -> Iterator[tuple[slice, slice, slice, slice, slice | None]]:
-    """Where each segment's tokens, trained tokens, context, experts and mask (if it has one) are."""
-    masks = 0
-    for tokens, trained, context, routed in zip(*map(_slices, columns.ends), strict=True):
-        length = tokens.stop - tokens.start
-        if trained.stop - trained.start == length:
-            yield tokens, trained, context, routed, None
-        else:
-            yield tokens, trained, context, routed, slice(masks, masks + length)
-            masks += length
+def _detailed(s: Sample) -> Detailed:
+    return *_flat(s), s.parts, s.turn_rewards
 
 
-def _sample(columns: Columns, prompt: Prompt, row: tuple, places: Iterator[tuple]) -> Sample:
-    id, finish_reason, reward, void, spans = row
-    segments = tuple(
-        Segment(
-            columns.contexts[context] if context.start < context.stop else prompt.token_array,
-            columns.tokens[tokens],
-            columns.log_probs[trained],
-            tuple(VersionSpan(*span) for span in of_segment),
-            None if mask is None else columns.trained[mask],
-            columns.experts[routed] if routed.start < routed.stop else None,
-        )
-        for of_segment, (tokens, trained, context, routed, mask) in zip(
-            spans, islice(places, len(spans)), strict=True
-        )
+def _sample(
+    prompt: Prompt,
+    segments: Iterator[tuple],
+    id: str,
+    finish_reason: str,
+    reward: float | None,
+    void: bool,
+    count: int,
+    parts: tuple[RewardPart, ...] = (),
+    turn_rewards: tuple[TurnReward, ...] = (),
+) -> Sample:
+    own = tuple(
+        Segment(prompt.token_array if context is None else context, *rest)
+        for context, *rest in islice(segments, count)
     )
-    return Sample(id, prompt, segments, "", finish_reason, reward, void)
+    return Sample(id, prompt, own, "", finish_reason, reward, void, parts, turn_rewards)
 
 
 def _join_experts(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
     return np.concatenate(parts) if parts else np.zeros((0, 0, 0), np.uint8)
-
-
-def _join(parts: Sequence, dtype: npt.DTypeLike) -> npt.NDArray:
-    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="same_kind")

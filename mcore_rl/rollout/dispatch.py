@@ -27,7 +27,7 @@ class Request:
     sampling_params: Sequence[Mapping[str, Any]]
     rids: Sequence[str]
     experts: ExpertLayers | None = None
-    """of the served model, where its choice of them is asked for"""
+    """experts of the served model, where its choice of them is asked for"""
 
 
 def join(requests: Sequence[Request]) -> Request:

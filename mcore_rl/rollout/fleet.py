@@ -113,7 +113,7 @@ class Fleet:
         return self.status
 
     def restart_and_wait(self) -> ServerStatus:
-        """As restart_lost, until they answer; one that does not is ended again, and stays lost."""
+        """Restart the lost servers and wait for them; one that does not answer is ended, and stays lost."""
         status = self.restart_lost()
         for server in self.local:
             if server.url in self._restarted:
@@ -141,7 +141,7 @@ class Fleet:
         return self.status
 
     def _keep(self, directory: Path) -> None:
-        """Of the versions on disk, the newest and those that a lost server was started on."""
+        """Remove the versions on disk but for the newest and those that a lost server was started on."""
         self.published.append(directory)
         lost = self.status.lost
         in_use = {directory, *(server.model_dir for server in self.local if server.url in lost)}

@@ -17,6 +17,8 @@ from mcore_rl.rollout.dispatch import Dispatch, Request, join
 from mcore_rl.rollout.schedule import Discarded, Schedule
 
 T = TypeVar("T")
+Begun = Sequence[asyncio.Task[list[list[Reply]]]]
+"""calls that are waited for later"""
 
 _CLOSE_SECONDS = 10.0
 
@@ -31,15 +33,6 @@ class PendingGroup:
     request: Request
     replies: list[Reply] | None = None
     """one per sample, once all have finished"""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """One step's groups."""
-
-    replies: Mapping[str, list[Reply]]
-    """group id -> one reply per sample, groups in the order in which they were asked"""
-    discarded: Mapping[str, Discarded]
 
 
 class InFlight:
@@ -61,6 +54,8 @@ class InFlight:
         """of the groups that have finished"""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """of those that have not"""
+        self._begun: set[asyncio.Task[list[list[Reply]]]] = set()
+        """calls that belong to no step, until `finish` has their replies"""
         self._error: Exception | None = None
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
@@ -79,10 +74,6 @@ class InFlight:
 
     # -- what the lead calls ------------------------------------------------------------------------------
 
-    def wanted(self, steps: int) -> int:
-        """Groups to ask now, with so many steps left."""
-        return self._call(self._wanted(steps))
-
     def keep(self, clients: Sequence[RolloutClient]) -> None:
         """All servers but these are lost: what runs on others moves."""
         self._call(self._keep(clients))
@@ -96,22 +87,35 @@ class InFlight:
         """
         self._call(self._add(groups, per_call))
 
-    def ask(self, requests: Sequence[Request], per_call: int = 1) -> list[list[Reply]]:
-        """The replies to each request; they belong to no step, and the schedule does not see them.
+    def begin(self, requests: Sequence[Request], per_call: int = 1, calls: int = 4) -> Begun:
+        """Ask these, which belong to no step and which the schedule does not see; `finish` waits for them.
+
+        Args:
+            per_call: requests that one call asks for.
+            calls: so many calls at a time, so that none waits longer at a server than a call may take.
+        """
+        return self._call(self._begin(requests, per_call, calls))
+
+    def finish(self, begun: Begun) -> list[list[Reply]]:
+        """The replies to each of those requests, waiting for them.
 
         Raises:
             RolloutError, RejectedError: as `take`.
         """
-        return self._call(self._ask(requests, per_call))
+        return self._call(self._finish(begun))
 
-    def take(self, step: int) -> Taken:
-        """The groups of `step`, waiting for them.
+    def take(self, groups: int) -> dict[str, list[Reply]]:
+        """So many groups, waiting for them: id -> one reply per sample, in the order of asking.
 
         Raises:
             RolloutError: no server is left, or they do not finish within the timeout.
             RejectedError: a server refuses one of the groups in flight.
         """
-        return self._call(self._take(step))
+        return self._call(self._take(groups))
+
+    def discard(self, step: int) -> Mapping[str, Discarded]:
+        """What no step after `step` could train: it is in flight no more, and its generation ends."""
+        return self._call(self._discard(step))
 
     def lost(self) -> dict[str, str]:
         """Servers lost since the last call: url -> why."""
@@ -142,9 +146,6 @@ class InFlight:
                 "ask for fewer (rollout.max_staleness, rollout.over_sampling), or raise train.step_timeout"
             ) from error
 
-    async def _wanted(self, steps: int) -> int:
-        return self._schedule.wanted(steps)
-
     async def _keep(self, clients: Sequence[RolloutClient]) -> None:
         self._dispatch.keep(clients, "was lost to another replica")
 
@@ -163,9 +164,21 @@ class InFlight:
             task = asyncio.create_task(self._generate(call))
             self._tasks |= dict.fromkeys((group.id for group in call), task)
 
-    async def _ask(self, requests: Sequence[Request], per_call: int) -> list[list[Reply]]:
-        calls = [requests[start : start + per_call] for start in range(0, len(requests), per_call)]
-        answers = await asyncio.gather(*map(self._one_call, calls))
+    async def _begin(self, requests: Sequence[Request], per_call: int, calls: int) -> Begun:
+        free = asyncio.Semaphore(calls)
+
+        async def one(part: Sequence[Request]) -> list[list[Reply]]:
+            async with free:
+                return await self._one_call(part)
+
+        parts = [requests[start : start + per_call] for start in range(0, len(requests), per_call)]
+        begun = [asyncio.create_task(one(part)) for part in parts]
+        self._begun.update(begun)
+        return begun
+
+    async def _finish(self, begun: Begun) -> list[list[Reply]]:
+        answers = await asyncio.gather(*begun)
+        self._begun.difference_update(begun)
         return [replies for answer in answers for replies in answer]
 
     async def _one_call(self, requests: Sequence[Request]) -> list[list[Reply]]:
@@ -185,19 +198,24 @@ class InFlight:
                 self._tasks.pop(group.id, None)
             self._changed.set()
 
-    async def _take(self, step: int) -> Taken:
-        while (batch := self._schedule.take(step)) is None:
+    async def _take(self, groups: int) -> dict[str, list[Reply]]:
+        while (taken := self._schedule.take(groups)) is None:
             if self._error is not None:
                 raise self._error
             self._changed.clear()
             await self._changed.wait()
-        for group in (*batch.trained, *batch.discarded):
+        for group in taken:
             del self._requests[group]
-        for group in batch.discarded:
+        return {group: self._replies.pop(group) for group in taken}
+
+    async def _discard(self, step: int) -> Mapping[str, Discarded]:
+        discarded = self._schedule.discard(step)
+        for group in discarded:
+            del self._requests[group]
             self._replies.pop(group, None)
             if group in self._tasks:
                 self._tasks[group].cancel()
-        return Taken({group: self._replies.pop(group) for group in batch.trained}, batch.discarded)
+        return discarded
 
     async def _lost(self) -> dict[str, str]:
         lost, self._dispatch.lost = self._dispatch.lost, {}
@@ -213,7 +231,8 @@ class InFlight:
         ]
 
     async def _end(self) -> None:
-        for task in list(self._tasks.values()):
+        tasks = [*self._tasks.values(), *self._begun]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._dispatch.__aexit__(None, None, None)

@@ -68,7 +68,7 @@ class Asked:
     scored: bool = False
     """whether the prompt's log-probs were asked for"""
     experts: ExpertLayers | None = None
-    """of the served model, where its choice of them was asked for"""
+    """experts of the served model, where its choice of them was asked for"""
 
 
 def parse_reply(item: Any, asked: Asked) -> Reply:

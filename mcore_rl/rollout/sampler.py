@@ -14,7 +14,7 @@ from mcore_rl.types import ExpertLayers, Group, Prompt, Sample
 
 _SAMPLES_PER_CALL = 1024
 _BYTES_PER_CALL = 1 << 28
-"""of a reply, as far as whole prompts allow: it is held several times over while it is read"""
+"""bytes of a reply, as far as whole prompts allow: it is held several times over while it is read"""
 
 
 def sample_seed(run_seed: int, sample_id: str) -> int:

@@ -23,8 +23,8 @@ def group_to_json(group: PendingGroup) -> dict[str, Any]:
 
 
 def step_of(saved: Mapping[str, Any]) -> int:
-    """The step that a saved group was asked for, as its name says."""
-    return int(saved["id"].rpartition("@")[2])
+    """The step that a saved group was asked for, as its name says: `<prompt id>@<step>[.<refill>]`."""
+    return int(saved["id"].rpartition("@")[2].partition(".")[0])
 
 
 def kept_replies(
@@ -82,7 +82,8 @@ def reply_to_json(reply: Reply) -> dict[str, Any]:
         "token_ids": np.array(reply.token_ids, np.int32),
         "log_probs": np.array(reply.log_probs, np.float32),
     } | ({} if reply.experts is None else {"experts": reply.experts})
-    rest = asdict(replace(reply, token_ids=(), log_probs=(), experts=None))
+    rest = asdict(replace(reply, token_ids=(), log_probs=(), versions=(), experts=None))
+    rest["versions"] = [span._asdict() for span in reply.versions]
     return rest | {name: routing.to_json(array) for name, array in arrays.items()}
 
 

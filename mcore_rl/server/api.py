@@ -37,7 +37,7 @@ VERSION = "0.5.23+mcore_rl-embedded"
 
 _SHUTDOWN_SECONDS = 2.0
 _MESSAGE_CHARS = 2000
-"""of an error: a reply never grows with what was asked"""
+"""characters of an error: a reply never grows with what was asked"""
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 _UNSUPPORTED = (
     *("/update_weights_from_tensor", "/update_weights_from_distributed", "/update_weights_from_ipc"),

@@ -6,6 +6,7 @@ longest sequence, so many short or few long ones fit. With compact rows a decode
 
 from __future__ import annotations
 
+import psutil
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -139,5 +140,10 @@ def build_cache(model: PreTrainedModel, tokens: int | None) -> SlotCache:
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     token_bytes = sum(t.numel() * t.element_size() for pair in pairs for t in pair)
     capacity = min(1 << 18, (1 << 30) // token_bytes) if tokens is None else tokens
+    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    if capacity * token_bytes > room:
+        raise ConfigError(
+            f"kv_tokens={capacity}: {capacity * token_bytes} bytes, and {device} has {room}; lower it"
+        )
     # Zeroed, not empty: masked positions still meet the softmax weight 0, and 0 x NaN would be NaN.
     return SlotCache([tuple(t.new_zeros(capacity, t.shape[1], t.shape[3]) for t in pair) for pair in pairs])  # type: ignore[misc]

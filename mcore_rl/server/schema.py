@@ -173,7 +173,7 @@ class SamplingParams(_Body):
 
 
 def _number(value: float) -> str:
-    """As short as it can be; an integer of thousands of digits has no other form."""
+    """The number in its shortest form; an integer of thousands of digits only by its size."""
     try:
         return f"{value:g}"
     except OverflowError:

@@ -83,7 +83,7 @@ class Sequence:
 
     output_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    """As long as output_ids; both are complete only while the sequence is not running."""
+    """One for each of output_ids; both are complete only while the sequence is not running."""
     prompt_log_probs: list[float] = field(default_factory=list)
     """Log-probs of prompt[1:], untempered; empty unless wanted."""
     prompt_details: Details = field(default_factory=Details)
@@ -96,7 +96,7 @@ class Sequence:
     finish_reason: dict[str, object] | None = None
     final_version: str = ""
     experts: str = ""
-    """As the reply has them; empty unless wanted."""
+    """The experts in the form of the reply; empty unless wanted."""
 
     @property
     def tokens(self) -> list[int]:

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import os
 import random
+import re
 import signal
 import socket
 from pathlib import Path
@@ -28,13 +29,14 @@ from mcore_rl.server.kv_cache import build_cache
 from mcore_rl.server.routing import has_experts
 from mcore_rl.server.weights import load_model
 from mcore_rl.server.worker import Worker
+from mcore_rl.terminal import quoted, short
 
 _SHUTDOWN_SECONDS = 2.0
 CONNECTION_SECONDS = 30.0
 """Until the headers of a connection's first request, or of its next one, are there: above aiohttp's 15 s, for
 which clients keep a connection to use it again."""
 _ID_BYTES = 8
-"""of a token id in a request, with its comma"""
+"""bytes of a token id in a request, with its comma"""
 _MOST_BODY_BYTES = 8 << 20
 log = logging.getLogger(__name__)
 
@@ -70,9 +72,10 @@ def serve(
         max_body_mib: longest request body; none: what the token ids of max_running_requests prompts of
             max_length take, at most 8. A longer one can hold up /health for longer.
 
-    Raises ConfigError (bad directory, port in use, key not set, a public host without one) and
-    CheckpointError (incomplete weights).
+    Raises ConfigError (bad directory, an option out of range, port in use, key not set, a public host without
+    one) and CheckpointError (incomplete weights).
     """
+    _check_options(port, threads, device, max_running_requests, kv_tokens, max_body_mib)
     api_key = _read_key(api_key_env)
     with _bind(host, port) as sock:  # before the model is loaded: a port in use is known at once
         if api_key is None:
@@ -83,6 +86,31 @@ def serve(
         max_body_bytes = most if max_body_mib is None else max_body_mib << 20
         app = build_app(api, api_key=api_key, max_body_bytes=max_body_bytes)
         asyncio.run(run(app, sock))
+
+
+def _check_options(
+    port: int,
+    threads: int,
+    device: str,
+    max_running_requests: int,
+    kv_tokens: int | None,
+    max_body_mib: int | None,
+) -> None:
+    """Raises ConfigError for the first option with which nothing could be served, or not as it says."""
+    ranges = (
+        ("port", port, 0, (1 << 16) - 1),
+        ("threads", threads, 1, 1 << 10),
+        ("max-running-requests", max_running_requests, 1, 1 << 20),
+        ("kv-tokens", kv_tokens, 2, 1 << 40),
+        ("max-body-mib", max_body_mib, 1, 1 << 20),
+    )
+    for name, value, low, high in ranges:
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"--{name} {value}: give a number from {low} to {high}")
+    if device != "cpu" and not (re.fullmatch(r"cuda(:\d+)?", device) and torch.cuda.is_available()):
+        raise ConfigError(
+            f"--device {quoted(device)}: not a device of this machine; give cpu, or cuda with a GPU"
+        )
 
 
 def _body_bytes(context: int, rows: int) -> int:
@@ -169,6 +197,8 @@ def _bind(host: str, port: int) -> socket.socket:
         if port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+    except UnicodeError as error:  # no name of a host
+        raise ConfigError(f"cannot bind {short(host)}:{port}: {error}; choose another host") from error
     except OSError as error:
         if sock is not None:
             sock.close()

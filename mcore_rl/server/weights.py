@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.terminal import short
 from mcore_rl.weight_files import weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
+TYPES = ("F64", "F32", "F16", "BF16")
+"""of weights, as safetensors writes them: integers and quantized numbers would be taken for floats"""
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -35,11 +38,18 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the file headers alone. Raises CheckpointError."""
+    """Tensor name -> shape, from the file headers alone. Raises CheckpointError, for a wrong type too."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in checkpoint_files(directory):
         with _opened(file) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            wrong = next((name for name, part in parts.items() if part.get_dtype() not in TYPES), None)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"{file}: {short(wrong)} has type {parts[wrong].get_dtype()}, not one of "
+                    f"{', '.join(TYPES)}: no weight of this model; export it again"
+                )
+            shapes |= {name: tuple(part.get_shape()) for name, part in parts.items()}
     return shapes
 
 
@@ -128,9 +138,11 @@ def replace_weights(model: PreTrainedModel, directory: Path, expected: Shapes) -
             raise CheckpointError(
                 f"{directory}: {name} is tied to {owner} but differs from it; the old weights stay"
             )
-    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.float().isfinite().all())]
     if bad:
-        raise CheckpointError(f"{directory}: {bad[0]} has values that are not finite; the old weights stay")
+        raise CheckpointError(
+            f"{directory}: {bad[0]} has values that are not finite in float32; the old weights stay"
+        )
     # transformers itself maps checkpoint names to module names (they differ for mixture-of-experts models).
     try:
         loaded: Any = type(model).from_pretrained(

@@ -6,20 +6,23 @@ R their sum: flat rows, sample after sample and segment after segment, as algo.r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.advantages import Spread, group_statistics
+from mcore_rl.algo.advantages import Spread, decoupled, group_statistics
 from mcore_rl.algo.algorithms import Algorithm
-from mcore_rl.algo.returns import token_rewards, whiten
+from mcore_rl.algo.returns import add_turn_rewards, token_rewards, whiten
 from mcore_rl.algo.segments import offsets_of, spread
-from mcore_rl.errors import NumericsError
+from mcore_rl.errors import NumericsError, RewardError
 from mcore_rl.training.batch import RolloutBatch
+from mcore_rl.types import RewardPart, Sample
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class Advantages:
 def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores = NO_SCORES) -> Advantages:
     """Per-sample advantages from group statistics, or per-token ones by `returns.gae`; whitened where asked.
 
+    Rewards of turns enter token by token where the algorithm has token rewards, and by their sum elsewhere.
+
     Args:
         scores: old log-probs of ALL samples where the algorithm has KL in its reward.
 
     Raises:
-        RewardError: a reward is not a finite number.
+        RewardError: a reward is not a finite number, or lies at no token of its sample.
         NumericsError: a value is not.
     """
     given = [sample.reward for sample in batch.samples]
@@ -63,13 +68,20 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
     offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
     fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
     if not algorithm.per_token:
-        advantages = algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
+        advantages = (
+            _by_parts(batch, algorithm)
+            if algorithm.decoupled
+            else algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
+        )
         if algorithm.whiten:
             advantages = _whitened(advantages, spread(advantages, offsets))
         return Advantages({**fields, "advantage": advantages.tolist()})
     values = _values(scores, algorithm, offsets)
     old, ref = _kl_terms(scores, algorithm, offsets)
-    per_token = token_rewards(rewards, old, ref, offsets, kl_coef=algorithm.kl_in_reward)
+    by_turn = torch.tensor([bool(sample.turn_rewards) for sample in batch.samples], dtype=torch.bool)
+    at_end = torch.where(by_turn, 0.0, rewards)
+    per_token = token_rewards(at_end, old, ref, offsets, kl_coef=algorithm.kl_in_reward)
+    per_token = add_turn_rewards(per_token, *_turn_rows(batch, offsets))
     advantages, returns = algorithm.advantage(per_token, values, offsets, **algorithm.advantage_params)
     if algorithm.whiten:
         advantages = _whitened(advantages, advantages)
@@ -92,6 +104,44 @@ def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
         "value/explained_variance": 1.0 - left.variance() / total if total > 0 else 0.0,
         "return/mean": of_returns.mean,
     }
+
+
+def reward_parts(sample: Sample) -> tuple[RewardPart, ...]:
+    """What the reward of a sample is the sum of: one part of weight 1, where the function gave one number."""
+    return sample.parts or (RewardPart("reward", float(sample.reward or 0.0), 1.0),)
+
+
+def _by_parts(batch: RolloutBatch, algorithm: Algorithm) -> Tensor:
+    """[N] of `advantages.decoupled`; a part that a sample does not have is 0 there."""
+    parts = [reward_parts(sample) for sample in batch.samples]
+    weights = {part.name: part.weight for its in parts for part in its}
+    column = {name: k for k, name in enumerate(sorted(weights))}
+    values = torch.zeros(len(parts), len(column), dtype=torch.float64)
+    for row, its in zip(values, parts, strict=True):
+        for part in its:
+            row[column[part.name]] = part.value
+    of_columns = torch.tensor([weights[name] for name in column], dtype=torch.float64)
+    params = algorithm.advantage_params
+    advantage = partial(algorithm.advantage, **params)
+    eps = params.get("eps", 1e-6)  # leave_one_out has none
+    assert isinstance(eps, float)
+    return decoupled(batch.group_ids, values, of_columns, advantage, eps=eps)
+
+
+def _turn_rows(batch: RolloutBatch, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows [P], rewards [P]) of all turns that have a reward of their own."""
+    rows: list[int] = []
+    given: list[float] = []
+    for sample, begin, end in zip(batch.samples, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        for token, reward in sample.turn_rewards:
+            if not (0 <= token < end - begin and math.isfinite(reward)):
+                raise RewardError(
+                    f"sample {sample.id}: a reward of {reward} at trained token {token} of {end - begin}; "
+                    "place a finite reward at a token of the sample"
+                ).on_every_rank()
+            rows.append(begin + token)
+            given.append(reward)
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(given, dtype=torch.float64)
 
 
 def _whitened(advantages: Tensor, rows: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from mcore_rl.config import Config, is_loopback
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.parallel.control import of_all, on_main
+from mcore_rl.parallel.control import gather_ranks, on_main
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
@@ -24,14 +25,21 @@ from mcore_rl.weights.transport import Transport
 
 def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitStack) -> Fleet:
     """The configured servers, or those that the main rank starts on the policy's own weights; collective."""
+    mesh, initial = policy.mesh, weights_dir.resolve() / "initial"
+    leads = gather_ranks(mesh, socket.gethostname() if mesh.is_replica_lead else "")
+    check_reach(config.rollout.urls, [host for host in leads if host])
+    if not config.rollout.urls:
+        export(policy, initial, encoding=ENCODINGS[config.publish.quantize])
+    return open_fleet(config, mesh, initial, stack)
+
+
+def open_fleet(config: Config, mesh: Mesh, model_dir: Path, stack: ExitStack) -> Fleet:
+    """The configured servers, or those that the main rank starts on `model_dir`; collective."""
     r = config.rollout
-    leads = of_all(policy.mesh, socket.gethostname() if policy.mesh.is_replica_lead else "")
-    check_reach(r.urls, [host for host in leads if host])
     local: list[LocalServer] = []
-    initial = None
 
     def launch() -> list[str]:
-        local.extend(local_servers(config, weights_dir.resolve() / "initial"))
+        local.extend(local_servers(config, model_dir))
         for server in local:  # all at once, then wait: most of a start is imports
             stack.callback(server.close)
             server.launch()
@@ -39,12 +47,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
             server.wait()
         return [server.url for server in local]
 
-    if r.urls:
-        urls = list(r.urls)
-    else:
-        initial = weights_dir.resolve() / "initial"
-        export(policy, initial, encoding=ENCODINGS[config.publish.quantize])
-        urls = on_main(policy.mesh, launch)
+    urls = list(r.urls) if r.urls else on_main(mesh, launch)
     return Fleet(
         urls,
         vocabulary=read_architecture(config.model.path).vocab,
@@ -52,7 +55,7 @@ def build_fleet(config: Config, policy: Model, weights_dir: Path, stack: ExitSta
         timeout=r.timeout,
         health_timeout=r.health_timeout,
         local=local,
-        initial=initial,
+        initial=None if r.urls else model_dir,
     )
 
 

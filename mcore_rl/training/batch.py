@@ -63,6 +63,8 @@ class Shape:
     """[N] tokens -> [N] FLOPs of the model's forward pass"""
     align: int
     """packed lengths are multiples of this"""
+    overlong_filter: bool = False
+    """truncated samples are out of the loss"""
 
 
 def split_mini_batches(samples: int, parts: int, seed: Sequence[int]) -> list[np.ndarray]:
@@ -85,14 +87,18 @@ def pack_mini_batch(
     sample counts once, however many segments it has), the server's `rollout_log_prob`, the number of its
     `sample`, `sequence_tokens` (how many of its segment are scored), and `fields`: by name what has an entry
     for each member. Segments of one sample may be packed on several replicas.
+
+    Where truncated samples are filtered out, these have no rows: their tokens are in no denominator, while
+    they themselves count among the samples, so that the others do not weigh more for it.
     """
-    samples = [batch.samples[i] for i in members]
+    kept = [i for i in members.tolist() if has_loss(batch.samples[i], shape)]
+    samples = [batch.samples[i] for i in kept]
     trained = torch.tensor([sample.trained_tokens for sample in samples], dtype=torch.float64)
     weight = aggregation_weight(
         algorithm.aggregation,
         trained,
         tokens=float(trained.sum()),
-        sequences=len(samples),
+        sequences=len(members),
         max_length=shape.max_new_tokens,
     )
     sequences = token_sequences(samples)
@@ -100,10 +106,15 @@ def pack_mini_batch(
         "weight": by_segment(weight.tolist(), samples),
         "sequence_tokens": [float(sequence.scored) for sequence in sequences],
         "rollout_log_prob": [segment.log_probs for sample in samples for segment in sample.segments],
-        "sample": by_segment(members.tolist(), samples),
+        "sample": by_segment(kept, samples),
     }
-    rows |= {name: by_segment([values[i] for i in members], samples) for name, values in fields.items()}
+    rows |= {name: by_segment([values[i] for i in kept], samples) for name, values in fields.items()}
     return pack_share(sequences, rows, shape, mesh)
+
+
+def has_loss(sample: Sample, shape: Shape) -> bool:
+    """Whether the tokens of a sample are in the loss."""
+    return not (shape.overlong_filter and sample.truncated)
 
 
 def token_sequences(samples: Sequence[Sample]) -> list[TokenSequence]:

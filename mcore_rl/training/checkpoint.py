@@ -46,7 +46,7 @@ class Stateful(Protocol):
     """A part of the run with a position of its own, the same on every rank."""
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Its position, as JSON."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -104,6 +104,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         which = "latest" if restarted and known and not own else resume
         if which is not None:
             saved = find(root, which)
+            check_form(saved)
             check_history(config, saved, known)
             return saved
         if known:
@@ -114,6 +115,17 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         return None
 
     return on_main(mesh, look)
+
+
+def check_form(saved: Saved) -> None:
+    """Raises ConfigError for a whole directory that no run saved to continue: a converted model, a dump."""
+    forms = {"config": dict, "updates": dict, "state": dict, "layout": dict, "rng": list}
+    wrong = [name for name, form in forms.items() if not isinstance(saved.document.get(name), form)]
+    if wrong or not isinstance(saved.document["state"].get("cursor"), dict):
+        raise ConfigError(
+            f"{saved.path} holds no run to continue ({', '.join(wrong) or 'state.cursor'} is not in its "
+            "manifest): it may be a converted model, or a dump of numerics. Name RUN_DIR/checkpoints/step_N"
+        )
 
 
 def check_what_is_left(config: Config, saved: Saved | None) -> None:
@@ -164,8 +176,13 @@ def _restore(trainer: Trainer, contents: Contents, saved: Saved, checkpoints: Ch
         print(printable(line), file=sys.stderr, flush=True)
 
 
-def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: int) -> None:
+def end_step(
+    trainer: Trainer, contents: Contents, residency: Residency, step: int, *, last: bool = False
+) -> None:
     """Save when it is due, or when a rank was asked to leave (SIGTERM, SIGINT); collective.
+
+    Args:
+        last: no step follows, whatever train.steps says.
 
     Raises:
         CheckpointError: on every rank, when this or an earlier save failed.
@@ -178,7 +195,7 @@ def end_step(trainer: Trainer, contents: Contents, residency: Residency, step: i
         checkpoints.poll()
         leaving = _any_rank(trainer.mesh, trainer.attempt.leave.is_set())
         every = config.checkpoint.every
-        if leaving or (every and (step % every == 0 or step == config.train.steps)):
+        if leaving or (every and (step % every == 0 or last or step == config.train.steps)):
             with residency.during("save"):
                 checkpoints.save(
                     step, pieces(contents), run_document(config, contents, trainer.attempt.identity.run)

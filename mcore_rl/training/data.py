@@ -21,19 +21,24 @@ from mcore_rl.precision import packed_multiple, token_multiple
 from mcore_rl.terminal import printable, quoted
 
 
-def response_of(config: Config) -> Response:
+def response_of(config: Config, sampled: int | None = None) -> Response:
     """What follows every prompt in a run of `config`, and the lengths that the two together may not exceed.
+
+    Args:
+        sampled: tokens of the longest response of a held-out set, which is sampled whatever is trained.
 
     Raises:
         ConfigError: the model's config.json cannot be read.
     """
     positions = read_hf_config(config.model.path).get("max_position_embeddings")
-    supervised, sampled = config.supervised_only, config.rollout.max_new_tokens
+    supervised = config.supervised_only and sampled is None
+    key = "rollout.max_new_tokens" if sampled is None else "the set's max_new_tokens"
+    sampled = config.rollout.max_new_tokens if sampled is None else sampled
     limits = []
     if positions is not None:
         remedy = "shorten it, or take the line out"
         if not supervised:
-            remedy = "lower rollout.max_new_tokens"
+            remedy = f"lower {key}"
             if sampled < positions:
                 remedy += (
                     f", or data.max_prompt_tokens to {positions - sampled}, which leaves such prompts out"
@@ -48,8 +53,12 @@ def response_of(config: Config) -> Response:
     return Response(None if supervised else sampled, limits)
 
 
-def row_format(config: Config) -> RowFormat:
+def row_format(config: Config, *, needs_label: bool | None = None, trained: bool = True) -> RowFormat:
     """How [data] says that a row is read.
+
+    Args:
+        needs_label: a row without a label is refused; unset, where what trains on it reads one.
+        trained: the prompts are trained on, and not held out.
 
     Raises:
         ConfigError: data.tools is no file of tools.
@@ -59,8 +68,10 @@ def row_format(config: Config) -> RowFormat:
         prompt_key=data.prompt_key,
         label_key=data.label_key,
         id_key=data.id_key,
-        needs_label=config.reward.model is None,  # which alone reads none
-        trains_label=config.supervised_only,
+        # a reward model alone reads none
+        needs_label=config.reward.model is None if needs_label is None else needs_label,
+        trains_label=config.supervised_only and trained,
+        renders_label=config.supervised_only,
         apply_chat_template=data.apply_chat_template,
         last_assistant=data.last_assistant,
         system=data.system,
@@ -120,24 +131,28 @@ def data_metrics(name: str, found: PromptSet) -> dict[str, float]:
     """How many prompts a file has, and how many of them were left out, for the first logged step.
 
     Args:
-        name: `train` or `eval`, as the key in [data] is called.
+        name: `train`, or `eval/NAME` of a held-out set.
     """
     return {f"data/{name}/prompts": float(found.read), f"data/{name}/dropped": float(len(found.too_long))}
 
 
-def say_dropped(config: Config, step_log: StepLog, name: str, found: PromptSet) -> None:
-    """Say, and write to events.jsonl, what was left out of a file; for the main rank."""
+def say_dropped(config: Config, step_log: StepLog, key: str, found: PromptSet) -> None:
+    """Say, and write to events.jsonl, what was left out of a file; for the main rank.
+
+    Args:
+        key: of the file in the config, such as `data.train`.
+    """
     if not found.too_long:
         return
     step_log.event(
         "prompts_dropped",
-        key=f"data.{name}",
+        key=key,
         dropped=len(found.too_long),
         prompts=found.read,
         first=found.examined.too_long_at,
         id=found.too_long[0],
     )
-    print(printable(f"data.{name}: {describe_dropped(config, found)}"), file=sys.stderr, flush=True)
+    print(printable(f"{key}: {describe_dropped(config, found)}"), file=sys.stderr, flush=True)
 
 
 def say_beginning(step_log: StepLog, found: PromptSet) -> None:
@@ -151,8 +166,6 @@ def describe_beginning(found: PromptSet) -> str:
     """What is unusual of conversations without the beginning that the tokenizer gives a text."""
     return (
         f"{found.examined.without_beginning}: the chat template writes no {quoted(found.beginning_token)} "
-        f"in front, "
-        "which the tokenizer puts in front of every text; use the template that belongs to the model, if "
-        "this one "
-        "does not"
+        "in front, which the tokenizer puts in front of every text; use the template that belongs to the "
+        "model, if this one does not"
     )

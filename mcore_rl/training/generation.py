@@ -1,19 +1,21 @@
 """The groups that a step trains on: asked of the servers, waited for, and given their rewards.
 
-A replica's lead holds the groups in flight. Prompts are drawn by all ranks alike, from counts that all know;
-a group is named after the step that it is asked for. Version v is the weights after step v. There is one path
-for every bound: with `max_staleness` = 0 a step asks for its groups, waits for them and hands them over, and
-nothing is in flight between two steps; with 1 or more the servers generate beside training.
+A replica's lead holds the groups in flight. Every rank knows which these are, in the order of asking, and
+draws prompts alike; a group is named after the step that it is asked for. Version v is the weights after step
+v. There is one path for every bound: with `max_staleness` = 0 a step asks for its groups, waits for them and
+hands them over, and nothing is in flight between two steps; with 1 or more the servers generate beside
+training. Where groups without a signal are replaced, a step takes the next oldest in flight in their place,
+and as many are asked anew.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate, chain, count
 from typing import Any
 
-from mcore_rl.data.cursor import PromptCursor, share
+from mcore_rl.data.cursor import share
 from mcore_rl.errors import RolloutError
 from mcore_rl.log import Timers
 from mcore_rl.parallel.control import gather_replicas, on_leads
@@ -22,16 +24,15 @@ from mcore_rl.rollout.inflight import InFlight, PendingGroup
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
-from mcore_rl.training.requests import Bounds, Sampling, share_of
+from mcore_rl.rollout.schedule import Queue
+from mcore_rl.training.dynamic_sampling import Sifted, live_samples
+from mcore_rl.training.prompt_source import PromptSource
+from mcore_rl.training.requests import CALLS_PER_SERVER, Bounds, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.share import share_groups
 from mcore_rl.training.staleness import staleness_metrics
 from mcore_rl.types import Group, Prompt
-
-_CALLS_PER_SERVER = 4
-"""of a round that is all waited for: few, for the servers batch; not one, so that what a lost server had is
-not everything"""
 
 
 class Generation:
@@ -39,7 +40,7 @@ class Generation:
 
     Args:
         requests: what `open_requests` gave to this rank; whoever opened it closes it.
-        cursor: remembers the prompts in flight, which every rank draws alike.
+        reached: says that the step goes on, after each time that its groups were replaced.
     """
 
     def __init__(
@@ -48,18 +49,26 @@ class Generation:
         servers: Servers,
         requests: InFlight | None,
         *,
-        cursor: PromptCursor,
+        source: PromptSource,
         rewards: RewardSource,
         bounds: Bounds,
         sampling: Sampling,
         timers: Timers,
+        reached: Callable[[str], None],
     ) -> None:
         self.bounds = bounds
         self.metrics: dict[str, float] = {}
-        """of the last step, where generation runs beside training: what became of all samples ever asked, and
-        how old the trained tokens were"""
+        """of the last step: void samples, what was replaced; and where generation runs beside training, what
+        became of all samples ever asked, and how old the trained tokens were"""
         self._mesh, self._servers, self._requests = mesh, servers, requests
-        self._cursor, self._rewards, self._sampling, self._timers = cursor, rewards, sampling, timers
+        self._source, self._rewards, self._sampling, self._timers = source, rewards, sampling, timers
+        self._reached = reached
+        self._queue = Queue(
+            groups=bounds.groups,
+            extra=bounds.extra,
+            max_staleness=bounds.max_staleness,
+            replicas=mesh.layout.data,
+        )
         self._saved: list[Mapping[str, Any]] = []
         """groups in flight of the checkpoint that the run continues from, until they are in flight again"""
         self._totals: Counter[str] = Counter()
@@ -73,89 +82,85 @@ class Generation:
 
         Raises:
             RolloutError: on every rank, when no server is left, or all samples were aborted.
+            NoSignalError: on every rank, when too many groups had no signal; see Sifted.
         """
-        self._ask_for(step)
-
-        def work() -> tuple[list[Group], tuple[Counter[str], list[str], dict[str, str]]]:
-            lead = self._of_lead()
-            with self._timers("rollout"):
-                taken = lead.take(step)
-            scored = self._scored({name: self._prompt(name) for name in taken.replies}, taken.replies)
-            return scored, (Counter(taken.discarded.values()), [g.id for g in lead.groups()], lead.lost())
-
-        groups, counted = share_groups(self._mesh, self._cursor.drawn, work)
-        in_flight = [name for _, names, _ in counted for name in names]
-        self._cursor.keep({name.rpartition("@")[0] for name in in_flight})
-        groups = self._settle(groups, [lost for *_, lost in counted])
-        discarded = sum((counts for counts, _, _ in counted), Counter())
-        self._count(groups, discarded, len(in_flight))
+        self._resume(step - 1)
+        sifted = Sifted(self.bounds.groups, self.bounds.most_sampled, by_parts=self.bounds.by_parts)
+        while sifted.missing:
+            self._ask_for(step, sifted)
+            groups = self._take(sifted.missing)
+            self._source.measure(groups)
+            sifted.add(groups)
+            if not any(group.samples for group in sifted.groups):
+                raise RolloutError(
+                    f"step {step}: the servers aborted all {len(sifted.groups)} groups; see their logs"
+                ).on_every_rank()
+            sifted.check(step)
+            self._reached(f"{len(sifted.groups)} groups of step {step} were sampled")
+        self._count(sifted, self._discard(step))
+        self._source.keep({prompt_of(group) for group in self._queue})
         if self.bounds.max_staleness:
-            self.metrics |= staleness_metrics([s for group in groups for s in group.samples], step - 1)
-        if not any(group.samples for group in groups):
-            raise RolloutError(
-                f"step {step}: the servers aborted all {len(groups)} groups; see their logs"
-            ).on_every_rank()
-        return groups
+            self.metrics |= staleness_metrics([s for g in sifted.kept for s in g.samples], step - 1)
+        return sifted.kept
 
-    def evaluate(self, prompts: Sequence[Prompt], name: str) -> list[Group]:
-        """One scored sample of each prompt under the present weights, in groups `<prompt id>@<name>`."""
-        mine = share(prompts, self._mesh.dp_rank, self._mesh.layout.data)
-        asked = {f"{prompt.id}@{name}": prompt for prompt in mine}
-        sampling, serving = self._sampling, self._servers.fleet.serving
+    def _take(self, groups: int) -> list[Group]:
+        """The next of all in flight, scored: the oldest, but for those that `extra` lets overtake them."""
+        mine = self._queue.oldest(groups)[self._mesh.dp_rank]
 
         def work() -> tuple[list[Group], dict[str, str]]:
             lead = self._of_lead()
-            lead.keep(serving)
-            requests = [
-                group_request(prompt, group, 1, sampling.params, seed=sampling.seed)
-                for group, prompt in asked.items()
-            ]
-            per_call = groups_per_call(mine, 1, sampling.params, calls=self._calls())
             with self._timers("rollout"):
-                replies = lead.ask(requests, per_call)
-            return self._scored(asked, dict(zip(asked, replies, strict=True))), lead.lost()
+                replies = lead.take(mine)
+            return self._scored({name: self._prompt(name) for name in replies}, replies), lead.lost()
 
-        groups, losses = share_groups(self._mesh, {prompt.id: prompt for prompt in prompts}, work)
-        return self._settle(groups, losses)
+        taken, losses = share_groups(self._mesh, self._source.prompts, work)
+        self._queue.remove(group.id for group in taken)
+        return self._complete(taken, losses)
 
-    def _ask_for(self, step: int) -> None:
-        """Fill up what is in flight; the weights of step - 1 serve."""
-        self._resume(step - 1)
-        left = self.bounds.steps - step + 1
+    def _discard(self, step: int) -> Counter[str]:
+        """How many groups are in flight no more since no later step could train them, by the reason."""
+        if not len(self._queue):
+            return Counter()
+        replicas = gather_replicas(
+            self._mesh, on_leads(self._mesh, lambda: dict(self._of_lead().discard(step)))
+        )
+        discarded = {name: why for replica in replicas for name, why in replica.items()}
+        self._queue.remove(discarded)
+        return Counter(discarded.values())
+
+    def _ask_for(self, step: int, sifted: Sifted) -> None:
+        """Fill up what is in flight, for what `step` lacks and the steps to come; its weights serve."""
         serving = self._servers.fleet.serving
+        on_leads(self._mesh, lambda: self._of_lead().keep(serving))
+        for name, asked in self._rounds(step, sifted.missing):
+            prompts = self._source.next(asked, step)
+            drawn = named(prompts, name, {*self._queue, *(group.id for group in sifted.groups)})
+            counts = self._queue.spread(asked)
+            self._queue.ask(drawn, counts)
+            end = list(accumulate(counts))[self._mesh.dp_rank]
+            mine = drawn[end - counts[self._mesh.dp_rank] : end]
+            on_leads(self._mesh, lambda mine=mine: self._ask(mine, step - 1))
+            self._totals["asked"] += asked * self.bounds.samples
 
-        def wanted() -> int:
-            self._of_lead().keep(serving)
-            return self._of_lead().wanted(left)
-
-        counts = gather_replicas(self._mesh, on_leads(self._mesh, wanted))
-        for name, of_replicas in self._rounds(step, left, counts):
-            drawn = self._cursor.next(sum(of_replicas)) if sum(of_replicas) else []
-            end = list(accumulate(of_replicas))[self._mesh.dp_rank]
-            mine = drawn[end - of_replicas[self._mesh.dp_rank] : end]
-            on_leads(self._mesh, lambda mine=mine, name=name: self._ask(mine, name, step - 1))
-            self._totals["asked"] += sum(of_replicas) * self.bounds.samples
-
-    def _rounds(self, step: int, left: int, wanted: list[int]) -> list[tuple[int, list[int]]]:
-        """(step that groups are asked for, how many by each replica), of all that is asked now."""
+    def _rounds(self, step: int, missing: int) -> list[tuple[int, int]]:
+        """(step that groups are asked for, how many), of all that is asked now."""
+        bound, steps = self.bounds.max_staleness, self.bounds.steps
+        wanted = self._queue.wanted(steps - step + 1, missing)
         if self._begun:
-            return [(step + self.bounds.max_staleness, wanted)]
+            return [(step + bound, wanted)]
         self._begun = True
-        replicas = range(self._mesh.layout.data)
-        own = [share_of(self.bounds.groups, self._mesh, replica) for replica in replicas]
-        extra = [share_of(self.bounds.extra, self._mesh, replica) for replica in replicas]
-        first = [a + b for a, b in zip(own, extra, strict=True)]
-        later = range(step + 1, step + min(self.bounds.max_staleness + 1, left))
-        return [(step, first), *((name, own) for name in later)]
+        own, later = self.bounds.groups, range(step + 1, min(step + bound, steps) + 1)
+        return [(step, wanted - own * len(later)), *((name, own) for name in later)]
 
-    def _ask(self, prompts: Sequence[Prompt], name: int, version: int) -> None:
+    def _ask(self, names: Sequence[str], version: int) -> None:
         """On a lead: these are in flight from now on.
 
         A group that is waited for beside training is a call of its own, so that it is handed over when it
         has finished.
         """
         s = self._sampling
-        groups = [self._pending(f"{prompt.id}@{name}", version) for prompt in prompts]
+        groups = [self._pending(name, version) for name in names]
+        prompts = [self._prompt(name) for name in names]
         together = groups_per_call(
             prompts, self.bounds.samples, s.params, calls=self._calls(), experts=s.experts
         )
@@ -163,7 +168,7 @@ class Generation:
 
     def _calls(self) -> int:
         servers = len(self._servers.fleet.serving)
-        return _CALLS_PER_SERVER * servers if servers > 1 else 1
+        return CALLS_PER_SERVER * servers if servers > 1 else 1
 
     def _scored(self, prompts: Mapping[str, Prompt], replies: Mapping[str, Sequence[Reply]]) -> list[Group]:
         """On a lead: the groups (id -> its prompt, its replies), with rewards where a function gives them."""
@@ -173,22 +178,25 @@ class Generation:
             ]
             return self._rewards.by_function(groups)
 
-    def _settle(self, groups: Sequence[Group], losses: Sequence[Mapping[str, str]]) -> list[Group]:
+    def _complete(self, groups: Sequence[Group], losses: Sequence[Mapping[str, str]]) -> list[Group]:
         """On all ranks: the servers that any lead has lost are lost, and a reward model gives its rewards."""
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         with self._timers("reward"):
-            return self._rewards.by_model(groups)
+            return self._rewards.complete(groups)
 
-    def _count(self, groups: Sequence[Group], discarded: Counter[str], left: int) -> None:
-        each = self.bounds.samples
-        trained = sum(len(group.samples) for group in groups)
-        self._totals["trained"] += trained
-        self._totals["discarded_aborted"] += len(groups) * each - trained
+    def _count(self, sifted: Sifted, discarded: Counter[str]) -> None:
+        each, groups = self.bounds.samples, [*sifted.kept, *sifted.dropped]
+        sampled = sum(len(group.samples) for group in groups)
+        self._totals["trained"] += live_samples(sifted.kept)
+        self._totals["discarded_aborted"] += len(groups) * each - sampled
+        self._totals["discarded_no_signal"] += live_samples(sifted.dropped)
+        self._totals["discarded_void"] += sampled - live_samples(groups)
         for reason in ("stale", "unfinished"):
             self._totals[f"discarded_{reason}"] += discarded[reason] * each
+        self.metrics = sifted.metrics()
         if self.bounds.max_staleness:
-            self.metrics = {f"async/{name}": float(count) for name, count in self._totals.items()}
-            self.metrics["async/in_flight"] = float(left * each)
+            self.metrics |= {f"async/{name}": float(count) for name, count in self._totals.items()}
+            self.metrics["async/in_flight"] = float(len(self._queue) * each)
 
     # -- a publish ----------------------------------------------------------------------------------------
 
@@ -210,16 +218,21 @@ class Generation:
     # -- a checkpoint -------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """As JSON: every group in flight, oldest first, with its replies where it has finished."""
+        """Every group in flight as JSON, oldest first, with its replies where it has finished."""
         work = lambda: [group_to_json(group) for group in self._of_lead().groups()]  # noqa: E731
         replicas = gather_replicas(self._mesh, on_leads(self._mesh, work))
-        groups = sorted((group for replica in replicas for group in replica), key=step_of)
-        return {"groups": groups, "totals": dict(self._totals)}
+        saved = {group["id"]: group for replica in replicas for group in replica}
+        return {
+            "groups": [saved[name] for name in self._queue],
+            "totals": dict(self._totals),
+            "measured": self._source.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, at the next `collect`; no collective."""
         self._saved = list(state["groups"])
         self._totals = Counter(state["totals"])
+        self._source.restore(state.get("measured", {}))
         self._begun = bool(self._saved)
 
     def _resume(self, version: int) -> None:
@@ -229,7 +242,11 @@ class Generation:
         bound, routed = self.bounds.max_staleness, self._sampling.experts is not None
         for name in sorted({step_of(group) for group in self._saved}):
             of_step = [group for group in self._saved if step_of(group) == name]
-            for saved in share(of_step, self._mesh.dp_rank, self._mesh.layout.data):
+            shares = [
+                share(of_step, replica, self._mesh.layout.data) for replica in range(self._mesh.layout.data)
+            ]
+            self._queue.ask([group["id"] for group in of_step], [len(its) for its in shares])
+            for saved in shares[self._mesh.dp_rank]:
                 replies = kept_replies(
                     saved, version=version, max_staleness=bound, max_new_tokens=most, routed=routed
                 )
@@ -247,7 +264,7 @@ class Generation:
         return self._requests
 
     def _prompt(self, group: str) -> Prompt:
-        return self._cursor.drawn[group.rpartition("@")[0]]
+        return self._source.prompts[prompt_of(group)]
 
     def _pending(self, group: str, version: int, replies: list[Reply] | None = None) -> PendingGroup:
         s = self._sampling
@@ -255,3 +272,19 @@ class Generation:
             self._prompt(group), group, self.bounds.samples, s.params, seed=s.seed, experts=s.experts
         )
         return PendingGroup(group, version, request, replies)
+
+
+def prompt_of(group: str) -> str:
+    """The id of the prompt that a group is of; see `named`."""
+    return group.rpartition("@")[0]
+
+
+def named(prompts: Sequence[Prompt], step: int, taken: Collection[str]) -> list[str]:
+    """Ids of new groups, asked for `step`: `<prompt id>@<step>`, and `<prompt id>@<step>.<n>` of later ones.
+
+    Args:
+        taken: ids that others have. The prompts are different ones.
+    """
+    names = chain([str(step)], (f"{step}.{n}" for n in count(1)))
+    of_name = ([f"{prompt.id}@{name}" for prompt in prompts] for name in names)
+    return next(ids for ids in of_name if not any(id in taken for id in ids))

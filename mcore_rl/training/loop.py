@@ -21,6 +21,7 @@ from mcore_rl.training.batch import (
     RolloutBatch,
     build_batch,
     by_sample,
+    has_loss,
     pack_mini_batch,
     split_mini_batches,
     token_sequences,
@@ -28,12 +29,12 @@ from mcore_rl.training.batch import (
 )
 from mcore_rl.training.checkpoint import end_step
 from mcore_rl.training.data import data_metrics
-from mcore_rl.training.evaluate import evaluate
+from mcore_rl.training.evaluation_sets import held_out_metrics
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.forward_only import log_probs, values
 from mcore_rl.training.metrics import StepMetrics, rollout_metrics
-from mcore_rl.training.publish import publish
-from mcore_rl.training.run import Critic, Run
+from mcore_rl.training.recorder import RecordedObjective, Recorder
+from mcore_rl.training.run import Critic, Learner
 from mcore_rl.training.staleness import token_ages
 from mcore_rl.training.throughput import Work, work_of
 from mcore_rl.training.update import Update, run_update
@@ -48,19 +49,23 @@ def train(config: Config, resume: str | None = None) -> None:
         McoreRLError: the same on every rank, with the remedy in its message.
     """
     with start(config, resume) as run:
-        begun, timers = run.trainer.attempt.step, run.trainer.timers
-        published = publish(run, begun, run.probe_prompts())
+        begun, evaluator = run.trainer.attempt.step, run.evaluator
+        published = run.publisher.publish(begun, run.trainer.probe_prompts())
         if begun == 0:
-            counted = data_metrics("train", run.trainer.prompts) | dict(run.evaluation.counted)
-            run.log(0, published | counted | evaluate(run.generation, run.evaluation, 0, timers))
+            counted = data_metrics("train", run.trainer.prompts) | held_out_metrics(evaluator.sets)
+            run.log(0, published | counted | evaluator.after(0))
+        else:
+            evaluator.resume(begun)
         for step in range(begun + 1, config.train.steps + 1):
             groups = run.generation.collect(step)
             save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
+            run.dumps.write(step, groups)
             batch = build_batch(groups)
             run.servers.release()
             learned = learn(run, batch, step)
-            published = publish(run, step, (whole_sequence(sample) for sample in batch.samples))
-            held_out = evaluate(run.generation, run.evaluation, step, timers)
+            held_out = evaluator.finish()
+            published = run.publisher.publish(step, (whole_sequence(sample) for sample in batch.samples))
+            held_out |= evaluator.after(step)
             run.log(step, learned.metrics | published | held_out, learned.work)
             end_step(run.trainer, run.contents, run.residency, step)
 
@@ -98,10 +103,10 @@ class Learned:
     """that of the samples that were trained, without those that a mismatch left out"""
 
 
-def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
+def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
     """Scores -> advantages -> mini-batches -> updates."""
     config, timers, mesh = run.trainer.config, run.trainer.timers, run.trainer.mesh
-    stale = run.generation.bounds.max_staleness > 0
+    stale = config.rollout.max_staleness > 0
     ages = token_ages(batch.samples, step - 1) if stale else None
 
     def policy_scores(samples: Sequence[Sample]) -> list[np.ndarray]:
@@ -126,7 +131,10 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
     explain = partial(keep_broken, config, run.trainer.shape.align)
     shape = run.trainer.shape
     ages = {} if ages is None else {"age": token_ages(batch.samples, step - 1)}
-    fields = {**advantages.fields, **ages}
+    fields, objective = {**advantages.fields, **ages}, run.objective
+    recorder = Recorder(batch.samples) if run.dumps.due(step) else None
+    if recorder is not None:
+        fields, objective = {**fields, **recorder.fields}, RecordedObjective(objective, recorder)
 
     def packed(part: np.ndarray, its: Mapping[str, PerSample]) -> list[PackedBatch]:
         return pack_mini_batch(batch, part, run.algorithm, shape, mesh, its)
@@ -137,7 +145,7 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
                 kind="policy",
                 step=step,
                 optimizer=run.trainer.optimizer,
-                objective=run.objective,
+                objective=objective,
                 batches=mini_batch,
                 temperature=run.temperature,
                 ids=[sample.id for sample in batch.samples],
@@ -146,6 +154,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
                 critic.add(*run_update(critic_update(run.critic, update), run.residency, explain))
             if step > config.critic.warmup_rollouts:
                 policy.add(*run_update(update, run.residency, explain))
+    if recorder is not None:
+        run.dumps.write_trained(step, recorder, recorder.tokens(mesh, advantages.fields["advantage"]))
     metrics = (
         rollout_metrics(batch, advantages.fields["advantage"], asked)
         | screened.metrics
@@ -154,7 +164,8 @@ def learn(run: Run, batch: RolloutBatch, step: int) -> Learned:
         | policy.reduce(mesh, "grad_norm")
         | critic.reduce(mesh, "grad_norm/critic")
     )
-    return Learned(metrics, work_of(token_sequences(batch.samples), shape, config.algorithm.epochs))
+    trained = token_sequences([sample for sample in batch.samples if has_loss(sample, shape)])
+    return Learned(metrics, work_of(trained, shape, config.algorithm.epochs))
 
 
 def critic_update(critic: Critic, update: Update) -> Update:
@@ -166,7 +177,7 @@ def critic_update(critic: Critic, update: Update) -> Update:
 
 
 def score(
-    run: Run, batch: RolloutBatch, parts: Sequence[np.ndarray], known: Mapping[int, np.ndarray]
+    run: Learner, batch: RolloutBatch, parts: Sequence[np.ndarray], known: Mapping[int, np.ndarray]
 ) -> Scores:
     """One forward pass of each model that the algorithm asks, before the rollout's first update.
 

@@ -158,7 +158,7 @@ class GradientAlert:
         return self._above == self.PATIENCE
 
     def state(self) -> dict[str, int]:
-        """As JSON, for a checkpoint."""
+        """The streak so far as JSON, for a checkpoint."""
         return {"above": self._above}
 
     def restore(self, state: Mapping[str, int]) -> None:
@@ -170,16 +170,24 @@ def rollout_metrics(
     batch: RolloutBatch, advantages: Sequence[float | np.ndarray], asked: int
 ) -> dict[str, float]:
     """What the samples, of `asked`, and their advantages say by themselves, before any training."""
+    no_signal = statistics.fmean(not np.any(advantage) for advantage in advantages)
+    return {**sample_metrics(batch, asked), "reward/no_signal": no_signal}
+
+
+def sample_metrics(batch: RolloutBatch, asked: int) -> dict[str, float]:
+    """What the samples, of `asked`, say by themselves."""
     lengths = [sample.trained_tokens for sample in batch.samples]
     rewards = [float(sample.reward or 0.0) for sample in batch.samples]
-    return {
+    parts: dict[str, list[float]] = {}
+    for part in (part for sample in batch.samples for part in sample.parts):
+        parts.setdefault(f"reward/{part.name}", []).append(part.value)
+    return {name: statistics.fmean(values) for name, values in parts.items()} | {
         "reward/mean": statistics.fmean(rewards),
         "reward/std": statistics.pstdev(rewards),
-        "reward/no_signal": statistics.fmean(not np.any(advantage) for advantage in advantages),
         "length/mean": statistics.fmean(lengths),
         "length/max": max(lengths),
         "truncated": statistics.fmean(sample.truncated for sample in batch.samples),
         "samples": len(batch.samples),
-        "aborted": asked - len(batch.samples),
+        "aborted": asked - batch.void - len(batch.samples),
         "tokens": sum(lengths),
     }

@@ -16,52 +16,64 @@ from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.dispatch import no_server_left
 from mcore_rl.training.batch import Shape, pack_share
-from mcore_rl.training.run import Run
+from mcore_rl.training.generation import Generation
 from mcore_rl.training.servers import Servers
+from mcore_rl.training.trainer import Trainer
 from mcore_rl.weights.transport import Transport, server_log_probs
 
 ServerScores = Mapping[str, list[list[float]]]
 """url -> [sequences][tokens - 1] log-probs of the probe"""
 PROBE_TOKENS = 4096
-"""of a sequence at most: other weights show at once, and a server holds logits for all that it scores"""
+"""tokens of a sequence: other weights show at once, and a server holds logits for all that it scores"""
 
 
-def publish(run: Run, step: int, sequences: Iterable[Sequence[int]]) -> dict[str, float | str]:
-    """Publish version `step` and compare log-probs of `sequences`, Megatron's against every server's.
+@dataclass(frozen=True)
+class Publisher:
+    """What hands new weights to the servers. Every rank has one."""
 
-    The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
-    previous weights are from the new ones on these tokens, shows that the comparison can tell them apart.
-    Below float32 rounding hides one step's change; there `publish/moved_max_abs`, by how much the publish
-    changed a server's own log-probs, says that it arrived. Servers that have released their memory hold no
-    previous weights to compare.
+    trainer: Trainer
+    servers: Servers
+    transport: Transport
+    """how versions reach the servers"""
+    generation: Generation
+    """asks those that hold the version from then on"""
 
-    Raises:
-        WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
-        RolloutError: on every rank, when no server is left.
-    """
-    version, trainer, servers = str(step), run.trainer, run.servers
-    run.generation.expect(version)
-    with trainer.timers("publish"):
-        probe = probe_of(sequences, trainer.config.publish.probe_sequences)
-        previous = step > 0 and not servers.fleet.released
-        before = measure(trainer.mesh, servers, probe, f"{version}-before") if previous else {}
-        lost = send(run.transport, trainer.policy, servers, version)
-        after = measure(trainer.mesh, servers, probe, f"{version}-after")
-        gaps = differences(trainer.policy, trainer.shape, probe, after, before)
-    moved = changes(after, before)
-    for url in unmoved(moved):
-        trainer.step_log.event("server_unmoved", url=url, version=version)
-    check_close(version, gaps.after, gaps.largest_before, trainer.config.publish.tolerance_max)
-    run.generation.serve()
-    for url in lost & after.keys():
-        trainer.step_log.event("server_returned", url=url, version=version)
-    metrics: dict[str, float | str] = {
-        "weight_version": version,
-        "publish/probe_max_abs": max(gaps.after.values()),
-        "rollout/servers": len(servers.fleet.serving),
-    }
-    metrics |= {"publish/stale_max_abs": gaps.largest_before} if before else {}
-    return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
+    def publish(self, step: int, sequences: Iterable[Sequence[int]]) -> dict[str, float | str]:
+        """Publish version `step` and compare log-probs of `sequences`, Megatron's against every server's.
+
+        The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
+        previous weights are from the new ones on these tokens, shows that the comparison can tell them apart.
+        Below float32 rounding hides one step's change; there `publish/moved_max_abs`, by how much the publish
+        changed a server's own log-probs, says that it arrived. Servers that have released their memory hold
+        no previous weights to compare. Collective.
+
+        Raises:
+            WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
+            RolloutError: on every rank, when no server is left.
+        """
+        version, trainer, servers = str(step), self.trainer, self.servers
+        self.generation.expect(version)
+        with trainer.timers("publish"):
+            probe = probe_of(sequences, trainer.config.publish.probe_sequences)
+            previous = step > 0 and not servers.fleet.released
+            before = measure(trainer.mesh, servers, probe, f"{version}-before") if previous else {}
+            lost = send(self.transport, trainer.policy, servers, version)
+            after = measure(trainer.mesh, servers, probe, f"{version}-after")
+            gaps = differences(trainer.policy, trainer.shape, probe, after, before)
+        moved = changes(after, before)
+        for url in unmoved(moved):
+            trainer.step_log.event("server_unmoved", url=url, version=version)
+        check_close(version, gaps.after, gaps.largest_before, trainer.config.publish.tolerance_max)
+        self.generation.serve()
+        for url in lost & after.keys():
+            trainer.step_log.event("server_returned", url=url, version=version)
+        metrics: dict[str, float | str] = {
+            "weight_version": version,
+            "publish/probe_max_abs": max(gaps.after.values()),
+            "rollout/servers": len(servers.fleet.serving),
+        }
+        metrics |= {"publish/stale_max_abs": gaps.largest_before} if before else {}
+        return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
 
 
 def probe_of(sequences: Iterable[Sequence[int]], count: int) -> list[Sequence[int]]:
@@ -104,7 +116,7 @@ class Gaps:
 
     @property
     def largest_before(self) -> float:
-        """Of all servers; 0 where none was asked."""
+        """The largest difference before, over all servers; 0 where none was asked."""
         return max(self.before.values(), default=0.0)
 
 

@@ -16,6 +16,10 @@ from mcore_rl.rollout.saved import check_group
 from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.types import ExpertLayers, Tokens
 
+CALLS_PER_SERVER = 4
+"""of a round that is all waited for: few, for the servers batch; not one, so that what a lost server had is
+not everything"""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -31,6 +35,10 @@ class Bounds:
     """groups in flight beyond those of the steps"""
     max_staleness: int
     """versions that a trained token may be old"""
+    most_sampled: int
+    """groups that a step may sample to find those with a signal; 0: it trains any group"""
+    by_parts: bool
+    """the algorithm compares each part of a reward by itself"""
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,8 @@ def open_requests(mesh: Mesh, fleet: Fleet, bounds: Bounds, timeout: float) -> I
     """
     if not mesh.is_replica_lead:
         return None
-    schedule = Schedule(
-        groups=share_of(bounds.groups, mesh, mesh.dp_rank),
-        extra=share_of(bounds.extra, mesh, mesh.dp_rank),
-        max_staleness=bounds.max_staleness,
-    )
+    extra = share_of(bounds.extra, mesh, mesh.dp_rank)
+    schedule = Schedule(extra=extra, max_staleness=bounds.max_staleness)
     return InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isfinite
 
@@ -12,26 +13,75 @@ from mcore_rl.errors import RewardError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.residency import Residency
-from mcore_rl.rewards import RewardFn, score_groups
+from mcore_rl.parallel.control import gather_replicas, on_leads
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rewards import RewardPool, check_rate
+from mcore_rl.rewards.pool import Reasons
 from mcore_rl.training.batch import Shape, whole_sequence
 from mcore_rl.training.forward_only import values
 from mcore_rl.types import Group
 
 
+@dataclass
+class Tally:
+    """What became of the samples since the last record of metrics."""
+
+    scored: int = 0
+    reasons: list[Reasons] = field(default_factory=list)
+    """why samples are void: of this lead, not yet known to the others"""
+    known: list[Reasons] = field(default_factory=list)
+    """of all leads"""
+
+
 @dataclass(frozen=True)
 class RewardSource:
-    """What gives the rewards: `model` where there is one, else `function`."""
+    """What gives the rewards: `model` where there is one, else the function of `pool`."""
 
-    function: RewardFn
+    mesh: Mesh
+    pool: RewardPool
+    function: str
+    """its name"""
+    max_void: float
+    """share of a step's samples that may get no reward"""
     model: Model | None
     shape: Shape
     """how the model's micro-batches are made"""
     residency: Residency
     """where the model is outside its phase"""
+    tally: Tally = field(default_factory=Tally)
 
     def by_function(self, groups: Sequence[Group]) -> list[Group]:
-        """On a lead: the groups with rewards; unchanged where a model gives them. Raises RewardError."""
-        return list(groups) if self.model else score_groups(groups, self.function)
+        """On a lead: the groups with rewards; unchanged where a model gives them.
+
+        A sample that the function gave no reward is void. Raises RewardError, ConfigError: see RewardPool.
+        """
+        if self.model is not None:
+            return list(groups)
+        scored, reasons = self.pool.score(groups)
+        self.tally.reasons.append(reasons)
+        return scored
+
+    def complete(self, groups: Sequence[Group]) -> list[Group]:
+        """On all ranks, for the same groups: `by_model`, and whether too few have a reward. Collective.
+
+        Raises:
+            RewardError: on every rank, where more than `max_void` of the samples since the last record, or
+                all of them, got no reward; see by_model.
+        """
+        self.tally.scored += sum(len(group.samples) for group in groups)
+        if self.model is None and any(sample.void for group in groups for sample in group.samples):
+            found = gather_replicas(self.mesh, on_leads(self.mesh, lambda: self.tally.reasons))
+            self.tally.known += [one for of_lead in found for one in of_lead]
+            check_rate(self.tally.scored, self.tally.known, self.max_void, self.function)
+        self.tally.reasons.clear()
+        return self.by_model(groups)
+
+    def take_metrics(self) -> dict[str, float]:
+        """`void/<reason>` of the samples since the last call; the same on every rank."""
+        counts = sum((part.counts for part in self.tally.known), Counter())
+        self.tally.known.clear()
+        self.tally.scored = 0
+        return {f"void/{reason}": float(count) for reason, count in counts.items()}
 
     def by_model(self, groups: Sequence[Group]) -> list[Group]:
         """On all ranks, for the same groups: with the model's rewards; unchanged where there is no model.

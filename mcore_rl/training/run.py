@@ -1,4 +1,4 @@
-"""What a reinforcement-learning run is: a trainer, the models it scores with, and what it samples from."""
+"""What a reinforcement-learning run is: what trains a step's groups, and what it samples them from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
 from mcore_rl.training.checkpoint import Contents
-from mcore_rl.training.evaluate import Evaluation
+from mcore_rl.training.evaluate import Evaluator
 from mcore_rl.training.generation import Generation
+from mcore_rl.training.keep_rollouts import DumpWriter
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.publish import Publisher
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.throughput import Work
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.weights.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Critic:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the loop needs."""
+class Learner:
+    """What trains the groups of a step, wherever they come from."""
 
     trainer: Trainer
     algorithm: Algorithm
@@ -42,14 +43,6 @@ class Run:
     """the frozen starting policy, where the algorithm needs one"""
     critic: Critic | None
     """where the algorithm needs one"""
-    rewards: RewardSource
-    """gives every sample its reward"""
-    evaluation: Evaluation
-    servers: Servers
-    transport: Transport
-    """how versions reach the servers"""
-    generation: Generation
-    """asks the servers for what is trained"""
     residency: Residency
     """what of the models is on the device, and when"""
     contents: Contents
@@ -57,13 +50,14 @@ class Run:
     alert: GradientAlert
     mismatch: Mismatch
     """what follows where servers and trainer disagree"""
+    dumps: DumpWriter
+    """keeps rollouts on disk"""
 
     def log(self, step: int, metrics: Mapping[str, float | str], work: Work | None = None) -> None:
         """Log a step, and what its `work` cost.
 
         A gradient scale out of bounds is an event too, and so is a mismatch to the servers.
         """
-        metrics = {**metrics, **self.generation.metrics}
         self.trainer.log(step, metrics, work)
         self.mismatch.notice(step, metrics)
         if self.alert.due(metrics):
@@ -71,10 +65,25 @@ class Run:
 
     @property
     def temperature(self) -> float:
-        """Of sampling, and therefore of every log-prob."""
+        """The temperature of sampling, and therefore of every log-prob."""
         return self.trainer.config.rollout.temperature
 
-    def probe_prompts(self) -> list[tuple[int, ...]]:
-        """Token sequences for the check of the first publish, before anything was sampled."""
-        prompts = self.trainer.prompts.prompts[: self.trainer.config.publish.probe_sequences]
-        return [prompt.token_ids for prompt in prompts]
+
+@dataclass(frozen=True)
+class Run(Learner):
+    """What the loop needs besides: what it samples from, and how new weights get there."""
+
+    rewards: RewardSource
+    """gives every sample its reward"""
+    evaluator: Evaluator
+    """samples and scores the held-out sets"""
+    servers: Servers
+    publisher: Publisher
+    """hands them new weights"""
+    generation: Generation
+    """asks the servers for what is trained"""
+
+    def log(self, step: int, metrics: Mapping[str, float | str], work: Work | None = None) -> None:
+        """Log a step as a Learner does, and what became of the samples that were asked and scored."""
+        more = {**self.generation.metrics, **self.rewards.take_metrics()}
+        super().log(step, {**metrics, **more}, work)

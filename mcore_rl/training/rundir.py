@@ -31,6 +31,7 @@ from mcore_rl.directories import (
     storage_error,
     write_whole,
 )
+from mcore_rl.dumps.directory import FILES, NAME
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.log import EVENTS, METRICS, append_event
 from mcore_rl.terminal import quoted
@@ -43,10 +44,12 @@ RESOLVED = "resolved.toml"
 RUN_LOCK = ".mcore_rl.lock"
 """besides LOCK, which is that of the checkpoints: they may lie in the run directory itself"""
 WEIGHTS_LOCK = ".mcore_rl.weights.lock"
-"""of the directory that weights are published to, which may be a run directory too"""
+"""lock of the directory that weights are published to, which may be a run directory too"""
 _REPLACED = (METRICS, EVENTS, RESOLVED, "server.log")
 """files of a run directory that a run cuts, replaces or appends to"""
-_SAMPLES = re.compile(r"step_\d+\.jsonl")
+_SAMPLES = re.compile(r"step_\d+\.([\w.-]+\.)?jsonl")
+SAMPLES = ("samples", "eval")
+"""directories of a run with samples for people: of training, and of evaluations"""
 _INDEX = "model.safetensors.index.json"
 _RUN_REMEDY = "set run.dir to another directory"
 _WEIGHTS_REMEDY = "set publish.dir to another directory"
@@ -80,13 +83,14 @@ def published_to(config: Config) -> Path:
 
 
 @contextmanager
-def held(config: Config, *, publishes: bool) -> Iterator[None]:
+def held(config: Config, *, publishes: bool, dumps: Kind = "rollouts") -> Iterator[None]:
     """Hold the run's directories, for its first rank, before anything is written to them.
 
     The directory of the checkpoints has a lock of its own, which is taken when it is opened.
 
     Args:
         publishes: the run writes weights for servers.
+        dumps: the kind of RUN_DIR/rollouts that it writes.
 
     Raises:
         ConfigError: they hold what mcore_rl did not write, or are no directories; nothing was touched.
@@ -96,11 +100,11 @@ def held(config: Config, *, publishes: bool) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if not (run_dir / RUN_LOCK).exists():  # else it may be that of a run which is writing
-                _check_ours(config, publishes=publishes)
+                _check_ours(config, publishes=publishes, dumps=dumps)
             stack.enter_context(locked(run_dir, _RUN_REMEDY, name=RUN_LOCK))
             if publishes:
                 stack.enter_context(locked(weights, _WEIGHTS_REMEDY, name=WEIGHTS_LOCK))
-            _check_ours(config, publishes=publishes)
+            _check_ours(config, publishes=publishes, dumps=dumps)
             _claim(config)
         except OSError as error:
             raise storage_error(run_dir, error, remedy=_RUN_REMEDY) from error
@@ -128,14 +132,15 @@ def _is_marked(run_dir: Path) -> bool:
     return is_ours(_real(run_dir), "run")
 
 
-def _check_ours(config: Config, *, publishes: bool) -> None:
+def _check_ours(config: Config, *, publishes: bool, dumps: Kind) -> None:
     """Raises ConfigError for what a run would replace and mcore_rl did not write."""
     _check_kinds(config)
     if _is_of_an_earlier_version(config):
         return  # to be marked
     run_dir, weights = config.run.dir, published_to(config)
     found = [] if _is_marked(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
-    found += ["samples"] if _holds_foreign_samples(run_dir / "samples") else []
+    found += [name for name in SAMPLES if _holds_foreign(run_dir / name, "samples", _SAMPLES)]
+    found += [NAME] if _holds_foreign(run_dir / NAME, dumps, FILES) else []
     if config.supervised_only and not is_free(run_dir / "model", "model"):
         found.append("model")
     _refuse(run_dir, found, _RUN_REMEDY)
@@ -160,12 +165,13 @@ def _check_kinds(config: Config) -> None:
                 )
 
 
-def _holds_foreign_samples(samples: Path) -> bool:
-    if is_ours(samples, "samples") or not os.path.lexists(samples):
+def _holds_foreign(directory: Path, kind: Kind, files: re.Pattern[str]) -> bool:
+    """Whether it is no directory of this kind, and has `files` that one of this kind would replace."""
+    if is_ours(directory, kind) or not os.path.lexists(directory):
         return False
-    if samples.is_symlink() or not samples.is_dir() or kind_of(samples) is not None:
+    if directory.is_symlink() or not directory.is_dir() or kind_of(directory) is not None:
         return True
-    return any(_SAMPLES.fullmatch(path.name) for path in samples.iterdir())
+    return any(files.fullmatch(path.name) for path in directory.iterdir())
 
 
 def _refuse(directory: Path, names: Sequence[str], remedy: str) -> None:
@@ -218,7 +224,7 @@ def _claim(config: Config) -> None:
         whole: list[tuple[Path, Kind]] = [(path, "weights") for path in _versions(published_to(config))]
         whole.append((run_dir / "model", "model"))
         whole = [(path, kind) for path, kind in whole if (path / _INDEX).is_file()]
-        for path, kind in [*whole, (run_dir / "samples", "samples")]:
+        for path, kind in [*whole, *((run_dir / name, "samples") for name in SAMPLES)]:
             if path.is_dir() and not path.is_symlink() and kind_of(path) is None:
                 mark(path, kind)
     mark(run_dir, "run")
@@ -279,7 +285,7 @@ def check_history(config: Config, saved: Saved, known: Sequence[tuple[int, Path]
 
 
 def identity_of(config: Config, saved: Saved | None) -> Identity:
-    """Of a run that `check_history` has let pass; a new one for a new run and for a branch."""
+    """The identity of a run that `check_history` has let pass; a new one for a new run and for a branch."""
     own = read_mark(config.run.dir)
     if saved is None:
         return Identity(uuid.uuid4().hex)
@@ -309,13 +315,29 @@ def begin(config: Config, identity: Identity) -> None:
 
 
 def open_samples(run_dir: Path, *, keep: bool) -> None:
-    """RUN_DIR/samples, marked; without those of an earlier run, unless `keep`. Other files there stay."""
-    directory = run_dir / "samples"
+    """RUN_DIR/samples, marked. Samples of an earlier run go, unless `keep`. Other files stay."""
     try:
-        directory.mkdir(exist_ok=True)
-        for path in [] if keep else list(directory.iterdir()):
-            if _SAMPLES.fullmatch(path.name):
-                path.unlink()
-        mark(directory, "samples")
+        for name in SAMPLES:
+            directory = run_dir / name
+            for path in [] if keep or not directory.exists() else list(directory.iterdir()):
+                if _SAMPLES.fullmatch(path.name):
+                    path.unlink()
+        _make_samples(run_dir / "samples")
     except OSError as error:
-        raise storage_error(directory, error, remedy=_RUN_REMEDY) from error
+        raise storage_error(run_dir / "samples", error, remedy=_RUN_REMEDY) from error
+
+
+def _make_samples(directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    if not is_ours(directory, "samples"):
+        mark(directory, "samples")
+
+
+def keep_evaluation(run_dir: Path, step: int, name: str, lines: str) -> None:
+    """Write every sample of a set, evaluated after `step`, to RUN_DIR/eval/step_N.NAME.jsonl."""
+    path = run_dir / "eval" / f"step_{step}.{name}.jsonl"
+    try:
+        _make_samples(path.parent)
+    except OSError as error:
+        raise storage_error(path.parent, error, remedy=_RUN_REMEDY) from error
+    write_whole(path, lines)

@@ -100,7 +100,7 @@ def _holding(config: Config, mesh: Mesh) -> Iterator[None]:
         ConfigError, StorageError: on every rank: they are not ours, or another run has them.
     """
     with ExitStack() as stack:
-        publishes = not config.supervised_only
+        publishes = config.samples_responses
         on_main(mesh, lambda: stack.enter_context(held_once(config, publishes=publishes)))
         yield
 
@@ -122,7 +122,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     resume_step = None if attempt.saved is None else sys.maxsize
     step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
     if mesh.is_main:
-        say_dropped(config, step_log, "train", prompts)
+        say_dropped(config, step_log, "data.train", prompts)
         say_beginning(step_log, prompts)
     return Trainer(
         config=config,
@@ -213,19 +213,27 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def read_prompts(
-    config: Config, path: Path | Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, whole: bool = False
+    config: Config,
+    path: Path | Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_label: bool | None = None,
+    sampled: int | None = None,
+    whole: bool = False,
 ) -> PromptSet:
     """The prompts of one path or several, in the format that [data] describes.
 
     Args:
+        needs_label: a prompt without a label is refused; unset, as what trains on it needs one.
+        sampled: longest response of a held-out set, which is sampled whatever is trained.
         whole: examine every row, and not the beginning of a large file alone.
     """
     return open_prompts(
         [path] if isinstance(path, Path) else path,
         tokenizer,
-        row_format(config),
+        row_format(config, needs_label=needs_label, trained=sampled is None),
         max_prompt_tokens=config.data.max_prompt_tokens,
-        response=response_of(config),
+        response=response_of(config, sampled),
         whole=whole,
     )
 
@@ -291,4 +299,5 @@ def shape_of(config: Config, mesh: Mesh) -> Shape:
         max_new_tokens=config.rollout.max_new_tokens,
         cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
+        overlong_filter=config.algorithm.overlong_filter,
     )

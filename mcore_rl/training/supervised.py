@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -17,9 +18,11 @@ from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.training.assemble_rollouts import evaluating
 from mcore_rl.training.batch import pack_share
 from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
+from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read
 from mcore_rl.training.objective import Parts
@@ -34,11 +37,22 @@ HEAD = Key("head", HeadGradient(None))
 
 
 def train_supervised(config: Config, resume: str | None = None) -> None:
-    """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model."""
-    with start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as trainer:
+    """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model.
+
+    Held-out sets are evaluated as in reinforcement learning, by servers that the policy is published to.
+    """
+    load_set_functions(config)
+    with (
+        start_trainer(config, optimizer_steps=config.train.steps, resume=resume) as trainer,
+        ExitStack() as stack,
+    ):
         contents = Contents({"": trainer.optimizer}, {}, {"cursor": trainer.cursor})
         restore(trainer, contents)
         residency = Residency(offloaded_optimizers(config, contents.optimizers))
+        evaluate = stack.enter_context(evaluating(trainer))
+        counted = data_metrics("train", trainer.prompts)
+        if trainer.attempt.step == 0 and config.held_out:
+            trainer.log(0, counted | evaluate(0))
         for step in range(trainer.attempt.step + 1, config.train.steps + 1):
             with trainer.timers("train"):
                 prompts = trainer.cursor.next(config.supervised.batch_size)
@@ -46,8 +60,8 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
                 rate = trainer.optimizer.learning_rate
                 sequences = [labelled(trainer.tokenizer, prompt) for prompt in prompts]
                 metrics = train_step(trainer, residency, prompts, sequences, step)
-            counted = data_metrics("train", trainer.prompts) if step == 1 else {}
-            trainer.log(step, metrics | {"lr/policy": rate} | counted, work_of(sequences, trainer.shape))
+            logged = {**metrics, "lr/policy": rate, **(counted if step == 1 else {}), **evaluate(step)}
+            trainer.log(step, logged, work_of(sequences, trainer.shape))
             end_step(trainer, contents, residency, step)
         export(trainer.policy, config.run.dir / "model", kind="model")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.parallel.control import of_all
+from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.batch import Shape
 
@@ -33,7 +33,7 @@ class Work:
     passes: int
     """how often each is trained in the step"""
     flops: float
-    """of the policy, forward and backward, in all passes"""
+    """FLOPs of the policy, forward and backward, in all passes"""
 
 
 def work_of(sequences: Sequence[TokenSequence], shape: Shape, passes: int = 1) -> Work:
@@ -49,7 +49,7 @@ def throughput(work: Work, times: Mapping[str, float], mesh: Mesh) -> dict[str, 
     Args:
         times: seconds by phase; `time/step` is the whole step, `time/train` its updates.
     """
-    peaks = of_all(mesh, peak_memory_gib())
+    peaks = gather_ranks(mesh, peak_memory_gib())
     peak_flops, train = peak_flops_of_device(), times["time/train"]
     busy = train * mesh.layout.world_size
     return {

@@ -78,4 +78,13 @@ class Trainer:
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """A response as text, for rewards and people."""
-        return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
+        return decode_with(self.tokenizer, ids)
+
+    def probe_prompts(self) -> list[tuple[int, ...]]:
+        """Token sequences for the check of the first publish, before anything was sampled."""
+        return [prompt.token_ids for prompt in self.prompts.first(self.config.publish.probe_sequences)]
+
+
+def decode_with(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tokens) -> str:
+    """A response as text, without special tokens."""
+    return str(tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))

@@ -26,12 +26,12 @@ from mcore_rl.errors import NumericsError, WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.control import of_all, raise_everywhere
+from mcore_rl.parallel.control import gather_ranks, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 GATHER_BYTES = 256 << 20
-"""of a bucket where nobody has chosen: two of them and the largest parameter are held at a time"""
+"""bytes of a bucket where nobody has chosen: two of them and the largest parameter are held at a time"""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def export_of(model: Model, encoding: Encoding = PLAIN) -> Export:
 
 
 @dataclass(frozen=True)
-class Held:
+class OwnedParameter:
     """A parameter that a rank owns: the rank answers for it, alone of all."""
 
     megatron: str
     """global name"""
     dtype: torch.dtype
     shard_bytes: int
-    """of one tensor-parallel rank"""
+    """bytes of one tensor-parallel rank's shard"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Bucket:
     """global rank"""
     parts: tuple[BucketParameter, ...]
     slots: tuple[Slot, ...]
-    """of all parts, in the order of their bytes"""
+    """the tensors of all parts, in the order of their bytes"""
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +142,7 @@ class ExportPlan:
 
 
 def plan_buckets(
-    held: Sequence[Sequence[Held]],
+    owned: Sequence[Sequence[OwnedParameter]],
     mapping: ParameterMap,
     tensor: int,
     bucket_bytes: int,
@@ -153,14 +153,14 @@ def plan_buckets(
     A parameter that is larger is a bucket of its own: servers load whole tensors.
 
     Args:
-        held: by global rank, what the rank owns, in its order.
+        owned: by global rank, what the rank owns, in its order.
         tensor: tensor-parallel degree.
 
     Raises:
         WeightSyncError: the tensors are not those of the model, each once.
     """
-    cut = [h.shard_bytes for own in held for h in own if is_cut(mapping.entry(h.megatron), tensor)]
-    targets = [[(h, _targets(h, mapping, encoding)) for h in own] for own in held]
+    cut = [h.shard_bytes for own in owned for h in own if is_cut(mapping.entry(h.megatron), tensor)]
+    targets = [[(h, _targets(h, mapping, encoding)) for h in own] for own in owned]
     staged = max((sum(t.staged for t in made) for own in targets for _, made in own), default=0)
     scratch = max(cut, default=0)
     limit = bucket_bytes - (scratch + staged) // 2
@@ -209,17 +209,17 @@ def is_cut(entry: ParameterEntry, tensor: int) -> bool:
     return tensor > 1 and entry.rule.axis is not None
 
 
-Laid = tuple[Held, Sequence[Target]]
+Laid = tuple[OwnedParameter, Sequence[Target]]
 
 
-def _targets(held: Held, mapping: ParameterMap, encoding: Encoding) -> list[Target]:
+def _targets(owned: OwnedParameter, mapping: ParameterMap, encoding: Encoding) -> list[Target]:
     """What a parameter becomes; the slots have no place yet."""
-    entry = mapping.entry(held.megatron)
+    entry = mapping.entry(owned.megatron)
     made = []
     for name, shape in zip(entry.hf, mapping.shapes(entry.rule), strict=True):
-        forms = encoding.forms(entry.rule, name, (shape, held.dtype))
+        forms = encoding.forms(entry.rule, name, (shape, owned.dtype))
         slots = tuple(Slot(key, *form, 0) for key, form in forms.items())
-        made.append(Target(name, shape, held.dtype, slots))
+        made.append(Target(name, shape, owned.dtype, slots))
     return made
 
 
@@ -227,12 +227,12 @@ def _grouped(own: Sequence[Laid], limit: int) -> list[list[Laid]]:
     """One rank's parameters, in its order, into buckets of at most `limit` bytes."""
     groups: list[list[Laid]] = []
     used = 0
-    for held, targets in own:
+    for owned, targets in own:
         size = sum(slot.end for target in targets for slot in target.slots)
         if not groups or used + size > limit:
             groups.append([])
             used = 0
-        groups[-1].append((held, targets))
+        groups[-1].append((owned, targets))
         used += size
     return groups
 
@@ -247,13 +247,13 @@ def _lay_out(owner: int, group: Sequence[Laid]) -> Bucket:
         offset = placed[slot.name].end
     parts = tuple(
         BucketParameter(
-            held.megatron,
+            owned.megatron,
             tuple(
                 Target(t.name, t.shape, t.dtype, tuple(placed[slot.name] for slot in t.slots))
                 for t in targets
             ),
         )
-        for held, targets in group
+        for owned, targets in group
     )
     return Bucket(owner, parts, tuple(placed.values()))
 
@@ -288,15 +288,15 @@ def plan_of(export: Export, bucket_bytes: int) -> ExportPlan:
     """How this rank's copy of the model is sent, the same on all of its ranks; collective over all copies."""
     mesh, mapping = export.mesh, export.mapping
     own = [
-        Held(name, tensor.dtype, tensor.numel() * tensor.dtype.itemsize)
+        OwnedParameter(name, tensor.dtype, tensor.numel() * tensor.dtype.itemsize)
         for name, tensor in export.tensors.items()
         if is_exported(mapping, name) and is_owner(mesh, mapping.entry(name))
     ]
-    held = [mine if copy == mesh.copy else [] for copy, mine in of_all(mesh, (mesh.copy, own))]
+    owned = [mine if copy == mesh.copy else [] for copy, mine in gather_ranks(mesh, (mesh.copy, own))]
     plan: ExportPlan | None = None
     error: WeightSyncError | None = None
     try:
-        plan = plan_buckets(held, mapping, mesh.layout.tensor, bucket_bytes, export.encoding)
+        plan = plan_buckets(owned, mapping, mesh.layout.tensor, bucket_bytes, export.encoding)
     except WeightSyncError as caught:  # raised on the ranks of every copy
         error = caught
     raise_everywhere(mesh, error)

@@ -22,9 +22,9 @@ from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.hf.files import Form, safetensors_layout, tensor_bytes
 
 SUFFIX = ".delta"
-"""of a file with what changed in the one without"""
+"""ending of a file with what changed in the one without"""
 SUM_SUFFIX = ".sha256"
-"""of the checksum beside a file that is whole"""
+"""ending of the checksum beside a file that is whole"""
 _BLOCK = 1 << 16
 _BLOCKS_AT_ONCE = 1 << 10
 """compared in one go: bounds the memory that a comparison takes"""

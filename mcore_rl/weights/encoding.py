@@ -27,7 +27,7 @@ from mcore_rl.model.hf.parameters import ParameterMap, Rule
 
 BLOCK = 128
 LARGEST = 448.0
-"""of e4m3"""
+"""largest number of e4m3"""
 SCALE = "_scale_inv"
 """what a scale's name ends with, after that of its weight"""
 _SMALLEST = torch.finfo(torch.float32).tiny

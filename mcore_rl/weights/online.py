@@ -16,7 +16,7 @@ from typing import Any
 
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.model.build import Model
-from mcore_rl.parallel.control import of_all, on_main, raise_everywhere
+from mcore_rl.parallel.control import gather_ranks, on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.terminal import escaped
@@ -60,7 +60,7 @@ def publish_online(
     plan = plan_of(export, bucket_bytes)
     sizes, failed = on_main(mesh, lambda: _open(fleet))
     mine = servers_of(mesh.copy, mesh.layout.copies, fleet.status.urls)
-    for turn in range(max(of_all(mesh, len(plan.owners)))):
+    for turn in range(max(gather_ranks(mesh, len(plan.owners)))):
         alive = {fleet.client(url): size for url, size in sizes.items() if url not in failed}
         if not alive:
             raise nobody(fleet, version, failed)
@@ -119,7 +119,7 @@ def _turn(
         if channel is not None:
             channel.close()
     raise_everywhere(mesh, error)
-    return dict(ChainMap(*of_all(mesh, channel.failed if channel is not None else {})))
+    return dict(ChainMap(*gather_ranks(mesh, channel.failed if channel is not None else {})))
 
 
 # --- SGLang's calls around an update, each of one (opened) client ---

@@ -69,7 +69,7 @@ def golden_cases(page: str) -> set[str]:
 def defaults(algorithm: Algorithm) -> dict[str, str]:
     settings = {
         name: getattr(algorithm, name)
-        for name in ("kl_in_reward", "whiten", "kl_estimator")
+        for name in ("kl_in_reward", "decoupled", "whiten", "kl_estimator")
         if getattr(algorithm, name) != getattr(Algorithm, name)
     }
     numbers = {**algorithm.loss_params, **algorithm.advantage_params, **settings}

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mcore_rl.parallel.pool import Pool
 from mcore_rl.verify.layouts.problem import MODELS, write_model
-from tests.conftest import check_annotations
-
-
-@pytest.fixture(scope="session")
-def pool1() -> Iterator[Pool]:
-    with Pool(1, setup=check_annotations) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="session")

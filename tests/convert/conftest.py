@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.convert.command import hf_to_mcore
-from tests.model.conftest import pool1, save
+from tests.model.conftest import save
 from tests.model.families import FAMILIES
-
-__all__ = ["pool1"]
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3_moe"])

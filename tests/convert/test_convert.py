@@ -350,7 +350,13 @@ def test_a_target_that_no_directory_can_be_is_refused_before_anything_is_convert
     assert not list(tmp_path.glob("**/*.partial"))
 
 
-@pytest.mark.parametrize("size", [math.nan, math.inf, -math.inf, -1.0, 0.0])
+@pytest.mark.parametrize("size", [math.nan, math.inf, 1e300, -math.inf, -1.0, 0.0])
 def test_a_size_of_files_that_is_none_is_refused(tmp_path: Path, size: float) -> None:
     with pytest.raises(ConfigError, match=r"--shard-gb .*give a number above 0"):
         mcore_to_hf(tmp_path, tmp_path / "hf", shard_gb=size)
+
+
+def test_a_number_of_files_that_no_model_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 65536 files"):
+        hf_to_mcore(tmp_path, tmp_path / "mcore", tensor=10**9)
+    assert not list(tmp_path.iterdir())

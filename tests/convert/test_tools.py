@@ -72,3 +72,9 @@ def test_a_step_that_one_run_lacks_is_seen(tmp_path: Path, capsys) -> None:
     assert "in one run only: 2 of one and 0 of short" in capsys.readouterr().out
     assert compare_runs([str(one), str(run_dir(tmp_path / "gap", records[0], *records[2:]))]) == 70
     assert "step: differs in 1 of 3 steps, first 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rtol", ["nan", "inf", "-1", "1"])
+def test_a_tolerance_with_which_nothing_would_differ_is_refused(tmp_path: Path, rtol: str) -> None:
+    one, other = (run_dir(tmp_path / str(loss), {"step": 1, "loss": loss}) for loss in (1.0, 2.0))
+    assert compare_runs([str(one), str(other), "--rtol", rtol]) == 2

@@ -82,7 +82,13 @@ def test_trl_prompt_only_and_prompt_completion(read):
     assert tools.text == "1=1a"
     rows = [{"prompt": user("1="), "completion": [{"role": "assistant", "content": "2"}]}]
     with pytest.raises(DataError, match=r"jsonl:1:completion: .* writes the prompt in another way"):
-        read(rows, label_key="completion", trains_label=True)
+        read(rows, label_key="completion", trains_label=True, renders_label=True)
+    with pytest.raises(DataError, match=r"jsonl:1:completion: a list; expected a string"):
+        read([{"prompt": user("1="), "completion": ["2"]}], label_key="completion", trains_label=True)
+    with pytest.raises(DataError, match=r"jsonl:1:completion: a number; expected a string"):
+        read([{"prompt": user("1="), "completion": 2}], label_key="completion", trains_label=True)
+    held_out = {"label_key": "completion", "renders_label": True}
+    assert [p.label for p in read([{"prompt": "1", "completion": [2]}], **held_out)] == [[2]]
 
 
 def test_trl_language_modeling_is_trained_on_its_last_turn(read):

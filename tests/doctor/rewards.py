@@ -8,6 +8,11 @@ def nothing(sample) -> None:
     """Not a number."""
 
 
+def nothing_taken(candidate) -> float:
+    """A curriculum that takes no prompt."""
+    return 0.0
+
+
 def never(sample) -> float:
     """As one that waits for a service that is gone."""
     time.sleep(600)

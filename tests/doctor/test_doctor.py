@@ -15,7 +15,6 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mcore_rl.__main__ import main
-from mcore_rl.doctor import inputs
 from mcore_rl.doctor.storage import check_disk
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
@@ -175,6 +174,12 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "train.jsonl:6001",
         "fix the line",
     ),
+    "a curriculum that takes nothing": (
+        lambda s: None,
+        ("--data.curriculum", "tests.doctor.rewards:nothing_taken"),
+        "data.curriculum takes 0 of 6000 prompts by the end of epoch 1, and 64 are asked at once",
+        "let it take more",
+    ),
     "no such file": (lambda s: s.eval.unlink(), (), "eval.jsonl", "check the path"),
     "held-out prompts in training": (
         lambda s: s.eval.write_text(s.train.read_text()),
@@ -259,12 +264,12 @@ def test_what_needs_no_weights_is_examined_without_them(capsys, setting: Setting
     assert code == 2
 
 
-def test_a_reward_that_never_comes(capsys, setting: Setting, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inputs, "REWARD_SECONDS", 0.5)
-    code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:never")
+def test_a_reward_that_never_comes(capsys, setting: Setting):
+    flags = ("--reward.function", "tests.doctor.rewards:never", "--reward.timeout", "0.5")
+    code, findings = doctor(capsys, setting.config, *flags)
     (found,) = bad(findings)
     assert "no reward within 0.5 s" in found["what"]
-    assert found["remedy"] == "give what it calls a deadline"
+    assert found["remedy"].startswith("handle these responses in the function")
     assert code == 2
 
 

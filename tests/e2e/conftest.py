@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.arithmetic import main as write_arithmetic
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
-from tests.e2e.ranks import Ranks, imported
+from tests.e2e.ranks import Ranks
+from tests.launched import DEADLINE, ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-DEADLINE = 240.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +74,11 @@ def warm_start(task: Task, directory: Path, *flags: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def task(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Task:
     """The arithmetic problems and a policy after 40 supervised steps at TP=2."""
     made = Task(tmp_path_factory.mktemp("task"))
-    generate = [sys.executable, "examples/arithmetic.py", f"{made.root}/data", "--seed", "0"]
-    subprocess.run(generate, cwd=ROOT, check=True, timeout=DEADLINE, capture_output=True)
-    done = run(*warm_start(made, made.root / "warm_start"))
+    assert write_arithmetic([f"{made.root}/data", "--seed", "0"]) == 0
+    done = ranks.run(*warm_start(made, made.root / "warm_start"), world=2)
     assert done.returncode == 0, done.stderr
     return made
 
@@ -107,30 +99,3 @@ def demo(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(*demo_run(task, directory))
     assert done.returncode == 0, done.stderr
     return directory
-
-
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Ranks without a launcher, which cost no imports."""
-    with imported(tmp_path_factory.mktemp("ranks"), ENVIRONMENT, DEADLINE) as process:
-        yield process
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The arithmetic task with a model of one layer: `model`, and `policy`, which has random weights."""
-    made = tmp_path_factory.mktemp("small")
-    small = ["--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]
-    assert write_arithmetic([str(made), *small]) == 0
-    shutil.copytree(made / "model", made / "policy")
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made / "policy"))
-    policy.float().save_pretrained(made / "policy")
-    return made
-
-
-@pytest.fixture(scope="session")
-def server_url(folder: Path) -> Iterator[str]:
-    """A server of the policy, which takes the weights of whatever run publishes to it."""
-    with LocalServer(folder / "policy", Embedded(threads=1), log_file=folder / "server.log") as running:
-        yield running.url

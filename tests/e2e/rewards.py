@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from mcore_rl.data.curriculum import Candidate
 from mcore_rl.types import Sample
 
 _calls = count(1)
@@ -27,3 +30,32 @@ def fill(sample: Sample) -> float:
             while file.write(bytes(4096)):
                 pass
     return float(call % 2)
+
+
+def by_label(sample: Sample) -> float:
+    """Known beforehand: a label that 3 divides never earns anything, of others every second sample does."""
+    return float(int(sample.prompt.label) % 3 != 0 and int(sample.id.rpartition("/")[2]) % 2)
+
+
+def killed(sample: Sample) -> float:
+    """As by_label; without a file TEST_WITNESS, a sample that was asked for step 3 kills its process."""
+    if sample.id.rpartition("/")[0].endswith("@3") and not Path(os.environ["TEST_WITNESS"]).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return by_label(sample)
+
+
+def nothing(sample: Sample) -> float:
+    """No sample earns anything."""
+    return 0.0
+
+
+def half(candidate: Candidate) -> float:
+    """A curriculum: half of the prompts that were not sampled yet, and no other."""
+    return 0.0 if candidate.rewards else 0.5
+
+
+def slow(sample: Sample) -> float:
+    """Half a minute for each but the first call's samples."""
+    if next(_calls) > 3:
+        time.sleep(30)
+    return 1.0

@@ -18,7 +18,8 @@ from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
-from tests.e2e.conftest import Task, run
+from tests.e2e.conftest import Task
+from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS, PROMPTS, EACH, EXTRA = 4, 8, 4, 2
@@ -60,10 +61,10 @@ def gspo(task: Task, directory: Path, *flags: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(task: Task, served: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(ranks: Ranks, task: Task, served: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run of all steps; who changes it takes a copy."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    done = run(*gspo(task, directory, *served))
+    done = ranks.run(*gspo(task, directory, *served))
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -87,7 +88,7 @@ def check(lines: list[dict]) -> None:
 
 
 def test_no_token_is_older_than_the_bound_and_the_counts_add_up(
-    task: Task, served: list[str], whole: Path, tmp_path: Path
+    ranks: Ranks, task: Task, served: list[str], whole: Path, tmp_path: Path
 ) -> None:
     """And a resume, at another bound of over-sampling and two replicas, has the prompts of the whole run."""
     again = tmp_path / "again"
@@ -100,7 +101,7 @@ def test_no_token_is_older_than_the_bound_and_the_counts_add_up(
     shutil.copytree(whole, again)
     (again / SHOWN).unlink()
     flags = ("--resume", "previous", "--parallel.data", "2", "--rollout.over_sampling", str(EXTRA))
-    done = run(*gspo(task, again, *served, *flags))
+    done = ranks.run(*gspo(task, again, *served, *flags), world=2)
     assert done.returncode == 0, done.stderr
     resumed = read_metrics(again / "metrics.jsonl")[1:]
     assert resumed[:2] == lines[:2]
@@ -117,19 +118,19 @@ def prompts(directory: Path) -> list[str]:
 
 
 def test_a_run_goes_on_under_another_bound_where_nothing_is_in_flight(
-    task: Task, served: list[str], whole: Path, tmp_path: Path
+    ranks: Ranks, task: Task, served: list[str], whole: Path, tmp_path: Path
 ) -> None:
     """Asynchronous, then taking turns, then asynchronous again; with groups in flight it is refused."""
     directory, turns = tmp_path / "run", ("--rollout.max_staleness", "0")
     shutil.copytree(whole, directory)
-    refused = run(*gspo(task, directory, *served, *turns, "--resume", "previous"))
+    refused = ranks.run(*gspo(task, directory, *served, *turns, "--resume", "previous"))
     assert refused.returncode == 2
     assert f"holds {PROMPTS} groups of samples in flight" in refused.stderr
 
     more = (*served, "--checkpoint.every", "1", "--resume", "latest", "--train.steps")
-    second = run(*gspo(task, directory, *more, str(STEPS + 1), *turns))
+    second = ranks.run(*gspo(task, directory, *more, str(STEPS + 1), *turns))
     assert second.returncode == 0, second.stderr
-    third = run(*gspo(task, directory, *more, str(STEPS + 3)))
+    third = ranks.run(*gspo(task, directory, *more, str(STEPS + 3)))
     assert third.returncode == 0, third.stderr
     lines = read_metrics(directory / "metrics.jsonl")[STEPS:]
     assert [line["step"] for line in lines] == [STEPS, STEPS + 1, STEPS + 2, STEPS + 3]

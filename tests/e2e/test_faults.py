@@ -9,21 +9,19 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from aiohttp import ClientSession, web
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.arithmetic import main as write_task
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
-from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
+from tests.e2e.conftest import ENVIRONMENT, ROOT, command
+from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -31,22 +29,11 @@ pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.time
 PROMPTS, EACH = 8, 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems, and a model of one layer with random weights, which a server can start on."""
-    made = tmp_path_factory.mktemp("faults")
-    assert write_task([str(made), "--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]) == 0
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made / "model"))
-    policy.float().save_pretrained(made / "model")
-    return made
-
-
 def gspo(folder: Path, directory: Path, *flags: str) -> list[str]:
     return [
         *("train", "examples/gspo_tiny.toml", "--run.dir", str(directory)),
         *("--data.train", f"{folder}/train.jsonl", "--data.eval", f"{folder}/eval.jsonl"),
-        *("--model.path", f"{folder}/model", "--train.eval_every", "0", "--optimizer.warmup_steps", "0"),
+        *("--model.path", f"{folder}/policy", "--train.eval_every", "0", "--optimizer.warmup_steps", "0"),
         *("--reward.function", "tests.e2e.rewards:brevity", "--rollout.threads", "1"),
         *("--rollout.prompts_per_step", str(PROMPTS), "--rollout.samples_per_prompt", str(EACH), *flags),
     ]
@@ -67,17 +54,17 @@ def test_config_mistakes_end_before_any_rank_starts(flags, says, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-def test_malformed_line_names_file_line_and_field(folder: Path, tmp_path):
-    """The ranks find it, the command says it once; tests/training/test_setup.py has what else they refuse."""
+def test_malformed_line_names_file_line_and_field(ranks: Ranks, folder: Path, tmp_path):
+    """All ranks find it, one says it; tests/training/test_setup.py has what else they refuse."""
     broken = tmp_path / "train.jsonl"
     broken.write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
-    done = run(*gspo(folder, tmp_path / "run", "--data.train", str(broken)))
+    done = ranks.run(*gspo(folder, tmp_path / "run", "--data.train", str(broken)), world=2)
     assert done.returncode == 2
     assert done.stderr.count(f"DataError: {broken}:2:label") == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_dead_server_ends_the_run_within_its_deadline(folder: Path, tmp_path):
+def test_dead_server_ends_the_run_within_its_deadline(ranks: Ranks, folder: Path, tmp_path):
     flags = [
         "--rollout.urls",
         '["http://127.0.0.1:9"]',
@@ -87,14 +74,14 @@ def test_dead_server_ends_the_run_within_its_deadline(folder: Path, tmp_path):
         "1",
     ]
     began = time.monotonic()
-    done = run(*without_threads(gspo(folder, tmp_path, *flags)))
+    done = ranks.run(*without_threads(gspo(folder, tmp_path, *flags)))
     assert done.returncode == 75, done.stderr
     assert "not ready after 2 s: http://127.0.0.1:9" in done.stderr
     assert time.monotonic() - began < 60
     assert read_metrics(tmp_path / "events.jsonl")[-1]["exit_code"] == 75
 
 
-def test_a_server_that_ignores_new_weights_is_noticed(folder: Path, tmp_path):
+def test_a_server_that_ignores_new_weights_is_noticed(ranks: Ranks, folder: Path, server_url: str, tmp_path):
     """Old weights under a new version: SGLang does so when it does not know the names that it is sent."""
 
     async def train_through_proxy(target: str, other: str) -> tuple[str, subprocess.CompletedProcess[str]]:
@@ -107,18 +94,13 @@ def test_a_server_that_ignores_new_weights_is_noticed(folder: Path, tmp_path):
                 "--train.steps",
                 "2",
             ]
-            done = await asyncio.to_thread(run, *without_threads(gspo(folder, tmp_path / "run", *flags)))
+            arguments = without_threads(gspo(folder, tmp_path / "run", *flags))
+            done = await asyncio.to_thread(ranks.run, *arguments)
             return url, done
 
-    model = folder / "model"
-    servers = [LocalServer(model, Embedded(threads=1), log_file=tmp_path / f"{i}.log") for i in range(2)]
-    with ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.close)
-            server.launch()
-        for server in servers:
-            server.wait()
-        url, done = asyncio.run(train_through_proxy(servers[0].url, servers[1].url))
+    model = folder / "policy"
+    with LocalServer(model, Embedded(threads=1), log_file=tmp_path / "server.log") as server:
+        url, done = asyncio.run(train_through_proxy(server.url, server_url))
     assert done.returncode == 75, done.stderr
     assert f"WeightSyncError: {url} reports version 1" in done.stderr
     events = read_metrics(tmp_path / "run" / "events.jsonl")

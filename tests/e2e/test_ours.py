@@ -255,7 +255,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     disk, safe = small_disk("size=4m"), tmp_path / "safe"
     safe.mkdir()
     elsewhere = ["--checkpoint.dir", str(safe / "checkpoints"), "--publish.dir", str(safe / "weights")]
-    reward = ["--reward.function", "tests.e2e.rewards:fill"]
+    reward = ["--reward.function", "tests.e2e.rewards:fill", "--reward.workers", "1"]
     places = {"TEST_DISK": str(disk), "TEST_WITNESS": str(safe / "filled")}
     arguments = grpo(folder, disk / "run", *elsewhere, *reward, url=server_url)
     done = ranks.run(*arguments, **places)

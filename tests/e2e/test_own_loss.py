@@ -9,17 +9,20 @@ import pytest
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
 from mcore_rl.report import write_report
-from tests.e2e.conftest import ROOT, Task, run
+from tests.e2e.conftest import ROOT, Task
+from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 LOSS = "tests.losses.dppo:total_variation"
 
 
-def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(task: Task, tmp_path: Path) -> None:
+def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(
+    ranks: Ranks, task: Task, tmp_path: Path
+) -> None:
     own = ["--algorithm.loss", LOSS, "--algorithm.params.delta", "0.05"]
     many = ["--rollout.prompts_per_step", "64"]  # a few right answers among them: groups with a signal
     flags = [*many, "--run.dir", str(tmp_path), "--train.steps", "2", *own]
-    done = run("train", "examples/grpo_tiny.toml", *task.rl, *flags)
+    done = ranks.run("train", "examples/grpo_tiny.toml", *task.rl, *flags, world=2)
     assert done.returncode == 0, done.stderr
     _, *steps = read_metrics(tmp_path / "metrics.jsonl")
     assert len(steps) == 2

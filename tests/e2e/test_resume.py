@@ -20,7 +20,8 @@ from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import MEASURED
 from tests.checkpoint.support import stored
-from tests.e2e.conftest import ENVIRONMENT, ROOT, STEPS, Task, command, demo_run, run, warm_start
+from tests.e2e.conftest import ENVIRONMENT, ROOT, STEPS, Task, command, demo_run, warm_start
+from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -85,7 +86,7 @@ def test_a_rank_is_killed_and_torchrun_restarts_it(task: Task, demo: Path, tmp_p
 
 
 def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
-    task: Task, demo: Path, tmp_path: Path, small_disk: Callable[[str], Path]
+    ranks: Ranks, task: Task, demo: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
     """The first saves the step, the second ends the run with a typed error; both leave with 75."""
     directory, log = tmp_path / "run", tmp_path / "log"
@@ -95,7 +96,7 @@ def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
     assert b"is saved; --resume latest continues after it" in log.read_bytes()
     (step, _), *_ = reversed(committed(directory / "checkpoints"))
     assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == step < STEPS
-    refused = run(*demo_run(task, directory, "--parallel.tensor", "1"))
+    refused = ranks.run(*demo_run(task, directory, "--parallel.tensor", "1"))
     assert refused.returncode == 2
     assert f"up to step {step}: continue it with --resume latest" in refused.stderr
 
@@ -108,7 +109,7 @@ def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
         resume += ["--publish.dir", str(disk / "weights")]
         fill_up(command(*resume), log, f"step {step + 1}/", disk / "other")
         check_full(log.read_text(), disk)
-    done = run(*resume)
+    done = ranks.run(*resume, world=2)
     assert done.returncode == 0, done.stderr
     assert_same(demo, directory)
     if no_disk is not None:
@@ -143,7 +144,9 @@ def fill_up(start: list[str], log: Path, said: str, file: Path) -> None:
     file.unlink()
 
 
-def test_a_damaged_checkpoint_is_refused_and_previous_continues(task: Task, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_and_previous_continues(
+    ranks: Ranks, task: Task, tmp_path: Path
+) -> None:
     """Of the supervised warm start: what reads checkpoints is the same, and no server has to start."""
     directory, whole = tmp_path / "run", task.root / "warm_start"
     shutil.copytree(whole, directory)
@@ -152,10 +155,10 @@ def test_a_damaged_checkpoint_is_refused_and_previous_continues(task: Task, tmp_
         byte = file.read(1)[0]
         file.seek(5000)
         file.write(bytes([byte ^ 1]))
-    refused = run(*warm_start(task, directory, "--resume", "latest"))
+    refused = ranks.run(*warm_start(task, directory, "--resume", "latest"), world=2)
     assert refused.returncode == 2
     assert refused.stderr.count("__1_0.distcp does not have the checksum") == 1, refused.stderr
     assert "--resume previous" in refused.stderr
-    done = run(*warm_start(task, directory, "--resume", "previous"))
+    done = ranks.run(*warm_start(task, directory, "--resume", "previous"), world=2)
     assert done.returncode == 0, done.stderr
     assert_same(whole, directory, range(1, 41))

@@ -10,7 +10,8 @@ import pytest
 from mcore_rl.checkpoint import find
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.saved import reply_from_json
-from tests.e2e.conftest import Task, run
+from tests.e2e.conftest import Task
+from tests.e2e.ranks import Ranks
 from tests.e2e.test_async import gspo, task  # noqa: F401 a fixture
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -26,7 +27,7 @@ EXPERTS = {
 }
 
 
-def test_a_run_replays_and_saves_what_is_in_flight(task: Task, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_replays_and_saves_what_is_in_flight(ranks: Ranks, task: Task, tmp_path: Path) -> None:  # noqa: F811
     model = tmp_path / "model"
     model.mkdir()
     for file in (task.root / "data" / "model").iterdir():
@@ -37,7 +38,7 @@ def test_a_run_replays_and_saves_what_is_in_flight(task: Task, tmp_path: Path) -
     directory = tmp_path / "run"
     flags = ["--model.path", str(model), "--rollout.threads", "1", "--rollout.routing_replay", "true"]
     flags += ["--train.steps", "2", "--checkpoint.every", "1"]
-    done = run(*gspo(task, directory), *flags)
+    done = ranks.run(*gspo(task, directory), *flags)
     assert done.returncode == 0, done.stderr
     trained = read_metrics(directory / "metrics.jsonl")[1:]
     assert [line["step"] for line in trained] == [1, 2]

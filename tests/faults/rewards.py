@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -24,19 +23,6 @@ def leave(sample: Sample) -> float:
     """What the model wrote calls exit(), sooner or later."""
     if _due():
         sys.exit(0)
-    return float(len(sample.token_ids))
-
-
-def vanish(sample: Sample) -> float:
-    if _due():
-        os._exit(0)
-    return float(len(sample.token_ids))
-
-
-def crash(sample: Sample) -> float:
-    """A native library reads where it must not, in the second step."""
-    if _due(at=40):
-        ctypes.string_at(0)
     return float(len(sample.token_ids))
 
 

@@ -6,39 +6,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.arithmetic import main as write_task
 from mcore_rl.log import read_metrics
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from tests.e2e.ranks import Ranks
 from tests.sources import ROOT
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems, and a model of one layer with random weights."""
-    made = tmp_path_factory.mktemp("ends")
-    assert write_task([str(made), "--train", "40", "--eval", "5", "--layers", "1", "--hidden", "64"]) == 0
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(made / "model"))
-    policy.float().save_pretrained(made / "model")
-    return made
-
-
-@pytest.fixture(scope="module")
 def task(folder: Path) -> list[str]:
     """Flags of two steps of 32 samples."""
     return [
-        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/model"),
+        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/policy"),
         *("--train.steps", "2", "--train.eval_every", "0"),
         *("--data.eval", f"{folder}/eval.jsonl"),
         *("--rollout.prompts_per_step", "8", "--rollout.samples_per_prompt", "4"),
@@ -47,20 +31,26 @@ def task(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def served(task: list[str], folder: Path) -> Iterator[list[str]]:
+def served(task: list[str], server_url: str) -> list[str]:
     """The same of runs that share a server, where its end is not what is proven."""
-    with LocalServer(folder / "model", Embedded(threads=1), log_file=folder / "server.log") as server:
-        yield [*task, "--rollout.urls", f'["{server.url}"]']
+    return [*task, "--rollout.urls", f'["{server_url}"]']
 
 
 OWN_SERVER = ("--rollout.threads", "1")
 
 
+def of_reward(run_dir: Path, reward: str, ranks: int, *flags: str) -> list[str]:
+    """The command's arguments."""
+    own = ["--run.dir", str(run_dir), "--reward.function", f"tests.faults.rewards:{reward}"]
+    return ["train", "examples/gspo_tiny.toml", *flags, *own, "--parallel.tensor", str(ranks)]
+
+
 def train(
-    run_dir: Path, reward: str, ranks: int, *flags: str, **environment: str
+    run_dir: Path, function: str, ranks: int, *flags: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
-    command += ["--run.dir", str(run_dir), "--reward.function", f"tests.faults.rewards:{reward}"]
+    key = "--algorithm.loss" if function.startswith("losses:") else "--reward.function"
+    command += ["--run.dir", str(run_dir), key, f"tests.faults.{function}", "--reward.workers", "1"]
     command += ["--parallel.tensor", str(ranks)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
@@ -75,9 +65,13 @@ def ends(run_dir: Path) -> dict[int, int]:
 
 def test_a_reward_that_exits_ends_the_run_as_its_error(served: list[str], tmp_path: Path):
     """With exit code 0, which is that of success; tests/rewards has all that a reward can raise."""
-    done = train(tmp_path, "leave", 2, *served)
+    done = train(tmp_path, "rewards:leave", 2, *served, "--reward.max_void", "0")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("mcore-rl: RewardError: reward leave raised SystemExit on sample ") == 1
+    said = (
+        "mcore-rl: RewardError: reward tests.faults.rewards:leave gave 1 of 32 samples no reward (raised: 1)"
+    )
+    assert done.stderr.count(said) == 1
+    assert "raised SystemExit: 0" in done.stderr
     assert "Traceback" not in done.stderr
     assert ends(tmp_path) == {0: 2, 1: 2}
 
@@ -86,7 +80,7 @@ def test_a_reward_that_exits_ends_the_run_as_its_error(served: list[str], tmp_pa
 def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
     served: list[str], tmp_path: Path, ranks: int
 ):
-    done = train(tmp_path, "vanish", ranks, *served)
+    done = train(tmp_path, "losses:vanish", ranks, *served)
     assert done.returncode == 75, done.stderr
     said = "mcore-rl: rank 0 left with exit code 0, without an `end` event, after step 0; something in it"
     assert done.stderr.count(said) == 1, done.stderr
@@ -97,14 +91,14 @@ def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
 
 def test_a_crash_says_where_and_after_which_step(task: list[str], tmp_path: Path):
     """And its server ends with it: one that held the other end of stderr would keep us waiting here."""
-    done = train(tmp_path, "crash", 1, *task, *OWN_SERVER)
+    done = train(tmp_path, "losses:crash", 1, *task, *OWN_SERVER, METRICS=str(tmp_path / "metrics.jsonl"))
     assert done.returncode == 75, done.stderr
     assert (
         "mcore-rl: rank 0 was ended by signal 11 (SIGSEGV), without an `end` event, after step 1"
         in done.stderr
     )
     stack = done.stderr.split("Fatal Python error: Segmentation fault")[1]
-    assert "rewards.py" in stack
+    assert "losses.py" in stack
     assert "in crash" in stack
 
 
@@ -116,12 +110,20 @@ def works(number: int) -> bool:
         return False
 
 
-def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str], tmp_path: Path):
+def test_what_a_reward_forks_ends_with_the_run_and_never_trains(
+    ranks: Ranks, task: list[str], tmp_path: Path
+):
     """A pool of processes works while signals save a step; then a resumed run has nothing left to do."""
     run_dir, forked = tmp_path / "run", tmp_path / "forked"
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        done = train(run_dir, "fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", FORKED=str(forked))
+        done = train(
+            run_dir,
+            "rewards:fork",
+            1,
+            *(*task, *OWN_SERVER, "--checkpoint.every", "1"),
+            FORKED=str(forked),
+        )
         assert stranger.poll() is None, "only what the run has started is ended"
     finally:
         stranger.kill()
@@ -130,13 +132,17 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str],
     children = dict(line.split() for line in forked.read_text().splitlines())
     assert children.keys() == {"returns", "sleeps", "daemon"}, "all of them were there"
     assert not [what for what, number in children.items() if works(int(number))]
-    assert done.stderr.count("and the new process came back from it; it is ended here") == 1
-    assert done.stderr.count("was still there at the end of the run; it is ended") == 2
+    assert done.stderr.count("was still there at the end of the run; it is ended") == 1, "daemon"
+    assert [record.get("void/forked") for record in read_metrics(run_dir / "metrics.jsonl")] == [
+        None,
+        1,
+        None,
+    ]
     assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2]
     assert sum(event["kind"] == "end" for event in read_metrics(run_dir / "events.jsonl")) == 1
     last_served = (run_dir / "server.log").stat().st_mtime_ns
     began = time.monotonic()
-    again = train(run_dir, "fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", "--resume")
+    again = train(run_dir, "rewards:fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", "--resume")
     assert again.returncode == 0, again.stderr
     assert "mcore-rl: nothing to do: step 2 of train.steps = 2 is done" in again.stderr
     assert "raise train.steps" in again.stderr

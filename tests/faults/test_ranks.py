@@ -21,7 +21,7 @@ from mcore_rl.checkpoint import committed
 from mcore_rl.log import read_metrics
 from tests.sources import ROOT
 
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("launched"), pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

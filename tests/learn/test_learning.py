@@ -11,7 +11,7 @@ from benchmarks.learn import Curve, learn_all, write
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
-STEPS = {"gspo": 400, "ppo": 160, "grpo": 160, "sapo": 160, "liteppo": 160}
+STEPS = {"gspo": 400, "ppo": 160, "grpo": 160, "sapo": 160, "liteppo": 160, "dapo": 160}
 CONTROL_STEPS = 40
 
 pytestmark = [pytest.mark.learn, pytest.mark.timeout(4 * 3600)]

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from mcore_rl.parallel.pool import Pool
-from tests.conftest import check_annotations
 from tests.model.support import DENSE, MOE
-
-
-@pytest.fixture(scope="session")
-def pool1() -> Iterator[Pool]:
-    """One process in a gloo group of its own, kept for the session."""
-    with Pool(1, setup=check_annotations) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,6 @@ REFUSED = [
     ("llama", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ("llama", {"rope_parameters": LLAMA3 | {"beta_fast": 1}}, "['beta_fast'] are not supported with"),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "default"}}, "'factor', 'high_freq_factor'"),
-    ("llama", {"rope_parameters": {"rope_type": "default"}}, "field 'rope_theta' is missing"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters contradicts"),
     ("llama", {"rope_theta": 5e5}, "rope_parameters contradicts rope_scaling or rope_theta"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,6 @@ from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import Shape, align_of, pack_share
 from mcore_rl.training.forward_only import values
 from mcore_rl.training.metrics import Gathered, read
@@ -31,12 +30,6 @@ from mcore_rl.weights.buckets import gather
 
 VOCAB, HIDDEN, SEED = 50, 32, 3
 COEF = 0.5
-
-
-@pytest.fixture(scope="module")
-def pool1() -> Iterator[Pool]:
-    with Pool(1) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")

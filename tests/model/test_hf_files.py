@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.hf.files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader, safetensors_layout
 from tests.model.test_mapping import mapping_of
 
@@ -110,3 +112,22 @@ def test_a_message_repeats_the_beginning_of_what_an_index_names(tmp_path: Path) 
         with pytest.raises(ConfigError) as refused:
             checkpoint_files(tmp_path)
         assert len(str(refused.value)) < 3000
+
+
+def test_rotary_frequencies_that_an_old_version_saved_are_left(tmp_path: Path) -> None:
+    table = mapping_of("llama")
+    whole = {name: torch.randn(shape) for name, shape in table.hf_shapes().items()}
+    old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    save_file(whole | old, tmp_path / "model.safetensors")
+    assert hf_reader(tmp_path, table)("model.norm.weight").shape == whole["model.norm.weight"].shape
+    save_file(whole | {"model.layers.0.self_attn.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"self_attn\.inv_freq"):
+        hf_reader(tmp_path, table)
+
+
+@pytest.mark.parametrize("name", [INDEX, "model.safetensors", "config.json"])
+def test_a_pipe_in_a_model_directory_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    read = read_hf_config if name == "config.json" else checkpoint_files
+    with pytest.raises(ConfigError, match="not a plain file"):
+        read(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +15,24 @@ from mcore_rl import before_megatron
 from mcore_rl.model import platform
 from mcore_rl.parallel.pool import Pool
 from tests.model.removal import nothing, outcome
+
+
+def replaced(source: str) -> set[str]:
+    """What a module assigns to names of torch.cuda and torch.Tensor."""
+    targets = (
+        t for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign) for t in node.targets
+    )
+    names = (ast.unparse(target).split(".") for target in targets)
+    return {name[2] for name in names if name[:2] in (["torch", "cuda"], ["torch", "Tensor"])}
+
+
+def test_the_first_lines_list_what_is_replaced_for_the_whole_process() -> None:
+    names = replaced(Path(platform.__file__).read_text())
+    assert len(names) > 10
+    assert [name for name in sorted(names) if name not in (platform.__doc__ or "")] == []
+    assert replaced("torch.cuda.empty_cache = print") == {"empty_cache"}, "the control: it is not listed"
+    assert "empty_cache" not in (platform.__doc__ or "")
+
 
 # --- CUDA ----------------------------------------------------------------------------------------------
 

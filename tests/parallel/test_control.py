@@ -8,7 +8,7 @@ import torch
 
 from mcore_rl.errors import DataError
 from mcore_rl.model import platform
-from mcore_rl.parallel.control import apart, gather_replicas, on_leads, on_main, together
+from mcore_rl.parallel.control import from_buffers, gather_replicas, on_leads, on_main, to_buffers
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 
@@ -33,18 +33,18 @@ def same(got: dict, wanted: dict) -> bool:
 
 def test_large_arrays_are_not_copied_and_the_rest_is_pickled() -> None:
     value = value_of(0)
-    rest, memory = apart(value)
+    rest, memory = to_buffers(value)
     assert [one.numel() for one in memory] == [value["large"].nbytes]
-    assert same(together(rest, memory), value)
+    assert same(from_buffers(rest, memory), value)
     memory[0].zero_()
     assert not value["large"].any(), "the same memory"
 
 
 def test_a_read_only_array_arrives_too() -> None:
     value = np.frombuffer(bytes(5000), np.uint8)
-    rest, memory = apart(value)
+    rest, memory = to_buffers(value)
     assert memory == []
-    assert np.array_equal(together(rest, memory), value)
+    assert np.array_equal(from_buffers(rest, memory), value)
 
 
 def exchange(layout: str) -> list[bool]:

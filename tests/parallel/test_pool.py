@@ -85,9 +85,9 @@ def gone(pids: list[int], seconds: float = 10.0) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with Pool(2, setup=remember) as pool:
+@pytest.fixture(scope="module", params=["spawn", "forkserver"])
+def pool(request):
+    with Pool(2, setup=remember, method=request.param) as pool:
         yield pool
 
 
@@ -143,12 +143,13 @@ def test_spawn_leaves_no_process() -> None:
     assert gone(pids, seconds=0.5)
 
 
-def test_ranks_end_with_a_killed_caller() -> None:
-    program = textwrap.dedent("""
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_ranks_end_with_a_killed_caller(method: str) -> None:
+    program = textwrap.dedent(f"""
         import os, time
         from mcore_rl.parallel.pool import Pool
         if __name__ == "__main__":
-            pool = Pool(2)
+            pool = Pool(2, method="{method}")
             print(*pool.run(os.getpid), flush=True)
             pool.run(time.sleep, 600)
     """)
@@ -160,25 +161,6 @@ def test_ranks_end_with_a_killed_caller() -> None:
     caller.kill()
     caller.communicate()
     assert gone(pids)
-
-
-@pytest.mark.slow
-def test_a_script_without_a_main_guard_is_an_error_and_signals_nobody(tmp_path) -> None:
-    """Its ranks run the script too, and cannot start ranks: their clean-up once signalled all around them."""
-    script = tmp_path / "script.py"
-    script.write_text("import os; from mcore_rl.parallel.pool import spawn; spawn(os.getpid, 1)")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    shell = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {script}; echo $? lives"],
-        env=environment,
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert shell.stdout == "1 lives\n", shell
-    assert "came to start a pool itself: put the script's calls under `if __name__" in shell.stderr
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -215,6 +197,7 @@ def error_of_wrong_shapes() -> str:
     return "none"
 
 
+@pytest.mark.parametrize("pool", ["spawn"], indirect=True)
 def test_annotations_are_checked_in_the_processes_of_the_pools(pool: Pool, pool2: Pool) -> None:
     assert pool2.run(error_of_wrong_shapes) == ["TypeCheckError"] * 2
     assert pool.run(error_of_wrong_shapes) == ["RuntimeError"] * 2, (
@@ -228,13 +211,13 @@ spawn(print, 2)
 """
 
 
-def test_a_script_without_a_main_guard_ends_alone(tmp_path):
+def test_a_script_without_a_main_guard_is_an_error_and_signals_nobody(tmp_path):
     """Its ranks run it again and cannot start; whoever started it, in the same process group, lives on."""
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED)
-    shell = f"{sys.executable} {script} 2>/dev/null; echo the shell lives, code $?"
     done = subprocess.run(
-        ["bash", "-c", shell],
+        ["bash", "-c", f"{sys.executable} {script}; echo the shell lives, code $?"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
         capture_output=True,
         text=True,
@@ -242,3 +225,4 @@ def test_a_script_without_a_main_guard_ends_alone(tmp_path):
         check=False,
     )
     assert done.stdout == "the shell lives, code 1\n", (done.returncode, done.stderr)
+    assert "came to start a pool itself: put the script's calls under `if __name__" in done.stderr

@@ -201,7 +201,7 @@ def test_a_second_rehearsal_is_refused_and_removes_nothing(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("e2e")
+@pytest.mark.xdist_group("launched")
 def test_a_rehearsal_trains_resumes_and_exports(tmp_path: Path) -> None:
     """PPO of Llama with all its models, at TP2 PP2."""
     command = [sys.executable, "examples/train_ppo_70b.sh", "--rehearse", "--rehearse-procs", "4"]
@@ -227,7 +227,7 @@ def test_a_rehearsal_trains_resumes_and_exports(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("e2e")
+@pytest.mark.xdist_group("launched")
 def test_a_rehearsal_on_two_nodes(tmp_path: Path) -> None:
     """Two agents of torchrun on this machine, as on a cluster: one rendezvous, a rank each, TP over both."""
     with socket.socket() as free:

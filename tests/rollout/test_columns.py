@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks.data_plane import bytes_per_token, hand_over, random_groups
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 
 PROMPTS = {name: Prompt(name, "", (1, 2, 3), "") for name in "ab"}
 
@@ -38,6 +39,23 @@ def test_groups_come_back_without_their_texts() -> None:
             assert (one.reward, one.text) == (other.reward, "")
             assert np.array_equal(one.token_ids, other.token_ids)
             assert np.array_equal(one.log_probs, other.log_probs)
+
+
+def test_parts_and_turns_of_a_reward_come_too() -> None:
+    parts, turns = (RewardPart("a", 1.0, 0.5), RewardPart("b", 2.0, 1.0)), (TurnReward(1, 0.5),)
+    groups = [replace(GROUPS[0], samples=(*GROUPS[0].samples, replace(GROUPS[0].samples[0], void=True)))]
+    groups[0] = replace(groups[0], samples=tuple(replace(s, parts=parts) for s in groups[0].samples))
+    groups.append(Group("a@5", (replace(GROUPS[2].samples[0], turn_rewards=turns), *GROUPS[2].samples)))
+    got = [s for group in hand_over(groups, PROMPTS) for s in group.samples]
+    assert [(s.parts, s.turn_rewards, s.void) for s in got] == [
+        (parts, (), False),
+        (parts, (), False),
+        (parts, (), True),
+        ((), turns, False),
+        ((), (), False),
+    ]
+    assert got[0].parts[0].weight == 0.5
+    assert got[3].turn_rewards[0].token == 1
 
 
 def test_what_every_rank_gets_is_read_only() -> None:

@@ -31,12 +31,12 @@ def group(name: str, length: int = LENGTH, version: int = 0) -> PendingGroup:
 
 @contextmanager
 def in_flight(
-    urls: Sequence[str], groups: int = 1, extra: int = 0, timeout: float = 60.0, health: float = 30.0
+    urls: Sequence[str], extra: int = 0, timeout: float = 60.0, health: float = 30.0
 ) -> Iterator[InFlight]:
     """Of servers that hold version 0."""
     clients = [RolloutClient(url, timeout=60.0, retries=0) for url in urls]
     dispatch = Dispatch(clients, version="0", health_timeout=health)
-    opened = InFlight(dispatch, Schedule(groups=groups, extra=extra, max_staleness=1), timeout=timeout)
+    opened = InFlight(dispatch, Schedule(extra=extra, max_staleness=1), timeout=timeout)
     try:
         yield opened
     finally:
@@ -68,8 +68,8 @@ def test_what_runs_is_continued_under_new_weights_and_every_token_says_which(
         groups.expect([RolloutClient(zero)], "1")
         publish(zero, dir_b, "1")
         groups.serve([RolloutClient(zero)], "1")
-        for step, name in ((1, "5"), (2, "6")):
-            replies = groups.take(step).replies[name]
+        for name in ("5", "6"):
+            replies = groups.take(1)[name]
             every_sample_once(replies, name)
             for reply in replies:
                 assert [span.version for span in reply.versions] == ["0", "1"]
@@ -108,12 +108,13 @@ def test_groups_of_one_call_arrive_each_with_its_own_samples(zero: str) -> None:
             return await asyncio.to_thread(work, seen)
 
     def work(seen: Proxy) -> tuple[int, int]:
-        with in_flight([seen.url], groups=4) as groups:
+        with in_flight([seen.url]) as groups:
             groups.add([group(str(name), 4) for name in range(4)], per_call=3)
-            for name, replies in groups.take(1).replies.items():
+            for name, replies in groups.take(4).items():
                 every_sample_once(replies, name, 4)
             first = len(seen.bodies("/generate"))
-            answers = groups.ask([group(str(name), 4).request for name in range(8, 13)], per_call=2)
+            begun = groups.begin([group(str(name), 4).request for name in range(8, 13)], per_call=2)
+            answers = groups.finish(begun)
             for name, replies in zip(range(8, 13), answers, strict=True):
                 every_sample_once(replies, str(name), 4)
             assert groups.groups() == []
@@ -125,11 +126,11 @@ def test_groups_of_one_call_arrive_each_with_its_own_samples(zero: str) -> None:
 def test_the_early_stop_ends_what_no_step_can_train(zero: str) -> None:
     with in_flight([zero], extra=1) as groups:
         groups.add([group("5", 480), group("6", 4), group("7", 4)])
-        assert list(groups.take(1).replies) == ["6"]
+        assert list(groups.take(1)) == ["6"]
+        assert groups.discard(1) == {}
         assert running(zero) > 0, "the slow group goes on"
-        taken = groups.take(2)
-        assert list(taken.replies) == ["7"]
-        assert taken.discarded == {"5": "unfinished"}
+        assert list(groups.take(1)) == ["7"]
+        assert groups.discard(2) == {"5": "unfinished"}
         wait_until(lambda: running(zero) == 0, "its generation has ended")
         assert groups.groups() == []
 
@@ -137,7 +138,7 @@ def test_the_early_stop_ends_what_no_step_can_train(zero: str) -> None:
 def test_a_resume_keeps_what_had_finished_and_asks_the_rest_again(zero: str) -> None:
     with in_flight([zero]) as groups:
         groups.add([group("5", 4), group("6", 4)])
-        whole = [groups.take(1).replies["5"], groups.take(2).replies["6"]]
+        whole = [groups.take(1)["5"], groups.take(1)["6"]]
     with in_flight([zero]) as groups:
         groups.add([group("5"), group("6", 4)])
         wait_until(lambda: groups.groups()[1].replies is not None, "the second has finished")
@@ -146,7 +147,7 @@ def test_a_resume_keeps_what_had_finished_and_asks_the_rest_again(zero: str) -> 
     wait_until(lambda: running(zero) == 0, "what was in flight has ended")
     with in_flight([zero]) as groups:
         groups.add([group("5", 4, version=1), saved[1]])
-        again, kept = groups.take(1).replies["5"], groups.take(2).replies["6"]
+        again, kept = groups.take(1)["5"], groups.take(1)["6"]
     assert [reply.token_ids for reply in again] == [reply.token_ids for reply in whole[0]], "the same seed"
     assert whole[0][0].token_ids != whole[1][0].token_ids, "another seed draws others"
     assert kept == saved[1].replies
@@ -166,12 +167,12 @@ def test_requests_of_a_server_that_does_not_hold_the_version_move(zero: str, dir
     """It failed in the publish. It is asked again after the publish that it takes part in, and not before."""
 
     def work(urls: list[str]) -> None:
-        with in_flight(urls, groups=8) as groups:
+        with in_flight(urls) as groups:
             groups.add([group(str(name), 4) for name in range(8)])
             groups.expect([RolloutClient(url) for url in urls], "1")
             publish(zero, dir_b, "1")
             groups.serve([RolloutClient(urls[1])], "1")
-            for name, replies in groups.take(1).replies.items():
+            for name, replies in groups.take(8).items():
                 every_sample_once(replies, name, 4)
             assert groups.lost() == {}, "whoever published knows it"
 
@@ -180,23 +181,23 @@ def test_requests_of_a_server_that_does_not_hold_the_version_move(zero: str, dir
 
 def test_a_lost_server_is_told_once_and_asked_again_after_a_publish(zero: str, dir_b: Path) -> None:
     def work(bad: Proxy, sound: Proxy) -> None:
-        with in_flight([bad.url, sound.url], groups=8) as groups:
+        with in_flight([bad.url, sound.url]) as groups:
             groups.add([group(str(name), 4) for name in range(8)])
-            for name, replies in groups.take(1).replies.items():
+            for name, replies in groups.take(8).items():
                 every_sample_once(replies, name, 4)
             assert "HTTP 503" in groups.lost()[bad.url]
             assert groups.lost() == {}
             asked = len(bad.bodies("/generate"))
             assert asked, "the fault fired"
             groups.add([group(str(name), 4) for name in range(8, 16)])
-            groups.take(2)
+            groups.take(8)
             assert len(bad.bodies("/generate")) == asked
             bad.script.clear()
             groups.expect([RolloutClient(sound.url)], "1")
             publish(zero, dir_b, "1")
             groups.serve([RolloutClient(url) for url in (bad.url, sound.url)], "1")
             groups.add([group(str(name), 4, version=1) for name in range(16, 24)])
-            groups.take(3)
+            groups.take(8)
             assert len(bad.bodies("/generate")) > asked
 
     async def go() -> None:
@@ -210,10 +211,10 @@ def test_what_runs_on_a_server_that_another_replica_lost_moves_before_the_publis
     """`Fleet.returning` aborts all requests there: its samples would come back as aborted by the server."""
 
     def work(urls: list[str]) -> None:
-        with in_flight(urls, groups=8) as groups:
+        with in_flight(urls) as groups:
             groups.add([group(str(name), 4) for name in range(8)])
             groups.expect([RolloutClient(urls[1])], "1")
-            for name, replies in groups.take(1).replies.items():
+            for name, replies in groups.take(8).items():
                 every_sample_once(replies, name, 4)
             assert groups.lost() == {}, "it is known"
 
@@ -233,7 +234,7 @@ def test_a_server_is_not_given_up_for_its_health_while_it_takes_weights(zero: st
         call(RolloutClient(zero), lambda client: client.resume())
         groups.serve([RolloutClient(sick.url)], "1")
         sick.script.clear()
-        every_sample_once(groups.take(1).replies["5"], "5")
+        every_sample_once(groups.take(1)["5"], "5")
         sick.script += [status(503)] * 1000
         groups.add([group("6", 480)])
         call(RolloutClient(zero), lambda client: client.pause("retract"))

@@ -24,7 +24,7 @@ from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.saved import kept_replies, reply_from_json, reply_to_json
-from mcore_rl.training.assemble import replayed_experts
+from mcore_rl.training.assemble_rollouts import replayed_experts
 from mcore_rl.training.assemble_servers import local_servers
 from mcore_rl.types import ExpertLayers, Prompt
 from tests.rollout.proxy import damaged, proxy

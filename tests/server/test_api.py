@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mcore_rl.errors import CheckpointError
-from mcore_rl.server.weights import load_model, replace_weights, weight_checksums
+from mcore_rl.model.hf.parameters import HF_DTYPES
+from mcore_rl.server.weights import TYPES, load_model, replace_weights, weight_checksums
 from tests.rollout.support import (
     EOS,
     VOCAB,
@@ -307,7 +308,22 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"][2, 3] = torch.nan
 
 
-@pytest.mark.parametrize("damage", [drop, add, rename, reshape, poison])
+def overflow(tensors: dict[str, torch.Tensor]) -> None:
+    """Finite in the file, infinite in the model."""
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].double() * 1e300
+
+
+def to(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    def convert(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+
+    return convert
+
+
+OTHERS = [to(t) for t in (torch.int64, torch.bool, torch.uint16, torch.complex64, torch.float8_e4m3fn)]
+
+
+@pytest.mark.parametrize("damage", [drop, add, rename, reshape, poison, overflow, *OTHERS])
 def test_a_bad_checkpoint_is_refused_and_changes_nothing(
     url: str, tmp_path: Path, dir_b: Path, damage: Callable[[dict[str, torch.Tensor]], None]
 ) -> None:
@@ -320,7 +336,7 @@ def test_a_bad_checkpoint_is_refused_and_changes_nothing(
     before = generate(url, greedy).body
     answer = update(url, directory, weight_version="bad")
     assert (answer.status, answer.body["success"]) == (400, False)
-    assert "old weights stay" in answer.body["message"]
+    assert "old weights stay" in answer.body["message"] or "no weight of this model" in answer.body["message"]
     after = generate(url, greedy).body
     assert (after["output_ids"], scores(after)) == (before["output_ids"], scores(before))
     assert after["meta_info"]["weight_version"] == "default"
@@ -333,6 +349,10 @@ def test_an_unreadable_checkpoint_is_refused(url: str, tmp_path: Path, content: 
     answer = update(url, tmp_path)
     assert (answer.status, answer.body["success"]) == (400, False)
     assert str(tmp_path) in answer.body["message"]
+
+
+def test_a_type_of_weights_is_one_that_training_writes() -> None:
+    assert set(TYPES) == set(HF_DTYPES)
 
 
 def test_an_index_may_not_leave_its_directory(url: str, tmp_path: Path, dir_b: Path) -> None:

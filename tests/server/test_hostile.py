@@ -327,6 +327,25 @@ def test_a_host_beyond_this_machine_needs_a_key(dir_a: Path, host: str) -> None:
         serve(dir_a, host=host)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("port", 99999),
+        ("port", -1),
+        ("threads", 0),
+        ("device", "tpu\x1b[2J"),
+        ("max_running_requests", 0),
+        ("kv_tokens", -5),
+        ("kv_tokens", 10**11),
+        ("max_body_mib", -1),
+        ("host", "x" * 300),
+    ],
+)
+def test_an_option_with_which_nothing_could_be_served_is_named(dir_a: Path, option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{option.replace('_', '.')}|cannot bind x"):
+        serve(dir_a, **{option: value})
+
+
 def test_half_sent_requests_end_by_a_deadline(dir_a: Path, tmp_path: Path) -> None:
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with LocalServer(dir_a, Probed(threads=1, options=("--short",)), log_file=tmp_path / "log") as server:

@@ -12,7 +12,6 @@ import pytest
 
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import SGLang
-from tests.model.conftest import pool1  # noqa: F401 a fixture
 from tests.rollout.support import build_model, build_moe_model, http, save_model
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from mcore_rl.errors import ConfigError, DamagedCheckpointError
 from mcore_rl.rollout.experts import to_json
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.saved import check_group, is_too_old, reply_from_json, reply_to_json
-from mcore_rl.rollout.schedule import Schedule
+from mcore_rl.rollout.schedule import Queue, Schedule
 from mcore_rl.training.requests import check_saved
 from mcore_rl.types import ExpertLayers, VersionSpan
 
@@ -84,13 +84,17 @@ def test_a_sample_in_flight_that_no_model_of_this_vocabulary_sampled_is_a_damage
 @pytest.mark.parametrize("saved_after", [1, 2, 5])
 def test_what_is_kept_is_trained_within_the_bound(before: int, after: int, saved_after: int) -> None:
     """Groups as `Generation` asks them, one a step, saved after some steps; two steps of the other bound."""
-    schedule = Schedule(groups=1, extra=0, max_staleness=before)
+    schedule = Schedule(extra=0, max_staleness=before)
+    queue = Queue(groups=1, extra=0, max_staleness=before, replicas=1)
     for step in range(1, saved_after + 1):
-        for _ in range(schedule.wanted(100)):
-            name = max([step - 1, *(int(id[2:]) for id in schedule.in_flight)]) + 1
+        for _ in range(queue.wanted(100, missing=1)):
+            name = max([step - 1, *(int(id[2:]) for id in queue)]) + 1
+            queue.ask([f"p@{name}"], [1])
             schedule.ask([f"p@{name}"], step - 1)
             schedule.finish(f"p@{name}")
-        assert schedule.take(step) is not None
+        taken = schedule.take(1)
+        assert taken is not None
+        queue.remove(taken)
     saved = [{"id": id, "version": version} for id, version in schedule.in_flight.items()]
     assert len(saved) == before, "all that is in flight for the steps to come"
 
@@ -124,17 +128,14 @@ def test_groups_in_flight_are_refused_only_where_they_would_never_be_trained() -
 
 
 def test_with_a_bound_of_0_a_step_asks_for_its_groups_and_leaves_none() -> None:
-    schedule = Schedule(groups=2, extra=1, max_staleness=0)
+    schedule = Schedule(extra=1, max_staleness=0)
     for step in (1, 2):
-        names = [f"{step}{i}" for i in range(schedule.wanted(100))]
-        assert len(names) == 3
+        names = [f"{step}{i}" for i in range(3)]
         schedule.ask(names, step - 1)
         for name in names[1:]:
             schedule.finish(name)
-        batch = schedule.take(step)
-        assert batch is not None
-        assert batch.trained == tuple(names[1:])
-        assert batch.discarded == {names[0]: "unfinished"}
+        assert schedule.take(2) == tuple(names[1:])
+        assert schedule.discard(step) == {names[0]: "unfinished"}
         assert schedule.in_flight == {}
 
 

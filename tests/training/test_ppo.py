@@ -29,6 +29,7 @@ from mcore_rl.training.loop import learn
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.run import Run
 from mcore_rl.training.rundir import Identity
+from mcore_rl.training.servers import Servers
 from mcore_rl.training.setup import build_trainer
 from mcore_rl.training.supervised import labelled, train_step
 from mcore_rl.training.trainer import Attempt
@@ -92,15 +93,16 @@ def built_run(config: Config, layout: Layout, directory: Path, saved: Path | Non
         models = build_models(trainer, configure(config.algorithm.name, config.algorithm.params))
         restore(trainer, models.contents)
         residency = Residency(waiting_parts(config, models))
-        transport = Disk(directory / "weights")
-        yield build_run(trainer, models, residency, Fleet((), vocabulary=ANY_VOCABULARY), transport, stack)
+        transport, none = Disk(directory / "weights"), Fleet((), vocabulary=ANY_VOCABULARY)
+        servers = Servers(mesh, none, trainer.step_log, trainer.timers, shared=False)
+        yield build_run(trainer, models, residency, servers, transport, stack)
 
 
 def recorded(run: Run) -> RolloutBatch:
     """8 groups of 2: random answers of 0-6 tokens, the reward of one tells how many are even digits."""
     rng, groups = np.random.default_rng(5), []
-    prompts = run.trainer.prompts.prompts
-    for prompt in prompts[:8]:
+    prompts = run.trainer.prompts.first(8)
+    for prompt in prompts:
         group, samples = f"{prompt.id}@1", []
         for k in range(2):
             n = 0 if prompt is prompts[0] and k == 0 else int(rng.integers(1, 7))

@@ -97,13 +97,12 @@ def trained(config: Config, directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(config: Config, tmp_path_factory) -> dict[tuple[str, str], Any]:
+def runs(pool1: Pool, config: Config, tmp_path_factory) -> dict[tuple[str, str], Any]:
     folder = tmp_path_factory.mktemp("residency")
-    with Pool(1) as pool:
-        return {
-            variant: pool.run(trained, with_residency(config, *variant), folder / "-".join(variant))[0]
-            for variant in VARIANTS
-        }
+    return {
+        variant: pool1.run(trained, with_residency(config, *variant), folder / "-".join(variant))[0]
+        for variant in VARIANTS
+    }
 
 
 def timeless(metrics: list[dict[str, float]]) -> list[dict[str, float]]:

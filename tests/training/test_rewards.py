@@ -118,10 +118,9 @@ def away(config: Config, directory: Path) -> dict[str, Any]:
         }
 
 
-def test_offloaded_it_scores_the_same_and_has_the_planned_size(judged, tmp_path):
-    with Pool(1) as pool:
-        at_home = pool.run(scores, judged, Layout(), tmp_path / "here")[0]
-        there = pool.run(away, judged, tmp_path / "away")[0]
+def test_offloaded_it_scores_the_same_and_has_the_planned_size(pool1: Pool, judged, tmp_path):
+    at_home = pool1.run(scores, judged, Layout(), tmp_path / "here")[0]
+    there = pool1.run(away, judged, tmp_path / "away")[0]
     assert there["outside"] == 0
     assert there["inside"] == there["planned"]
     assert there["rewards"] == [reward for _, reward in at_home]
@@ -164,9 +163,8 @@ def refusals(judged: Config, directory: Path) -> dict[str, str]:
     return {name: message(config, directory / "run") for name, config in cases.items()}
 
 
-def test_unusable_models_are_refused_by_name(judged, tmp_path):
-    with Pool(1) as pool:
-        said = pool.run(refusals, judged, tmp_path)[0]
+def test_unusable_models_are_refused_by_name(pool1: Pool, judged, tmp_path):
+    said = pool1.run(refusals, judged, tmp_path)[0]
     assert "score.weight" in said["two labels"]
     assert "score.weight" in said["no head"]
     assert said["no number"].startswith("RewardError: reward.model:")

@@ -19,6 +19,7 @@ from mcore_rl.config import Config, load_config
 from mcore_rl.directories import MARK, kind_of, make, mark, read_mark
 from mcore_rl.errors import ConfigError, StorageError
 from mcore_rl.log import read_metrics
+from mcore_rl.training.checkpoint import check_form
 from mcore_rl.training.rundir import (
     RUN_LOCK,
     WEIGHTS_LOCK,
@@ -230,6 +231,18 @@ def test_another_run_is_refused_where_only_the_checkpoints_are_of_one(tmp_path: 
     begin(here, identity_of(here, None))
     with pytest.raises(ConfigError, match="b holds another run up to step 1"):
         check_history(here, saved, [(1, saved.path)])
+
+
+def test_what_holds_no_run_is_not_continued(tmp_path: Path) -> None:
+    sound: dict[str, object] = {"config": {}, "updates": {}, "layout": {}, "rng": [], "state": {"cursor": {}}}
+    check_form(save(tmp_path, 1, **sound))
+    for name in sound:
+        without = {key: value for key, value in sound.items() if key != name}
+        for document in (without, without | {name: "text"}):
+            with pytest.raises(ConfigError, match=rf"holds no run to continue \({name} is not"):
+                check_form(save(tmp_path / name / str(len(document)), 1, **document))
+    with pytest.raises(ConfigError, match=r"state\.cursor is not"):
+        check_form(save(tmp_path / "cursor", 1, **sound | {"state": {}}))
 
 
 def test_a_branch_is_a_run_of_its_own_and_may_begin_again_until_it_has_saved(tmp_path: Path) -> None:

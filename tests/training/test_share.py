@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import build_batch
 from mcore_rl.training.share import share_groups
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 
 REWARDS = [0.0, 1.0, 0.1, -2.5, 1e4, 1e4 + 0.1, 1e4 + 0.2]
-ALGORITHMS = ("grpo", "liteppo", "reinforce++-baseline", "reinforce++")
-"""statistics of a group, of the batch, of all tokens' advantages per sample, and per token"""
+ALGORITHMS = ("grpo", "liteppo", "reinforce++-baseline", "reinforce++", "gdpo")
+"""statistics of a group, of the batch, of all tokens' advantages per sample, per token, and of parts"""
 
 
 def group(number: int, rewards: list[float]) -> Group:
@@ -36,6 +37,20 @@ def group(number: int, rewards: list[float]) -> Group:
     return Group(f"p{number}@1", tuple(samples))
 
 
+def in_parts(one: Group, draw: random.Random) -> Group:
+    """Some samples of the group with another part beside the reward, and the reward at a token of its own."""
+    samples = []
+    for sample in one.samples:
+        if sample.reward is not None and draw.random() < 0.7:
+            parts = (RewardPart("own", sample.reward, 1.0), RewardPart("other", draw.choice(REWARDS), 0.1))
+            first = TurnReward(0, sample.reward)
+            last = TurnReward(sample.trained_tokens - 1, 0.1 * parts[1].value)
+            total = sample.reward + 0.1 * parts[1].value
+            sample = replace(sample, reward=total, parts=parts, turn_rewards=(first, last))
+        samples.append(sample)
+    return replace(one, samples=tuple(samples))
+
+
 def placed(seed: int) -> list[tuple[Group, int]]:
     """(group, replica that samples it): up to 6 groups of up to 6 samples, some constant."""
     draw = random.Random(seed)
@@ -44,7 +59,9 @@ def placed(seed: int) -> list[tuple[Group, int]]:
     for number in range(draw.randint(1, 6)):
         size, constant = draw.randint(0, 6), draw.random() < 0.3
         rewards = [draw.choice([draw.choice(REWARDS), draw.uniform(-1e3, 1e3)]) for _ in range(size)]
-        groups.append((group(number, rewards[:1] * size if constant else rewards), draw.randrange(replicas)))
+        one = group(number, rewards[:1] * size if constant else rewards)
+        one = in_parts(one, draw) if draw.random() < 0.5 else one
+        groups.append((one, draw.randrange(replicas)))
     draw.shuffle(groups)
     return groups
 

@@ -175,6 +175,7 @@ def test_trajectories_come_back_from_other_ranks() -> None:
     rng = np.random.default_rng(1)
     samples = [random_trajectory(rng, number)[0] for number in range(20)]
     samples[3] = replace(samples[3], void=True, reward=None)
+    samples[4] = replace(samples[4], segments=(), void=True, reward=None)
     groups = [Group(f"g{i}", (sample,)) for i, sample in enumerate(samples)]
     got = unpack_groups(pack_groups(groups), {sample.prompt.id: sample.prompt for sample in samples})
     for group, one in zip(got, samples, strict=True):
@@ -188,6 +189,17 @@ def test_trajectories_come_back_from_other_ranks() -> None:
             assert np.array_equal(a.log_probs, b.log_probs)
             mask = np.ones(len(b.token_ids), bool) if b.trained is None else b.trained
             assert np.array_equal(mask if a.trained is None else a.trained, mask)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_sample_joins_of_its_segments_is_read_only(count: int) -> None:
+    rng = np.random.default_rng(3)
+    made = (random_trajectory(rng, number)[0] for number in range(100))
+    sample = next(one for one in made if len(one.segments) == count and one.trained_tokens)
+    for array in (sample.token_ids, sample.log_probs):
+        assert len(array) == sample.trained_tokens
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
 
 
 # --- a wrong trainer --------------------------------------------------------------------------------------

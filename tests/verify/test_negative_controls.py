@@ -186,13 +186,12 @@ def test_a_planted_fault_is_seen(worlds: SharedPools, fault: str) -> None:
     assert quantity in verified(worlds, plant, layout, algorithm).exceeded
 
 
-LAYOUTS = sorted({"pp2+vpp2", *(layout for _, layout, _, _ in FAULTS.values())})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_a_fault_the_same_layouts_pass(worlds: SharedPools, layout: str) -> None:
-    assert verified(worlds, nothing, layout, "gspo").exceeded == []
+def test_without_a_fault_a_layout_passes(worlds: SharedPools) -> None:
+    """The one of them that tests/verify/test_layouts.py does not have."""
+    others = {"pp2+vpp2", *(layout for _, layout, _, _ in FAULTS.values())} - {"tp2+sp:moe"}
+    assert others == {"tp2", "dp2", "cp2", "pp2+vpp2"}
+    assert verified(worlds, nothing, "tp2+sp:moe", "grpo").exceeded == []
 
 
 def test_the_interleaving_trap_is_seen(worlds: SharedPools) -> None:

@@ -1,5 +1,5 @@
 """The tiny models of tests/model."""
 
-from tests.model.conftest import dense_dir, moe_dir, pool1
+from tests.model.conftest import dense_dir, moe_dir
 
-__all__ = ["dense_dir", "moe_dir", "pool1"]
+__all__ = ["dense_dir", "moe_dir"]

@@ -22,7 +22,15 @@ from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.parallel.control import raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.weights.buckets import Bucket, Held, export_of, plan_buckets, plan_of, take_turn, turns_of
+from mcore_rl.weights.buckets import (
+    Bucket,
+    OwnedParameter,
+    export_of,
+    plan_buckets,
+    plan_of,
+    take_turn,
+    turns_of,
+)
 from mcore_rl.weights.online import servers_of
 from tests.model.support import at_layout
 
@@ -176,13 +184,13 @@ def mapping_of(directory: Path) -> ParameterMap:
     return ParameterMap(arch, arch.vocab)
 
 
-def held_by_one(mapping: ParameterMap, **dtypes: torch.dtype) -> list[Held]:
+def held_by_one(mapping: ParameterMap, **dtypes: torch.dtype) -> list[OwnedParameter]:
     """Every parameter, fp32 but for `dtypes` by a word in the name."""
 
     def dtype(name: str) -> torch.dtype:
         return next((t for word, t in dtypes.items() if word in name), torch.float32)
 
-    return [Held(e.megatron, dtype(e.megatron), 0) for e in mapping.entries()]
+    return [OwnedParameter(e.megatron, dtype(e.megatron), 0) for e in mapping.entries()]
 
 
 def test_every_tensor_begins_where_its_type_can_and_nothing_lies_between(moe_dir: Path) -> None:

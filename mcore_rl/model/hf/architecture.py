@@ -6,13 +6,14 @@ refused: a new one may mean anything.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.families import FAMILIES, Family, known_fields, only_values
+from mcore_rl.model.hf.families import FAMILIES, Family, is_known, only_values
 from mcore_rl.model.hf.fields import KINDS, ROPE_KINDS, check_kinds, shown
 from mcore_rl.terminal import joined, listed, quoted, short
 
@@ -53,7 +54,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     intermediate: int
-    """of dense layers"""
+    """hidden size of the MLP in dense layers"""
     vocab: int
     rope_theta: float
     norm_eps: float
@@ -81,6 +82,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not JSON, or holds something else than an object.
     """
+    if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe could take for ever
+        raise ConfigError(f"{file}: not a plain file; fetch the file again")
     try:
         content = strict_json.parse(file.read_bytes())
     except FileNotFoundError:
@@ -124,13 +127,13 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
             layers=hf["num_hidden_layers"],
             hidden=hf["hidden_size"],
             heads=hf["num_attention_heads"],
-            kv_heads=hf["num_key_value_heads"],
+            kv_heads=_kv_heads(hf),
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             intermediate=hf["intermediate_size"],
             vocab=hf["vocab_size"],
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=_read_scaling(rope, where),
-            norm_eps=hf["rms_norm_eps"],
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
             tied=hf.get("tie_word_embeddings", False),
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias,
@@ -145,11 +148,18 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
     return arch
 
 
+def _kv_heads(hf: dict[str, Any]) -> int:
+    """Files of the first Llama have no such field: every head has its own keys and values."""
+    if hf["model_type"] == "llama" and "num_key_value_heads" not in hf:
+        return hf["num_attention_heads"]
+    return hf["num_key_value_heads"]
+
+
 def _refuse_unknown(hf: dict[str, Any], family: Family, where: str) -> None:
     for name, value in only_values(family).items():
         if hf.get(name, value) != value:
             raise ConfigError(f"{where}: {name} = {shown(hf[name])} is not supported, only {shown(value)}")
-    others = {name: hf[name] for name in sorted(hf.keys() - known_fields(family)) if hf[name] is not None}
+    others = {n: hf[n] for n in sorted(hf) if hf[n] is not None and not is_known(n, family)}
     if others:
         fields = joined(f"{short(name)} = {shown(value)}" for name, value in others.items())
         raise ConfigError(
@@ -170,6 +180,8 @@ def _check_layer_types(hf: dict[str, Any], where: str) -> None:
         )
 
 
+_THETA = 10000.0
+"""what transformers takes for an absent rope_theta, of every family here"""
 _SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -178,7 +190,7 @@ def _read_rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
     theta, old, new = hf.get("rope_theta"), hf.get("rope_scaling", {}), hf.get("rope_parameters", {})
     for name, parameters in (("rope_scaling", old), ("rope_parameters", new)):
         check_kinds(parameters, ROPE_KINDS, f"{where}: {name}")
-    rope = ({} if theta is None else {"rope_theta": theta}) | old | new
+    rope = {"rope_theta": _THETA if theta is None else theta} | old | new
     differ = any(name not in new or new[name] != value for name, value in old.items())
     if (old and new and differ) or theta not in (None, rope.get("rope_theta")):
         raise ConfigError(f"{where}: rope_parameters contradicts rope_scaling or rope_theta; keep one")

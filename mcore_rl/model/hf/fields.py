@@ -78,7 +78,7 @@ KINDS: Mapping[str, Kind] = {
     "num_hidden_layers": _whole(1, _MOST_LAYERS),
     "hidden_size": _size,
     "num_attention_heads": _size,
-    "num_key_value_heads": _size,
+    "num_key_value_heads": _whole(1, _SIZE, optional=True),
     "head_dim": _whole(1, _SIZE, optional=True),
     "intermediate_size": _size,
     "vocab_size": _size,

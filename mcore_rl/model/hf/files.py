@@ -23,6 +23,7 @@ from mcore_rl.weight_files import INDEX, weight_files
 
 EMBEDDING = "model.embed_tokens.weight"
 """never quantized: it has the type that config.json tells"""
+_COMPUTED = ".rotary_emb.inv_freq"
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -82,12 +83,13 @@ def _open(file: Path) -> Any:
 def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     """A function that reads an HF tensor of `directory` by name, after a strict check of names and shapes.
 
-    A tied model may hold a copy of its embedding as output layer (Qwen3-0.6B does), if it is one.
+    A tied model may hold a copy of its embedding as output layer (Qwen3-0.6B does), if it is one. Rotary
+    frequencies, which old versions of transformers saved with every layer, follow from config.json.
 
     Raises:
         ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
     """
-    files = checkpoint_files(directory)
+    files = {name: file for name, file in checkpoint_files(directory).items() if not name.endswith(_COMPUTED)}
 
     def read(name: str) -> Tensor:
         with _open(files[name]) as tensors:

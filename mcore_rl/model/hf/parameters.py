@@ -165,7 +165,7 @@ HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "
 """types of weights, as safetensors writes them; others are quantized weights, which need their scales"""
 
 NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")
-"""of a layer or an expert in a Megatron name"""
+"""the number of a layer or an expert in a Megatron name"""
 
 
 @dataclass(frozen=True)

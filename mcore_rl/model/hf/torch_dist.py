@@ -37,7 +37,7 @@ class Place:
 
     key: str
     shape: tuple[int, ...]
-    """of the global tensor"""
+    """shape of the global tensor"""
     offset: tuple[int, ...]
     size: tuple[int, ...]
 

@@ -51,7 +51,7 @@ class HeadOutput(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Of both; Megatron's schedules ask a model's output for it where the model has experts."""
+        """The device of both; Megatron's schedules ask a model with experts for that of its output."""
         return self.log_prob.device
 
 

@@ -17,7 +17,7 @@ from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype, combined, me
 from mcore_rl.parallel.head.tiling import Tiling, in_place, parts
 
 PRODUCT_ELEMENTS = 1 << 20
-"""of dW, added at once where its GEMM does not answer in the accumulator's precision"""
+"""elements of dW added at once where its GEMM does not answer in the accumulator's precision"""
 
 
 class VocabShard(NamedTuple):

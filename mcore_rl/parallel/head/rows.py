@@ -22,7 +22,7 @@ from torch import Tensor
 
 LN_2 = math.log(2)
 BLOCK_ELEMENTS = 1 << 17
-"""of a block on a CPU: two of them in float32 fill the second-level cache of a core"""
+"""elements of a block on a CPU: two of them in float32 fill the second-level cache of a core"""
 
 
 class RowTerms(NamedTuple):

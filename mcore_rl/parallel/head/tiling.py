@@ -16,11 +16,11 @@ class Tiling(NamedTuple):
     """Row counts, each a multiple of the one before it (the last ones may be cut short)."""
 
     tile: int
-    """of one GEMM for logits; the same in every pass, so that old and current log-probs round alike"""
+    """rows of one GEMM for logits; the same in every pass, so that old and current log-probs round alike"""
     wave: int
     """whose logits are alive between their statistics and their gradient"""
     chunk: int
-    """of one GEMM each for the gradient in hidden states and weight"""
+    """rows of one GEMM each for the gradient in hidden states and weight"""
     columns: int
     """vocabulary rows of one GEMM for logits, the same in every pass as well"""
 

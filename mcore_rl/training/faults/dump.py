@@ -15,7 +15,7 @@ from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, StorageError
 from mcore_rl.model.build import Model
 from mcore_rl.model.step import forward_backward
-from mcore_rl.parallel.control import of_all
+from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout import experts as routing
 from mcore_rl.training.metrics import loss_is_finite
@@ -38,7 +38,7 @@ def keep_broken(config: Config, align: int, update: Update) -> str:
     """
     mesh = update.optimizer.model.mesh
     flags = [_is_broken_alone(update, batch) for batch in update.batches]
-    ranks = of_all(mesh, (flags, mesh.dp_rank))
+    ranks = gather_ranks(mesh, (flags, mesh.dp_rank))
     broken = [(i, rank) for i in range(len(flags)) for rank, (its, _) in enumerate(ranks) if its[i]]
     if not broken:
         return (

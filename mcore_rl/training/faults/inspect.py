@@ -79,7 +79,7 @@ class Inspector:
         return len(self._model.unwrapped) - 1
 
     def findings(self) -> list[NonFiniteTensor]:
-        """Of this rank; to be asked after the backward pass."""
+        """The tensors of this rank that are not finite; to be asked after the backward pass."""
         for number, chunk in enumerate(self._model.unwrapped):
             for name, parameter in reversed(list(chunk.named_parameters())):
                 gradient = getattr(parameter, "main_grad", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.pool import spawn
-from mcore_rl.terminal import printable
+from mcore_rl.terminal import CommandParser, printable
 from mcore_rl.verify.golden import losses, samples, trajectories
 from mcore_rl.verify.golden.inputs import BATCH_INPUTS, Arrays, GoldenInputs, Outputs, load
 
@@ -181,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Prints a line per case and, last on stdout, {"cases": n, "failed": m, "max_error": x}. With --json the
     lines for people go to stderr.
     """
-    parser = argparse.ArgumentParser(prog="mcore-rl verify golden", description=main.__doc__)
+    parser = CommandParser(prog="mcore-rl verify golden", description=main.__doc__)
     parser.add_argument("directory", type=Path, help="holds batch.npz and the golden files")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel processes that share the head")
     parser.add_argument("--json", action="store_true", help="lines for people to stderr")

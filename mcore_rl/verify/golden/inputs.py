@@ -121,7 +121,7 @@ class GoldenInputs:
 
     @cached_property
     def statistics(self) -> advantages.GroupStatistics:
-        """Of the rewards."""
+        """The statistics of the rewards, by group."""
         return advantages.group_statistics(self.groups, self.rewards.tolist())
 
     @cached_property
@@ -185,7 +185,7 @@ class GoldenInputs:
         return loss.detach(), gradients[0], gradients[1], gradients[2]
 
     def _differentiate_fused(self, loss_of, hidden: Tensor, weight: Tensor):
-        """As `_differentiate`. The batch is one chunk, so that losses of whole sequences are exact too."""
+        """Differentiate the fused head. The batch is one chunk, so that sequence losses are exact too."""
         seen: list[tuple[Tensor, Tensor]] = []
 
         def row_loss(rows: slice, scored: head.HeadOutput) -> Tensor:

@@ -19,14 +19,15 @@ from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.algo.rows import Rows
 from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import NumericsError
+from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch, sampled_with
-from mcore_rl.types import Group, Prompt, Sample, Segment, Tokens, VersionSpan
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, Segment, Tokens, TurnReward, VersionSpan
 
 VOCAB = 50
 """not divisible by 4, so that the last tensor-parallel shards hold padding"""
 SEED = 3
-"""of the weights"""
+"""seed of the weights"""
 TOKENS_PER_MICRO_BATCH = 64
 MAX_NEW_TOKENS = 16
 TEMPERATURE = 0.9
@@ -111,7 +112,8 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
 def recorded_groups(groups: int = 6, size: int = 4) -> list[Group]:
     """Prompts of 1-9 tokens, responses of 1-14, binary rewards, and one group without signal.
 
-    The samples of the last groups are trajectories: they have several segments, with observations in them.
+    The samples of the last groups are trajectories: they have several segments, with observations in them,
+    and a reward of two parts, one of them at every turn.
     """
     rng = np.random.default_rng(7)
     made = []
@@ -124,9 +126,23 @@ def recorded_groups(groups: int = 6, size: int = 4) -> list[Group]:
                 segments = (_segment(rng, prompt.token_array),)
             else:
                 segments = _segments(rng, prompt.token_array, first=k == 0)
-            samples.append(Sample(f"p{g}@1/{k}", prompt, segments, "", "stop", reward))
+            sample = Sample(f"p{g}@1/{k}", prompt, segments, "", "stop", reward)
+            samples.append(sample if g < groups - TRAJECTORIES else _by_turn(sample, k / size))
         made.append(Group(f"p{g}@1", tuple(samples)))
     return made
+
+
+def _by_turn(sample: Sample, each: float) -> Sample:
+    """The sample with `each` more reward at every turn but the last, where its own reward lies."""
+    ends = turn_ends(sample)
+    turns = [TurnReward(end, each) for end in ends[:-1]]
+    turns += [TurnReward(end, sample.reward or 0.0) for end in ends[-1:]]
+    parts = (
+        RewardPart("answer", sample.reward or 0.0, 1.0),
+        RewardPart("turns", each * len(ends[:-1]), 1.0),
+    )
+    total = sum(part.value for part in parts)
+    return replace(sample, reward=total, parts=parts, turn_rewards=tuple(turns))
 
 
 def _segment(rng: np.random.Generator, context: Tokens, *, every: bool = True) -> Segment:

@@ -15,12 +15,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mcore_rl.model import platform
-from mcore_rl.parallel.pool import Pool
+from mcore_rl.parallel.pool import Method, Pool
 
 T = TypeVar("T")
 
 CALL_SECONDS = 300.0
-"""of one layout with all algorithms"""
+"""deadline of one layout with all algorithms"""
 
 
 class Worlds(Protocol):
@@ -47,8 +47,9 @@ class Pools:
     largest = None
     is_main = True
 
-    def __init__(self) -> None:
-        """No process starts before the first `run`."""
+    def __init__(self, method: Method = "spawn") -> None:
+        """No process starts before the first `run`; `method` is Pool's."""
+        self._method: Method = method
         self._stack = ExitStack()
         self._pools: dict[int, Pool] = {}
 
@@ -61,9 +62,9 @@ class Pools:
         self._stack.close()
 
     def run(self, size: int, fn: Callable[..., T], *args: Any) -> T | None:
-        """As Worlds.run. Raises what a rank raised, or RankError."""
+        """Run `fn` on `size` ranks of a pool. Raises what a rank raised, or RankError."""
         if size not in self._pools:
-            self._pools[size] = self._stack.enter_context(Pool(size))
+            self._pools[size] = self._stack.enter_context(Pool(size, method=self._method))
         return self._pools[size].run(fn, *args, timeout=CALL_SECONDS)[0]
 
 
@@ -91,7 +92,7 @@ class Launched:
         """Nothing is left: every call closes its own process group."""
 
     def run(self, size: int, fn: Callable[..., T], *args: Any) -> T | None:
-        """As Worlds.run; every rank calls it."""
+        """Run `fn` on the first `size` ranks of this launch; every rank calls it."""
         self._calls += 1
         done = f"verify/{self._calls}/done"
         allowed = timedelta(seconds=CALL_SECONDS)

@@ -1,0 +1,58 @@
+"""Settings that are accepted by type and range, and whose effect is nothing, or not what the name says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mcore_rl.algo import policy_losses
+from mcore_rl.algo.advantages import group_normalized
+from mcore_rl.algo.algorithms import Algorithm
+
+_BOUNDS = ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg")
+_BOUNDED = (policy_losses.ppo, policy_losses.gspo, policy_losses.sapo, policy_losses.cispo)
+"""losses of the importance ratio, which such parameters bound"""
+
+
+def params_without_effect(algorithm: Algorithm, given: Mapping[str, object]) -> Iterator[str]:
+    """`algorithm.params.key: what, remedy` for what would change nothing.
+
+    Args:
+        algorithm: with what was `given` in place.
+    """
+    place = "algorithm.params"
+    if algorithm.kl_in_loss and algorithm.kl_estimator == "k1":
+        yield (
+            f"{place}.kl_estimator: the gradient of k1 in the loss is 0 in expectation, whatever the KL; "
+            "set k2, k3 or k1_iw"
+        )
+    if "kl_estimator" in given and not algorithm.kl_in_loss:
+        yield f"{place}.kl_estimator: has no effect because kl_in_loss is 0; remove it, or set kl_in_loss"
+    if algorithm.advantage is group_normalized and algorithm.advantage_params["std"] == "none":
+        for key in ("ddof", "eps"):
+            if key in given:
+                yield f'{place}.{key}: has no effect because std is "none"; remove it'
+
+
+def doubtful(
+    algorithm: Algorithm, given: Mapping[str, object], *, updates: int, rates: Mapping[str, float]
+) -> Iterator[str]:
+    """What a run may do and hardly means, for a warning.
+
+    Args:
+        updates: optimizer steps on one rollout.
+        rates: key -> learning rate of every model in training.
+    """
+    for key, rate in rates.items():
+        if rate == 0:
+            yield f"{key}: 0, so that nothing is learned"
+    if algorithm.loss is policy_losses.reinforce and updates > 1:
+        yield (
+            f"algorithm.mini_batches: the loss has no importance ratio, and after the first of {updates} "
+            "updates the samples are another policy's; set mini_batches = 1 and epochs = 1"
+        )
+    bounds = [key for key in _BOUNDS if key in given]
+    if bounds and updates == 1 and algorithm.loss in _BOUNDED:
+        yield (
+            f"algorithm.params.{bounds[0]}: has no effect in the only update of a rollout, where every "
+            "importance ratio is 1; set mini_batches or epochs higher, or remove it"
+        )

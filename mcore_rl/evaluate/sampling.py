@@ -1,0 +1,132 @@
+"""Samples of the held-out sets from servers, without ranks: scored and kept as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mcore_rl.config import Config
+from mcore_rl.errors import RolloutError
+from mcore_rl.evaluate.keep import SampleFile
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.rewards import RewardPool, check_rate
+from mcore_rl.rollout.client import call
+from mcore_rl.rollout.fleet import Fleet, on_each
+from mcore_rl.rollout.inflight import Begun, InFlight
+from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
+from mcore_rl.rollout.schedule import Schedule
+from mcore_rl.terminal import printable
+from mcore_rl.training.assemble_servers import local_servers
+from mcore_rl.training.evaluation_sets import EvalSet, Record, measure, record_of
+from mcore_rl.training.requests import CALLS_PER_SERVER
+from mcore_rl.types import Group, Prompt
+from mcore_rl.weights.disk import load_from_disk
+from mcore_rl.weights.transport import wait_for_servers
+
+_SAMPLES_PER_CALL = 256
+"""what is lost at most when the command is ended"""
+_GRACE_SECONDS = 60.0
+_VERSION = "eval"
+
+
+@contextmanager
+def serving(config: Config, model: Path) -> Iterator[InFlight]:
+    """Requests to servers that hold `model`: those of rollout.urls, or some that are started on it.
+
+    Raises:
+        RolloutError: a server does not start, or has no usable answer.
+        WeightSyncError: a server does not load the model.
+    """
+    r = config.rollout
+    with ExitStack() as stack:
+        local = [] if r.urls else local_servers(config, model.resolve())
+        for server in local:  # all at once, then wait: most of a start is imports
+            stack.callback(server.close)
+            server.launch()
+        for server in local:
+            server.wait()
+        fleet = Fleet(
+            [server.url for server in local] or list(r.urls),
+            vocabulary=read_architecture(model).vocab,
+            api_key_env=r.api_key_env,
+            timeout=r.timeout,
+            health_timeout=r.health_timeout,
+            local=local,
+        )
+        wait_for_servers(fleet.serving, r.start_timeout)
+        if local:
+            info = call(fleet.serving[0], lambda client: client.model_info())
+            fleet.version = str(info["weight_version"])
+        else:
+            _load(fleet, model.resolve())
+        timeout = len(fleet.serving) * r.timeout + r.health_timeout + _GRACE_SECONDS
+        schedule = Schedule(extra=0, max_staleness=0)
+        requests = InFlight(fleet.dispatch(), schedule, timeout=timeout)
+        stack.callback(requests.close)
+        yield requests
+
+
+def _load(fleet: Fleet, model: Path) -> None:
+    loads = on_each(fleet.serving, lambda client: load_from_disk(client, model, _VERSION))
+    _, failed = asyncio.run(loads)
+    if failed:
+        raise RolloutError("\n".join(failed.values()))
+    fleet.version = _VERSION
+
+
+def sample_set(
+    requests: InFlight,
+    one: EvalSet,
+    file: SampleFile,
+    *,
+    pool: RewardPool,
+    max_void: float,
+    servers: int,
+    seed: int,
+    decode: Callable[[Sequence[int]], str],
+) -> None:
+    """Sample what `file` lacks of a set, score it and keep it, with a line of progress for every call.
+
+    Raises:
+        RolloutError: no server is left; what was sampled is kept.
+        RewardError: an answer could not be had, or more than `max_void` of the rewards of a call.
+    """
+    left = [prompt for prompt in one.prompts if prompt.id not in file.sampled]
+    calls = CALLS_PER_SERVER * servers
+    together = groups_per_call(left, one.samples, one.params, calls=calls)
+    together = max(1, min(together, _SAMPLES_PER_CALL // one.samples))
+    waiting: deque[tuple[Sequence[Prompt], Begun]] = deque()
+    parts = deque(left[start : start + together] for start in range(0, len(left), together))
+    while parts or waiting:
+        while parts and len(waiting) < calls:
+            part = parts.popleft()
+            asked = [group_request(p, _group(p, one), one.samples, one.params, seed=seed) for p in part]
+            waiting.append((part, requests.begin(asked, len(part))))
+        part, begun = waiting.popleft()
+        replies = requests.finish(begun)
+        groups = [build_group(_group(p, one), p, its, decode) for p, its in zip(part, replies, strict=True)]
+        file.add(_scored(one, groups, pool, max_void))
+        _say(one, file)
+    file.finish()
+
+
+def _group(prompt: Prompt, one: EvalSet) -> str:
+    return f"{prompt.id}@{one.name}"
+
+
+def _scored(one: EvalSet, groups: Sequence[Group], pool: RewardPool, max_void: float) -> list[Record]:
+    assert one.function is not None
+    scored, reasons = pool.score(groups)
+    check_rate(sum(len(group.samples) for group in groups), [reasons], max_void, one.function)
+    return [record_of(one, sample) for group in scored for sample in group.samples]
+
+
+def _say(one: EvalSet, file: SampleFile) -> None:
+    value = measure(one, file.records).get(f"eval/{one.name}/{one.what}")
+    shown = "" if value is None else f"  {one.what} {value:.3f}"
+    line = f"{one.name}  {len(file.sampled)}/{len(one.prompts)} prompts{shown}"
+    print(printable(line), file=sys.stderr, flush=True)

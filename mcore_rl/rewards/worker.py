@@ -1,0 +1,193 @@
+"""A process that scores: `python -m mcore_rl.rewards PARENT_PID SOCKET`, started by pool.py.
+
+It imports no torch, unless the reward function does. The function runs in the main thread, where alarms work.
+What it is asked comes pickled from the trainer; what it answers is JSON, which the trainer reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import inspect
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mcore_rl.errors import RewardError
+from mcore_rl.functions import load_function
+from mcore_rl.rewards.outcome import Void, read_outcome
+from mcore_rl.terminal import short
+from mcore_rl.types import Group, Sample
+
+EXIT_COPY = 113
+"""what a process ends with that a reward function forked and let go"""
+_COPY_SECONDS = 0.2
+"""after a call that forked: a copy that came back has ended by then"""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers of a pool do; it travels to them once."""
+
+    function: str
+    """`module:function`"""
+    weights: Mapping[str, float]
+    """of the parts of the reward"""
+    memory: float
+    """GiB of address space of a worker"""
+    model: Path | None
+    """directory of the policy's tokenizer"""
+    path: Sequence[str] = ()
+    """where modules are found"""
+
+
+class _Scorer:
+    """The function, called for one group at a time."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.function: Callable[[Any], Any] = load_function("reward.function", task.function, "the sample")
+        self.of_group = takes_group(self.function)
+        self._process = os.getpid()
+        self._forks = 0
+        os.register_at_fork(after_in_parent=self._forked)
+
+    def _forked(self) -> None:
+        self._forks += 1
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.new_event_loop()
+
+    def score(self, asked: Sample | Group) -> list[Any]:
+        """The answer for each sample; never raises, and never returns in a process that was forked."""
+        samples = asked.samples if isinstance(asked, Group) else (asked,)
+        self._forks = 0
+        try:
+            found = self._call(asked)
+            if not isinstance(asked, Group):
+                found = [found]
+            elif not isinstance(found, list | tuple) or len(found) != len(samples):
+                raise RewardError(f"no list of {len(samples)} rewards, one per sample of the group")
+        except RewardError as error:
+            return [_void("returned", f"returned {error}")] * len(samples)
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too
+            self._end_copy()
+            kind = "memory" if isinstance(error, MemoryError) else "raised"
+            return [_void(kind, f"raised {type(error).__name__}: {error}")] * len(samples)
+        self._end_copy()
+        if self._forks and _copy_came_back():
+            return [_void("forked", "forked, and the new process came back from it")] * len(samples)
+        return [self._read(one, sample) for one, sample in zip(found, samples, strict=True)]
+
+    def _call(self, asked: Sample | Group) -> Any:
+        found = self.function(asked)
+        if inspect.isawaitable(found):
+            return self._loop.run_until_complete(_awaited(found))
+        return found
+
+    def _read(self, returned: Any, sample: Sample) -> Any:
+        if isinstance(returned, Void):
+            return _void(returned.reason, "returned Void")
+        try:
+            found = read_outcome(returned, sample, self._task.weights)
+        except RewardError as error:
+            return _void("returned", f"returned {error}")
+        except Exception as error:  # an object whose comparison or hash raises
+            return _void("returned", f"returned what cannot be read ({type(error).__name__}: {error})")
+        return [found.reward, found.parts, found.turn_rewards]
+
+    def _end_copy(self) -> None:
+        """Does not return in a process that the function forked; it must not clean up either."""
+        if os.getpid() != self._process:
+            os._exit(EXIT_COPY)
+
+
+async def _awaited(found: Any) -> Any:
+    return await found
+
+
+def takes_group(function: Callable[..., Any]) -> bool:
+    """Whether a reward function is one of a whole group: its parameter is called so, or annotated so."""
+    try:
+        (first, *_) = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return False
+    return first.name == "group" or first.annotation in (Group, "Group")
+
+
+def _void(reason: str, why: str) -> dict[str, str]:
+    return {"void": short(reason), "why": short(why)}
+
+
+def _copy_came_back() -> bool:
+    """Whether a child ended as a copy does. The exit status of another is left for whoever waits for it."""
+    deadline = time.monotonic() + _COPY_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # the function has waited for all of them
+            return False
+        if ended is not None and ended.si_code == os.CLD_EXITED and ended.si_status == EXIT_COPY:
+            os.waitpid(ended.si_pid, 0)
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def _limit(memory: float) -> None:
+    limit = int(memory * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    """Answers until the trainer closes the connection, or ends."""
+    parent, descriptor = map(int, sys.argv[1:])
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had died before prctl
+        sys.exit(f"process {parent}, which started this worker, has ended")
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    task: Task = pickle.loads(connection.recv_bytes())  # noqa: S301 from the process that started this one
+    sys.path[:] = task.path or sys.path
+    _limit(task.memory)
+    if task.model is not None:
+        os.environ["MCORE_RL_TOKENIZER"] = str(task.model)
+    try:
+        scorer = _Scorer(task)
+    except BaseException as error:  # what is wrong is said by the pool
+        connection.send_bytes(json.dumps({"error": str(error)}).encode())
+        return
+    connection.send_bytes(json.dumps({"of_group": scorer.of_group}).encode())
+    while True:
+        try:
+            asked = pickle.loads(connection.recv_bytes())  # noqa: S301
+        except (EOFError, OSError):
+            _leave()
+        answer = scorer.score(asked)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the function may have closed it
+            sys.stdout.flush()
+        try:
+            connection.send_bytes(json.dumps(answer).encode())
+        except OSError:
+            _leave()
+
+
+def _leave() -> NoReturn:
+    """Ends with every process of this session, which is this worker's own."""
+    os.killpg(0, signal.SIGKILL)
+    raise SystemExit

@@ -1,0 +1,201 @@
+"""Builds what samples, for training and for evaluations: servers, requests, generation, held-out sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+
+from mcore_rl.algo.algorithms import ALGORITHMS
+from mcore_rl.config import Config
+from mcore_rl.data.curriculum import Curriculum, load_curriculum
+from mcore_rl.errors import ConfigError
+from mcore_rl.log import StepLog, Timers
+from mcore_rl.model.build import Model
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.residency import Residency
+from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rewards import RewardPool, Task
+from mcore_rl.rollout.inflight import InFlight
+from mcore_rl.training.assemble_servers import build_fleet, transport_of
+from mcore_rl.training.data import say_dropped
+from mcore_rl.training.evaluate import EvalSchedule, Evaluator
+from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
+from mcore_rl.training.generation import Generation
+from mcore_rl.training.prompt_source import PromptSource
+from mcore_rl.training.publish import Publisher
+from mcore_rl.training.requests import Bounds, Sampling, open_requests
+from mcore_rl.training.rewards import RewardSource, Tally
+from mcore_rl.training.rundir import open_samples, published_to
+from mcore_rl.training.servers import Servers
+from mcore_rl.training.trainer import Trainer
+from mcore_rl.types import ExpertLayers, Tokens
+from mcore_rl.weights.transport import Transport, wait_for_servers
+
+_OF_STEP_TIMEOUT = 0.9
+"""share of it that a lead may wait: it names the cause before the ranks that wait for it run out of time"""
+
+
+def start_servers(
+    config: Config, policy: Model, step_log: StepLog, timers: Timers, stack: ExitStack
+) -> tuple[Servers, Transport]:
+    """The servers, ready, and how the policy's weights reach them; ended by `stack`. Collective."""
+    weights_dir = published_to(config)
+    transport = transport_of(config, weights_dir)
+    fleet = build_fleet(config, policy, weights_dir, stack)
+    stack.callback(transport.close, fleet)
+    shared = config.residency.servers == "released"
+    wait = partial(
+        wait_for_servers,
+        fleet.serving,
+        config.rollout.start_timeout,
+        experts=config.rollout.routing_replay,
+        releases=shared,
+    )
+    on_main(policy.mesh, wait)
+    return Servers(policy.mesh, fleet, step_log, timers, shared=shared), transport
+
+
+def build_sampling(
+    trainer: Trainer, servers: Servers, rewards: RewardSource, stack: ExitStack
+) -> tuple[Generation, Evaluator]:
+    """What asks the servers for what is trained, continued where the run is, and for what is evaluated.
+
+    The connections of a replica's lead are those of both; `stack` closes them.
+    """
+    config, mesh = trainer.config, trainer.mesh
+    requests = connect(config, mesh, servers, stack)
+    sampling = sampling_of(config, trainer.decode)
+    source = PromptSource(mesh, trainer.cursor, curriculum_of(config))
+    generation = Generation(
+        mesh,
+        servers,
+        requests,
+        source=source,
+        rewards=rewards,
+        bounds=bounds_of(config),
+        sampling=sampling,
+        timers=trainer.timers,
+        reached=trainer.attempt.reached,
+    )
+    saved = trainer.attempt.saved
+    if saved is not None and "ahead" in saved.document["state"]:
+        generation.restore(saved.document["state"]["ahead"])
+    sets = read_sets(config, trainer.tokenizer)
+    for one in sets if mesh.is_main else ():
+        say_dropped(config, trainer.step_log, one.key, one.found)
+    evaluator = Evaluator(
+        mesh,
+        servers,
+        requests,
+        sets=sets,
+        schedule=EvalSchedule(config.train.steps, config.train.eval_every, config.rollout.max_staleness > 0),
+        sources={one.name: _source_of(config, rewards, one.function, stack) for one in sets},
+        sampling=sampling,
+        run_dir=config.run.dir,
+        timers=trainer.timers,
+        reached=trainer.attempt.reached,
+    )
+    return generation, evaluator
+
+
+def reward_pool(config: Config, function: str | None = None) -> RewardPool:
+    """The processes of a reward function, by default the run's, none of which runs yet."""
+    r = config.reward
+    task = Task(function or r.function, r.weights, r.memory, config.model.path.absolute())
+    return RewardPool(task, workers=r.workers, timeout=r.timeout)
+
+
+def _source_of(config: Config, rewards: RewardSource, function: str | None, stack: ExitStack) -> RewardSource:
+    """What scores a held-out set: the run's own source, or one of the set's `function`."""
+    if function is None or (rewards.model is None and function == rewards.function):
+        return rewards
+    pool = stack.enter_context(reward_pool(config, function))
+    return replace(rewards, pool=pool, function=function, model=None, tally=Tally())
+
+
+def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
+    """The connections of this rank to the servers, if it is a replica's lead; `stack` closes them."""
+    timeout = _OF_STEP_TIMEOUT * config.train.step_timeout
+    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout)
+    if requests is not None:
+        stack.callback(requests.close)
+    return requests
+
+
+def sampling_of(config: Config, decode: Callable[[Sequence[int] | Tokens], str]) -> Sampling:
+    """How [rollout] asks for a sample, and how its text is read."""
+    return Sampling(config.rollout.sampling_params, config.run.seed, replayed_experts(config), decode)
+
+
+def replayed_experts(config: Config) -> ExpertLayers | None:
+    """What replies have to choose from, with rollout.routing_replay.
+
+    Raises:
+        ConfigError: the model has no experts.
+    """
+    if not config.rollout.routing_replay:
+        return None
+    arch = read_architecture(config.model.path)
+    if arch.experts is None:
+        raise ConfigError(
+            f"rollout.routing_replay: a {arch.family} model has no experts whose choice could be replayed; "
+            "set it to false"
+        )
+    return ExpertLayers(arch.experts.count, arch.experts.per_token, arch.experts.sparse_layers)
+
+
+def bounds_of(config: Config) -> Bounds:
+    """What [rollout] says of how much is generated."""
+    r = config.rollout
+    return Bounds(
+        steps=config.train.steps,
+        groups=r.prompts_per_step,
+        samples=r.samples_per_prompt,
+        extra=r.over_sampling,
+        max_staleness=r.max_staleness,
+        most_sampled=r.dynamic_sampling * r.prompts_per_step,
+        by_parts=config.algorithm.name in ALGORITHMS and ALGORITHMS[config.algorithm.name].decoupled,
+    )
+
+
+def curriculum_of(config: Config) -> Curriculum | None:
+    """What chooses among the prompts, if anything does. Raises ConfigError; see load_curriculum."""
+    name = config.data.curriculum
+    return None if name is None else Curriculum(name, load_curriculum(name), config.run.seed)
+
+
+@contextmanager
+def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | str]]]:
+    """For training without rollouts: what publishes and evaluates the policy after a step that asks for it.
+
+    It is collective, gives the metrics, and does nothing where the config has no held-out sets.
+    """
+    config = trainer.config
+    with ExitStack() as stack:
+        if not config.held_out:
+            yield lambda step: {}
+            return
+        servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
+        keep, function, most = (
+            trainer.attempt.saved is not None,
+            config.reward.function,
+            config.reward.max_void,
+        )
+        pool = stack.enter_context(reward_pool(config))
+        rewards = RewardSource(trainer.mesh, pool, function, most, None, trainer.shape, Residency({}))
+        generation, evaluator = build_sampling(trainer, servers, rewards, stack)
+        publisher = Publisher(trainer, servers, transport, generation)
+        on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
+        trainer.attempt.reached("the servers were ready")
+
+        def after(step: int) -> dict[str, float | str]:
+            if not evaluator.schedule.due(step):
+                return {}
+            published = publisher.publish(step, trainer.probe_prompts())
+            counted = held_out_metrics(evaluator.sets) if step == 0 else {}
+            return published | counted | evaluator.after(step) | rewards.take_metrics()
+
+        yield after

@@ -1,0 +1,91 @@
+"""No setting is accepted whose effect is nothing, or it is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mcore_rl.algo.kl import KLEstimator, kl
+from mcore_rl.config import load_config, warnings
+from mcore_rl.errors import ConfigError
+
+BASE = {"run.dir": "r", "model.path": "m", "data.train": "t.jsonl", "train.steps": 10}
+NO_SETS = "train.eval_samples: has no effect because no held-out set"
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "empty.toml"
+    path.touch()
+    return lambda **keys: load_config(
+        path, [f"--{key.replace('__', '.')}={value}" for key, value in {**BASE, **keys}.items()]
+    )
+
+
+def grpo(**params: object) -> dict[str, object]:
+    return {"algorithm__name": "grpo"} | {f"algorithm__params.{key}": value for key, value in params.items()}
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "message"),
+    [
+        (grpo(kl_in_loss=0.1, kl_estimator="k1"), {"algorithm__params.kl_estimator": "k1_iw"}, "is 0 in exp"),
+        (grpo(kl_estimator="k2"), {"algorithm__params.kl_in_loss": 0.1}, "kl_estimator: has no effect"),
+        (grpo(std="none", eps=1e-4), {"algorithm__params.std": "group"}, "params.eps: has no effect"),
+        (grpo(std="none", ddof=0), {"algorithm__params.std": "batch"}, "params.ddof: has no effect"),
+        ({"train__eval_samples": 5}, {"data__eval": "e.jsonl"}, NO_SETS),
+        (
+            {"algorithm__name": "sft", "rollout__temperature": 0.5},
+            {"data__eval": "e.jsonl"},
+            "rollout.temperature: has no effect because algorithm.name is .sft., and without held-out",
+        ),
+        (
+            {"algorithm__name": "sft", "publish__probe_sequences": 2},
+            {"data__eval": "e.jsonl"},
+            "publish.probe_sequences: has no effect",
+        ),
+    ],
+)
+def test_what_changes_nothing_is_refused_and_its_remedy_accepted(load, bad, good, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(**bad)
+    load(**{**bad, **good})
+
+
+def test_k1_in_the_loss_has_no_gradient_in_expectation_and_the_others_have() -> None:
+    """Over all tokens of a small vocabulary, weighted by the policy itself."""
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.0, 0.4, -0.2], dtype=torch.float64).log_softmax(0)
+
+    def gradient(estimator: KLEstimator) -> float:
+        log_prob = logits.log_softmax(0)
+        terms = kl(estimator, log_prob, reference, log_prob.detach())
+        return float(torch.autograd.grad((log_prob.detach().exp() * terms).sum(), logits)[0].abs().max())
+
+    assert gradient("k1") == pytest.approx(0, abs=1e-15)
+    assert min(gradient("k2"), gradient("k3"), gradient("k1_iw")) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "sound", "message"),
+    [
+        ({"optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "optimizer.lr: 0, so that nothing is learned"),
+        ({"algorithm__name": "sft", "optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "nothing is learned"),
+        ({"algorithm__name": "ppo", "critic__lr": 0.0}, {"critic__lr": 1e-6}, "critic.lr: 0"),
+        ({"algorithm__name": "rloo"}, {"algorithm__mini_batches": 1}, "no importance ratio"),
+        (
+            {"algorithm__name": "reinforce", "algorithm__mini_batches": 1, "algorithm__epochs": 3},
+            {"algorithm__epochs": 1},
+            "the first of 3 updates",
+        ),
+        (
+            grpo(eps_high=0.3) | {"algorithm__mini_batches": 1},
+            {"algorithm__epochs": 2},
+            "eps_high: has no effect in the only update",
+        ),
+    ],
+)
+def test_what_is_hardly_meant_is_said(load, doubtful, sound, message) -> None:
+    (said,) = warnings(load(**doubtful))
+    assert message in said
+    assert warnings(load(**{**doubtful, **sound})) == []
