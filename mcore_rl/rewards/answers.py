@@ -43,7 +43,7 @@ def boxed_match(sample: Sample) -> float:
 def last_number(text: str) -> Fraction | None:
     """The last number of a text; None where there is none.
 
-    Signs, decimals, thousands as 1,234, exponents of up to three digits, fractions as 3/4 and percent are read.
+    Signs, decimals, thousands as 1,234, exponents of up to 3 digits, fractions as 3/4 and percent are read.
     """
     found = None
     for found in _NUMBER.finditer(text):  # noqa: B007 the last one
