@@ -271,11 +271,11 @@ def test_a_message_repeats_the_beginning_of_the_kind_in_a_mark(tmp_path: Path) -
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize("name", ["page.partial", f"page.{os.getpid()}.partial"])
+@pytest.mark.parametrize("name", ["page.partial", "page.PID.partial"])
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_what_a_link_beside_a_file_leads_to_is_not_written(tmp_path: Path, name: str, link) -> None:
     (tmp_path / "mine").write_text("precious")
-    link(tmp_path / "mine", tmp_path / name)
+    link(tmp_path / "mine", tmp_path / name.replace("PID", str(os.getpid())))
     write_whole(tmp_path / "page", "new")
     assert (tmp_path / "page").read_text() == "new"
     assert not (tmp_path / "page").is_symlink()

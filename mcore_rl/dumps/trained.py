@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Of one sample's trained tokens, or of all samples' one after another; NaN where nobody computed it."""
+    """The trained tokens of one sample, or of all samples one after another; NaN where nobody computed it."""
 
     old_log_probs: Floats
     """[m] by the policy before the step's updates, or in the first of them"""

@@ -94,7 +94,7 @@ class SampleFile:
         return set(self._records)
 
     def add(self, records: Sequence[Record]) -> None:
-        """Of prompts that are done now. Raises StorageError; what was there stays."""
+        """Keep the records of prompts that are done now. Raises StorageError; what was there stays."""
         if records:
             append_line(self._partial, as_lines(records).encode())
         for record in records:

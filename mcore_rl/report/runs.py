@@ -116,7 +116,7 @@ def _step_of(record: Mapping[str, Any], key: str) -> float:
 
 
 def _read_alone(directory: Path) -> dict[str, dict[str, Any]]:
-    """Of `mcore-rl eval`: name of the evaluation -> its metrics; what is no result is left out."""
+    """Evaluation by `mcore-rl eval` -> its metrics; what is no result is left out."""
     found = {}
     for path in sorted((directory / "evaluations").glob("*/results.json")):
         try:

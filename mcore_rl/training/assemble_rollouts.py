@@ -179,13 +179,9 @@ def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | s
             yield lambda step: {}
             return
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
-        keep, function, most = (
-            trainer.attempt.saved is not None,
-            config.reward.function,
-            config.reward.max_void,
-        )
+        r, keep = config.reward, trainer.attempt.saved is not None
         pool = stack.enter_context(reward_pool(config))
-        rewards = RewardSource(trainer.mesh, pool, function, most, None, trainer.shape, Residency({}))
+        rewards = RewardSource(trainer.mesh, pool, r.function, r.max_void, None, trainer.shape, Residency({}))
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))

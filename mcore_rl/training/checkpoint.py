@@ -30,6 +30,7 @@ from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import knows_content
 from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
+from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
@@ -153,11 +154,12 @@ def restore(trainer: Trainer, contents: Contents) -> None:
     """
     saved, checkpoints = trainer.attempt.saved, trainer.attempt.checkpoints
     if saved is not None and checkpoints is not None:
-        _restore(trainer, contents, saved, checkpoints)
+        _load(saved, checkpoints, contents)
+        _log_resume(saved, trainer.config, trainer.step_log, is_main=trainer.mesh.is_main)
     on_main(trainer.mesh, lambda: begin(trainer.config, trainer.attempt.identity))
 
 
-def _restore(trainer: Trainer, contents: Contents, saved: Saved, checkpoints: Checkpoints) -> None:
+def _load(saved: Saved, checkpoints: Checkpoints, contents: Contents) -> None:
     document = saved.document
     checkpoints.load(saved, pieces(contents))
     for prefix, optimizer in contents.optimizers.items():
@@ -165,10 +167,15 @@ def _restore(trainer: Trainer, contents: Contents, saved: Saved, checkpoints: Ch
     for name, part in contents.stateful.items():
         if name in document["state"]:  # the saved run may have had no such part
             part.restore(document["state"][name])
-    trainer.step_log.cut(saved.step)
-    changed = ", ".join(_changed(document["config"], trainer.config.model_dump(mode="json")))
-    trainer.step_log.event("resume", step=saved.step, path=str(saved.path), changed=changed)
-    if trainer.mesh.is_main:
+
+
+def _log_resume(saved: Saved, config: Config, step_log: StepLog, *, is_main: bool) -> None:
+    """Cut the log after the saved step; say from where the run goes on, and what has changed since."""
+    document = saved.document
+    step_log.cut(saved.step)
+    changed = ", ".join(_changed(document["config"], config.model_dump(mode="json")))
+    step_log.event("resume", step=saved.step, path=str(saved.path), changed=changed)
+    if is_main:
         since = f"; changed since: {changed}" if changed else ""
         if not knows_content(document["state"]["cursor"]):
             since += "; saved by an earlier version: only the ids of the training prompts could be compared"

@@ -56,8 +56,9 @@ def train_from_dumps(config: Config, source: Path, resume: str | None = None) ->
                 groups = load_groups(trainer.mesh, directory, step, fit)
             save_samples(config.run.dir, trainer.mesh, trainer.decode, step, groups)
             learner.dumps.write(step, groups)
-            learned = learn(learner, build_batch(groups), step)
-            learner.log(step, learned.metrics, learned.work)
+            batch = build_batch(groups)
+            learned = learn(learner, batch, step)
+            learner.log(step, {**learned.metrics, "void": float(batch.void)}, learned.work)
             end_step(trainer, learner.contents, learner.residency, step, last=step == steps[-1])
 
 

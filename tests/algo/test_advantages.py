@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mcore_rl.algo import advantages, returns, shaping
 from mcore_rl.algo.segments import offsets_of, sequence_mean, sequence_sum, spread
-from mcore_rl.errors import ConfigError, DataError, RewardError
+from mcore_rl.errors import DataError, RewardError
 
 PER_SAMPLE = {
     "grpo": advantages.group_normalized,
@@ -116,21 +116,6 @@ def test_integers_and_booleans_are_rewards() -> None:
 def test_ids_and_rewards_must_pair_up() -> None:
     with pytest.raises(DataError, match="2 group ids for 1 rewards"):
         advantages.group_statistics(["a", "b"], [1.0])
-
-
-def test_overlong_penalty_is_linear_in_the_cache() -> None:
-    lengths = torch.tensor([0, 6, 7, 8, 9, 10, 20])
-    assert shaping.overlong_penalty(lengths, max_length=10, cache=4).tolist() == [
-        0,
-        0,
-        -0.25,
-        -0.5,
-        -0.75,
-        -1,
-        -1,
-    ]
-    with pytest.raises(ConfigError, match="cache 11"):
-        shaping.overlong_penalty(lengths, max_length=10, cache=11)
 
 
 # --- per token --------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ def by_label(sample: Sample) -> float:
 
 
 def killed(sample: Sample) -> float:
-    """As by_label; without a file TEST_WITNESS, a sample that was asked for step 3 kills its process."""
+    """As by_label; without a file TEST_WITNESS, a sample that was asked for step 3 kills the trainer."""
     if sample.id.rpartition("/")[0].endswith("@3") and not Path(os.environ["TEST_WITNESS"]).exists():
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid(), signal.SIGKILL)
     return by_label(sample)
 
 

@@ -23,7 +23,7 @@ from tests.checkpoint.support import stored
 from tests.e2e.test_ours import grpo
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
-OF_SERVERS = ("publish/", "eval/", "rollout/", "weight_version", "data/")
+OF_SERVERS = ("publish/", "eval/", "rollout/", "weight_version", "data/", "sampling/")
 SETTINGS = ("--reward.function", "tests.e2e.rewards:brevity", "--train.steps", "2")
 
 

@@ -189,7 +189,7 @@ def test_a_file_that_is_no_object_is_refused_with_its_line(
         read_hf_config(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ConfigError, match=r"config.json: Is a directory; "):
+    with pytest.raises(ConfigError, match=r"config.json: not a plain file; "):
         read_hf_config(tmp_path)
 
 

@@ -25,6 +25,7 @@ from mcore_rl.algo import (
 )
 from mcore_rl.algo.ratio import difference
 from mcore_rl.algo.rows import Rows
+from mcore_rl.rewards.length import overlong_penalty
 from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
 
 Case = Callable[..., Tensor | Outputs]
@@ -95,8 +96,12 @@ ADVANTAGES: Mapping[str, Case] = {
     r"hybrid_b_alpha#": lambda p, alpha: advantages.hybrid(
         p.rewards, p.statistics, _prompt_values(p), alpha=alpha
     ),
-    r"overlong_penalty_Lmax#_cache#": lambda p, longest, cache: shaping.overlong_penalty(
-        p.tensor("lengths"), max_length=int(longest), cache=int(cache)
+    r"overlong_penalty_Lmax#_cache#": lambda p, longest, cache: torch.tensor(
+        [
+            overlong_penalty(length, max_length=int(longest), cache=int(cache))
+            for length in p.tensor("lengths").tolist()
+        ],
+        dtype=torch.float64,
     ),
     r"dynamic_sampling_keep": lambda p: shaping.informative(p.statistics),
     r"adaptive_kl_trace": _adaptive_kl,
