@@ -22,7 +22,7 @@ _BOXED = r"\boxed{"
 
 def numeric_match(sample: Sample) -> float:
     """1.0 when the last number of the response equals the last of the label exactly, else 0.0."""
-    expected = last_number(sample.prompt.label)
+    expected = last_number(sample.prompt.label_text)
     return float(expected is not None and last_number(sample.text) == expected)
 
 
@@ -31,13 +31,13 @@ def regex_match(sample: Sample) -> float:
 
     `.` matches line ends too. Raises re.error for a label that is none.
     """
-    return float(re.fullmatch(sample.prompt.label, sample.text.strip(), re.DOTALL) is not None)
+    return float(re.fullmatch(sample.prompt.label_text, sample.text.strip(), re.DOTALL) is not None)
 
 
 def boxed_match(sample: Sample) -> float:
     r"""1.0 when the last \boxed{...} of the response holds the label, white space aside, else 0.0."""
     answer = last_boxed(sample.text)
-    return float(answer is not None and _without_space(answer) == _without_space(sample.prompt.label))
+    return float(answer is not None and _without_space(answer) == _without_space(sample.prompt.label_text))
 
 
 def last_number(text: str) -> Fraction | None:

@@ -45,6 +45,12 @@ def test_the_last_number_of_a_text(text: str, number: Fraction | None) -> None:
     assert last_number(text) == number
 
 
+def test_a_label_of_any_json_is_read_as_json_writes_it() -> None:
+    assert numeric_match(sample(0, "it is 1/2", 0.5)) == 1
+    assert boxed_match(sample(0, r"\boxed{4}", 4)) == boxed_match(sample(0, r"\boxed{[1,2]}", [1, 2])) == 1
+    assert regex_match(sample(0, "true", True)) == 1
+
+
 def test_numbers_are_equal_by_value() -> None:
     assert [numeric_match(sample(0, text, "0.5")) for text in ("1/2", "50%", "0.50", "5", "")] == [
         1,
