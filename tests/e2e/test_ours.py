@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -136,8 +137,12 @@ def forget(directory: Path) -> None:
         saved = find(path.parent, str(path))
         document = json.loads(json.dumps(saved.document))
         del document["run_id"]
-        cursor = document["state"]["cursor"]
-        cursor["fingerprint"] = cursor.pop("data")["ids"]
+        (train,) = map(Path, document["config"]["data"]["train"])
+        document["config"]["data"]["train"] = str(train)
+        ids = [json.loads(line)["id"] for line in train.read_text().splitlines()]
+        position = {key: document["state"]["cursor"][key] for key in ("seed", "epoch", "position", "last")}
+        digest = hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
+        document["state"]["cursor"] = {**position, "fingerprint": digest}
         files = [manifest.checksum(path / name) for name in saved.files]
         for name in (manifest.MANIFEST, manifest.COMMITTED):
             (path / name).unlink()
