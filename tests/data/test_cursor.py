@@ -243,6 +243,16 @@ def test_a_set_of_which_every_prompt_turns_out_to_be_over_long_is_refused(data_o
         cursor.next(2)
 
 
+def test_the_first_prompts_are_those_that_are_not_over_long_and_have_ids_of_their_own(data_of, monkeypatch):
+    monkeypatch.setattr(prompts, "EXAMINED_CHARACTERS", 2)
+    rows = [row | {"prompt": "1" * (9 if i == 3 else 1)} for i, row in enumerate(rows_of(6))]
+    data = data_of(*rows, rows[4])
+    assert (data.examined.rows, ids(data.first(4)), ids(data.first(0))) == (2, ["p0", "p1", "p2", "p4"], [])
+    assert ids(data_of(*rows).first(99)) == ["p0", "p1", "p2", "p4", "p5"]
+    with pytest.raises(DataError, match=r"jsonl:7:id: 'p4' is already the id at .*jsonl:5; ids are unique"):
+        data.first(99)
+
+
 @given(st.lists(st.integers()), st.integers(1, 9))
 def test_shares_cover_all_once_in_order_and_evenly(items, size):
     parts = [share(items, rank, size) for rank in range(size)]
