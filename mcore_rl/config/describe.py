@@ -31,7 +31,8 @@ _HEAD = """# Configuration keys
 `mcore-rl config` lists these keys in the terminal, `mcore-rl config SECTION` those of one section, and
 `mcore-rl config --markdown` prints this page. A configuration is one TOML file, and `--section.key value` on
 the command line overrides a key. Relative paths start at the current directory. A key that is unknown, out of
-range or without effect ends the command with exit code 2.
+range or without effect ends the command with exit code 2. What is allowed and hardly meant, such as a
+learning rate of 0, is a line at the start of a run and a `warning` event.
 """
 
 

@@ -224,7 +224,7 @@ class EvalSetConfig(Section):
     max_new_tokens: Count | None = None
     """Longest response; unset, that of [rollout]."""
     reward: Annotated[str, AfterValidator(_function_name)] | None = None
-    """`module:function` that scores one sample; unset, what [reward] says."""
+    """`module:function` that scores one sample, or a group of them; unset, what [reward] says."""
     pass_reward: float | None = None
     """Least reward with which a sample passes; unset, 1.0 where a function gives the rewards."""
     pass_at: tuple[Count, ...] = ()

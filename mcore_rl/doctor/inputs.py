@@ -15,13 +15,13 @@ from mcore_rl.data.chat import render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.errors import AskedToLeave, ConfigError
+from mcore_rl.errors import AskedToLeave, ConfigError, RewardError
 from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
-from mcore_rl.rewards import check_rate, load_reward
+from mcore_rl.rewards import load_reward
 from mcore_rl.training.assemble import check_same_tokens
 from mcore_rl.training.assemble_rollouts import curriculum_of, reward_pool
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
@@ -231,7 +231,11 @@ def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
     )
     with reward_pool(config) as pool:
         (group,), reasons = pool.score([Group("doctor", (sample,))])
-    check_rate(1, [reasons], 0.0, name)
+    if reasons.counts:
+        raise RewardError(
+            f"reward {name} gives the first prompt's own label no reward: {reasons.examples[0]}; handle "
+            "these responses in the function"
+        )
     yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 

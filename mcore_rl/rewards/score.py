@@ -23,10 +23,14 @@ class RewardFn(Protocol):
         ...
 
 
-def load_reward(name: str) -> RewardFn:
+def load_reward(name: str, key: str = "reward.function") -> RewardFn:
     """The function that `module:function` names; its directory is on PYTHONPATH or the current one.
 
-    Raises ConfigError when it does not exist, its import fails (or ends with sys.exit), or it cannot take one
-    sample.
+    Args:
+        key: of the configuration, in which it is named.
+
+    Raises:
+        ConfigError: it does not exist, its import fails (or ends with sys.exit), or it cannot take one
+            sample.
     """
-    return load_function("reward.function", name, "the sample")
+    return load_function(key, name, "the sample")

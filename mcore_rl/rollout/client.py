@@ -34,7 +34,7 @@ _TOKEN_BYTES = 128
 """bytes of a reply for a token: its id, its log-prob and its text"""
 _SMALL_REPLY_BYTES = 1 << 26
 _MESSAGE_CHARS = 500
-_LOOK = "see the server's log, or raise timeout and retries"
+_LOOK = "see the server's log, or raise rollout.timeout"
 
 
 class RejectedError(RolloutError):

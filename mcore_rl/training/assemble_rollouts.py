@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from mcore_rl.algo.algorithms import ALGORITHMS
+from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config
 from mcore_rl.data.curriculum import Curriculum, load_curriculum
 from mcore_rl.errors import ConfigError
@@ -149,7 +149,7 @@ def replayed_experts(config: Config) -> ExpertLayers | None:
 
 def bounds_of(config: Config) -> Bounds:
     """What [rollout] says of how much is generated."""
-    r = config.rollout
+    r, a = config.rollout, config.algorithm
     return Bounds(
         steps=config.train.steps,
         groups=r.prompts_per_step,
@@ -157,7 +157,7 @@ def bounds_of(config: Config) -> Bounds:
         extra=r.over_sampling,
         max_staleness=r.max_staleness,
         most_sampled=r.dynamic_sampling * r.prompts_per_step,
-        by_parts=config.algorithm.name in ALGORITHMS and ALGORITHMS[config.algorithm.name].decoupled,
+        by_parts=not config.supervised_only and configure(a.name, a.params, a.loss).decoupled,
     )
 
 

@@ -95,7 +95,7 @@ def load_set_functions(config: Config) -> dict[str, tuple[str | None, AnswerFn |
     for name, one in config.held_out.items():
         reward = None if _by_model(config, one) else one.reward or config.reward.function
         if reward is not None:
-            load_reward(reward)
+            load_reward(reward, "reward.function" if one.reward is None else f"eval.sets.{name}.reward")
         answer: AnswerFn | None = _whole if one.majority_at else None
         if one.answer is not None:
             answer = load_function(f"eval.sets.{name}.answer", one.answer, "the sample")

@@ -40,7 +40,10 @@ def check_directory(config: Config) -> int:
     curriculum chooses the prompts: it follows from what was measured, which is not kept here.
     """
     if config.data.curriculum is not None:
-        raise ConfigError("data.curriculum: follows from a training run; drop it to sample without one")
+        raise ConfigError(
+            "data.curriculum: chooses by what a training run measured; take it out of the config, and every "
+            "prompt is sampled once per epoch"
+        )
     directory = config.run.dir / NAME
     if not is_ours(directory, "sampled"):
         if (config.run.dir / METRICS).exists() or root_of(config).exists():

@@ -53,6 +53,11 @@ def test_a_name_that_is_no_reward_function(name, message):
         load_reward(name)
 
 
+def test_the_message_names_the_key_that_names_the_function():
+    with pytest.raises(ConfigError, match=r"^eval\.sets\.math\.reward: .* has no zzz"):
+        load_reward("mcore_rl.rewards.exact:zzz", "eval.sets.math.reward")
+
+
 def test_a_module_that_fails_to_import_keeps_its_cause(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text("raise OSError('no disk')\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from mcore_rl.config import load_config
 from mcore_rl.errors import EXIT_CONFIG, NoSignalError
+from mcore_rl.training.assemble_rollouts import bounds_of
 from mcore_rl.training.dynamic_sampling import Sifted, has_signal
 from mcore_rl.training.generation import named
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, VersionSpan
@@ -83,6 +85,22 @@ def test_where_parts_are_compared_one_by_one_one_that_differs_is_a_signal(
     both = replace(plain, samples=tuple(samples))
     assert has_signal(both, by_parts=False) is of_sums
     assert has_signal(both, by_parts=True) is of_parts
+
+
+@pytest.mark.parametrize(
+    ("flags", "by_parts"),
+    [
+        (["--algorithm.name=grpo"], False),
+        (["--algorithm.name=grpo", "--algorithm.params.decoupled=true"], True),
+        (["--algorithm.name=gdpo"], True),
+        (["--algorithm.name=gdpo", "--algorithm.params.decoupled=false"], False),
+        (["--algorithm.name=sft"], False),
+    ],
+)
+def test_a_run_asks_for_parts_where_its_algorithm_compares_them(tmp_path, flags: list[str], by_parts: bool):
+    path = tmp_path / "run.toml"
+    path.write_text('run.dir = "r"\nmodel.path = "m"\ndata.train = "t.jsonl"\ntrain.steps = 1\n')
+    assert bounds_of(load_config(path, flags)).by_parts is by_parts
 
 
 def test_a_step_lacks_what_has_no_signal_and_counts_what_it_sampled() -> None:
