@@ -137,8 +137,10 @@ def _sample(
     turn_rewards: tuple[TurnReward, ...] = (),
 ) -> Sample:
     own = tuple(
-        Segment(prompt.token_array if context is None else context, *rest)
-        for context, *rest in islice(segments, count)
+        [
+            Segment(prompt.token_array if context is None else context, *rest)
+            for context, *rest in islice(segments, count)
+        ]
     )
     return Sample(id, prompt, own, "", finish_reason, reward, void, parts, turn_rewards)
 
