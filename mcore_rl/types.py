@@ -102,7 +102,7 @@ class Segment:
     """[P+n-1, layers, K] experts of every token but the last, where routing is replayed."""
 
     def __post_init__(self) -> None:
-        """Its arrays become read-only: a reward that writes into one gets an error, not other tokens."""
+        """Its arrays become read-only: what writes into one gets an error, and trains no other tokens."""
         _freeze(self.context, self.token_ids, self.log_probs, self.trained, self.experts)
 
 
