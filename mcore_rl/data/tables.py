@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,14 @@ class Table(Protocol):
         """What tells these rows from others: a number for every row or block of rows, in order."""
         ...
 
+    def suspects(self, rows: range, keys: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Those of the rows that may be malformed, as far as it shows without reading each: in order.
+
+        Args:
+            keys: of objects, or of what lies in them (`a.b.c`), that every row must have.
+        """
+        ...
+
 
 def temporary(path: Path) -> IO[bytes]:
     """A file without a name for what is unpacked of `path`."""
@@ -64,6 +73,8 @@ def kind(value: Any) -> str:
     """What a value of JSON or Arrow is called."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     names |= {int: "number", float: "number", bytes: "byte string"}
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"number that JSON has not, {value}"
     return names.get(type(value), type(value).__name__)
 
 
@@ -106,6 +117,16 @@ class Records:
                 parts.append(table.digests(rows[:left]))
                 left -= len(rows)
         return np.concatenate(parts)
+
+    def suspects(self, rows: range, keys: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Those of the rows that may be malformed; see Table."""
+        found, begin = [np.zeros(0, np.int64)], 0
+        for table, its, _ in self._tables:
+            of_table = its[max(0, rows.start - begin) : max(0, rows.stop - begin)]
+            if of_table:
+                found.append(table.suspects(of_table, keys) - its.start + begin)
+            begin += len(its)
+        return np.concatenate(found)
 
     def _find(self, row: int) -> tuple[Table, int, str]:
         number = int(np.searchsorted(self._ends, row, side="right"))
