@@ -14,7 +14,7 @@ from mcore_rl.errors import DataError
 from mcore_rl.model.build import Model
 from mcore_rl.training.batch import Shape
 from mcore_rl.training.evaluation_sets import EvalSet
-from mcore_rl.training.forward_only import log_probs
+from mcore_rl.training.model_passes import log_probs
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
 from mcore_rl.training.batch import Shape
 from mcore_rl.training.data import passed_over
+from mcore_rl.training.metrics import Work, throughput
 from mcore_rl.training.rundir import Identity
-from mcore_rl.training.throughput import Work, throughput
 from mcore_rl.types import Tokens
 
 
@@ -76,6 +76,11 @@ class Trainer:
         if self.mesh.is_main:
             print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.attempt.reached(f"step {step}")
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of sampling, and therefore of every log-prob."""
+        return self.config.rollout.temperature
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """A response as text, for rewards and people."""

@@ -107,7 +107,7 @@ def test_the_table_of_algorithms_is_ALGORITHMS() -> None:
     ("old", "new"),
     [
         ("`preference.kto`", "`preference.ktoo`"),
-        ("`value.value_loss`", "`value`"),
+        ("`losses.value_loss`", "`losses`"),
         ("preference/rdpo", ""),
         ("layout/sft_estimate", "layout/sft_guess"),
     ],

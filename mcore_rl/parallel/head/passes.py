@@ -6,15 +6,69 @@ Legend: R rows, H hidden, V_local rows of this rank's lm_head shard.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.parallel.head.kernels import row_kernels
 from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype, combined, merge_statistics
-from mcore_rl.parallel.head.tiling import Tiling, in_place, parts
+
+MIB = 1 << 20
+MAX_ROWS = 1024
+
+
+class Tiling(NamedTuple):
+    """Row counts, each a multiple of the one before it (the last ones may be cut short)."""
+
+    tile: int
+    """rows of one GEMM for logits; the same in every pass, so that old and current log-probs round alike"""
+    wave: int
+    """whose logits are alive between their statistics and their gradient"""
+    chunk: int
+    """rows of one GEMM each for the gradient in hidden states and weight"""
+    columns: int
+    """vocabulary rows of one GEMM for logits, the same in every pass as well"""
+
+    @classmethod
+    def of(cls, vocab_rows: int, dtype: torch.dtype, device: torch.device) -> Tiling:
+        """For `vocab_rows` lm_head rows per rank, padding included: the same on every rank of a group.
+
+        On a CPU logits have the dtype of the GEMM and their gradient takes their place: 64 MiB of them to
+        differentiate, 16 to score. Rows are what a GEMM wants more of, since each tile of rows reads the
+        whole weight again, so logits are cut along the vocabulary as well.
+        On a GPU 16-bit inputs give fp32 logits, at most 320 MiB of them, and 16-bit gradients, at most 160
+        MiB: 1024 and 4096 rows at 16032 (a 128256-token vocabulary on 8 ranks), 64 and 125 MiB.
+        """
+        if device.type == "cpu":
+            rows = _rows(64 * MIB, vocab_rows * dtype.itemsize)
+            return cls(rows, rows, rows, 16 * MIB // (rows * dtype.itemsize))
+        tile = _rows(320 * MIB, vocab_rows * accumulate_dtype(dtype).itemsize)
+        if in_place(dtype, device):
+            return cls(tile, tile, tile, vocab_rows)
+        fitting = 160 * MIB // (vocab_rows * dtype.itemsize) // tile
+        return cls(tile, tile, tile * max(1, min(4, fitting)), vocab_rows)
+
+
+def in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """The GEMM for logits answers in the dtype of its inputs, so that their gradient can take their place."""
+    return device.type == "cpu" or accumulate_dtype(dtype) == dtype
+
+
+def parts(rows: slice, size: int) -> list[slice]:
+    """`rows` cut into slices of `size`."""
+    return [slice(a, min(a + size, rows.stop)) for a in range(rows.start, rows.stop, size)]
+
+
+def _rows(bound: int, row_bytes: int) -> int:
+    """The largest power of two that keeps within `bound`, from 16 to MAX_ROWS."""
+    fitting = max(16, bound // row_bytes)
+    return min(MAX_ROWS, 1 << (fitting.bit_length() - 1))
+
 
 PRODUCT_ELEMENTS = 1 << 20
 """elements of dW added at once where its GEMM does not answer in the accumulator's precision"""
@@ -269,3 +323,14 @@ def weight_grad(weight: Tensor, accumulator: Tensor | None) -> Tensor | None:
         return accumulator.to(weight.dtype)
     weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+@cache
+def row_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module for logits of that kind: Triton's on a GPU, where it is installed; else torch's.
+
+    Both have `shard_statistics` and `logit_gradient`. Triton is asked for only here, so that nothing imports
+    it on a CPU; it computes in float32, so that float64 is torch's on a GPU, too.
+    """
+    on_gpu = device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+    return import_module(f"{__package__}.{'triton_rows' if on_gpu else 'rows'}")

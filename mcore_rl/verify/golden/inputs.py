@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.algo import advantages
-from mcore_rl.algo.segments import offsets_of
+from mcore_rl.algo.advantages import offsets_of
 from mcore_rl.errors import DataError
 from mcore_rl.parallel.head import head
-from mcore_rl.parallel.head.tiling import Tiling
+from mcore_rl.parallel.head.passes import Tiling
 
 Arrays = Mapping[str, np.ndarray]
 Outputs = dict[str, Tensor]
