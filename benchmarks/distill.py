@@ -139,11 +139,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     parser.add_argument(
-        "--cell", nargs=3, metavar=("FORM", "DIVERGENCE", "DTYPE"), help="one, in this process"
+        "--cell", nargs=3, metavar=("FORM", "DIVERGENCE", "DTYPE"), help="one cell, in this process"
     )
     a = parser.parse_args()
     if a.cell:
-        print(json.dumps(measure(*a.cell, a.rows, a.repeats)))
+        form, kind, dtype = a.cell
+        print(json.dumps(measure(form, kind, dtype, a.rows, a.repeats)))
         return 0
     cells = []
     for dtype in DTYPES:
