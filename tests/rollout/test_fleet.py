@@ -18,7 +18,7 @@ from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import wait_ready
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.programs import Embedded, SGLang
-from mcore_rl.server import serve
+from mcore_rl.server.server import serve
 from tests.rollout.support import http, running, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True}
