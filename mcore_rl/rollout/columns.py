@@ -100,7 +100,7 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     """
     of_samples = [prompts[prompt] for _, prompt, count in columns.groups for _ in range(count)]
     segments = _segments(columns, of_samples)
-    rows: Sequence[tuple[Any, ...]] = columns.samples
+    rows: Iterator[tuple[Any, ...]] = iter(columns.samples)
     samples = iter([_sample(p, segments, *row) for p, row in zip(of_samples, rows, strict=True)])
     return [Group(id, tuple(islice(samples, count))) for id, _, count in columns.groups]
 
