@@ -35,7 +35,7 @@ from mcore_rl.training.faults.exits import (
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS
 from mcore_rl.training.rundir import held, warn_of_others
-from mcore_rl.training.sampled import check_directory, check_source
+from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
 
 
 def under_torchrun() -> bool:
@@ -76,7 +76,8 @@ def run_rank(config: Config, source: Source) -> int:
         return _run_recorded(config, partial(_run, config, source))
     with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
         warn_of_others(config)
-        for what in warnings(config):
+        doubts = doubts_of_source(config) if source.rollouts is not None else []
+        for what in [*warnings(config), *doubts]:
             say(f"warning: {what}")
             append_event(config.run.dir, "warning", what=what)
         return _run_recorded(config, partial(_run, config, source))
