@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.data_plane import random_groups
-from mcore_rl.rewards import RewardPool, Task
+from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.types import Group, Sample
 
 LIMITS = {"time over ideal": 1.15, "milliseconds of CPU": 1.0}
@@ -37,9 +37,8 @@ def sleeping(sample: Sample) -> float:
 
 def measure(function: str, groups: list[Group], workers: int) -> tuple[float, float]:
     """(seconds, CPU-seconds of this process) of scoring all groups; every worker runs before."""
-    with RewardPool(
-        Task(f"benchmarks.rewards:{function}", {}, 4.0, None), workers=workers, timeout=60.0
-    ) as pool:
+    task = Task((RewardFunction(f"benchmarks.rewards:{function}"),), {}, 4.0, None)
+    with RewardPool(task, workers=workers) as pool:
         pool.score(groups[: 16 * workers])
         began, cpu = time.monotonic(), time.process_time()
         _, reasons = pool.score(groups)

@@ -105,7 +105,7 @@ def _settings(config: Config, weights: Weights, sets: Sequence[EvalSet]) -> dict
     return {
         "weights": weights.identity(),
         "seed": config.run.seed,
-        "reward": config.reward.function,
+        "reward": config.reward.model_dump(mode="json", include={"function", "functions", "weights"}),
         "sets": {
             one.name: {
                 "prompts": len(one.prompts),

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.errors import ConfigError, RewardError
-from mcore_rl.rewards import RewardPool, Task, check_rate
+from mcore_rl.rewards import RewardFunction, RewardPool, Task, check_rate
 from mcore_rl.rewards.pool import Reasons
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 from tests.sources import ROOT
@@ -39,8 +39,8 @@ def groups(*texts: str) -> list[Group]:
 def pool_of(
     function: str, *, workers: int = 2, model: Path | None = None, seconds: float = SECONDS
 ) -> RewardPool:
-    task = Task(f"{FUNCTIONS}:{function}", {"a": 2.0}, 8.0, model)
-    return RewardPool(task, workers=workers, timeout=seconds)
+    functions = (RewardFunction(f"{FUNCTIONS}:{function}"),)
+    return RewardPool(Task(functions, {"a": 2.0}, 8.0, model, timeout=seconds), workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,14 @@ def pool() -> Iterator[RewardPool]:
         ("copy", "forked", "forked, and the new process came back"),
         ("copy raises", "forked", "forked, and the new process came back"),
         ("void", "grader", "returned Void"),
+        ("kills its group", "exited", r"ended its process \(SIGKILL\)"),
+        ("closes all", "exited", "ended its process"),
+        ("stops", "timeout", "gave no reward within"),
+        ("says noise", "exited", "ended its process"),
+        ("says half", "timeout", "gave no reward within"),
+        ("says too much", "exited", "ended its process"),
+        ("says an object", "exited", "ended its process"),
+        ("says a number", "exited", "ended its process"),
     ],
 )
 def test_its_sample_is_void_and_the_others_have_rewards(pool, capfd, text, reason, said):
