@@ -13,8 +13,8 @@ from mcore_rl.config import Config
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding
 from mcore_rl.errors import RewardError
-from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.model.spec import check_reward_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import RewardFunction, load_rewards

@@ -108,7 +108,7 @@ class RewardPool:
 
         Raises:
             ConfigError: the function cannot be loaded.
-            RewardError: workers cannot be started.
+            RewardError: workers cannot be started. ResourceError: since something else kills them.
         """
         with self._changed:
             scorings = [self._scorings[name] for name in names]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-from mcore_rl.errors import ConfigError, McoreRLError, RewardError
+from mcore_rl.errors import ConfigError, McoreRLError, ResourceError, RewardError
 from mcore_rl.rewards.outcome import Outcome
 from mcore_rl.rewards.process import PRINTED, START_SECONDS, RewardProcess
 from mcore_rl.rewards.task import Task
@@ -24,6 +24,8 @@ from mcore_rl.types import Group, RewardPart, Sample, TurnReward
 
 PATIENCE = 0.02
 """seconds without an answer after which one more worker is started, where there is work for it"""
+_LOST_STARTS = 8
+"""workers that may be lost while they start, where the function could be imported before"""
 
 
 @dataclass(eq=False)
@@ -58,6 +60,7 @@ class Workers:
         """until the first worker has said which functions are of groups"""
         self._left: deque[_Call] = deque()
         self._of_group: list[bool] | None = None
+        self._lost_starts = 0
         self._heard_at = time.monotonic()
         self._finished = False
 
@@ -194,16 +197,36 @@ class Workers:
         worker.drain()
         status = worker.end()
         if not worker.ready:
+            self._lost_starts += 1
+            if self._of_group is not None and self._lost_starts <= _LOST_STARTS:
+                return False  # others have imported the function: one more is started where there is work
             names = joined(one.function for one in self._task.functions)
-            raise RewardError(
-                f"a process of the reward function {names} ended (status {status}) or was not "
-                f"ready within {START_SECONDS:g} s; import its module by hand, or raise reward.memory"
-            )
+            raise _no_start(names, killed=reason == "exited" and status == -signal.SIGKILL)
         if reason == "exited":
-            why = f"{why} (status {status})" if status >= 0 else f"{why} ({signal.Signals(-status).name})"
+            why = f"{why} ({_how(status)})"
         if worker.of is not None:
             self._answer(worker.of, _void(worker.of.asked, reason, why))
         return worker.of is not None
+
+
+def _no_start(function: str, *, killed: bool) -> RewardError | ResourceError:
+    """Why no worker of the function is there; one that was killed is worth a retry."""
+    if killed:
+        return ResourceError(
+            f"a process of the reward function {function} was killed (SIGKILL) while it started: mostly by "
+            "the kernel's out-of-memory killer, see dmesg; use less memory, or lower reward.workers"
+        )
+    return RewardError(
+        f"a process of the reward function {function} ended or was not ready within {START_SECONDS:g} s; "
+        "import its module by hand, or raise reward.memory"
+    )
+
+
+def _how(status: int) -> str:
+    """The exit status of a process: a real-time signal has no name."""
+    if status >= 0:
+        return f"status {status}"
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
 
 
 def _samples(asked: Sample | Group) -> tuple[Sample, ...]:

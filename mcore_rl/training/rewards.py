@@ -20,7 +20,7 @@ from mcore_rl.rewards import RewardFunction, RewardPool, check_rate
 from mcore_rl.rewards.pool import Reasons
 from mcore_rl.terminal import joined, short
 from mcore_rl.training.batch import Shape, whole_sequence
-from mcore_rl.training.forward_only import values
+from mcore_rl.training.model_passes import values
 from mcore_rl.types import Group, Sample
 
 
