@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import model_validator
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
-from mcore_rl.config.effects import doubtful, params_without_effect
+from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
@@ -97,6 +97,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _of_data(config)
     if train.eval_every and not config.held_out:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
+    yield from wrong_rewards(config.reward)
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
     if config.publish.tolerance_p999 > config.publish.tolerance_max:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
@@ -323,7 +324,7 @@ def _needs_reference(config: Config) -> bool:
         return False
 
 
-_OF_FUNCTION = ("function", "workers", "timeout", "memory", "max_void", "weights")
+_OF_FUNCTION = ("function", "functions", "workers", "timeout", "memory", "max_void", "weights")
 """keys of [reward] that a reward model has no use for"""
 
 
@@ -364,6 +365,8 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
             unused["reward.function"] = 'algorithm.name is "sft", and every held-out set has a reward'
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
+    if config.reward.functions:
+        unused["reward.function"] = "reward.functions are there in its place"
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mcore_rl.precision import PrecisionName, RecipeName
+from mcore_rl.types import TAKEN_PARTS
 
 
 def _function_name(name: str) -> str:
@@ -34,6 +35,24 @@ def _named_sets(sets: dict[str, Any]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"two sets are called {twice[0]}, but for capitals; rename one")
     return sets
+
+
+def _named_functions(functions: dict[str, Any]) -> dict[str, Any]:
+    """Names that the part of a reward can have, in a metric `reward/NAME`."""
+    for name in functions:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}", name) or name in TAKEN_PARTS:
+            raise ValueError(
+                "the name of a function, which the metric of its part carries, is of at most 32 letters, "
+                f"digits, `_` and `-`, and none of {', '.join(sorted(TAKEN_PARTS))}; rename it"
+            )
+    return functions
+
+
+def _choices(value: Any) -> Any:
+    """Field -> one value or a list of them, as a list each."""
+    if not isinstance(value, dict):
+        return value
+    return {name: tuple(one) if isinstance(one, list) else (one,) for name, one in value.items()}
 
 
 def _variable_name(name: str) -> str:
@@ -78,6 +97,13 @@ def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
         ):
             raise ValueError(f"{name} must be a finite number, a string, true or false")
     return params
+
+
+def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name, value in arguments.items():
+        for one in value if isinstance(value, list) else [value]:
+            _plain_params({name: one})
+    return arguments
 
 
 _WRONG_RATIO = "so that every importance ratio would be wrong"
@@ -298,11 +324,29 @@ class RolloutConfig(Section):
         }
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RewardFunctionConfig(Section):
+    """One of several reward functions; the reward is the weighted sum of those that are for a row."""
+
+    function: Annotated[str, AfterValidator(_function_name)]
+    """`module:function` that scores one sample, or a group of them."""
+    weight: Finite = 1.0
+    """Weight in the sum."""
+    when: Annotated[dict[str, tuple[str | int | bool, ...]], BeforeValidator(_choices)] = {}
+    """Field of the prompt's row -> the value, or values, that this function is for; unset, every row."""
+    args: Annotated[dict[str, Any], AfterValidator(_plain_arguments)] = {}
+    """Its keyword arguments."""
+
+
 class RewardConfig(Section):
     """How responses are scored."""
 
     function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
     """`module:function` that scores one sample, or a group of them."""
+    functions: Annotated[dict[str, RewardFunctionConfig], AfterValidator(_named_functions)] = {}
+    """Several in its place, each a table `[reward.functions.NAME]` under the name that its metric has."""
     workers: Count = 4
     """Processes of a replica that it runs in, at most; they are started while there is work for them."""
     timeout: Seconds = 60.0
@@ -311,8 +355,9 @@ class RewardConfig(Section):
     """Address space of one process, in 2^30 bytes; beyond it the function gets a MemoryError."""
     max_void: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of a step's samples that may get no reward; above it the run ends with the reasons."""
-    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
-    """Weight of a part in the sum, by its name, where the function returns several; 1 for the others."""
+    weights: dict[str, Finite] = {}
+    """Weight of a part in the sum, by its name, where a function returns several; 1 for the others. A name
+    that no sample of the first step has ends the run."""
     model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 

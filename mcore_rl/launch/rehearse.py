@@ -247,6 +247,8 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         },
         "reward": {
             "function": "mcore_rl.rewards.exact:exact_match",
+            "functions": {},
+            "weights": {},
             "model": config.reward.model and directory / "reward_model",
         },
         "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
