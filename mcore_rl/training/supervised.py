@@ -10,9 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.aggregation import weighted_sum
-from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
-from mcore_rl.algo.metrics import Key, Mean
+from mcore_rl.algo.losses import weighted_sum
+from mcore_rl.algo.metrics import Key, Mean, check_surprise, gradient_scale, gradient_scale_sums
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
@@ -24,12 +23,11 @@ from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
-from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read
+from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read, work_of
+from mcore_rl.training.model_passes import Update, run_update
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.setup import offloaded_optimizers, start_trainer
-from mcore_rl.training.throughput import work_of
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
 from mcore_rl.weights.disk import export
 
@@ -76,7 +74,7 @@ def train_step(
     """One optimizer step on `sequences`, one of each prompt, with the mean over all replicas' label tokens.
 
     Raises:
-        NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics), or the gradient
+        NumericsError: the head breaks a bound that holds for every batch (algo.metrics), or the gradient
             is not finite.
     """
     mesh = trainer.mesh
