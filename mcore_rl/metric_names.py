@@ -85,7 +85,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     "Servers and weights": {
         "mismatch/max_abs": "Largest difference of a log-prob, server against trainer, on tokens of the "
         "weights in training.",
-        "mismatch/p999": "99.9 % quantile of these differences, in 20 bins per decade.",
+        "mismatch/p999": "99.9 % quantile of these differences, in 20 bins per decade; of 100 to 1000, "
+        "the second largest.",
         "mismatch/dropped": 'Samples that `publish.mismatch_action = "drop"` left out.',
         "behaviour/k1": "KL divergence k1 of the policy that sampled (stale, or another engine) to the old "
         "one.",
