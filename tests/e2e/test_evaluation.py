@@ -128,7 +128,7 @@ def test_beside_training_an_evaluation_is_in_the_record_of_the_next_step(
 
 def test_supervised_training_is_evaluated_too(ranks, folder, server_url, tmp_path) -> None:
     file = config(folder, tmp_path, server_url)
-    flags = ("--algorithm.name", "sft", "--supervised.batch_size", "8", "--train.eval_every", "3")
+    flags = ("--run.kind", "sft", "--supervised.batch_size", "8", "--train.eval_every", "3")
     flags = (*flags, "--optimizer.warmup_steps", "2", "--eval.sets.easy.max_new_tokens", "3")
     lines = train(ranks, file, *flags)
     rates = [line["lr/policy"] for line in lines[1:]]
