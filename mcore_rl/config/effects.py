@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mcore_rl.algo import policy_losses
+from mcore_rl.algo import losses
 from mcore_rl.algo.advantages import group_normalized
 from mcore_rl.algo.algorithms import Algorithm
 
 _BOUNDS = ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg")
-_BOUNDED = (policy_losses.ppo, policy_losses.gspo, policy_losses.sapo, policy_losses.cispo)
+_BOUNDED = (losses.ppo, losses.gspo, losses.sapo, losses.cispo)
 """losses of the importance ratio, which such parameters bound"""
 
 
@@ -45,7 +45,7 @@ def doubtful(
     for key, rate in rates.items():
         if rate == 0:
             yield f"{key}: 0, so that nothing is learned"
-    if algorithm.loss is policy_losses.reinforce and updates > 1:
+    if algorithm.loss is losses.reinforce and updates > 1:
         yield (
             f"algorithm.mini_batches: the loss has no importance ratio, and after the first of {updates} "
             "updates the samples are another policy's; set mini_batches = 1 and epochs = 1"

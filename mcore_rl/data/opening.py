@@ -12,9 +12,8 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from mcore_rl.data.jsonl import JsonLines
 from mcore_rl.data.locate import arrow_files
-from mcore_rl.data.tables import Table, no_room, temporary
+from mcore_rl.data.tables import JsonLines, Table, no_room, temporary
 from mcore_rl.errors import DataError
 
 _CHUNK = 1 << 23

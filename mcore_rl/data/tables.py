@@ -1,16 +1,23 @@
-"""Files of rows, any of which is read by its number: what lies in memory is where each begins."""
+"""Files of rows, any of which is read by its number: what lies in memory is where each begins.
+
+One JSON object per line is read here; Arrow's files are read in arrow.py.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.errors import StorageError
+from mcore_rl import strict_json
+from mcore_rl.errors import DataError, StorageError
 
 DIGEST_BYTES = 8
 
@@ -111,3 +118,108 @@ class Records:
         number = int(np.searchsorted(self._ends, row, side="right"))
         table, rows, name = self._tables[number]
         return table, rows[row - (int(self._ends[number - 1]) if number else 0)], name
+
+
+_CHUNK = 1 << 23
+"""bytes that are read at a time while lines are counted"""
+_LINE_FEED = ord("\n")
+_SPACE = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+
+
+class JsonLines:
+    """One JSON object per line that is not blank; an index of 8 to 16 bytes a line."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        """Args: (path, its content, which may be closed afterwards). Raises OSError."""
+        self._path, self._file = path, os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
+        self._stat = _version(self._file)
+        starts, ends, blank = _lines_of(self._file)
+        self._starts, self._ends = np.delete(starts, blank), np.delete(ends, blank)
+        self._blank = blank
+
+    def __len__(self) -> int:
+        """Lines that are not blank."""
+        return len(self._starts)
+
+    def place(self, row: int) -> str:
+        """`file:line`"""
+        return f"{self._path}:{self.number(row)}"
+
+    def number(self, row: int) -> int:
+        """The line, from 1."""
+        if not len(self._blank):
+            return row + 1
+        # blank[k] - k of the other lines lie before the k-th blank one
+        return row + 1 + int(np.searchsorted(self._blank - np.arange(len(self._blank)), row, side="right"))
+
+    def record(self, row: int) -> Mapping[str, Any]:
+        """The object of a line; see Table."""
+        place, line = self.place(row), b""
+        begin, end = int(self._starts[row]), int(self._ends[row])
+        try:
+            line = _read(self._file, begin, end)
+            changed = _version(self._file) != self._stat
+        except OSError as error:
+            raise DataError(f"{place}: {error.strerror}; check the file") from None
+        if changed or len(line) != end - begin:
+            raise DataError(
+                f"{place}: the file was changed since it was opened; start again, and put a new file in its "
+                f"place "
+                "instead of writing into it"
+            )
+        try:
+            record = strict_json.parse(line)
+        except strict_json.JsonError as error:
+            raise DataError(f"{place}: {error}") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{place}: a JSON {kind(record)}, expected an object per line; write one")
+        return record
+
+    def digests(self, rows: range) -> npt.NDArray[np.uint64]:
+        """A digest of every line as it is written; see Table."""
+        lines = self._lines(rows)
+        joined = b"".join(blake2b(line, digest_size=DIGEST_BYTES).digest() for line in lines)
+        return np.frombuffer(joined, np.uint64)
+
+    def _lines(self, rows: range) -> Iterator[bytes]:
+        begin = 0
+        while begin < len(rows):
+            first = int(self._starts[rows[begin]])
+            most = np.searchsorted(self._ends[rows.start : rows.stop], first + _CHUNK) - 1
+            last = max(begin, int(most))
+            data = _read(self._file, first, self._ends[rows[last]])
+            for row in rows[begin : last + 1]:
+                yield data[self._starts[row] - first : self._ends[row] - first]
+            begin = last + 1
+
+
+def _version(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_mtime_ns, status.st_size
+
+
+def _lines_of(
+    file: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where every line starts and ends, and which lines, from 0, are white space alone."""
+    none = np.zeros(0, np.int64)
+    starts, ends, spaced, offset, begins = [none], [none], [none], 0, True
+    while data := os.pread(file, _CHUNK, offset):
+        characters = np.frombuffer(data, np.uint8)
+        feeds = np.flatnonzero(characters == _LINE_FEED)
+        first = np.append(np.zeros(int(begins), np.int64), feeds[feeds + 1 < len(data)] + 1)
+        starts.append(first + offset)
+        spaced.append(first[np.isin(characters[first], _SPACE)] + offset)
+        ends.append(feeds + offset)
+        offset, begins = offset + len(data), data[-1] == _LINE_FEED
+    if not begins:  # the last line has no line feed
+        ends.append(np.array([offset]))
+    all_starts, all_ends = np.concatenate(starts), np.concatenate(ends)
+    maybe = np.searchsorted(all_starts, np.concatenate(spaced)).tolist()
+    blank = [line for line in maybe if not _read(file, all_starts[line], all_ends[line]).strip()]
+    return all_starts, all_ends, np.array(blank, np.int64)
+
+
+def _read(file: int, begin: Any, end: Any) -> bytes:
+    return os.pread(file, int(end) - int(begin), int(begin))

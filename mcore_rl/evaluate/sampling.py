@@ -16,9 +16,8 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.rewards import RewardPool, check_rate
 from mcore_rl.rollout.client import call
 from mcore_rl.rollout.fleet import Fleet, on_each
-from mcore_rl.rollout.inflight import Begun, InFlight
+from mcore_rl.rollout.inflight import Begun, InFlight, Schedule
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
-from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.terminal import printable
 from mcore_rl.training.assemble_servers import local_servers
 from mcore_rl.training.evaluation_sets import EvalSet, Record, measure, record_of

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
-from mcore_rl.errors import ConfigError, RewardError
+from mcore_rl.errors import ConfigError, ResourceError, RewardError
 from mcore_rl.rewards.worker import Task
 from mcore_rl.terminal import joined, printable, short
 from mcore_rl.types import Group, RewardPart, Sample, TurnReward
@@ -35,6 +35,8 @@ START_SECONDS = 120.0
 """until a worker has imported the function"""
 PATIENCE = 0.02
 """seconds without an answer after which one more worker is started, where there is work for it"""
+_LOST_STARTS = 8
+"""workers that may be lost while they start, where the function could be imported before"""
 _EXAMPLES = 3
 
 
@@ -149,6 +151,7 @@ class RewardPool:
         self._most, self._timeout = workers, timeout
         self._workers: list[_Worker] = []
         self._of_group: bool | None = None
+        self._lost_starts = 0
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +169,7 @@ class RewardPool:
 
         Raises:
             ConfigError: the function cannot be loaded.
-            RewardError: workers cannot be started.
+            RewardError: workers cannot be started. ResourceError: since something else kills them.
         """
         if not any(group.samples for group in groups):
             return list(groups), Reasons()
@@ -263,14 +266,34 @@ class RewardPool:
         worker.drain()
         status = worker.end()
         if not worker.ready:
-            raise RewardError(
-                f"a process of the reward function {self._task.function} ended (status {status}) or was not "
-                f"ready within {START_SECONDS:g} s; import its module by hand, or raise reward.memory"
-            )
+            self._lost_starts += 1
+            if self._of_group is not None and self._lost_starts <= _LOST_STARTS:
+                return []  # others have imported the function: one more is started where there is work for it
+            raise _no_start(self._task.function, killed=reason == "exited" and status == -signal.SIGKILL)
         if reason == "exited":
-            why = f"{why} (status {status})" if status >= 0 else f"{why} ({signal.Signals(-status).name})"
+            why = f"{why} ({_how(status)})"
         samples = _samples(worker.of[1]) if worker.of else ()
         return [{"void": reason, "why": why} for _ in samples]
+
+
+def _no_start(function: str, *, killed: bool) -> RewardError | ResourceError:
+    """Why no worker of the function is there; one that was killed is worth a retry."""
+    if killed:
+        return ResourceError(
+            f"a process of the reward function {function} was killed (SIGKILL) while it started: mostly by "
+            "the kernel's out-of-memory killer, see dmesg; use less memory, or lower reward.workers"
+        )
+    return RewardError(
+        f"a process of the reward function {function} ended or was not ready within {START_SECONDS:g} s; "
+        "import its module by hand, or raise reward.memory"
+    )
+
+
+def _how(status: int) -> str:
+    """The exit status of a process: a real-time signal has no name."""
+    if status >= 0:
+        return f"status {status}"
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
 
 
 def _samples(asked: Sample | Group) -> tuple[Sample, ...]:

@@ -17,6 +17,7 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
 from mcore_rl.training.batch import Shape, pack_share
 from mcore_rl.training.metrics import read
+from mcore_rl.training.model_passes import Update
 from mcore_rl.training.reference import ReferencePolicy, means_of, start_reference
 from mcore_rl.training.sequence_objective import SequenceObjective, measured, parts_of
 from mcore_rl.training.session import (
@@ -26,7 +27,6 @@ from mcore_rl.training.session import (
     start_session,
     validation_rows,
 )
-from mcore_rl.training.update import Update
 
 
 def train_preference(config: Config, resume: str | None = None) -> None:

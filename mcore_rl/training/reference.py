@@ -14,7 +14,7 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, weights_of
 from mcore_rl.training.assemble import build_reference
 from mcore_rl.training.batch import Shape
-from mcore_rl.training.forward_only import log_probs
+from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.session import examples, sequences_of
 
 _ROWS_AT_ONCE = 1024

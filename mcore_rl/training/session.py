@@ -24,11 +24,10 @@ from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
-from mcore_rl.training.metrics import Gathered
+from mcore_rl.training.metrics import Gathered, work_of
+from mcore_rl.training.model_passes import Update, run_update
 from mcore_rl.training.setup import offloaded_optimizers, read_prompts, start_trainer
-from mcore_rl.training.throughput import work_of
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import Prompt
 from mcore_rl.weights.disk import export
 

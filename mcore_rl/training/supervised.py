@@ -9,9 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.aggregation import weighted_sum
-from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
-from mcore_rl.algo.metrics import Key, Mean
+from mcore_rl.algo.losses import weighted_sum
+from mcore_rl.algo.metrics import Key, Mean, check_surprise, gradient_scale, gradient_scale_sums
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.examples import Example
@@ -19,11 +18,10 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.batch import Shape, pack_share
-from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.metrics import HeadGradient, LossTotal, read
+from mcore_rl.training.model_passes import Update, log_probs
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.session import Metrics, sequences_of, start_model, start_session
-from mcore_rl.training.update import Update
 from mcore_rl.types import PackedBatch
 
 HEAD = Key("head", HeadGradient(None))

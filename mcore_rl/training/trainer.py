@@ -21,8 +21,8 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
 from mcore_rl.training.batch import Shape
+from mcore_rl.training.metrics import Work, throughput
 from mcore_rl.training.rundir import Identity
-from mcore_rl.training.throughput import Work, throughput
 from mcore_rl.types import Tokens
 
 
@@ -75,6 +75,11 @@ class Trainer:
         if self.mesh.is_main:
             print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.attempt.reached(f"step {step}")
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of sampling, and therefore of every log-prob."""
+        return self.config.rollout.temperature
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """A response as text, for rewards and people."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcore_rl.algo.kl import KLEstimator, kl
+from mcore_rl.algo.losses import KLEstimator, kl
 from mcore_rl.config import load_config, warnings
 from mcore_rl.errors import ConfigError
 

@@ -78,6 +78,7 @@ WHAT = {
     "generator": lambda s: _raise(GeneratorExit()),
     "_exits": lambda s: os._exit(0),
     "crashes": lambda s: os.kill(os.getpid(), signal.SIGSEGV),
+    "signal": lambda s: os.kill(os.getpid(), signal.SIGRTMIN + 5),
     "hangs": lambda s: time.sleep(600),
     "prints": _print_without_end,
     "grows": lambda s: float(len(bytearray(1 << 40))),
