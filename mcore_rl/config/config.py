@@ -27,6 +27,7 @@ from mcore_rl.config.sections import (
     PublishConfig,
     ResidencyConfig,
     RewardConfig,
+    RewardModelConfig,
     RolloutConfig,
     RunConfig,
     Section,
@@ -55,6 +56,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")

@@ -128,7 +128,7 @@ class Section(BaseModel):
     )
 
 
-Kind = Literal["rl", "sft", "preference"]
+Kind = Literal["rl", "sft", "preference", "reward_model"]
 """what a run trains by"""
 SupervisedTarget = Literal["label", "last", "all"]
 
@@ -140,7 +140,7 @@ class RunConfig(Section):
     """Where the run writes everything; relative to the current directory, like every path here."""
     kind: Kind = "rl"
     """`rl`: reinforcement learning on rollouts; `sft`: supervised, on answers that the data has;
-    `preference`: on answers that the data prefers."""
+    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
 
@@ -201,6 +201,8 @@ class DataConfig(Section):
     """Key of the better answer of a pair: a string, or messages, its own or the whole conversation."""
     rejected_key: Annotated[str, Field(min_length=1)] = "rejected"
     """Key of the worse one."""
+    margin_key: str = ""
+    """With `reward_model`, key of the number by which the chosen answer is better; empty, rows have none."""
     completion_key: Annotated[str, Field(min_length=1)] = "completion"
     """Key of an answer on which the label is a verdict, true or false (`kto`)."""
     id_key: Annotated[str, Field(min_length=1)] = "id"
@@ -458,6 +460,13 @@ class PreferenceConfig(Section):
     """`kto`: weight of a desirable answer."""
     undesirable_weight: Positive = 1.0
     """`kto`: weight of an undesirable one."""
+
+
+class RewardModelConfig(Section):
+    """Training of a reward model, with `run.kind = "reward_model"`."""
+
+    center_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared sum of a pair's scores, which holds their mean at 0."""
 
 
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}

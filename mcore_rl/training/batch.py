@@ -175,9 +175,9 @@ def pack_share(
         together: so many sequences in a row share a micro-batch, in their order; 2 for pairs.
     """
     lengths = padded([len(sequence) for sequence in sequences], shape.align)
-    of_units = [numbers.reshape(-1, together).sum(1) for numbers in (lengths, shape.cost(lengths))]
+    tokens, costs = (numbers.reshape(-1, together).sum(1) for numbers in (lengths, shape.cost(lengths)))
     multiple = mesh.layout.pipeline if mesh.layout.virtual_pipeline else 1
-    bins = micro_batches(*of_units, mesh.layout.data, shape.tokens_per_micro_batch, multiple=multiple)
+    bins = micro_batches(tokens, costs, mesh.layout.data, shape.tokens_per_micro_batch, multiple=multiple)
     own = [[unit * together + i for unit in one for i in range(together)] for one in bins[mesh.dp_rank]]
     return [pack(sequences, one, fields, align=shape.align) for one in own]
 

@@ -89,6 +89,7 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
             chosen_key=data.chosen_key,
             rejected_key=data.rejected_key,
             completion_key=data.completion_key,
+            margin_key=data.margin_key,
         )
     )
 
@@ -102,6 +103,8 @@ def target_of(config: Config) -> Target | None:
             return config.supervised.target
         case "preference":
             return "verdict" if config.preference.loss == "kto" else "pair"
+        case "reward_model":
+            return "pair"
 
 
 def _tools(path: Path) -> Sequence[Any]:
