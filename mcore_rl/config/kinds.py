@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mcore_rl.config.sections import (
-    Kind,
-    PreferenceConfig,
-    RewardModelConfig,
-    SupervisedConfig,
-    SupervisedTarget,
-)
+from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig, SupervisedTarget
+from mcore_rl.config.sections import Kind
 
 _OF_LOSSES: Mapping[str, tuple[str, ...]] = {
     "label_smoothing": ("dpo", "rdpo"),

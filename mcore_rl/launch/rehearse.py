@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mcore_rl.config import Config, load_config, to_toml
+from mcore_rl.config import Config, load_config, to_toml, warnings
 from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
@@ -128,6 +128,10 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     tiny = load_config(file)
     for line in _differences(config, tiny):
         _say(line)
+    said_by_ranks = warnings(tiny)
+    for what in warnings(config):
+        if what not in said_by_ranks:
+            _say(f"warning: {what}")
     return file, tiny
 
 
@@ -259,9 +263,12 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "stop_token_ids": (),
             "api_key_env": None,
             "threads": 1,
+            "dump": min(1, rollout.dump),
         },
         "reward": {
             "function": "mcore_rl.rewards.exact:exact_match",
+            "functions": {},
+            "weights": {},
             "model": config.reward.model and directory / "reward_model",
         },
         "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},

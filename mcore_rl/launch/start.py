@@ -75,11 +75,8 @@ def run_rank(config: Config, source: Source) -> int:
     if int(os.environ["RANK"]) != 0:
         return _run_recorded(config, partial(_run, config, source))
     with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
-        warn_of_others(config)
         doubts = doubts_of_source(config) if source.rollouts is not None else []
-        for what in [*warnings(config), *doubts]:
-            say(f"warning: {what}")
-            append_event(config.run.dir, "warning", what=what)
+        _warn(config, doubts)
         return _run_recorded(config, partial(_run, config, source))
 
 
@@ -97,8 +94,15 @@ def run_alone(config: Config) -> int:
     check_directory(config)
     check_open_files()
     with held(config, publishes=False, dumps="sampled"):
-        warn_of_others(config)
+        _warn(config)
         return _run_recorded(config, partial(_sample, config))
+
+
+def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
+    warn_of_others(config)
+    for what in [*warnings(config), *doubts]:
+        say(f"warning: {what}")
+        append_event(config.run.dir, "warning", what=what)
 
 
 def _sample(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,46 @@ def test_a_reward_with_an_alarm_works_here_as_it_does_in_training(capsys, settin
     code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:alarmed")
     assert not bad(findings)
     assert code == 0
+
+
+TABLE = "reward.functions.a"
+
+
+@pytest.mark.parametrize(
+    ("flags", "level", "said"),
+    [
+        (("--reward.function", "tests.doctor.rewards:half"), "ok", r"1; \d of 8 are void"),
+        (
+            ("--reward.function", "tests.doctor.rewards:by_token"),
+            "ok",
+            "gives the first prompt's own label 1",
+        ),
+        (("--reward.function", "tests.doctor.rewards:judged_by_nobody"), "warning", "no route"),
+        (
+            (
+                "--reward.functions.a.function",
+                "tests.doctor.rewards:half",
+                "--reward.functions.a.when.id",
+                "no",
+            ),
+            "warning",
+            "functions.a is for none of the first 6000 prompts",
+        ),
+        (
+            ("--reward.function", "tests.doctor.rewards:half", "--reward.weights.a", "2"),
+            "error",
+            "reward.weights: no sample",
+        ),
+    ],
+    ids=["void", "by token", "all void", "no row", "weight"],
+)
+def test_rewards_are_tried_as_a_run_tries_them(
+    capsys, setting: Setting, flags: tuple[str, ...], level: str, said: str
+) -> None:
+    _, findings = doctor(capsys, setting.config, *flags)
+    (found, *_) = [finding for finding in findings if finding["check"] == "reward"]
+    assert found["level"] == level
+    assert re.search(said, found["what"])
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
