@@ -65,11 +65,14 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "preference/rejected": "The same of the rejected, or undesirable ones.",
         "preference/chosen_log_prob": "Log-prob of a chosen answer, the sum over its tokens.",
         "preference/rejected_log_prob": "The same of the rejected ones.",
+        "preference/confidence": "Mean of the larger probability that a reward model gives the answers of a "
+        "pair: the accuracy, where its scores are calibrated.",
         "preference/reference_point": "z0 of `kto`: mean log-ratio on mismatched prompts and answers.",
     },
     "Loss and policy": {
         "loss/policy": "The objective, mean over the optimizer steps of the step; of supervised "
         "training, nats per token.",
+        "loss/reward_model": "The reward model's loss, mean over the pairs.",
         "loss/value": "The critic's loss, mean over its optimizer steps.",
         "lr/policy": "Learning rate of the step's first update of the policy.",
         "lr/critic": "Learning rate of the step's first update of the critic.",

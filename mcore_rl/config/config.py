@@ -12,6 +12,7 @@ from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import unused_of_kind, wrong_of_kind
+from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
@@ -23,14 +24,12 @@ from mcore_rl.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    PreferenceConfig,
     PublishConfig,
     ResidencyConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     Section,
-    SupervisedConfig,
     TrainConfig,
 )
 from mcore_rl.errors import ConfigError
@@ -55,6 +54,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
@@ -377,9 +377,8 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
             keys += [f"reward.{key}" for key in RewardConfig.model_fields]
             unused |= dict.fromkeys(keys, why)
         elif all(one.reward for one in config.held_out.values()):
-            unused["reward.function"] = (
-                f'run.kind is "{config.run.kind}", and every held-out set has a reward'
-            )
+            why = f'run.kind is "{config.run.kind}", and every held-out set has a reward'
+            unused["reward.function"] = why
     unused |= dict(unused_of_kind(config.run.kind, config.supervised.target, config.preference))
     if config.reward.functions:
         unused["reward.function"] = "reward.functions are there in its place"

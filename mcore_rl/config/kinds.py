@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mcore_rl.config.sections import (
-    DataConfig,
-    Kind,
-    PreferenceConfig,
-    SupervisedConfig,
-    SupervisedTarget,
-)
+from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig, SupervisedTarget
+from mcore_rl.config.sections import Kind
 
 _OF_LOSSES: Mapping[str, tuple[str, ...]] = {
     "label_smoothing": ("dpo", "rdpo"),
@@ -45,19 +40,23 @@ def unused_of_kind(
         for key, losses in _OF_LOSSES.items():
             if preference.loss not in losses:
                 yield f"preference.{key}", f'preference.loss is "{preference.loss}"'
+    if kind != "reward_model":
+        yield from ((f"reward_model.{key}", why) for key in RewardModelConfig.model_fields)
+    else:
+        yield from ((key, why) for key in ("data.last_assistant", "data.eval", "eval.sets"))
     read = keys_of_answers(kind, preference)
     yield from ((f"data.{key}", why) for key in _ANSWERS if key not in read)
-    if kind == "preference" and preference.loss != "kto":
-        yield "data.label_key", f"{why}, and preference.loss reads pairs"
+    if "chosen_key" in read:
+        yield "data.label_key", f"{why}, which reads pairs"
 
 
-_ANSWERS = tuple(
-    key for key in DataConfig.model_fields if key in ("chosen_key", "rejected_key", "completion_key")
-)
+_ANSWERS = ("chosen_key", "rejected_key", "completion_key", "margin_key")
 
 
 def keys_of_answers(kind: Kind, preference: PreferenceConfig) -> tuple[str, ...]:
     """The keys of [data] that name answers, of those that the kind reads."""
+    if kind == "reward_model":
+        return ("chosen_key", "rejected_key", "margin_key")
     if kind != "preference":
         return ()
     return ("completion_key",) if preference.loss == "kto" else ("chosen_key", "rejected_key")

@@ -154,9 +154,8 @@ class Section(BaseModel):
     )
 
 
-Kind = Literal["rl", "sft", "preference"]
+Kind = Literal["rl", "sft", "preference", "reward_model"]
 """what a run trains by"""
-SupervisedTarget = Literal["label", "last", "all"]
 
 
 class RunConfig(Section):
@@ -166,7 +165,7 @@ class RunConfig(Section):
     """Where the run writes everything; relative to the current directory, like every path here."""
     kind: Kind = "rl"
     """`rl`: reinforcement learning on rollouts; `sft`: supervised, on answers that the data has;
-    `preference`: on answers that the data prefers."""
+    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
 
@@ -227,6 +226,8 @@ class DataConfig(Section):
     """Key of the better answer of a pair: a string, or messages, its own or the whole conversation."""
     rejected_key: Annotated[str, Field(min_length=1)] = "rejected"
     """Key of the worse one."""
+    margin_key: str = ""
+    """With `reward_model`, key of the number by which the chosen answer is better; empty, rows have none."""
     completion_key: Annotated[str, Field(min_length=1)] = "completion"
     """Key of an answer on which the label is a verdict, true or false (`kto`)."""
     id_key: Annotated[str, Field(min_length=1)] = "id"
@@ -475,34 +476,6 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
     background: bool = True
     """Write while training goes on, from a copy in host memory; false waits for the disk."""
-
-
-class SupervisedConfig(Section):
-    """Training without rollouts, where run.kind is another one than `rl`."""
-
-    batch_size: Count = 256
-    """Rows of one optimizer step over all replicas."""
-    target: SupervisedTarget = "label"
-    """With `sft`, what is trained: the label, or of a conversation under data.prompt_key the assistant's last
-    turn, or all of its turns."""
-
-
-class PreferenceConfig(Section):
-    """Preference training, with `run.kind = "preference"`."""
-
-    loss: Literal["dpo", "rdpo", "ipo", "orpo", "kto"] = "dpo"
-    """Of pairs: `dpo` (with label_smoothing, cDPO), `rdpo`, `ipo`, and without a reference `orpo`; of
-    verdicts on single answers `kto`."""
-    beta: Positive = 0.1
-    """How strongly the policy is held to the reference; tau of `ipo`, the weight of the odds of `orpo`."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be the wrong way round; `dpo` and `rdpo`."""
-    average: bool = False
-    """`ipo`: compare means over the tokens of an answer, in the place of sums."""
-    desirable_weight: Positive = 1.0
-    """`kto`: weight of a desirable answer."""
-    undesirable_weight: Positive = 1.0
-    """`kto`: weight of an undesirable one."""
 
 
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}

@@ -52,6 +52,19 @@ class ExampleFormat(RowFormat):
     margin_key: str = ""
     """empty: rows have no margin"""
 
+    @property
+    def required_keys(self) -> tuple[str, ...]:
+        """Keys that no row may lack; a prompt may be part of its answers."""
+        match self.target:
+            case "label":
+                return super().required_keys
+            case "pair":
+                return (self.chosen_key, self.rejected_key)
+            case "verdict":
+                return (self.completion_key, self.label_key)
+            case _:
+                return (self.prompt_key,)
+
 
 class ExampleReader(RowReader):
     """Makes examples of rows."""

@@ -100,7 +100,8 @@ def _exported(tiny: Config) -> str:
     if not tiny.supervised_only:
         (directory,) = (path for path in (tiny.run.dir / "weights").iterdir() if path.is_dir())
     arch = read_architecture(directory)
-    hf_reader(directory, ParameterMap(arch, arch.vocab))
+    table = CriticParameterMap if tiny.run.kind == "reward_model" else ParameterMap
+    hf_reader(directory, table(arch, arch.vocab))
     return f"exported and read back: {directory}"
 
 
@@ -235,6 +236,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "chosen_key": "chosen",
             "rejected_key": "rejected",
             "completion_key": "completion",
+            "margin_key": "",
             "prompt_key": "prompt",
             "label_key": "label",
             "id_key": "id",

@@ -93,6 +93,7 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
             chosen_key=data.chosen_key,
             rejected_key=data.rejected_key,
             completion_key=data.completion_key,
+            margin_key=data.margin_key,
         )
     )
 
@@ -106,6 +107,8 @@ def target_of(config: Config) -> Target | None:
             return config.supervised.target
         case "preference":
             return "verdict" if config.preference.loss == "kto" else "pair"
+        case "reward_model":
+            return "pair"
 
 
 def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mcore_rl.algo.sequences import PairLoss, VerdictLoss
 from mcore_rl.config import Config
-from mcore_rl.config.sections import PreferenceConfig
+from mcore_rl.config.rows import PreferenceConfig
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import Model

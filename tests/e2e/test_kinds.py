@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl.metric_names import meaning_of
@@ -139,3 +141,25 @@ def test_rows_that_are_not_what_the_kind_reads_are_refused(
     (said,) = run(ranks, folder, tmp_path, rows, *flags, code=2)
     assert "Traceback" not in said["stderr"]
     assert re.search(message, said["stderr"]), said["stderr"]
+
+
+def test_a_reward_model_is_a_classifier_of_transformers(ranks, folder, tmp_path) -> None:
+    flags = ("--run.kind", "reward_model", "--parallel.tensor", "2", "--train.steps", "12")
+    lines = run(ranks, folder, tmp_path, "pairs", *flags, "--optimizer.lr", "3e-3", world=2)
+    assert lines[1]["loss/reward_model"] == pytest.approx(0.693147, abs=1e-5), "every score is 0"
+    assert lines[-1]["validation/accuracy"] > 0.8
+    assert lines[-1]["validation/loss"] < 0.6
+    assert all(meaning_of(name) for line in lines for name in line if name != "step")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run" / "model", dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    margins = []
+    for line in (folder / "pairs.held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        texts = [row["prompt"] + row[key] + "<eos>" for key in ("chosen", "rejected")]
+        with torch.no_grad():
+            chosen, rejected = (model(torch.tensor([tokenizer.encode(text)])).logits.item() for text in texts)
+        margins.append(chosen - rejected)
+    assert lines[-1]["validation/margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+    assert lines[-1]["validation/accuracy"] == pytest.approx(sum(one > 0 for one in margins) / len(margins))

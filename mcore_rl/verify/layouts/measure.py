@@ -111,7 +111,8 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
     for name in algorithms:
         if name in LOSSES_OF_ROWS:
             rows = record_rows(name, shape, mesh)
-            results[name] = _train(mesh, _Subject(policy, rows.loss, rows.batches, {}, case.overlap))
+            build = critic if name == "reward_model" else policy
+            results[name] = _train(mesh, _Subject(build, rows.loss, rows.batches, {}, case.overlap))
             continue
         recorded = problem.record(name, box[0], own_loss)
         if log_probs is None:
@@ -165,9 +166,10 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
         optimizer.step()
     totals = Gathered(first).reduce(mesh)
     by_name = {key.name: total for key, total in totals.items()}
+    loss = next(by_name[name] for name in LOSSES if name in by_name)
     return Measured(
-        loss=next(by_name[name] for name in LOSSES if name in by_name).item(),
-        abs_loss=(by_name.get("loss/scale", by_name["loss/policy"])).abs().item(),
+        loss=loss.item(),
+        abs_loss=by_name.get("loss/scale", loss).abs().item(),
         metrics=by_name | {"grad_norm": torch.tensor(norm)},
         scores=subject.scores,
         gradients=gradients,

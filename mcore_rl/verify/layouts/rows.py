@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mcore_rl.algo.sequences import PairLoss, VerdictLoss
+from mcore_rl.algo.sequences import PairLoss, ScoreLoss, VerdictLoss
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.step import Loss
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.training import reward_model
 from mcore_rl.training.batch import Shape, pack_share
 from mcore_rl.training.preference import constants
 from mcore_rl.training.sequence_objective import SequenceObjective
@@ -20,13 +21,14 @@ from mcore_rl.training.supervised import NegativeLogLikelihood
 from mcore_rl.types import PackedBatch
 from mcore_rl.verify.layouts.problem import VOCAB
 
-LOSSES: Mapping[str, PairLoss | VerdictLoss | None] = {
+LOSSES: Mapping[str, PairLoss | VerdictLoss | ScoreLoss | None] = {
     "sft": None,
     "dpo": PairLoss("dpo", label_smoothing=0.1),
     "rdpo": PairLoss("rdpo", label_smoothing=0.1),
     "ipo": PairLoss("ipo", average=True),
     "orpo": PairLoss("orpo"),
     "kto": VerdictLoss(undesirable_weight=1.5),
+    "reward_model": ScoreLoss(center_coef=0.01),
 }
 """what a kind of training without rollouts is verified by; None: the likelihood of what is trained"""
 ROWS = 12
@@ -53,24 +55,32 @@ def record_rows(name: str, shape: Shape, mesh: Mesh) -> RecordedRows:
         weight = 1.0 / sum(row.tokens for row in rows)
         fields = {"weight": [weight] * len(sequences), "sample": range(len(sequences))}
         return RecordedRows(NegativeLogLikelihood(), pack_share(sequences, fields, shape, mesh))
+    cp, scale = mesh.cp if mesh.layout.context > 1 else None, SCALE.get(name, USUAL_SCALE)
+    if isinstance(loss, ScoreLoss):
+        fields = scaled(reward_model.constants(rows), scale)
+        packed = pack_share(reward_model.scored_sequences(rows, None), fields, shape, mesh, together=2)
+        return RecordedRows(SequenceObjective(loss, cp, reward_model.TOTAL), packed)
     drawn = np.random.default_rng(22).standard_normal(len(sequences)) - np.log(VOCAB)
     fields = constants(loss, rows, drawn.tolist() if loss.needs_reference else (), point=0.3)
-    scale = SCALE.get(name, USUAL_SCALE)
-    fields = {key: [scale * x for x in its] if "weight" in key else its for key, its in fields.items()}
-    answers = len(rows[0].sequences)
-    objective = SequenceObjective(loss, mesh.cp if mesh.layout.context > 1 else None)
-    return RecordedRows(objective, pack_share(sequences, fields, shape, mesh, together=answers))
+    packed = pack_share(sequences, scaled(fields, scale), shape, mesh, together=len(rows[0].sequences))
+    return RecordedRows(SequenceObjective(loss, cp), packed)
+
+
+def scaled(fields: Mapping[str, list[float]], scale: float) -> dict[str, list[float]]:
+    """The fields, of which the weights are `scale` times what they are in a run."""
+    return {key: [scale * x for x in its] if "weight" in key else its for key, its in fields.items()}
 
 
 def recorded_rows(name: str) -> list[Example]:
     """Prompts of 1-9 tokens and answers of 1-14, some tokens of which are context alone."""
     rng = np.random.default_rng(21)
-    answers = 2 if isinstance(LOSSES[name], PairLoss) else 1
+    answers = 2 if isinstance(LOSSES[name], PairLoss | ScoreLoss) else 1
     rows = []
     for number in range(ROWS):
         prompt = tuple(rng.integers(VOCAB, size=rng.integers(1, 10)).tolist())
         sequences = tuple(_answer(rng, prompt, every=number % 2 == 0) for _ in range(answers))
-        rows.append(Example(f"r{number}", "", prompt, "", sequences=sequences, desirable=number % 3 > 0))
+        verdict = {"margin": 0.1 * number, "desirable": number % 3 > 0}
+        rows.append(Example(f"r{number}", "", prompt, "", sequences=sequences, **verdict))
     return rows
 
 
