@@ -10,6 +10,7 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
+from mcore_rl.server.options import add_options, run_server
 from mcore_rl.streams import guard
 from mcore_rl.terminal import CommandParser, printable
 
@@ -18,19 +19,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, rollout, plan, doctor, serve, evaluate):
+    if rest and arguments.command not in (train, rollout, plan, doctor, evaluate):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    guard(output=arguments.command not in (train, serve, follow))
+    guard(output=arguments.command not in (train, rollout, run_server, follow))
     try:
         code = arguments.command(arguments, rest)
         sys.stdout.flush()
         return code
-    except McoreRLError as error:
-        if not isinstance(error.__cause__, BrokenPipeError):  # whoever reads no further wants no more
-            print(printable(f"mcore-rl: {type(error).__name__}: {error}"), file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return _refused(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _refused(error: Exception) -> int:
+    """Say what was wrong, in a line; raises what nobody foresaw."""
+    from mcore_rl.training.faults.exits import typed
+
+    known = typed(error)
+    if not isinstance(known, McoreRLError):
+        raise error
+    if not isinstance(known.__cause__, BrokenPipeError):  # whoever reads no further wants no more
+        print(printable(f"mcore-rl: {type(known).__name__}: {known}"), file=sys.stderr)
+    return known.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--server-gpus", type=int, help="that sample; default: 8 for each of rollout.urls")
     add.add_argument("--prompt-tokens", type=float, help="mean; default: the config's limit")
     add.add_argument("--response-tokens", type=float, help="mean; default: the config's limit")
+    add.add_argument("--segments", type=float, help="training sequences of a sample, mean; default: 1")
     add.add_argument("--colocated", action="store_true", help="count servers on the training GPUs")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=plan)
@@ -66,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md has them")
     add.set_defaults(command=config)
 
-    about = "serve a Hugging Face model over the SGLang native API"
-    add = commands.add_parser("serve", help=about, add_help=False)
-    add.set_defaults(command=serve)
+    add = commands.add_parser("serve", help="serve a Hugging Face model over the SGLang native API")
+    add_options(add)
+    add.set_defaults(command=run_server)
 
     add = commands.add_parser("follow", help="keep a copy of the newest weights on a server's own machine")
     add.add_argument("source", type=Path, metavar="SOURCE", help="publish.dir of the run")
@@ -251,7 +263,7 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config(arguments.config, overrides)
     if config.supervised_only:
-        raise ConfigError('rollout: algorithm.name = "sft" samples nothing; set another one')
+        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" samples nothing; set "rl"')
     return run_alone(config)
 
 
@@ -295,16 +307,6 @@ def config(arguments: argparse.Namespace, _: list[str]) -> int:
     text = as_markdown() if arguments.markdown else describe(arguments.sections)
     for line in text.removesuffix("\n").split("\n"):
         print(printable(line))
-    return 0
-
-
-def serve(_: argparse.Namespace, options: list[str]) -> int:
-    """`mcore-rl serve MODEL_DIR [--port P] [--api-key-env NAME] ...`: the arguments of `serve`."""
-    import tyro
-
-    from mcore_rl.server.server import serve
-
-    tyro.cli(serve, prog="mcore-rl serve", args=options)
     return 0
 
 

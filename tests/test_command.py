@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 
 import pytest
 
 from mcore_rl import __version__
 from mcore_rl.__main__ import build_parser, main
+from mcore_rl.errors import ConfigError
+from mcore_rl.server.__main__ import main as serve
 from tests.sources import ROOT
 
 
@@ -74,9 +78,54 @@ def test_a_run_does_not_end_because_nobody_reads_what_it_says(lost: str) -> None
 
 
 def test_arguments_that_are_repeated_stay_text(capsys) -> None:
-    for command in (["report", "x", "--\x1b[2J"], ["\u202e"], ["plan", "x", "--gpus", "\x1b[2J"]):
-        with pytest.raises(SystemExit):
+    wrong = [["report", "x", "--\x1b[2J"], ["\u202e"], ["plan", "x", "--gpus", "\x1b[2J"]]
+    wrong += [["serve", "x", "--\x1b[2J"], ["serve", "x", "--port", "\u202e"]]
+    for command in wrong:
+        with pytest.raises(SystemExit) as end:
             main(command)
+        assert end.value.code == 2
     said = capsys.readouterr().err
     assert "\\x1b[2J" in said
     assert not {"\x1b", "\u202e"} & set(said)
+
+
+def test_the_servers_own_command_repeats_arguments_as_text(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", "x", "--\x1b[2J\nmcore-rl: done"])
+    with pytest.raises(SystemExit) as end:
+        serve()
+    said = capsys.readouterr().err
+    assert (end.value.code, "\\x1b[2J" in said, "\x1b" in said) == (2, True, False)
+
+
+def test_no_memory_is_worth_a_retry_and_said_in_a_line(monkeypatch, tmp_path, capsys) -> None:
+    """Also where what lacked it called a file wrong; an error of its own stays what it is."""
+
+    def lack(*_: object, **__: object) -> None:
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise ConfigError("no readable file\n  here") from error
+
+    for what in (
+        MemoryError(),
+        OSError(errno.ENOMEM, "mmap"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr("mcore_rl.report.write_report", raises(what))
+        assert main(["report", str(tmp_path)]) == 75
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert said.startswith("mcore-rl: ResourceError: process ")
+    monkeypatch.setattr("mcore_rl.report.write_report", lack)
+    assert main(["report", str(tmp_path)]) == 75
+    assert "no readable file" in capsys.readouterr().err
+    monkeypatch.setattr("mcore_rl.report.write_report", raises(KeyError("a bug")))
+    with pytest.raises(KeyError):
+        main(["report", str(tmp_path)])
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail

@@ -34,8 +34,8 @@ wheels() {
     "$env/bin/python" -m pip download --quiet --no-deps --only-binary :all: --dest "$dir" \
         "transformer_engine==$ENGINE" "transformer_engine_cu13==$ENGINE" "megatron-core==$MEGATRON"
     "$env/bin/python" -m pip download --quiet --no-deps --only-binary :all: --dest "$dir" nvdlfw-inspect einops onnx \
-        onnxscript onnx-ir ml-dtypes psutil safetensors pydantic pydantic-core annotated-types typing-inspection tyro \
-        docstring-parser typeguard jaxtyping wadler-lindig aiohttp pyarrow pytest pytest-timeout hypothesis \
+        onnxscript onnx-ir ml-dtypes psutil safetensors pydantic pydantic-core annotated-types typing-inspection \
+        jaxtyping wadler-lindig aiohttp pyarrow pytest pytest-timeout hypothesis \
         beartype sortedcontainers iniconfig pluggy pygments
     for wheel in "$dir"/transformer_engine_cu13-*.whl; do
         split -b "$PART" "$wheel" "$wheel.part." && rm "$wheel"

@@ -16,7 +16,7 @@ from mcore_rl.directories import check_free, locked, mark, remove
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.terminal import printable
 
-_NO_PLACE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 """errors of a path that stays wrong, however often it is tried"""
 
 
@@ -28,22 +28,23 @@ def whole_directory(target: Path) -> Iterator[Path]:
         ConfigError: `target` exists, or what lies where it is to be written is not ours.
         CheckpointError: it cannot be written, or another process is writing it.
     """
-    target = Path(target)
+    target = _without_dots(Path(target))
     if os.path.lexists(target):  # a link that leads nowhere too: nothing can take its place
         raise ConfigError(f"{target} exists; remove it or name another directory")
     partial, remedy = target.with_name(target.name + ".partial"), "name another target"
     try:
         check_free(partial, remedy, kind="conversion")
-        partial.mkdir(parents=True, exist_ok=True)
-        mark(partial, "conversion")
-        with locked(partial, remedy, CheckpointError):
-            try:
-                yield _emptied(partial / "whole")
-                sync_directory(partial / "whole")
-                (partial / "whole").rename(target)
-                sync_directory(target.parent)
-            finally:
-                remove(partial, remedy, kind="conversion")
+        with _parents(partial):
+            partial.mkdir(exist_ok=True)
+            mark(partial, "conversion")
+            with locked(partial, remedy, CheckpointError):
+                try:
+                    yield _emptied(partial / "whole")
+                    sync_directory(partial / "whole")
+                    (partial / "whole").rename(target)
+                    sync_directory(target.parent)
+                finally:
+                    remove(partial, remedy, kind="conversion")
     except OSError as error:
         place = f"{error.filename or partial}: {error.strerror or error}"
         if error.errno in _NO_PLACE:
@@ -51,6 +52,26 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{place}; nothing is left of the conversion. Make room or make it writable, and convert again"
         ) from error
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the directories above `path`; those that are new and empty in the end go again."""
+    new = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for parent in new:
+            with contextlib.suppress(OSError):  # it holds what was converted
+                parent.rmdir()
+
+
+def _without_dots(target: Path) -> Path:
+    """The same place without `..`, which would need the directory before it to be made."""
+    if target.name in ("", ".."):
+        return Path(os.path.realpath(target))
+    return Path(os.path.realpath(target.parent)) / target.name
 
 
 def _emptied(directory: Path) -> Path:

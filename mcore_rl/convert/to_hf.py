@@ -12,9 +12,9 @@ from torch import Tensor
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import INDEX, Form, SafetensorsWriter, copy_side_files
+from mcore_rl.model.hf.files import EMBEDDING, INDEX, Form, SafetensorsWriter, copy_side_files
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.hf.torch_dist import torch_dist_reader
+from mcore_rl.model.hf.torch_dist import torch_dist_reader, torch_dist_types
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 
@@ -37,8 +37,8 @@ def write_hf(
     arch = read_architecture(config)
     mapping = ParameterMap(arch, arch.vocab)
     read = torch_dist_reader(source, mapping)
-    dtype = read("model.norm.weight").dtype
-    forms = encoded_forms(mapping, encoding, dtype)
+    types = torch_dist_types(source, mapping)
+    forms = encoded_forms(mapping, encoding, types)
     shards = _shards(forms, shard_bytes)
     progress = ConversionProgress(len(forms))
     tensors = _Encoded(mapping, encoding, read)
@@ -52,7 +52,7 @@ def write_hf(
                 weight_map[name] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    copy_side_files(config, directory, dtype, encoding.config(mapping))
+    copy_side_files(config, directory, types[EMBEDDING], encoding.config(mapping))
     return progress
 
 

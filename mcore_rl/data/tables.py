@@ -13,6 +13,7 @@ import weakref
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -20,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_rl import strict_json
-from mcore_rl.data.suspects import look_wrong
 from mcore_rl.errors import ChangedFileError, DataError, StorageError
 
 DIGEST_BYTES = 8
@@ -148,7 +148,7 @@ class Records:
 
 _CHUNK = 1 << 23
 """bytes that are read at a time while lines are counted"""
-_LINE_FEED = ord("\n")
+_LINE_FEED, _RETURN, _SPACE_BAR, _OPEN, _CLOSE = b"\n\r {}"
 _SPACE = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 
 
@@ -223,7 +223,11 @@ class JsonLines:
             data = _read(self._file, first, self._ends[block.stop - 1])
             starts = self._starts[block.start : block.stop] - first
             ends = self._ends[block.start : block.stop] - first
-            found.append(np.flatnonzero(look_wrong(data, starts, ends, quoted)) + block.start)
+            wrong = _no_objects(data, starts, ends) | _undecodable(data, starts)
+            places = starts.tolist(), ends.tolist()
+            for key in quoted:
+                wrong |= np.fromiter(map(data.find, repeat(key), *places), np.int64, len(block)) < 0
+            found.append(np.flatnonzero(wrong) + block.start)
         return np.concatenate(found)
 
     def _blocks(self, rows: range) -> Iterator[range]:
@@ -268,6 +272,29 @@ def _lines_of(
     maybe = np.searchsorted(all_starts, np.concatenate(spaced)).tolist()
     blank = [line for line in maybe if not _read(file, all_starts[line], all_ends[line]).strip()]
     return all_starts, all_ends, np.array(blank, np.int64)
+
+
+def _no_objects(
+    data: bytes, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """[lines] whether one does not stand between { and }, or holds a control character."""
+    characters = np.frombuffer(data, np.uint8)
+    last = ends - 1
+    last = last - (characters[last] == _RETURN)  # lines of Windows
+    wrong = (characters[starts] != _OPEN) | (characters[np.maximum(last, 0)] != _CLOSE)
+    control = np.flatnonzero((characters < _SPACE_BAR) & (characters != _LINE_FEED) & (characters != _RETURN))
+    wrong[np.searchsorted(starts, control, side="right") - 1] = True
+    return wrong
+
+
+def _undecodable(data: bytes, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """[lines] True for the first that is not UTF-8."""
+    wrong = np.zeros(len(starts), np.bool_)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        wrong[np.searchsorted(starts, error.start, side="right") - 1] = True
+    return wrong
 
 
 def _read(file: int, begin: Any, end: Any) -> bytes:

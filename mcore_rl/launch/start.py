@@ -19,6 +19,7 @@ from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
+from mcore_rl.training.faults.deadline import ExitTimer
 from mcore_rl.training.faults.exits import (
     append,
     end_of_events,
@@ -32,8 +33,9 @@ from mcore_rl.training.faults.exits import (
     typed,
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
+from mcore_rl.training.faults.watchdog import GRACE_SECONDS
 from mcore_rl.training.rundir import held, warn_of_others
-from mcore_rl.training.sampled import check_directory, check_source
+from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
 
 
 def under_torchrun() -> bool:
@@ -73,7 +75,8 @@ def run_rank(config: Config, source: Source) -> int:
     if int(os.environ["RANK"]) != 0:
         return _run_recorded(config, partial(_run, config, source))
     with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
-        _warn(config)
+        doubts = doubts_of_source(config) if source.rollouts is not None else []
+        _warn(config, doubts)
         return _run_recorded(config, partial(_run, config, source))
 
 
@@ -95,9 +98,9 @@ def run_alone(config: Config) -> int:
         return _run_recorded(config, partial(_sample, config))
 
 
-def _warn(config: Config) -> None:
+def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
     warn_of_others(config)
-    for what in warnings(config):
+    for what in [*warnings(config), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)
 
@@ -126,10 +129,24 @@ def _run_recorded(config: Config, work: Callable[[], None]) -> int:
             say(str(done))
     except BaseException as error:  # of user code too: whatever it is, not every step is done
         code = last_words(run_dir, typed(error), since)
-    append(run_dir, "end", exit_code=code)
-    end_descendants()
-    faulthandler.dump_traceback_later(config.train.step_timeout, exit=True)  # a thread may never let it leave
+    _end_with(code, config)
     return code
+
+
+def _end_with(code: int, config: Config) -> None:
+    """Say in events.jsonl that this rank ends with `code`, after which nothing ends it with another one."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(code)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    end_descendants()
+    append(config.run.dir, "end", exit_code=code)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    faulthandler.dump_traceback_later(config.train.step_timeout)  # a thread may never let it leave
+    ExitTimer(code).start(config.train.step_timeout + GRACE_SECONDS)
 
 
 def catch_signals() -> None:
@@ -166,14 +183,22 @@ def _run(config: Config, source: Source) -> None:
         from mcore_rl.training.from_dumps import train_from_dumps
 
         train_from_dumps(config, source.rollouts, source.resume)
-    elif config.supervised_only:
-        from mcore_rl.training.supervised import train_supervised
-
-        train_supervised(config, source.resume)
     else:
-        from mcore_rl.training.loop import train
+        train_of(config)(config, source.resume)
 
-        train(config, source.resume)
+
+def train_of(config: Config) -> Callable[[Config, str | None], None]:
+    """The loop of the config's kind of training."""
+    match config.run.kind:
+        case "rl":
+            from mcore_rl.training.loop import train
+        case "sft":
+            from mcore_rl.training.supervised import train_supervised as train
+        case "preference":
+            from mcore_rl.training.preference import train_preference as train
+        case "reward_model":
+            from mcore_rl.training.reward_model import train_reward_model as train
+    return train
 
 
 def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int:

@@ -3,7 +3,3 @@
 It speaks the subset that training uses, with the field names and reply shapes of SGLang 0.5.23, and refuses
 the rest.
 """
-
-from mcore_rl.server.server import serve
-
-__all__ = ["serve"]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 
-import tyro
-
 from mcore_rl.errors import McoreRLError
-from mcore_rl.server.server import serve
-from mcore_rl.terminal import printable
+from mcore_rl.server.options import add_options, run_server
+from mcore_rl.terminal import CommandParser, printable
 
 
 def main() -> None:
     """Serves; a typed error ends the process with its message and exit code."""
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("mcore_rl").setLevel(logging.INFO)
+    parser = CommandParser(prog="python -m mcore_rl.server", description="The embedded rollout server.")
+    add_options(parser)
     try:
-        tyro.cli(serve)
+        run_server(parser.parse_args())
     except McoreRLError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -23,7 +23,7 @@ from mcore_rl.verify.golden.inputs import load
 from mcore_rl.verify.golden.trajectories import Trajectories
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-CASES = 116
+CASES = 119
 
 
 def failed(report: Report) -> set[str]:

@@ -138,6 +138,23 @@ def test_an_existing_target_is_left_alone(dense_source: Path, tmp_path: Path) ->
     assert not any((tmp_path / "mcore").iterdir())
 
 
+@pytest.mark.parametrize("target", ["nope/..", "nope/.", "nope/../..", ".", "", "nope/deep/new"])
+def test_no_directory_is_left_where_nothing_was_converted(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError):
+        hf_to_mcore(Path("no model"), Path(target))
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_dots_in_a_target_need_no_directory(dense_source: Path, tmp_path: Path) -> None:
+    hf_to_mcore(dense_source, tmp_path / "nope/../new/deep")
+    assert (tmp_path / "new/deep" / COMMITTED).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_what_lies_where_the_target_is_written_is_left_alone(dense_source: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mcore.partial" / "mine"
     mine.parent.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mcore_rl.errors import ConfigError, RolloutError
+from mcore_rl.errors import ConfigError, ResourceError, RolloutError
 from mcore_rl.log import EVENTS, append_event, read_metrics
-from mcore_rl.training.faults.exits import end_of_events, last_words, not_worth_a_restart, record, recorded
+from mcore_rl.training.faults.exits import (
+    end_of_events,
+    exit_code_of,
+    last_words,
+    not_worth_a_restart,
+    record,
+    recorded,
+    typed,
+)
 from tests.sources import ROOT
 
 HANG = """
@@ -47,9 +56,51 @@ def test_a_hang_ends_with_the_place(tmp_path: Path):
 
 def test_a_hang_that_keeps_the_interpreter_ends_too(tmp_path: Path):
     done = hang(tmp_path, "ctypes.PyDLL(None).sleep(50)")
-    assert done.returncode == 1
+    assert done.returncode == 75
     assert "Timeout" in done.stderr
     assert "<string>" in done.stderr
+
+
+STAYS = """
+import atexit, ctypes, sys
+from pathlib import Path
+from mcore_rl.config import load_config
+from mcore_rl.errors import ConfigError
+from mcore_rl.launch import start
+start.GRACE_SECONDS = 0.2
+
+def work():
+    atexit.register(ctypes.PyDLL(None).sleep, 50)
+    raise ConfigError("the cause")
+
+start.catch_signals()
+sys.exit(start._run_recorded(load_config(Path(sys.argv[1]), sys.argv[2:]), work))
+"""
+
+
+def test_a_rank_leaves_with_the_code_that_it_said_whatever_holds_it(tmp_path: Path):
+    """As threads of torch do that look for a host; a signal on the way out changes nothing either."""
+    flags = ["examples/sft_tiny.toml", "--run.dir", str(tmp_path), "--train.step_timeout", "1"]
+    for stays, asked in ((STAYS, None), (STAYS.replace("PyDLL", "CDLL"), signal.SIGTERM)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", stays, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        if asked is not None:
+            wait_for_end(tmp_path, process)
+            process.send_signal(asked)
+        said = process.communicate(timeout=60)[1]
+        assert "the cause" in said
+        last = read_metrics(tmp_path / "events.jsonl")[-1]
+        assert (last["kind"], last["exit_code"], process.returncode) == ("end", 2, 2)
+        (tmp_path / "events.jsonl").unlink()
+
+
+def wait_for_end(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not (run_dir / "events.jsonl").exists() or '"end"' not in (run_dir / "events.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_who_makes_progress_is_left_in_peace(tmp_path: Path):
@@ -134,17 +185,31 @@ def test_an_echo_is_silent_and_a_cause_is_not(tmp_path: Path, as_rank, capsys):
     as_rank(1)
     record(tmp_path, KeyError("of an earlier attempt"))
     since = end_of_events(tmp_path)
-    cause = MemoryError("the cause")
+    cause = KeyError("the cause")
     record(tmp_path, cause)
     as_rank(0)
     assert last_words(tmp_path, RuntimeError("Connection closed by peer"), since) == 1
     assert capsys.readouterr().err == ""
     as_rank(1)
     assert last_words(tmp_path, cause, since) == 1
-    assert "MemoryError on rank 1: the cause" in capsys.readouterr().err
+    assert "KeyError on rank 1: 'the cause'" in capsys.readouterr().err
     as_rank(2)
     assert last_words(tmp_path, ValueError("no echo has this type"), since) == 1
     assert "no echo" in capsys.readouterr().err
+
+
+def test_no_memory_is_one_cause_with_one_code(tmp_path: Path, as_rank, capsys):
+    """`recorded` and the last words agree, since the launcher goes by the first event."""
+    as_rank(1)
+    with pytest.raises(ResourceError) as lacking, recorded(tmp_path):
+        raise MemoryError
+    assert last_words(tmp_path, typed(lacking.value), 0) == 75
+    (event,) = read_metrics(tmp_path / "events.jsonl")
+    assert (event["type"], event["exit_code"]) == ("ResourceError", 75)
+    assert exit_code_of(MemoryError()) == 75
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "gets no more memory at" in said
 
 
 def test_a_restart_of_what_no_restart_mends(tmp_path: Path, as_rank, monkeypatch):

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from mcore_rl.errors import ConfigError, RewardError
-from mcore_rl.rewards import RewardPool, Task, check_rate
+from mcore_rl.errors import ConfigError, ResourceError, RewardError
+from mcore_rl.rewards import RewardFunction, RewardPool, Task, check_rate, workers
 from mcore_rl.rewards.pool import Reasons
+from mcore_rl.rewards.process import RewardProcess
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 from tests.sources import ROOT
 
@@ -39,8 +40,8 @@ def groups(*texts: str) -> list[Group]:
 def pool_of(
     function: str, *, workers: int = 2, model: Path | None = None, seconds: float = SECONDS
 ) -> RewardPool:
-    task = Task(f"{FUNCTIONS}:{function}", {"a": 2.0}, 8.0, model)
-    return RewardPool(task, workers=workers, timeout=seconds)
+    functions = (RewardFunction(f"{FUNCTIONS}:{function}"),)
+    return RewardPool(Task(functions, {"a": 2.0}, 8.0, model, timeout=seconds), workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def pool() -> Iterator[RewardPool]:
         ("generator", "raised", "raised GeneratorExit"),
         ("_exits", "exited", r"ended its process \(status 0\)"),
         ("crashes", "exited", r"ended its process \(SIGSEGV\)"),
+        ("signal", "exited", r"ended its process \(signal 39\)"),
         ("hangs", "timeout", "gave no reward within 3 s"),
         ("prints", "output", "printed more than 1 MiB"),
         ("grows", "memory", "raised MemoryError"),
@@ -69,6 +71,14 @@ def pool() -> Iterator[RewardPool]:
         ("copy", "forked", "forked, and the new process came back"),
         ("copy raises", "forked", "forked, and the new process came back"),
         ("void", "grader", "returned Void"),
+        ("kills its group", "exited", r"ended its process \(SIGKILL\)"),
+        ("closes all", "exited", "ended its process"),
+        ("stops", "timeout", "gave no reward within"),
+        ("says noise", "exited", "ended its process"),
+        ("says half", "timeout", "gave no reward within"),
+        ("says too much", "exited", "ended its process"),
+        ("says an object", "exited", "ended its process"),
+        ("says a number", "exited", "ended its process"),
     ],
 )
 def test_its_sample_is_void_and_the_others_have_rewards(pool, capfd, text, reason, said):
@@ -183,6 +193,30 @@ pool = pool_of("does", workers=1)
 print(int(scored.samples[0].reward), flush=True)
 sys.stdin.read()
 """
+
+
+def test_a_worker_that_is_killed_while_it_starts_costs_no_sample(monkeypatch):
+    """The first one ends the run, worth a retry: nobody has imported the function yet."""
+    monkeypatch.setattr(workers, "PATIENCE", 0.0)  # a second one is started at once
+    begin = RewardProcess.__init__
+    started, doomed = [], {2}
+
+    def killed(worker: RewardProcess, task: Task) -> None:
+        begin(worker, task)
+        started.append(worker)
+        if len(started) in doomed:
+            worker.process.kill()
+
+    monkeypatch.setattr(RewardProcess, "__init__", killed)
+    with pool_of("does") as one:
+        scored, reasons = one.score(groups(*["slow"] * 20))
+        assert len(started) > 1
+        assert not reasons.counts
+        assert all(sample.reward is not None for sample in scored[0].samples)
+    doomed.add(len(started) + 1)
+    with pool_of("does") as one, pytest.raises(ResourceError, match="was killed") as lost:
+        one.score(groups("42"))
+    assert lost.value.exit_code == 75
 
 
 def test_a_worker_ends_with_a_trainer_that_is_killed():

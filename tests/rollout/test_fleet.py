@@ -17,7 +17,7 @@ from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import wait_ready
 from mcore_rl.rollout.processes import Embedded, LocalServer, SGLang
-from mcore_rl.server import serve
+from mcore_rl.server.server import serve
 from tests.rollout.support import http, running, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True}

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from mcore_rl.errors import ConfigError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.processes import Embedded, LocalServer
-from mcore_rl.server import bodies, serve
+from mcore_rl.server import bodies
 from mcore_rl.server.bodies import MalformedBodyError, encode, parse_json
+from mcore_rl.server.server import serve
 from tests.rollout.support import CONTEXT, DEADLINE, VOCAB, http, save_model, wait_until
 from tests.server.probed_server import Probed
 

@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_json_object
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
+from mcore_rl.model.hf.stored import StoredTensor, open_safetensors, stored_tensors
 from mcore_rl.terminal import listed, short
 from mcore_rl.weight_files import INDEX, weight_files
 
@@ -63,7 +63,7 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
 def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in files:
-        with _open(file) as tensors:
+        with open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dictionary
                 if name in found:
                     raise ConfigError(
@@ -71,13 +71,6 @@ def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
                     )
                 found[name] = file
     return found
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises its own, untyped error for a damaged header
-        raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error
 
 
 def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
@@ -89,24 +82,24 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     Raises:
         ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
     """
-    files = {name: file for name, file in checkpoint_files(directory).items() if not name.endswith(_COMPUTED)}
-
-    def read(name: str) -> Tensor:
-        with _open(files[name]) as tensors:
-            return tensors.get_tensor(name)
-
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, file in files.items():
-        with _open(file) as tensors:
-            part = tensors.get_slice(name)
-            found[name] = (tuple(part.get_shape()), part.get_dtype())
+    stored = hf_tensors(directory)
     pair = ("lm_head.weight", "model.embed_tokens.weight")
-    if table.arch.tied and found.keys() >= set(pair) and torch.equal(*(read(name) for name in pair)):
-        del found[pair[0]]
-    problems = table.problems(found)
+    if (
+        table.arch.tied
+        and stored.keys() >= set(pair)
+        and torch.equal(*(stored[name].read() for name in pair))
+    ):
+        del stored[pair[0]]
+    problems = table.problems({name: (tensor.shape, tensor.type) for name, tensor in stored.items()})
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
-    return read
+    return lambda name: stored[name].read()
+
+
+def hf_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """HF tensor name -> where it lies, rotary frequencies left out; raises as `checkpoint_files`."""
+    files = checkpoint_files(directory)
+    return stored_tensors({name: file for name, file in files.items() if not name.endswith(_COMPUTED)})
 
 
 def check_side_files(directory: Path) -> None:
@@ -123,12 +116,18 @@ def check_side_files(directory: Path) -> None:
 
 
 def copy_side_files(
-    source: Path, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+    source: Path,
+    directory: Path,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    classifier: bool = False,
 ) -> None:
     """config.json, tokenizer and the rest of SIDE_FILES.
 
     config.json tells the type of the weights beside it, `dtype`, whatever that of `source` was: a reader that
     goes by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    `classifier`: the weights are those of a sequence classifier with one label, whatever `source` was.
     """
     for name in SIDE_FILES:
         if (source / name).exists():
@@ -136,9 +135,23 @@ def copy_side_files(
     config = json.loads((source / "config.json").read_text())
     told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+    if classifier:
+        config |= _as_classifier(config)
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _as_classifier(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json that make transformers read one label, at the last token but padding."""
+    names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
+    return {
+        "architectures": names,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": config.get("pad_token_id"),
+        "tie_word_embeddings": False,
+    }
 
 
 def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:

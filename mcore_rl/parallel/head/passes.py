@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype, combined, merge_statistics
+from mcore_rl.parallel.head.rows import accumulate_dtype, combined, merge_statistics
 
 MIB = 1 << 20
 MAX_ROWS = 1024
@@ -214,14 +214,14 @@ def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slic
 
 def merged(stats: Tensor, call: Call, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log_prob, entropy, M and log S of `rows`, from this shard's statistics of them: one collective."""
-    return merge_statistics(_gather_statistics(stats, call.shard.group), call.scale)
+    return merge_statistics(gather_statistics(stats, call.shard.group), call.scale)
 
 
 def gradients(
     hidden: Tensor,
     weight: Tensor,
     call: Call,
-    terms_of: Callable[[slice, Tensor], RowTerms],
+    differentiate: Callable[[slice, Tensor, Tensor], None],
     begin: Callable[[Tensor], Callable[[], Tensor]] | None,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -229,7 +229,8 @@ def gradients(
 
     Args:
         hidden: [R, H] scored rows.
-        terms_of: (rows, their logits) -> what the row kernel needs; called for each wave, in order.
+        differentiate: (rows, their logits, room) writes dL/dlogits of the rows into the room, which may be
+            the logits' own; called for each wave, in order.
         begin: starts the reduction of dL/dhidden [R, H], which runs beside the last GEMM for the weight; None
             where no gradient in the hidden states is wanted.
     """
@@ -246,7 +247,9 @@ def gradients(
         dlogits = room[: chunk.stop - chunk.start]
         for wave in parts(chunk, tiling.wave):
             out = dlogits[wave.start - chunk.start : wave.stop - chunk.start]
-            _wave_gradient(hidden, live, call, terms_of, wave, out, apart)
+            logits = out if apart is None else apart[: len(out)]
+            _write_logits(hidden, live, call, wave, logits)
+            differentiate(wave, logits, out)
         if grad_hidden is not None and begin is not None:
             torch.mm(dlogits, live, out=grad_hidden[chunk])
             finish = begin(grad_hidden) if chunk.stop == everything.stop else finish
@@ -255,17 +258,19 @@ def gradients(
     return (None if finish is None else finish()), accumulator
 
 
-def _wave_gradient(
-    hidden, live, call: Call, terms_of, wave: slice, out: Tensor, apart: Tensor | None
-) -> None:
-    logits = out if apart is None else apart[: len(out)]
-    for tile in parts(wave, call.tiling.tile):
-        place = logits[tile.start - wave.start : tile.stop - wave.start]
+def logits_of(hidden: Tensor, live: Tensor, call: Call, rows: slice) -> Tensor:
+    """Logits [C, live] of some scored rows, before the temperature, in memory of their own."""
+    logits = _room(hidden, rows.stop - rows.start, len(live))
+    _write_logits(hidden, live, call, rows, logits)
+    return logits
+
+
+def _write_logits(hidden: Tensor, live: Tensor, call: Call, rows: slice, out: Tensor) -> None:
+    """Write the logits of some rows by the tiles and columns of every pass, so that they round alike."""
+    for tile in parts(rows, call.tiling.tile):
+        place = out[tile.start - rows.start : tile.stop - rows.start]
         for columns in parts(slice(0, len(live)), call.tiling.columns):
             _logits(hidden[tile], live[columns], place[:, columns])
-    terms = terms_of(wave, logits)
-    kernels = row_kernels(logits.device, logits.dtype)
-    kernels.logit_gradient(logits, call.local(wave), terms, call.scale, out)
 
 
 # --- GEMMs and collectives ------------------------------------------------------------------------------
@@ -283,13 +288,13 @@ def _logits(hidden: Tensor, live: Tensor, out: Tensor) -> Tensor:
     return torch.mm(hidden, live.T, out.dtype, out=out)
 
 
-def _gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[4, C] -> [ranks, 4, C], in one collective; none where C, equal in the group, is 0."""
+def gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[S, C] -> [ranks, S, C], in one collective; none where C, equal in the group, is 0."""
     if group is None or stats.shape[1] == 0:
         return stats[None]
-    gathered = stats.new_empty(group.size() * 4, stats.shape[1])
+    gathered = stats.new_empty(group.size() * len(stats), stats.shape[1])
     dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
-    return gathered.view(group.size(), 4, -1)
+    return gathered.view(group.size(), len(stats), -1)
 
 
 def _weight_accumulator(weight: Tensor) -> Tensor:

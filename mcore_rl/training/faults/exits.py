@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import resource
 import signal
 import sys
@@ -40,21 +41,23 @@ LOST = "RankLost"
 """the type of an error event by which a rank names another one that left without any"""
 _PR_SET_PDEATHSIG = 1
 _LAUNCH = "mcore_rl_"
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|bad_alloc")
+"""in the errors of torch's allocators, which are no MemoryError"""
 _spare: list[int] = []
 leaving = threading.Event()
 """set once this rank has met an error, and closes what it has opened"""
 
 
 def exit_code_of(error: BaseException) -> int:
-    """What the process ends with: the error's own code, 75 for OSError and RuntimeError, else 1.
+    """What the process ends with: the error's own code, 75 for OSError, RuntimeError and MemoryError, else 1.
 
-    A full disk, a peer that is gone, a collective past its deadline, a GPU out of memory: worth a retry.
+    A full disk, a peer that is gone, a collective past its deadline, no memory: worth a retry.
     """
     if isinstance(error, McoreRLError):
         return error.exit_code
     if isinstance(error, AskedToLeave):
         return int(error.code or 0)
-    return EXIT_RETRYABLE if isinstance(error, OSError | RuntimeError) else EXIT_BUG
+    return EXIT_RETRYABLE if isinstance(error, OSError | RuntimeError | MemoryError) else EXIT_BUG
 
 
 def rank() -> int:
@@ -104,8 +107,11 @@ def recorded(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # SystemExit too: the other ranks fail because of it
-        record(run_dir, error)
-        raise
+        known = typed(error)
+        record(run_dir, known)
+        if known is error:
+            raise
+        raise known from error
 
 
 def launch_name() -> str:
@@ -119,16 +125,53 @@ def launched_here() -> bool:
 
 
 def typed(error: BaseException) -> BaseException:
-    """`error`, or a ResourceError that says what to do where the system's limit of open files caused it."""
-    if isinstance(error, McoreRLError) or os.strerror(errno.EMFILE) not in str(error):
+    """`error`, or a ResourceError that says what to do where a limit of the system caused it.
+
+    These are the limit of open files, and memory: Python's, the system's, or that of torch's allocators.
+    """
+    limited = _of_memory(error)
+    if limited is None and not isinstance(error, McoreRLError):
+        limited = _of_open_files(error)
+    if limited is None:
         return error
+    limited.__cause__ = error
+    return limited
+
+
+def _of_open_files(error: BaseException) -> ResourceError | None:
+    if os.strerror(errno.EMFILE) not in str(error):
+        return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limited = ResourceError(
+    return ResourceError(
         f"rank {rank()} may open {soft} files and has no more (ulimit -n, {hard} at most): {error}. Raise "
         "it: `ulimit -n 65536` before the command, LimitNOFILE= of a service, --ulimit nofile=65536 of docker"
     )
-    limited.__cause__ = error
-    return limited
+
+
+def _of_memory(error: BaseException) -> ResourceError | None:
+    """Also of an error that calls a file or a configuration wrong because memory for it was missing."""
+    cause: BaseException | None = error
+    while cause is not None and not _lacks_memory(cause):
+        cause = (
+            (cause.__cause__ or cause.__context__) if getattr(cause, "exit_code", 0) == EXIT_CONFIG else None
+        )
+    if cause is None:
+        return None
+    frames = traceback.extract_tb(cause.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    what = str(error).partition("\n")[0] or type(error).__name__
+    return ResourceError(
+        f"process {os.getpid()} gets no more memory{where}: {what}. Give it more (ulimit -v, the limit of "
+        "its container), or let it need less: train.tokens_per_micro_batch, a layout of more ranks (mcore-rl "
+        "plan counts it)"
+    )
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    in_torch = isinstance(error, RuntimeError) and not isinstance(error, McoreRLError)
+    return isinstance(error, MemoryError) or (in_torch and bool(_NO_MEMORY.search(str(error))))
 
 
 def end_of_events(run_dir: Path) -> int:

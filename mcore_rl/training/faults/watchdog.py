@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcore_rl.errors import EXIT_RETRYABLE
+from mcore_rl.training.faults.deadline import ExitTimer
 from mcore_rl.training.faults.exits import append, rank, say
 from mcore_rl.training.faults.siblings import state_of
 
@@ -32,8 +33,9 @@ class Watchdog:
     """Every rank has one, and calls `progress` at the same places.
 
     After `timeout` seconds without it a thread writes the stacks of all threads to rank_N.txt, waits a
-    moment for the other ranks to do the same, and ends the process. Behind it stands faulthandler's timer,
-    which needs no interpreter: for a call that hangs without letting go of the interpreter's lock.
+    moment for the other ranks to do the same, and ends the process. Behind it stand timers that need no
+    interpreter, for a call that hangs without letting go of the interpreter's lock: faulthandler's for the
+    stacks, and one that ends the process with the same exit code.
     """
 
     def __init__(self, run_dir: Path, attempt: str, world_size: int, timeout: float) -> None:
@@ -43,12 +45,14 @@ class Watchdog:
         self._closed = threading.Event()
         self._since = "the start"
         self._deadline = time.monotonic() + timeout
+        self._last_resort = ExitTimer(EXIT_RETRYABLE)
 
     def progress(self, what: str) -> None:
         """`what` is done; the clock starts again."""
         self._since = what
         self._deadline = time.monotonic() + self._timeout
-        faulthandler.dump_traceback_later(self._timeout + 2 * GRACE_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(self._timeout + 2 * GRACE_SECONDS)
+        self._last_resort.start(self._timeout + 3 * GRACE_SECONDS)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -60,6 +64,7 @@ class Watchdog:
             yield
         finally:
             self._closed.set()
+            self._last_resort.stop()
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
