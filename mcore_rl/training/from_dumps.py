@@ -116,7 +116,7 @@ def examine(
     Raises:
         DataError, ConfigError: as load_groups.
     """
-    for step in steps:
+    for step in reversed(steps):  # of those that the same weights sampled, the last is the stalest
 
         def work(step: int = step) -> None:
             _read(directory, step, fit)
