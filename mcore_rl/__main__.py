@@ -263,7 +263,7 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config(arguments.config, overrides)
     if config.supervised_only:
-        raise ConfigError('rollout: algorithm.name = "sft" samples nothing; set another one')
+        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" samples nothing; set "rl"')
     return run_alone(config)
 
 

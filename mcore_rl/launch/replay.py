@@ -25,6 +25,8 @@ from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
 from mcore_rl.training.faults.watchdog import collective_timeout
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.preference import loss_of
+from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.setup import (
     layout_of,
     model_settings,
@@ -93,6 +95,8 @@ def _build(config: Config, mesh: Mesh, kind: str) -> Model:
 def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
     if kind == "supervised":
         return NegativeLogLikelihood()
+    if kind == "preference":
+        return SequenceObjective(loss_of(config.preference), mesh.cp if mesh.layout.context > 1 else None)
     if kind == "critic":
         return ValueObjective(config.critic.value_clip or None, config.critic.coef)
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)

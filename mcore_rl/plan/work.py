@@ -20,7 +20,7 @@ from mcore_rl.training.setup import fp8_of
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One rollout step, or one batch of supervised training."""
+    """One rollout step, or one batch of training without rollouts."""
 
     samples: int
     prompt_tokens: float
@@ -104,9 +104,13 @@ def work_of(
     supervised = config.supervised_only
     algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params, a.loss)
     reward = None if supervised else config.reward.model
+    compared = config.run.kind == "preference"
+    answers = 2 if compared and config.preference.loss != "kto" else 1
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
     return PlannedStep(
-        samples=config.supervised.batch_size if supervised else r.prompts_per_step * r.samples_per_prompt,
+        samples=config.supervised.batch_size * answers
+        if supervised
+        else r.prompts_per_step * r.samples_per_prompt,
         prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
         response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,
         longest_response=r.max_new_tokens,
@@ -117,7 +121,11 @@ def work_of(
         precision=config.model.precision,
         recompute=config.train.recompute,
         distributed_optimizer=config.optimizer.distributed,
-        reference=not supervised and algorithm.needs_reference,
+        reference=(
+            compared and config.preference.loss != "orpo" and config.residency.reference != "kept"
+            if supervised
+            else algorithm.needs_reference
+        ),
         critic=not supervised and algorithm.needs_critic,
         reward_model=None if reward is None else read_architecture(reward),
         reward_flops=0.0 if reward is None else _flops_of(reward) / _flops_of(config.model.path),
