@@ -154,11 +154,18 @@ class Section(BaseModel):
     )
 
 
+Kind = Literal["rl", "sft", "preference", "reward_model"]
+"""what a run trains by"""
+
+
 class RunConfig(Section):
-    """Where a run writes, and its seed."""
+    """What kind of training a run is, where it writes, and its seed."""
 
     dir: FilePath
     """Where the run writes everything; relative to the current directory, like every path here."""
+    kind: Kind = "rl"
+    """`rl`: reinforcement learning on rollouts; `sft`: supervised, on answers that the data has;
+    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
 
@@ -209,10 +216,20 @@ class DataConfig(Section):
     """Shares of the paths of `train` in every step, exactly; unset, all rows are shuffled together."""
     eval: FilePath | None = None
     """Held-out prompts in the same formats: one set named after the file, a sample of each; or see [eval]."""
+    validation: FilePath | None = None
+    """Held-out rows like those of `train`, of which training without rollouts measures the loss."""
     prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
     """Key of the prompt: a string, or a list of chat messages; `a.b.c` looks into objects."""
     label_key: str = "label"
     """Key of the reference answer, any value of JSON; empty, rows have none."""
+    chosen_key: Annotated[str, Field(min_length=1)] = "chosen"
+    """Key of the better answer of a pair: a string, or messages, its own or the whole conversation."""
+    rejected_key: Annotated[str, Field(min_length=1)] = "rejected"
+    """Key of the worse one."""
+    margin_key: str = ""
+    """With `reward_model`, key of the number by which the chosen answer is better; empty, rows have none."""
+    completion_key: Annotated[str, Field(min_length=1)] = "completion"
+    """Key of an answer on which the label is a verdict, true or false (`kto`)."""
     id_key: Annotated[str, Field(min_length=1)] = "id"
     """Key of a name that is unique in its file; unset, `id`, or the line where a row has none."""
     apply_chat_template: bool = False
@@ -366,7 +383,7 @@ class AlgorithmConfig(Section):
     """What is optimised."""
 
     name: Annotated[str, Field(min_length=1)] = "gspo"
-    """A reinforcement-learning algorithm, or `sft` for supervised training on the labels."""
+    """A reinforcement-learning algorithm."""
     params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
     """The algorithm's own numbers, where they differ from its paper's."""
     loss: Annotated[str, AfterValidator(_function_name)] | None = None
@@ -419,15 +436,15 @@ class TrainConfig(Section):
     """Length, memory and evaluation of the run."""
 
     steps: Count
-    """Rollouts to train on; batches with `sft`."""
+    """Rollouts to train on; batches, where run.kind is another one than `rl`."""
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch, padding included."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, those of attention, those of every layer."""
     eval_every: NonNegative = 0
-    """Steps between evaluations; 0 evaluates at the start and the end only."""
+    """Steps between evaluations, validations too; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000
-    """Held-out prompts of a set in one evaluation, at most."""
+    """Held-out prompts of a set in one evaluation, and rows of data.validation, at most."""
     step_timeout: Seconds = 600.0
     """Seconds after which a step without progress ends the run."""
 
@@ -435,8 +452,9 @@ class TrainConfig(Section):
 class ResidencyConfig(Section):
     """What leaves the GPU while it is not used. It waits in host memory; the servers' memory is freed."""
 
-    reference: Literal["resident", "offloaded", "swapped"] = "resident"
-    """`swapped`: no second model; for scoring, the policy takes its first weights back."""
+    reference: Literal["resident", "offloaded", "swapped", "kept"] = "resident"
+    """`swapped`: no second model; for scoring, the policy takes its first weights back. `kept`, in preference
+    training: no second model; what it says of all rows is computed once, at the start."""
     critic: Literal["resident", "offloaded"] = "resident"
     """Its weights and gradients, outside of its own scoring and updates."""
     reward_model: Literal["resident", "offloaded"] = "resident"
@@ -458,13 +476,6 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
     background: bool = True
     """Write while training goes on, from a copy in host memory; false waits for the disk."""
-
-
-class SupervisedConfig(Section):
-    """Supervised training, with `algorithm.name = "sft"`."""
-
-    batch_size: Count = 256
-    """Sequences of one optimizer step over all replicas."""
 
 
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}

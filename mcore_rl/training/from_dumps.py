@@ -14,6 +14,7 @@ from pathlib import Path
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config
 from mcore_rl.dumps.directory import dumped_steps, find_dumps, groups_file, read_step
+from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, NothingToDo
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
@@ -35,6 +36,7 @@ from mcore_rl.training.loop import learn, save_samples
 from mcore_rl.training.run import Learner
 from mcore_rl.training.sampled import check_source
 from mcore_rl.training.setup import start_trainer
+from mcore_rl.training.trainer import Trainer
 from mcore_rl.types import Group, Prompt
 
 
@@ -50,7 +52,8 @@ def train_from_dumps(config: Config, source: Path, resume: str | None = None) ->
     """
     with start(config, source, resume) as (learner, steps):
         trainer, directory = learner.trainer, find_dumps(source)
-        fit = Trainable.of(config, trainer.tokenizer, replayed_experts(config))
+        fit = Trainable.of(config, trainer.tokenizer, trainer.shape, replayed_experts(config))
+        examine(trainer, directory, steps, fit)
         for step in steps:
             with trainer.timers("rollout"):
                 groups = load_groups(trainer.mesh, directory, step, fit)
@@ -101,6 +104,27 @@ def steps_of(config: Config, source: Path, after: int) -> list[int]:
     )
 
 
+def examine(trainer: Trainer, directory: Path, steps: Sequence[int], fit: Trainable) -> None:
+    """Meet what is wrong with any of the dumps before the first of them is trained; collective.
+
+    Raises:
+        DataError, ConfigError: as load_groups.
+    """
+    for step in steps:
+
+        def work(step: int = step) -> None:
+            _read(directory, step, fit)
+
+        on_main(trainer.mesh, work)
+        trainer.attempt.reached(f"the dump of step {step} was examined")
+
+
+def _read(directory: Path, step: int, fit: Trainable) -> RolloutDump:
+    dump = read_step(directory, step)
+    check_dump(dump, fit, groups_file(directory, step))
+    return dump
+
+
 def load_groups(mesh: Mesh, directory: Path, step: int, fit: Trainable) -> list[Group]:
     """The groups of a dump on every rank, read by the main rank; collective.
 
@@ -109,8 +133,7 @@ def load_groups(mesh: Mesh, directory: Path, step: int, fit: Trainable) -> list[
     """
 
     def work() -> tuple[Columns, dict[str, Prompt]]:
-        dump = read_step(directory, step)
-        check_dump(dump, fit, groups_file(directory, step))
+        dump = _read(directory, step, fit)
         groups = dump.groups if fit.experts is not None else [_unrouted(group) for group in dump.groups]
         return pack_groups(groups), {s.prompt.id: s.prompt for group in groups for s in group.samples}
 

@@ -154,7 +154,7 @@ class RewardSource:
         samples = [sample for group in groups for sample in group.samples]
         pad = read_hf_config(model.source).get("pad_token_id")
         # What is scored is the state before a row's token: one more token, of any id, has the whole sample.
-        whole = [TokenSequence(_up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
+        whole = [TokenSequence(up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
         scores = [float(score[0]) for score in values(model, whole, self.shape)] if whole else []
         for sample, score in zip(samples, scores, strict=True):
             if not isfinite(score):
@@ -188,7 +188,7 @@ def check_weights(weights: Mapping[str, float], samples: Sequence[Sample], names
         ).on_every_rank()
 
 
-def _up_to_padding(ids: list[int], pad: int | None) -> list[int]:
+def up_to_padding(ids: list[int], pad: int | None) -> list[int]:
     """The ids less the padding at their end, where no classifier learnt to score."""
     end = len(ids)
     while end > 1 and ids[end - 1] == pad:

@@ -144,7 +144,8 @@ def load(tmp_path):
             {"rollout__max_staleness": 1, "algorithm__params.correction": '"icepop"'},
             "rollout.over_sampling: has no effect because rollout.max_staleness is 0",
         ),
-        ({"supervised__batch_size": 8}, {"algorithm__name": "sft"}, "supervised.batch_size: has no effect"),
+        ({"supervised__batch_size": 8}, {"run__kind": "sft"}, "supervised.batch_size: has no effect"),
+        ({"algorithm__name": "sft"}, {"algorithm__name": "ppo"}, 'is a kind of run; set run.kind = "sft"'),
         (
             {"rollout__server": "sglang"},
             {"rollout__python": "python3"},
@@ -201,9 +202,9 @@ def test_weights_in_fp8_go_by_every_transport(load, transport):
     ],
 )
 def test_supervised_training_refuses_the_keys_of_rollouts(load, key):
-    with pytest.raises(ConfigError, match=f'{key}: has no effect because algorithm.name is "sft"'):
-        load(algorithm__name="sft", **{key: 1})
-    assert key.split(".")[1] not in to_toml(load(algorithm__name="sft"))
+    with pytest.raises(ConfigError, match=f'{key}: has no effect because run.kind is "sft"'):
+        load(run__kind="sft", **{key: 1})
+    assert key.split(".")[1] not in to_toml(load(run__kind="sft"))
     assert key.split(".")[1] in to_toml(load())
 
 

@@ -53,7 +53,7 @@ def setting(sound_setting: Path, tmp_path: Path) -> Setting:
     config = root / "config.toml"
     config.write_text(
         f'[run]\ndir = "{root}/run"\n[model]\npath = "{root}/model"\n[data]\ntrain = "{root}/train.jsonl"\n'
-        f'eval = "{root}/eval.jsonl"\n[train]\nsteps = 3\n[algorithm]\nname = "gspo"\n'
+        f'eval = "{root}/eval.jsonl"\n[train]\nsteps = 3\n[algorithm]\n'
     )
     return Setting(config, root / "model", root / "train.jsonl", root / "eval.jsonl")
 
@@ -146,13 +146,13 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
             s.train.write_text(json.dumps({"prompt": "1+1=", "label": "2" * 8}) + "\n"),
             s.config.write_text(s.config.read_text().replace(f'eval = "{s.eval}"\n', "")),
         ),
-        ("--algorithm.name", "sft", "--supervised.batch_size", "1"),
+        ("--run.kind", "sft", "--supervised.batch_size", "1"),
         "train.jsonl:1:label: prompt '1' of 4 tokens and the label and its end of sequence of 9 make 13",
         "shorten it",
     ),
     "a batch larger than the file": (
         lambda s: s.train.write_text("\n".join(s.train.read_text().split("\n")[:5])),
-        ("--algorithm.name", "sft", "--supervised.batch_size", "6"),
+        ("--run.kind", "sft", "--supervised.batch_size", "6"),
         "supervised.batch_size = 6, the file has 5 usable prompts",
         "lower it",
     ),
