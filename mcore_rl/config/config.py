@@ -16,7 +16,6 @@ from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, Supervised
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
-    CheckpointConfig,
     CriticConfig,
     DataConfig,
     EvalConfig,
@@ -25,13 +24,13 @@ from mcore_rl.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     PublishConfig,
-    ResidencyConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     Section,
     TrainConfig,
 )
+from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
 from mcore_rl.errors import ConfigError
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
