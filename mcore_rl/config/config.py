@@ -378,7 +378,8 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
         elif all(one.reward for one in config.held_out.values()):
             why = f'run.kind is "{config.run.kind}", and every held-out set has a reward'
             unused["reward.function"] = why
-    unused |= dict(unused_of_kind(config.run.kind, config.supervised.target, config.preference))
+    kind, target, samples = config.run.kind, config.supervised.target, config.samples_responses
+    unused |= dict(unused_of_kind(kind, target, config.preference, samples=samples))
     if config.reward.functions:
         unused["reward.function"] = "reward.functions are there in its place"
     if config.reward.model is None:
