@@ -39,9 +39,6 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/accuracy": "Mean reward over the prompts of a set, of the mean over each one's samples "
         "(mean@k), from a reward function.",
         "eval/*/reward": "The same from a reward model, whose scores are no accuracy.",
-        "eval/*/loss": "With `sft`, nats per label token, the mean over the labels of a set; "
-        "see docs/evaluation.md.",
-        "eval/*/labels": "Labels that it is the mean of.",
         "eval/*/pass@*": "Chance that one of k samples passes, without bias; see docs/evaluation.md.",
         "eval/*/majority@*": "How often the answer that most of k samples give passes.",
         "eval/*/low": "Lower end of the 95 % interval of the metric before it, over prompts.",

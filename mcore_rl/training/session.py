@@ -22,7 +22,7 @@ from mcore_rl.model.residency import Residency, ResidentPart
 from mcore_rl.training.assemble_rollouts import evaluating
 from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
-from mcore_rl.training.evaluation_sets import EvalSet, load_set_functions
+from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.metrics import Gathered, work_of
 from mcore_rl.training.model_passes import Update, run_update
@@ -109,7 +109,6 @@ def start_session(
     frozen: Mapping[str, Model] = _NONE,
     waiting: Mapping[str, ResidentPart] = _NONE,
     held_out: Sequence[Example] | None = None,
-    beside: Callable[[Sequence[EvalSet]], Metrics] = lambda sets: {},
 ) -> Iterator[Session]:
     """The run of a model that was started, undone on exit, with the state of the checkpoint it continues.
 
@@ -117,14 +116,13 @@ def start_session(
         frozen: prefix in checkpoints -> a model that only scores.
         waiting: name in residency.NEEDED -> what waits in host memory.
         held_out: the rows of data.validation, where they are read already.
-        beside: what is measured of the held-out sets besides their samples; collective.
     """
     config = trainer.config
     rows = validation_rows(config, trainer.tokenizer) if held_out is None else held_out
     contents = Contents({"": trainer.optimizer}, frozen, {"cursor": trainer.cursor})
     restore(trainer, contents)
     residency = Residency({**waiting, **offloaded_optimizers(config, contents.optimizers)})
-    with evaluating(trainer, beside) as evaluate:
+    with evaluating(trainer) as evaluate:
         yield Session(trainer, contents, residency, evaluate, rows)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.algo.losses import weighted_sum
 from mcore_rl.algo.metrics import Key, Mean, check_surprise, gradient_scale, gradient_scale_sums
@@ -20,9 +18,6 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.batch import Shape, pack_share
-from mcore_rl.training.data import response_of
-from mcore_rl.training.evaluation_sets import EvalSet
-from mcore_rl.training.held_out_loss import LabelLoss
 from mcore_rl.training.metrics import HeadGradient, LossTotal, read
 from mcore_rl.training.model_passes import Update, log_probs
 from mcore_rl.training.objective import Parts
@@ -35,31 +30,18 @@ HEAD = Key("head", HeadGradient(None))
 def train_supervised(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model.
 
-    Held-out sets are evaluated as in reinforcement learning, by servers that the policy is published to, and
-    by the loss on their labels; of the rows of data.validation the loss is measured.
+    Held-out sets are evaluated as in reinforcement learning, by servers that the policy is published to; of
+    the rows of data.validation the loss is measured.
     """
-    with start_model(config, resume) as trainer:
-        policy, shape = trainer.policy, trainer.shape
-        beside = label_loss(config, policy, shape, trainer.tokenizer)
-        validate = partial(validate_supervised, policy, shape)
-        with start_session(trainer, beside=beside) as session:
-            for step in session.steps(validate):
-                with trainer.timers("train"):
-                    rows = session.next_batch()
-                    update = supervised_update(trainer.optimizer, shape, rows, step)
-                    totals, optimized = session.optimize(update)
-                session.log(step, rows, supervised_metrics(totals, rows) | optimized, validate)
-            session.export()
-
-
-def label_loss(
-    config: Config, policy: Model, shape: Shape, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[Sequence[EvalSet]], Metrics]:
-    """What is measured of held-out sets beside their samples: the loss on labels, where these are trained."""
-    if config.supervised.target != "label":
-        return lambda sets: {}
-    longest = min(limit.tokens for limit in response_of(config).limits)
-    return LabelLoss(policy, shape, tokenizer, cast(int, tokenizer.eos_token_id), longest)
+    with start_model(config, resume) as trainer, start_session(trainer) as session:
+        validate = partial(validate_supervised, trainer.policy, trainer.shape)
+        for step in session.steps(validate):
+            with trainer.timers("train"):
+                rows = session.next_batch()
+                update = supervised_update(trainer.optimizer, trainer.shape, rows, step)
+                totals, optimized = session.optimize(update)
+            session.log(step, rows, supervised_metrics(totals, rows) | optimized, validate)
+        session.export()
 
 
 def supervised_update(optimizer: Optimizer, shape: Shape, rows: Sequence[Example], step: int) -> Update:
