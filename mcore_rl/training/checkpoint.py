@@ -106,6 +106,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         if which is not None:
             saved = find(root, which)
             check_form(saved)
+            check_kind(saved, config.run.kind)
             check_history(config, saved, known)
             return saved
         if known:
@@ -116,6 +117,18 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         return None
 
     return on_main(mesh, look)
+
+
+def check_kind(saved: Saved, kind: str) -> None:
+    """Raises ConfigError for the checkpoint of a run that trained by another kind."""
+    before = saved.document["config"]
+    earlier = "sft" if before.get("algorithm", {}).get("name") == "sft" else "rl"  # before there were kinds
+    known = before.get("run", {}).get("kind", earlier)
+    if known != kind:
+        raise ConfigError(
+            f'{saved.path} was saved by a run of the kind "{known}", and run.kind is "{kind}"; begin a run '
+            "with its model as model.path"
+        )
 
 
 def check_form(saved: Saved) -> None:
