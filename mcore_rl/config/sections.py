@@ -103,6 +103,8 @@ def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         for one in value if isinstance(value, list) else [value]:
             _plain_params({name: one})
+            if isinstance(one, str) and re.match(r"https?://[^/\s]*@", one):
+                raise ValueError(f"{name} holds a password; a key goes into the variable that key_env names")
     return arguments
 
 

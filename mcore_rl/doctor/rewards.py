@@ -27,7 +27,7 @@ from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 _EACH = 8
 """prompts that a function is tried on"""
-_LOOKED_AT = 10_000
+_LOOKED_AT = 2000
 """prompts among which those are looked for that a function is for"""
 _OF_DATA = frozenset({"raised", "exited", "timeout", "memory", "output", "forked", "returned"})
 """reasons that are faults of the function itself; any other is one that it chose"""
@@ -44,7 +44,8 @@ def check_reward(config: Config, found: PromptSet) -> Iterator[Finding]:
         return
     functions = reward_functions(config)
     load_rewards(functions)
-    prompts = list(islice(found.prompts, _LOOKED_AT))
+    chosen_by_row = any(one.when for one in functions)
+    prompts = list(islice(found.prompts, _LOOKED_AT if chosen_by_row else _EACH))
     yield from _without_function(functions, prompts)
     chosen = {prompt.id: prompt for one in functions for prompt in _first(one, prompts)}
     if chosen:

@@ -25,6 +25,7 @@ from mcore_rl.types import Group, RewardPart, Sample, TurnReward
 
 PATIENCE = 0.02
 """seconds without an answer after which one more worker is started, where there is work for it"""
+_ENDED = "ended its process"
 _LOST_STARTS = 8
 """workers that may be lost while they start, where the function could be imported before"""
 
@@ -161,8 +162,10 @@ class Workers:
                     self._read(worker, said)
             except McoreRLError:
                 raise
-            except (EOFError, OSError, ValueError, RecursionError):  # the last two: user code wrote into it
-                return self._lost(worker, "exited", "ended its process")
+            except (EOFError, OSError):
+                return self._lost(worker, "exited", _ENDED)
+            except (ValueError, RecursionError):
+                return self._lost(worker, "exited", "wrote into its connection to the trainer")
             return bool(answers)
         if worker.printed > PRINTED:
             return self._lost(worker, "output", f"printed more than {PRINTED >> 20} MiB")
@@ -202,8 +205,8 @@ class Workers:
             if self._of_group is not None and self._lost_starts <= _LOST_STARTS:
                 return False  # others have imported the function: one more is started where there is work
             names = joined(one.function for one in self._task.functions)
-            raise _no_start(names, killed=reason == "exited" and status == -signal.SIGKILL)
-        if reason == "exited":
+            raise _no_start(names, killed=why == _ENDED and status == -signal.SIGKILL)
+        if why == _ENDED:
             why = f"{why} ({_how(status)})"
         if worker.of is not None:
             self._answer(worker.of, _void(worker.of.asked, reason, why))

@@ -297,6 +297,10 @@ def test_several_reward_functions_are_tables_of_their_names(load, tmp_path) -> N
         ({"reward__functions.math.when": "{a = {b = 1}}"}, "reward.functions.math.when.a.0"),
         ({"reward__functions.math.when": "{a = 1.5}"}, "reward.functions.math.when.a.0"),
         ({"reward__functions.math.args": "{a = {b = 1}}"}, "reward.functions.math.args: a must be"),
+        (
+            {"reward__functions.math.args": '{url = "http://me:secret@host/"}'},
+            "reward.functions.math.args: url holds a password; a key goes into .* key_env names$",
+        ),
         ({"reward__functions.math.args": "{a = [nan]}"}, "reward.functions.math.args: a must be"),
         ({"reward__weights.math": 2}, "reward.weights: math is a function.*reward.functions.math.weight"),
         ({"reward__weights.mth": 2}, "reward.weights: mth is no part of the functions math, tags"),

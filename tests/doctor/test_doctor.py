@@ -300,7 +300,7 @@ TABLE = "reward.functions.a"
                 "no",
             ),
             "warning",
-            "functions.a is for none of the first 6000 prompts",
+            "functions.a is for none of the first 2000 prompts",
         ),
         (
             ("--reward.function", "tests.doctor.rewards:half", "--reward.weights.a", "2"),
