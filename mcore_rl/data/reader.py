@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mcore_rl.data.chat import render
+from mcore_rl import strict_json
+from mcore_rl.data.chat import MAX_CHARACTERS, render
 from mcore_rl.data.messages import (
     LastAssistant,
     Message,
@@ -29,7 +30,8 @@ _KEYS_CHARS = 500
 """of a record's keys, as a message quotes them"""
 ROW_KEYS = ("system", "tools", "chat_template_kwargs")
 """keys of a row that a chat template is given, where the prompt is a list of messages"""
-_MISSING = object()
+MISSING = object()
+"""what look_up answers where a row has no such key"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class RowFormat:
     system: str | None = None
     tools: Sequence[Any] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def required_keys(self) -> tuple[str, ...]:
+        """Keys that no row may lack."""
+        label = (self.label_key,) if self.label_key and self.needs_label else ()
+        return (
+            self.prompt_key,
+            *(label if self.last_assistant != "drop" else ()),
+            *(() if self.id_key == "id" else (self.id_key,)),
+        )
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,8 @@ class RowReader:
         """
         form = self.form
         value = look_up(record, form.prompt_key)
-        if value is _MISSING:
-            raise _missing(place, form.prompt_key, record, "add it, or name the key in [data]")
+        if value is MISSING:
+            raise missing(place, form.prompt_key, record, "add it, or name the key in [data]")
         if "sampling_params" in record:
             raise DataError(
                 f"{place}:sampling_params: no prompt is sampled by parameters of its own, since training "
@@ -119,11 +131,13 @@ class RowReader:
 
     def _id(self, place: str, record: Mapping[str, Any], name: str, default: str) -> str:
         where, value = f"{place}:{self.form.id_key}", look_up(record, self.form.id_key)
-        if value is _MISSING and self.form.id_key != "id":
-            raise _missing(place, self.form.id_key, record, "add it, or name the key in data.id_key")
-        value = default if value is _MISSING else value
+        if value is MISSING and self.form.id_key != "id":
+            raise missing(place, self.form.id_key, record, "add it, or name the key in data.id_key")
+        value = default if value is MISSING else value
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise DataError(f"{where}: a {kind(value)}; expected a string or an integer (quote it)")
+        if value == "":
+            raise DataError(f"{where}: empty; give the row a name, or take the key out")
         if any("\ud800" <= character <= "\udfff" for character in str(value)):
             raise DataError(
                 f"{where}: {quoted(value)} holds half of a surrogate pair, which no file can hold; rename it"
@@ -138,6 +152,11 @@ class RowReader:
             run = {"data.system": form.system, "data.tools": form.tools}
             run["data.chat_template_kwargs"] = form.chat_template_kwargs
             given += [f"{where}: {key}" for key, its in run.items() if its]
+            if _is_text_of_messages(value):
+                raise DataError(
+                    f"{where}: the JSON text of messages, which would be a prompt as it stands; write the "
+                    "list itself"
+                )
             if given:
                 raise DataError(
                     f"{given[0]}: has no effect on a prompt that is a string; set data.apply_chat_template = "
@@ -163,24 +182,27 @@ class RowReader:
         )
 
     def _render(self, where: str, chat: _Chat, completion: Sequence[Message] = ()) -> str:
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"{where}: messages, but the tokenizer has no chat template; give prompts as strings"
-            )
+        self._needs_template(where)
         messages = [*chat.messages, *completion]
         return render(
             where, messages, self.tokenizer, tools=chat.tools, variables=chat.variables, asks=not completion
         )
 
+    def _needs_template(self, where: str) -> None:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{where}: messages, but the tokenizer has no chat template; give prompts as strings"
+            )
+
     def _label(self, place: str, record: Mapping[str, Any], chat: _Chat | None, text: str) -> Any:
         form, where = self.form, f"{place}:{self.form.label_key}"
-        value = look_up(record, form.label_key) if form.label_key else _MISSING
-        if value is _MISSING and chat is not None and chat.answer is not None:
+        value = look_up(record, form.label_key) if form.label_key else MISSING
+        if value is MISSING and chat is not None and chat.answer is not None:
             value = chat.answer
-        if value is _MISSING or (value is None and not form.needs_label):
+        if value is MISSING or (value is None and not form.needs_label):
             if form.label_key and form.needs_label:
                 remedy = 'add it, or name the key in [data] (data.label_key = "" where no reward reads it)'
-                raise _missing(place, form.label_key, record, remedy)
+                raise missing(place, form.label_key, record, remedy)
             return ""
         if value is None or not _is_json(value):
             raise DataError(
@@ -206,19 +228,21 @@ class RowReader:
 
 
 def look_up(record: Mapping[str, Any], key: str) -> Any:
-    """The value under `key`, or within objects under `a.b.c`; _MISSING where there is none."""
+    """The value under `key`, or within objects under `a.b.c`; MISSING where there is none."""
     if key in record:
         return record[key]
     value: Any = record
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
+            return MISSING
         value = value[part]
     return value
 
 
 def encode(place: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of `text`, no special token added. Raises DataError."""
+    if len(text) > MAX_CHARACTERS:  # of each, a tokenizer takes some hundred bytes
+        raise DataError(f"{place}: {len(text)} characters, and at most {MAX_CHARACTERS} are read; shorten it")
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # tokenizers raises bare Exception for text it has no token for
@@ -237,9 +261,20 @@ def special_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
+def missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
+    """The error of a row without a key, which says what keys it has."""
     have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
     return DataError(f"{place}:{key}: missing (keys here: {have}); {remedy}")
+
+
+def _is_text_of_messages(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = strict_json.parse(text.encode(errors="surrogatepass"))
+    except strict_json.JsonError:
+        return False
+    return bool(found) and _is_conversation(found)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -75,11 +75,8 @@ def run_rank(config: Config, source: Source) -> int:
     if int(os.environ["RANK"]) != 0:
         return _run_recorded(config, partial(_run, config, source))
     with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
-        warn_of_others(config)
         doubts = doubts_of_source(config) if source.rollouts is not None else []
-        for what in [*warnings(config), *doubts]:
-            say(f"warning: {what}")
-            append_event(config.run.dir, "warning", what=what)
+        _warn(config, doubts)
         return _run_recorded(config, partial(_run, config, source))
 
 
@@ -97,8 +94,15 @@ def run_alone(config: Config) -> int:
     check_directory(config)
     check_open_files()
     with held(config, publishes=False, dumps="sampled"):
-        warn_of_others(config)
+        _warn(config)
         return _run_recorded(config, partial(_sample, config))
+
+
+def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
+    warn_of_others(config)
+    for what in [*warnings(config), *doubts]:
+        say(f"warning: {what}")
+        append_event(config.run.dir, "warning", what=what)
 
 
 def _sample(config: Config) -> None:
@@ -179,14 +183,22 @@ def _run(config: Config, source: Source) -> None:
         from mcore_rl.training.from_dumps import train_from_dumps
 
         train_from_dumps(config, source.rollouts, source.resume)
-    elif config.supervised_only:
-        from mcore_rl.training.supervised import train_supervised
-
-        train_supervised(config, source.resume)
     else:
-        from mcore_rl.training.loop import train
+        train_of(config)(config, source.resume)
 
-        train(config, source.resume)
+
+def train_of(config: Config) -> Callable[[Config, str | None], None]:
+    """The loop of the config's kind of training."""
+    match config.run.kind:
+        case "rl":
+            from mcore_rl.training.loop import train
+        case "sft":
+            from mcore_rl.training.supervised import train_supervised as train
+        case "preference":
+            from mcore_rl.training.preference import train_preference as train
+        case "reward_model":
+            from mcore_rl.training.reward_model import train_reward_model as train
+    return train
 
 
 def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int:

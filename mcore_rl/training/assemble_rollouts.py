@@ -17,7 +17,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import RewardPool, Task
+from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
@@ -27,7 +27,7 @@ from mcore_rl.training.generation import Generation
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import Bounds, Sampling, open_requests
-from mcore_rl.training.rewards import RewardSource, Tally
+from mcore_rl.training.rewards import RewardSource, Tally, reward_functions, reward_title
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
@@ -104,8 +104,12 @@ def build_sampling(
 def reward_pool(config: Config, function: str | None = None) -> RewardPool:
     """The processes of a reward function, by default the run's, none of which runs yet."""
     r = config.reward
-    task = Task(function or r.function, r.weights, r.memory, config.model.path.absolute())
-    return RewardPool(task, workers=r.workers, timeout=r.timeout)
+    own = function in (None, reward_title(config))
+    functions = reward_functions(config) if own else (RewardFunction(str(function)),)
+    model = config.model.path.absolute()
+    processes = r.workers * (config.parallel.data or 1)
+    task = Task(functions, r.weights, r.memory, model, timeout=r.timeout, processes=processes)
+    return RewardPool(task, workers=r.workers)
 
 
 def _source_of(config: Config, rewards: RewardSource, function: str | None, stack: ExitStack) -> RewardSource:
@@ -113,7 +117,7 @@ def _source_of(config: Config, rewards: RewardSource, function: str | None, stac
     if function is None or (rewards.model is None and function == rewards.function):
         return rewards
     pool = stack.enter_context(reward_pool(config, function))
-    return replace(rewards, pool=pool, function=function, model=None, tally=Tally())
+    return replace(rewards, pool=pool, function=function, model=None, tally=Tally(), weights={})
 
 
 def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
@@ -127,7 +131,10 @@ def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> I
 
 def sampling_of(config: Config, decode: Callable[[Sequence[int] | Tokens], str]) -> Sampling:
     """How [rollout] asks for a sample, and how its text is read."""
-    return Sampling(config.rollout.sampling_params, config.run.seed, replayed_experts(config), decode)
+    r = config.rollout
+    launched = r.server == "embedded" and not r.urls
+    streams = config.reward.model is None and not launched
+    return Sampling(r.sampling_params, config.run.seed, replayed_experts(config), decode, streams)
 
 
 def replayed_experts(config: Config) -> ExpertLayers | None:
@@ -181,7 +188,8 @@ def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | s
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
         r, keep = config.reward, trainer.attempt.saved is not None
         pool = stack.enter_context(reward_pool(config))
-        rewards = RewardSource(trainer.mesh, pool, r.function, r.max_void, None, trainer.shape, Residency({}))
+        title = reward_title(config)
+        rewards = RewardSource(trainer.mesh, pool, title, r.max_void, None, trainer.shape, Residency({}))
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))

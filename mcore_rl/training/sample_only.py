@@ -24,7 +24,7 @@ from mcore_rl.log import Progress, StepLog, Timers
 from mcore_rl.model import platform
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.rewards import load_reward
+from mcore_rl.rewards import load_rewards
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.terminal import printable
@@ -32,14 +32,14 @@ from mcore_rl.training.assemble import build_frozen_reward_model
 from mcore_rl.training.assemble_rollouts import bounds_of, connect, replayed_experts, reward_pool, sampling_of
 from mcore_rl.training.assemble_servers import open_fleet
 from mcore_rl.training.batch import build_batch
-from mcore_rl.training.data import say_beginning, say_dropped
+from mcore_rl.training.data import passed_over, say_beginning, say_dropped
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.faults.watchdog import collective_timeout
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.keep_rollouts import DumpWriter, words_of
 from mcore_rl.training.metrics import sample_metrics
 from mcore_rl.training.prompt_source import PromptSource
-from mcore_rl.training.rewards import RewardSource
+from mcore_rl.training.rewards import RewardSource, reward_functions, reward_title
 from mcore_rl.training.sampled import begin, check_directory
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.setup import load_tokenizer, read_prompts, shape_of, watched
@@ -60,7 +60,7 @@ def sample_rollouts(config: Config) -> None:
         McoreRLError: with the remedy in its message; the dumps that were written stay.
     """
     done = check_directory(config)
-    load_reward(config.reward.function)
+    load_rewards(reward_functions(config))
     replayed_experts(config)
     if done >= config.train.steps:
         raise NothingToDo(f"nothing to do: {config.run.dir} has all {done} steps; raise train.steps for more")
@@ -101,7 +101,7 @@ class RolloutSource:
         batch = build_batch(groups)
         asked = self._config.rollout.prompts_per_step * self._config.rollout.samples_per_prompt
         metrics = {**(sample_metrics(batch, asked) if batch.samples else {}), **self._timers.collect()}
-        metrics |= self._generation.metrics | self._rewards.take_metrics()
+        metrics |= self._generation.metrics | self._rewards.take_metrics() | passed_over(self._dumps.cursor)
         self._log.write(step, metrics)
         print(printable(self._progress.line(step, metrics)), file=sys.stderr, flush=True)
 
@@ -163,7 +163,17 @@ def build_source(
     shape = shape_of(config, mesh)
     pool = stack.enter_context(reward_pool(config))
     most = config.reward.max_void
-    rewards = RewardSource(mesh, pool, config.reward.function, most, reward_model, shape, Residency({}))
+    rewards = RewardSource(
+        mesh,
+        pool,
+        reward_title(config),
+        most,
+        reward_model,
+        shape,
+        Residency({}),
+        weights=config.reward.weights,
+        names=config.reward.functions,
+    )
     timers = Timers()
     words = words_of(tokenizer)
     turns = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 0})})

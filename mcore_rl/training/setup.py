@@ -26,7 +26,7 @@ from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers
 from mcore_rl.model import platform
-from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
@@ -44,7 +44,14 @@ from mcore_rl.training.checkpoint import (
     leave_when_asked,
     open_checkpoints,
 )
-from mcore_rl.training.data import check_batch, response_of, row_format, say_beginning, say_dropped
+from mcore_rl.training.data import (
+    check_batch,
+    check_template,
+    response_of,
+    row_format,
+    say_beginning,
+    say_dropped,
+)
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.rundir import held_once, identity_of
@@ -111,7 +118,8 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     check_batch(config, prompts)
-    policy = build_policy(
+    build = build_critic if config.run.kind == "reward_model" else build_policy
+    policy = build(
         config.model.path,
         mesh,
         **model_settings(config),
@@ -228,6 +236,7 @@ def read_prompts(
         sampled: longest response of a held-out set, which is sampled whatever is trained.
         whole: examine every row, and not the beginning of a large file alone.
     """
+    check_template(config, tokenizer)
     return open_prompts(
         [path] if isinstance(path, Path) else path,
         tokenizer,

@@ -33,14 +33,42 @@ def grpo(**params: object) -> dict[str, object]:
         (grpo(kl_estimator="k2"), {"algorithm__params.kl_in_loss": 0.1}, "kl_estimator: has no effect"),
         (grpo(std="none", eps=1e-4), {"algorithm__params.std": "group"}, "params.eps: has no effect"),
         (grpo(std="none", ddof=0), {"algorithm__params.std": "batch"}, "params.ddof: has no effect"),
+        (grpo(whiten="true", ddof=0), {"algorithm__params.whiten": "false"}, "ddof: .* by their spread once"),
+        (grpo(whiten="true", std="batch"), {"algorithm__params.std": "group"}, "params.std: has no effect"),
+        (grpo(decoupled="true", ddof=0), {"algorithm__params.decoupled": "false"}, "by its own spread"),
         ({"train__eval_samples": 5}, {"data__eval": "e.jsonl"}, NO_SETS),
         (
-            {"algorithm__name": "sft", "rollout__temperature": 0.5},
-            {"data__eval": "e.jsonl"},
-            "rollout.temperature: has no effect because algorithm.name is .sft., and without held-out",
+            {"data__weights": "[3]"},
+            {"data__train": '["a.jsonl", "b.jsonl"]', "data__weights": "[3, 1]"},
+            "no effect on one path",
         ),
         (
-            {"algorithm__name": "sft", "publish__probe_sequences": 2},
+            {"reward__model": "rm", "reward__timeout": 5.0},
+            {"eval__sets.a.path": "e.jsonl", "eval__sets.a.reward": "m:f"},
+            "reward.timeout: has no effect because reward.model gives the rewards",
+        ),
+        (
+            {"run__kind": "sft", "reward__timeout": 5.0},
+            {"data__eval": "e.jsonl"},
+            "reward.timeout: has no effect because run.kind is .sft., and without held-out",
+        ),
+        (
+            {
+                "run__kind": "sft",
+                "reward__function": "m:f",
+                "eval__sets.a.path": "e.jsonl",
+                "eval__sets.a.reward": "m:g",
+            },
+            {"data__eval": "e.jsonl"},
+            "reward.function: has no effect because .* every held-out set has a reward",
+        ),
+        (
+            {"run__kind": "sft", "rollout__temperature": 0.5},
+            {"data__eval": "e.jsonl"},
+            "rollout.temperature: has no effect because run.kind is .sft., and without held-out",
+        ),
+        (
+            {"run__kind": "sft", "publish__probe_sequences": 2},
             {"data__eval": "e.jsonl"},
             "publish.probe_sequences: has no effect",
         ),
@@ -70,7 +98,7 @@ def test_k1_in_the_loss_has_no_gradient_in_expectation_and_the_others_have() -> 
     ("doubtful", "sound", "message"),
     [
         ({"optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "optimizer.lr: 0, so that nothing is learned"),
-        ({"algorithm__name": "sft", "optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "nothing is learned"),
+        ({"run__kind": "sft", "optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "nothing is learned"),
         ({"algorithm__name": "ppo", "critic__lr": 0.0}, {"critic__lr": 1e-6}, "critic.lr: 0"),
         ({"algorithm__name": "rloo"}, {"algorithm__mini_batches": 1}, "no importance ratio"),
         (
@@ -83,6 +111,31 @@ def test_k1_in_the_loss_has_no_gradient_in_expectation_and_the_others_have() -> 
             {"algorithm__epochs": 2},
             "eps_high: has no effect in the only update",
         ),
+        (
+            {
+                "algorithm__name": "dsv32",
+                "algorithm__params.delta": 0.2,
+                "algorithm__mini_batches": 1,
+            },
+            {"rollout__max_staleness": 1, "algorithm__params.correction": "tis-token"},
+            "delta: has no effect where the weights that sample",
+        ),
+        (
+            {"algorithm__name": "ppo", "critic__value_clip": 0.3, "algorithm__mini_batches": 1},
+            {"algorithm__epochs": 2},
+            "critic.value_clip: has no effect in the only update",
+        ),
+        (
+            {"algorithm__name": "ppo", "critic__coef": 0.5, "optimizer__clip_grad": 0.0},
+            {"optimizer__clip_grad": 1.0},
+            "critic.coef: has no effect on Adam",
+        ),
+        (
+            {"data__eval": "e.jsonl", "train__eval_every": 11},
+            {"train__eval_every": 10},
+            "11 steps never pass in a run of 10",
+        ),
+        ({"rollout__dump": 11}, {"rollout__dump": 10}, "no step of 10 is the 11th, and nothing is kept"),
     ],
 )
 def test_what_is_hardly_meant_is_said(load, doubtful, sound, message) -> None:

@@ -116,12 +116,18 @@ def check_side_files(directory: Path) -> None:
 
 
 def copy_side_files(
-    source: Path, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+    source: Path,
+    directory: Path,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    classifier: bool = False,
 ) -> None:
     """config.json, tokenizer and the rest of SIDE_FILES.
 
     config.json tells the type of the weights beside it, `dtype`, whatever that of `source` was: a reader that
     goes by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    `classifier`: the weights are those of a sequence classifier with one label, whatever `source` was.
     """
     for name in SIDE_FILES:
         if (source / name).exists():
@@ -129,9 +135,23 @@ def copy_side_files(
     config = json.loads((source / "config.json").read_text())
     told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+    if classifier:
+        config |= _as_classifier(config)
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _as_classifier(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json that make transformers read one label, at the last token but padding."""
+    names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
+    return {
+        "architectures": names,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": config.get("pad_token_id"),
+        "tie_word_embeddings": False,
+    }
 
 
 def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:
