@@ -149,14 +149,14 @@ def write_prompts(path: Path, problems: Sequence[Problem]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the models and the prompts; 0 when done, 2 where the package is not there."""
+    """Write the models and the prompts; 0 when done, 2 where the packages are not the ones."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--packages", type=Path, required=True, help="directory that pip installed into")
     arguments = parser.parse_args(argv)
     try:
         answer = write_models(arguments.out_dir, arguments.packages)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     problems = sums(LARGEST)
