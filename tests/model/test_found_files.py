@@ -190,6 +190,17 @@ def test_experts_that_are_missing_or_there_twice_are_named(tmp_path: Path) -> No
         tensors_of(fused)
 
 
+@pytest.mark.parametrize("shape", [(10**9, 0, 0), (4, 47, 32), (4, 48), (0, 48, 32)])
+def test_a_fused_tensor_that_cannot_be_is_no_expert(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """The first takes no bytes, and would name a thousand million experts."""
+    source = make("qwen3_moe", tmp_path / "hf")
+    fused, name = fuse(source), "model.layers.0.mlp.experts.gate_up_proj"
+    whole = load_file(fused / "model.safetensors")
+    save_file({**whole, name: torch.zeros(shape)}, fused / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"missing model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight"):
+        tensors_of(fused)
+
+
 # -- files beside the weights -----------------------------------------------------------------------------
 
 

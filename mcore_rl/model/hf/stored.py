@@ -19,6 +19,8 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 
 _FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
+_MOST_EXPERTS = 2**12
+"""a damaged file of no bytes may claim any number of them"""
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -60,7 +62,7 @@ def stored_tensors(files: Mapping[str, Path]) -> dict[str, StoredTensor]:
 def _experts(experts: str, kind: str, whole: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
     """(published name, its part) of every projection in a fused tensor; the tensor itself if it cannot be."""
     projections = _PROJECTIONS[kind]
-    if len(whole.shape) != 3 or whole.shape[1] % len(projections):
+    if len(whole.shape) != 3 or whole.shape[0] > _MOST_EXPERTS or whole.shape[1] % len(projections):
         yield whole.name, whole
         return
     count, rows = whole.shape[0], whole.shape[1] // len(projections)
