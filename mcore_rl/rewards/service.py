@@ -95,8 +95,11 @@ class Service:
         await asyncio.sleep(at - now)
 
     async def _attempt(self, session: aiohttp.ClientSession, body: Mapping[str, Any], key: str) -> Any:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with session.post(self.url, json=body, headers=headers, allow_redirects=False) as response:
+        headers = {"Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        sent = json.dumps(body, default=str)  # of a parquet file, metadata may hold dates
+        async with session.post(self.url, data=sent, headers=headers, allow_redirects=False) as response:
             raw = await response.content.read(_LONGEST_REPLY + 1)
             while len(raw) <= _LONGEST_REPLY and (more := await response.content.read(_LONGEST_REPLY)):
                 raw += more

@@ -174,7 +174,7 @@ def main() -> None:
     except BaseException as error:  # what is wrong is said by the pool
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
-    connection.send_bytes(json.dumps({"of_group": scorer.of_group}).encode())
+    connection.send_bytes(json.dumps(scorer.of_group).encode())
     while True:
         try:
             numbers, asked = pickle.loads(connection.recv_bytes())  # noqa: S301

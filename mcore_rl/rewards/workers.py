@@ -5,6 +5,7 @@ One thread has them. What user code does to a process ends its call, never this 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -130,7 +131,7 @@ class Workers:
         """Read what workers say within some time, and start one more where that finds work."""
         now = time.monotonic()
         seconds = [w.deadline - now for w in self._workers if w.busy]
-        if self._left:
+        if self._left and len(self._workers) < self._most:
             seconds.append(PATIENCE)
         sources: list[Any] = [self._bell, *(w.socket for w in self._workers)]
         sources += [w.output for w in self._workers if w.prints]
@@ -160,7 +161,7 @@ class Workers:
                     self._read(worker, said)
             except McoreRLError:
                 raise
-            except (EOFError, OSError, ValueError):
+            except (EOFError, OSError, ValueError, RecursionError):  # the last two: user code wrote into it
                 return self._lost(worker, "exited", "ended its process")
             return bool(answers)
         if worker.printed > PRINTED:
@@ -179,8 +180,8 @@ class Workers:
             self._answer(call, answers)
         elif isinstance(said, dict) and "error" in said:
             raise ConfigError(str(said["error"]))
-        elif isinstance(said, dict) and isinstance(said.get("of_group"), list):
-            self._of_group, worker.ready = [bool(one) for one in said["of_group"]], True
+        elif isinstance(said, list) and len(said) == len(self._task.functions):
+            self._of_group, worker.ready = [bool(one) for one in said], True
         else:
             raise ValueError("no beginning")
 
@@ -247,10 +248,13 @@ def _checked(said: Any, samples: int) -> Iterator[Any]:
             continue
         try:
             reward, parts, turns = one
-            yield Outcome(
+            found = Outcome(
                 float(reward),
                 tuple(RewardPart(str(name), float(value), float(weight)) for name, value, weight in parts),
                 tuple(TurnReward(int(token), float(value)) for token, value in turns),
             )
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError("no outcome") from error
+        if not math.isfinite(found.reward):
+            raise ValueError("no finite reward")
+        yield found

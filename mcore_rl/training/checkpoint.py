@@ -28,7 +28,7 @@ from mcore_rl.checkpoint import (
 )
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
-from mcore_rl.data.cursor import knows_content
+from mcore_rl.data.cursor import PromptCursor, knows_content
 from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
 from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model
@@ -169,6 +169,7 @@ def restore(trainer: Trainer, contents: Contents) -> None:
     if saved is not None and checkpoints is not None:
         _load(saved, checkpoints, contents)
         _log_resume(saved, trainer.config, trainer.step_log, is_main=trainer.mesh.is_main)
+        _say_mended(trainer.cursor, trainer.step_log, is_main=trainer.mesh.is_main)
     on_main(trainer.mesh, lambda: begin(trainer.config, trainer.attempt.identity))
 
 
@@ -180,6 +181,14 @@ def _load(saved: Saved, checkpoints: Checkpoints, contents: Contents) -> None:
     for name, part in contents.stateful.items():
         if name in document["state"]:  # the saved run may have had no such part
             part.restore(document["state"][name])
+
+
+def _say_mended(cursor: PromptCursor, step_log: StepLog, *, is_main: bool) -> None:
+    if cursor.mended and is_main:
+        rows = ", ".join(str(row + 1) for row in sorted(cursor.mended))
+        step_log.event("rows_mended", rows=rows)
+        what = f"the training prompts are those of the saved run, but for rows that were malformed: {rows}"
+        print(printable(what), file=sys.stderr, flush=True)
 
 
 def _log_resume(saved: Saved, config: Config, step_log: StepLog, *, is_main: bool) -> None:

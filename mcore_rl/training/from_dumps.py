@@ -6,7 +6,7 @@ same bits as it did when it was sampled, from the same weights at the same layou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +33,10 @@ from mcore_rl.training.check_dump import Trainable, check_dump
 from mcore_rl.training.checkpoint import end_step, restore
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.loop import learn, save_samples
+from mcore_rl.training.mismatch import DUMPS
 from mcore_rl.training.run import Learner
 from mcore_rl.training.sampled import check_source
 from mcore_rl.training.setup import start_trainer
-from mcore_rl.training.trainer import Trainer
 from mcore_rl.types import Group, Prompt
 
 
@@ -53,7 +53,7 @@ def train_from_dumps(config: Config, source: Path, resume: str | None = None) ->
     with start(config, source, resume) as (learner, steps):
         trainer, directory = learner.trainer, find_dumps(source)
         fit = Trainable.of(config, trainer.tokenizer, trainer.shape, replayed_experts(config))
-        examine(trainer, directory, steps, fit)
+        examine(trainer.mesh, directory, steps, fit, trainer.attempt.reached)
         for step in steps:
             with trainer.timers("rollout"):
                 groups = load_groups(trainer.mesh, directory, step, fit)
@@ -83,7 +83,8 @@ def start(config: Config, source: Path, resume: str | None) -> Iterator[tuple[Le
         if trainer.mesh.is_main:
             say(f"trains on the rollouts of {len(steps)} steps in {source}: no server, no evaluation")
         trainer.attempt.reached("the models were built")
-        yield Learner(**learner_parts(trainer, models, residency)), steps
+        learner = Learner(**learner_parts(trainer, models, residency))
+        yield replace(learner, mismatch=replace(learner.mismatch, sampler=DUMPS)), steps
 
 
 def steps_of(config: Config, source: Path, after: int) -> list[int]:
@@ -104,19 +105,24 @@ def steps_of(config: Config, source: Path, after: int) -> list[int]:
     )
 
 
-def examine(trainer: Trainer, directory: Path, steps: Sequence[int], fit: Trainable) -> None:
+def examine(
+    mesh: Mesh, directory: Path, steps: Sequence[int], fit: Trainable, reached: Callable[[str], None]
+) -> None:
     """Meet what is wrong with any of the dumps before the first of them is trained; collective.
+
+    Args:
+        reached: says that the run goes on, after each of them.
 
     Raises:
         DataError, ConfigError: as load_groups.
     """
-    for step in steps:
+    for step in reversed(steps):  # of those that the same weights sampled, the last is the stalest
 
         def work(step: int = step) -> None:
             _read(directory, step, fit)
 
-        on_main(trainer.mesh, work)
-        trainer.attempt.reached(f"the dump of step {step} was examined")
+        on_main(mesh, work)
+        reached(f"the dump of step {step} was examined")
 
 
 def _read(directory: Path, step: int, fit: Trainable) -> RolloutDump:

@@ -22,9 +22,30 @@ from mcore_rl.training.faults.exits import say
 from mcore_rl.types import Sample
 
 _FRACTION = 0.999
-_CAUSES = (
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Where the samples come from, in messages."""
+
+    whose: str
+    """log-probs they are"""
+    causes: str
+    """why they may differ from the trainer's"""
+    look: str
+    """remedy: where to look"""
+
+
+SERVERS = Sampler(
+    "the servers'",
     "the servers sample from other weights, at another temperature or in another precision, or something "
-    "between changes what they send"
+    "between changes what they send",
+    "See the servers' logs and what lies between",
+)
+DUMPS = Sampler(
+    "the dump's",
+    "these weights are not those that sampled it: steps are missing, or they were trained otherwise",
+    "Begin with the weights that the first dump was sampled from, and train every step",
 )
 
 
@@ -94,6 +115,7 @@ class Mismatch:
     step_log: StepLog
     says: bool
     """this rank tells the terminal"""
+    sampler: Sampler = SERVERS
     notices: Notices = field(default_factory=Notices)
 
     def screen(
@@ -131,10 +153,9 @@ class Mismatch:
         self.step_log.event("mismatch", step=step, p999=found, limit=limit)
         worst = batch.samples[int(means(gaps).argmax())].id
         raise MismatchError(
-            f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
-            f"quantile (publish.tolerance_p999 = {limit:g}), most in sample {worst}: {_CAUSES}. Nothing of "
-            "the step was trained. See the servers' logs and what lies between; raise the tolerance only "
-            "where two sound engines differ by so much"
+            f"step {step}: {self._differ(found)}, most in sample {worst}: {self.sampler.causes}. Nothing of "
+            f"the step was trained. {self.sampler.look}; raise the tolerance only where two sound engines "
+            "differ by so much"
         ).on_every_rank()
 
     def _drop(
@@ -151,7 +172,7 @@ class Mismatch:
             raise MismatchError(
                 f"step {step}: the log-probs of all {dropped} samples differ from the trainer's by "
                 f"{mean.min():.2e} or more in the mean (publish.tolerance_p999 = {limit:g}), and none is "
-                f"left to train: {_CAUSES}. See the servers' logs and what lies between"
+                f"left to train: {self.sampler.causes}. {self.sampler.look}"
             ).on_every_rank()
         if dropped:
             worst = int(mean.argmax())
@@ -160,7 +181,7 @@ class Mismatch:
                 self.notices.say(
                     f"step {step}: {dropped} of {len(batch.samples)} samples dropped, whose log-probs differ "
                     f"from the trainer's by more than {limit:g} in the mean, by {mean[worst]:.2e} in "
-                    f"{batch.samples[worst].id}: {_CAUSES}"
+                    f"{batch.samples[worst].id}: {self.sampler.causes}"
                 )
         left = replace(
             batch,
@@ -177,7 +198,12 @@ class Mismatch:
         self.step_log.event("mismatch", step=step, p999=found, limit=limit)
         if self.says:
             self.notices.say(
-                f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
-                f"quantile (publish.tolerance_p999 = {limit:g}): {_CAUSES}; it was trained: "
+                f"step {step}: {self._differ(found)}: {self.sampler.causes}; it was trained: "
                 'publish.mismatch_action = "stop" ends the run before, "drop" leaves such samples out'
             )
+
+    def _differ(self, found: float) -> str:
+        return (
+            f"{self.sampler.whose} log-probs differ from the trainer's by {found:.2e} at the 99.9 % quantile "
+            f"(publish.tolerance_p999 = {self.limit:g})"
+        )

@@ -188,6 +188,7 @@ def test_trajectories_of_a_dump_are_trained_segment_by_segment(ranks, folder, li
     flags = ("--rollout.dump", "1", "--parallel.tensor", "2")
     done = ranks.run(*from_dumps(folder, tmp_path / "run", directory, *flags), world=2)
     assert done.returncode == 0, done.stderr
+    assert "step 1: the dump's log-probs differ" in done.stderr, "they are those of other contexts"
     (line,) = learned(tmp_path / "run")
     alive = [s for g in made for s in g.samples if not s.void]
     assert (line["samples"], line["tokens"]) == (15, sum(s.trained_tokens for s in alive))

@@ -101,6 +101,8 @@ WHAT = {
     "says half": lambda s: _say(struct.pack("!i", 1000) + b"[1"),
     "says too much": lambda s: _say(struct.pack("!i", 1 << 30)),
     "says an object": lambda s: _say(struct.pack("!i", 2) + b"{}"),
+    "says NaN": lambda s: _say(struct.pack("!i", 15) + b"[[NaN, [], []]]"),
+    "says a tower": lambda s: _say(struct.pack("!i", 100_000) + b"[" * 100_000),
     "says a number": lambda s: _say(struct.pack("!i", 3) + b"[1]"),
     "copy": lambda s: _copy("returns", s),
     "copy raises": lambda s: _copy("raises", s),

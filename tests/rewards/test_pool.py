@@ -78,6 +78,8 @@ def pool() -> Iterator[RewardPool]:
         ("says half", "timeout", "gave no reward within"),
         ("says too much", "exited", "ended its process"),
         ("says an object", "exited", "ended its process"),
+        ("says NaN", "exited", "ended its process"),
+        ("says a tower", "exited", "ended its process"),
         ("says a number", "exited", "ended its process"),
     ],
 )

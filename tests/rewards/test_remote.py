@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def of(answer: Answer, *texts: str, reward: Any = remote, path: str = "", **args
 
 
 def asked(*texts: str) -> Group:
-    made = group("a", *texts, data_source="x")
+    made = group("a", *texts, data_source="x", day=date(2026, 1, 2))
     prompt = replace(
         made.samples[0].prompt,
         text="<user>2+2",
@@ -105,7 +106,7 @@ def test_a_service_is_sent_what_a_function_sees_and_its_rewards_are_those_of_a_f
         "messages": [{"role": "user", "content": "2+2"}],
         "response": "x",
         "label": "4",
-        "metadata": {"data_source": "x"},
+        "metadata": {"data_source": "x", "day": "2026-01-02"},
         "finish_reason": "stop",
     }
 

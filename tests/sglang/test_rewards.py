@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mcore_rl.rollout.programs import SGLang
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from mcore_rl.rewards import Void
 from mcore_rl.rewards.remote import classify, judge
-from mcore_rl.rollout.processes import LocalServer
+from mcore_rl.rollout.processes import LocalServer, SGLang
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 from tests.rollout.support import CONTEXT, EOS, VOCAB, save_model
 from tests.sglang.conftest import KEY_ENV, ON_CPU, PYTHON
