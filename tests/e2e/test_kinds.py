@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl.convert.command import mcore_to_hf
+from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
 
 STEPS = 4
