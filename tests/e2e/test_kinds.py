@@ -148,7 +148,6 @@ def test_a_reward_model_is_a_classifier_of_transformers(ranks, folder, tmp_path)
     flags = ("--run.kind", "reward_model", "--parallel.tensor", "2", "--train.steps", "12")
     flags = (*flags, "--checkpoint.every", "12")
     lines = run(ranks, folder, tmp_path, "pairs", *flags, "--optimizer.lr", "3e-3", world=2)
-    assert lines[1]["loss/reward_model"] == pytest.approx(0.693147, abs=1e-5), "every score is 0"
     assert lines[-1]["validation/accuracy"] > 0.8
     assert lines[-1]["validation/loss"] < 0.6
     assert all(meaning_of(name) for line in lines for name in line if name != "step")
