@@ -15,6 +15,7 @@ from mcore_rl.convert.output import ConversionProgress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.torch_dist import holds_classifier
 from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
 
@@ -64,6 +65,8 @@ def mcore_to_hf(
             "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
             "--quantize"
         )
+    if certified and holds_classifier(source):
+        raise ConfigError(f"--certify: {source} is a reward model, which has no logits; convert it without")
     if not 0 < shard_gb <= _MOST_SHARD_GB:
         raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0, at most {_MOST_SHARD_GB:g}")
     where = source if config is None else config

@@ -14,7 +14,8 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import EMBEDDING, INDEX, Form, SafetensorsWriter, copy_side_files
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.hf.torch_dist import torch_dist_reader, torch_dist_types
+from mcore_rl.model.hf.torch_dist import holds_classifier, torch_dist_reader, torch_dist_types
+from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 
@@ -35,7 +36,8 @@ def write_hf(
     if shard_bytes < 1:
         raise ConfigError(f"--shard-gb: {shard_bytes} bytes are too few for a file")
     arch = read_architecture(config)
-    mapping = ParameterMap(arch, arch.vocab)
+    classifier = holds_classifier(source)
+    mapping = (CriticParameterMap if classifier else ParameterMap)(arch, arch.vocab)
     read = torch_dist_reader(source, mapping)
     types = torch_dist_types(source, mapping)
     forms = encoded_forms(mapping, encoding, types)
@@ -52,7 +54,8 @@ def write_hf(
                 weight_map[name] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    copy_side_files(config, directory, types[EMBEDDING], encoding.config(mapping))
+    quantization = encoding.config(mapping)
+    copy_side_files(config, directory, types[EMBEDDING], quantization, classifier=classifier)
     return progress
 
 

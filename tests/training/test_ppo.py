@@ -195,8 +195,11 @@ def supervised_step(config: Config, directory: Path) -> dict[str, float]:
     mesh = build_mesh(Layout(tensor=2), timeout=60.0)
     try:
         run = config.run.model_copy(update={"dir": directory, "kind": "sft"})
+        batch = config.supervised.model_copy(update={"batch_size": 8})
         attempt = Attempt(None, None, threading.Event(), lambda what: None, Identity("a test"))
-        trainer = build_trainer(config.model_copy(update={"run": run}), mesh, attempt, 10)
+        trainer = build_trainer(
+            config.model_copy(update={"run": run, "supervised": batch}), mesh, attempt, 10
+        )
         rows = examples(trainer.prompts.prompts[:8])
         update = supervised_update(trainer.optimizer, trainer.shape, rows, 1)
         return supervised_metrics(optimize(update, Residency({}), lambda update: "")[0], rows)

@@ -27,6 +27,7 @@ from mcore_rl.model.hf.unpickle import read_metadata
 from mcore_rl.terminal import quoted, short
 
 METADATA = ".metadata"
+VALUE_HEAD = "value_head.weight"
 OTHER_STATE = ("optimizer.", "common_state")
 """prefixes of keys that belong to a training checkpoint's other parts"""
 
@@ -116,6 +117,11 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str],
         }
 
     return lambda name: split(by_hf[name].megatron)[name]
+
+
+def holds_classifier(directory: Path) -> bool:
+    """Whether the model in it ends in a value head: a reward model that a run trained."""
+    return VALUE_HEAD in read_metadata(Path(directory) / METADATA).state_dict_metadata
 
 
 def torch_dist_types(directory: Path, mapping: ParameterMap) -> dict[str, torch.dtype]:

@@ -32,8 +32,8 @@ LOSSES: Mapping[str, PairLoss | VerdictLoss | ScoreLoss | None] = {
 }
 """what a kind of training without rollouts is verified by; None: the likelihood of what is trained"""
 ROWS = 12
-SCALE = {"ipo": 0.05}
-"""of losses that are quadratic: plain SGD with problem.SGD_LEARNING_RATE would leave all bounds"""
+SCALE = {"ipo": 0.05, "reward_model": 0.5}
+"""of losses that are steep: plain SGD with problem.SGD_LEARNING_RATE would leave all bounds"""
 USUAL_SCALE = 8.0
 """The loss is so many times larger than in a run, so that plain SGD moves the weights enough to compare."""
 
