@@ -38,6 +38,19 @@ class DataError(McoreRLError, ValueError):
     """Bad input data; the message starts with `file:line:field` where there is one."""
 
 
+class ChangedFileError(DataError):
+    """A file was written into while a run was reading it."""
+
+
+class MalformedRowError(DataError):
+    """A row is malformed, which was not seen before its turn came."""
+
+    def __init__(self, message: str, row: int = -1) -> None:
+        super().__init__(message)
+        self.row = row
+        """its number among all rows of the set, from 0"""
+
+
 class RewardError(McoreRLError, ValueError):
     """A reward function failed or returned something that is not a finite number."""
 

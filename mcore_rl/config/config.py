@@ -16,7 +16,6 @@ from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, Supervised
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
-    CheckpointConfig,
     CriticConfig,
     DataConfig,
     EvalConfig,
@@ -25,13 +24,13 @@ from mcore_rl.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     PublishConfig,
-    ResidencyConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
     Section,
     TrainConfig,
 )
+from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
 from mcore_rl.errors import ConfigError
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
@@ -379,7 +378,8 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
         elif all(one.reward for one in config.held_out.values()):
             why = f'run.kind is "{config.run.kind}", and every held-out set has a reward'
             unused["reward.function"] = why
-    unused |= dict(unused_of_kind(config.run.kind, config.supervised.target, config.preference))
+    kind, target, samples = config.run.kind, config.supervised.target, config.samples_responses
+    unused |= dict(unused_of_kind(kind, target, config.preference, samples=samples))
     if config.reward.functions:
         unused["reward.function"] = "reward.functions are there in its place"
     if config.reward.model is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig, SupervisedTarget
 from mcore_rl.config.sections import Kind
@@ -17,12 +17,13 @@ _OF_LOSSES: Mapping[str, tuple[str, ...]] = {
 
 
 def unused_of_kind(
-    kind: Kind, target: SupervisedTarget, preference: PreferenceConfig
+    kind: Kind, target: SupervisedTarget, preference: PreferenceConfig, *, samples: bool
 ) -> Iterator[tuple[str, str]]:
     """(key, why) for keys of rows that are trained as they are, where the kind of the run does not read them.
 
     Args:
         target: supervised.target.
+        samples: there are held-out sets of prompts, which [data] says how to read.
     """
     why = f'run.kind is "{kind}"'
     if kind == "rl":
@@ -30,24 +31,33 @@ def unused_of_kind(
         yield "data.validation", why
     elif kind != "sft":
         yield "supervised.target", why
-    if kind == "sft" and target != "label":
-        reads = f'supervised.target is "{target}", which reads a conversation'
-        yield from ((f"data.{key}", reads) for key in ("label_key", "last_assistant", "apply_chat_template"))
     if kind != "preference":
         yield from ((f"preference.{key}", why) for key in PreferenceConfig.model_fields)
     else:
-        yield "data.last_assistant", why
         for key, losses in _OF_LOSSES.items():
             if preference.loss not in losses:
                 yield f"preference.{key}", f'preference.loss is "{preference.loss}"'
     if kind != "reward_model":
         yield from ((f"reward_model.{key}", why) for key in RewardModelConfig.model_fields)
     else:
-        yield from ((key, why) for key in ("data.last_assistant", "data.eval", "eval.sets"))
+        yield from ((key, f"{why}, and nothing is sampled") for key in ("data.eval", "eval.sets"))
     read = keys_of_answers(kind, preference)
     yield from ((f"data.{key}", why) for key in _ANSWERS if key not in read)
+    if not samples:
+        yield from _unused_of_prompts(kind, target, read)
+
+
+def _unused_of_prompts(
+    kind: Kind, target: SupervisedTarget, read: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Keys that only prompts with labels need, where rows have another form and none is sampled."""
+    if kind == "sft" and target != "label":
+        reads = f'supervised.target is "{target}", which reads a conversation'
+        yield from ((f"data.{key}", reads) for key in ("label_key", "last_assistant", "apply_chat_template"))
+    if read:
+        yield "data.last_assistant", f'run.kind is "{kind}", whose rows have their answers'
     if "chosen_key" in read:
-        yield "data.label_key", f"{why}, which reads pairs"
+        yield "data.label_key", f'run.kind is "{kind}", which reads pairs'
 
 
 _ANSWERS = ("chosen_key", "rejected_key", "completion_key", "margin_key")

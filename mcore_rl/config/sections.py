@@ -449,35 +449,6 @@ class TrainConfig(Section):
     """Seconds after which a step without progress ends the run."""
 
 
-class ResidencyConfig(Section):
-    """What leaves the GPU while it is not used. It waits in host memory; the servers' memory is freed."""
-
-    reference: Literal["resident", "offloaded", "swapped", "kept"] = "resident"
-    """`swapped`: no second model; for scoring, the policy takes its first weights back. `kept`, in preference
-    training: no second model; what it says of all rows is computed once, at the start."""
-    critic: Literal["resident", "offloaded"] = "resident"
-    """Its weights and gradients, outside of its own scoring and updates."""
-    reward_model: Literal["resident", "offloaded"] = "resident"
-    """Its weights, outside of scoring."""
-    optimizer: Literal["resident", "offloaded"] = "resident"
-    """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
-    servers: Literal["resident", "released"] = "resident"
-    """SGLang's weights and KV cache on the trainer's own GPUs; released, they leave it during training."""
-
-
-class CheckpointConfig(Section):
-    """The whole state of the run, saved to resume from."""
-
-    dir: FilePath | None = None
-    """Where; unset, `checkpoints` in the run directory."""
-    every: NonNegative = 0
-    """Steps between checkpoints, the last step included; 0 saves none."""
-    keep: Count = 2
-    """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
-    background: bool = True
-    """Write while training goes on, from a copy in host memory; false waits for the disk."""
-
-
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}
 """The limits of [publish] below float32. Judged, not measured: two engines of a dense model are reported to
 differ by 0.01-0.04 in the mean over tokens, by far more in single ones; weights of no model differ by

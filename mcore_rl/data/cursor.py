@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mcore_rl.data.fingerprint import Fingerprint, RenderedFingerprint, fingerprint_rendered
+from mcore_rl.data.fingerprint import BadRows, Fingerprint, RenderedFingerprint, fingerprint_rendered
 from mcore_rl.data.prompts import PromptSet, twice
 from mcore_rl.data.quota import next_part, shares_of
-from mcore_rl.errors import DataError
+from mcore_rl.errors import DataError, MalformedRowError
 from mcore_rl.types import Prompt
 
 T = TypeVar("T")
@@ -29,10 +29,13 @@ class PromptCursor:
 
     Args:
         weights: of the paths of `data`; none walks all of them as one.
+        mended: rows that may have been mended since a state was taken.
     """
 
-    def __init__(self, data: PromptSet, seed: int, weights: Sequence[float] = ()) -> None:
-        self._data = data
+    def __init__(
+        self, data: PromptSet, seed: int, weights: Sequence[float] = (), *, mended: BadRows | None = None
+    ) -> None:
+        self._data, self._may_be_mended = data, mended
         self._seed = seed
         self._weights = tuple(weights)
         self._shares = shares_of(weights) if weights else shares_of([1.0])
@@ -45,6 +48,8 @@ class PromptCursor:
         self._numbers = dict[str, int]()
         self.drawn = dict[str, Prompt]()
         """id -> prompt, of all that were drawn and not forgotten"""
+        self.mended: tuple[int, ...] = ()
+        """rows that are others than in the state that it continues, and may be"""
         self.passed_over = 0
         """over-long prompts that were met so far, besides those that were known"""
 
@@ -80,7 +85,8 @@ class PromptCursor:
         number, prompt = found
         known = self._numbers.setdefault(prompt.id, number)
         if known != number:
-            raise twice(self._data.place(number), "id", prompt.id, self._data.place(known))
+            said = twice(self._data.place(number), "id", prompt.id, self._data.place(known))
+            raise MalformedRowError(str(said), self._data.row(number))
         self._walks[part].take(number)
         self._given[part] += 1
         self.drawn[prompt.id] = prompt
@@ -190,6 +196,8 @@ class PromptCursor:
         now = self._data.fingerprint
         if then == now:
             return ""
+        if self._is_mended(then, now):
+            return ""
         if then.content == now.content:
             return (
                 f"the same {now.count} in another form: the tokenizer, its chat template or a key of [data] "
@@ -202,6 +210,16 @@ class PromptCursor:
         if then.count == now.count:
             return f"as many, {now.count}, but others or with other values: the file was edited or replaced"
         return f"it had {then.count}, these are {now.count} others"
+
+    def _is_mended(self, then: Fingerprint, now: Fingerprint) -> bool:
+        """Whether nothing but rows that were malformed is another than in `then`."""
+        noted = self._may_be_mended
+        if noted is None or (then.count, then.form) != (now.count, now.form):
+            return False
+        if then.content not in noted.contents or self._data.around(noted.rows) != noted.around:
+            return False
+        self.mended = noted.rows
+        return True
 
     def _changed_since_earlier(self, state: Mapping[str, Any]) -> str:
         """The same for a state of an earlier version; renders all prompts, and keeps those as drawn."""

@@ -7,6 +7,7 @@ import json
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,10 +36,28 @@ class Fingerprint:
 def fingerprint_rows(records: Records, form: str, count: int | None = None) -> Fingerprint:
     """The fingerprint of the first `count` rows (None: all), which are read once."""
     count = len(records) if count is None else count
-    rows = records.digests(count)
+    rows = records.digests(range(count))
     total = int(np.sum(rows, dtype=np.uint64))  # modulo 2^64; rows that are there twice count
     content, unordered = hashlib.sha256(rows.tobytes()), hashlib.sha256(total.to_bytes(8, "big"))
     return Fingerprint(count, content.hexdigest()[:_HEX], unordered.hexdigest()[:_HEX], form)
+
+
+@dataclass(frozen=True)
+class BadRows:
+    """Rows that were found malformed one after another, and what else there was."""
+
+    rows: tuple[int, ...]
+    contents: tuple[str, ...]
+    """`Fingerprint.content` of the whole, before each of them was mended"""
+    around: str
+    """`fingerprint_around` them, which mending does not change"""
+
+
+def fingerprint_around(records: Records, rows: Iterable[int]) -> str:
+    """A digest of all rows but these, as the files hold them."""
+    edges = [-1, *sorted(rows), len(records)]
+    parts = [records.digests(range(before + 1, after)) for before, after in pairwise(edges)]
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:_HEX]
 
 
 def fingerprint_form(reader: RowReader, max_prompt_tokens: int) -> str:

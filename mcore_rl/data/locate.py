@@ -80,7 +80,10 @@ def identity_of(path: Path) -> object:
 
 def _once(files: list[Path]) -> list[Path]:
     """Each file under the first of its names; links in a folder may give it several."""
-    return list({identity_of(path): path for path in reversed(files)}.values())[::-1]
+    found = dict[object, Path]()
+    for path in files:
+        found.setdefault(identity_of(path), path)
+    return list(found.values())
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -48,13 +48,17 @@ def open_table(path: Path) -> Table:
         from mcore_rl.data.arrow import ArrowRows
 
         return ArrowRows.of_saved(path, arrow_files(path))
+    try:
+        plain = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path") from None
+    if not plain:
+        raise DataError(f"{path}: not a plain file, which is read from its middle; write the rows to one")
     if path.name.endswith(".parquet"):
         from mcore_rl.data.arrow import ArrowRows
 
         return ArrowRows.of_parquet(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: not a plain file, which is read from its middle; write the rows to one")
         with path.open("rb") as file:
             begins = file.read(_LONGEST)
             file.seek(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,17 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.data.examples import Example, ExampleFormat, ExampleReader, Limit, check_example
-from mcore_rl.data.fingerprint import Fingerprint, fingerprint_form, fingerprint_rows
+from mcore_rl.data.fingerprint import (
+    Fingerprint,
+    fingerprint_around,
+    fingerprint_form,
+    fingerprint_rows,
+)
 from mcore_rl.data.locate import identity_of, locate
 from mcore_rl.data.opening import open_table
 from mcore_rl.data.reader import RowFormat, RowReader
 from mcore_rl.data.tables import Records, Table
-from mcore_rl.errors import DataError
+from mcore_rl.errors import ChangedFileError, DataError, MalformedRowError
 from mcore_rl.terminal import quoted
 from mcore_rl.types import Prompt
 
@@ -130,23 +135,36 @@ class PromptSet:
             found.append(prompt)
         return tuple(found)
 
+    def row(self, number: int) -> int:
+        """Where a prompt is among all rows of the files."""
+        return int(self._rows[number])
+
     def place(self, number: int) -> str:
         """`file:line` of a prompt."""
-        return self.records.place(int(self._rows[number]))
+        return self.records.place(self.row(number))
 
     def find(self, number: int) -> Prompt | None:
         """The prompt of a number; None where it turns out to be over-long.
 
         Raises:
-            DataError: its row is malformed, or it exceeds a limit of the response.
+            MalformedRowError: its row is malformed, or it exceeds a limit of the response.
         """
-        row = int(self._rows[number])
-        prompt = read_row(self.records, self._reader, row)
-        if len(prompt.token_ids) > self._limit:
-            return None
-        if self._response is not None:
-            check_length(self.records.place(row), prompt, self._response, self._reader)
+        row = self.row(number)
+        try:
+            prompt = read_row(self.records, self._reader, row)
+            if len(prompt.token_ids) > self._limit:
+                return None
+            if self._response is not None:
+                check_length(self.records.place(row), prompt, self._response, self._reader)
+        except ChangedFileError:
+            raise
+        except DataError as error:
+            raise MalformedRowError(str(error), row) from error
         return prompt
+
+    def around(self, rows: Iterable[int]) -> str:
+        """The fingerprint of all rows but these."""
+        return fingerprint_around(self.records, rows)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -13,7 +13,6 @@ import weakref
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -21,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_rl import strict_json
-from mcore_rl.errors import DataError, StorageError
+from mcore_rl.data.suspects import look_wrong
+from mcore_rl.errors import ChangedFileError, DataError, StorageError
 
 DIGEST_BYTES = 8
 
@@ -119,24 +119,26 @@ class Records:
         table, its, _ = self._find(row)
         return table.record(its)
 
-    def digests(self, count: int) -> npt.NDArray[np.uint64]:
-        """What tells the first `count` rows from others, in order."""
-        parts, left = [np.zeros(0, np.uint64)], count
-        for table, rows, _ in self._tables:
-            if left > 0:
-                parts.append(table.digests(rows[:left]))
-                left -= len(rows)
-        return np.concatenate(parts)
+    def digests(self, rows: range) -> npt.NDArray[np.uint64]:
+        """What tells these rows from others, in order."""
+        found = [np.zeros(0, np.uint64)]
+        return np.concatenate([*found, *(table.digests(its) for table, its, _ in self._within(rows))])
 
     def suspects(self, rows: range, keys: Sequence[str]) -> npt.NDArray[np.int64]:
         """Those of the rows that may be malformed; see Table."""
-        found, begin = [np.zeros(0, np.int64)], 0
-        for table, its, _ in self._tables:
-            of_table = its[max(0, rows.start - begin) : max(0, rows.stop - begin)]
-            if of_table:
-                found.append(table.suspects(of_table, keys) - its.start + begin)
-            begin += len(its)
+        found = [np.zeros(0, np.int64)]
+        for table, its, offset in self._within(rows):
+            found.append(table.suspects(its, keys) + offset)
         return np.concatenate(found)
+
+    def _within(self, rows: range) -> Iterator[tuple[Table, range, int]]:
+        """(table, those of its rows that are among `rows`, what makes numbers of all tables of them)."""
+        begin = 0
+        for table, its, _ in self._tables:
+            part = its[max(0, rows.start - begin) : max(0, rows.stop - begin)]
+            if part:
+                yield table, part, begin - its.start
+            begin += len(its)
 
     def _find(self, row: int) -> tuple[Table, int, str]:
         number = int(np.searchsorted(self._ends, row, side="right"))
@@ -189,7 +191,7 @@ class JsonLines:
         except OSError as error:
             raise DataError(f"{place}: {error.strerror}; check the file") from None
         if changed or len(line) != end - begin:
-            raise DataError(
+            raise ChangedFileError(
                 f"{place}: the file was changed since it was opened; start again, and put a new file in its "
                 f"place "
                 "instead of writing into it"
@@ -221,11 +223,7 @@ class JsonLines:
             data = _read(self._file, first, self._ends[block.stop - 1])
             starts = self._starts[block.start : block.stop] - first
             ends = self._ends[block.start : block.stop] - first
-            wrong = _no_objects(data, starts, ends) | _undecodable(data, starts)
-            places = starts.tolist(), ends.tolist()
-            for key in quoted:
-                wrong |= np.fromiter(map(data.find, repeat(key), *places), np.int64, len(block)) < 0
-            found.append(np.flatnonzero(wrong) + block.start)
+            found.append(np.flatnonzero(look_wrong(data, starts, ends, quoted)) + block.start)
         return np.concatenate(found)
 
     def _blocks(self, rows: range) -> Iterator[range]:

@@ -133,6 +133,8 @@ def _data(config: Config) -> list[Finding]:
             check_batch(config, read[check])
 
     findings = guarded("data.train", lambda: examine("data.train", config.data.train))
+    if (held_out := config.data.validation) is not None:
+        findings += guarded("data.validation", lambda: examine("data.validation", held_out))
     for name, one in config.held_out.items():
         settings = reading_of(config, one)
         key = key_of(config, name)

@@ -28,7 +28,7 @@ from mcore_rl.checkpoint import (
 )
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
-from mcore_rl.data.cursor import knows_content
+from mcore_rl.data.cursor import PromptCursor, knows_content
 from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
 from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model
@@ -106,6 +106,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         if which is not None:
             saved = find(root, which)
             check_form(saved)
+            check_kind(saved, config.run.kind)
             check_history(config, saved, known)
             return saved
         if known:
@@ -116,6 +117,18 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         return None
 
     return on_main(mesh, look)
+
+
+def check_kind(saved: Saved, kind: str) -> None:
+    """Raises ConfigError for the checkpoint of a run that trained by another kind."""
+    before = saved.document["config"]
+    earlier = "sft" if before.get("algorithm", {}).get("name") == "sft" else "rl"  # before there were kinds
+    known = before.get("run", {}).get("kind", earlier)
+    if known != kind:
+        raise ConfigError(
+            f'{saved.path} was saved by a run of the kind "{known}", and run.kind is "{kind}"; begin a run '
+            "with its model as model.path"
+        )
 
 
 def check_form(saved: Saved) -> None:
@@ -156,6 +169,7 @@ def restore(trainer: Trainer, contents: Contents) -> None:
     if saved is not None and checkpoints is not None:
         _load(saved, checkpoints, contents)
         _log_resume(saved, trainer.config, trainer.step_log, is_main=trainer.mesh.is_main)
+        _say_mended(trainer.cursor, trainer.step_log, is_main=trainer.mesh.is_main)
     on_main(trainer.mesh, lambda: begin(trainer.config, trainer.attempt.identity))
 
 
@@ -167,6 +181,14 @@ def _load(saved: Saved, checkpoints: Checkpoints, contents: Contents) -> None:
     for name, part in contents.stateful.items():
         if name in document["state"]:  # the saved run may have had no such part
             part.restore(document["state"][name])
+
+
+def _say_mended(cursor: PromptCursor, step_log: StepLog, *, is_main: bool) -> None:
+    if cursor.mended and is_main:
+        rows = ", ".join(str(row + 1) for row in sorted(cursor.mended))
+        step_log.event("rows_mended", rows=rows)
+        what = f"the training prompts are those of the saved run, but for rows that were malformed: {rows}"
+        print(printable(what), file=sys.stderr, flush=True)
 
 
 def _log_resume(saved: Saved, config: Config, step_log: StepLog, *, is_main: bool) -> None:

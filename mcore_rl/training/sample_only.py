@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from mcore_rl.checkpoint import seed_rng
 from mcore_rl.config import Config
-from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.dumps.directory import NAME, read_step
 from mcore_rl.errors import ConfigError, NothingToDo, RolloutError
 from mcore_rl.log import Progress, StepLog, Timers
@@ -31,6 +30,7 @@ from mcore_rl.terminal import printable
 from mcore_rl.training.assemble import build_frozen_reward_model
 from mcore_rl.training.assemble_rollouts import bounds_of, connect, replayed_experts, reward_pool, sampling_of
 from mcore_rl.training.assemble_servers import open_fleet
+from mcore_rl.training.bad_rows import noting_bad_rows
 from mcore_rl.training.batch import build_batch
 from mcore_rl.training.data import passed_over, say_beginning, say_dropped
 from mcore_rl.training.faults.exits import recorded, say
@@ -42,7 +42,7 @@ from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.rewards import RewardSource, reward_functions, reward_title
 from mcore_rl.training.sampled import begin, check_directory
 from mcore_rl.training.servers import Servers
-from mcore_rl.training.setup import load_tokenizer, read_prompts, shape_of, watched
+from mcore_rl.training.setup import cursor_of, load_tokenizer, read_prompts, shape_of, watched
 from mcore_rl.training.trainer import decode_with
 from mcore_rl.types import Group, VersionSpan
 from mcore_rl.weights.transport import wait_for_servers
@@ -147,7 +147,8 @@ def build_source(
     seed_rng(config.run.seed)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
-    cursor = PromptCursor(prompts, config.run.seed, config.data.weights)
+    stack.enter_context(noting_bad_rows(config.run.dir, prompts, is_main=True))
+    cursor = cursor_of(config, prompts)
     if done:
         cursor.restore(read_step(config.run.dir / NAME, done).cursor)
         say(f"goes on after step {done} in {config.run.dir}")

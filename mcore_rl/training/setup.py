@@ -37,6 +37,7 @@ from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.training.bad_rows import noting_bad_rows, read_bad_rows
 from mcore_rl.training.batch import Shape, align_of
 from mcore_rl.training.checkpoint import (
     check_what_is_left,
@@ -93,7 +94,10 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity)
                 trainer = build_trainer(config, mesh, attempt, optimizer_steps)
                 attempt.reached("the model was built")
-                with leave_when_asked(leave, active=bool(config.checkpoint.every)):
+                with (
+                    leave_when_asked(leave, active=bool(config.checkpoint.every)),
+                    noting_bad_rows(config.run.dir, trainer.prompts, is_main=mesh.is_main),
+                ):
                     yield trainer
         finally:
             destroy_mesh()
@@ -141,11 +145,17 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
         shape=shape_of(config, mesh),
         tokenizer=tokenizer,
         prompts=prompts,
-        cursor=PromptCursor(prompts, config.run.seed, config.data.weights),
+        cursor=cursor_of(config, prompts),
         timers=Timers(),
         step_log=step_log,
         progress=Progress(config.train.steps),
     )
+
+
+def cursor_of(config: Config, prompts: PromptSet) -> PromptCursor:
+    """What walks the training prompts."""
+    seed, weights, mended = config.run.seed, config.data.weights, read_bad_rows(config.run.dir)
+    return PromptCursor(prompts, seed, weights, mended=mended)
 
 
 @contextmanager

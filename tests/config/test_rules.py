@@ -145,6 +145,37 @@ def load(tmp_path):
             "rollout.over_sampling: has no effect because rollout.max_staleness is 0",
         ),
         ({"supervised__batch_size": 8}, {"run__kind": "sft"}, "supervised.batch_size: has no effect"),
+        (
+            {"run__kind": "sft", "supervised__target": "all", "data__label_key": "x"},
+            {"data__eval": "e.jsonl"},
+            'data.label_key: has no effect because supervised.target is "all"',
+        ),
+        (
+            {"run__kind": "preference", "preference__average": "true"},
+            {"preference__loss": "ipo"},
+            'preference.average: has no effect because preference.loss is "dpo"',
+        ),
+        (
+            {"run__kind": "preference", "preference__loss": "orpo", "residency__reference": "kept"},
+            {"preference__loss": "dpo"},
+            'residency.reference: has no effect because preference.loss is "orpo", which has no reference',
+        ),
+        (
+            {"run__kind": "preference", "preference__loss": "kto", "residency__reference": "kept"},
+            {"residency__reference": "swapped"},
+            "residency.reference: kto asks of prompts with answers of other rows",
+        ),
+        (
+            {"algorithm__name": "ppo", "residency__reference": "kept", "algorithm__params.kl_in_reward": 0.1},
+            {"residency__reference": "offloaded"},
+            'residency.reference: "kept" takes rows that are known before',
+        ),
+        (
+            {"run__kind": "reward_model", "data__eval": "e.jsonl"},
+            None,
+            'data.eval: has no effect because run.kind is "reward_model", and nothing is sampled',
+        ),
+        ({"data__chosen_key": "a"}, {"run__kind": "reward_model"}, "data.chosen_key: has no effect"),
         ({"algorithm__name": "sft"}, {"algorithm__name": "ppo"}, 'is a kind of run; set run.kind = "sft"'),
         (
             {"rollout__server": "sglang"},

@@ -101,7 +101,8 @@ def test_a_prompt_of_more_characters_than_any_model_reads_costs_no_memory(read):
 
 def test_what_is_no_plain_file_does_not_hang(read, tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
-    for name in ("p.jsonl", "/dev/zero", "*.jsonl"):
+    os.mkfifo(tmp_path / "p.parquet")
+    for name in ("p.jsonl", "p.parquet", "/dev/zero", "*.jsonl"):
         with pytest.raises(
             DataError, match="not a plain file, which is read from its middle; write the rows"
         ):
@@ -113,8 +114,9 @@ def test_a_file_counts_once_whatever_its_names(read, tmp_path):
     (tmp_path / "d" / "a.jsonl").write_bytes(LINE)
     (tmp_path / "d" / "b.jsonl").hardlink_to(tmp_path / "d" / "a.jsonl")
     (tmp_path / "d" / "loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d" / "ab.jsonl").write_bytes(LINE.replace(b"2", b"3"))
     for name in ("d", "d/*", "d/**/*.jsonl"):
-        assert len(read(name)) == 1
+        assert [(p.id, p.label) for p in read(name)] == [("a.jsonl:1", "2"), ("ab.jsonl:1", "3")]
     with pytest.raises(DataError, match=r"b.jsonl: some of its rows are named twice"):
         read("d/a.jsonl", "d/b.jsonl")
     (tmp_path / "d" / "c.jsonl").symlink_to(tmp_path / "gone")

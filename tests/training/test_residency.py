@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.config import Config
-from mcore_rl.config.sections import ResidencyConfig as Where
+from mcore_rl.config.state import ResidencyConfig as Where
 from mcore_rl.metric_names import MEASURED
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import (
