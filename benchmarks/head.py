@@ -169,7 +169,7 @@ def measure(name: str, dtype: str, kind: str, rows: int, repeats: int) -> dict[s
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     begin = time.process_time()
     run()
     return time.process_time() - begin

@@ -70,7 +70,7 @@ def misbehaving(sample: Sample) -> float:
 
 
 def pool_of(function: str, workers: int, timeout: float = 60.0) -> RewardPool:
-    """Of a function of this file."""
+    """A pool that calls a function of this file."""
     task = Task((RewardFunction(f"benchmarks.rewards:{function}"),), {}, 4.0, None, timeout=timeout)
     return RewardPool(task, workers=workers)
 

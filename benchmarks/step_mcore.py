@@ -51,7 +51,7 @@ class FixedLength(RolloutConfig):
 
     @property
     def sampling_params(self) -> dict[str, Any]:
-        """As Rollout's, and an end-of-sequence token ends nothing."""
+        """Rollout's parameters, and an end-of-sequence token ends nothing."""
         return {**super().sampling_params, "ignore_eos": True}
 
 
@@ -81,7 +81,7 @@ class Clock:
         return served + time.process_time() - self.idle()
 
     def idle(self) -> float:
-        """Of the listeners, which are not counted: their time is that of the wall."""
+        """Time of the listeners, which are not counted: it is that of the wall."""
         return sum(map(time.clock_gettime, self.listeners))
 
 
@@ -216,7 +216,7 @@ def witness(run: Run, directory: Path) -> None:
 
 
 def random_batch(run: Run) -> RolloutBatch:
-    """As many sequences as a step has, the responses of different lengths."""
+    """A batch of as many sequences as a step has, the responses of different lengths."""
     rng = np.random.default_rng(0)
     vocab, rollout = run.trainer.policy.arch.vocab, run.trainer.config.rollout
     samples = []

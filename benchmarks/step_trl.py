@@ -21,12 +21,12 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 
 def cpu_seconds() -> float:
-    """Of this process since it was started."""
+    """CPU-seconds of this process since it was started."""
     return time.process_time()
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
-    """As step_mcore.score_text."""
+    """The reward of step_mcore.score_text."""
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
 
 

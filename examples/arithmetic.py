@@ -42,7 +42,7 @@ class Problem(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As a person writes it, without the equals sign."""
+        """The sum as a person writes it, without the equals sign."""
         return f"{self.left}{self.operation}{self.right}"
 
     @property

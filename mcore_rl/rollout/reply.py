@@ -105,12 +105,15 @@ def check_spans(spans: Sequence[Any], tokens: int) -> tuple[VersionSpan, ...]:
     found = []
     for span in map(_object_of(field), spans):
         version, start, end = span["version"], span["start"], span["end"]
-        _check(type(version) is str, field, f"version {_shown(version)} is not a string")
-        _check(type(start) is type(end) is int, field, f"{_shown(start)} to {_shown(end)} are not integers")
+        if type(version) is not str:
+            raise _wrong(field, f"version {_shown(version)} is not a string")
+        if not type(start) is type(end) is int:
+            raise _wrong(field, f"{_shown(start)} to {_shown(end)} are not integers")
         found.append(VersionSpan(version, start, end))
     edges = [0, *(span.end for span in found)]
     covered = [span.start for span in found] == edges[:-1] and edges == sorted(edges)
-    _check(covered and edges[-1] == tokens, field, f"{_shown(edges)} are not the edges of {tokens} tokens")
+    if not covered or edges[-1] != tokens:
+        raise _wrong(field, f"{_shown(edges)} are not the edges of {tokens} tokens")
     return tuple(found)
 
 
@@ -118,17 +121,18 @@ def _parse(item: Any, asked: Asked) -> Reply:
     reply = _object(item, "reply")
     meta = _object(reply["meta_info"], "meta_info")
     finish = _object(meta["finish_reason"], "meta_info.finish_reason")["type"]
-    _check(
-        finish in FINISH_REASONS, "meta_info.finish_reason", f"{_shown(finish)}, not one of {FINISH_REASONS}"
-    )
-    _check(meta["id"] == asked.sent, "meta_info.id", f"{_shown(meta['id'])} is not {asked.sent!r}")
+    if finish not in FINISH_REASONS:
+        raise _wrong("meta_info.finish_reason", f"{_shown(finish)}, not one of {FINISH_REASONS}")
+    if meta["id"] != asked.sent:
+        raise _wrong("meta_info.id", f"{_shown(meta['id'])} is not {asked.sent!r}")
     token_ids = _list(reply["output_ids"], "output_ids")
     aborted_early = finish == "abort" and not token_ids
     entries = meta.get("output_token_logprobs", []) if aborted_early else meta["output_token_logprobs"]
     log_probs, echoed = _scores(entries, "meta_info.output_token_logprobs")
     check_tokens(token_ids, log_probs, asked.vocabulary, asked.most)
     _check_ids(echoed, asked.vocabulary, "meta_info.output_token_logprobs")
-    _check(echoed == token_ids, "meta_info.output_token_logprobs", "disagrees with output_ids")
+    if echoed != token_ids:
+        raise _wrong("meta_info.output_token_logprobs", "disagrees with output_ids")
     versions = check_spans(_list(meta["weight_versions"], "meta_info.weight_versions"), len(token_ids))
     scored = _prompt_scores(meta, asked) if asked.scored and not aborted_early else ()
     experts = None
@@ -142,7 +146,8 @@ def _prompt_scores(meta: Mapping[str, Any], asked: Asked) -> tuple[float, ...]:
     scored, ids = _scores(_list(meta["input_token_logprobs"], field)[1:], field)
     _check_log_probs(scored, field)
     _check_ids(ids, asked.vocabulary, field)
-    _check(_echoes(ids, asked.prompt[1:]), field, "disagrees with the prompt")
+    if not _echoes(ids, asked.prompt[1:]):
+        raise _wrong(field, "disagrees with the prompt")
     return tuple(map(float, scored))
 
 
@@ -163,7 +168,8 @@ def _scores(entries: Any, field: str) -> tuple[list[Any], list[Any]]:
     """(log-probs, token ids) of [[log-prob, token id, ...], ...], neither checked."""
     found = _list(entries, field)
     for entry in found:
-        _check(type(entry) is list and len(entry) >= 2, field, f"{_shown(entry)} is not [log-prob, id, ...]")
+        if type(entry) is not list or len(entry) < 2:
+            raise _wrong(field, f"{_shown(entry)} is not [log-prob, id, ...]")
     return [entry[0] for entry in found], [entry[1] for entry in found]
 
 
@@ -201,12 +207,14 @@ def _object_of(field: str):
 
 
 def _object(value: Any, field: str) -> Mapping[str, Any]:
-    _check(isinstance(value, dict), field, f"{_shown(value)} is not an object")
+    if not isinstance(value, dict):
+        raise _wrong(field, f"{_shown(value)} is not an object")
     return value
 
 
 def _list(value: Any, field: str) -> list[Any]:
-    _check(isinstance(value, list), field, f"{_shown(value)} is not a list")
+    if not isinstance(value, list):
+        raise _wrong(field, f"{_shown(value)} is not a list")
     return value
 
 
@@ -217,6 +225,5 @@ def _shown(value: Any) -> str:
     return quoted(value)
 
 
-def _check(holds: bool, field: str, what: str) -> None:
-    if not holds:
-        raise MalformedReplyError(f"reply field {field}: {what}")
+def _wrong(field: str, what: str) -> MalformedReplyError:
+    return MalformedReplyError(f"reply field {field}: {what}")

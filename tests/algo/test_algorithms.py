@@ -129,7 +129,7 @@ def rollout(algorithm: Algorithm, lengths: list[int], seed: int) -> Rollout:
 
 
 def loss_and_gradient(algorithm: Algorithm, data: Rollout, sequences: list[int]) -> tuple[Tensor, Tensor]:
-    """Of one micro-batch that packs `sequences` in that order; the gradient lies at the rows of `data`."""
+    """One micro-batch packs `sequences` in that order; the gradient lies at the rows of `data`."""
     rows = torch.cat([(data.sequence == i).nonzero()[:, 0] for i in sequences])
     position = torch.cat([torch.full((int(data.lengths[i]),), k) for k, i in enumerate(sequences)])
     log_prob = data.log_prob[rows].requires_grad_()

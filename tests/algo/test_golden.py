@@ -137,6 +137,10 @@ def shifted_targets(hidden, weight, call, *, score=head.log_prob_entropy):
     return score(hidden, weight, call._replace(targets=call.targets.roll(1)))
 
 
+def reversed_difference(log_prob, other, *, difference=losses.difference):
+    return difference(other, log_prob)
+
+
 no_std = with_(advantages.group_normalized, std="none")
 fewer_sequences = with_(losses.aggregation_weight, sequences=15.0)
 counted_by_segment = with_(losses.aggregation_weight, sequences=24)
@@ -153,7 +157,7 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("one tau", losses, "sapo", one_tau, "policy_losses/sapo"),
     ("delta", losses, "deepseek_masked", other_delta, "mismatch/opsm_old"),
     ("empty uncounted", losses, "aggregation_weight", fewer_sequences, "policy_losses/gspo"),
-    ("KL reversed", losses, "difference", lambda a, b: losses.difference(b, a), "kl_entropy/dk3"),
+    ("KL reversed", losses, "difference", reversed_difference, "kl_entropy/dk3"),
     ("mean kept", advantages, "whiten", mean_kept, "policy_losses/ppo_gae"),
     ("values leak", advantages, "gae", leak_across_sequences, "value_gae/advantages"),
     ("value loss not halved", losses, "value_loss", forget_half, "value_gae/clip_None"),

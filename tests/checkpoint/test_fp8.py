@@ -61,7 +61,7 @@ def numbers(shape: tuple[int, ...], key: str) -> Tensor:
 
 
 def trained(mesh: Mesh, directory: Path) -> Model:
-    """As after some steps: numbers by name, the same on all ranks but for the amaxes of its own tokens."""
+    """State after some steps: numbers by name, alike on all ranks but for the amaxes of its own tokens."""
     model = built(mesh, directory, "delayed", seed=3)
     pieces_of(model)
     for name, module in linears(model).items():

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict:
-    """Of tests/checkpoint/killed.py, in a process of its own."""
+    """Run tests/checkpoint/killed.py in a process of its own."""
     directory: Path = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.killed", str(directory)],

@@ -310,7 +310,7 @@ def test_any_value_of_any_key_is_read_or_refused_with_its_place(tmp_path_factory
 
 
 def written(value):
-    """As a shell would hand it over: a TOML literal, or text that is none."""
+    """What a shell would hand over: a TOML literal, or text that is none."""
     try:
         return literal(value)
     except (TypeError, ValueError):

@@ -303,7 +303,7 @@ def test_the_certificate_is_in_the_manifest_and_can_be_refused(dense_source: Pat
 
 
 def test_a_directory_stored_in_other_boxes_is_read(dense_source: Path, tmp_path: Path) -> None:
-    """As tensor-parallel ranks write it: every parameter in halves along its last axis."""
+    """What tensor-parallel ranks write: every parameter in halves along its last axis."""
     from torch.distributed.checkpoint import FileSystemWriter, SavePlan
     from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties

@@ -16,7 +16,7 @@ def nothing_taken(candidate) -> float:
 
 
 def never(sample) -> float:
-    """As one that waits for a service that is gone."""
+    """It waits for a service that is gone."""
     time.sleep(600)
     return 0.0
 
@@ -38,7 +38,7 @@ def half(sample) -> float | Void:
 
 
 def judged_by_nobody(sample) -> Void:
-    """As a service that is gone."""
+    """Its service is gone."""
     return Void("unreachable", "no route")
 
 

@@ -102,6 +102,7 @@ def serve() -> None:
 def become(rank: int, asked: dict) -> None:
     """Run the command as one of torchrun's ranks; ends the process in the ordinary way."""
     from mcore_rl.__main__ import main
+    from tests.e2e.step_files import record
 
     world = str(asked["world"])
     of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -110,6 +111,8 @@ def become(rank: int, asked: dict) -> None:
     said = os.open(asked["said"], os.O_WRONLY | os.O_APPEND)
     for mine, place in ((nothing, 0), (nothing, 1), (said, 2)):
         os.dup2(mine, place)
+    if out := os.environ.pop("STEP_FILES", ""):
+        record(Path(out))
     sys.exit(main(asked["arguments"]))
 
 

@@ -38,7 +38,7 @@ def by_label(sample: Sample) -> float:
 
 
 def killed(sample: Sample) -> float:
-    """As by_label; without a file TEST_WITNESS, a sample that was asked for step 3 kills the trainer."""
+    """The reward of by_label; without a file TEST_WITNESS, a sample of step 3 kills the trainer."""
     if sample.id.rpartition("/")[0].endswith("@3") and not Path(os.environ["TEST_WITNESS"]).exists():
         os.kill(os.getppid(), signal.SIGKILL)
     return by_label(sample)
@@ -62,7 +62,7 @@ def slow(sample: Sample) -> float:
 
 
 def noted(sample: Sample) -> float:
-    """As brevity, and a line of TEST_WITNESS with the time and the sample's id."""
+    """The reward of brevity, and a line of TEST_WITNESS with the time and the sample's id."""
     with Path(os.environ["TEST_WITNESS"]).open("a") as file:
         file.write(f"{time.time()} {sample.id}\n")
     return brevity(sample)

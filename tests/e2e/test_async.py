@@ -112,7 +112,7 @@ def test_no_token_is_older_than_the_bound_and_the_counts_add_up(
 
 
 def prompts(directory: Path) -> list[str]:
-    """Of the third step."""
+    """Prompts of the samples of the third step."""
     return [json.loads(line)["prompt"] for line in (directory / SHOWN).read_text().splitlines()]
 
 

@@ -36,7 +36,7 @@ def grpo(folder: Path, directory: Path, url: str, *flags: str) -> list[str]:
 
 
 def expected(folder: Path) -> tuple[list[list[str]], list[int]]:
-    """Of each step, the prompts that it trains and how many it samples: the cursor's order, as it stands."""
+    """The prompts that each step trains and how many it samples: the cursor's order, as it stands."""
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     order = np.argsort(np.random.PCG64([0, 0]).random_raw(len(lines)), kind="stable")
     trained: list[list[str]] = [[]]

@@ -147,7 +147,7 @@ def fill_up(start: list[str], log: Path, said: str, file: Path) -> None:
 def test_a_damaged_checkpoint_is_refused_and_previous_continues(
     ranks: Ranks, task: Task, tmp_path: Path
 ) -> None:
-    """Of the supervised warm start: what reads checkpoints is the same, and no server has to start."""
+    """It resumes the supervised warm start: what reads checkpoints is the same, and no server starts."""
     directory, whole = tmp_path / "run", task.root / "warm_start"
     shutil.copytree(whole, directory)
     with (directory / "checkpoints" / "step_40" / "__1_0.distcp").open("r+b") as file:

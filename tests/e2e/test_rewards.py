@@ -37,7 +37,7 @@ def to_be_trained(request: web.Request, raw: bytes) -> web.Response:
 def test_what_has_come_is_scored_while_the_rest_is_waited_for(
     ranks: Ranks, folder: Path, server_url: str, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    """Of the calls, the sixth is slow: one of the first step's groups, after the first evaluation's one."""
+    """The sixth call is slow: one of the first step's groups, after the first evaluation's one."""
     witness, arrived = tmp_path / "witness", []
     script = [*[to_be_trained] * 5, late(arrived), *[to_be_trained] * 1000]
     with proxy_beside(server_url, *script) as between:

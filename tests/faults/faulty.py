@@ -28,7 +28,7 @@ def fail() -> None:
 
 
 def open_all_files() -> None:
-    """As a leak does; then what all code may meet."""
+    """Use up the files as a leak does; then comes what all code may meet."""
     while True:
         os.open(os.devnull, os.O_RDONLY)
 

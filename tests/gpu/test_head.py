@@ -47,7 +47,7 @@ class Problem:
         return torch.autograd.grad(total, (self.hidden, self.weight))[0]
 
     def hidden_gradient(self) -> Tensor:
-        """As `train`, where the weight wants none."""
+        """What `train` gives, where the weight wants no gradient."""
         total = head_loss(self.hidden, self.weight, self.call, self.loss)
         return torch.autograd.grad(total, self.hidden)[0]
 
@@ -93,7 +93,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def ratio(run: Callable[[], object], alone: Callable[[], object]) -> float:
-    """Of the times, by turns: the median of 20 after 5."""
+    """The median of 20 times after 5, by turns."""
     pairs = [(milliseconds(run), milliseconds(alone)) for _ in range(25)][5:]
     return median(ours / theirs for ours, theirs in pairs)
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.learn, pytest.mark.timeout(4 * 3600)]
 
 @pytest.fixture(scope="module", params=STEPS)
 def curves(request: pytest.FixtureRequest) -> tuple[str, list[Curve]]:
-    """Of one algorithm; what finished under runs/learn is not run again."""
+    """The run of one algorithm; what finished under runs/learn is not run again."""
     name = request.param
     made = learn_all(name, ROOT / "runs" / "learn", SEEDS, STEPS[name], CONTROL_STEPS)
     write(name, made, ROOT / "benchmarks")

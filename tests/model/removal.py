@@ -42,7 +42,7 @@ def step(remove: Callable[[], None], case: str, rank: int, directory: Path) -> N
 
 
 def outcome(remove: Callable[[], None], case: str, directory: Path) -> Outcome:
-    """Of two ranks, forked from a process that has already imported everything and installed nothing."""
+    """What two ranks do, forked from a process that has imported everything and installed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mcore_rl.verify.layouts.measure"])
     ranks = [

@@ -71,12 +71,12 @@ def shape_at(mesh: Mesh) -> Shape:
 
 
 def mark(head: ValueHead) -> None:
-    """As a norm's weight is marked, which sees a part of the sequence: Megatron sums its gradient over TP."""
+    """Mark it as a norm's weight, which sees a part of the sequence: Megatron sums its gradient over TP."""
     head.weight.sequence_parallel = True
 
 
 def sum_gradient(head: ValueHead) -> None:
-    """As in front of a vocab-parallel layer, whose ranks each have a part of the gradient."""
+    """Sum it as in front of a vocab-parallel layer, whose ranks each have a part of the gradient."""
     head.register_forward_pre_hook(lambda _, args: (copy_to_tensor_model_parallel_region(args[0]), args[1]))
 
 

@@ -91,7 +91,7 @@ def inside(spec: Any) -> Any:
 
 
 def modules(spec: Any) -> dict[str, Any]:
-    """Of one layer, by part."""
+    """The modules of one layer, by part."""
     s = spec.submodules
     mlp = inside(s.mlp)
     linears = inside(mlp.experts) if hasattr(mlp, "experts") else mlp

@@ -225,7 +225,7 @@ def check_gates(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_gates_learn_from_the_replayed_choice(
     pool1: Pool, directory: Path, told: list[TokenSequence], gate_gradients, recompute: str
 ) -> None:
-    """Of the gate's present weights; recomputed for the backward pass, the choice is still that one."""
+    """Gradients are of the present weights; recomputed for the backward pass, the choice is the same."""
     (got,) = at_layout(pool1, "tp1", gradients, directory, told, recompute)
     check_gates(got, gate_gradients)
     (plain,) = at_layout(pool1, "tp1", gradients, directory, sequences(), recompute)

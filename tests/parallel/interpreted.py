@@ -50,7 +50,7 @@ class Tile:
         return [*stats, out]
 
     def error(self, got: list[Tensor]) -> float:
-        """Of the largest entry, relative to max(1, the largest of its kind); -inf must be met exactly."""
+        """The error of the largest entry, relative to max(1, the largest of its kind); -inf must be exact."""
         errors = [0.0]
         for one, other in zip(got, self.run(rows, torch.float64), strict=True):
             if not torch.equal(one.isneginf(), other.isneginf()):

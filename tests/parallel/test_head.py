@@ -74,7 +74,7 @@ def loss_of(case: Problem, rows: slice, out: HeadOutput, entropy: bool) -> Tenso
 
 
 def recomputed(case: Problem, *, entropy: bool = True, **options) -> list[Tensor]:
-    """As `dense`, of recompute mode."""
+    """What `dense` gives, from recompute mode."""
     call = Call.of(case.weight, case.targets, case.temperature, **options)
     return differentiated(case, lambda h, w: log_prob_entropy(h, w, call), entropy)
 
@@ -89,7 +89,7 @@ def differentiated(
 
 
 def fused(case: Problem, *, entropy: bool = True, **options) -> list[Tensor]:
-    """As `dense`, of fused mode, which sees its loss times 3."""
+    """What `dense` gives, from fused mode, which sees its loss times 3."""
     hidden, weight = (x.clone().requires_grad_() for x in case[:2])
     seen: list[HeadOutput] = []
 

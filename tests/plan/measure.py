@@ -44,7 +44,7 @@ def measure(directory: Path, precision: str, recompute: str, length: int, count:
 
 
 class SumOfLogProbs:
-    """Of the log-probs, which the head cannot be asked in parts: recompute mode holds the most."""
+    """An objective that the head cannot be asked in parts: recompute mode holds the most."""
 
     def rowwise(self, batch: PackedBatch) -> bool:
         return False

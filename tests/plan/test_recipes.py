@@ -100,7 +100,7 @@ def test_flags_that_would_be_ignored_are_refused(flags: list[str], says: str, ca
 
 @pytest.mark.parametrize(("pipeline", "nodes", "each"), [(3, 2, 6), (4, 2, 8), (5, 4, 5)])
 def test_the_launch_line_has_as_many_ranks_as_it_says(pipeline: int, nodes: int, each: int, capsys) -> None:
-    """Of 4 x `pipeline` ranks on nodes of 8 GPUs."""
+    """A layout of 4 x `pipeline` ranks on nodes of 8 GPUs."""
     assert main(["train", "examples/gspo_8b.toml", "--parallel.pipeline", str(pipeline)]) == EXIT_CONFIG
     assert f"torchrun --nnodes {nodes} --nproc-per-node {each} " in capsys.readouterr().err
 
@@ -179,7 +179,7 @@ def test_a_rehearsal_keeps_every_kind_of_parallelism(recipe: str, processes: int
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_rehearsed_model_and_its_tokenizer_belong_together(recipe: Path, tmp_path: Path) -> None:
-    """Of some families transformers adds tokens that a tokenizer lacks."""
+    """For some families transformers adds tokens that a tokenizer lacks."""
     _, tiny = write_rehearsal(load_config(recipe, ["--run.dir", str(tmp_path)]), 8)
     tokenizer = AutoTokenizer.from_pretrained(tiny.model.path, local_files_only=True)
     assert len(tokenizer) == read_architecture(tiny.model.path).vocab

@@ -50,7 +50,7 @@ def _daemon(_: Sample) -> float:
 
 
 def _alarm(_: Sample) -> float:
-    """As math-verify's default does."""
+    """It sets an alarm, as math-verify does by default."""
 
     def late(number: int, frame: object) -> None:
         raise TimeoutError

@@ -119,7 +119,7 @@ async def proxy(target: str, *script: Fault, **options: Any) -> AsyncIterator[Pr
 
 @contextmanager
 def proxy_beside(target: str, *script: Fault, **options: Any) -> Iterator[Proxy]:
-    """As `proxy`, in a thread with a loop of its own: for callers that are not asynchronous."""
+    """A `proxy` in a thread with a loop of its own, for callers that are not asynchronous."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -32,7 +32,7 @@ def group(name: str, length: int = LENGTH, version: int = 0) -> PendingGroup:
 def in_flight(
     urls: Sequence[str], extra: int = 0, timeout: float = 60.0, health: float = 30.0
 ) -> Iterator[InFlight]:
-    """Of servers that hold version 0."""
+    """What is in flight at servers that hold version 0."""
     clients = [RolloutClient(url, timeout=60.0, retries=0) for url in urls]
     dispatch = Dispatch(clients, version="0", health_timeout=health)
     opened = InFlight(dispatch, Schedule(extra=extra, max_staleness=1), timeout=timeout)
@@ -100,7 +100,7 @@ def test_after_a_publish_the_old_weights_may_not_answer(zero: str) -> None:
 
 
 def test_groups_of_one_call_arrive_each_with_its_own_samples(zero: str) -> None:
-    """As where nothing is trained before all have arrived; what no schedule knows is asked alike."""
+    """Nothing is trained before all have arrived; what no schedule knows is asked alike."""
 
     async def go() -> tuple[int, int]:
         async with proxy(zero) as seen:

@@ -29,7 +29,7 @@ TICK = 0.005
 
 
 class Probed(Embedded):
-    """As a program of LocalServer."""
+    """The program of a LocalServer."""
 
     def command(self, model_dir: Path, port: int, scratch: Path) -> list[str]:
         return [sys.executable, "-m", __name__, str(model_dir), "--port", str(port), *self.options]

@@ -101,8 +101,8 @@ def dense_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def moe_server(
     moe_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    """As the recordings were made, from surroundings that ask for log-probs before the temperature (hazard 1)
-    and are those of a rank under torchrun, in which SGLang would wait for ever for torchrun's store."""
+    """A server as for the recordings, from surroundings that ask for log-probs before the temperature (hazard
+    1) and are those of a rank under torchrun, in which SGLang would wait for ever for torchrun's store."""
     log_file = tmp_path_factory.mktemp("moe_server") / "log"
     server = sglang_server(moe_dirs[0], log_file, "--enable-return-routed-experts")
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ def dense_server(
 def other_dense_server(
     dense_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    """As dense_server, with tensor parallelism 2; tests may end it and start it again."""
+    """A dense_server with tensor parallelism 2; tests may end it and start it again."""
     log_file = tmp_path_factory.mktemp("other_dense_server") / "log"
     server = sglang_server(dense_dirs[0], log_file, "--tp", "2", key=KEY_ENV)
     with two_ranks():
@@ -159,7 +159,7 @@ def two_ranks() -> Iterator[None]:
 
 @pytest.fixture
 def dense_url(dense_server: LocalServer, dense_dirs: tuple[Path, Path]) -> Iterator[str]:
-    """As moe_url."""
+    """A server of moe_url's kind."""
     yield dense_server.url
     put_back(dense_server.url, dense_dirs[0])
 

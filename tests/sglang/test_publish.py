@@ -75,7 +75,7 @@ def published(
 
 @pytest.fixture
 def pool(request: pytest.FixtureRequest, layout: str) -> Pool:
-    """As many processes as the layout has ranks."""
+    """A pool of as many processes as the layout has ranks."""
     return request.getfixturevalue(f"pool{Layout.parse(layout).world_size}")
 
 
@@ -122,7 +122,7 @@ def test_mixture_of_experts(
 def other_moe_server(
     moe_dirs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    """Of tensor parallelism 2."""
+    """A server of tensor parallelism 2."""
     log_file = tmp_path_factory.mktemp("other_moe_server") / "log"
     server = sglang_server(moe_dirs[0], log_file, "--tp", "2")
     with two_ranks():
@@ -135,7 +135,7 @@ def other_moe_server(
 
 @pytest.fixture
 def moe_urls(moe_url: str, other_moe_server: LocalServer, moe_dirs: tuple[Path, Path]) -> Iterator[list[str]]:
-    """As dense_urls."""
+    """The same as dense_urls, of the mixture of experts."""
     yield [moe_url, other_moe_server.url]
     put_back(other_moe_server.url, moe_dirs[0])
 
@@ -166,7 +166,7 @@ def publish_often(
 
 
 def holdings(directory: Path) -> Holdings:
-    """Of this process, of all servers' processes, and of the disk."""
+    """Bytes of this process, of all servers' processes, and of the disk."""
     processes = [psutil.Process(), *map(psutil.Process, [*processes_of_sglang(), *daemons_of_torch()])]
     return Holdings(
         processes=len(processes),

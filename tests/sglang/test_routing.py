@@ -71,7 +71,7 @@ def test_equal_weights_agree_and_equal_what_transformers_chooses(
 def test_a_router_that_differs_a_little_is_corrected(
     pool2: Pool, replies: list[Reply], tmp_path: Path
 ) -> None:
-    """As another precision or engine does to it: without replay, tokens go elsewhere."""
+    """It is moved as another precision or engine would: without replay, tokens go elsewhere."""
     model = build_moe_model(0)
     torch.manual_seed(3)
     with torch.no_grad():

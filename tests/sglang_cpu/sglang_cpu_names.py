@@ -42,7 +42,7 @@ class Name:
 
 
 class Function(Name):
-    """As Name, but calling it raises too: sgl_kernel has functions, no decorators."""
+    """A Name whose call raises too: sgl_kernel has functions, no decorators."""
 
     def __call__(self, *args: object, **options: object) -> Name:
         raise NotImplementedError(f"{self._path}: this environment has its name only")
@@ -92,7 +92,7 @@ def declare_torchvision_operators() -> None:
 
 
 class HostMemory:
-    """Of torch.cuda.cudart(): pinning, which succeeds where there is no device to pin for."""
+    """What torch.cuda.cudart() has: pinning, which succeeds where there is no device to pin for."""
 
     def cudaHostRegister(self, *args: object) -> int:
         return 0

@@ -56,7 +56,7 @@ def on_device(tensors: Iterable[Tensor]) -> int:
 
 
 def sizes(run: Run) -> int:
-    """Of models, gradients and optimizer states on this rank, less the padding of Megatron's buffers."""
+    """Bytes of models, gradients and optimizer states here, less the padding of Megatron's buffers."""
     assert run.critic is not None
     assert run.reference is not None
     models = [run.trainer.policy, run.critic.model]

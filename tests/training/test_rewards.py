@@ -58,7 +58,7 @@ def unscored(groups: list[Group]) -> list[Group]:
 
 
 def groups_of(run: Any) -> list[Group]:
-    """Of test_ppo's recorded rollout, less its rewards; one group has lost all its samples."""
+    """The groups of test_ppo's recorded rollout, less their rewards; one group has lost all its samples."""
     samples: dict[str, list[Sample]] = {"lost@1": []}
     for sample in recorded(run).samples:
         samples.setdefault(sample.id.rpartition("/")[0], []).append(sample)

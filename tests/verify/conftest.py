@@ -11,7 +11,7 @@ from mcore_rl.verify.layouts.measure import Measured, measure
 
 
 class SharedPools:
-    """As verify_layouts.worlds.Pools, with pools that outlive it; what one rank measures is measured once."""
+    """The Pools of verify.layouts, with pools that outlive it; what one rank measures is measured once."""
 
     largest = None
     is_main = True
