@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from mcore_rl.model import platform, weights_io
 from mcore_rl.model.block import block_spec
 from mcore_rl.model.critic import CriticModel, CriticParameterMap, with_value_head
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
+from mcore_rl.model.hf.files import read_side_files
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
 from mcore_rl.model.rotary import rotary_frequencies
@@ -46,6 +47,8 @@ class Model:
     mesh: Mesh
     source: Path
     """HF directory that config.json and the tokenizer came from"""
+    files: Mapping[str, bytes]
+    """on the main rank, name -> content of what lies there beside weights, as it was then"""
 
 
 def build_policy(
@@ -161,7 +164,8 @@ def _build(
             TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         )
         connect_schedule(config, ddp, wrapped)
-    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source))
+    files = read_side_files(Path(source)) if mesh.is_main else {}
+    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files)
 
 
 class TrainedChunk(DistributedDataParallel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
 from mcore_rl.training.batch import Shape
+from mcore_rl.training.inputs import Inputs
 from mcore_rl.training.rundir import Identity
 from mcore_rl.training.throughput import Work, throughput
 from mcore_rl.types import Tokens
@@ -40,6 +41,8 @@ class Attempt:
     """says what is done: the run goes on, and the watchdog's clock starts again"""
     identity: Identity
     """which run it is"""
+    inputs: Inputs = field(default_factory=dict)
+    """what it reads, in short; empty where nothing is saved"""
 
     @property
     def step(self) -> int:

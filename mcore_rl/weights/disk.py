@@ -28,7 +28,7 @@ from mcore_rl.model.hf.files import (
     Form,
     SafetensorsWriter,
     checkpoint_files,
-    copy_side_files,
+    write_side_files,
 )
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
@@ -170,7 +170,7 @@ def export(
 
     Every rank that owns parameters writes a file, bucket by bucket. The directory appears complete or not at
     all, and replaces one that an earlier export of the same `kind` wrote. config.json and the tokenizer are
-    those of the model's source.
+    those that the model was built from, whatever its source holds by now.
 
     Raises (on every rank):
         ConfigError: `directory` holds what no export of this kind wrote.
@@ -266,7 +266,7 @@ def _write_side_files(
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
         slots = {slot.name: slot for bucket in plan.buckets for slot in bucket.slots}
-        copy_side_files(model.source, partial, slots[EMBEDDING].dtype, encoding.config(model.mapping))
+        write_side_files(model.files, partial, slots[EMBEDDING].dtype, encoding.config(model.mapping))
 
 
 def _put_in_place(partial: Path, directory: Path, kind: Kind) -> None:
