@@ -33,8 +33,7 @@ from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, build_mesh
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import SGLang
+from mcore_rl.rollout.processes import LocalServer, SGLang
 from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.weights.buckets import Bucket, export_of, plan_of, take_turn
 from mcore_rl.weights.disk import export as export_files

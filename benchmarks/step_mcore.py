@@ -26,7 +26,7 @@ from mcore_rl.config.sections import RolloutConfig
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.training import update
+from mcore_rl.training import model_passes
 from mcore_rl.training.assemble import start
 from mcore_rl.training.batch import (
     RolloutBatch,
@@ -36,8 +36,8 @@ from mcore_rl.training.batch import (
     whole_sequence,
 )
 from mcore_rl.training.checkpoint import end_step
-from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
+from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.run import Run
 from mcore_rl.types import Prompt, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
@@ -148,7 +148,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
     """CPU-seconds of one step after another, by what was done."""
     clock = Clock([psutil.Process(cast(Any, server.process).pid) for server in run.servers.fleet.local])
     megatron = Stopwatch()
-    update.forward_backward = megatron.of(update.forward_backward)
+    model_passes.forward_backward = megatron.of(model_passes.forward_backward)
     Optimizer.step = megatron.of(Optimizer.step)
     run.publisher.publish(0, run.trainer.probe_prompts())
     step = 0
@@ -184,7 +184,7 @@ def witness(run: Run, directory: Path) -> None:
     batch = random_batch(run)
     sequences = token_sequences(batch.samples)
     policy, optimizer, shape = run.trainer.policy, run.trainer.optimizer, run.trainer.shape
-    own = log_probs(policy, sequences, shape, run.temperature)
+    own = log_probs(policy, sequences, shape, run.trainer.temperature)
     rng = np.random.default_rng(1)
     old = [(values + 0.3 * rng.standard_normal(values.shape)).astype(np.float32) for values in own]
     advantages = [ADVANTAGES[i % len(ADVANTAGES)] for i in range(len(sequences))]
@@ -193,7 +193,7 @@ def witness(run: Run, directory: Path) -> None:
         batch, np.arange(len(sequences)), run.algorithm, shape, policy.mesh, fields
     )
     optimizer.zero_grad()
-    sums = forward_backward(policy, micro_batches, run.objective, run.temperature)
+    sums = forward_backward(policy, micro_batches, run.objective, run.trainer.temperature)
     loss = torch.stack([one["loss"] for one in sums]).sum()
     parameters = global_parameters(policy.unwrapped)
     mains = {name: cast(Any, parameter).main_grad for name, parameter in parameters.items()}

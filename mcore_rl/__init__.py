@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mcore_rl.algo.policy_losses import TokenLoss
+    from mcore_rl.algo.rows import TokenLoss
     from mcore_rl.config import Config, load_config
     from mcore_rl.errors import (
         CheckpointError,
@@ -67,7 +67,7 @@ __all__ = [
 _HOME = {
     "Config": "mcore_rl.config",
     "load_config": "mcore_rl.config",
-    "TokenLoss": "mcore_rl.algo.policy_losses",
+    "TokenLoss": "mcore_rl.algo.losses",
     "RewardFn": "mcore_rl.rewards",
     "train": "mcore_rl.training.loop",
     "Group": "mcore_rl.types",

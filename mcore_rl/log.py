@@ -181,10 +181,12 @@ class Progress:
         self._recent.append(float(metrics["time/step"]))
         pace = sum(self._recent) / len(self._recent)
         shown = [f"{name} {float(metrics[key]):.4g}" for key, name in self.SHOWN.items() if key in metrics]
+        over_long = metrics.get("data/train/passed_over")
+        shown += [] if over_long is None else [f"over-long {float(over_long):.0f}"]
         held_out = [
             f"{' '.join(key.split('/')[1:])} {float(value):.3f}{_of_how_many(key, metrics)}"
             for key, value in metrics.items()
-            if key.startswith("eval/") and key.endswith(("/accuracy", "/reward"))
+            if key.startswith("eval/") and key.endswith(("/accuracy", "/reward", "/loss"))
         ]
         left = f"time left {clock((self._steps - step) * pace)}"
         return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, f"{pace:.1f} s/step", left])
@@ -192,7 +194,9 @@ class Progress:
 
 def _of_how_many(key: str, metrics: Mapping[str, Any]) -> str:
     """` (of 4 of 16 prompts)`: how many of its file a held-out mean is of; nothing where it is not known."""
-    sampled, prompts = (metrics.get(f"{key.rpartition('/')[0]}/{what}") for what in ("sampled", "prompts"))
+    name, _, measure = key.rpartition("/")
+    counts = ("labels" if measure == "loss" else "sampled", "prompts")
+    sampled, prompts = (metrics.get(f"{name}/{what}") for what in counts)
     return f" (of {sampled:.0f} of {prompts:.0f} prompts)" if sampled and prompts else ""
 
 

@@ -29,6 +29,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "data/*/prompts": "Prompts of the file, in the first record.",
         "data/*/dropped": "Prompts longer than `data.max_prompt_tokens`, which were left out, in the first "
         "record.",
+        "data/train/passed_over": "How often in the run so far a prompt turned out to be longer than that "
+        "when its turn came; where no such prompt was met, there is none.",
     },
     "Held-out sets": {
         "eval/version": "Step whose weights were evaluated: the step before, where servers generate beside "
@@ -36,6 +38,9 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/accuracy": "Mean reward over the prompts of a set, of the mean over each one's samples "
         "(mean@k), from a reward function.",
         "eval/*/reward": "The same from a reward model, whose scores are no accuracy.",
+        "eval/*/loss": "With `sft`, nats per label token, the mean over the labels of a set; "
+        "see docs/evaluation.md.",
+        "eval/*/labels": "Labels that it is the mean of.",
         "eval/*/pass@*": "Chance that one of k samples passes, without bias; see docs/evaluation.md.",
         "eval/*/majority@*": "How often the answer that most of k samples give passes.",
         "eval/*/low": "Lower end of the 95 % interval of the metric before it, over prompts.",

@@ -22,10 +22,16 @@ class JsonError(ValueError):
         """line of the text, from 1"""
 
 
-def parse(text: bytes) -> Any:
-    """The value that the UTF-8 `text` holds. Raises JsonError."""
+def parse(text: bytes, *, unique: bool = False) -> Any:
+    """The value that the UTF-8 `text` holds. Raises JsonError.
+
+    Args:
+        unique: a key that an object has twice is an error; else its last value counts.
+    """
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+    except JsonError:
+        raise
     except UnicodeDecodeError as error:
         line = 1 + text.count(b"\n", 0, error.start)
         raise JsonError(line, f"byte {error.start} is not UTF-8; convert the file to UTF-8") from None
@@ -40,6 +46,15 @@ def parse(text: bytes) -> Any:
     if _is_deeper(value, MAX_DEPTH):
         raise _too_deep()
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise JsonError(1, f"the key {twice[:60]!r} is there twice; keep one of them")
+    return found
 
 
 def _too_deep() -> JsonError:

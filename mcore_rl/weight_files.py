@@ -2,7 +2,8 @@
 
 Other programs look at the same directory: transformers takes `model.safetensors` where there is one, before
 any index; SGLang takes the files of the index. A directory in which they would find different weights is
-refused.
+refused. `consolidated.safetensors`, in which Mistral publishes a model a second time under names of its own,
+is left where it lies by all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from mcore_rl.terminal import listed, quoted, short
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONSOLIDATED = "consolidated*.safetensors"
+ADAPTER = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model.bin")
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -22,8 +25,9 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
 
     Raises:
         ConfigError: no safetensors, an index that is malformed, points out of the directory or names a file
-            that is not there, or files that two readers would choose differently.
+            that is not there, files that two readers would choose differently, or an adapter.
     """
+    _refuse_adapter(directory)
     index = directory / INDEX
     found = sorted(directory.glob("*.safetensors"))
     single = directory / SINGLE
@@ -36,10 +40,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"{directory}: no *.safetensors; put the published ones beside config.json, or set "
                 "model.random_init = true"
             )
-        if single in found and len(found) > 1:
-            other = next(path for path in found if path != single)
-            raise ConfigError(_two_readers(single, other, "other programs read"))
-        return found, None
+        return _without_index(found, single), None
     weight_map = _read_index(index)
     for name, file in weight_map.items():
         if Path(file).name != file:
@@ -53,6 +54,32 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{index}: names {listed(missing)}, which are not in the directory; fetch or export it again"
         )
     return [directory / name for name in names], weight_map
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """transformers adds an adapter to the weights when it has the package for it; nothing here does."""
+    for pattern in ADAPTER:
+        for path in sorted(directory.glob(pattern)):
+            raise ConfigError(
+                f"{path}: an adapter beside the weights, which some programs add to them and others do not; "
+                "merge it into them, or move its files away"
+            )
+
+
+def _without_index(found: list[Path], single: Path) -> list[Path]:
+    """The files that all readers take: of `found`, or the one besides Mistral's form."""
+    others = [path for path in found if path != single]
+    consolidated = [path for path in others if path.match(CONSOLIDATED)]
+    if single in found and others in ([], [single.with_name("consolidated.safetensors")]):
+        return [single]
+    if single in found:
+        raise ConfigError(_two_readers(single, others[0], "other programs read"))
+    if consolidated:
+        raise ConfigError(
+            f"{consolidated[0]}: weights under Mistral's own names; fetch model*.safetensors and its index, "
+            "in the form of transformers"
+        )
+    return found
 
 
 def _is_file(path: Path) -> bool:

@@ -12,8 +12,7 @@ import psutil
 import pytest
 from transformers import PreTrainedModel
 
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.rollout.support import build_model, http, save_model
 
 HERE = Path(__file__).parent

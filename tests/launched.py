@@ -14,8 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.arithmetic import main as write_arithmetic
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.e2e.ranks import Ranks, imported
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

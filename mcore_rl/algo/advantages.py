@@ -1,8 +1,13 @@
-"""Advantages per sample, from rewards and the statistics of their groups.
+"""Advantages: per sample, from rewards and the statistics of their groups, or per token, from values.
 
 N samples of one whole rollout batch, gathered from all data-parallel ranks. Everything is float64 and sums
 are exactly rounded (math.fsum), so a statistic does not depend on the order of the samples or on which rank
 held them, bit for bit. Groups are recognised by id: they may be unequal, interleaved, or have lost samples.
+
+Flat rows are the scored (UNMASKED) response tokens of all sequences end to end, sequence i at [offsets[i],
+offsets[i+1]), which may be none. Masked tokens (tool output, padding) are absent, so nothing resets or leaks
+at them. R rows, N sequences, P rewards of turns. Under context parallelism these run on whole sequences,
+before the split.
 """
 
 from __future__ import annotations
@@ -14,9 +19,10 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mcore_rl.algo.losses import difference
 from mcore_rl.errors import ConfigError, DataError, RewardError
 
 REWARD_LIMIT = 1e100
@@ -219,3 +225,104 @@ def hybrid_shared(
 
 def _float64(values: Iterable[float]) -> Float[Tensor, " N"]:
     return torch.tensor(list(values), dtype=torch.float64)
+
+
+def token_rewards(
+    scores: Float[Tensor, " N"],
+    old_log_prob: Float[Tensor, " R"],
+    ref_log_prob: Float[Tensor, " R"],
+    offsets: Int[Tensor, " N_plus_1"],
+    *,
+    kl_coef: float,
+) -> Float[Tensor, " R"]:
+    """-kl_coef (old - ref) on every token, plus the score on the LAST row of its sequence.
+
+    Source: InstructGPT, arXiv 2203.02155 section 3.5. The KL is k1 without gradient, the right estimator in a
+    reward (losses.kl).
+    """
+    rewards = -kl_coef * difference(old_log_prob.detach().double(), ref_log_prob.detach().double())
+    scored = offsets.diff() > 0
+    return rewards.index_add(0, offsets[1:][scored] - 1, scores.double()[scored])
+
+
+def add_turn_rewards(
+    rewards: Float[Tensor, " R"], rows: Int[Tensor, " P"], turn_rewards: Float[Tensor, " P"]
+) -> Float[Tensor, " R"]:
+    """The reward of each turn, added on the row of its last token.
+
+    The return of a token then has the rewards of its own turn and of later ones only. A sample whose reward
+    is added here has score 0 in `token_rewards`.
+    """
+    return rewards.index_add(0, rows, turn_rewards.double())
+
+
+def gae(
+    rewards: Float[Tensor, " R"],
+    values: Float[Tensor, " R"],
+    offsets: Int[Tensor, " N_plus_1"],
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """(advantages, returns), arXiv 1506.02438 eq. 16: A_t = delta_t + gamma lam A_next, returns = A + V.
+
+    delta_t = R_t + gamma V_next - V_t, and V after the last row is 0. With values 0 and lam 1 the advantage
+    is the discounted return, as REINFORCE++ (2501.03262) takes it.
+    """
+    lengths = offsets.diff()
+    longest = int(lengths.max()) if lengths.numel() else 0
+    steps = torch.arange(longest, device=offsets.device)
+    live = steps < lengths[:, None]
+    padded_values = values.new_zeros(len(lengths), longest + 1, dtype=torch.float64)
+    padded_values[:, :-1][live] = values.detach().double()
+    delta = torch.zeros_like(padded_values)
+    delta[:, :-1][live] = rewards.double()
+    delta[:, :-1] += gamma * padded_values[:, 1:] - padded_values[:, :-1]
+    for t in range(longest - 2, -1, -1):
+        delta[:, t] += gamma * lam * delta[:, t + 1]
+    advantages = delta[:, :-1][live]
+    return advantages, advantages + values.detach().double()
+
+
+def whiten(values: Float[Tensor, "*shape"], tokens: Spread) -> Float[Tensor, "*shape"]:
+    """(x - mean) / sqrt(variance + 1e-8), by the mean and the variance (ddof 1) of `tokens`.
+
+    `tokens` are all unmasked tokens of the global batch. Fewer than two give nothing to scale by, and the
+    values come back as they are.
+    """
+    if tokens.size < 2:
+        return values
+    return (values - tokens.mean) / (tokens.variance() + 1e-8) ** 0.5
+
+
+def offsets_of(lengths: Int[Tensor, " N"]) -> Int[Tensor, " N_plus_1"]:
+    """[N] row counts -> [N+1] boundaries, starting at 0."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def sequence_sum(
+    values: Float[Tensor, " R"], sequence: Int[Tensor, " R"], sequences: int
+) -> Float[Tensor, " N"]:
+    """Sum of `values` per sequence; `sequence[r]` in [0, sequences). The caller adds up the CP ranks."""
+    return values.new_zeros(sequences).index_add(0, sequence, values)
+
+
+def sequence_mean(
+    values: Float[Tensor, " R"], sequence: Int[Tensor, " R"], sequences: int
+) -> Float[Tensor, " N"]:
+    """Mean of `values` per sequence; 0 for a sequence without rows."""
+    counts = torch.bincount(sequence, minlength=sequences).clamp(min=1)
+    return sequence_sum(values, sequence, sequences) / counts
+
+
+def spread(per_sequence: Float[Tensor, " N"], offsets: Int[Tensor, " N_plus_1"]) -> Float[Tensor, " R"]:
+    """[N] one number per sequence -> [R] the same number on each of its rows."""
+    return per_sequence.repeat_interleave(offsets.diff())
+
+
+def informative(statistics: GroupStatistics) -> Bool[Tensor, " N"]:
+    """Samples that dynamic sampling keeps: their group's rewards are not all equal.
+
+    Source: DAPO, arXiv 2503.14476 section 3.2.
+    """
+    return ~statistics.constant

@@ -20,10 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mcore_rl.algo import advantages, policy_losses, returns
-from mcore_rl.algo.aggregation import Aggregation
-from mcore_rl.algo.corrections import CORRECTIONS, Correction, CorrectionName
-from mcore_rl.algo.kl import KLEstimator
+from mcore_rl.algo import advantages, losses
+from mcore_rl.algo.losses import CORRECTIONS, Aggregation, Correction, CorrectionName, KLEstimator
 from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
 from mcore_rl.errors import ConfigError
 from mcore_rl.functions import load_function
@@ -39,11 +37,11 @@ class Algorithm:
     loss: Callable[..., TokenLoss]
     """(Rows, **loss_params) -> TokenLoss; see rows.py"""
     advantage: Callable[..., Any]
-    """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `returns.gae` where `per_token`"""
+    """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `advantages.gae` where `per_token`"""
     aggregation: Aggregation
     """weights of the per-token losses"""
     per_token: bool = False
-    """advantages come from token rewards by `returns.gae`; with values 0 where there is no critic"""
+    """advantages come from token rewards by `advantages.gae`; with values 0 where there is no critic"""
     decoupled: bool = False
     """each part of the reward is compared by itself (`advantages.decoupled`); only where `compares`"""
     whiten: bool = False
@@ -114,33 +112,29 @@ class Algorithm:
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "ppo": Algorithm(
-        policy_losses.ppo,
-        returns.gae,
+        losses.ppo,
+        advantages.gae,
         "token-mean",
         per_token=True,
         whiten=True,
         needs_critic=True,
         kl_in_reward=0.05,
     ),
-    "grpo": Algorithm(policy_losses.ppo, advantages.group_normalized, "seq-mean-token-mean"),
-    "gdpo": Algorithm(policy_losses.ppo, advantages.group_normalized, "seq-mean-token-mean", decoupled=True),
+    "grpo": Algorithm(losses.ppo, advantages.group_normalized, "seq-mean-token-mean"),
+    "gdpo": Algorithm(losses.ppo, advantages.group_normalized, "seq-mean-token-mean", decoupled=True),
     "drgrpo": Algorithm(
-        policy_losses.ppo, advantages.group_normalized, "seq-mean-token-sum-norm", params={"std": "none"}
+        losses.ppo, advantages.group_normalized, "seq-mean-token-sum-norm", params={"std": "none"}
     ),
-    "dapo": Algorithm(
-        policy_losses.ppo, advantages.group_normalized, "token-mean", params={"eps_high": 0.28}
-    ),
-    "gspo": Algorithm(policy_losses.gspo, advantages.group_normalized, "seq-mean-token-mean"),
-    "sapo": Algorithm(policy_losses.sapo, advantages.group_normalized, "seq-mean-token-mean"),
-    "liteppo": Algorithm(
-        policy_losses.ppo, advantages.group_normalized, "token-mean", params={"std": "batch"}
-    ),
-    "cispo": Algorithm(policy_losses.cispo, advantages.group_normalized, "token-mean"),
-    "rloo": Algorithm(policy_losses.reinforce, advantages.leave_one_out, "token-mean"),
-    "reinforce": Algorithm(policy_losses.reinforce, advantages.raw_reward, "seq-mean-token-sum"),
+    "dapo": Algorithm(losses.ppo, advantages.group_normalized, "token-mean", params={"eps_high": 0.28}),
+    "gspo": Algorithm(losses.gspo, advantages.group_normalized, "seq-mean-token-mean"),
+    "sapo": Algorithm(losses.sapo, advantages.group_normalized, "seq-mean-token-mean"),
+    "liteppo": Algorithm(losses.ppo, advantages.group_normalized, "token-mean", params={"std": "batch"}),
+    "cispo": Algorithm(losses.cispo, advantages.group_normalized, "token-mean"),
+    "rloo": Algorithm(losses.reinforce, advantages.leave_one_out, "token-mean"),
+    "reinforce": Algorithm(losses.reinforce, advantages.raw_reward, "seq-mean-token-sum"),
     "reinforce++": Algorithm(
-        policy_losses.ppo,
-        returns.gae,
+        losses.ppo,
+        advantages.gae,
         "token-mean",
         per_token=True,
         whiten=True,
@@ -148,10 +142,10 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         params={"lam": 1.0},
     ),
     "reinforce++-baseline": Algorithm(
-        policy_losses.ppo, advantages.group_normalized, "token-mean", whiten=True, params={"std": "none"}
+        losses.ppo, advantages.group_normalized, "token-mean", whiten=True, params={"std": "none"}
     ),
     "dsv32": Algorithm(
-        policy_losses.deepseek_masked,
+        losses.deepseek_masked,
         advantages.group_normalized,
         "seq-mean-token-mean",
         kl_estimator="k3_iw",
@@ -261,7 +255,8 @@ def objective(
 ) -> Float[Tensor, "*shape"]:
     """correction * policy loss + kl_coef * kl - entropy_coef * entropy, per token; exactly 0 if not usable.
 
-    Multiply by the aggregation weight and sum. The correction (corrections.py) acts on the policy term only.
+    Multiply by the aggregation weight and sum. The correction (losses.CORRECTIONS) acts on the policy term
+    only.
     """
     loss = correction * policy.loss + kl_coef * kl - entropy_coef * entropy
     loss = torch.where(rows.usable, loss, 0.0)

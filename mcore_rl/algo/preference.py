@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -117,3 +117,20 @@ def _log1mexp(a: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     # both branches see harmless arguments: an unselected inf would turn the gradient into NaN
     near = torch.log(-torch.expm1(torch.where(small, a, -1.0)))
     return torch.where(small, near, torch.log1p(-torch.exp(torch.where(small, -1.0, a))))
+
+
+def kept_log_prob(
+    logits: Float[Tensor, "*shape V"],
+    targets: Int[Tensor, "*shape"],
+    keep: Bool[Tensor, "*shape V"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """log softmax over the kept entries only: the Keep Sampling Mask of DeepSeek-V3.2, arXiv 2512.02556.
+
+    The sampled token always counts as kept. d/dlogits = (onehot - p_kept) / temperature on kept entries, 0
+    elsewhere. A KL against a reference must use the same mask on both sides, or none.
+    """
+    keep = keep.scatter(-1, targets[..., None], True)
+    scaled = (logits / temperature).masked_fill(~keep, -torch.inf)
+    return torch.log_softmax(scaled, dim=-1).gather(-1, targets[..., None]).squeeze(-1)

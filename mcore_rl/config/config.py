@@ -134,6 +134,8 @@ def _of_data(config: Config) -> Iterator[str]:
             f"data.weights: {len(data.weights)} for the {len(data.train)} paths of data.train; give one for "
             "each, or none"
         )
+    if len(data.weights) == 1 == len(data.train):
+        yield "data.weights: has no effect on one path; remove it"
     if config.supervised_only and not data.label_key and data.last_assistant != "drop":
         yield (
             'data.label_key: sft trains on labels; name their key, or set data.last_assistant = "drop" to '
@@ -275,10 +277,41 @@ def warnings(config: Config) -> list[str]:
     rates = {"optimizer.lr": config.optimizer.lr}
     a = config.algorithm
     if config.supervised_only:
-        return [f"{key}: 0, so that nothing is learned" for key, rate in rates.items() if rate == 0]
+        found = [f"{key}: 0, so that nothing is learned" for key, rate in rates.items() if rate == 0]
+        return [*found, *_never_due(config)]
     algorithm = configure(a.name, a.params, a.loss)
     rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
-    return list(doubtful(algorithm, a.params, updates=a.mini_batches * a.epochs, rates=rates))
+    updates, stale = a.mini_batches * a.epochs, config.rollout.max_staleness > 0
+    found = doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates)
+    return [*found, *_of_critic(config, updates), *_never_due(config)]
+
+
+def _of_critic(config: Config, updates: int) -> Iterator[str]:
+    usual = CriticConfig()  # a file that was written from a config names every key
+    if config.critic.value_clip not in (usual.value_clip, 0) and updates == 1:
+        yield (
+            "critic.value_clip: has no effect in the only update of a rollout, before which no value has "
+            "moved; set algorithm.mini_batches or epochs higher, or remove it"
+        )
+    if config.critic.coef != usual.coef and not config.optimizer.clip_grad:
+        yield (
+            "critic.coef: has no effect on Adam where optimizer.clip_grad is 0; set critic.lr, or remove it"
+        )
+
+
+def _never_due(config: Config) -> Iterator[str]:
+    """What would come every so many steps, of which the run has fewer."""
+    steps = config.train.steps
+    if config.train.eval_every > steps:
+        yield (
+            f"train.eval_every: {config.train.eval_every} steps never pass in a run of {steps}, which is "
+            "evaluated at its start and its end alone; lower it, or set 0"
+        )
+    if config.rollout.dump > steps:
+        yield (
+            f"rollout.dump: no step of {steps} is the {config.rollout.dump}th, and nothing is kept; lower "
+            "it, or set 0"
+        )
 
 
 def _needs_reference(config: Config) -> bool:
@@ -325,14 +358,23 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
             keys = [f"rollout.{key}" for key in RolloutConfig.model_fields]
             keys += [f"publish.{key}" for key in PublishConfig.model_fields]
             why = 'algorithm.name is "sft", and without held-out sets nothing is sampled'
-            unused |= dict.fromkeys((*keys, "reward.function"), why)
+            keys += [f"reward.{key}" for key in RewardConfig.model_fields]
+            unused |= dict.fromkeys(keys, why)
+        elif all(one.reward for one in config.held_out.values()):
+            unused["reward.function"] = 'algorithm.name is "sft", and every held-out set has a reward'
     else:
         unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:
-        unused |= dict.fromkeys((f"reward.{key}" for key in _OF_FUNCTION), "reward.model gives the rewards")
+        keys = ("function",) if _own_rewards(config) else _OF_FUNCTION
+        unused |= dict.fromkeys((f"reward.{key}" for key in keys), "reward.model gives the rewards")
     return unused
+
+
+def _own_rewards(config: Config) -> bool:
+    """Whether a held-out set is scored by a function of its own."""
+    return any(one.reward for one in config.held_out.values())
 
 
 def _unused_of_servers(config: Config) -> Mapping[str, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mcore_rl.algo import policy_losses
+from mcore_rl.algo import losses
 from mcore_rl.algo.advantages import group_normalized
 from mcore_rl.algo.algorithms import Algorithm
 
 _BOUNDS = ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg")
-_BOUNDED = (policy_losses.ppo, policy_losses.gspo, policy_losses.sapo, policy_losses.cispo)
+_BOUNDED = (losses.ppo, losses.gspo, losses.sapo, losses.cispo, losses.deepseek_masked)
 """losses of the importance ratio, which such parameters bound"""
 
 
@@ -27,25 +27,45 @@ def params_without_effect(algorithm: Algorithm, given: Mapping[str, object]) -> 
         )
     if "kl_estimator" in given and not algorithm.kl_in_loss:
         yield f"{place}.kl_estimator: has no effect because kl_in_loss is 0; remove it, or set kl_in_loss"
-    if algorithm.advantage is group_normalized and algorithm.advantage_params["std"] == "none":
-        for key in ("ddof", "eps"):
+    if algorithm.advantage is group_normalized:
+        for key, why in _of_normalized(algorithm).items():
             if key in given:
-                yield f'{place}.{key}: has no effect because std is "none"; remove it'
+                yield f"{place}.{key}: has no effect because {why}; remove it"
+
+
+def _of_normalized(algorithm: Algorithm) -> dict[str, str]:
+    """Parameters of `group_normalized` that change nothing -> why."""
+    std = algorithm.advantage_params["std"]
+    if std == "none":
+        keys = ("ddof",) if algorithm.decoupled else ("ddof", "eps")  # the sum of the parts is scaled by eps
+        return dict.fromkeys(keys, 'std is "none"')
+    if algorithm.decoupled:
+        return {"ddof": "the sum of the parts is divided by its own spread"}
+    if not algorithm.whiten:
+        return {}
+    keys = ("ddof",) if std == "group" else ("std", "ddof", "eps")
+    return dict.fromkeys(keys, "whiten divides the advantages of the batch by their spread once more")
 
 
 def doubtful(
-    algorithm: Algorithm, given: Mapping[str, object], *, updates: int, rates: Mapping[str, float]
+    algorithm: Algorithm,
+    given: Mapping[str, object],
+    *,
+    updates: int,
+    stale: bool,
+    rates: Mapping[str, float],
 ) -> Iterator[str]:
     """What a run may do and hardly means, for a warning.
 
     Args:
         updates: optimizer steps on one rollout.
+        stale: samples may be of older weights.
         rates: key -> learning rate of every model in training.
     """
     for key, rate in rates.items():
         if rate == 0:
             yield f"{key}: 0, so that nothing is learned"
-    if algorithm.loss is policy_losses.reinforce and updates > 1:
+    if algorithm.loss is losses.reinforce and updates > 1:
         yield (
             f"algorithm.mini_batches: the loss has no importance ratio, and after the first of {updates} "
             "updates the samples are another policy's; set mini_batches = 1 and epochs = 1"
@@ -55,4 +75,9 @@ def doubtful(
         yield (
             f"algorithm.params.{bounds[0]}: has no effect in the only update of a rollout, where every "
             "importance ratio is 1; set mini_batches or epochs higher, or remove it"
+        )
+    if "delta" in given and updates == 1 and not stale and algorithm.loss is losses.deepseek_masked:
+        yield (
+            "algorithm.params.delta: has no effect where the weights that sample are those that train; set "
+            "mini_batches, epochs or rollout.max_staleness higher, or remove it"
         )

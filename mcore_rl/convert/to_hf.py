@@ -14,9 +14,16 @@ from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.content import model_content
-from mcore_rl.model.hf.files import INDEX, Form, SafetensorsWriter, read_side_files, write_side_files
+from mcore_rl.model.hf.files import (
+    EMBEDDING,
+    INDEX,
+    Form,
+    SafetensorsWriter,
+    read_side_files,
+    write_side_files,
+)
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.hf.torch_dist import torch_dist_reader
+from mcore_rl.model.hf.torch_dist import torch_dist_reader, torch_dist_types
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 
@@ -41,8 +48,8 @@ def write_hf(
     arch = read_architecture(config)
     mapping = ParameterMap(arch, arch.vocab)
     read = torch_dist_reader(source, mapping)
-    dtype = read("model.norm.weight").dtype
-    forms = encoded_forms(mapping, encoding, dtype)
+    types = torch_dist_types(source, mapping)
+    forms = encoded_forms(mapping, encoding, types)
     shards = _shards(forms, shard_bytes)
     progress = ConversionProgress(len(forms))
     tensors = _Encoded(mapping, encoding, read)
@@ -56,7 +63,7 @@ def write_hf(
                 weight_map[name] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    write_side_files(read_side_files(config), directory, dtype, encoding.config(mapping))
+    write_side_files(read_side_files(config), directory, types[EMBEDDING], encoding.config(mapping))
     return progress
 
 
@@ -71,7 +78,7 @@ def _check_config(source: Path, config: Path) -> None:
     if isinstance(then, dict) and then.get("config.json", now) != now:
         raise ConfigError(
             f"{config / 'config.json'} is not the one that the run of {source} had: it would describe a "
-            "model of which these are no weights. Name a directory that the run has published (RUN_DIR/weights)"
+            "model of which these are no weights. Name a directory that the run published (RUN_DIR/weights)"
         )
 
 

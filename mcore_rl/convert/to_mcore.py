@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import SIDE_FILES, hf_reader
-from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
+from mcore_rl.model.hf.files import SIDE_FILES, hf_reader, hf_tensors
+from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
 
 _MEGATRON = {
@@ -85,11 +85,11 @@ def write_torch_dist(
     arch = read_architecture(source)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
-    dtype = read("model.norm.weight").dtype
+    types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
     entries = mapping.entries()
     placed = {_index(where): (entry, where) for entry in entries for where in [place(entry, mapping)]}
     plans = [
-        SavePlan([_item(placed[index][1], dtype) for index in part])
+        SavePlan([_item(where, types[entry.hf[0]]) for entry, where in (placed[index] for index in part)])
         for part in _distribute(placed, arch.layers, tensor, pipeline)
     ]
     planner = LazyPlanner(placed, mapping, read, ConversionProgress(len(entries)))

@@ -96,7 +96,7 @@ class ArrowRows:
         one = batch.slice(row - (int(self._ends[number]) - len(batch)), 1)
         try:
             one.validate(full=True)  # a damaged file of offsets would be read beyond its end
-            return without_nulls(one.to_pylist()[0])
+            return without_nulls({name: _value(one.column(name)[0]) for name in one.schema.names})
         except _FAILURES as error:
             raise DataError(f"{self.place(row)}: {error}; check that the file is whole") from None
 
@@ -110,10 +110,46 @@ class ArrowRows:
         self._forget()
         return np.frombuffer(b"".join(found), np.uint64)
 
+    def suspects(self, rows: range, keys: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Rows where a key is null or absent, as far as the columns have it; see Table."""
+        wrong = np.zeros(len(self), np.bool_)
+        for key in keys:
+            wrong |= np.concatenate([np.zeros(0, np.bool_), *(_nulls(batch, key) for batch in self._batches)])
+        self._forget()
+        return np.flatnonzero(wrong[rows.start : rows.stop]) + rows.start
+
     def _forget(self) -> None:
         """Give back the memory of what was read: the file still has it."""
+        pa.default_memory_pool().release_unused()
         for memory in self._maps:
             memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """Its value in Python; a time that Python cannot hold, such as a nanosecond, is a text."""
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        if not pa.types.is_temporal(scalar.type):
+            raise
+        return str(scalar.cast(pa.string()))
+
+
+def _nulls(batch: pa.RecordBatch, key: str) -> npt.NDArray[np.bool_]:
+    """[rows] where there is nothing under `key`, or within objects under `a.b.c`."""
+    if key in batch.schema.names:
+        return batch.column(key).is_null().to_numpy(zero_copy_only=False)
+    name, *inner = key.split(".")
+    if name not in batch.schema.names:
+        return np.ones(len(batch), np.bool_)
+    column = batch.column(name)
+    wrong = column.is_null().to_numpy(zero_copy_only=False)
+    for part in inner:
+        if not isinstance(column, pa.StructArray) or column.type.get_field_index(part) < 0:
+            return np.ones(len(batch), np.bool_)
+        column = column.field(part)
+        wrong |= column.is_null().to_numpy(zero_copy_only=False)
+    return wrong
 
 
 def _digest(schema: bytes, block: pa.Table) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,12 @@ def render(
             "that belongs to the model"
         )
     return text
+
+
+def is_read(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a word `name`: without it, a variable of that name changes nothing."""
+    template = tokenizer.chat_template  # one, or several by name
+    return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mcore_rl.terminal import listed, quoted
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 """of the files that a folder is read for; any other file that is named itself is read as jsonl"""
+_ANY_SLICE = re.compile(r"@\[[^\]/]*\]$")
 _SLICE = re.compile(r"(?s)(?P<path>.*)@\[(?P<start>-?\d{0,18}):(?P<end>-?\d{0,18})\]")
 
 
@@ -40,13 +41,15 @@ def locate(path: Path) -> Located:
     if match is not None and not path.exists():
         rows = slice(*(int(match[end]) if match[end] else None for end in ("start", "end")))
         path = Path(match["path"])
+    elif not path.exists() and _ANY_SLICE.search(str(path)):
+        raise DataError(f"{path}: rows are taken as PATH@[START:END], of whole numbers; write them so")
     return Located(tuple(_files(path)), rows)
 
 
 def _files(path: Path) -> list[Path]:
     if not path.exists() and glob.has_magic(str(path)):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files = [one for one in found if one.is_file() or is_saved_dataset(one)]
+        files = _once([one for one in found if not one.is_dir() or is_saved_dataset(one)])
         if not files:
             raise DataError(f"{path}: no file matches; check the pattern")
         return files
@@ -56,13 +59,28 @@ def _files(path: Path) -> list[Path]:
         raise DataError(
             f"{path}: several saved datasets, {listed(_splits(path))}; name one, as in {path}/train"
         )
-    files = sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and one.name[0] not in "._")
+    named = [one for one in path.iterdir() if one.name.endswith(SUFFIXES) and one.name[0] not in "._"]
+    files = _once(sorted(one for one in named if not one.is_dir()))
     if not files:
         raise DataError(
             f"{path}: Is a directory without a file of {', '.join(SUFFIXES)}, and none that datasets saved; "
             "name a file, or put files into it"
         )
     return files
+
+
+def identity_of(path: Path) -> object:
+    """What two names of one file share; a name of nothing is itself."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
+
+
+def _once(files: list[Path]) -> list[Path]:
+    """Each file under the first of its names; links in a folder may give it several."""
+    return list({identity_of(path): path for path in reversed(files)}.values())[::-1]
 
 
 def is_saved_dataset(path: Path) -> bool:

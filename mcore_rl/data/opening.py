@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import stat
 import zlib
 from pathlib import Path
 from typing import IO
 
-from mcore_rl.data.jsonl import JsonLines
 from mcore_rl.data.locate import arrow_files
-from mcore_rl.data.tables import Table, no_room, temporary
+from mcore_rl.data.tables import JsonLines, Table, no_room, temporary
 from mcore_rl.errors import DataError
 
 _CHUNK = 1 << 23
 """bytes that are unpacked at a time"""
+_OTHERS = {
+    b"\x1f\x8b": "a gzip file; call it .jsonl.gz",
+    b"PAR1": "a parquet file; call it .parquet",
+    b"ARROW1": "an Arrow file; name the directory that datasets saved, or convert it to parquet",
+    b"\xff\xff\xff\xff": "an Arrow stream; name the directory that datasets saved",
+    b"PK\x03\x04": "a zip file; unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it, or pack it by gzip",
+    b"\xfd7zXZ": "an xz file; unpack it, or pack it by gzip",
+    b"BZh": "a bzip2 file; unpack it, or pack it by gzip",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file (git lfs pull)",
+}
+"""how files begin that are no jsonl -> what they are, and the remedy"""
+
+
+_LONGEST = max(map(len, _OTHERS))
 
 
 def open_table(path: Path) -> Table:
@@ -38,7 +53,14 @@ def open_table(path: Path) -> Table:
 
         return ArrowRows.of_parquet(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path}: not a plain file, which is read from its middle; write the rows to one")
         with path.open("rb") as file:
+            begins = file.read(_LONGEST)
+            file.seek(0)
+            for magic, what in () if path.name.endswith(".gz") else _OTHERS.items():
+                if begins.startswith(magic):
+                    raise DataError(f"{path}: {what}")
             if not path.name.endswith(".gz"):
                 return JsonLines(path, file)
             with _unpacked(path, file) as unpacked:

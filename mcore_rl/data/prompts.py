@@ -14,7 +14,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.data.fingerprint import Fingerprint, fingerprint_form, fingerprint_rows
-from mcore_rl.data.locate import locate
+from mcore_rl.data.locate import identity_of, locate
 from mcore_rl.data.opening import open_table
 from mcore_rl.data.reader import RowFormat, RowReader, encode
 from mcore_rl.data.tables import Records, Table
@@ -29,6 +29,10 @@ EXAMINED_CHARACTERS = 1 << 21
 """of rendered prompts, shared by the paths of a set, that are examined before a run begins: all of a file of
 some thousand prompts, and the beginning of one of a million. A constant: which prompts are known to be
 over-long decides the order of all"""
+SPREAD = 512
+"""rows of each path that are examined beyond these, evenly spread, for mistakes alone"""
+_SUSPECTS = 1024
+"""rows of each path, at most, that are examined because something about them looks wrong"""
 
 
 _DEFAULT_FORMAT = RowFormat()
@@ -265,6 +269,7 @@ class _Examination:
         before, shortest, last = len(self._too_long), 0, rows.start
         for row in rows:
             if characters <= 0:
+                self._look_for_mistakes(range(row, rows.stop))
                 break
             prompt = read_row(self._records, self._reader, row)
             characters, last = characters - len(prompt.text), row + 1
@@ -282,12 +287,25 @@ class _Examination:
             )
         return np.delete(np.arange(rows.start, rows.stop), np.array(dropped, np.int64) - rows.start)
 
-    def _note(self, row: int, prompt: Prompt) -> None:
-        place = self._records.place(row)
+    def _look_for_mistakes(self, rows: range) -> None:
+        """Read some rows that are not kept in mind: those that look wrong, and others, evenly spread."""
+        suspects = self._records.suspects(rows, self._reader.form.required_keys)
+        chosen = {*_spread(suspects, _SUSPECTS), *_spread(np.arange(rows.start, rows.stop), SPREAD)}
+        for row in sorted(chosen):
+            prompt, place = read_row(self._records, self._reader, row), self._records.place(row)
+            self._refuse_twice(place, prompt)
+            if self._response is not None and len(prompt.token_ids) <= self._limit:
+                check_length(place, prompt, self._response, self._reader)
+
+    def _refuse_twice(self, place: str, prompt: Prompt) -> None:
         if prompt.id in self._seen:
             raise twice(
                 place, self._reader.form.id_key, prompt.id, self._records.place(self._seen[prompt.id])
             )
+
+    def _note(self, row: int, prompt: Prompt) -> None:
+        place = self._records.place(row)
+        self._refuse_twice(place, prompt)
         self._seen[prompt.id] = row
         if len(prompt.token_ids) > self._limit:
             self._too_long.append(row)
@@ -302,6 +320,12 @@ class _Examination:
     def result(self) -> Examined:
         at = self._records.place(self._too_long[0]) if self._too_long else ""
         return Examined(len(self._seen), self._longest, tuple(self._ids), at, self._without)
+
+
+def _spread(rows: npt.NDArray[np.int64], count: int) -> list[int]:
+    """At most `count` of the rows, evenly spread; the first among them."""
+    picked = np.arange(min(count, len(rows))) * len(rows) // max(1, min(count, len(rows)))
+    return rows[picked].tolist()
 
 
 def twice(place: str, key: str, name: str, other: str) -> DataError:
@@ -335,12 +359,13 @@ def _names(files: Sequence[Path]) -> dict[Path, str]:
 
 def _check_disjoint(taken: Sequence[tuple[Path, range]]) -> None:
     """Raises DataError where rows of a file are taken twice."""
-    rows_of = dict[Path, list[range]]()
+    rows_of = dict[object, list[range]]()
     for file, rows in taken:
-        for other in rows_of.setdefault(file, []):
+        known = rows_of.setdefault(identity_of(file), [])  # a link is no other file
+        for other in known:
             if max(rows.start, other.start) < min(rows.stop, other.stop):
                 raise DataError(f"{file}: some of its rows are named twice in [data]; name them once")
-        rows_of[file].append(rows)
+        known.append(rows)
 
 
 def _chosen(counts: Sequence[int], rows: slice) -> list[range]:

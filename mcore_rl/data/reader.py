@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mcore_rl.data.chat import render
+from mcore_rl import strict_json
+from mcore_rl.data.chat import MAX_CHARACTERS, render
 from mcore_rl.data.messages import (
     LastAssistant,
     Message,
@@ -51,6 +52,16 @@ class RowFormat:
     system: str | None = None
     tools: Sequence[Any] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def required_keys(self) -> tuple[str, ...]:
+        """Keys that no row may lack."""
+        label = (self.label_key,) if self.label_key and self.needs_label else ()
+        return (
+            self.prompt_key,
+            *(label if self.last_assistant != "drop" else ()),
+            *(() if self.id_key == "id" else (self.id_key,)),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ class RowReader:
         value = default if value is _MISSING else value
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise DataError(f"{where}: a {kind(value)}; expected a string or an integer (quote it)")
+        if value == "":
+            raise DataError(f"{where}: empty; give the row a name, or take the key out")
         if any("\ud800" <= character <= "\udfff" for character in str(value)):
             raise DataError(
                 f"{where}: {quoted(value)} holds half of a surrogate pair, which no file can hold; rename it"
@@ -138,6 +151,11 @@ class RowReader:
             run = {"data.system": form.system, "data.tools": form.tools}
             run["data.chat_template_kwargs"] = form.chat_template_kwargs
             given += [f"{where}: {key}" for key, its in run.items() if its]
+            if _is_text_of_messages(value):
+                raise DataError(
+                    f"{where}: the JSON text of messages, which would be a prompt as it stands; write the "
+                    "list itself"
+                )
             if given:
                 raise DataError(
                     f"{given[0]}: has no effect on a prompt that is a string; set data.apply_chat_template = "
@@ -219,6 +237,8 @@ def look_up(record: Mapping[str, Any], key: str) -> Any:
 
 def encode(place: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of `text`, no special token added. Raises DataError."""
+    if len(text) > MAX_CHARACTERS:  # of each, a tokenizer takes some hundred bytes
+        raise DataError(f"{place}: {len(text)} characters, and at most {MAX_CHARACTERS} are read; shorten it")
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # tokenizers raises bare Exception for text it has no token for
@@ -240,6 +260,16 @@ def special_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
     have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
     return DataError(f"{place}:{key}: missing (keys here: {have}); {remedy}")
+
+
+def _is_text_of_messages(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = strict_json.parse(text.encode(errors="surrogatepass"))
+    except strict_json.JsonError:
+        return False
+    return bool(found) and _is_conversation(found)
 
 
 def _is_conversation(value: Any) -> bool:

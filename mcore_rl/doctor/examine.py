@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mcore_rl.algo.algorithms import ALGORITHMS
-from mcore_rl.config import Config, load_config
+from mcore_rl.config import Config, load_config, warnings
 from mcore_rl.doctor.finding import Finding, guarded, of_error
 from mcore_rl.doctor.gradient import check_gradient
 from mcore_rl.doctor.inputs import check_inputs
@@ -74,10 +74,18 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
         yield lambda: [of_error("config", line) for line in lines]
         return
     yield lambda: [Finding("config", "ok", f"{path}: {config.algorithm.name}, no contradictions")]
+    yield lambda: list(_doubts(config))
     yield lambda: _precision(config)
     yield lambda: check_inputs(config, torch.cuda.device_count())
     yield lambda: guarded("disk", lambda: _disks(config))
     yield lambda: check_servers(config)
+
+
+def _doubts(config: Config) -> Iterator[Finding]:
+    """What the run would warn of."""
+    for said in warnings(config):
+        what, _, remedy = said.partition("; ")
+        yield Finding("config", "warning", what, remedy)
 
 
 def _precision(config: Config) -> list[Finding]:

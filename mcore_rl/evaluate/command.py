@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mcore_rl.config import Config, load_config
+from mcore_rl.config import Config, load_config, warnings
 from mcore_rl.directories import locked, write_whole
 from mcore_rl.errors import EXIT_DONE, ConfigError, RolloutError
 from mcore_rl.evaluate.keep import RESULTS, SampleFile, open_evaluation, results_of
 from mcore_rl.evaluate.sampling import sample_set, serving
+from mcore_rl.evaluate.scoring import scorer, scoring_model
 from mcore_rl.evaluate.weights import Weights, find_weights
 from mcore_rl.launch.start import catch_signals
 from mcore_rl.terminal import printable
-from mcore_rl.training.assemble_rollouts import reward_pool
 from mcore_rl.training.evaluation_sets import EvalSet, measure, read_sets, set_params
 from mcore_rl.training.rundir import RESOLVED, RUN_LOCK
 from mcore_rl.training.setup import load_tokenizer
 
-MEASURES = ("accuracy", "pass@", "majority@")
+MEASURES = ("accuracy", "reward", "pass@", "majority@")
 
 
 def evaluate(
@@ -52,6 +52,8 @@ def evaluate(
     catch_signals()
     is_run = target.is_dir()
     config = _config(target, overrides, is_run=is_run)
+    for what in () if is_run else warnings(config):  # a run has said its own
+        print(printable(f"warning: {what}"), file=sys.stderr)
     weights = find_weights(config, target if is_run else None, checkpoint)
     if not weights.is_checkpoint:  # its own tokenizer and config.json
         config = _with(config, model={"path": weights.path})
@@ -83,12 +85,6 @@ def _config(target: Path, overrides: Sequence[str], *, is_run: bool) -> Config:
         config = load_config(target / RESOLVED, [f"--run.dir={json.dumps(str(target))}", *overrides])
     if not config.held_out:
         raise ConfigError(f"{target}: no held-out set; set data.eval or [eval.sets.NAME]")
-    scored = [name for name, one in config.held_out.items() if one.reward is None]
-    if config.reward.model is not None and scored:
-        raise ConfigError(
-            f"reward.model: it scores on the ranks of training alone, and the set {scored[0]} has no other "
-            f"reward; set eval.sets.{scored[0]}.reward, or read the numbers that the run has logged"
-        )
     return config
 
 
@@ -105,7 +101,7 @@ def _settings(config: Config, weights: Weights, sets: Sequence[EvalSet]) -> dict
     return {
         "weights": weights.identity(),
         "seed": config.run.seed,
-        "reward": config.reward.function,
+        "reward": config.reward.function if config.reward.model is None else str(config.reward.model),
         "sets": {
             one.name: {
                 "prompts": len(one.prompts),
@@ -128,15 +124,14 @@ def _sampled(
     model = weights.as_hf(config, directory / "model")
     files = {one.name: SampleFile(directory, one) for one in sets}
     servers = len(config.rollout.urls) or config.rollout.servers
-    with serving(config, model) as requests:
+    with scoring_model(config, sets) as by_model, serving(config, model) as requests:
         for one in sets:
-            with reward_pool(config, one.function) as pool:
+            with scorer(config, one, by_model) as score:
                 sample_set(
                     requests,
                     one,
                     files[one.name],
-                    pool=pool,
-                    max_void=config.reward.max_void,
+                    score=score,
                     servers=servers,
                     seed=config.run.seed,
                     decode=decode,

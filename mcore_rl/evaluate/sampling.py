@@ -12,18 +12,17 @@ from pathlib import Path
 from mcore_rl.config import Config
 from mcore_rl.errors import RolloutError
 from mcore_rl.evaluate.keep import SampleFile
+from mcore_rl.evaluate.scoring import Score
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.rewards import RewardPool, check_rate
 from mcore_rl.rollout.client import call
 from mcore_rl.rollout.fleet import Fleet, on_each
-from mcore_rl.rollout.inflight import Begun, InFlight
+from mcore_rl.rollout.inflight import Begun, InFlight, Schedule
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
-from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.terminal import printable
 from mcore_rl.training.assemble_servers import local_servers
-from mcore_rl.training.evaluation_sets import EvalSet, Record, measure, record_of
+from mcore_rl.training.evaluation_sets import EvalSet, measure, record_of
 from mcore_rl.training.requests import CALLS_PER_SERVER
-from mcore_rl.types import Group, Prompt
+from mcore_rl.types import Prompt
 from mcore_rl.weights.disk import load_from_disk
 from mcore_rl.weights.transport import wait_for_servers
 
@@ -83,8 +82,7 @@ def sample_set(
     one: EvalSet,
     file: SampleFile,
     *,
-    pool: RewardPool,
-    max_void: float,
+    score: Score,
     servers: int,
     seed: int,
     decode: Callable[[Sequence[int]], str],
@@ -93,7 +91,7 @@ def sample_set(
 
     Raises:
         RolloutError: no server is left; what was sampled is kept.
-        RewardError: an answer could not be had, or more than `max_void` of the rewards of a call.
+        RewardError: an answer could not be had, or what `score` raises.
     """
     left = [prompt for prompt in one.prompts if prompt.id not in file.sampled]
     calls = CALLS_PER_SERVER * servers
@@ -109,20 +107,13 @@ def sample_set(
         part, begun = waiting.popleft()
         replies = requests.finish(begun)
         groups = [build_group(_group(p, one), p, its, decode) for p, its in zip(part, replies, strict=True)]
-        file.add(_scored(one, groups, pool, max_void))
+        file.add([record_of(one, sample) for group in score(groups) for sample in group.samples])
         _say(one, file)
     file.finish()
 
 
 def _group(prompt: Prompt, one: EvalSet) -> str:
     return f"{prompt.id}@{one.name}"
-
-
-def _scored(one: EvalSet, groups: Sequence[Group], pool: RewardPool, max_void: float) -> list[Record]:
-    assert one.function is not None
-    scored, reasons = pool.score(groups)
-    check_rate(sum(len(group.samples) for group in groups), [reasons], max_void, one.function)
-    return [record_of(one, sample) for group in scored for sample in group.samples]
 
 
 def _say(one: EvalSet, file: SampleFile) -> None:

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mcore_rl.config import Config, load_config, to_toml
+from mcore_rl.config import Config, load_config, to_toml, warnings
 from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
-from mcore_rl.model.critic import CriticParameterMap, with_value_head
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.policy import CriticParameterMap, with_value_head
 from mcore_rl.model.weights_io import hf_reader, random_reader
 from mcore_rl.terminal import printable
 from mcore_rl.training.setup import layout_of, world_size
@@ -126,6 +126,10 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     tiny = load_config(file)
     for line in _differences(config, tiny):
         _say(line)
+    said_by_ranks = warnings(tiny)
+    for what in warnings(config):
+        if what not in said_by_ranks:
+            _say(f"warning: {what}")
     return file, tiny
 
 
@@ -239,6 +243,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "stop_token_ids": (),
             "api_key_env": None,
             "threads": 1,
+            "dump": min(1, rollout.dump),
         },
         "reward": {
             "function": "mcore_rl.rewards.exact:exact_match",

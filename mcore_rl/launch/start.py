@@ -35,7 +35,7 @@ from mcore_rl.training.faults.exits import (
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS
 from mcore_rl.training.rundir import held, warn_of_others
-from mcore_rl.training.sampled import check_directory, check_source
+from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
 
 
 def under_torchrun() -> bool:
@@ -75,10 +75,8 @@ def run_rank(config: Config, source: Source) -> int:
     if int(os.environ["RANK"]) != 0:
         return _run_recorded(config, partial(_run, config, source))
     with held(config, publishes=source.publishes(config)):  # before a line is written in another run's
-        warn_of_others(config)
-        for what in warnings(config):
-            say(f"warning: {what}")
-            append_event(config.run.dir, "warning", what=what)
+        doubts = doubts_of_source(config) if source.rollouts is not None else []
+        _warn(config, doubts)
         return _run_recorded(config, partial(_run, config, source))
 
 
@@ -96,8 +94,15 @@ def run_alone(config: Config) -> int:
     check_directory(config)
     check_open_files()
     with held(config, publishes=False, dumps="sampled"):
-        warn_of_others(config)
+        _warn(config)
         return _run_recorded(config, partial(_sample, config))
+
+
+def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
+    warn_of_others(config)
+    for what in [*warnings(config), *doubts]:
+        say(f"warning: {what}")
+        append_event(config.run.dir, "warning", what=what)
 
 
 def _sample(config: Config) -> None:

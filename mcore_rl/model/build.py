@@ -22,14 +22,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
-from mcore_rl.model.block import block_spec
-from mcore_rl.model.critic import CriticModel, CriticParameterMap, with_value_head
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import read_side_files
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.policy import LogitsModel, PackedGPT, PolicyModel
-from mcore_rl.model.rotary import rotary_frequencies
-from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab, transformer_config
+from mcore_rl.model.policy import (
+    CriticModel,
+    CriticParameterMap,
+    LogitsModel,
+    PackedGPT,
+    PolicyModel,
+    rotary_frequencies,
+    with_value_head,
+)
+from mcore_rl.model.spec import (
+    block_spec,
+    check_layout,
+    check_reward_layout,
+    padded_vocab,
+    transformer_config,
+)
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 

@@ -1,15 +1,27 @@
-"""The policy: Megatron's GPTModel whose output layer answers with log-probs and entropies, never logits."""
+"""The models: Megatron's GPTModel, packed, and what its last stage answers with instead of logits.
+
+The policy answers with log-probs and entropies, the critic, whose backbone is the policy's, with values.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import Tensor, nn
 
+from mcore_rl.model.hf.architecture import Architecture, RopeScaling
+from mcore_rl.model.hf.parameters import ParameterMap, Rule
 from mcore_rl.parallel.head import Call, HeadOutput, RowLoss, head_loss, log_prob_entropy
 
 
@@ -118,3 +130,99 @@ class PolicyModel(PackedGPT):
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
         return self.output_layer(hidden, weight=weight, scored=scored)
+
+
+VALUE_HEAD = Rule("value_head.weight", ("score.weight",), ("one hidden",))
+"""[1, H]; the HF name is that of transformers' sequence classifiers."""
+
+
+class ValueHead(nn.Module):
+    """Hidden state -> value: one linear output without bias, at least float32 whatever the model's precision.
+
+    Every tensor-parallel rank holds all of it and sees whole hidden states, so its gradient, and the one it
+    sends back, are complete on each of them: nothing to reduce, and no mark that tells Megatron to.
+    """
+
+    def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__()
+        dtype = torch.promote_types(config.params_dtype, torch.float32)
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=dtype))
+        self.sequence_parallel, self.tp_group = config.sequence_parallel, tp_group
+
+    def forward(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [T or T/tp, 1, H] -> values [R] of the hidden states `rows`."""
+        if self.sequence_parallel:
+            # All ranks compute the same loss from the gathered states, so the backward pass takes a rank's
+            # own part of the gradient. The default sums the copies: tp times the gradient.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        picked = hidden.squeeze(1).index_select(0, rows)
+        return torch.mv(picked.to(self.weight.dtype), self.weight.squeeze(0))
+
+
+class CriticModel(PackedGPT):
+    """Ends in values: V(state before token t) for every scored token t."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        """GPTModel's arguments, embeddings untied; the output layer that it always builds is freed again."""
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            del self.output_layer
+            self.value_head = ValueHead(self.config, self.pg_collection.tp)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        """Describe the shards as any module of Megatron does; GPTModel's own way asks for an output layer."""
+        known = ensure_metadata_has_dp_cp_group(metadata)
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, known)
+
+    def head(self, hidden: Tensor, scored: Scored) -> Tensor:
+        """Values [R], from the hidden states that the policy scores the same tokens from."""
+        return self.value_head(hidden, scored.rows)
+
+
+class CriticParameterMap(ParameterMap):
+    """The policy's table with the value head in place of the output layer."""
+
+    def __init__(self, arch: Architecture, vocab_rows: int) -> None:
+        """Take what ParameterMap takes."""
+        super().__init__(arch, vocab_rows)
+        del self._rules["output_layer.weight"]
+        self._rules[VALUE_HEAD.megatron] = VALUE_HEAD
+
+
+def with_value_head(
+    read: Callable[[str], Tensor], arch: Architecture, random_seed: int | None
+) -> Callable[[str], Tensor]:
+    """`read` of the policy's HF tensors, and of a value head: zero, or random by seed as the rest then is."""
+
+    def read_critic(name: str) -> Tensor:
+        if name not in VALUE_HEAD.hf:
+            return read(name)
+        if random_seed is None:
+            return torch.zeros(1, arch.hidden)
+        generator = torch.Generator().manual_seed(random_seed)
+        return torch.randn(1, arch.hidden, generator=generator) * arch.init_std
+
+    return read_critic
+
+
+def rotary_frequencies(arch: Architecture) -> Tensor:
+    """[head_dim / 2] float32: radians per position of each pair of channels.
+
+    Source: arXiv 2104.09864; scaled as Llama 3.1 does it, arXiv 2407.21783 section 3.4.1.
+    """
+    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    frequencies = 1.0 / (arch.rope_theta**exponents)
+    return frequencies if arch.rope_scaling is None else scaled(frequencies, arch.rope_scaling)
+
+
+def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slow pairs `factor` times slower, fast ones as they were, a linear blend in turns per context between.
+
+    Megatron has this formula with the numbers of Llama 3.1 written into it; here they come from config.json.
+    """
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return frequencies * ((1 - blend) / scaling.factor + blend)

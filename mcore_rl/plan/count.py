@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
 
-from mcore_rl.model.critic import CriticParameterMap
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
+from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.model.spec import padded_vocab
 from mcore_rl.parallel.mesh import Layout
 

@@ -12,7 +12,7 @@ from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import Line, Reference, format_number, line_chart, moving_average, stacked_bars
 
 HELD_OUT = ("eval/version", *(f"eval/*/{word}" for word in ("pass@*", "majority@*", "low", "high")))
-HELD_OUT += tuple(f"eval/*/{word}" for word in ("samples", "missing", "sampled", "prompts"))
+HELD_OUT += tuple(f"eval/*/{word}" for word in ("samples", "missing", "sampled", "prompts", "labels"))
 """of the held-out sets, what has no plot of one metric: their table has it"""
 SMOOTH_FROM = 25
 """points from which a noisy metric gets a moving average"""
@@ -67,6 +67,12 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
             "Of the reward model, mean over prompts outside the training set; shaded: 95 % interval",
             (("eval/*/reward", "reward"),),
             band=("eval/*/reward/low", "eval/*/reward/high"),
+            dots=True,
+        ),
+        Plot(
+            "Held-out loss",
+            "Nats per token of labels outside the training set",
+            (("eval/*/loss", "loss"),),
             dots=True,
         ),
         Plot("Reward", "Mean over the step's samples", (("reward/mean", "reward"),), noisy=True),

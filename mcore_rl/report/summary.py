@@ -129,6 +129,10 @@ def _dropped(run: RunData) -> list[Fact]:
         )
         for name, (dropped, read) in counts.items()
         if dropped and read and dropped[0]
+    ] + [
+        Fact("Over-long prompts \u00b7 train", f"{met[-1]:.0f}", "met after the start, and passed over")
+        for met in [run.values("data/train/passed_over")]
+        if met
     ]
 
 

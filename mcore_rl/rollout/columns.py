@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise, repeat
 from typing import Any
 
@@ -61,27 +62,33 @@ def pack_groups(groups: Sequence[Group]) -> Columns:
         for prompt in (sample.prompt.token_array,)  # which every rank has
         for segment in sample.segments
     ]
-    masks = [s.trained if len(s.log_probs) < len(s.token_ids) else None for s in segments]
-    lengths = (
-        [len(context) for context in contexts],
-        [len(s.token_ids) for s in segments],
-        [len(s.log_probs) for s in segments],
-        [len(s.versions) for s in segments],
-        [0 if mask is None else len(mask) for mask in masks],
-        [0 if s.experts is None else len(s.experts) for s in segments],
-    )
+    tokens, log_probs = [s.token_ids for s in segments], [s.log_probs for s in segments]
+    lengths = np.zeros((6, len(segments)), np.int64)
+    lengths[:3] = [list(map(len, arrays)) for arrays in (contexts, tokens, log_probs)]
+    lengths[3] = [len(s.versions) for s in segments]
+    masks = [segments[i].trained for i in np.flatnonzero(lengths[2] < lengths[1])]
+    lengths[4] = np.where(lengths[2] < lengths[1], lengths[1], 0)
+    experts = [s.experts for s in segments if s.experts is not None]
+    if experts:
+        lengths[5] = [0 if s.experts is None else len(s.experts) for s in segments]
     spans = [span for s in segments for span in s.versions]
+    versions, starts, stops = zip(*spans, strict=True) if spans else ((), (), ())
     return Columns(
         groups=[(group.id, _prompt_id(group), len(group.samples)) for group in groups],
-        samples=[_detailed(s) if s.parts or s.turn_rewards else _flat(s) for s in samples],
-        ends=np.cumsum(np.array(lengths, np.int64), axis=1),
-        versions=[span.version for span in spans],
-        spans=np.array([[span.start for span in spans], [span.end for span in spans]], np.int64),
-        tokens=join_arrays([s.token_ids for s in segments], np.int32),
-        log_probs=join_arrays([s.log_probs for s in segments], np.float32),
-        trained=join_arrays([mask for mask in masks if mask is not None], np.bool_),
-        contexts=join_arrays(contexts, np.int32),
-        experts=_join_experts([s.experts for s in segments if s.experts is not None]),
+        samples=[
+            _detailed(s)
+            if s.parts or s.turn_rewards
+            else (s.id, s.finish_reason, s.reward, s.void, len(s.segments))
+            for s in samples
+        ],
+        ends=np.cumsum(lengths, axis=1),
+        versions=list(versions),
+        spans=np.array((starts, stops), np.int64),
+        tokens=join_arrays(tokens, np.int32),
+        log_probs=join_arrays(log_probs, np.float32),
+        trained=join_arrays(masks, np.bool_),
+        contexts=join_arrays([context for context in contexts if context is not _NOTHING], np.int32),
+        experts=_join_experts(experts),
     )
 
 
@@ -91,24 +98,29 @@ def unpack_groups(columns: Columns, prompts: Mapping[str, Prompt]) -> list[Group
     Args:
         prompts: id -> prompt, of all that the groups name.
     """
-    samples: Iterator[tuple[Any, ...]] = iter(columns.samples)
-    segments = _segments(columns)
-    return [
-        Group(id, tuple(_sample(prompts[prompt], segments, *next(samples)) for _ in range(count)))
-        for id, prompt, count in columns.groups
-    ]
+    of_samples = [prompts[prompt] for _, prompt, count in columns.groups for _ in range(count)]
+    segments = _segments(columns, of_samples)
+    rows: Iterator[tuple[Any, ...]] = iter(columns.samples)
+    samples = iter([_sample(p, segments, *row) for p, row in zip(of_samples, rows, strict=True)])
+    return [Group(id, tuple(islice(samples, count))) for id, _, count in columns.groups]
 
 
 def _prompt_id(group: Group) -> str:
     return group.samples[0].prompt.id if group.samples else ""
 
 
-def _segments(columns: Columns) -> Iterator[tuple]:
-    """The fields of every segment, in their order; no context where it is the prompt."""
-    spans = tuple(map(VersionSpan, columns.versions, *columns.spans.tolist()))
+def _segments(columns: Columns, of_samples: Sequence[Prompt]) -> Iterator[Segment]:
+    """Every segment, in their order; of the prompt of its sample, where it has no context of its own."""
+    rows = zip(columns.versions, *columns.spans.tolist(), strict=True)
+    spans = tuple(map(partial(tuple.__new__, VersionSpan), rows))  # a VersionSpan for each, in C
     arrays = (columns.contexts, columns.tokens, columns.log_probs, spans, columns.trained, columns.experts)
     absent = (None, columns.tokens[:0], columns.log_probs[:0], (), None, None)
-    return zip(*map(_cut, arrays, columns.ends.tolist(), absent), strict=True)
+    own, *rest = map(_cut, arrays, columns.ends.tolist(), absent)
+    counts = [row[4] for row in columns.samples]
+    contexts = [p.token_array for p, count in zip(of_samples, counts, strict=True) for _ in range(count)]
+    if len(columns.contexts):
+        contexts = [of if its is None else its for its, of in zip(own, contexts, strict=True)]
+    return map(Segment, contexts, *rest)
 
 
 def _cut(array: Any, ends: list[int], absent: Any) -> Iterator[Any]:
@@ -117,17 +129,13 @@ def _cut(array: Any, ends: list[int], absent: Any) -> Iterator[Any]:
     return (array[start:end] if start < end else absent for start, end in pairwise([0, *ends]))
 
 
-def _flat(s: Sample) -> Flat:
-    return s.id, s.finish_reason, s.reward, s.void, len(s.segments)
-
-
 def _detailed(s: Sample) -> Detailed:
-    return *_flat(s), s.parts, s.turn_rewards
+    return s.id, s.finish_reason, s.reward, s.void, len(s.segments), s.parts, s.turn_rewards
 
 
 def _sample(
     prompt: Prompt,
-    segments: Iterator[tuple],
+    segments: Iterator[Segment],
     id: str,
     finish_reason: str,
     reward: float | None,
@@ -136,12 +144,7 @@ def _sample(
     parts: tuple[RewardPart, ...] = (),
     turn_rewards: tuple[TurnReward, ...] = (),
 ) -> Sample:
-    own = tuple(
-        [
-            Segment(prompt.token_array if context is None else context, *rest)
-            for context, *rest in islice(segments, count)
-        ]
-    )
+    own = tuple(islice(segments, count))
     return Sample(id, prompt, own, "", finish_reason, reward, void, parts, turn_rewards)
 
 

@@ -16,10 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.advantages import Spread, decoupled, group_statistics
+from mcore_rl.algo.advantages import (
+    Spread,
+    add_turn_rewards,
+    decoupled,
+    group_statistics,
+    offsets_of,
+    spread,
+    token_rewards,
+    whiten,
+)
 from mcore_rl.algo.algorithms import Algorithm
-from mcore_rl.algo.returns import add_turn_rewards, token_rewards, whiten
-from mcore_rl.algo.segments import offsets_of, spread
 from mcore_rl.errors import NumericsError, RewardError
 from mcore_rl.training.batch import RolloutBatch
 from mcore_rl.types import RewardPart, Sample
@@ -50,7 +57,7 @@ class Advantages:
 
 
 def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores = NO_SCORES) -> Advantages:
-    """Per-sample advantages from group statistics, or per-token ones by `returns.gae`; whitened where asked.
+    """Per-sample advantages from group statistics, or per-token ones by `gae`; whitened where asked.
 
     Rewards of turns enter token by token where the algorithm has token rewards, and by their sum elsewhere.
 

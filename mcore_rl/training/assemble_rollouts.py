@@ -22,7 +22,7 @@ from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
-from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
+from mcore_rl.training.evaluation_sets import EvalSet, held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
@@ -168,10 +168,15 @@ def curriculum_of(config: Config) -> Curriculum | None:
 
 
 @contextmanager
-def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | str]]]:
+def evaluating(
+    trainer: Trainer, beside: Callable[[Sequence[EvalSet]], dict[str, float]]
+) -> Iterator[Callable[[int], dict[str, float | str]]]:
     """For training without rollouts: what publishes and evaluates the policy after a step that asks for it.
 
     It is collective, gives the metrics, and does nothing where the config has no held-out sets.
+
+    Args:
+        beside: what else is measured on the sets; collective.
     """
     config = trainer.config
     with ExitStack() as stack:
@@ -192,6 +197,10 @@ def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | s
                 return {}
             published = publisher.publish(step, trainer.probe_prompts())
             counted = held_out_metrics(evaluator.sets) if step == 0 else {}
-            return published | counted | evaluator.after(step) | rewards.take_metrics()
+            sampled = evaluator.after(step) | rewards.take_metrics()
+            with trainer.timers("eval"):
+                measured = beside(evaluator.sets)
+            trainer.attempt.reached("the held-out sets were measured")
+            return published | counted | sampled | measured
 
         yield after

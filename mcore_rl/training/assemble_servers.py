@@ -14,8 +14,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.parallel.control import gather_ranks, on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded, SGLang
+from mcore_rl.rollout.processes import Embedded, LocalServer, SGLang
 from mcore_rl.weights.broadcast import Distributed
 from mcore_rl.weights.disk import Changes, Disk, export
 from mcore_rl.weights.encoding import ENCODINGS

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mcore_rl.algo.aggregation import aggregation_weight
 from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.losses import aggregation_weight
 from mcore_rl.data.packing import TokenSequence, micro_batches, pack, padded
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import packed_multiple

@@ -30,6 +30,7 @@ from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
 from mcore_rl.data.cursor import knows_content
 from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
+from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from mcore_rl import strict_json
 from mcore_rl.config import Config
+from mcore_rl.data.chat import is_read
+from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.messages import read_tools
 from mcore_rl.data.prompts import Limit, PromptSet, Response
 from mcore_rl.data.quota import shares_of
@@ -80,6 +84,22 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
     )
 
 
+def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError for what [data] gives a chat template that does not read it."""
+    if not tokenizer.chat_template:
+        return
+    if config.data.tools is not None and not is_read("tools", tokenizer):
+        raise ConfigError(
+            "data.tools: the chat template reads no tools; drop it, or use a template that does"
+        )
+    for name in config.data.chat_template_kwargs:
+        if not is_read(name, tokenizer):
+            raise ConfigError(
+                f"data.chat_template_kwargs.{name}: the chat template reads no such variable; drop it, or "
+                "name one that it reads"
+            )
+
+
 def _tools(path: Path) -> Sequence[Any]:
     try:
         found = read_tools(str(path), strict_json.parse(path.read_bytes()))
@@ -134,6 +154,14 @@ def data_metrics(name: str, found: PromptSet) -> dict[str, float]:
         name: `train`, or `eval/NAME` of a held-out set.
     """
     return {f"data/{name}/prompts": float(found.read), f"data/{name}/dropped": float(len(found.too_long))}
+
+
+def passed_over(cursor: PromptCursor) -> dict[str, float]:
+    """How often a prompt turned out to be over-long when its turn came; nothing where none did.
+
+    Those that were examined at the start are not among them: `data_metrics` counts these.
+    """
+    return {"data/train/passed_over": float(cursor.passed_over)} if cursor.passed_over else {}
 
 
 def say_dropped(config: Config, step_log: StepLog, key: str, found: PromptSet) -> None:

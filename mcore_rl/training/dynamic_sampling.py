@@ -9,8 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mcore_rl.algo.advantages import group_statistics
-from mcore_rl.algo.shaping import informative
+from mcore_rl.algo.advantages import group_statistics, informative
 from mcore_rl.errors import NoSignalError
 from mcore_rl.training.advantage import reward_parts
 from mcore_rl.types import Group, Sample

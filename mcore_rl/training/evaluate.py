@@ -19,11 +19,11 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.inflight import Begun, InFlight
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.training.evaluation_sets import EvalSet, as_lines, measure, record_of
+from mcore_rl.training.generation import share_groups
 from mcore_rl.training.requests import CALLS_PER_SERVER, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.rundir import keep_evaluation
 from mcore_rl.training.servers import Servers
-from mcore_rl.training.share import share_groups
 from mcore_rl.types import Group, Prompt
 
 VERSION = "eval/version"

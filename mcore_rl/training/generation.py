@@ -13,26 +13,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, chain, count
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from mcore_rl.data.cursor import share
 from mcore_rl.errors import RolloutError
 from mcore_rl.log import Timers
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rollout.inflight import InFlight, PendingGroup
+from mcore_rl.rollout.columns import pack_groups, unpack_groups
+from mcore_rl.rollout.inflight import InFlight, PendingGroup, Queue
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
-from mcore_rl.rollout.schedule import Queue
 from mcore_rl.training.dynamic_sampling import Sifted, live_samples
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.requests import CALLS_PER_SERVER, Bounds, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
-from mcore_rl.training.share import share_groups
-from mcore_rl.training.staleness import staleness_metrics
-from mcore_rl.types import Group, Prompt
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 
 class Generation:
@@ -96,7 +96,8 @@ class Generation:
                     f"step {step}: the servers aborted all {len(sifted.groups)} groups; see their logs"
                 ).on_every_rank()
             sifted.check(step)
-            self._reached(f"{len(sifted.groups)} groups of step {step} were sampled")
+            if sifted.missing:
+                self._reached(f"{len(sifted.groups)} groups of step {step} were sampled")
         self._count(sifted, self._discard(step))
         self._source.keep({prompt_of(group) for group in self._queue})
         if self.bounds.max_staleness:
@@ -288,3 +289,50 @@ def named(prompts: Sequence[Prompt], step: int, taken: Collection[str]) -> list[
     names = chain([str(step)], (f"{step}.{n}" for n in count(1)))
     of_name = ([f"{prompt.id}@{name}" for prompt in prompts] for name in names)
     return next(ids for ids in of_name if not any(id in taken for id in ids))
+
+
+T = TypeVar("T")
+
+
+def share_groups(
+    mesh: Mesh, prompts: Mapping[str, Prompt], work: Callable[[], tuple[list[Group], T]]
+) -> tuple[list[Group], list[T]]:
+    """Run `work` on the lead of every replica: (scored groups, anything small); collective.
+
+    Returns, the same on every rank, the groups of all replicas, in data-parallel order and without texts,
+    and what else each lead returned. An exception on one lead is raised on every rank.
+
+    Args:
+        prompts: id -> prompt, of all that the groups of any replica may be of.
+    """
+
+    def packed():
+        groups, rest = work()
+        return pack_groups(groups), rest
+
+    replicas = gather_replicas(mesh, on_leads(mesh, packed))
+    groups = [group for columns, _ in replicas for group in unpack_groups(columns, prompts)]
+    return groups, [rest for _, rest in replicas]
+
+
+def token_ages(samples: Sequence[Sample], version: int) -> list[np.ndarray]:
+    """[N] of [m_i]: weight versions from the one that sampled each token to `version`."""
+    return [
+        np.concatenate([np.zeros(0), *(np.full(s.end - s.start, version - int(s.version)) for s in spans)])
+        for spans in map(_spans, samples)
+    ]
+
+
+def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """Over tokens, mean and largest age; over samples, the share that more than one version sampled."""
+    ages = np.concatenate([np.zeros(0), *token_ages(samples, version)])
+    mixed = [len({span.version for span in _spans(sample)}) > 1 for sample in samples]
+    return {
+        "staleness/mean": float(ages.mean()) if ages.size else 0.0,
+        "staleness/max": float(ages.max(initial=0.0)),
+        "staleness/mixed": float(np.mean(mixed)) if mixed else 0.0,
+    }
+
+
+def _spans(sample: Sample) -> list[VersionSpan]:
+    return [span for segment in sample.segments for span in segment.versions]

@@ -31,13 +31,11 @@ from mcore_rl.training.checkpoint import end_step
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluation_sets import held_out_metrics
 from mcore_rl.training.faults.dump import keep_broken
-from mcore_rl.training.forward_only import log_probs, values
-from mcore_rl.training.metrics import StepMetrics, rollout_metrics
+from mcore_rl.training.generation import token_ages
+from mcore_rl.training.metrics import StepMetrics, Work, rollout_metrics, work_of
+from mcore_rl.training.model_passes import Update, log_probs, run_update, values
 from mcore_rl.training.recorder import RecordedObjective, Recorder
 from mcore_rl.training.run import Critic, Learner
-from mcore_rl.training.staleness import token_ages
-from mcore_rl.training.throughput import Work, work_of
-from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
 
@@ -112,7 +110,7 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
     def policy_scores(samples: Sequence[Sample]) -> list[np.ndarray]:
         sequences = token_sequences(samples)
         with timers("score"):
-            scored = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+            scored = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.trainer.temperature)
         return by_sample(scored, samples)
 
     screened = run.mismatch.screen(batch, step, policy_scores, ages)
@@ -147,7 +145,7 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
                 optimizer=run.trainer.optimizer,
                 objective=objective,
                 batches=mini_batch,
-                temperature=run.temperature,
+                temperature=run.trainer.temperature,
                 ids=[sample.id for sample in batch.samples],
             )
             if run.critic is not None:
@@ -196,10 +194,12 @@ def score(
         members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])]).tolist()
         later = [samples[i] for i in members]
         sequences_of_later = token_sequences(later)
-        scored = log_probs(run.trainer.policy, sequences_of_later, shape, run.temperature) if later else []
+        scored = (
+            log_probs(run.trainer.policy, sequences_of_later, shape, run.trainer.temperature) if later else []
+        )
         old = dict(zip(members, by_sample(scored, later), strict=True))
     with run.residency.during("reference"):
-        ref = log_probs(run.reference, sequences, shape, run.temperature) if run.reference else []
+        ref = log_probs(run.reference, sequences, shape, run.trainer.temperature) if run.reference else []
     with run.residency.during("values"):
         value = values(run.critic.model, sequences, shape) if run.critic else []
     return Scores(old, by_sample(ref, samples) if ref else [], by_sample(value, samples) if value else [])

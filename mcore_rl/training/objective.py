@@ -9,14 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.algo.aggregation import weighted_sum
 from mcore_rl.algo.algorithms import Algorithm, objective
-from mcore_rl.algo.diagnostics import gradient_scale_sums
-from mcore_rl.algo.kl import kl
-from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile
-from mcore_rl.algo.ratio import bounded
+from mcore_rl.algo.losses import bounded, kl, value_loss, weighted_sum
+from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile, gradient_scale_sums
 from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
-from mcore_rl.algo.value import value_loss
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import NON_FINITE
 from mcore_rl.metric_names import meaning_of
@@ -196,7 +192,7 @@ def _metrics(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str
 
 
 def _gradient_scale(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str, Metric]:
-    """Sums of algo.diagnostics, `on_policy` ones of the mini-batch to which the soft bound applies.
+    """The sums of metrics.gradient_scale_sums, `on_policy` ones of what the soft bound applies to.
 
     The derivative stops at log_prob: it runs through a few elementwise operations per row, not the model.
     """

@@ -11,9 +11,8 @@ from mcore_rl.data.cursor import share
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.inflight import InFlight
+from mcore_rl.rollout.inflight import InFlight, Schedule
 from mcore_rl.rollout.saved import check_group
-from mcore_rl.rollout.schedule import Schedule
 from mcore_rl.types import ExpertLayers, Tokens
 
 CALLS_PER_SERVER = 4

@@ -18,7 +18,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import RewardPool, check_rate
 from mcore_rl.rewards.pool import Reasons
 from mcore_rl.training.batch import Shape, whole_sequence
-from mcore_rl.training.forward_only import values
+from mcore_rl.training.model_passes import values
 from mcore_rl.types import Group
 
 

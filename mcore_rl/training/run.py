@@ -13,13 +13,12 @@ from mcore_rl.training.checkpoint import Contents
 from mcore_rl.training.evaluate import Evaluator
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.keep_rollouts import DumpWriter
-from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
+from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert, Work
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
-from mcore_rl.training.throughput import Work
 from mcore_rl.training.trainer import Trainer
 
 
@@ -62,11 +61,6 @@ class Learner:
         self.mismatch.notice(step, metrics)
         if self.alert.due(metrics):
             self.trainer.step_log.event("gradient_scale", step=step, ratio=metrics[ON_POLICY_RATIO])
-
-    @property
-    def temperature(self) -> float:
-        """The temperature of sampling, and therefore of every log-prob."""
-        return self.trainer.config.rollout.temperature
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from mcore_rl.training.assemble import build_frozen_reward_model
 from mcore_rl.training.assemble_rollouts import bounds_of, connect, replayed_experts, reward_pool, sampling_of
 from mcore_rl.training.assemble_servers import open_fleet
 from mcore_rl.training.batch import build_batch
-from mcore_rl.training.data import say_beginning, say_dropped
+from mcore_rl.training.data import passed_over, say_beginning, say_dropped
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.faults.watchdog import collective_timeout
 from mcore_rl.training.generation import Generation
@@ -101,7 +101,7 @@ class RolloutSource:
         batch = build_batch(groups)
         asked = self._config.rollout.prompts_per_step * self._config.rollout.samples_per_prompt
         metrics = {**(sample_metrics(batch, asked) if batch.samples else {}), **self._timers.collect()}
-        metrics |= self._generation.metrics | self._rewards.take_metrics()
+        metrics |= self._generation.metrics | self._rewards.take_metrics() | passed_over(self._dumps.cursor)
         self._log.write(step, metrics)
         print(printable(self._progress.line(step, metrics)), file=sys.stderr, flush=True)
 

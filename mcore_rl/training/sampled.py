@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config, to_toml
 from mcore_rl.directories import is_ours, mark, read_mark, storage_error, write_whole
 from mcore_rl.dumps.directory import NAME, dumped_steps, find_dumps, remove
@@ -33,6 +34,16 @@ def check_source(config: Config, source: Path) -> None:
         )
 
 
+def doubts_of_source(config: Config) -> list[str]:
+    """`key: what` for what a run that trains on dumps may do and hardly means."""
+    if config.checkpoint.every:
+        return []
+    return [
+        "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are kept "
+        "nowhere; with any other number those of the last step are"
+    ]
+
+
 def check_directory(config: Config) -> int:
     """The steps that are done: 1 to this one are in RUN_DIR/rollouts, sampled by this config.
 
@@ -55,7 +66,7 @@ def check_directory(config: Config) -> int:
     before, now = read_mark(directory).get("follows_from"), origin_of(config)
     if before != now:
         known = before if isinstance(before, dict) else {}
-        changed = [key for key, value in now.items() if known.get(key) != value]
+        changed = [key for key in {**now, **known} if known.get(key) != now.get(key)]
         raise ConfigError(
             f"{directory} was sampled with other values of {listed(changed)}; set run.dir to another "
             "directory, or go on with the same"
@@ -69,6 +80,11 @@ def origin_of(config: Config) -> dict[str, Any]:
     whole = config.model_dump(mode="json")
     found = {f"{name}.{key}": value for name in _FOLLOWS_FROM for key, value in whole[name].items()}
     found |= {f"rollout.{key}": whole["rollout"][key] for key in _OF_ROLLOUT}
+    if config.rollout.routing_replay:
+        found["rollout.routing_replay"] = True
+    if config.rollout.dynamic_sampling:  # which groups it replaces
+        a = config.algorithm
+        found["algorithm.params.decoupled"] = configure(a.name, a.params, a.loss).decoupled
     return {**found, "run.seed": config.run.seed}
 
 

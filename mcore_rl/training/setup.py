@@ -44,7 +44,14 @@ from mcore_rl.training.checkpoint import (
     leave_when_asked,
     open_checkpoints,
 )
-from mcore_rl.training.data import check_batch, response_of, row_format, say_beginning, say_dropped
+from mcore_rl.training.data import (
+    check_batch,
+    check_template,
+    response_of,
+    row_format,
+    say_beginning,
+    say_dropped,
+)
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
@@ -237,6 +244,7 @@ def read_prompts(
         sampled: longest response of a held-out set, which is sampled whatever is trained.
         whole: examine every row, and not the beginning of a large file alone.
     """
+    check_template(config, tokenizer)
     return open_prompts(
         [path] if isinstance(path, Path) else path,
         tokenizer,

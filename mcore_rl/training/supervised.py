@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.aggregation import weighted_sum
-from mcore_rl.algo.diagnostics import check_surprise, gradient_scale, gradient_scale_sums
-from mcore_rl.algo.metrics import Key, Mean
+from mcore_rl.algo.losses import weighted_sum
+from mcore_rl.algo.metrics import Key, Mean, check_surprise, gradient_scale, gradient_scale_sums
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
@@ -21,15 +21,15 @@ from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.assemble_rollouts import evaluating
 from mcore_rl.training.batch import pack_share
 from mcore_rl.training.checkpoint import Contents, end_step, restore
-from mcore_rl.training.data import data_metrics
+from mcore_rl.training.data import data_metrics, response_of
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
-from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read
+from mcore_rl.training.held_out_loss import LabelLoss
+from mcore_rl.training.metrics import Gathered, HeadGradient, LossTotal, read, work_of
+from mcore_rl.training.model_passes import Update, run_update
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.setup import offloaded_optimizers, start_trainer
-from mcore_rl.training.throughput import work_of
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.training.update import Update, run_update
 from mcore_rl.types import PackedBatch, Prompt
 from mcore_rl.weights.disk import export
 
@@ -39,7 +39,8 @@ HEAD = Key("head", HeadGradient(None))
 def train_supervised(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` and export the model to RUN_DIR/model.
 
-    Held-out sets are evaluated as in reinforcement learning, by servers that the policy is published to.
+    Held-out sets are evaluated as in reinforcement learning, by servers that the policy is published to, and
+    by the loss on their labels.
     """
     load_set_functions(config)
     with (
@@ -49,7 +50,10 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         contents = Contents({"": trainer.optimizer}, {}, {"cursor": trainer.cursor})
         restore(trainer, contents)
         residency = Residency(offloaded_optimizers(config, contents.optimizers))
-        evaluate = stack.enter_context(evaluating(trainer))
+        longest = min(limit.tokens for limit in response_of(config).limits)
+        end = cast(int, trainer.tokenizer.eos_token_id)
+        loss = LabelLoss(trainer.policy, trainer.shape, trainer.tokenizer, end, longest)
+        evaluate = stack.enter_context(evaluating(trainer, loss))
         counted = data_metrics("train", trainer.prompts)
         if trainer.attempt.step == 0 and config.held_out:
             trainer.log(0, counted | evaluate(0))
@@ -76,7 +80,7 @@ def train_step(
     """One optimizer step on `sequences`, one of each prompt, with the mean over all replicas' label tokens.
 
     Raises:
-        NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics), or the gradient
+        NumericsError: the head breaks a bound that holds for every batch (algo.metrics), or the gradient
             is not finite.
     """
     mesh = trainer.mesh

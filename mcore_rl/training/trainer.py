@@ -21,9 +21,10 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
 from mcore_rl.training.batch import Shape
+from mcore_rl.training.data import passed_over
 from mcore_rl.training.inputs import Inputs
+from mcore_rl.training.metrics import Work, throughput
 from mcore_rl.training.rundir import Identity
-from mcore_rl.training.throughput import Work, throughput
 from mcore_rl.types import Tokens
 
 
@@ -73,11 +74,16 @@ class Trainer:
         """Write a step, and what its `work` cost, to metrics.jsonl; say it on the main rank. Collective."""
         times = self.timers.collect()
         cost = {} if work is None else throughput(work, times, self.mesh)
-        record = {**metrics, **times, **cost}
+        record = {**metrics, **passed_over(self.cursor), **times, **cost}
         on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
         if self.mesh.is_main:
             print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
         self.attempt.reached(f"step {step}")
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of sampling, and therefore of every log-prob."""
+        return self.config.rollout.temperature
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """A response as text, for rewards and people."""

@@ -118,13 +118,21 @@ ENCODINGS: dict[str, Encoding] = {"none": PLAIN, "fp8": FP8}
 """publish.quantize, and --quantize of the conversion -> encoding"""
 
 
-def encoded_forms(mapping: ParameterMap, encoding: Encoding, dtype: torch.dtype) -> dict[str, Form]:
-    """Every tensor of the encoded model in the order of the table, from a model that is all of one type."""
+def encoded_forms(
+    mapping: ParameterMap, encoding: Encoding, types: torch.dtype | Mapping[str, torch.dtype]
+) -> dict[str, Form]:
+    """Every tensor of the encoded model in the order of the table.
+
+    Args:
+        types: of the model's HF tensors by name, or the one that all have.
+    """
     return {
         key: form
         for entry in mapping.entries()
         for name, shape in zip(entry.hf, mapping.shapes(entry.rule), strict=True)
-        for key, form in encoding.forms(entry.rule, name, (shape, dtype)).items()
+        for key, form in encoding.forms(
+            entry.rule, name, (shape, types if isinstance(types, torch.dtype) else types[name])
+        ).items()
     }
 
 

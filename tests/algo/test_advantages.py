@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mcore_rl.algo import advantages, returns, shaping
-from mcore_rl.algo.segments import offsets_of, sequence_mean, sequence_sum, spread
+from mcore_rl.algo import advantages
+from mcore_rl.algo.advantages import offsets_of, sequence_mean, sequence_sum, spread
 from mcore_rl.errors import DataError, RewardError
 
 PER_SAMPLE = {
@@ -93,7 +93,7 @@ def test_groups_may_be_unequal_interleaved_and_short_of_a_sample() -> None:
     statistics = advantages.group_statistics(groups, rewards)
     assert statistics.mean.tolist() == [3, 6, 3, 9, 6, 3]
     assert statistics.constant.tolist() == [False, False, False, True, False, False]
-    assert shaping.informative(statistics).tolist() == [True, True, True, False, True, True]
+    assert advantages.informative(statistics).tolist() == [True, True, True, False, True, True]
     assert advantages.leave_one_out(tensor(rewards), statistics).tolist() == [-3, -2, -1.5, 0, 2, 4.5]
 
 
@@ -142,7 +142,7 @@ def test_gae_of_packed_rows_is_that_of_each_sequence(
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, sum(lengths), dtype=torch.float64, generator=generator)
     offsets = offsets_of(torch.tensor(lengths))
-    result, targets = returns.gae(rewards, values, offsets, gamma=gamma, lam=lam)
+    result, targets = advantages.gae(rewards, values, offsets, gamma=gamma, lam=lam)
     torch.testing.assert_close(result, tensor(slow_gae(rewards, values, lengths, gamma, lam)))
     torch.testing.assert_close(targets, result + values)
 
@@ -150,19 +150,19 @@ def test_gae_of_packed_rows_is_that_of_each_sequence(
 def test_the_score_lies_on_the_last_row_of_each_sequence() -> None:
     offsets = offsets_of(torch.tensor([2, 0, 1]))
     old, ref = tensor([-1.0, -2.0, -3.0]), tensor([-1.5, -2.0, -math.inf])
-    rewards = returns.token_rewards(tensor([1.0, 9.0, 2.0]), old, ref, offsets, kl_coef=0.1)
+    rewards = advantages.token_rewards(tensor([1.0, 9.0, 2.0]), old, ref, offsets, kl_coef=0.1)
     assert rewards.tolist() == pytest.approx([-0.05, 1.0, 2.0])
 
 
 def test_gae_without_any_row() -> None:
-    result, targets = returns.gae(tensor([]), tensor([]), offsets_of(torch.tensor([0, 0])))
+    result, targets = advantages.gae(tensor([]), tensor([]), offsets_of(torch.tensor([0, 0])))
     assert result.tolist() == targets.tolist() == []
 
 
 def test_whitening_of_fewer_than_two_tokens_changes_nothing() -> None:
     one, both = tensor([3.0]), tensor([3.0, 5.0])
-    assert returns.whiten(one, advantages.Spread.of_rows(one)).tolist() == [3.0]
-    white = returns.whiten(both, advantages.Spread.of_rows(both))
+    assert advantages.whiten(one, advantages.Spread.of_rows(one)).tolist() == [3.0]
+    white = advantages.whiten(both, advantages.Spread.of_rows(both))
     torch.testing.assert_close(white, tensor([-1.0, 1.0]) / math.sqrt(2 + 1e-8))
 
 

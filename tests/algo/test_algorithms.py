@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mcore_rl.algo
-from mcore_rl.algo import algorithms, policy_losses
-from mcore_rl.algo.advantages import group_statistics
-from mcore_rl.algo.aggregation import aggregation_weight, weighted_sum
+from mcore_rl.algo import algorithms, losses
+from mcore_rl.algo.advantages import group_statistics, sequence_mean
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm, configure, objective
-from mcore_rl.algo.kl import kl
+from mcore_rl.algo.losses import aggregation_weight, kl, weighted_sum
 from mcore_rl.algo.rows import OF_SEQUENCES, Rows
-from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import ConfigError
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -210,7 +208,7 @@ def on_policy(log_prob: Tensor, advantage: Tensor) -> Rows:
 
 def test_adding_an_algorithm_is_one_entry_and_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def squared(rows, *, strength: float = 2.0):
-        ppo = policy_losses.ppo(rows)
+        ppo = losses.ppo(rows)
         return ppo._replace(loss=strength * ppo.loss)
 
     entry = dataclasses.replace(ALGORITHMS["grpo"], loss=squared)
@@ -224,7 +222,7 @@ def test_adding_an_algorithm_is_one_entry_and_one_function(monkeypatch: pytest.M
 def test_algo_imports_torch_only() -> None:
     """In a fresh interpreter only errors and their words come with it, and no collective is called."""
     code = (
-        "import sys, mcore_rl.algo.algorithms, mcore_rl.algo.preference, mcore_rl.algo.diagnostics;"
+        "import sys, mcore_rl.algo.algorithms, mcore_rl.algo.preference, mcore_rl.algo.metrics;"
         "print([m for m in sys.modules if m.startswith(('mcore_rl.', 'megatron', 'transformers'))])"
     )
     run = subprocess.run(

@@ -60,7 +60,7 @@ def public_functions() -> set[str]:
 def golden_cases(page: str) -> set[str]:
     return set(
         re.findall(
-            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout|trajectories)/(?:\w+/)?[\w.-]*\w",
+            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout|trajectories|distillation)/(?:\w+/)?[\w.-]*\w",
             page,
         )
     )
@@ -107,7 +107,7 @@ def test_the_table_of_algorithms_is_ALGORITHMS() -> None:
     ("old", "new"),
     [
         ("`preference.kto`", "`preference.ktoo`"),
-        ("`value.value_loss`", "`value`"),
+        ("`losses.value_loss`", "`losses`"),
         ("preference/rdpo", ""),
         ("layout/sft_estimate", "layout/sft_guess"),
     ],

@@ -12,19 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcore_rl.algo import (
-    advantages,
-    aggregation,
-    algorithms,
-    corrections,
-    kl,
-    policy_losses,
-    preference,
-    ratio,
-    returns,
-    sampling,
-    value,
-)
+from mcore_rl.algo import advantages, algorithms, losses, preference
 from mcore_rl.algo.rows import TokenLoss
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.parallel.head import head
@@ -35,7 +23,7 @@ from mcore_rl.verify.golden.inputs import load
 from mcore_rl.verify.golden.trajectories import Trajectories
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-CASES = 116
+CASES = 119
 
 
 def failed(report: Report) -> set[str]:
@@ -102,14 +90,14 @@ def clip_both_sides(log_r, advantage, eps_low, eps_high, dual_clip=None):
 
 def unmoved_old(rows, *, eps_high):
     """REINFORCE's gradient under another name."""
-    return policy_losses.reinforce(rows)
+    return losses.reinforce(rows)
 
 
 def token_ratio(rows, *, eps_low, eps_high):
-    return policy_losses.ppo(rows, eps_low=eps_low, eps_high=eps_high)
+    return losses.ppo(rows, eps_low=eps_low, eps_high=eps_high)
 
 
-def mean_kept(values, tokens, *, whiten=returns.whiten):
+def mean_kept(values, tokens, *, whiten=advantages.whiten):
     return whiten(values, tokens) + tokens.mean
 
 
@@ -119,16 +107,16 @@ def leak_across_sequences(rewards, values, offsets, *, gamma=1.0, lam=0.95):
     return delta, delta + values
 
 
-def forget_half(*args, clip, value_loss=value.value_loss):
+def forget_half(*args, clip, value_loss=losses.value_loss):
     loss = value_loss(*args, clip=clip)
     return loss._replace(loss=2 * loss.loss)
 
 
-def one_tau(rows, *, tau_pos, tau_neg, sapo=policy_losses.sapo):
+def one_tau(rows, *, tau_pos, tau_neg, sapo=losses.sapo):
     return sapo(rows, tau_pos=tau_pos, tau_neg=1.0)
 
 
-def other_delta(rows, *, delta, masked=policy_losses.deepseek_masked, **params):
+def other_delta(rows, *, delta, masked=losses.deepseek_masked, **params):
     return masked(rows, delta=0.5, **params)
 
 
@@ -150,32 +138,32 @@ def shifted_targets(hidden, weight, call, *, score=head.log_prob_entropy):
 
 
 no_std = with_(advantages.group_normalized, std="none")
-fewer_sequences = with_(aggregation.aggregation_weight, sequences=15.0)
-counted_by_segment = with_(aggregation.aggregation_weight, sequences=24)
-kept_at_one = with_(sampling.kept_log_prob, temperature=1.0)
+fewer_sequences = with_(losses.aggregation_weight, sequences=15.0)
+counted_by_segment = with_(losses.aggregation_weight, sequences=24)
+kept_at_one = with_(preference.kept_log_prob, temperature=1.0)
 NEVER_CONSTANT = classmethod(lambda cls, v: cls(sum(v) / len(v), 1e-20, len(v), False))
 
 PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("std over n", advantages.Spread, "std", std_over_n, "advantages/grpo_ddof1_eps1e-6"),
     ("constant unseen", advantages.Spread, "of", NEVER_CONSTANT, "advantages/dynamic_sampling_keep"),
     ("no leave-one-out", advantages, "leave_one_out", no_std, "advantages/rloo"),
-    ("clip on both sides", policy_losses, "_clipped_surrogate", clip_both_sides, "policy_losses/dapo"),
-    ("no ratio", policy_losses, "cispo", unmoved_old, "policy_losses/cispo"),
-    ("GSPO per token", policy_losses, "gspo", token_ratio, "policy_losses/gspo"),
-    ("one tau", policy_losses, "sapo", one_tau, "policy_losses/sapo"),
-    ("delta", policy_losses, "deepseek_masked", other_delta, "mismatch/opsm_old"),
-    ("empty uncounted", aggregation, "aggregation_weight", fewer_sequences, "policy_losses/gspo"),
-    ("KL reversed", kl, "difference", lambda a, b: ratio.difference(b, a), "kl_entropy/dk3"),
-    ("mean kept", returns, "whiten", mean_kept, "policy_losses/ppo_gae"),
-    ("values leak", returns, "gae", leak_across_sequences, "value_gae/advantages"),
-    ("value loss not halved", value, "value_loss", forget_half, "value_gae/clip_None"),
-    ("cap", corrections, "truncate", with_(corrections.truncate, high=3.0), "policy_losses/grpo_tis_token"),
+    ("clip on both sides", losses, "_clipped_surrogate", clip_both_sides, "policy_losses/dapo"),
+    ("no ratio", losses, "cispo", unmoved_old, "policy_losses/cispo"),
+    ("GSPO per token", losses, "gspo", token_ratio, "policy_losses/gspo"),
+    ("one tau", losses, "sapo", one_tau, "policy_losses/sapo"),
+    ("delta", losses, "deepseek_masked", other_delta, "mismatch/opsm_old"),
+    ("empty uncounted", losses, "aggregation_weight", fewer_sequences, "policy_losses/gspo"),
+    ("KL reversed", losses, "difference", lambda a, b: losses.difference(b, a), "kl_entropy/dk3"),
+    ("mean kept", advantages, "whiten", mean_kept, "policy_losses/ppo_gae"),
+    ("values leak", advantages, "gae", leak_across_sequences, "value_gae/advantages"),
+    ("value loss not halved", losses, "value_loss", forget_half, "value_gae/clip_None"),
+    ("cap", losses, "truncate", with_(losses.truncate, high=3.0), "policy_losses/grpo_tis_token"),
     ("IPO tau", preference, "ipo", with_(preference.ipo, tau=0.2), "preference/ipo_sum"),
     ("cDPO for rDPO", preference, "robust_dpo", preference.dpo, "preference/rdpo"),
     ("entropy penalised", algorithms, "objective", penalise_entropy, "policy_losses/entropy_bonus"),
     (
         "a rollout per segment",
-        aggregation,
+        losses,
         "aggregation_weight",
         counted_by_segment,
         "trajectories/weight/seq-mean-token-mean",
@@ -194,7 +182,7 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
         property(lambda t: t.segments.mask),
         "trajectories/weight/token-mean",
     ),
-    ("kept set at T = 1", sampling, "kept_log_prob", kept_at_one, "batch/logp_keep"),
+    ("kept set at T = 1", preference, "kept_log_prob", kept_at_one, "batch/logp_keep"),
     ("head at T = 1", head, "log_prob_entropy", no_temperature, "batch/logp"),
     ("labels shifted", head, "log_prob_entropy", shifted_targets, "policy_losses/sft_token-mean"),
     ("entropy constant", head, "log_prob_entropy", constant_entropy, "policy_losses/ppo_gae_entropy"),

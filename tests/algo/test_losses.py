@@ -11,24 +11,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.algo import corrections, policy_losses, preference, sampling
+from mcore_rl.algo import losses, preference
 from mcore_rl.algo.advantages import group_statistics, hybrid, hybrid_shared
-from mcore_rl.algo.aggregation import aggregation_weight, weighted_sum
 from mcore_rl.algo.algorithms import objective
-from mcore_rl.algo.kl import adaptive_kl_coefficient, kl
-from mcore_rl.algo.ratio import log_ratio
+from mcore_rl.algo.losses import (
+    adaptive_kl_coefficient,
+    aggregation_weight,
+    kl,
+    log_ratio,
+    value_loss,
+    weighted_sum,
+)
 from mcore_rl.algo.rows import Rows, TokenLoss
-from mcore_rl.algo.value import value_loss
 from mcore_rl.errors import ConfigError
 
 LARGEST = math.exp(20)
 LOSSES: dict[str, Callable[..., TokenLoss]] = {
-    "ppo": policy_losses.ppo,
-    "gspo": policy_losses.gspo,
-    "sapo": policy_losses.sapo,
-    "cispo": policy_losses.cispo,
-    "reinforce": policy_losses.reinforce,
-    "deepseek": policy_losses.deepseek_masked,
+    "ppo": losses.ppo,
+    "gspo": losses.gspo,
+    "sapo": losses.sapo,
+    "cispo": losses.cispo,
+    "reinforce": losses.reinforce,
+    "deepseek": losses.deepseek_masked,
 }
 
 
@@ -142,7 +146,7 @@ def test_gspo_equals_the_form_differentiated_through_the_sequence_ratio() -> Non
     s, a = mean.exp(), vector(1, -2)
     exact = torch.maximum(-a * s, -a * s.clamp(1 - 3e-4, 1 + 4e-4)).mean()
     rows = Rows.of(log_prob, log_prob.detach(), old=old, advantage=advantage)
-    token = policy_losses.gspo(replace(rows, extras={"sequence_log_ratio": mean.detach()[sequence]}))
+    token = losses.gspo(replace(rows, extras={"sequence_log_ratio": mean.detach()[sequence]}))
     torch.testing.assert_close(token.loss.mean(), exact)
     gradients = [
         torch.autograd.grad(loss, log_prob, retain_graph=True)[0] for loss in (token.loss.mean(), exact)
@@ -160,7 +164,7 @@ def test_sapo_is_the_policy_gradient_at_ratio_one_and_fades_on_both_sides() -> N
 
 def test_dual_clip_bounds_the_loss_where_the_advantage_is_negative() -> None:
     log_prob = vector(5.0, 5.0).requires_grad_()
-    token = policy_losses.ppo(rows_of(log_prob, vector(0, 0), vector(-1, -2)), dual_clip=3.0)
+    token = losses.ppo(rows_of(log_prob, vector(0, 0), vector(-1, -2)), dual_clip=3.0)
     assert token.loss.tolist() == [3.0, 6.0]
     assert torch.autograd.grad(token.loss.sum(), log_prob)[0].tolist() == [0.0, 0.0]
 
@@ -168,21 +172,21 @@ def test_dual_clip_bounds_the_loss_where_the_advantage_is_negative() -> None:
 def test_deepseek_mask_needs_both_a_bad_answer_and_a_moved_policy() -> None:
     zero = vector(0, 0, 0, 0)
     rows = rows_of(zero, zero, vector(-1, -1, 1, 1), rollout=vector(0.2, -0.2, 0.2, -0.2))
-    token = policy_losses.deepseek_masked(rows, delta=0.1)
+    token = losses.deepseek_masked(rows, delta=0.1)
     assert clipped(token).tolist() == [True, False, False, False]
     assert token.loss.tolist() == [0, 1, -1, -1]
 
 
 def test_corrections_are_bounded_and_without_gradient() -> None:
     log_weight = vector(-100, 0, math.log(1.5), 100).requires_grad_()
-    for correction in corrections.CORRECTIONS.values():
+    for correction in losses.CORRECTIONS.values():
         weight = correction.weight(log_weight, **correction.params)
         assert torch.isfinite(weight).all()
         assert not weight.requires_grad
         assert weight[1] == 1
-    assert corrections.truncate(log_weight)[3] == 2
-    assert corrections.mask_outside(log_weight, low=0.5, high=5.0).tolist()[::3] == [0, 0]
-    assert corrections.keep_within(log_weight).tolist() == [0, 1, 0, 0]
+    assert losses.truncate(log_weight)[3] == 2
+    assert losses.mask_outside(log_weight, low=0.5, high=5.0).tolist()[::3] == [0, 0]
+    assert losses.keep_within(log_weight).tolist() == [0, 1, 0, 0]
 
 
 def test_value_loss_cuts_the_gradient_only_on_the_far_side() -> None:
@@ -195,7 +199,7 @@ def test_value_loss_cuts_the_gradient_only_on_the_far_side() -> None:
 
 def test_kept_log_prob_always_keeps_the_sampled_token() -> None:
     logits = vector(0, 1, 2).requires_grad_()
-    log_prob = sampling.kept_log_prob(logits, torch.tensor(0), torch.tensor([False, True, False]))
+    log_prob = preference.kept_log_prob(logits, torch.tensor(0), torch.tensor([False, True, False]))
     (gradient,) = torch.autograd.grad(log_prob, logits)
     assert log_prob.item() == pytest.approx(-math.log(1 + math.e))
     assert torch.isfinite(gradient).all()
@@ -280,7 +284,7 @@ def test_hybrid_grpo_through_the_softmax() -> None:
 
     def loss(logits: Tensor) -> Tensor:
         log_prob = torch.log_softmax(logits, -1).gather(1, targets)[:, 0]
-        return policy_losses.ppo(rows_of(log_prob, old, advantage)).loss.mean()
+        return losses.ppo(rows_of(log_prob, old, advantage)).loss.mean()
 
     check_gradient(loss, logits)
     check_gradient(lambda v: hybrid(rewards, statistics, v, alpha=0.25).square().sum(), values)

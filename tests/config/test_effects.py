@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcore_rl.algo.kl import KLEstimator, kl
+from mcore_rl.algo.losses import KLEstimator, kl
 from mcore_rl.config import load_config, warnings
 from mcore_rl.errors import ConfigError
 
@@ -33,7 +33,35 @@ def grpo(**params: object) -> dict[str, object]:
         (grpo(kl_estimator="k2"), {"algorithm__params.kl_in_loss": 0.1}, "kl_estimator: has no effect"),
         (grpo(std="none", eps=1e-4), {"algorithm__params.std": "group"}, "params.eps: has no effect"),
         (grpo(std="none", ddof=0), {"algorithm__params.std": "batch"}, "params.ddof: has no effect"),
+        (grpo(whiten="true", ddof=0), {"algorithm__params.whiten": "false"}, "ddof: .* by their spread once"),
+        (grpo(whiten="true", std="batch"), {"algorithm__params.std": "group"}, "params.std: has no effect"),
+        (grpo(decoupled="true", ddof=0), {"algorithm__params.decoupled": "false"}, "by its own spread"),
         ({"train__eval_samples": 5}, {"data__eval": "e.jsonl"}, NO_SETS),
+        (
+            {"data__weights": "[3]"},
+            {"data__train": '["a.jsonl", "b.jsonl"]', "data__weights": "[3, 1]"},
+            "no effect on one path",
+        ),
+        (
+            {"reward__model": "rm", "reward__timeout": 5.0},
+            {"eval__sets.a.path": "e.jsonl", "eval__sets.a.reward": "m:f"},
+            "reward.timeout: has no effect because reward.model gives the rewards",
+        ),
+        (
+            {"algorithm__name": "sft", "reward__timeout": 5.0},
+            {"data__eval": "e.jsonl"},
+            "reward.timeout: has no effect because algorithm.name is .sft., and without held-out",
+        ),
+        (
+            {
+                "algorithm__name": "sft",
+                "reward__function": "m:f",
+                "eval__sets.a.path": "e.jsonl",
+                "eval__sets.a.reward": "m:g",
+            },
+            {"data__eval": "e.jsonl"},
+            "reward.function: has no effect because .* every held-out set has a reward",
+        ),
         (
             {"algorithm__name": "sft", "rollout__temperature": 0.5},
             {"data__eval": "e.jsonl"},
@@ -83,6 +111,31 @@ def test_k1_in_the_loss_has_no_gradient_in_expectation_and_the_others_have() -> 
             {"algorithm__epochs": 2},
             "eps_high: has no effect in the only update",
         ),
+        (
+            {
+                "algorithm__name": "dsv32",
+                "algorithm__params.delta": 0.2,
+                "algorithm__mini_batches": 1,
+            },
+            {"rollout__max_staleness": 1, "algorithm__params.correction": "tis-token"},
+            "delta: has no effect where the weights that sample",
+        ),
+        (
+            {"algorithm__name": "ppo", "critic__value_clip": 0.3, "algorithm__mini_batches": 1},
+            {"algorithm__epochs": 2},
+            "critic.value_clip: has no effect in the only update",
+        ),
+        (
+            {"algorithm__name": "ppo", "critic__coef": 0.5, "optimizer__clip_grad": 0.0},
+            {"optimizer__clip_grad": 1.0},
+            "critic.coef: has no effect on Adam",
+        ),
+        (
+            {"data__eval": "e.jsonl", "train__eval_every": 11},
+            {"train__eval_every": 10},
+            "11 steps never pass in a run of 10",
+        ),
+        ({"rollout__dump": 11}, {"rollout__dump": 10}, "no step of 10 is the 11th, and nothing is kept"),
     ],
 )
 def test_what_is_hardly_meant_is_said(load, doubtful, sound, message) -> None:

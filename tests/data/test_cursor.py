@@ -207,6 +207,7 @@ def test_prompts_in_flight_are_found_again_by_a_resumed_cursor(prompt_set):
 def test_two_prompts_in_flight_with_one_id_are_refused(data_of, monkeypatch):
     """Beyond what is examined at the start, ids are compared with those in flight alone."""
     monkeypatch.setattr(prompts, "EXAMINED_CHARACTERS", 2)
+    monkeypatch.setattr(prompts, "SPREAD", 0)
     data = data_of(
         *rows_of(3), {"id": "p2", "prompt": "2", "label": "1"}, {"id": "p2", "prompt": "3", "label": "1"}
     )

@@ -16,8 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mcore_rl.__main__ import main
 from mcore_rl.doctor.storage import check_disk
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 
 ROOT = Path(__file__).parents[2]
 

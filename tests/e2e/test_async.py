@@ -16,8 +16,7 @@ from examples.arithmetic import main as write_task
 from mcore_rl.checkpoint import find
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.e2e.conftest import Task
 from tests.e2e.ranks import Ranks
 

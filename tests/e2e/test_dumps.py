@@ -16,8 +16,7 @@ from mcore_rl.dumps.rollouts import Words, dump_bytes
 from mcore_rl.dumps.trained import read_trained
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import MEASURED
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.types import Sample, Segment, VersionSpan
 from tests.checkpoint.support import stored
 from tests.e2e.test_ours import grpo

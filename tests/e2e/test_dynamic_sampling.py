@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mcore_rl.checkpoint import find
+from mcore_rl.dumps.directory import read_step, trained_file
+from mcore_rl.dumps.trained import read_trained
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
+from mcore_rl.types import Sample
 from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -78,21 +84,62 @@ def test_a_step_trains_the_next_prompts_with_a_signal(
     check(folder, tmp_path)
 
 
-def test_a_killed_run_beside_training_goes_on_at_another_layout_with_the_same_prompts(
+def test_a_killed_run_beside_training_goes_on_at_another_layout_with_the_same_tokens(
     ranks: Ranks, folder: Path, server_url: str, tmp_path: Path
 ) -> None:
-    """Killed in the second step, whose refill takes samples that were asked for the third; resumed by two."""
+    """Killed in the second step, whose refill takes samples that were asked for the third; resumed by two.
+
+    With a learning rate of 0 every version samples alike, so that which one served when is of no account:
+    what is trained then follows from the seeds alone.
+    """
     flags = (*BESIDE, "--checkpoint.every", "1", "--reward.function", "tests.e2e.rewards:killed")
-    flags += ("--checkpoint.background", "false")
-    directory, witness = tmp_path / "run", tmp_path / "witness"
+    flags += ("--checkpoint.background", "false", "--optimizer.lr", "0", "--rollout.dump", "1")
+    directory, whole, witness = tmp_path / "run", tmp_path / "whole", tmp_path / "witness"
     train = grpo(folder, directory, server_url, *flags)
     killed = ranks.run(*train, TEST_WITNESS=str(witness))
     assert killed.returncode == -9, killed.stderr
     assert len(read_metrics(directory / "metrics.jsonl")) == 2
+    saved = find(directory / "checkpoints", "latest").document["state"]["ahead"]["groups"]
+    assert saved, "samples are in flight"
     witness.touch()
     done = ranks.run(*train, "--resume", "latest", world=2, TEST_WITNESS=str(witness))
     assert done.returncode == 0, done.stderr
     check(folder, directory)
+    uninterrupted = grpo(folder, whole, server_url, *flags)
+    done = ranks.run(*uninterrupted, TEST_WITNESS=str(witness))
+    assert done.returncode == 0, done.stderr
+    for step in range(1, STEPS + 1):
+        assert_trained_alike(whole / "rollouts", directory / "rollouts", step)
+
+
+def assert_trained_alike(one: Path, other: Path, step: int) -> None:
+    """The same samples, and the same of each in the updates."""
+    wanted, found = ({s.id: s for g in read_step(at, step).groups for s in g.samples} for at in (one, other))
+    assert_same_tokens(wanted, found)
+    first = next(iter(wanted))
+    (segment,) = found[first].segments
+    last = int(segment.token_ids[-1]) ^ 1
+    changed = replace(segment, token_ids=np.array([*segment.token_ids[:-1], last], np.int32))
+    with pytest.raises(AssertionError):  # the control: the last token of one sample
+        assert_same_tokens(wanted, {**found, first: replace(found[first], segments=(changed,))})
+    its, again = (read_trained(trained_file(at, step)) for at in (one, other))
+    assert again.keys() == its.keys() == wanted.keys()
+    for id, sample in wanted.items():
+        assert len(its[id].log_probs) == sample.trained_tokens
+        for name in ("log_probs", "old_log_probs", "advantages"):
+            np.testing.assert_allclose(getattr(again[id], name), getattr(its[id], name), atol=2e-5)
+
+
+def assert_same_tokens(wanted: Mapping[str, Sample], found: Mapping[str, Sample]) -> None:
+    """Token ids, contexts and masks of every sample, and rewards; log-probs but for rounding."""
+    assert found.keys() == wanted.keys()
+    for id, sample in wanted.items():
+        assert found[id].reward == sample.reward
+        for a, b in zip(found[id].segments, sample.segments, strict=True):
+            assert (a.trained is None) == (b.trained is None)
+            assert np.array_equal(a.context, b.context)
+            assert np.array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=2e-5)
 
 
 @pytest.mark.parametrize("flags", [(), BESIDE], ids=["in turns", "beside training"])

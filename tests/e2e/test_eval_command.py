@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 from mcore_rl.directories import is_ours
 from mcore_rl.log import read_metrics
@@ -108,8 +111,38 @@ def test_a_directory_that_is_no_run_and_a_config_without_sets_are_refused(ranks,
     assert (done.returncode, "no held-out set" in done.stderr) == (2, True)
     done = ranks.run("eval", str(plain), "--data.eval", f"{folder}/eval.jsonl")
     assert (done.returncode, "holds no weights" in done.stderr) == (2, True)
-    done = ranks.run("eval", str(plain), "--data.eval", f"{folder}/eval.jsonl", "--reward.model", "rm")
-    assert (done.returncode, "no other reward; set eval.sets.eval.reward" in done.stderr) == (2, True)
+    scored = ("--data.eval", f"{folder}/eval.jsonl", "--model.path", f"{folder}/policy")
+    done = ranks.run("eval", str(plain), *scored, "--reward.model", "rm")
+    assert (done.returncode, "rm" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+def test_a_set_is_scored_by_a_reward_model_in_the_command_itself(ranks, folder, server_url, tmp_path) -> None:
+    """With the score of transformers' classifier, over the tokens that were sampled."""
+    path, sizes = tmp_path / "judge", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    policy = json.loads((folder / "policy" / "config.json").read_text())
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
+    judge = Qwen3ForSequenceClassification(
+        Qwen3Config(vocab_size=policy["vocab_size"], initializer_range=0.2, pad_token_id=0, **sizes, **heads)
+    )
+    judge.save_pretrained(path)
+    for file in (folder / "policy").glob("*token*"):
+        shutil.copy(file, path)
+    file = config(folder, tmp_path, server_url)
+    flags = ("--reward.model", str(path), "--eval.sets.easy.reward", EASY, "--train.eval_samples", "3")
+    done = ranks.run("eval", file, *flags)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "run" / "evaluations" / "policy"
+    tokenizer, records = AutoTokenizer.from_pretrained(path), lines(out / "eval.jsonl")
+    assert len(records) == 3
+    for record in records:
+        ends = [tokenizer.eos_token] if record["finish_reason"] == "stop" else []
+        text = "".join([record["prompt"], record["response"], *ends])
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        with torch.no_grad():
+            assert record["reward"] == pytest.approx(judge(torch.tensor([ids])).logits.item(), abs=1e-4)
+    found = results(out)["sets"]
+    assert found["eval"]["eval/eval/reward"] == pytest.approx(sum(r["reward"] for r in records) / 3)
+    assert "eval/easy/accuracy" in found["easy"]
 
 
 def test_a_config_is_evaluated_by_a_server_of_its_own_which_ends_with_the_command(folder, tmp_path) -> None:

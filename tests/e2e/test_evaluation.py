@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
@@ -137,3 +139,23 @@ def test_supervised_training_is_evaluated_too(ranks, folder, server_url, tmp_pat
     assert [line.get("weight_version") for line in lines] == ["0", None, None, "3", "4"]
     assert all(meaning_of(key) for line in lines for key in line if key != "step")
     assert records(file, 0, "easy") != records(file, 4, "easy")
+    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    for line, weights in ((lines[0], folder / "policy"), (lines[4], tmp_path / "run" / "model")):
+        assert line["eval/eval/labels"] == line["eval/eval/prompts"] == len(rows)
+        assert line["eval/eval/loss"] == pytest.approx(loss_of_labels(weights, rows), abs=1e-4)
+    assert abs(lines[0]["eval/eval/loss"] - lines[4]["eval/eval/loss"]) > 1e-2
+    assert lines[4]["eval/easy/loss"] != lines[4]["eval/eval/loss"], "other labels"
+
+
+def loss_of_labels(weights: Path, rows: list[dict]) -> float:
+    """Nats per label token, end of sequence included, by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    losses = []
+    for row in rows:
+        prompt, label = (tokenizer.encode(row[key], add_special_tokens=False) for key in ("prompt", "label"))
+        ids = torch.tensor([[*prompt, *label, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+        losses += [-log_probs[at, ids[0, at + 1]].item() for at in range(len(prompt) - 1, ids.shape[1] - 1)]
+    return sum(losses) / len(losses)

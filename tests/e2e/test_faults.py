@@ -18,8 +18,7 @@ from aiohttp import ClientSession, web
 
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.e2e.conftest import ENVIRONMENT, ROOT, command
 from tests.e2e.ranks import Ranks
 

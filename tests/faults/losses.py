@@ -6,7 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from mcore_rl.algo.policy_losses import TokenLoss, reinforce
+from mcore_rl.algo.losses import TokenLoss, reinforce
 from mcore_rl.algo.rows import Rows
 
 

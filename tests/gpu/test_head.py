@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.parallel.head import Call, HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
-from mcore_rl.parallel.head.kernels import row_kernels
+from mcore_rl.parallel.head.passes import row_kernels
 
 pytestmark = [
     pytest.mark.gpu,

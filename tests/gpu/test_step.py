@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model import block
 from mcore_rl.model import precision as machine
+from mcore_rl.model import spec
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.precision import check_fp8
@@ -136,7 +136,7 @@ def test_the_layers_are_transformer_engines(directory, mesh) -> None:
     kinds = {type(module).__name__ for module in model.unwrapped[0].modules()}
     assert "PackedEngineAttention" in kinds
     assert type(model.unwrapped[0].output_layer).__name__ == "LogProbHead"
-    assert block.parts_of(model.config) is not block.PORTABLE
+    assert spec.parts_of(model.config) is not spec.PORTABLE
 
 
 @engine

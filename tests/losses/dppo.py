@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from mcore_rl.algo.losses import log_ratio
 from mcore_rl.algo.metrics import Max, Mean
-from mcore_rl.algo.ratio import log_ratio
 from mcore_rl.algo.rows import Rows, TokenLoss
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mcore_rl.algo.losses import log_ratio
 from mcore_rl.algo.metrics import Mean, Total
-from mcore_rl.algo.ratio import log_ratio
 from mcore_rl.algo.rows import Rows, TokenLoss, reads
 
 

@@ -16,7 +16,7 @@ from mcore_rl.model.build import Model, build_policy
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import Shape, align_of
-from mcore_rl.training.forward_only import log_probs
+from mcore_rl.training.model_passes import log_probs
 
 VOCAB = 50
 DENSE = {

@@ -17,7 +17,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import RopeScaling, architecture_of, read_hf_config
 from mcore_rl.model.hf.fields import KINDS
 from mcore_rl.model.hf.files import INDEX, check_side_files, checkpoint_files
-from mcore_rl.model.rotary import rotary_frequencies
+from mcore_rl.model.policy import rotary_frequencies
 from tests.any_json import examples, json_values
 from tests.model.families import FAMILIES, LLAMA3
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import build_critic
-from mcore_rl.model.critic import ValueHead
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
+from mcore_rl.model.policy import ValueHead
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.training.batch import Shape, align_of, pack_share
-from mcore_rl.training.forward_only import values
 from mcore_rl.training.metrics import Gathered, read
+from mcore_rl.training.model_passes import values
 from mcore_rl.training.objective import ValueObjective
 from mcore_rl.weights.buckets import gather
 

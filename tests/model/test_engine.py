@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mcore_rl.model import block
+from mcore_rl.model import spec
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import canonical
 from mcore_rl.model.spec import transformer_config
@@ -146,4 +146,4 @@ def test_without_the_answers_nothing_of_it_is_built(pool1: Pool, directory: Path
 
 def parts_without_a_gpu(mesh: Mesh, directory: Path) -> bool:
     config = transformer_config(read_architecture(directory), mesh.layout, "bf16")
-    return block.parts_of(config) is block.PORTABLE
+    return spec.parts_of(config) is spec.PORTABLE

@@ -15,7 +15,7 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model import build
 from mcore_rl.model.build import build_logits, build_policy
-from mcore_rl.model.rotary import rotary_frequencies
+from mcore_rl.model.policy import rotary_frequencies
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool

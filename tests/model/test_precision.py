@@ -17,12 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mcore_rl.data.packing import TokenSequence, pack
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import precision as here
-from mcore_rl.model.block import layer_spec, parts_of
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap, canonical
 from mcore_rl.model.portable import PORTABLE, PackedAttention, RMSNorm
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
-from mcore_rl.model.spec import DTYPES, padded_vocab, transformer_config
+from mcore_rl.model.spec import DTYPES, layer_spec, padded_vocab, parts_of, transformer_config
 from mcore_rl.parallel.context import local_tokens
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import ITEM_BYTES, RECIPES, Fp8, RecipeName, packed_multiple, token_multiple

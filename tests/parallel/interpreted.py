@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mcore_rl.parallel.head import passes as head_passes
 from mcore_rl.parallel.head import rows, triton_rows
+from mcore_rl.parallel.head.passes import Tiling
 from mcore_rl.parallel.head.rows import RowTerms
-from mcore_rl.parallel.head.tiling import Tiling
 from tests.parallel import test_head as head
 
 triton_rows.BLOCK = 32  # several blocks a row

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mcore_rl.parallel.head import Call, HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
 from mcore_rl.parallel.head import passes as head_passes
+from mcore_rl.parallel.head.passes import Tiling
 from mcore_rl.parallel.head.rows import merge_statistics, shard_statistics
-from mcore_rl.parallel.head.tiling import Tiling
 from mcore_rl.parallel.pool import Pool
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mcore_rl.parallel.head import rows
-from mcore_rl.parallel.head.kernels import row_kernels
+from mcore_rl.parallel.head.passes import row_kernels
 from tests.sources import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed: no wheel for this platform")

@@ -24,10 +24,9 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mcore_rl.model import build, platform
-from mcore_rl.model.critic import CriticModel, CriticParameterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.policy import PolicyModel
+from mcore_rl.model.policy import CriticModel, CriticParameterMap, PolicyModel
 from mcore_rl.model.spec import padded_vocab, transformer_config
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, Mesh

@@ -17,8 +17,7 @@ from mcore_rl.errors import EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request, no_server_left
 from mcore_rl.rollout.fleet import Fleet, check_server_info
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.weights.online import _tensor_parallel_size
 from tests.rollout.proxy import hang, proxy, status
 from tests.rollout.support import VOCAB, http, running, wait_until

@@ -16,8 +16,7 @@ import pytest
 from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import wait_ready
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded, SGLang
+from mcore_rl.rollout.processes import Embedded, LocalServer, SGLang
 from mcore_rl.server.server import serve
 from tests.rollout.support import http, running, wait_until
 
@@ -66,7 +65,7 @@ def test_a_server_with_a_key_closes_promptly_while_it_generates(
 def test_a_server_dies_with_its_owner_and_its_clients_learn_it(tmp_path: Path, dir_a: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from mcore_rl.rollout.processes import LocalServer\n"
-        "from mcore_rl.rollout.programs import Embedded\n"
+        "from mcore_rl.rollout.processes import Embedded\n"
         "server = LocalServer(Path(sys.argv[1]), Embedded(threads=1), log_file=Path(sys.argv[2]))\n"
         "server.start()\n"
         "print(server.process.pid, server.url, flush=True); time.sleep(60)"

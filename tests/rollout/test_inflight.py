@@ -12,8 +12,7 @@ import pytest
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import Reply, RolloutClient, call
 from mcore_rl.rollout.dispatch import Dispatch, Request
-from mcore_rl.rollout.inflight import InFlight, PendingGroup
-from mcore_rl.rollout.schedule import Schedule
+from mcore_rl.rollout.inflight import InFlight, PendingGroup, Schedule
 from mcore_rl.weights.disk import load_from_disk
 from tests.rollout.proxy import Proxy, hang, proxy, proxy_beside, status
 from tests.rollout.support import largest_error, log_probs_of, running, wait_until

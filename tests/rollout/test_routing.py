@@ -20,8 +20,7 @@ from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.rollout.experts import encode_experts, parse_experts
 from mcore_rl.rollout.fleet import check_server_info
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.saved import kept_replies, reply_from_json, reply_to_json
 from mcore_rl.training.assemble_rollouts import replayed_experts

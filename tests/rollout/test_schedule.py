@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcore_rl.rollout.schedule import Queue, Schedule
+from mcore_rl.rollout.inflight import Queue, Schedule
 
 SIZE = 8
 """samples of a group"""

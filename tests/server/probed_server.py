@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from aiohttp import web
 
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded
 from mcore_rl.server import bodies, server
 from mcore_rl.server.api import Api, build_app
 from mcore_rl.server.server import build_api, run

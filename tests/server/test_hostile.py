@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.rollout.client import RolloutClient, call
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.server import bodies
 from mcore_rl.server.bodies import MalformedBodyError, encode, parse_json
 from mcore_rl.server.server import serve

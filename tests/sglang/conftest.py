@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import SGLang
+from mcore_rl.rollout.processes import LocalServer, SGLang
 from tests.rollout.support import build_model, build_moe_model, http, save_model
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.processes import LocalServer
 from mcore_rl.rollout.reply import ANY_VOCABULARY
-from mcore_rl.training.forward_only import log_probs
+from mcore_rl.training.model_passes import log_probs
 from mcore_rl.weights.broadcast import Distributed
 from mcore_rl.weights.disk import Disk
 from mcore_rl.weights.shared import SharedTensor

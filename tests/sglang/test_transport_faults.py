@@ -18,8 +18,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.weights.transport import server_log_probs
 from tests.model.support import at_layout
 from tests.rollout.proxy import Fault, cut, proxy_beside, status

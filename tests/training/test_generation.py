@@ -12,9 +12,9 @@ import pytest
 from mcore_rl.checkpoint import Saved
 from mcore_rl.errors import ConfigError, DamagedCheckpointError
 from mcore_rl.rollout.experts import to_json
+from mcore_rl.rollout.inflight import Queue, Schedule
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.saved import check_group, is_too_old, reply_from_json, reply_to_json
-from mcore_rl.rollout.schedule import Queue, Schedule
 from mcore_rl.training.requests import check_saved
 from mcore_rl.types import ExpertLayers, VersionSpan
 

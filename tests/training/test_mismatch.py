@@ -18,9 +18,9 @@ from mcore_rl.log import read_metrics
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import RolloutBatch, sampled_with, token_sequences
-from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
 from mcore_rl.training.mismatch import Notices, differences, means, p999
+from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.run import Run
 from mcore_rl.types import Prompt, Sample
 from tests.training.test_ppo import built_run, config, recorded, weights
@@ -33,7 +33,7 @@ def honest(run: Run) -> RolloutBatch:
     """Test_ppo's recorded rollout, as a server with the trainer's weights would have scored it."""
     batch = recorded(run)
     sequences = token_sequences(batch.samples)
-    own = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.temperature)
+    own = log_probs(run.trainer.policy, sequences, run.trainer.shape, run.trainer.temperature)
     samples = [sampled_with(s, scores.copy()) for s, scores in zip(batch.samples, own, strict=True)]
     return replace(batch, samples=tuple(samples))
 

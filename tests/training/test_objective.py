@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
-from mcore_rl.algo.corrections import CORRECTIONS
+from mcore_rl.algo.losses import CORRECTIONS
 from mcore_rl.algo.metrics import Key
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.step import _some_rows

@@ -28,8 +28,8 @@ from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of
 from mcore_rl.training.batch import token_sequences
-from mcore_rl.training.forward_only import log_probs
 from mcore_rl.training.loop import learn
+from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.run import Run
 from tests.training.test_ppo import built_run, config, recorded, weights
 

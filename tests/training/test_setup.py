@@ -10,7 +10,7 @@ import pytest
 from examples.arithmetic import main as write_task
 from mcore_rl.config import load_config
 from mcore_rl.errors import ConfigError, LayoutError
-from mcore_rl.training.setup import load_tokenizer, start_trainer
+from mcore_rl.training.setup import load_tokenizer, read_prompts, start_trainer
 from tests.sources import ROOT
 
 
@@ -50,3 +50,29 @@ def test_a_tokenizer_with_an_id_that_the_model_has_no_row_for_is_refused(folder:
             load_tokenizer(folder / "model")
     finally:
         file.write_text(json.dumps(own))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reads", "message"),
+    [
+        ("data.chat_template_kwargs.enable_thinkin", "false", "enable_thinking", "reads no such variable"),
+        ("data.chat_template_kwargs.enable_thinking", "false", "enable_thinking", ""),
+        ("data.tools", "tools.json", "messages", "the chat template reads no tools"),
+        ("data.tools", "tools.json", "tools", ""),
+    ],
+)
+def test_what_the_chat_template_does_not_read_is_refused(
+    folder: Path, tmp_path: Path, key: str, value: str, reads: str, message: str
+):
+    (tmp_path / "tools.json").write_text('[{"name": "f"}]')
+    value = value.replace("tools.json", str(tmp_path / "tools.json"))
+    overrides = ["--model.path", str(folder / "model"), "--run.dir", str(tmp_path / "r"), f"--{key}", value]
+    overrides += ["--data.apply_chat_template", "true", "--data.train", str(folder / "train.jsonl")]
+    config = load_config(ROOT / "examples" / "gspo_tiny.toml", overrides)
+    tokenizer = load_tokenizer(folder / "model")
+    tokenizer.chat_template = f"{{% if {reads} %}}{{% endif %}}{{{{ messages[0].content }}}}"
+    if message:
+        with pytest.raises(ConfigError, match=rf"{key}: .*{message}"):
+            read_prompts(config, config.data.train, tokenizer)
+    else:
+        assert len(read_prompts(config, config.data.train, tokenizer)) == 8

@@ -16,7 +16,7 @@ from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import build_batch
-from mcore_rl.training.share import share_groups
+from mcore_rl.training.generation import share_groups
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 
 REWARDS = [0.0, 1.0, 0.1, -2.5, 1e4, 1e4 + 0.1, 1e4 + 0.2]

@@ -19,10 +19,9 @@ from mcore_rl.model.build import build_policy
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.rollout.programs import Embedded
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.rollout.reply import ANY_VOCABULARY
-from mcore_rl.training.forward_only import log_probs
+from mcore_rl.training.model_passes import log_probs
 from mcore_rl.weights.disk import Changes
 from mcore_rl.weights.follow import states
 from mcore_rl.weights.transport import server_log_probs

@@ -10,13 +10,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_json_object
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
+from mcore_rl.model.hf.stored import StoredTensor, open_safetensors, stored_tensors
 from mcore_rl.terminal import listed, short
 from mcore_rl.weight_files import INDEX, weight_files
 
@@ -62,7 +62,7 @@ def checkpoint_files(directory: Path) -> dict[str, Path]:
 def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in files:
-        with _open(file) as tensors:
+        with open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dictionary
                 if name in found:
                     raise ConfigError(
@@ -70,13 +70,6 @@ def _files_by_name(files: Sequence[Path]) -> dict[str, Path]:
                     )
                 found[name] = file
     return found
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises its own, untyped error for a damaged header
-        raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error
 
 
 def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
@@ -88,24 +81,24 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     Raises:
         ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
     """
-    files = {name: file for name, file in checkpoint_files(directory).items() if not name.endswith(_COMPUTED)}
-
-    def read(name: str) -> Tensor:
-        with _open(files[name]) as tensors:
-            return tensors.get_tensor(name)
-
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name, file in files.items():
-        with _open(file) as tensors:
-            part = tensors.get_slice(name)
-            found[name] = (tuple(part.get_shape()), part.get_dtype())
+    stored = hf_tensors(directory)
     pair = ("lm_head.weight", "model.embed_tokens.weight")
-    if table.arch.tied and found.keys() >= set(pair) and torch.equal(*(read(name) for name in pair)):
-        del found[pair[0]]
-    problems = table.problems(found)
+    if (
+        table.arch.tied
+        and stored.keys() >= set(pair)
+        and torch.equal(*(stored[name].read() for name in pair))
+    ):
+        del stored[pair[0]]
+    problems = table.problems({name: (tensor.shape, tensor.type) for name, tensor in stored.items()})
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
-    return read
+    return lambda name: stored[name].read()
+
+
+def hf_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """HF tensor name -> where it lies, rotary frequencies left out; raises as `checkpoint_files`."""
+    files = checkpoint_files(directory)
+    return stored_tensors({name: file for name, file in files.items() if not name.endswith(_COMPUTED)})
 
 
 def check_side_files(directory: Path) -> None:

@@ -15,7 +15,6 @@ all of it).
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -166,6 +165,7 @@ HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "
 
 NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")
 """the number of a layer or an expert in a Megatron name"""
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,8 @@ class ParameterMap:
     def problems(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
         """What keeps HF tensors, `found` by name as (shape, type in safetensors), from being this model.
 
-        All must have one floating-point type: gate and up, or query, key and value, become one parameter.
+        HF tensors that become one parameter must have one floating-point type: gate and up; query, key and
+        value; the experts of a layer. Others may differ, as norms in float32 beside matrices in bfloat16.
         """
         expected = self.hf_shapes()
         tied = f"config.json has tie_word_embeddings = {str(self.arch.tied).lower()}"
@@ -264,15 +265,24 @@ class ParameterMap:
         problems += [
             f"unexpected {name}{why.get(name, '')}" for name in sorted(found.keys() - expected.keys())
         ]
-        common = Counter(dtype for _, dtype in found.values()).most_common(1)[0][0] if found else ""
         for name in sorted(expected.keys() & found.keys()):
             shape, dtype = found[name]
             if shape != expected[name]:
                 problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
             if dtype not in HF_DTYPES:
                 problems.append(f"{name} has type {dtype}, not one of {', '.join(HF_DTYPES)}")
-            elif dtype != common:
-                problems.append(f"{name} has type {dtype}, most others {common}")
+        return problems + self._mixed({name: dtype for name, (_, dtype) in found.items()})
+
+    def _mixed(self, types: Mapping[str, str]) -> list[str]:
+        """The HF tensors of another type than one with which they become one parameter."""
+        first: dict[str, str] = {}
+        problems = []
+        for entry in self.entries():
+            parameter = _EXPERT.sub("*", entry.megatron)
+            for name in entry.hf:
+                like = first.setdefault(parameter, name) if name in types else name
+                if types.get(like) != types.get(name):
+                    problems.append(f"{name} has type {types[name]}, {like} {types[like]}")
         return problems
 
     def to_shard(self, entry: ParameterEntry, hf: Iterable[Tensor], rank: int, size: int) -> Tensor:

@@ -118,6 +118,17 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str],
     return lambda name: split(by_hf[name].megatron)[name]
 
 
+def torch_dist_types(directory: Path, mapping: ParameterMap) -> dict[str, torch.dtype]:
+    """HF tensor name -> the type that it has in `directory`, which `torch_dist_reader` has accepted."""
+    stored = read_metadata(Path(directory) / METADATA).state_dict_metadata
+    tensors = cast("dict[str, TensorStorageMetadata]", stored)
+    return {
+        name: tensors[place(entry, mapping).key].properties.dtype
+        for entry in mapping.entries()
+        for name in entry.hf
+    }
+
+
 @dataclass(frozen=True)
 class _Target:
     """The part of a load planner that FileSystemReader asks; every read of a plan goes into one box."""
@@ -135,7 +146,7 @@ class _Target:
 
 
 def _problems(metadata: Metadata, mapping: ParameterMap) -> list[str]:
-    """What keeps the parameters from being this model; one type for all, as for HF tensors."""
+    """What keeps the parameters from being this model."""
     expected = {place(entry, mapping).key: (place(entry, mapping), entry) for entry in mapping.entries()}
     found = {
         key: value
@@ -145,8 +156,8 @@ def _problems(metadata: Metadata, mapping: ParameterMap) -> list[str]:
     problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
     types = {found[key].properties.dtype for key in expected.keys() & found.keys()}
-    if len(types) > 1 or not types <= set(HF_DTYPES.values()):
-        problems.append(f"types {sorted(map(str, types))}, not one floating-point type for all")
+    if not types <= set(HF_DTYPES.values()):
+        problems.append(f"types {sorted(map(str, types))}, not those of plain weights")
     for key in sorted(expected.keys() & found.keys()):
         (where, entry), shape = expected[key], tuple(found[key].size)
         padded = entry.rule.merge == "vocab" and shape[0] >= where.shape[0] and shape[1:] == where.shape[1:]

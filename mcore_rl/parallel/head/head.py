@@ -33,6 +33,7 @@ from mcore_rl.parallel.head.passes import (
     begin_reduction,
     gradients,
     merged,
+    row_kernels,
     scored_hidden,
     statistics,
     statistics_of,
@@ -164,8 +165,12 @@ def _backward(ctx, scored, weight, terms) -> tuple[Tensor | None, Tensor | None]
     def begin(grad_rows: Tensor) -> Callable[[], Tensor]:
         return begin_reduction(grad_rows, ctx.tokens, ctx.call)
 
+    def differentiate(rows: slice, logits: Tensor, out: Tensor) -> None:
+        kernels = row_kernels(logits.device, logits.dtype)
+        kernels.logit_gradient(logits, ctx.call.local(rows), terms(rows, logits), ctx.call.scale, out)
+
     hidden_grad, total = gradients(
-        scored, weight, ctx.call, terms, begin if need_hidden else None, need_weight
+        scored, weight, ctx.call, differentiate, begin if need_hidden else None, need_weight
     )
     return hidden_grad, weight_grad(weight, total)
 

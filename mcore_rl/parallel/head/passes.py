@@ -6,15 +6,69 @@ Legend: R rows, H hidden, V_local rows of this rank's lm_head shard.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.parallel.head.kernels import row_kernels
-from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype, combined, merge_statistics
-from mcore_rl.parallel.head.tiling import Tiling, in_place, parts
+from mcore_rl.parallel.head.rows import accumulate_dtype, combined, merge_statistics
+
+MIB = 1 << 20
+MAX_ROWS = 1024
+
+
+class Tiling(NamedTuple):
+    """Row counts, each a multiple of the one before it (the last ones may be cut short)."""
+
+    tile: int
+    """rows of one GEMM for logits; the same in every pass, so that old and current log-probs round alike"""
+    wave: int
+    """whose logits are alive between their statistics and their gradient"""
+    chunk: int
+    """rows of one GEMM each for the gradient in hidden states and weight"""
+    columns: int
+    """vocabulary rows of one GEMM for logits, the same in every pass as well"""
+
+    @classmethod
+    def of(cls, vocab_rows: int, dtype: torch.dtype, device: torch.device) -> Tiling:
+        """For `vocab_rows` lm_head rows per rank, padding included: the same on every rank of a group.
+
+        On a CPU logits have the dtype of the GEMM and their gradient takes their place: 64 MiB of them to
+        differentiate, 16 to score. Rows are what a GEMM wants more of, since each tile of rows reads the
+        whole weight again, so logits are cut along the vocabulary as well.
+        On a GPU 16-bit inputs give fp32 logits, at most 320 MiB of them, and 16-bit gradients, at most 160
+        MiB: 1024 and 4096 rows at 16032 (a 128256-token vocabulary on 8 ranks), 64 and 125 MiB.
+        """
+        if device.type == "cpu":
+            rows = _rows(64 * MIB, vocab_rows * dtype.itemsize)
+            return cls(rows, rows, rows, 16 * MIB // (rows * dtype.itemsize))
+        tile = _rows(320 * MIB, vocab_rows * accumulate_dtype(dtype).itemsize)
+        if in_place(dtype, device):
+            return cls(tile, tile, tile, vocab_rows)
+        fitting = 160 * MIB // (vocab_rows * dtype.itemsize) // tile
+        return cls(tile, tile, tile * max(1, min(4, fitting)), vocab_rows)
+
+
+def in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """The GEMM for logits answers in the dtype of its inputs, so that their gradient can take their place."""
+    return device.type == "cpu" or accumulate_dtype(dtype) == dtype
+
+
+def parts(rows: slice, size: int) -> list[slice]:
+    """`rows` cut into slices of `size`."""
+    return [slice(a, min(a + size, rows.stop)) for a in range(rows.start, rows.stop, size)]
+
+
+def _rows(bound: int, row_bytes: int) -> int:
+    """The largest power of two that keeps within `bound`, from 16 to MAX_ROWS."""
+    fitting = max(16, bound // row_bytes)
+    return min(MAX_ROWS, 1 << (fitting.bit_length() - 1))
+
 
 PRODUCT_ELEMENTS = 1 << 20
 """elements of dW added at once where its GEMM does not answer in the accumulator's precision"""
@@ -160,14 +214,14 @@ def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slic
 
 def merged(stats: Tensor, call: Call, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log_prob, entropy, M and log S of `rows`, from this shard's statistics of them: one collective."""
-    return merge_statistics(_gather_statistics(stats, call.shard.group), call.scale)
+    return merge_statistics(gather_statistics(stats, call.shard.group), call.scale)
 
 
 def gradients(
     hidden: Tensor,
     weight: Tensor,
     call: Call,
-    terms_of: Callable[[slice, Tensor], RowTerms],
+    differentiate: Callable[[slice, Tensor, Tensor], None],
     begin: Callable[[Tensor], Callable[[], Tensor]] | None,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -175,7 +229,8 @@ def gradients(
 
     Args:
         hidden: [R, H] scored rows.
-        terms_of: (rows, their logits) -> what the row kernel needs; called for each wave, in order.
+        differentiate: (rows, their logits, room) writes dL/dlogits of the rows into the room, which may be
+            the logits' own; called for each wave, in order.
         begin: starts the reduction of dL/dhidden [R, H], which runs beside the last GEMM for the weight; None
             where no gradient in the hidden states is wanted.
     """
@@ -192,7 +247,9 @@ def gradients(
         dlogits = room[: chunk.stop - chunk.start]
         for wave in parts(chunk, tiling.wave):
             out = dlogits[wave.start - chunk.start : wave.stop - chunk.start]
-            _wave_gradient(hidden, live, call, terms_of, wave, out, apart)
+            logits = out if apart is None else apart[: len(out)]
+            _write_logits(hidden, live, call, wave, logits)
+            differentiate(wave, logits, out)
         if grad_hidden is not None and begin is not None:
             torch.mm(dlogits, live, out=grad_hidden[chunk])
             finish = begin(grad_hidden) if chunk.stop == everything.stop else finish
@@ -201,17 +258,19 @@ def gradients(
     return (None if finish is None else finish()), accumulator
 
 
-def _wave_gradient(
-    hidden, live, call: Call, terms_of, wave: slice, out: Tensor, apart: Tensor | None
-) -> None:
-    logits = out if apart is None else apart[: len(out)]
-    for tile in parts(wave, call.tiling.tile):
-        place = logits[tile.start - wave.start : tile.stop - wave.start]
+def logits_of(hidden: Tensor, live: Tensor, call: Call, rows: slice) -> Tensor:
+    """Logits [C, live] of some scored rows, before the temperature, in memory of their own."""
+    logits = _room(hidden, rows.stop - rows.start, len(live))
+    _write_logits(hidden, live, call, rows, logits)
+    return logits
+
+
+def _write_logits(hidden: Tensor, live: Tensor, call: Call, rows: slice, out: Tensor) -> None:
+    """Write the logits of some rows by the tiles and columns of every pass, so that they round alike."""
+    for tile in parts(rows, call.tiling.tile):
+        place = out[tile.start - rows.start : tile.stop - rows.start]
         for columns in parts(slice(0, len(live)), call.tiling.columns):
             _logits(hidden[tile], live[columns], place[:, columns])
-    terms = terms_of(wave, logits)
-    kernels = row_kernels(logits.device, logits.dtype)
-    kernels.logit_gradient(logits, call.local(wave), terms, call.scale, out)
 
 
 # --- GEMMs and collectives ------------------------------------------------------------------------------
@@ -229,13 +288,13 @@ def _logits(hidden: Tensor, live: Tensor, out: Tensor) -> Tensor:
     return torch.mm(hidden, live.T, out.dtype, out=out)
 
 
-def _gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[4, C] -> [ranks, 4, C], in one collective; none where C, equal in the group, is 0."""
+def gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[S, C] -> [ranks, S, C], in one collective; none where C, equal in the group, is 0."""
     if group is None or stats.shape[1] == 0:
         return stats[None]
-    gathered = stats.new_empty(group.size() * 4, stats.shape[1])
+    gathered = stats.new_empty(group.size() * len(stats), stats.shape[1])
     dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
-    return gathered.view(group.size(), 4, -1)
+    return gathered.view(group.size(), len(stats), -1)
 
 
 def _weight_accumulator(weight: Tensor) -> Tensor:
@@ -269,3 +328,14 @@ def weight_grad(weight: Tensor, accumulator: Tensor | None) -> Tensor | None:
         return accumulator.to(weight.dtype)
     weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+@cache
+def row_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module for logits of that kind: Triton's on a GPU, where it is installed; else torch's.
+
+    Both have `shard_statistics` and `logit_gradient`. Triton is asked for only here, so that nothing imports
+    it on a CPU; it computes in float32, so that float64 is torch's on a GPU, too.
+    """
+    on_gpu = device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+    return import_module(f"{__package__}.{'triton_rows' if on_gpu else 'rows'}")

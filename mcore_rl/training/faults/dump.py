@@ -19,7 +19,7 @@ from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout import experts as routing
 from mcore_rl.training.metrics import loss_is_finite
-from mcore_rl.training.update import Update
+from mcore_rl.training.model_passes import Update
 from mcore_rl.types import PackedBatch
 
 SAMPLE = "sample"

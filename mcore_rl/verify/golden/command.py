@@ -18,7 +18,7 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.terminal import CommandParser, printable
-from mcore_rl.verify.golden import losses, samples, trajectories
+from mcore_rl.verify.golden import distillation, losses, samples, trajectories
 from mcore_rl.verify.golden.inputs import BATCH_INPUTS, Arrays, GoldenInputs, Outputs, load
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -31,6 +31,7 @@ INPUTS: Mapping[str, frozenset[str]] = {
     "mismatch": frozenset({"opsm_delta"}),
     "layout": frozenset({"owner3"}),
     "trajectories": trajectories.INPUTS,
+    "distillation": distillation.INPUTS,
 }
 """file -> arrays that are inputs and not cases"""
 
@@ -42,6 +43,7 @@ CASES: Mapping[str, Mapping[str, samples.Case]] = {
     "mismatch": samples.MISMATCH,
     "layout": samples.LAYOUT,
     "trajectories": trajectories.CASES,
+    "distillation": distillation.CASES,
     "policy_losses": {name: partial(losses.policy_case, name=name) for name in losses.POLICY_LOSSES},
     "preference": {
         **{name: partial(losses.preference_case, name=name) for name in losses.PREFERENCES},

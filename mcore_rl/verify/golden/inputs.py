@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.algo import advantages
-from mcore_rl.algo.segments import offsets_of
+from mcore_rl.algo.advantages import offsets_of
 from mcore_rl.errors import DataError
 from mcore_rl.parallel.head import head
-from mcore_rl.parallel.head.tiling import Tiling
+from mcore_rl.parallel.head.passes import Tiling
 
 Arrays = Mapping[str, np.ndarray]
 Outputs = dict[str, Tensor]
@@ -167,7 +167,7 @@ class GoldenInputs:
             "loss": loss,
             "coef": coef,
             "dlogits": d_logits,
-            "dW": self._gather(d_shard)[: len(eye)],
+            "dW": self.gather(d_shard)[: len(eye)],
             "dH": d_hidden,
         }
 
@@ -211,7 +211,7 @@ class GoldenInputs:
         """Return leaves of hidden [N, T, .] and of this rank's weight shard, and the call of the head."""
         targets = self.tensor("y").flatten()
         rows = targets.numel()
-        shard = self._shard(weight).requires_grad_()
+        shard = self.shard(weight).requires_grad_()
         call = head.Call.of(
             shard,
             targets,
@@ -222,14 +222,15 @@ class GoldenInputs:
         )
         return hidden.clone().requires_grad_(), shard, call
 
-    def _shard(self, weight: Tensor) -> Tensor:
+    def shard(self, weight: Tensor) -> Tensor:
         """This rank's rows of `weight`, padded to divide evenly. NaN padding: whoever reads it shows."""
         ranks, rank = (1, 0) if self.group is None else (self.group.size(), self.group.rank())
         rows = -(-len(weight) // ranks)
         padding = weight.new_full((rows * ranks - len(weight), weight.shape[1]), torch.nan)
         return torch.cat([weight, padding])[rank * rows : (rank + 1) * rows].clone()
 
-    def _gather(self, shard: Tensor) -> Tensor:
+    def gather(self, shard: Tensor) -> Tensor:
+        """Every rank's rows, in order, padding included."""
         if self.group is None:
             return shard
         parts = [torch.empty_like(shard) for _ in range(self.group.size())]

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mcore_rl.algo import advantages, aggregation, algorithms, corrections, kl, policy_losses, preference
-from mcore_rl.algo.ratio import difference
+from mcore_rl.algo import advantages, algorithms, losses, preference
+from mcore_rl.algo.losses import difference
 from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import DataError
 from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
@@ -71,7 +71,7 @@ POLICY_LOSSES: Mapping[str, str] = {
     "kl_k3_iw": "none",
     "entropy_bonus": "none",
 }
-"""case -> its loss in algo.policy_losses, which gets the numbers of the cfg that it has a parameter for"""
+"""case -> its loss in algo.losses, which gets the numbers of the cfg that it has a parameter for"""
 WITHOUT_POLICY: Mapping[str, Callable[[Rows], TokenLoss]] = {"sft": _likelihood, "none": _nothing}
 RENAMED = {"dual_clip": "clip_c"}
 """parameter -> its name in a cfg"""
@@ -81,7 +81,7 @@ def _loss(name: str, cfg: Config) -> Callable[[Rows], TokenLoss]:
     known = POLICY_LOSSES[name]
     if known in WITHOUT_POLICY:
         return WITHOUT_POLICY[known]
-    loss = getattr(policy_losses, known)
+    loss = getattr(losses, known)
     named = {key: RENAMED.get(key, key) for key in algorithms.parameters(loss)}
     return partial(loss, **{key: cfg[given] for key, given in named.items() if given in cfg})
 
@@ -111,7 +111,7 @@ def policy_case(p: GoldenInputs, name: str) -> Outputs:
         divergence = 0.0
         if cfg["kl"] is not None:
             estimator = cfg["kl"] + ("_iw" if cfg["iw"] else "")
-            divergence = kl.kl(estimator, log_prob, p.tensor("ref_logp"), p.tensor("old_logp"))
+            divergence = losses.kl(estimator, log_prob, p.tensor("ref_logp"), p.tensor("old_logp"))
         total = algorithms.objective(
             rows,
             token,
@@ -121,7 +121,7 @@ def policy_case(p: GoldenInputs, name: str) -> Outputs:
             entropy=entropy,
             entropy_coef=cfg["entc"],
         )
-        return aggregation.weighted_sum(total, weight)
+        return losses.weighted_sum(total, weight)
 
     outputs = p.gradients(loss_of)
     return {**outputs, "per_token_loss": per_token[0], "agg_weight": weight, "adv": advantage}
@@ -158,7 +158,7 @@ def _correction(p: GoldenInputs, name: str | None) -> Tensor | float:
             return 1.0
         case "exp(old-rollout), uncapped":
             mismatch = difference(p.tensor("old_logp"), p.tensor("rollout_logp"))
-            return corrections.truncate(mismatch, high=math.inf)
+            return losses.truncate(mismatch, high=math.inf)
     weight = _named(MISMATCH, name, p)
     return p.expand(weight) if weight.ndim == 1 else weight
 
@@ -174,8 +174,8 @@ def _named(cases: Mapping[str, Case], name: str, p: GoldenInputs) -> Tensor:
 
 def _aggregation_weight(p: GoldenInputs, name: str) -> Tensor:
     valid = name.endswith("-valid")
-    weight = aggregation.aggregation_weight(
-        cast(aggregation.Aggregation, name.removesuffix("-valid")),
+    weight = losses.aggregation_weight(
+        cast(losses.Aggregation, name.removesuffix("-valid")),
         p.expand(p.lengths),
         tokens=float(p.lengths.sum()),
         sequences=float((p.lengths > 0).sum() if valid else len(p.lengths)),

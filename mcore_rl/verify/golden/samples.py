@@ -12,18 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mcore_rl.algo import (
-    advantages,
-    corrections,
-    diagnostics,
-    kl,
-    policy_losses,
-    returns,
-    sampling,
-    shaping,
-    value,
-)
-from mcore_rl.algo.ratio import difference
+from mcore_rl.algo import advantages, losses, metrics, preference
+from mcore_rl.algo.losses import difference
 from mcore_rl.algo.rows import Rows
 from mcore_rl.rewards.length import overlong_penalty
 from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
@@ -58,7 +48,7 @@ def _batch_normalized(p: GoldenInputs, ddof: float, eps: float) -> Tensor:
 
 
 def _whitened(p: GoldenInputs, rows: Tensor) -> Tensor:
-    return p.unpack(returns.whiten(rows, advantages.Spread.of_rows(rows)))
+    return p.unpack(advantages.whiten(rows, advantages.Spread.of_rows(rows)))
 
 
 def _reinforce_pp_baseline(p: GoldenInputs) -> Tensor:
@@ -69,7 +59,9 @@ def _reinforce_pp_baseline(p: GoldenInputs) -> Tensor:
 def _reinforce_pp(p: GoldenInputs) -> Tensor:
     rewards = _token_rewards(p)
     gamma = p.scalar("gamma", "value_gae")
-    return _whitened(p, returns.gae(rewards, torch.zeros_like(rewards), p.offsets, gamma=gamma, lam=1.0)[0])
+    return _whitened(
+        p, advantages.gae(rewards, torch.zeros_like(rewards), p.offsets, gamma=gamma, lam=1.0)[0]
+    )
 
 
 def _prompt_values(p: GoldenInputs) -> Tensor:
@@ -79,7 +71,7 @@ def _prompt_values(p: GoldenInputs) -> Tensor:
 def _adaptive_kl(p: GoldenInputs) -> Tensor:
     trace = [0.2]
     for observed, samples in ((9.0, 256.0), (3.0, 256.0)):
-        trace.append(kl.adaptive_kl_coefficient(trace[-1], observed, samples, target=6.0, horizon=1e4))
+        trace.append(losses.adaptive_kl_coefficient(trace[-1], observed, samples, target=6.0, horizon=1e4))
     return torch.tensor(trace, dtype=torch.float64)
 
 
@@ -103,7 +95,7 @@ ADVANTAGES: Mapping[str, Case] = {
         ],
         dtype=torch.float64,
     ),
-    r"dynamic_sampling_keep": lambda p: shaping.informative(p.statistics),
+    r"dynamic_sampling_keep": lambda p: advantages.informative(p.statistics),
     r"adaptive_kl_trace": _adaptive_kl,
 }
 
@@ -111,7 +103,7 @@ ADVANTAGES: Mapping[str, Case] = {
 
 
 def _token_rewards(p: GoldenInputs) -> Tensor:
-    return returns.token_rewards(
+    return advantages.token_rewards(
         p.rewards, p.rows("old_logp"), p.rows("ref_logp"), p.offsets, kl_coef=p.scalar("kl_coef", "value_gae")
     )
 
@@ -119,7 +111,7 @@ def _token_rewards(p: GoldenInputs) -> Tensor:
 def gae_rows(p: GoldenInputs) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each [R] float64."""
     numbers = {"gamma": p.scalar("gamma", "value_gae"), "lam": p.scalar("lam", "value_gae")}
-    return returns.gae(_token_rewards(p), p.rows("values_old"), p.offsets, **numbers)
+    return advantages.gae(_token_rewards(p), p.rows("values_old"), p.offsets, **numbers)
 
 
 def whitened_gae(p: GoldenInputs) -> Tensor:
@@ -129,7 +121,7 @@ def whitened_gae(p: GoldenInputs) -> Tensor:
 
 def _value_loss(p: GoldenInputs, clip: float | None = None) -> Outputs:
     values = p.tensor("values_new").requires_grad_()
-    result = value.value_loss(values, p.tensor("values_old"), p.unpack(gae_rows(p)[1]), clip=clip)
+    result = losses.value_loss(values, p.tensor("values_old"), p.unpack(gae_rows(p)[1]), clip=clip)
     loss = torch.where(p.mask, result.loss, 0.0).sum() / p.mask.sum()
     clipped = result.clipped[p.mask].double().mean()
     return {"loss": loss.detach(), "dvalues": torch.autograd.grad(loss, values)[0], "clipfrac": clipped}
@@ -149,16 +141,16 @@ VALUES: Mapping[str, Case] = {
 
 def _kept(p: GoldenInputs) -> tuple[Tensor, Tensor]:
     logits = p.logits.clone().requires_grad_()
-    log_prob = sampling.kept_log_prob(
+    log_prob = preference.kept_log_prob(
         logits, p.tensor("y"), p.tensor("keep_mask"), temperature=p.scalar("temperature")
     )
     return log_prob.detach(), torch.autograd.grad(log_prob.sum(), logits)[0]
 
 
-def _kl(estimator: kl.KLEstimator, derivative: bool = False) -> Case:
+def _kl(estimator: losses.KLEstimator, derivative: bool = False) -> Case:
     def case(p: GoldenInputs) -> Tensor:
         log_prob = p.scores()[0].requires_grad_()
-        result = kl.kl(estimator, log_prob, p.tensor("ref_logp"), p.tensor("old_logp"))
+        result = losses.kl(estimator, log_prob, p.tensor("ref_logp"), p.tensor("old_logp"))
         return torch.autograd.grad(result.sum(), log_prob)[0] if derivative else result.detach()
 
     return case
@@ -204,7 +196,7 @@ def _sequence(weight: str, *names: str, mean: bool = False) -> Case:
 
 
 def _weight(weight: str, log_weight: Tensor, names: Sequence[str], numbers: Sequence[float]) -> Tensor:
-    return getattr(corrections, weight)(log_weight, **dict(zip(names, numbers, strict=True)))
+    return getattr(losses, weight)(log_weight, **dict(zip(names, numbers, strict=True)))
 
 
 def _sequence_mask(behaviour: str) -> Case:
@@ -217,7 +209,7 @@ def _sequence_mask(behaviour: str) -> Case:
         unmoved = torch.zeros_like(mean)
         rows = Rows.of(unmoved, unmoved, advantage=advantage)
         rows = replace(rows, extras={"sequence_rollout_log_ratio": mean})
-        token = policy_losses.deepseek_masked(rows, delta=delta)
+        token = losses.deepseek_masked(rows, delta=delta)
         clipped = token.metrics["clip/fraction"].values
         assert clipped is not None
         return ~clipped
@@ -246,12 +238,10 @@ def _per_group(p: GoldenInputs, numbers: Tensor) -> Tensor:
     return torch.stack([numbers[p.groups.index(group)] for group in sorted(set(p.groups))])
 
 
-def _scale(p: GoldenInputs, coefficient: float = 1.0) -> diagnostics.GradientScale:
+def _scale(p: GoldenInputs, coefficient: float = 1.0) -> metrics.GradientScale:
     log_prob, entropy = (x[p.mask] for x in p.scores())
     ones = torch.ones_like(log_prob)
-    return diagnostics.gradient_scale(
-        diagnostics.gradient_scale_sums(log_prob, entropy, ones, coefficient * ones)
-    )
+    return metrics.gradient_scale(metrics.gradient_scale_sums(log_prob, entropy, ones, coefficient * ones))
 
 
 def _number(read: Callable[[GoldenInputs], float]) -> Case:
@@ -266,7 +256,7 @@ def _expected_surprise(p: GoldenInputs) -> float:
 
 def _entropy_bound(p: GoldenInputs) -> float:
     """1 - e^(-mean H): the surprise bound with the mean entropy in the place of the cross-entropy."""
-    return diagnostics.GradientScale(0, 0, 0, p.scores()[1][p.mask].double().mean().item()).surprise_bound
+    return metrics.GradientScale(0, 0, 0, p.scores()[1][p.mask].double().mean().item()).surprise_bound
 
 
 LAYOUT: Mapping[str, Case] = {
@@ -277,7 +267,7 @@ LAYOUT: Mapping[str, Case] = {
     r"onpolicy_expected": _number(_expected_surprise),
     r"bound_from_entropy": _number(_entropy_bound),
     r"rl_estimate": _number(
-        lambda p: (2 / torch.pi) ** 0.5 * diagnostics.GradientScale(0, 0, 0, 0.2).surprise_bound
+        lambda p: (2 / torch.pi) ** 0.5 * metrics.GradientScale(0, 0, 0, 0.2).surprise_bound
     ),
-    r"sft_estimate": _number(lambda p: diagnostics.GradientScale(0, 0, 0, 0.8).surprise_bound),
+    r"sft_estimate": _number(lambda p: metrics.GradientScale(0, 0, 0, 0.8).surprise_bound),
 }

@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mcore_rl.algo import advantages, aggregation, policy_losses, returns
-from mcore_rl.algo.ratio import difference
+from mcore_rl.algo import advantages, losses
+from mcore_rl.algo.advantages import offsets_of
+from mcore_rl.algo.losses import difference
 from mcore_rl.algo.rows import Rows, TokenLoss
-from mcore_rl.algo.segments import offsets_of
 from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
 
 INPUTS = frozenset(
@@ -92,8 +92,8 @@ def _advantage(t: Trajectories, name: str) -> Tensor:
 
 
 def _weight(t: Trajectories, name: str) -> Tensor:
-    weight = aggregation.aggregation_weight(
-        cast(aggregation.Aggregation, name),
+    weight = losses.aggregation_weight(
+        cast(losses.Aggregation, name),
         t.expand(t.tokens),
         tokens=int(t.tokens.sum()),
         sequences=t.alive,
@@ -106,10 +106,10 @@ def _gae(t: Trajectories, name: str) -> Tensor:
     """Over the trained tokens of a rollout, segment after segment."""
     offsets, numbers = offsets_of(t.tokens), {key: t.segments.scalar(key) for key in ("gamma", "lam")}
     old, ref, values = (t.segments.tensor(key)[t.trained] for key in ("old_logp", "ref_logp", "values"))
-    rewards = returns.token_rewards(t.rewards, old, ref, offsets, kl_coef=t.segments.scalar("kl_coef"))
-    advantage, followed = returns.gae(rewards, values, offsets, **numbers)
+    rewards = advantages.token_rewards(t.rewards, old, ref, offsets, kl_coef=t.segments.scalar("kl_coef"))
+    advantage, followed = advantages.gae(rewards, values, offsets, **numbers)
     if name == "whitened":
-        advantage = returns.whiten(advantage, advantages.Spread.of_rows(advantage))
+        advantage = advantages.whiten(advantage, advantages.Spread.of_rows(advantage))
     return t.unpack(followed if name == "returns" else advantage)
 
 
@@ -117,13 +117,13 @@ def _gae(t: Trajectories, name: str) -> Tensor:
 
 Loss = Callable[[Rows], TokenLoss]
 LOSSES: Mapping[str, tuple[Loss, str, str]] = {
-    "grpo": (policy_losses.ppo, "grpo", "seq-mean-token-mean"),
-    "dapo-token-mean": (policy_losses.ppo, "grpo", "token-mean"),
-    "gspo": (policy_losses.gspo, "grpo", "seq-mean-token-mean"),
-    "sapo": (policy_losses.sapo, "grpo", "seq-mean-token-mean"),
-    "liteppo": (policy_losses.ppo, "liteppo", "token-mean"),
-    "drgrpo": (policy_losses.ppo, "mean_only", "seq-mean-token-sum-norm"),
-    "ppo_gae": (policy_losses.ppo, "whitened", "token-mean"),
+    "grpo": (losses.ppo, "grpo", "seq-mean-token-mean"),
+    "dapo-token-mean": (losses.ppo, "grpo", "token-mean"),
+    "gspo": (losses.gspo, "grpo", "seq-mean-token-mean"),
+    "sapo": (losses.sapo, "grpo", "seq-mean-token-mean"),
+    "liteppo": (losses.ppo, "liteppo", "token-mean"),
+    "drgrpo": (losses.ppo, "mean_only", "seq-mean-token-sum-norm"),
+    "ppo_gae": (losses.ppo, "whitened", "token-mean"),
 }
 """case -> its loss, the name of its advantage, its aggregation"""
 
@@ -140,7 +140,7 @@ def _loss(t: Trajectories, name: str) -> Outputs:
         rows = Rows.of(log_prob, entropy, old=old, rollout=old, advantage=advantage)
         ratio = p.expand(p.sequence_mean(difference(log_prob.detach(), old)))
         token = loss(replace(rows, extras={"sequence_log_ratio": ratio}))
-        return aggregation.weighted_sum(token.loss, weight)
+        return losses.weighted_sum(token.loss, weight)
 
     return p.gradients(loss_of)
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcore_rl.algo import policy_losses
+from mcore_rl.algo import losses
+from mcore_rl.algo.advantages import sequence_mean
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.algo.rows import Rows
-from mcore_rl.algo.segments import sequence_mean
 from mcore_rl.errors import NumericsError
 from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.training.advantage import Scores, compute_advantages
@@ -41,7 +41,7 @@ TRAJECTORIES = 2
 """groups whose samples have several segments"""
 OVERRIDES: Mapping[str, Mapping[str, float]] = {"gspo": {"eps_low": 0.02, "eps_high": 0.03}}
 """Wider clips where the paper's are so narrow that rounding decides which side a sequence is on."""
-_TWO_SIDED = (policy_losses.ppo, policy_losses.gspo)
+_TWO_SIDED = (losses.ppo, losses.gspo)
 
 _DENSE = {
     "architectures": ["Qwen3ForCausalLM"],

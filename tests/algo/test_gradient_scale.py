@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mcore_rl.algo.diagnostics import ALERT_RATIO, check_surprise, gradient_scale, gradient_scale_sums
+from mcore_rl.algo.metrics import ALERT_RATIO, check_surprise, gradient_scale, gradient_scale_sums
 from mcore_rl.errors import NumericsError
 from mcore_rl.parallel.head import dense_log_prob_entropy
 

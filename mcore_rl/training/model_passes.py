@@ -1,17 +1,24 @@
-"""One optimizer step."""
+"""What a step asks of its models: a forward pass alone, for log-probs and values, or an optimizer step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.algo.metrics import Key
+from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import NumericsError
+from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
-from mcore_rl.model.step import Loss, forward_backward
+from mcore_rl.model.step import Loss, forward, forward_backward
+from mcore_rl.training.batch import Shape, pack_share
 from mcore_rl.training.metrics import loss_is_finite
 from mcore_rl.types import PackedBatch
 
@@ -59,3 +66,34 @@ def run_update(
         except NumericsError as error:
             raised = NumericsError(f"step {update.step}, {update.kind}: {error}. {explain(update)}")
             raise raised.on_every_rank() from error
+
+
+def log_probs(
+    model: Model, sequences: Sequence[TokenSequence], shape: Shape, temperature: float
+) -> list[np.ndarray]:
+    """float32 log-probs [n_i] of every sequence's scored tokens, the same on every rank; collective."""
+    return _score(model, sequences, shape, temperature, lambda head: head.log_prob)
+
+
+def values(critic: Model, sequences: Sequence[TokenSequence], shape: Shape) -> list[np.ndarray]:
+    """float32 values [n_i] of the state before each scored token, the same on every rank; collective."""
+    return _score(critic, sequences, shape, 1.0, lambda values: values)
+
+
+def _score(
+    model: Model,
+    sequences: Sequence[TokenSequence],
+    shape: Shape,
+    temperature: float,
+    pick: Callable[..., Tensor],
+) -> list[np.ndarray]:
+    """The replicas share the work; rows are told apart by number, so it does not matter who scored them."""
+    bounds = np.cumsum([0, *(sequence.scored for sequence in sequences)])
+    numbers = [np.arange(start, stop) for start, stop in pairwise(bounds)]
+    batches = pack_share(sequences, {"number": numbers}, shape, model.mesh)
+    scored = torch.zeros(int(bounds[-1]))
+    for batch, output in forward(model, batches, temperature):
+        if model.mesh.owns_metrics:
+            scored[batch.fields["number"].cpu()] = pick(output).float().cpu()
+    dist.all_reduce(scored, group=model.mesh.world)  # every row was written by one rank, the others add 0
+    return np.split(scored.numpy(), bounds[1:-1])

@@ -1,0 +1,80 @@
+"""Where the HF tensors of a model lie in its files: one by one, or the experts of a layer as one tensor.
+
+transformers 5 holds the experts of a layer as `experts.gate_up_proj` [experts, 2 x intermediate, hidden],
+gate before up, and `experts.down_proj` [experts, hidden, intermediate]. It writes them so where it is told
+not to write the published form, which has a tensor for each expert and projection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mcore_rl.errors import ConfigError
+
+_FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
+_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One HF tensor: a tensor of a file, or a part of one."""
+
+    file: Path
+    name: str
+    """in the file"""
+    shape: tuple[int, ...]
+    type: str
+    """as safetensors writes it"""
+    part: tuple[Any, ...] = field(default=(), repr=False)
+    """index of the part; () for the whole"""
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU; no more of the file is read."""
+        with open_safetensors(self.file) as tensors:
+            return tensors.get_slice(self.name)[self.part] if self.part else tensors.get_tensor(self.name)
+
+
+def stored_tensors(files: Mapping[str, Path]) -> dict[str, StoredTensor]:
+    """HF name -> where it lies, of the tensors `files` (name -> file), experts by their published names."""
+    stored: dict[str, StoredTensor] = {}
+    for name, file in files.items():
+        with open_safetensors(file) as tensors:
+            found = tensors.get_slice(name)
+            whole = StoredTensor(file, name, tuple(found.get_shape()), found.get_dtype())
+        fused = _FUSED.fullmatch(name)
+        parts = dict(_experts(fused["experts"], fused["kind"], whole)) if fused else {name: whole}
+        both = sorted(parts.keys() & stored.keys())
+        if both:
+            raise ConfigError(f"{both[0]} is in {stored[both[0]].file}, and in {name} of {file}; remove one")
+        stored |= parts
+    return stored
+
+
+def _experts(experts: str, kind: str, whole: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """(published name, its part) of every projection in a fused tensor; the tensor itself if it cannot be."""
+    projections = _PROJECTIONS[kind]
+    if len(whole.shape) != 3 or whole.shape[1] % len(projections):
+        yield whole.name, whole
+        return
+    count, rows = whole.shape[0], whole.shape[1] // len(projections)
+    for expert in range(count):
+        for number, projection in enumerate(projections):
+            part = (expert, slice(number * rows, (number + 1) * rows))
+            shape = (rows, whole.shape[2])
+            name = f"{experts}.{expert}.{projection}.weight"
+            yield name, StoredTensor(whole.file, whole.name, shape, whole.type, part)
+
+
+def open_safetensors(file: Path) -> Any:
+    """An opened file; ConfigError where it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # safetensors raises its own, untyped error for a damaged header
+        raise ConfigError(f"{file}: not a readable safetensors file ({error}); export it again") from error

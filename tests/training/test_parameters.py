@@ -1,0 +1,165 @@
+"""Every parameter of every algorithm changes the gradient of a rollout's updates, or is refused or warned of.
+
+The gradient is that by each token's log-prob, over the two mini-batches of a fixed rollout: the first is on
+policy, in the second the policy has moved. A reference, a critic and another engine's log-probs are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from mcore_rl.algo.algorithms import ALGORITHMS, _accepted, configure
+from mcore_rl.config.effects import doubtful, params_without_effect
+from mcore_rl.errors import ConfigError
+from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.training.advantage import Scores, compute_advantages
+from mcore_rl.training.batch import RolloutBatch, Shape, build_batch, pack_mini_batch
+from mcore_rl.training.metrics import Gathered, read
+from mcore_rl.training.objective import PolicyObjective
+from mcore_rl.types import Group, Prompt, RewardPart, Sample, VersionSpan
+
+LENGTHS = (3, 5, 2, 4)
+REWARDS = ((1.0, 0.0, 0.25, 0.0), (0.0, 1.0, 1.0, 0.5))
+OTHER: Mapping[str, tuple[object, ...]] = {
+    "aggregation": ("seq-mean-token-sum", "token-mean"),
+    "std": ("none", "group", "batch"),
+    "ddof": (0,),
+    "eps": (0.1,),
+    "eps_low": (0.9, 0.05),
+    "eps_high": (0.9, 0.05),
+    "dual_clip": (1.01,),
+    "delta": (0.001, 0.5),
+    "tau_pos": (2.0,),
+    "tau_neg": (2.0,),
+    "gamma": (0.9,),
+    "lam": (0.5,),
+    "kl_in_reward": (0.5,),
+    "kl_in_loss": (0.5,),
+    "kl_estimator": ("k1", "k2", "k1_iw"),
+    "entropy_coef": (0.1,),
+    "correction": ("mis-token", "geometric"),
+    "correction_low": (0.9999,),
+    "correction_high": (0.9999, 1.02),
+}
+"""values that are no entry's default"""
+NEEDS: Mapping[str, Mapping[str, object]] = {
+    "correction_low": {"correction": "mis-token"},
+    "correction_high": {"correction": "tis-token"},
+    "kl_estimator": {"kl_in_loss": 0.1},
+}
+"""what gives a parameter a meaning; each is refused without it, which is tried too"""
+
+
+def sample(group: int, number: int) -> Sample:
+    tokens, reward = LENGTHS[number], REWARDS[group][number]
+    made = Sample.of_response(
+        f"{group}@1/{number}",
+        Prompt(str(group), "", (1, 2), ""),
+        (5,) * tokens,
+        tuple(noise(group, number, 0, tokens).tolist()),
+        "",
+        "stop",
+        (VersionSpan("0", 0, tokens),),
+        reward,
+    )
+    parts = (RewardPart("right", reward, 1.0), RewardPart("short", 1.0 / tokens, 0.5))
+    return Sample(**{**vars_of(made), "parts": parts})
+
+
+def vars_of(made: Sample) -> dict[str, Any]:
+    return {name: getattr(made, name) for name in Sample.__dataclass_fields__}
+
+
+def noise(group: int, number: int, what: int, tokens: int) -> np.ndarray:
+    """Log-probs of a kind: 0 the server's, 1 the policy's before its updates, 2 moved, 3 the reference's."""
+    near = np.random.default_rng([group, number]).uniform(-2, -0.5, tokens)
+    mean = (-0.1, 0.1)[number % 2] if what == 2 else 0.0
+    moved = np.random.default_rng([what, group, number]).normal(mean, (0.02, 0.0, 0.2, 0.2)[what], tokens)
+    return np.minimum(near + moved, -0.01)
+
+
+@cache
+def batch() -> RolloutBatch:
+    return build_batch([Group(f"{g}@1", tuple(sample(g, n) for n in range(4))) for g in range(2)])
+
+
+def of_samples(what: int) -> list[np.ndarray]:
+    return [noise(int(s.id[0]), int(s.id[-1]), what, s.trained_tokens) for s in batch().samples]
+
+
+def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dict[str, float]]:
+    """By each token's log-prob, mini-batch after mini-batch; and what was measured."""
+    algorithm, samples = configure(name, params), batch().samples
+    before, moved = of_samples(1), of_samples(2)
+    critic = [np.linspace(0.1, 0.4, s.trained_tokens) for s in samples] if algorithm.needs_critic else []
+    reference = of_samples(3) if algorithm.needs_reference else []
+    fields = compute_advantages(batch(), algorithm, Scores(dict(enumerate(before)), reference, critic)).fields
+    shape = Shape(2, 256, 5, lambda n: np.asarray(n, float), 1)
+    mesh = cast(Mesh, SimpleNamespace(layout=Layout(), dp_rank=0))
+    found, parts = [], []
+    for update, (members, now) in enumerate(((range(0, 8, 2), before), (range(8), moved))):
+        its = {**fields, "now": now} | ({} if update == 0 else {"old_log_prob": before})
+        (packed,) = pack_mini_batch(batch(), np.array(members), algorithm, shape, mesh, its)
+        log_prob = packed.fields["now"].clone().requires_grad_()
+        entropy = -log_prob * 0.5  # whatever it is: it follows from the logits too
+        loss, measured = PolicyObjective(algorithm, None)(packed, HeadOutput(log_prob, entropy))
+        (of_rows,) = torch.autograd.grad(loss, log_prob)
+        found.append(of_rows)
+        parts.append(measured)
+    return torch.cat(found), read(Gathered(parts)._parts, 2)
+
+
+def is_refused(name: str, params: Mapping[str, object]) -> bool:
+    try:
+        return bool(list(params_without_effect(configure(name, params), params)))
+    except ConfigError:
+        return True
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_parameter_changes_the_gradient_or_is_refused_or_warned_of(name: str) -> None:
+    """Over all updates of a rollout, and in one that has a single one."""
+    first = sum(s.trained_tokens for s in batch().samples[0:8:2])
+    for key in _accepted(ALGORITHMS[name]):
+        values = OTHER.get(key) or (not getattr(ALGORITHMS[name], key),)
+        context = NEEDS.get(key, {})
+        given = [{**context, key: value} for value in values if not is_refused(name, {**context, key: value})]
+        assert not context or is_refused(name, {key: values[0]}), f"{key} has no meaning alone"
+        usual, changed = gradient(name, context)[0], [gradient(name, params)[0] for params in given]
+        assert not given or not all(same(one, usual) for one in changed), f"{key} changes nothing"
+        assert given or is_refused(name, {**context, key: values[0]})
+        silent = given and all(same(one[:first], usual[:first]) for one in changed)
+        assert bool(silent) == bool(given and warned(name, given[0])), (
+            f"{key} in the only update of a rollout"
+        )
+
+
+def warned(name: str, params: Mapping[str, object]) -> bool:
+    rates = {"optimizer.lr": 1e-6}
+    said = doubtful(configure(name, params), params, updates=1, stale=False, rates=rates)
+    return any(what.startswith("algorithm.params") for what in said)
+
+
+SILENT = {("rloo", "clip/fraction"), ("reinforce", "clip/fraction")}
+"""metrics that are 0 whatever happens, and why: a loss that is never clipped says so"""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_metric_is_always_zero(name: str) -> None:
+    wide = {key: 1e-5 for key in ("eps_low", "eps_high") if key in _accepted(ALGORITHMS[name])}
+    wide |= {"tau_pos": 9.0, "tau_neg": 9.0} if name == "sapo" else {}
+    _, measured = gradient(name, wide)
+    zero = {(name, key) for key, value in measured.items() if value == 0}
+    assert zero - {(name, "masked/fraction")} == SILENT & {(name, "clip/fraction")}
