@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--server-gpus", type=int, help="that sample; default: 8 for each of rollout.urls")
     add.add_argument("--prompt-tokens", type=float, help="mean; default: the config's limit")
     add.add_argument("--response-tokens", type=float, help="mean; default: the config's limit")
+    add.add_argument("--segments", type=float, help="training sequences of a sample, mean; default: 1")
     add.add_argument("--colocated", action="store_true", help="count servers on the training GPUs")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=plan)
@@ -262,7 +263,7 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config(arguments.config, overrides)
     if config.supervised_only:
-        raise ConfigError('rollout: algorithm.name = "sft" samples nothing; set another one')
+        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" samples nothing; set "rl"')
     return run_alone(config)
 
 

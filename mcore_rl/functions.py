@@ -21,6 +21,14 @@ def load_function(key: str, name: str, argument: str, *, keywords: bool = False)
     not exist, its import fails (or ends with sys.exit), or it cannot be called with one positional argument,
     the `argument`; with `keywords`, the caller gives it keyword-only ones besides.
     """
+    function = find_function(key, name)
+    if not callable(function) or not _takes_one(function, keywords):
+        raise ConfigError(f"{key}: {name} must be a function of one argument, {argument}")
+    return function
+
+
+def find_function(key: str, name: str) -> Any:
+    """What `name` means, whatever it is; see load_function. Raises ConfigError where there is nothing."""
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
         raise ConfigError(f"{key}: {quoted(name)} is not of the form `module:function`")
@@ -40,8 +48,6 @@ def load_function(key: str, name: str, argument: str, *, keywords: bool = False)
         close = get_close_matches(attribute, dir(module), n=1)
         hint = f"did you mean {close[0]}?" if close else "check the name"
         raise ConfigError(f"{key}: {module_name} has no {attribute}; {hint}")
-    if not callable(function) or not _takes_one(function, keywords):
-        raise ConfigError(f"{key}: {name} must be a function of one argument, {argument}")
     return function
 
 

@@ -25,7 +25,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "sampling/dropped": "Those of them that had no signal and were replaced.",
         "sampling/refill_rate": "Their share of the sampled groups.",
         "sampling/reward": "Mean reward of all samples of the step, those of the replaced groups among them.",
-        "tokens": "Response tokens of the samples; with `sft`, label tokens.",
+        "tokens": "Response tokens of the samples; of supervised training, those that are trained.",
+        "data/epoch": "Epochs of the training rows begun before the next step, from 0, without rollouts.",
         "data/*/prompts": "Prompts of the file, in the first record.",
         "data/*/dropped": "Prompts longer than `data.max_prompt_tokens`, which were left out, in the first "
         "record.",
@@ -38,9 +39,6 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/accuracy": "Mean reward over the prompts of a set, of the mean over each one's samples "
         "(mean@k), from a reward function.",
         "eval/*/reward": "The same from a reward model, whose scores are no accuracy.",
-        "eval/*/loss": "With `sft`, nats per label token, the mean over the labels of a set; "
-        "see docs/evaluation.md.",
-        "eval/*/labels": "Labels that it is the mean of.",
         "eval/*/pass@*": "Chance that one of k samples passes, without bias; see docs/evaluation.md.",
         "eval/*/majority@*": "How often the answer that most of k samples give passes.",
         "eval/*/low": "Lower end of the 95 % interval of the metric before it, over prompts.",
@@ -52,9 +50,29 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/sampled": "Prompts with a sample that has a reward.",
         "eval/*/prompts": "Prompts of the set's file.",
     },
+    "Held-out rows": {
+        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token, or "
+        "the mean over pairs, or over verdicts.",
+        "validation/perplexity": "exp of it, with `sft`.",
+        "validation/*": "The metric `preference/*` of these rows.",
+    },
+    "Preferences": {
+        "preference/accuracy": "Share of the pairs whose chosen answer is ahead, by the loss's own measure; "
+        "a draw is half of one.",
+        "preference/margin": "By how much, in rewards; mean over the pairs.",
+        "preference/chosen": "Reward of the chosen, or desirable, answers: beta x (log-prob - the "
+        "reference's), with `orpo` beta x mean log-prob.",
+        "preference/rejected": "The same of the rejected, or undesirable ones.",
+        "preference/chosen_log_prob": "Log-prob of a chosen answer, the sum over its tokens.",
+        "preference/rejected_log_prob": "The same of the rejected ones.",
+        "preference/confidence": "Mean of the larger probability that a reward model gives the answers of a "
+        "pair: the accuracy, where its scores are calibrated.",
+        "preference/reference_point": "z0 of `kto`: mean log-ratio on mismatched prompts and answers.",
+    },
     "Loss and policy": {
-        "loss/policy": "The objective, mean over the optimizer steps of the step; with `sft`, nats per "
-        "token.",
+        "loss/policy": "The objective, mean over the optimizer steps of the step; of supervised "
+        "training, nats per token.",
+        "loss/reward_model": "The reward model's loss, mean over the pairs.",
         "loss/value": "The critic's loss, mean over its optimizer steps.",
         "lr/policy": "Learning rate of the step's first update of the policy.",
         "lr/critic": "Learning rate of the step's first update of the critic.",
@@ -65,7 +83,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "ratio/min": "Smallest importance ratio.",
         "clip/fraction": "Share of the tokens whose gradient the loss cuts or fades by more than half.",
         "entropy": "Entropy of the policy, nats per token.",
-        "perplexity": "exp of the loss, with `sft`.",
+        "perplexity": "exp of the loss, of supervised training.",
         "kl/rollout": "KL divergence to the policy that sampled, estimator k3, mean over tokens.",
         "kl/reference": "KL divergence to the reference, estimator k3, mean over tokens.",
         "kl/reward": "KL divergence to the reference that the token rewards carry, mean over tokens.",
@@ -85,7 +103,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     "Servers and weights": {
         "mismatch/max_abs": "Largest difference of a log-prob, server against trainer, on tokens of the "
         "weights in training.",
-        "mismatch/p999": "99.9 % quantile of these differences, in 20 bins per decade.",
+        "mismatch/p999": "99.9 % quantile of these differences, in 20 bins per decade; of 100 to 1000, "
+        "the second largest.",
         "mismatch/dropped": 'Samples that `publish.mismatch_action = "drop"` left out.',
         "behaviour/k1": "KL divergence k1 of the policy that sampled (stale, or another engine) to the old "
         "one.",

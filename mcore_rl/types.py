@@ -106,6 +106,10 @@ class Segment:
         _freeze(self.context, self.token_ids, self.log_probs, self.trained, self.experts)
 
 
+TAKEN_PARTS = frozenset({"mean", "std", "no_signal"})
+"""names that no part of a reward has: of other metrics below `reward/`"""
+
+
 class RewardPart(NamedTuple):
     """One of several rewards of a sample: its reward is the sum of weight x value over its parts."""
 

@@ -178,7 +178,7 @@ def decoupled(
     *,
     eps: float = 1e-6,
 ) -> Float[Tensor, " N"]:
-    """GDPO, arXiv 2601.05242 section 3: each of K parts of the reward is compared within its group by itself.
+    """GDPO, arXiv 2601.05242 eqs. 4-7: each of K parts of the reward is compared within its group by itself.
 
     A = sum_k w_k A_k, where A_k is the `advantage` (rewards [N], GroupStatistics) of part k alone; then
     (A - mean) / (std + eps), over all N samples. The sum of the parts, compared as one number, would give

@@ -20,6 +20,8 @@ from mcore_rl.errors import NumericsError
 
 MAGNITUDES = torch.logspace(-8, 2, 201, dtype=torch.float64)
 """bin edges of `Quantile`, 20 per decade: any layout reads the same quantile off them"""
+_SINGLE = 100
+"""rows from which on one of them alone does not make a quantile"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ class Min(Metric):
 
 @dataclass(frozen=True)
 class Quantile(Metric):
-    """The upper edge of the bin of MAGNITUDES in which `fraction` of the magnitudes |value| is reached."""
+    """The upper edge of the bin of MAGNITUDES in which `fraction` of the magnitudes |value| is reached.
+
+    See quantile_rank for a fraction that is close to 1.
+    """
 
     fraction: float = 0.5
 
@@ -131,7 +136,8 @@ class Quantile(Metric):
         """See Metric.value."""
         if not total.sum() > 0:
             return None
-        return float(MAGNITUDES[int(torch.searchsorted(total.cumsum(0), self.fraction * total.sum())) + 1])
+        rank = quantile_rank(self.fraction, total.sum().item())
+        return float(MAGNITUDES[int(torch.searchsorted(total.cumsum(0), rank)) + 1])
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,16 @@ class Total(Metric):
     def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
         """Return the mean over optimizer steps."""
         return {name: total.item() / updates}
+
+
+def quantile_rank(fraction: float, rows: float) -> float:
+    """How many of `rows`, from the smallest on, a quantile covers: `fraction` of them.
+
+    Of a hundred rows or more the largest is left out. The 99.9 % quantile of 600 rows would be their maximum,
+    and one row would decide it.
+    """
+    reached = fraction * rows
+    return min(reached, rows - 1) if rows >= _SINGLE else reached
 
 
 def _largest(values: Tensor, rows: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 from pydantic import model_validator
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
-from mcore_rl.config.effects import doubtful, params_without_effect
+from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.held_out import set_name, wrong_sets
+from mcore_rl.config.kinds import unused_of_kind, wrong_of_kind
+from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
@@ -28,7 +30,6 @@ from mcore_rl.config.sections import (
     RolloutConfig,
     RunConfig,
     Section,
-    SupervisedConfig,
     TrainConfig,
 )
 from mcore_rl.errors import ConfigError
@@ -52,6 +53,8 @@ class Config(Section):
     residency: ResidencyConfig = ResidencyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     supervised: SupervisedConfig = SupervisedConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
@@ -83,8 +86,8 @@ class Config(Section):
 
     @property
     def supervised_only(self) -> bool:
-        """No rollouts: train on the labels."""
-        return self.algorithm.name == "sft"
+        """No rollouts: the data has what is trained on."""
+        return self.run.kind != "rl"
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -95,13 +98,15 @@ def _contradictions(config: Config) -> Iterator[str]:
     if parallel.virtual_pipeline and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline: needs pipeline stages; set parallel.pipeline >= 2 or drop it"
     yield from _of_data(config)
-    if train.eval_every and not config.held_out:
+    if train.eval_every and not config.held_out and config.data.validation is None:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
+    yield from wrong_rewards(config.reward)
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
     if config.publish.tolerance_p999 > config.publish.tolerance_max:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
         yield from _against_algorithm(config)
+    yield from wrong_of_kind(config.run.kind, config.preference, config.residency.reference)
     yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)
@@ -136,15 +141,18 @@ def _of_data(config: Config) -> Iterator[str]:
         )
     if len(data.weights) == 1 == len(data.train):
         yield "data.weights: has no effect on one path; remove it"
-    if config.supervised_only and not data.label_key and data.last_assistant != "drop":
+    trains_labels = config.run.kind == "sft" and config.supervised.target == "label"
+    if trains_labels and not data.label_key and data.last_assistant != "drop":
         yield (
-            'data.label_key: sft trains on labels; name their key, or set data.last_assistant = "drop" to '
-            "train on the last turns"
+            'data.label_key: run.kind = "sft" trains on labels; name their key, or set data.last_assistant = '
+            '"drop" to train on the last turns'
         )
 
 
 def _of_lengths(config: Config) -> Iterator[str]:
     parallel, train, rollout = config.parallel, config.train, config.rollout
+    if not config.samples_responses:
+        return  # rows are checked when they are read
     of_sets = [one.max_new_tokens or 0 for one in config.eval.sets.values() if one.reward is None]
     responses = [rollout.max_new_tokens, *(of_sets if config.reward.model is not None else [])]
     longest = config.data.max_prompt_tokens + max(responses)
@@ -244,6 +252,9 @@ def _of_quantized(config: Config) -> Iterator[str]:
 
 
 def _against_algorithm(config: Config) -> Iterator[str]:
+    if config.algorithm.name == "sft":
+        yield 'algorithm.name: "sft" is a kind of run; set run.kind = "sft", and drop algorithm.name'
+        return
     try:
         algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     except ConfigError as error:
@@ -315,32 +326,37 @@ def _never_due(config: Config) -> Iterator[str]:
 
 
 def _needs_reference(config: Config) -> bool:
+    if config.supervised_only:
+        return config.run.kind == "preference" and config.preference.loss != "orpo"
     try:
         return configure(
             config.algorithm.name, config.algorithm.params, config.algorithm.loss
         ).needs_reference
-    except ConfigError:  # `sft`; of any other, _against_algorithm says what is wrong
+    except ConfigError:  # _against_algorithm says what is wrong
         return False
 
 
-_OF_FUNCTION = ("function", "workers", "timeout", "memory", "max_void", "weights")
+_OF_FUNCTION = ("function", "functions", "workers", "timeout", "memory", "max_void", "weights")
 """keys of [reward] that a reward model has no use for"""
 
 
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
     unused = {**_unused_of_training(config), **_unused_of_servers(config)}
-    if all(one.prompts for one in config.held_out.values()):
+    if config.data.validation is None and all(one.prompts for one in config.held_out.values()):
         unused["train.eval_samples"] = "no held-out set takes its number of prompts from it"
     if config.model.precision != "fp8":
         keys = ("fp8_recipe", "fp8_param_gather", "fp8_first_last_bf16")
         unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
     name = config.algorithm.name
-    if name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
+    what = f'run.kind is "{config.run.kind}", which' if config.supervised_only else name
+    if config.run.kind == "preference":
+        what = f'preference.loss is "{config.preference.loss}", which'
+    if config.supervised_only or name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
-        unused |= dict.fromkeys(keys, f"{name} has no critic")
+        unused |= dict.fromkeys(keys, f"{what} has no critic")
     if not _needs_reference(config):
-        unused["residency.reference"] = f"{name} has no reference"
+        unused["residency.reference"] = f"{what} has no reference"
     if not config.checkpoint.every:
         unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
     return unused
@@ -349,21 +365,23 @@ def unused_keys(config: Config) -> Mapping[str, str]:
 def _unused_of_training(config: Config) -> Mapping[str, str]:
     unused: dict[str, str] = {}
     if config.supervised_only:
-        keys = ("algorithm.params", "algorithm.loss", "algorithm.mini_batches", "algorithm.epochs")
+        keys = tuple(f"algorithm.{key}" for key in AlgorithmConfig.model_fields)
         keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("rollout.dynamic_sampling", "algorithm.overlong_filter", "data.curriculum", "rollout.dump")
+        keys += ("rollout.dynamic_sampling", "data.curriculum", "rollout.dump")
         keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
-        unused |= dict.fromkeys(keys, 'algorithm.name is "sft"')
+        unused |= dict.fromkeys(keys, f'run.kind is "{config.run.kind}"')
         if not config.held_out:
             keys = [f"rollout.{key}" for key in RolloutConfig.model_fields]
             keys += [f"publish.{key}" for key in PublishConfig.model_fields]
-            why = 'algorithm.name is "sft", and without held-out sets nothing is sampled'
+            why = f'run.kind is "{config.run.kind}", and without held-out sets nothing is sampled'
             keys += [f"reward.{key}" for key in RewardConfig.model_fields]
             unused |= dict.fromkeys(keys, why)
         elif all(one.reward for one in config.held_out.values()):
-            unused["reward.function"] = 'algorithm.name is "sft", and every held-out set has a reward'
-    else:
-        unused["supervised.batch_size"] = 'algorithm.name is not "sft"'
+            why = f'run.kind is "{config.run.kind}", and every held-out set has a reward'
+            unused["reward.function"] = why
+    unused |= dict(unused_of_kind(config.run.kind, config.supervised.target, config.preference))
+    if config.reward.functions:
+        unused["reward.function"] = "reward.functions are there in its place"
     if config.reward.model is None:
         unused["residency.reward_model"] = "there is no reward.model"
     else:

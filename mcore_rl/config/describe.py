@@ -14,8 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mcore_rl.config import toml
 from mcore_rl.config.config import Config
-from mcore_rl.config.file import KEYS, SET
-from mcore_rl.config.sections import EvalSetConfig
+from mcore_rl.config.file import KEYS, NAMED
 from mcore_rl.errors import ConfigError
 from mcore_rl.terminal import quoted
 
@@ -72,8 +71,9 @@ def _tables(sections: Sequence[str]) -> Iterator[tuple[str, str, Mapping[str, Fi
     for section in sections:
         annotation = Config.model_fields[section].annotation
         yield section, (getattr(annotation, "__doc__", None) or "").strip(), KEYS[section]
-        if SET.startswith(f"{section}."):
-            yield f"{SET}.NAME", (EvalSetConfig.__doc__ or "").strip(), EvalSetConfig.model_fields
+        for place, one in NAMED.items():
+            if place.startswith(f"{section}."):
+                yield f"{place}.NAME", (one.__doc__ or "").strip(), one.model_fields
 
 
 def _rows(keys: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str, str, str]]:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from mcore_rl.config import toml
 from mcore_rl.config.config import Config, unused_keys
-from mcore_rl.config.sections import REFUSED_SAMPLING, EvalSetConfig, Section
+from mcore_rl.config.sections import REFUSED_SAMPLING, EvalSetConfig, RewardFunctionConfig, Section
 from mcore_rl.errors import ConfigError
 from mcore_rl.terminal import escaped
 
@@ -23,8 +23,8 @@ KEYS: dict[str, dict[str, FieldInfo]] = {
     name: cast(type[Section], field.annotation).model_fields for name, field in Config.model_fields.items()
 }
 """section -> key -> field"""
-SET = "eval.sets"
-"""under it are tables of the user's own names, of a section each"""
+NAMED: dict[str, type[Section]] = {"eval.sets": EvalSetConfig, "reward.functions": RewardFunctionConfig}
+"""where tables of the user's own names are -> what each of them is"""
 MAX_DEPTH = 16
 """tables and arrays within each other; the deepest key is at 3, such as algorithm.params.eps_low"""
 MOST_SHOWN = 200
@@ -161,11 +161,12 @@ def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
 
 def _suggestion(dotted: str) -> str:
     section, _, key = dotted.partition(".")
-    if dotted.startswith(f"{SET}."):
-        _, _, of_set = dotted.removeprefix(f"{SET}.").rpartition(".")
-        close = get_close_matches(of_set, EvalSetConfig.model_fields, n=1)
-        known = f"the keys of a set are {', '.join(EvalSetConfig.model_fields)}"
-        return f"did you mean {dotted.removesuffix(of_set)}{close[0]}?" if close else known
+    for place, one in NAMED.items():
+        if dotted.startswith(f"{place}."):
+            _, _, of_table = dotted.removeprefix(f"{place}.").rpartition(".")
+            close = get_close_matches(of_table, one.model_fields, n=1)
+            known = f"the keys of {place}.NAME are {', '.join(one.model_fields)}"
+            return f"did you mean {dotted.removesuffix(of_table)}{close[0]}?" if close else known
     if not key or section not in KEYS:
         close = get_close_matches(section, KEYS, n=1)
         return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(KEYS)}"

@@ -54,6 +54,7 @@ def _of_scores(one: EvalSetConfig, reward: RewardConfig) -> Iterator[tuple[str, 
         yield "pass_reward", "has no effect without pass_at or majority_at; remove it"
     if one.answer is not None and not one.majority_at:
         yield "answer", "has no effect without majority_at; remove it"
-    exact = not by_model and (one.reward or reward.function) == EXACT_MATCH
+    of_run = None if reward.functions else reward.function
+    exact = not by_model and (one.reward or of_run) == EXACT_MATCH
     if one.majority_at and one.answer is None and not exact:
         yield "answer", "required: the whole response is the answer for exact_match alone; set it"

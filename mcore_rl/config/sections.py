@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mcore_rl.precision import PrecisionName, RecipeName
+from mcore_rl.types import TAKEN_PARTS
 
 
 def _function_name(name: str) -> str:
@@ -34,6 +35,24 @@ def _named_sets(sets: dict[str, Any]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"two sets are called {twice[0]}, but for capitals; rename one")
     return sets
+
+
+def _named_functions(functions: dict[str, Any]) -> dict[str, Any]:
+    """Names that the part of a reward can have, in a metric `reward/NAME`."""
+    for name in functions:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}", name) or name in TAKEN_PARTS:
+            raise ValueError(
+                "the name of a function, which the metric of its part carries, is of at most 32 letters, "
+                f"digits, `_` and `-`, and none of {', '.join(sorted(TAKEN_PARTS))}; rename it"
+            )
+    return functions
+
+
+def _choices(value: Any) -> Any:
+    """Field -> one value or a list of them, as a list each."""
+    if not isinstance(value, dict):
+        return value
+    return {name: tuple(one) if isinstance(one, list) else (one,) for name, one in value.items()}
 
 
 def _variable_name(name: str) -> str:
@@ -78,6 +97,13 @@ def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
         ):
             raise ValueError(f"{name} must be a finite number, a string, true or false")
     return params
+
+
+def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name, value in arguments.items():
+        for one in value if isinstance(value, list) else [value]:
+            _plain_params({name: one})
+    return arguments
 
 
 _WRONG_RATIO = "so that every importance ratio would be wrong"
@@ -128,11 +154,18 @@ class Section(BaseModel):
     )
 
 
+Kind = Literal["rl", "sft", "preference", "reward_model"]
+"""what a run trains by"""
+
+
 class RunConfig(Section):
-    """Where a run writes, and its seed."""
+    """What kind of training a run is, where it writes, and its seed."""
 
     dir: FilePath
     """Where the run writes everything; relative to the current directory, like every path here."""
+    kind: Kind = "rl"
+    """`rl`: reinforcement learning on rollouts; `sft`: supervised, on answers that the data has;
+    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
 
@@ -183,10 +216,20 @@ class DataConfig(Section):
     """Shares of the paths of `train` in every step, exactly; unset, all rows are shuffled together."""
     eval: FilePath | None = None
     """Held-out prompts in the same formats: one set named after the file, a sample of each; or see [eval]."""
+    validation: FilePath | None = None
+    """Held-out rows like those of `train`, of which training without rollouts measures the loss."""
     prompt_key: Annotated[str, Field(min_length=1)] = "prompt"
     """Key of the prompt: a string, or a list of chat messages; `a.b.c` looks into objects."""
     label_key: str = "label"
     """Key of the reference answer, any value of JSON; empty, rows have none."""
+    chosen_key: Annotated[str, Field(min_length=1)] = "chosen"
+    """Key of the better answer of a pair: a string, or messages, its own or the whole conversation."""
+    rejected_key: Annotated[str, Field(min_length=1)] = "rejected"
+    """Key of the worse one."""
+    margin_key: str = ""
+    """With `reward_model`, key of the number by which the chosen answer is better; empty, rows have none."""
+    completion_key: Annotated[str, Field(min_length=1)] = "completion"
+    """Key of an answer on which the label is a verdict, true or false (`kto`)."""
     id_key: Annotated[str, Field(min_length=1)] = "id"
     """Key of a name that is unique in its file; unset, `id`, or the line where a row has none."""
     apply_chat_template: bool = False
@@ -298,11 +341,29 @@ class RolloutConfig(Section):
         }
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RewardFunctionConfig(Section):
+    """One of several reward functions; the reward is the weighted sum of those that are for a row."""
+
+    function: Annotated[str, AfterValidator(_function_name)]
+    """`module:function` that scores one sample, or a group of them."""
+    weight: Finite = 1.0
+    """Weight in the sum."""
+    when: Annotated[dict[str, tuple[str | int | bool, ...]], BeforeValidator(_choices)] = {}
+    """Field of the prompt's row -> the value, or values, that this function is for; unset, every row."""
+    args: Annotated[dict[str, Any], AfterValidator(_plain_arguments)] = {}
+    """Its keyword arguments."""
+
+
 class RewardConfig(Section):
     """How responses are scored."""
 
     function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
     """`module:function` that scores one sample, or a group of them."""
+    functions: Annotated[dict[str, RewardFunctionConfig], AfterValidator(_named_functions)] = {}
+    """Several in its place, each a table `[reward.functions.NAME]` under the name that its metric has."""
     workers: Count = 4
     """Processes of a replica that it runs in, at most; they are started while there is work for them."""
     timeout: Seconds = 60.0
@@ -311,8 +372,9 @@ class RewardConfig(Section):
     """Address space of one process, in 2^30 bytes; beyond it the function gets a MemoryError."""
     max_void: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of a step's samples that may get no reward; above it the run ends with the reasons."""
-    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
-    """Weight of a part in the sum, by its name, where the function returns several; 1 for the others."""
+    weights: dict[str, Finite] = {}
+    """Weight of a part in the sum, by its name, where a function returns several; 1 for the others. A name
+    that no sample of the first step has ends the run."""
     model: FilePath | None = None
     """A reward model in its place: directory of a sequence classifier, one label, the policy's tokenizer."""
 
@@ -321,7 +383,7 @@ class AlgorithmConfig(Section):
     """What is optimised."""
 
     name: Annotated[str, Field(min_length=1)] = "gspo"
-    """A reinforcement-learning algorithm, or `sft` for supervised training on the labels."""
+    """A reinforcement-learning algorithm."""
     params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
     """The algorithm's own numbers, where they differ from its paper's."""
     loss: Annotated[str, AfterValidator(_function_name)] | None = None
@@ -374,15 +436,15 @@ class TrainConfig(Section):
     """Length, memory and evaluation of the run."""
 
     steps: Count
-    """Rollouts to train on; batches with `sft`."""
+    """Rollouts to train on; batches, where run.kind is another one than `rl`."""
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch, padding included."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none, those of attention, those of every layer."""
     eval_every: NonNegative = 0
-    """Steps between evaluations; 0 evaluates at the start and the end only."""
+    """Steps between evaluations, validations too; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000
-    """Held-out prompts of a set in one evaluation, at most."""
+    """Held-out prompts of a set in one evaluation, and rows of data.validation, at most."""
     step_timeout: Seconds = 600.0
     """Seconds after which a step without progress ends the run."""
 
@@ -390,8 +452,9 @@ class TrainConfig(Section):
 class ResidencyConfig(Section):
     """What leaves the GPU while it is not used. It waits in host memory; the servers' memory is freed."""
 
-    reference: Literal["resident", "offloaded", "swapped"] = "resident"
-    """`swapped`: no second model; for scoring, the policy takes its first weights back."""
+    reference: Literal["resident", "offloaded", "swapped", "kept"] = "resident"
+    """`swapped`: no second model; for scoring, the policy takes its first weights back. `kept`, in preference
+    training: no second model; what it says of all rows is computed once, at the start."""
     critic: Literal["resident", "offloaded"] = "resident"
     """Its weights and gradients, outside of its own scoring and updates."""
     reward_model: Literal["resident", "offloaded"] = "resident"
@@ -413,13 +476,6 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
     background: bool = True
     """Write while training goes on, from a copy in host memory; false waits for the disk."""
-
-
-class SupervisedConfig(Section):
-    """Supervised training, with `algorithm.name = "sft"`."""
-
-    batch_size: Count = 256
-    """Sequences of one optimizer step over all replicas."""
 
 
 REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}

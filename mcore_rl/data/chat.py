@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from mcore_rl.errors import DataError
 from mcore_rl.terminal import escaped
@@ -50,16 +51,47 @@ def render(
             or on purpose (raise_exception), asks for what the sandbox refuses, or does not end in time.
     """
     continued = messages[-1]["role"] == "assistant"
+    with _guarded(place):
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=asks and not continued,
+            continue_final_message=asks and continued,
+            **(variables or {}),
+        )
+    return _checked(place, text)
+
+
+def render_marked(
+    place: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a whole conversation, and the [start, end) characters that its template marks.
+
+    A template marks what the assistant says with `{% generation %}`. Raises DataError as `render`.
+    """
+    with _guarded(place):
+        texts, marked = render_jinja_template(
+            [[dict(message) for message in messages]],
+            tools=None if tools is None else list(tools),
+            chat_template=tokenizer.get_chat_template(tools=None if tools is None else list(tools)),
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **(variables or {})},
+        )
+    return _checked(place, texts[0]), [(int(start), int(end)) for start, end in marked[0]]
+
+
+@contextmanager
+def _guarded(place: str) -> Iterator[None]:
+    """Run a template. Raises DataError whatever it does but end in time and without an error."""
     try:
         with _deadline(RENDER_SECONDS):
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else list(tools),
-                tokenize=False,
-                add_generation_prompt=asks and not continued,
-                continue_final_message=asks and continued,
-                **(variables or {}),
-            )
+            yield
     except _TooSlowError:
         raise DataError(
             f"{place}: the chat template does not end within {RENDER_SECONDS:g} s on it; use the template "
@@ -71,6 +103,9 @@ def render(
             f"{escaped(str(error)[:_SHOWN])}); change the conversation, or use the template that belongs to "
             "the model"
         ) from error
+
+
+def _checked(place: str, text: object) -> str:
     if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
         raise DataError(
             f"{place}: the chat template makes more than {MAX_CHARACTERS} characters of it; use the template "

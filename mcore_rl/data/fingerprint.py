@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from mcore_rl.data.reader import RowReader
+from mcore_rl.data.reader import RowFormat, RowReader
 from mcore_rl.data.tables import Records
 from mcore_rl.types import Prompt
 
@@ -50,11 +50,17 @@ def fingerprint_form(reader: RowReader, max_prompt_tokens: int) -> str:
         "tokenizer": vocabulary if backend is None else _without_state(json.loads(backend.to_str())),
         "template": tokenizer.chat_template,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "format": asdict(reader.form) | {"needs_label": None},
+        "format": _of_form(reader.form),
         "max_prompt_tokens": max_prompt_tokens,
     }
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:_HEX]
+
+
+def _of_form(form: RowFormat) -> dict[str, object]:
+    """The keys of a form; one that has the meaning of earlier versions is left out, so that it is theirs."""
+    keys = asdict(form) | {"needs_label": None}
+    return {key: value for key, value in keys.items() if (key, value) != ("target", "label")}
 
 
 def _without_state(backend: dict[str, object]) -> dict[str, object]:

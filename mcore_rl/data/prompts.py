@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from mcore_rl.data.examples import Example, ExampleFormat, ExampleReader, Limit, check_example
 from mcore_rl.data.fingerprint import Fingerprint, fingerprint_form, fingerprint_rows
 from mcore_rl.data.locate import identity_of, locate
 from mcore_rl.data.opening import open_table
-from mcore_rl.data.reader import RowFormat, RowReader, encode
+from mcore_rl.data.reader import RowFormat, RowReader
 from mcore_rl.data.tables import Records, Table
 from mcore_rl.errors import DataError
 from mcore_rl.terminal import quoted
@@ -39,21 +40,11 @@ _DEFAULT_FORMAT = RowFormat()
 
 
 @dataclass(frozen=True)
-class Limit:
-    """A length that no sequence, prompt and response together, may exceed."""
-
-    tokens: int
-    what: str
-    """such as `the model has 512 positions`"""
-    remedy: str
-
-
-@dataclass(frozen=True)
 class Response:
-    """What follows a prompt in a sequence: at most so many sampled tokens, or its label and an end token."""
+    """What follows a prompt in a sequence: at most so many sampled tokens, or what the row itself has."""
 
     sampled: int | None
-    """None: the label itself is trained on"""
+    """None: rows are trained as they are (data.examples)"""
     limits: Sequence[Limit] = ()
 
 
@@ -242,7 +233,8 @@ def open_prompts(
         tables += [(t, its, names[f]) for t, its, f in zip(opened, chosen, one.files, strict=True) if its]
         ends.append((ends[-1] if ends else 0) + sum(map(len, chosen)))
     _check_disjoint(taken)
-    records, reader = Records(tables), RowReader(form, tokenizer)
+    kind = ExampleReader if isinstance(form, ExampleFormat) else RowReader
+    records, reader = Records(tables), kind(form, tokenizer)
     examination = _Examination(records, reader, max_prompt_tokens, response)
     characters = math.inf if whole else EXAMINED_CHARACTERS / len(paths)
     parts = [
@@ -335,16 +327,17 @@ def twice(place: str, key: str, name: str, other: str) -> DataError:
 
 def check_length(place: str, prompt: Prompt, response: Response, reader: RowReader) -> None:
     """Raises DataError where the prompt and its response do not fit together into a limit."""
-    follows, key, what = response.sampled, reader.form.prompt_key, "rollout.max_new_tokens"
-    if follows is None:
-        follows = len(encode(f"{place}:{reader.form.label_key}", prompt.label_text, reader.tokenizer)) + 1
-        key, what = reader.form.label_key, "the label and its end of sequence"
+    if isinstance(prompt, Example) and isinstance(reader.form, ExampleFormat):
+        check_example(place, prompt, response.limits, reader.form)
+        return
+    follows = response.sampled or 0
     total = len(prompt.token_ids) + follows
     for limit in response.limits:
         if total > limit.tokens:
             raise DataError(
-                f"{place}:{key}: prompt {quoted(prompt.id)} of {len(prompt.token_ids)} tokens and {what} of "
-                f"{follows} make {total} tokens, and {limit.what}; {limit.remedy}"
+                f"{place}:{reader.form.prompt_key}: prompt {quoted(prompt.id)} of {len(prompt.token_ids)} "
+                f"tokens and rollout.max_new_tokens of {follows} make {total} tokens, and {limit.what}; "
+                f"{limit.remedy}"
             )
 
 

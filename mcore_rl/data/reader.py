@@ -30,7 +30,8 @@ _KEYS_CHARS = 500
 """of a record's keys, as a message quotes them"""
 ROW_KEYS = ("system", "tools", "chat_template_kwargs")
 """keys of a row that a chat template is given, where the prompt is a list of messages"""
-_MISSING = object()
+MISSING = object()
+"""what look_up answers where a row has no such key"""
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class RowReader:
         """
         form = self.form
         value = look_up(record, form.prompt_key)
-        if value is _MISSING:
-            raise _missing(place, form.prompt_key, record, "add it, or name the key in [data]")
+        if value is MISSING:
+            raise missing(place, form.prompt_key, record, "add it, or name the key in [data]")
         if "sampling_params" in record:
             raise DataError(
                 f"{place}:sampling_params: no prompt is sampled by parameters of its own, since training "
@@ -130,9 +131,9 @@ class RowReader:
 
     def _id(self, place: str, record: Mapping[str, Any], name: str, default: str) -> str:
         where, value = f"{place}:{self.form.id_key}", look_up(record, self.form.id_key)
-        if value is _MISSING and self.form.id_key != "id":
-            raise _missing(place, self.form.id_key, record, "add it, or name the key in data.id_key")
-        value = default if value is _MISSING else value
+        if value is MISSING and self.form.id_key != "id":
+            raise missing(place, self.form.id_key, record, "add it, or name the key in data.id_key")
+        value = default if value is MISSING else value
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise DataError(f"{where}: a {kind(value)}; expected a string or an integer (quote it)")
         if value == "":
@@ -181,24 +182,27 @@ class RowReader:
         )
 
     def _render(self, where: str, chat: _Chat, completion: Sequence[Message] = ()) -> str:
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"{where}: messages, but the tokenizer has no chat template; give prompts as strings"
-            )
+        self._needs_template(where)
         messages = [*chat.messages, *completion]
         return render(
             where, messages, self.tokenizer, tools=chat.tools, variables=chat.variables, asks=not completion
         )
 
+    def _needs_template(self, where: str) -> None:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{where}: messages, but the tokenizer has no chat template; give prompts as strings"
+            )
+
     def _label(self, place: str, record: Mapping[str, Any], chat: _Chat | None, text: str) -> Any:
         form, where = self.form, f"{place}:{self.form.label_key}"
-        value = look_up(record, form.label_key) if form.label_key else _MISSING
-        if value is _MISSING and chat is not None and chat.answer is not None:
+        value = look_up(record, form.label_key) if form.label_key else MISSING
+        if value is MISSING and chat is not None and chat.answer is not None:
             value = chat.answer
-        if value is _MISSING or (value is None and not form.needs_label):
+        if value is MISSING or (value is None and not form.needs_label):
             if form.label_key and form.needs_label:
                 remedy = 'add it, or name the key in [data] (data.label_key = "" where no reward reads it)'
-                raise _missing(place, form.label_key, record, remedy)
+                raise missing(place, form.label_key, record, remedy)
             return ""
         if value is None or not _is_json(value):
             raise DataError(
@@ -224,13 +228,13 @@ class RowReader:
 
 
 def look_up(record: Mapping[str, Any], key: str) -> Any:
-    """The value under `key`, or within objects under `a.b.c`; _MISSING where there is none."""
+    """The value under `key`, or within objects under `a.b.c`; MISSING where there is none."""
     if key in record:
         return record[key]
     value: Any = record
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
+            return MISSING
         value = value[part]
     return value
 
@@ -257,7 +261,8 @@ def special_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
+def missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
+    """The error of a row without a key, which says what keys it has."""
     have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
     return DataError(f"{place}:{key}: missing (keys here: {have}); {remedy}")
 

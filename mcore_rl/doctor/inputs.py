@@ -15,19 +15,16 @@ from mcore_rl.data.chat import render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.errors import AskedToLeave, ConfigError, RewardError
+from mcore_rl.doctor.rewards import check_reward
+from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.policy import CriticParameterMap
-from mcore_rl.model.spec import check_layout, check_reward_layout, padded_vocab
+from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
-from mcore_rl.rewards import load_reward
-from mcore_rl.training.assemble import check_same_tokens
-from mcore_rl.training.assemble_rollouts import curriculum_of, reward_pool
+from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
-from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 T = TypeVar("T")
 
@@ -144,7 +141,7 @@ def _data(config: Config) -> list[Finding]:
     if config.eval.sets:
         findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
-        findings += guarded("reward", lambda: _reward(config, read["data.train"].prompts[0]))
+        findings += guarded("reward", lambda: check_reward(config, read["data.train"]))
         if config.data.curriculum is not None:
             findings += guarded("curriculum", lambda: _curriculum(config, read["data.train"]))
     return findings
@@ -202,41 +199,6 @@ def _prompts(check: str, name: str, config: Config, found: PromptSet) -> Iterabl
     if found.examined.without_beginning:
         what, _, remedy = describe_beginning(found).partition("; ")
         yield Finding(check, "warning", what, remedy)
-
-
-def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
-    arch = read_architecture(path)
-    p = config.parallel
-    check_reward_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
-    check_same_tokens(config)
-    hf_reader(path, CriticParameterMap(arch, padded_vocab(arch, 1)))
-    yield Finding("reward", "ok", f"{path}: a reward model over the policy's tokens, its weights complete")
-
-
-def _reward(config: Config, prompt: Prompt) -> Iterable[Finding]:
-    """The label itself, answered to the first prompt, through the same path as a rollout."""
-    if config.reward.model is not None:
-        yield from _reward_model(config, config.reward.model)
-        return
-    name = config.reward.function
-    load_reward(name)
-    sample = Sample.of_response(
-        id="doctor/0",
-        prompt=prompt,
-        token_ids=(0,),
-        log_probs=(0.0,),
-        text=prompt.label_text,
-        finish_reason="stop",
-        versions=(VersionSpan("doctor", 0, 1),),
-    )
-    with reward_pool(config) as pool:
-        (group,), reasons = pool.score([Group("doctor", (sample,))])
-    if reasons.counts:
-        raise RewardError(
-            f"reward {name} gives the first prompt's own label no reward: {reasons.examples[0]}; handle "
-            "these responses in the function"
-        )
-    yield Finding("reward", "ok", f"{name} gives the first prompt's own label {group.samples[0].reward:g}")
 
 
 def _in_time(late: str, call: Callable[[], T]) -> T:

@@ -167,6 +167,8 @@ def _prompts(rows: Sequence[Any], tokens: npt.NDArray[Any], ends: npt.NDArray[An
             raise ValueError("a prompt with other messages")
         token_ids = tuple(tokens[start:end].tolist())
         found.append(Prompt(id, text, token_ids, label, metadata, tuple(messages)))
+    if len({prompt.id for prompt in found}) < len(found):
+        raise ValueError("two prompts of one id")
     return found
 
 

@@ -101,7 +101,9 @@ def _settings(config: Config, weights: Weights, sets: Sequence[EvalSet]) -> dict
     return {
         "weights": weights.identity(),
         "seed": config.run.seed,
-        "reward": config.reward.function if config.reward.model is None else str(config.reward.model),
+        "reward": config.reward.model_dump(
+            mode="json", include={"function", "functions", "weights", "model"}
+        ),
         "sets": {
             one.name: {
                 "prompts": len(one.prompts),

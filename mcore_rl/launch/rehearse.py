@@ -91,14 +91,17 @@ def _rehearse_as_rank(config: Config) -> int:
 
 
 def _exported(tiny: Config) -> str:
-    """The published weights read back: every tensor there, with the shape that config.json asks for.
+    """What was exported read back: every tensor there, with the shape that config.json asks for.
 
     Raises:
         ConfigError: they are not.
     """
-    (directory,) = (path for path in (tiny.run.dir / "weights").iterdir() if path.is_dir())
+    directory = tiny.run.dir / "model"
+    if not tiny.supervised_only:
+        (directory,) = (path for path in (tiny.run.dir / "weights").iterdir() if path.is_dir())
     arch = read_architecture(directory)
-    hf_reader(directory, ParameterMap(arch, arch.vocab))
+    table = CriticParameterMap if tiny.run.kind == "reward_model" else ParameterMap
+    hf_reader(directory, table(arch, arch.vocab))
     return f"exported and read back: {directory}"
 
 
@@ -118,8 +121,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     _write_model(directory / "model", model)
     if config.reward.model is not None:
         _write_reward_model(directory / "reward_model", config.reward.model, parallel, config.run.seed)
-    problems = [{"prompt": f"{a}+{b}=", "label": str(a + b)} for a in range(1, 10) for b in range(1, 10)]
-    lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+    lines = "".join(json.dumps(problem) + "\n" for problem in _problems(config))
     (directory / "problems.jsonl").write_text(lines)
     file = directory / "rehearsal.toml"
     file.write_text(to_toml(_shrink_config(config, parallel, directory)))
@@ -131,6 +133,19 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
         if what not in said_by_ranks:
             _say(f"warning: {what}")
     return file, tiny
+
+
+def _problems(config: Config) -> Iterator[dict[str, Any]]:
+    """Sums of two digits, in the form that the kind of training reads."""
+    judged = config.run.kind == "preference" and config.preference.loss == "kto"
+    for a in range(1, 10):
+        for b in range(1, 10):
+            right, wrong = str(a + b), str(a + b + 1)
+            if judged:
+                answer = right if a < b else wrong
+                yield {"prompt": f"{a}+{b}=", "completion": answer, "label": a < b}
+            else:
+                yield {"prompt": f"{a}+{b}=", "label": right, "chosen": right, "rejected": wrong}
 
 
 def shrink_parallel(parallel: ParallelConfig, processes: int) -> ParallelConfig:
@@ -217,6 +232,11 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "train": (directory / "problems.jsonl",),
             "weights": (),
             "eval": config.data.eval and directory / "problems.jsonl",
+            "validation": config.data.validation and directory / "problems.jsonl",
+            "chosen_key": "chosen",
+            "rejected_key": "rejected",
+            "completion_key": "completion",
+            "margin_key": "",
             "prompt_key": "prompt",
             "label_key": "label",
             "id_key": "id",
@@ -247,6 +267,8 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         },
         "reward": {
             "function": "mcore_rl.rewards.exact:exact_match",
+            "functions": {},
+            "weights": {},
             "model": config.reward.model and directory / "reward_model",
         },
         "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
@@ -259,7 +281,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "eval_samples": 16,
         },
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
-        "supervised": {"batch_size": 16},
+        "supervised": {"batch_size": 16, "target": "label"},
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
         "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.algo.algorithms import configure
+from mcore_rl.algo.sequences import ScoreLoss
 from mcore_rl.checkpoint import Checkpoints, Saved, find, fp8_pieces, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
@@ -25,6 +26,9 @@ from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
 from mcore_rl.training.faults.watchdog import collective_timeout
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.preference import loss_of
+from mcore_rl.training.reward_model import TOTAL
+from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.setup import (
     layout_of,
     model_settings,
@@ -80,7 +84,7 @@ def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> N
 
 
 def _build(config: Config, mesh: Mesh, kind: str) -> Model:
-    build = build_critic if kind == "critic" else build_policy
+    build = build_critic if kind in ("critic", "reward_model") else build_policy
     return build(
         config.model.path,
         mesh,
@@ -93,6 +97,11 @@ def _build(config: Config, mesh: Mesh, kind: str) -> Model:
 def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
     if kind == "supervised":
         return NegativeLogLikelihood()
+    if kind == "preference":
+        return SequenceObjective(loss_of(config.preference), mesh.cp if mesh.layout.context > 1 else None)
+    if kind == "reward_model":
+        cp = mesh.cp if mesh.layout.context > 1 else None
+        return SequenceObjective(ScoreLoss(config.reward_model.center_coef), cp, TOTAL)
     if kind == "critic":
         return ValueObjective(config.critic.value_clip or None, config.critic.coef)
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)

@@ -183,14 +183,22 @@ def _run(config: Config, source: Source) -> None:
         from mcore_rl.training.from_dumps import train_from_dumps
 
         train_from_dumps(config, source.rollouts, source.resume)
-    elif config.supervised_only:
-        from mcore_rl.training.supervised import train_supervised
-
-        train_supervised(config, source.resume)
     else:
-        from mcore_rl.training.loop import train
+        train_of(config)(config, source.resume)
 
-        train(config, source.resume)
+
+def train_of(config: Config) -> Callable[[Config, str | None], None]:
+    """The loop of the config's kind of training."""
+    match config.run.kind:
+        case "rl":
+            from mcore_rl.training.loop import train
+        case "sft":
+            from mcore_rl.training.supervised import train_supervised as train
+        case "preference":
+            from mcore_rl.training.preference import train_preference as train
+        case "reward_model":
+            from mcore_rl.training.reward_model import train_reward_model as train
+    return train
 
 
 def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int:

@@ -88,12 +88,13 @@ def generate_seconds(
 ) -> float:
     """Decoding reads the weights once per token of the longest response, and every sample's keys and values.
 
-    All samples are in flight at once: the longest response sets the number of decoding steps.
+    All samples are in flight at once, the segments of each one after another: the longest response sets the
+    number of decoding steps of each.
     """
     copies = max(1, fleet.gpus // fleet.tensor)
-    weights = 2 * parameters * work.longest_response / fleet.tensor
+    weights = 2 * parameters * work.longest_response * work.segments / fleet.tensor
     r, p = work.response_tokens, work.prompt_tokens
-    cache = kv_bytes_per_token(shape) * (p * r + r * r / 2) * work.samples / copies / fleet.tensor
+    cache = kv_bytes_per_token(shape) * (p * r + r * r / 2) * work.sequences / copies / fleet.tensor
     arithmetic = work.forward_flops(shape) / (fleet.gpus * PEAK_FLOPS)
     return (weights + cache) / PEAK_BYTES / efficiency + arithmetic / efficiency
 

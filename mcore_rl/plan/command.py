@@ -32,6 +32,7 @@ def plan(
     server_gpus: int | None = None,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
+    segments: float | None = None,
     colocated: bool = False,
     as_json: bool = False,
 ) -> int:
@@ -42,7 +43,8 @@ def plan(
         gpu_memory: GiB of each.
         server_gpus: GPUs of the servers; default: SERVER_GPUS for each of rollout.urls, or the training GPUs
             where `colocated`.
-        prompt_tokens, response_tokens: mean lengths; default: the config's limits.
+        prompt_tokens, response_tokens: mean lengths of a training sequence; default: the config's limits.
+        segments: mean number of training sequences of a sample, 1 or more; default: 1.
         colocated: the servers' weights and KV cache are on the training GPUs; said by residency.servers too.
 
     Raises:
@@ -57,6 +59,7 @@ def plan(
         server_gpus=server_gpus,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
+        segments=segments,
     )
     colocated = colocated or config.residency.servers == "released"
     arch, shape = read_architecture(config.model.path), model_shape(read_hf_config(config.model.path))
@@ -65,6 +68,7 @@ def plan(
         config,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
+        segments=segments,
         colocated=colocated,
     )
     servers = layout.world_size if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))
@@ -108,6 +112,8 @@ def _check_numbers(config: Config, **numbers: float | None) -> None:
         key, limit = limits.get(name, ("", inf))
         if number is not None and not 0 < number < inf:
             raise ConfigError(f"{flag} {number}: give a number above 0")
+        if name == "segments" and number is not None and number < 1:
+            raise ConfigError(f"{flag} {number}: a sample has at least one; give 1 or more")
         if number is not None and number > limit:
             raise ConfigError(f"{flag} {number}: a mean above {key} = {limit}; lower it, or raise {key}")
 

@@ -135,8 +135,8 @@ def _check_micro_batch(work: PlannedStep, layout: Layout) -> None:
             f"train.tokens_per_micro_batch = {work.tokens_per_micro_batch} cannot hold one sequence of "
             f"{work.longest} tokens padded to a multiple of {align}"
         )
-    if work.samples / work.mini_batches < layout.data:
+    if work.sequences / work.mini_batches < layout.data:
         raise LayoutError(
-            f"{work.samples / work.mini_batches:g} samples per optimizer step leave some of the "
+            f"{work.sequences / work.mini_batches:g} sequences per optimizer step leave some of the "
             f"{layout.data} data-parallel replicas without any"
         )

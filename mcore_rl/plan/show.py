@@ -91,12 +91,14 @@ def table(
 
 def _head(problem: PlanInputs, gpus: int) -> Iterator[str]:
     work = problem.work
+    segments = "" if work.segments == 1 else f"{work.segments:g} segments of "
     yield (
         f"{problem.arch.family}: {problem.parameters:,} parameters, {gpus} GPUs of "
         f"{problem.gpu_memory / GIB:g} GiB, {work.precision}, recompute {work.recompute}"
     )
     yield (
-        f"A step: {work.samples} samples of {work.prompt_tokens:g} + {work.response_tokens:g} tokens, "
+        f"A step: {work.samples} samples of {segments}"
+        f"{work.prompt_tokens:g} + {work.response_tokens:g} tokens, "
         f"{work.mini_batches} x {work.epochs} optimizer steps, one forward pass "
         f"{work.forward_flops(problem.shape):.3g} FLOP"
     )

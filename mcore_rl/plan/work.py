@@ -20,11 +20,11 @@ from mcore_rl.training.setup import fp8_of
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One rollout step, or one batch of supervised training."""
+    """One rollout step, or one batch of training without rollouts."""
 
     samples: int
     prompt_tokens: float
-    """mean"""
+    """mean of a training sequence, as those of the response"""
     response_tokens: float
     """mean"""
     longest_response: int
@@ -48,6 +48,8 @@ class PlannedStep:
     generates: bool
     old_log_prob_share: float
     """share of the samples that get a forward pass of the policy before the updates"""
+    segments: float = 1.0
+    """mean number of training sequences of a sample"""
     fp8: Fp8 = DEFAULT_FP8
     offloaded: frozenset[str] = frozenset()
     """parts (residency.NEEDED) that leave the GPU"""
@@ -57,9 +59,14 @@ class PlannedStep:
     """bytes of a bucket of weights on its way to the servers; 0 where they go by disk"""
 
     @property
+    def sequences(self) -> float:
+        """Training sequences of one step: every segment of every sample."""
+        return self.samples * self.segments
+
+    @property
     def tokens(self) -> float:
         """Tokens of one step, prompts included."""
-        return self.samples * (self.prompt_tokens + self.response_tokens)
+        return self.sequences * (self.prompt_tokens + self.response_tokens)
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one optimizer step on one replica, when every one is full."""
@@ -74,10 +81,10 @@ class PlannedStep:
         return idle / (self.micro_batches(layout) + idle)
 
     def forward_flops(self, shape: ModelShape) -> float:
-        """FLOPs of one forward pass over all samples of a step; only response tokens reach the head."""
+        """FLOPs of one forward pass over all sequences of a step; only response tokens reach the head."""
         length = self.prompt_tokens + self.response_tokens
         scored = np.array([self.response_tokens])
-        return self.samples * float(forward_flops(np.array([length]), shape, scored)[0])
+        return self.sequences * float(forward_flops(np.array([length]), shape, scored)[0])
 
 
 def work_of(
@@ -85,16 +92,25 @@ def work_of(
     *,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
+    segments: float | None = None,
     colocated: bool = False,
 ) -> PlannedStep:
-    """The work of one step of `config`; mean lengths that are not given are the config's limits."""
+    """The work of one step of `config`; mean lengths that are not given are the config's limits.
+
+    Args:
+        segments: mean number of training sequences of a sample; one, where it is not given.
+    """
     r, a = config.rollout, config.algorithm
     supervised = config.supervised_only
     algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params, a.loss)
     reward = None if supervised else config.reward.model
+    compared = config.run.kind == "preference"
+    answers = 2 if compared and config.preference.loss != "kto" else 1
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
     return PlannedStep(
-        samples=config.supervised.batch_size if supervised else r.prompts_per_step * r.samples_per_prompt,
+        samples=config.supervised.batch_size * answers
+        if supervised
+        else r.prompts_per_step * r.samples_per_prompt,
         prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
         response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,
         longest_response=r.max_new_tokens,
@@ -105,12 +121,17 @@ def work_of(
         precision=config.model.precision,
         recompute=config.train.recompute,
         distributed_optimizer=config.optimizer.distributed,
-        reference=not supervised and algorithm.needs_reference,
+        reference=(
+            compared and config.preference.loss != "orpo" and config.residency.reference != "kept"
+            if supervised
+            else algorithm.needs_reference
+        ),
         critic=not supervised and algorithm.needs_critic,
         reward_model=None if reward is None else read_architecture(reward),
         reward_flops=0.0 if reward is None else _flops_of(reward) / _flops_of(config.model.path),
         colocated=colocated,
         generates=not supervised,
+        segments=segments or 1.0,
         old_log_prob_share=0.0 if supervised else 1.0 if all_old else 1 - 1 / a.mini_batches,
         fp8=fp8_of(config),
         offloaded=frozenset(_offloaded(config)),

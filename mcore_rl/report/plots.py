@@ -71,8 +71,8 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
         ),
         Plot(
             "Held-out loss",
-            "Nats per token of labels outside the training set",
-            (("eval/*/loss", "loss"),),
+            "The loss on `data.validation`, which is not trained",
+            (("validation/loss", "loss"),),
             dots=True,
         ),
         Plot("Reward", "Mean over the step's samples", (("reward/mean", "reward"),), noisy=True),

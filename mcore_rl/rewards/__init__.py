@@ -2,8 +2,19 @@
 
 from mcore_rl.rewards.outcome import Void
 from mcore_rl.rewards.pool import RewardPool, check_rate
-from mcore_rl.rewards.score import RewardFn, load_reward
+from mcore_rl.rewards.score import RewardFn, load_reward, load_rewards
+from mcore_rl.rewards.task import RewardFunction, Task
 from mcore_rl.rewards.tokenizer import full_text, tokenizer
-from mcore_rl.rewards.worker import Task
 
-__all__ = ["RewardFn", "RewardPool", "Task", "Void", "check_rate", "full_text", "load_reward", "tokenizer"]
+__all__ = [
+    "RewardFn",
+    "RewardFunction",
+    "RewardPool",
+    "Task",
+    "Void",
+    "check_rate",
+    "full_text",
+    "load_reward",
+    "load_rewards",
+    "tokenizer",
+]

@@ -1,7 +1,7 @@
 """Built-in rewards that compare the answer of a response with the label, and what finds an answer in a text.
 
 A reward takes the sample and can be named in `reward.function`; the others take a text, for functions of
-one's own. None of them judges whether two expressions mean the same: the package `math-verify` does.
+one's own. None of them judges whether two expressions mean the same: math_answer.py does.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ def boxed_match(sample: Sample) -> float:
     r"""1.0 when the last \boxed{...} of the response holds the label, white space aside, else 0.0."""
     answer = last_boxed(sample.text)
     return float(answer is not None and _without_space(answer) == _without_space(sample.prompt.label_text))
+
+
+def tags_match(sample: Sample, *, tags: Sequence[str]) -> float:
+    """1.0 when the response is `<tag>...</tag>` for each of `tags` in turn, else 0.0; see has_tags.
+
+    Special tokens are not in `sample.text`; for tags that are, write a function with `full_text`.
+    """
+    return float(has_tags(sample.text, tags))
 
 
 def last_number(text: str) -> Fraction | None:

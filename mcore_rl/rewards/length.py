@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.types import Sample
 
 
 def overlong_penalty(length: int, *, max_length: int, cache: int) -> float:
@@ -21,3 +22,8 @@ def overlong_penalty(length: int, *, max_length: int, cache: int) -> float:
             f"overlong cache {cache} must lie in (0, max_length={max_length}]; the paper uses a quarter"
         )
     return min(0.0, max(-1.0, (max_length - cache - length) / cache))
+
+
+def overlong(sample: Sample, *, max_length: int, cache: int) -> float:
+    """The penalty of a sample's own length, as a reward function of its own; see overlong_penalty."""
+    return overlong_penalty(sample.trained_tokens, max_length=max_length, cache=cache)

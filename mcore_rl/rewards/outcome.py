@@ -25,13 +25,11 @@ import numpy as np
 
 from mcore_rl.errors import RewardError
 from mcore_rl.terminal import listed, quoted, short
-from mcore_rl.types import RewardPart, Sample, TurnReward
+from mcore_rl.types import TAKEN_PARTS, RewardPart, Sample, TurnReward
 
 LARGEST = float(np.finfo(np.float32).max)
 """Rewards beyond this would be infinite as soon as they enter a float32 tensor."""
 MOST_PARTS = 64
-TAKEN = frozenset({"mean", "std", "no_signal"})
-"""names of other metrics below `reward/`"""
 _NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*", re.ASCII)
 
 
@@ -41,6 +39,8 @@ class Void:
 
     reason: str
     """a word or two, as the metric `void/<reason>` counts it"""
+    why: str = ""
+    """more of it, for the message that ends a run"""
 
 
 Turns = Real | float | Sequence[float] | Mapping[int, float]
@@ -70,33 +70,63 @@ class _Placed:
     by_turn: bool = False
 
 
-def read_outcome(returned: Any, sample: Sample, weights: Mapping[str, float]) -> Outcome:
+def read_outcome(
+    returned: Any, sample: Sample, weights: Mapping[str, float], name: str = "", weight: float = 1.0
+) -> Outcome:
     """What `returned` says of `sample`.
 
     Args:
         weights: part -> its weight in the sum; 1 where it is not named.
+        name: of the function, where there are several: of the part that its reward is, and of parts before a
+            slash. Empty, its parts keep their names.
+        weight: of the function in the sum, by which those of its parts are multiplied.
 
     Raises:
         RewardError: it is none of the above, has a number that is not finite, or does not fit the sample's
             turns; the message continues "<function> returned".
     """
     placed = _Placed(sample.trained_tokens, turn_ends(sample))
-    if not (isinstance(returned, Mapping) and any(isinstance(key, str) for key in returned)):
+    named = isinstance(returned, Mapping) and any(isinstance(key, str) for key in returned)
+    if name:
+        its = returned.items() if named else ()
+        returned = {f"{name}/{key}": value for key, value in its} if named else {name: returned}
+    elif not named:
         total = _value("", returned, 1.0, placed)
         return Outcome(total, (), _turns(placed))
     if len(returned) > MOST_PARTS:
         raise RewardError(f"{len(returned)} parts; return at most {MOST_PARTS}")
     parts = []
-    for name, value in returned.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 64 or name in TAKEN:
+    for part, value in returned.items():
+        if not isinstance(part, str) or not _NAME.fullmatch(part) or len(part) > 64 or part in TAKEN_PARTS:
             raise RewardError(
-                f"a part called {quoted(name)}; return a name of letters, digits and _.+-/, which is none of "
-                f"{listed(sorted(TAKEN))}"
+                f"a part called {quoted(part)}; return a name of letters, digits and _.+-/, which is none of "
+                f"{listed(sorted(TAKEN_PARTS))}"
             )
-        weight = weights.get(name, 1.0)
-        parts.append(RewardPart(name, _value(f"{name}: ", value, weight, placed), weight))
+        its_weight = weight * weights.get(part, 1.0)
+        parts.append(RewardPart(part, _value(f"{part}: ", value, its_weight, placed), its_weight))
     total = math.fsum(part.weight * part.value for part in parts)
     return Outcome(_finite("a sum that is ", total), tuple(parts), _turns(placed))
+
+
+def join_outcomes(outcomes: Sequence[Outcome], sample: Sample) -> Outcome:
+    """What several functions say of a sample, together.
+
+    Raises:
+        RewardError: the sum is not finite; the message continues "<function> returned".
+    """
+    if len(outcomes) == 1:
+        return outcomes[0]
+    at: defaultdict[int, float] = defaultdict(float)
+    last = sample.trained_tokens - 1
+    by_turn = any(one.turn_rewards for one in outcomes)
+    for one in outcomes if by_turn else ():
+        for token, reward in one.turn_rewards or [(last, one.reward)][: last + 1]:
+            at[token] += reward
+    return Outcome(
+        _finite("a sum that is ", math.fsum(one.reward for one in outcomes)),
+        tuple(part for one in outcomes for part in one.parts),
+        tuple(TurnReward(*one) for one in sorted(at.items())),
+    )
 
 
 def turn_ends(sample: Sample) -> tuple[int, ...]:

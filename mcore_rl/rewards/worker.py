@@ -17,16 +17,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 from mcore_rl.errors import RewardError
-from mcore_rl.functions import load_function
-from mcore_rl.rewards.outcome import Void, read_outcome
+from mcore_rl.rewards.outcome import Void, join_outcomes, read_outcome
+from mcore_rl.rewards.score import load_rewards, takes_group
+from mcore_rl.rewards.task import PROCESSES, TIMEOUT, Task
+from mcore_rl.rewards.tokenizer import DIRECTORY
 from mcore_rl.terminal import short
 from mcore_rl.types import Group, Sample
 
@@ -37,29 +37,13 @@ _COPY_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True)
-class Task:
-    """What the workers of a pool do; it travels to them once."""
-
-    function: str
-    """`module:function`"""
-    weights: Mapping[str, float]
-    """of the parts of the reward"""
-    memory: float
-    """GiB of address space of a worker"""
-    model: Path | None
-    """directory of the policy's tokenizer"""
-    path: Sequence[str] = ()
-    """where modules are found"""
-
-
 class _Scorer:
-    """The function, called for one group at a time."""
+    """The functions, called for one sample or group at a time."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self.function: Callable[[Any], Any] = load_function("reward.function", task.function, "the sample")
-        self.of_group = takes_group(self.function)
+        self.functions = load_rewards(task.functions)
+        self.of_group = [takes_group(function) for function in self.functions]
         self._process = os.getpid()
         self._forks = 0
         os.register_at_fork(after_in_parent=self._forked)
@@ -71,12 +55,26 @@ class _Scorer:
     def _loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
 
-    def score(self, asked: Sample | Group) -> list[Any]:
-        """The answer for each sample; never raises, and never returns in a process that was forked."""
+    def score(self, numbers: Sequence[int], asked: Sample | Group) -> list[Any]:
+        """The answer of these functions for each sample, of which one may be void.
+
+        Never raises, and never returns in a process that was forked.
+        """
         samples = asked.samples if isinstance(asked, Group) else (asked,)
+        answers: list[list[Any]] = [[] for _ in samples]
+        for number in numbers:
+            found = self._score(number, asked, samples)
+            for its, one in zip(answers, found, strict=True):
+                its.append(one)
+            if all(isinstance(one, dict) for one in found):
+                break
+        return [_joined(its, sample) for its, sample in zip(answers, samples, strict=True)]
+
+    def _score(self, number: int, asked: Sample | Group, samples: Sequence[Sample]) -> list[Any]:
+        """The Outcome of one function for each sample, or why there is none."""
         self._forks = 0
         try:
-            found = self._call(asked)
+            found = self._call(number, asked)
             if not isinstance(asked, Group):
                 found = [found]
             elif not isinstance(found, list | tuple) or len(found) != len(samples):
@@ -90,24 +88,24 @@ class _Scorer:
         self._end_copy()
         if self._forks and _copy_came_back():
             return [_void("forked", "forked, and the new process came back from it")] * len(samples)
-        return [self._read(one, sample) for one, sample in zip(found, samples, strict=True)]
+        return [self._read(number, one, sample) for one, sample in zip(found, samples, strict=True)]
 
-    def _call(self, asked: Sample | Group) -> Any:
-        found = self.function(asked)
+    def _call(self, number: int, asked: Sample | Group) -> Any:
+        found = self.functions[number](asked)
         if inspect.isawaitable(found):
             return self._loop.run_until_complete(_awaited(found))
         return found
 
-    def _read(self, returned: Any, sample: Sample) -> Any:
+    def _read(self, number: int, returned: Any, sample: Sample) -> Any:
         if isinstance(returned, Void):
-            return _void(returned.reason, "returned Void")
+            return _void(returned.reason, f"returned {returned.why}" if returned.why else "returned Void")
+        of = self._task.functions[number]
         try:
-            found = read_outcome(returned, sample, self._task.weights)
+            return read_outcome(returned, sample, self._task.weights, of.name, of.weight)
         except RewardError as error:
             return _void("returned", f"returned {error}")
         except Exception as error:  # an object whose comparison or hash raises
             return _void("returned", f"returned what cannot be read ({type(error).__name__}: {error})")
-        return [found.reward, found.parts, found.turn_rewards]
 
     def _end_copy(self) -> None:
         """Does not return in a process that the function forked; it must not clean up either."""
@@ -115,17 +113,20 @@ class _Scorer:
             os._exit(EXIT_COPY)
 
 
+def _joined(answers: Sequence[Any], sample: Sample) -> Any:
+    """What several functions say of a sample, as JSON: one without a reward leaves it without one."""
+    void = next((one for one in answers if isinstance(one, dict)), None)
+    if void is not None:
+        return void
+    try:
+        found = join_outcomes(answers, sample)
+    except RewardError as error:
+        return _void("returned", f"returned {error}")
+    return [found.reward, found.parts, found.turn_rewards]
+
+
 async def _awaited(found: Any) -> Any:
     return await found
-
-
-def takes_group(function: Callable[..., Any]) -> bool:
-    """Whether a reward function is one of a whole group: its parameter is called so, or annotated so."""
-    try:
-        (first, *_) = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        return False
-    return first.name == "group" or first.annotation in (Group, "Group")
 
 
 def _void(reason: str, why: str) -> dict[str, str]:
@@ -166,19 +167,20 @@ def main() -> None:
     sys.path[:] = task.path or sys.path
     _limit(task.memory)
     if task.model is not None:
-        os.environ["MCORE_RL_TOKENIZER"] = str(task.model)
+        os.environ[DIRECTORY] = str(task.model)
+    os.environ |= {TIMEOUT: str(task.timeout), PROCESSES: str(task.processes)}
     try:
         scorer = _Scorer(task)
     except BaseException as error:  # what is wrong is said by the pool
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
-    connection.send_bytes(json.dumps({"of_group": scorer.of_group}).encode())
+    connection.send_bytes(json.dumps(scorer.of_group).encode())
     while True:
         try:
-            asked = pickle.loads(connection.recv_bytes())  # noqa: S301
+            numbers, asked = pickle.loads(connection.recv_bytes())  # noqa: S301
         except (EOFError, OSError):
             _leave()
-        answer = scorer.score(asked)
+        answer = scorer.score(numbers, asked)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # the function may have closed it
             sys.stdout.flush()
         try:

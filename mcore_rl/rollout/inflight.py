@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,10 +147,16 @@ class Queue:
 
 
 T = TypeVar("T")
+Arrived = Callable[[str, list[Reply]], None]
+"""is told of a group, by its id, as soon as all its samples have come"""
 Begun = Sequence[asyncio.Task[list[list[Reply]]]]
 """calls that are waited for later"""
 
 _CLOSE_SECONDS = 10.0
+
+
+def _nobody_asks(group: str, replies: list[Reply]) -> None:
+    """For groups that are seen when they are taken."""
 
 
 @dataclass(frozen=True)
@@ -208,14 +214,15 @@ class InFlight:
         """All servers but these are lost: what runs on others moves."""
         self._call(self._keep(clients))
 
-    def add(self, groups: Iterable[PendingGroup], per_call: int = 1) -> None:
+    def add(self, groups: Iterable[PendingGroup], per_call: int = 1, arrived: Arrived = _nobody_asks) -> None:
         """These are in flight from now on, in this order: those without replies are asked.
 
         Args:
             per_call: groups that one call asks for. They finish together, so that more than 1 is for groups
                 that are all waited for.
+            arrived: called on the thread, which it must not keep.
         """
-        self._call(self._add(groups, per_call))
+        self._call(self._add(groups, per_call, arrived))
 
     def begin(self, requests: Sequence[Request], per_call: int = 1, calls: int = 4) -> Begun:
         """Ask these, which belong to no step and which the schedule does not see; `finish` waits for them.
@@ -279,7 +286,7 @@ class InFlight:
     async def _keep(self, clients: Sequence[RolloutClient]) -> None:
         self._dispatch.keep(clients, "was lost to another replica")
 
-    async def _add(self, groups: Iterable[PendingGroup], per_call: int) -> None:
+    async def _add(self, groups: Iterable[PendingGroup], per_call: int, arrived: Arrived) -> None:
         asked: list[PendingGroup] = []
         for group in groups:
             self._schedule.ask([group.id], group.version)
@@ -287,11 +294,10 @@ class InFlight:
             if group.replies is None:
                 asked.append(group)
             else:
-                self._replies[group.id] = group.replies
-                self._schedule.finish(group.id)
+                self._arrive(group.id, group.replies, arrived)
         for start in range(0, len(asked), per_call):
             call = asked[start : start + per_call]
-            task = asyncio.create_task(self._generate(call))
+            task = asyncio.create_task(self._generate(call, arrived))
             self._tasks |= dict.fromkeys((group.id for group in call), task)
 
     async def _begin(self, requests: Sequence[Request], per_call: int, calls: int) -> Begun:
@@ -315,12 +321,16 @@ class InFlight:
         replies = iter(await self._dispatch.ask(join(requests)))
         return [list(islice(replies, len(request.rids))) for request in requests]
 
-    async def _generate(self, groups: Sequence[PendingGroup]) -> None:
+    def _arrive(self, group: str, replies: list[Reply], arrived: Arrived) -> None:
+        self._replies[group] = replies
+        self._schedule.finish(group)
+        arrived(group, replies)
+
+    async def _generate(self, groups: Sequence[PendingGroup], arrived: Arrived) -> None:
         try:
             answer = await self._one_call([group.request for group in groups])
             for group, replies in zip(groups, answer, strict=True):
-                self._replies[group.id] = replies
-                self._schedule.finish(group.id)
+                self._arrive(group.id, replies, arrived)
         except Exception as error:  # raised by the next `take`: this thread has no caller
             self._error = self._error or error
         finally:

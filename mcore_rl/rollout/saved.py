@@ -1,4 +1,8 @@
-"""Groups in flight as JSON, for a checkpoint."""
+"""Groups in flight as JSON, for a checkpoint.
+
+A sample in flight is a server's reply to a prompt, which becomes one segment: samples of several come from
+dumps alone, whose steps are never in flight.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, gradients_of, weights_of
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import load_reward
+from mcore_rl.rewards import load_rewards
 from mcore_rl.training.assemble_rollouts import (
     build_sampling,
     curriculum_of,
@@ -35,7 +35,7 @@ from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import check_saved
-from mcore_rl.training.rewards import RewardSource
+from mcore_rl.training.rewards import RewardSource, reward_functions, reward_title
 from mcore_rl.training.run import Critic, Run
 from mcore_rl.training.rundir import open_samples
 from mcore_rl.training.servers import Servers
@@ -55,7 +55,7 @@ from mcore_rl.weights.transport import Transport
 def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
-    load_reward(config.reward.function)  # what is wrong is said before anything is built
+    load_rewards(reward_functions(config))  # what is wrong is said before anything is built
     curriculum_of(config)
     load_set_functions(config)
     replayed_experts(config)
@@ -152,11 +152,13 @@ def build_run(
     rewards = RewardSource(
         trainer.mesh,
         stack.enter_context(reward_pool(config)),
-        config.reward.function,
+        reward_title(config),
         config.reward.max_void,
         models.reward_model,
         trainer.shape,
         residency,
+        weights=config.reward.weights,
+        names=config.reward.functions,
     )
     generation, evaluator = build_sampling(trainer, servers, rewards, stack)
     parts = learner_parts(trainer, models, residency)

@@ -17,17 +17,17 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import RewardPool, Task
+from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
-from mcore_rl.training.evaluation_sets import EvalSet, held_out_metrics, read_sets
+from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import Bounds, Sampling, open_requests
-from mcore_rl.training.rewards import RewardSource, Tally
+from mcore_rl.training.rewards import RewardSource, Tally, reward_functions, reward_title
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
@@ -104,8 +104,12 @@ def build_sampling(
 def reward_pool(config: Config, function: str | None = None) -> RewardPool:
     """The processes of a reward function, by default the run's, none of which runs yet."""
     r = config.reward
-    task = Task(function or r.function, r.weights, r.memory, config.model.path.absolute())
-    return RewardPool(task, workers=r.workers, timeout=r.timeout)
+    own = function in (None, reward_title(config))
+    functions = reward_functions(config) if own else (RewardFunction(str(function)),)
+    model = config.model.path.absolute()
+    processes = r.workers * (config.parallel.data or 1)
+    task = Task(functions, r.weights, r.memory, model, timeout=r.timeout, processes=processes)
+    return RewardPool(task, workers=r.workers)
 
 
 def _source_of(config: Config, rewards: RewardSource, function: str | None, stack: ExitStack) -> RewardSource:
@@ -113,7 +117,7 @@ def _source_of(config: Config, rewards: RewardSource, function: str | None, stac
     if function is None or (rewards.model is None and function == rewards.function):
         return rewards
     pool = stack.enter_context(reward_pool(config, function))
-    return replace(rewards, pool=pool, function=function, model=None, tally=Tally())
+    return replace(rewards, pool=pool, function=function, model=None, tally=Tally(), weights={})
 
 
 def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
@@ -127,7 +131,10 @@ def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> I
 
 def sampling_of(config: Config, decode: Callable[[Sequence[int] | Tokens], str]) -> Sampling:
     """How [rollout] asks for a sample, and how its text is read."""
-    return Sampling(config.rollout.sampling_params, config.run.seed, replayed_experts(config), decode)
+    r = config.rollout
+    launched = r.server == "embedded" and not r.urls
+    streams = config.reward.model is None and not launched
+    return Sampling(r.sampling_params, config.run.seed, replayed_experts(config), decode, streams)
 
 
 def replayed_experts(config: Config) -> ExpertLayers | None:
@@ -168,15 +175,10 @@ def curriculum_of(config: Config) -> Curriculum | None:
 
 
 @contextmanager
-def evaluating(
-    trainer: Trainer, beside: Callable[[Sequence[EvalSet]], dict[str, float]]
-) -> Iterator[Callable[[int], dict[str, float | str]]]:
+def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | str]]]:
     """For training without rollouts: what publishes and evaluates the policy after a step that asks for it.
 
     It is collective, gives the metrics, and does nothing where the config has no held-out sets.
-
-    Args:
-        beside: what else is measured on the sets; collective.
     """
     config = trainer.config
     with ExitStack() as stack:
@@ -186,7 +188,8 @@ def evaluating(
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
         r, keep = config.reward, trainer.attempt.saved is not None
         pool = stack.enter_context(reward_pool(config))
-        rewards = RewardSource(trainer.mesh, pool, r.function, r.max_void, None, trainer.shape, Residency({}))
+        title = reward_title(config)
+        rewards = RewardSource(trainer.mesh, pool, title, r.max_void, None, trainer.shape, Residency({}))
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
@@ -197,10 +200,6 @@ def evaluating(
                 return {}
             published = publisher.publish(step, trainer.probe_prompts())
             counted = held_out_metrics(evaluator.sets) if step == 0 else {}
-            sampled = evaluator.after(step) | rewards.take_metrics()
-            with trainer.timers("eval"):
-                measured = beside(evaluator.sets)
-            trainer.attempt.reached("the held-out sets were measured")
-            return published | counted | sampled | measured
+            return published | counted | evaluator.after(step) | rewards.take_metrics()
 
         yield after

@@ -162,15 +162,24 @@ def whole_sequence(sample: Sample) -> list[int]:
 
 
 def pack_share(
-    sequences: Sequence[TokenSequence], fields: Mapping[str, Sequence], shape: Shape, mesh: Mesh
+    sequences: Sequence[TokenSequence],
+    fields: Mapping[str, Sequence],
+    shape: Shape,
+    mesh: Mesh,
+    *,
+    together: int = 1,
 ) -> list[PackedBatch]:
-    """Balance sequences over the replicas by FLOPs, pack this replica's into equally many micro-batches."""
+    """Balance sequences over the replicas by FLOPs, pack this replica's into equally many micro-batches.
+
+    Args:
+        together: so many sequences in a row share a micro-batch, in their order; 2 for pairs.
+    """
     lengths = padded([len(sequence) for sequence in sequences], shape.align)
+    tokens, costs = (numbers.reshape(-1, together).sum(1) for numbers in (lengths, shape.cost(lengths)))
     multiple = mesh.layout.pipeline if mesh.layout.virtual_pipeline else 1
-    bins = micro_batches(
-        lengths, shape.cost(lengths), mesh.layout.data, shape.tokens_per_micro_batch, multiple=multiple
-    )
-    return [pack(sequences, one, fields, align=shape.align) for one in bins[mesh.dp_rank]]
+    bins = micro_batches(tokens, costs, mesh.layout.data, shape.tokens_per_micro_batch, multiple=multiple)
+    own = [[unit * together + i for unit in one for i in range(together)] for one in bins[mesh.dp_rank]]
+    return [pack(sequences, one, fields, align=shape.align) for one in own]
 
 
 def align_of(mesh: Mesh, tokens: int = 1) -> int:

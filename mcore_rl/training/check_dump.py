@@ -9,11 +9,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
+from mcore_rl.data.packing import padded
 from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.rollout.experts import check_experts
 from mcore_rl.terminal import quoted
+from mcore_rl.training.batch import Shape
 from mcore_rl.training.keep_rollouts import words_of
 from mcore_rl.types import ExpertLayers, Sample, Segment
 
@@ -26,6 +28,8 @@ class Trainable:
     """rows of the policy"""
     positions: int | None
     """tokens of its longest sequence, if it has a limit"""
+    shape: Shape
+    """how samples become micro-batches"""
     temperature: float
     max_staleness: int
     experts: ExpertLayers | None
@@ -35,12 +39,13 @@ class Trainable:
 
     @classmethod
     def of(
-        cls, config: Config, tokenizer: PreTrainedTokenizerBase, experts: ExpertLayers | None
+        cls, config: Config, tokenizer: PreTrainedTokenizerBase, shape: Shape, experts: ExpertLayers | None
     ) -> Trainable:
         """Those of the run of a config."""
         return cls(
             vocabulary=read_architecture(config.model.path).vocab,
             positions=read_hf_config(config.model.path).get("max_position_embeddings"),
+            shape=shape,
             temperature=config.rollout.temperature,
             max_staleness=config.rollout.max_staleness,
             experts=experts,
@@ -98,6 +103,12 @@ def _check_segment(segment: Segment, fit: Trainable, where: str) -> None:
     length = len(segment.context) + len(segment.token_ids)
     if fit.positions is not None and length > fit.positions:
         raise DataError(f"{where}: {length} tokens, the model has {fit.positions} positions; sample it anew")
+    packed, budget = int(padded(length, fit.shape.align)), fit.shape.tokens_per_micro_batch
+    if packed > budget:
+        raise ConfigError(
+            f"{where}: {length} tokens, {packed} with their padding, do not fit into a micro-batch; set "
+            f"train.tokens_per_micro_batch = {packed}, not {budget}"
+        )
     if fit.experts is None:
         return
     if segment.experts is None:

@@ -14,8 +14,9 @@ from mcore_rl import strict_json
 from mcore_rl.config import Config
 from mcore_rl.data.chat import is_read
 from mcore_rl.data.cursor import PromptCursor
+from mcore_rl.data.examples import ExampleFormat, Limit, Target
 from mcore_rl.data.messages import read_tools
-from mcore_rl.data.prompts import Limit, PromptSet, Response
+from mcore_rl.data.prompts import PromptSet, Response
 from mcore_rl.data.quota import shares_of
 from mcore_rl.data.reader import RowFormat
 from mcore_rl.errors import ConfigError, DataError
@@ -53,7 +54,8 @@ def response_of(config: Config, sampled: int | None = None) -> Response:
         tokens = token_multiple(m.precision, m.fp8_recipe)
         align = packed_multiple(p.tensor, p.context, tokens, sequence=p.sequence)
         what = f"a micro-batch has room for {budget // align * align} (train.tokens_per_micro_batch)"
-        limits.append(Limit(budget // align * align, what, "raise train.tokens_per_micro_batch"))
+        remedy = "raise train.tokens_per_micro_batch"
+        limits.append(Limit(budget // align * align, what, remedy, align, together=True))
     return Response(None if supervised else sampled, limits)
 
 
@@ -67,21 +69,46 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
     Raises:
         ConfigError: data.tools is no file of tools.
     """
-    data = config.data
-    return RowFormat(
+    data, target = config.data, target_of(config) if trained else None
+    common: dict[str, Any] = dict(
         prompt_key=data.prompt_key,
         label_key=data.label_key,
         id_key=data.id_key,
         # a reward model alone reads none
         needs_label=config.reward.model is None if needs_label is None else needs_label,
-        trains_label=config.supervised_only and trained,
-        renders_label=config.supervised_only,
+        trains_label=target == "label",
+        renders_label=target == "label" or (config.supervised_only and not trained),
         apply_chat_template=data.apply_chat_template,
-        last_assistant=data.last_assistant,
+        last_assistant=data.last_assistant if target in (None, "label") else "continue",
         system=data.system,
         tools=None if data.tools is None else _tools(data.tools),
         chat_template_kwargs=data.chat_template_kwargs,
     )
+    return (
+        RowFormat(**common)
+        if target is None
+        else ExampleFormat(
+            **common,
+            target=target,
+            chosen_key=data.chosen_key,
+            rejected_key=data.rejected_key,
+            completion_key=data.completion_key,
+            margin_key=data.margin_key,
+        )
+    )
+
+
+def target_of(config: Config) -> Target | None:
+    """What of a row is trained; None where that is sampled."""
+    match config.run.kind:
+        case "rl":
+            return None
+        case "sft":
+            return config.supervised.target
+        case "preference":
+            return "verdict" if config.preference.loss == "kto" else "pair"
+        case "reward_model":
+            return "pair"
 
 
 def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,8 +21,9 @@ from mcore_rl.config.sections import EvalSetConfig
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.errors import AskedToLeave, RewardError
 from mcore_rl.functions import load_function
-from mcore_rl.rewards import load_reward
+from mcore_rl.rewards import load_reward, load_rewards
 from mcore_rl.training.data import data_metrics
+from mcore_rl.training.rewards import reward_functions, reward_title
 from mcore_rl.training.setup import read_prompts
 from mcore_rl.types import Prompt, Sample
 
@@ -93,9 +94,11 @@ def load_set_functions(config: Config) -> dict[str, tuple[str | None, AnswerFn |
     """
     found: dict[str, tuple[str | None, AnswerFn | None]] = {}
     for name, one in config.held_out.items():
-        reward = None if _by_model(config, one) else one.reward or config.reward.function
-        if reward is not None:
-            load_reward(reward, "reward.function" if one.reward is None else f"eval.sets.{name}.reward")
+        reward = None if _by_model(config, one) else one.reward or reward_title(config)
+        if one.reward is not None:
+            load_reward(one.reward, f"eval.sets.{name}.reward")
+        elif reward is not None:
+            load_rewards(reward_functions(config))
         answer: AnswerFn | None = _whole if one.majority_at else None
         if one.answer is not None:
             answer = load_function(f"eval.sets.{name}.answer", one.answer, "the sample")

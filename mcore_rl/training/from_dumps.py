@@ -6,7 +6,7 @@ same bits as it did when it was sampled, from the same weights at the same layou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config
 from mcore_rl.dumps.directory import dumped_steps, find_dumps, groups_file, read_step
+from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, NothingToDo
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
@@ -32,6 +33,7 @@ from mcore_rl.training.check_dump import Trainable, check_dump
 from mcore_rl.training.checkpoint import end_step, restore
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.loop import learn, save_samples
+from mcore_rl.training.mismatch import DUMPS
 from mcore_rl.training.run import Learner
 from mcore_rl.training.sampled import check_source
 from mcore_rl.training.setup import start_trainer
@@ -50,7 +52,8 @@ def train_from_dumps(config: Config, source: Path, resume: str | None = None) ->
     """
     with start(config, source, resume) as (learner, steps):
         trainer, directory = learner.trainer, find_dumps(source)
-        fit = Trainable.of(config, trainer.tokenizer, replayed_experts(config))
+        fit = Trainable.of(config, trainer.tokenizer, trainer.shape, replayed_experts(config))
+        examine(trainer.mesh, directory, steps, fit, trainer.attempt.reached)
         for step in steps:
             with trainer.timers("rollout"):
                 groups = load_groups(trainer.mesh, directory, step, fit)
@@ -80,7 +83,8 @@ def start(config: Config, source: Path, resume: str | None) -> Iterator[tuple[Le
         if trainer.mesh.is_main:
             say(f"trains on the rollouts of {len(steps)} steps in {source}: no server, no evaluation")
         trainer.attempt.reached("the models were built")
-        yield Learner(**learner_parts(trainer, models, residency)), steps
+        learner = Learner(**learner_parts(trainer, models, residency))
+        yield replace(learner, mismatch=replace(learner.mismatch, sampler=DUMPS)), steps
 
 
 def steps_of(config: Config, source: Path, after: int) -> list[int]:
@@ -101,6 +105,32 @@ def steps_of(config: Config, source: Path, after: int) -> list[int]:
     )
 
 
+def examine(
+    mesh: Mesh, directory: Path, steps: Sequence[int], fit: Trainable, reached: Callable[[str], None]
+) -> None:
+    """Meet what is wrong with any of the dumps before the first of them is trained; collective.
+
+    Args:
+        reached: says that the run goes on, after each of them.
+
+    Raises:
+        DataError, ConfigError: as load_groups.
+    """
+    for step in reversed(steps):  # of those that the same weights sampled, the last is the stalest
+
+        def work(step: int = step) -> None:
+            _read(directory, step, fit)
+
+        on_main(mesh, work)
+        reached(f"the dump of step {step} was examined")
+
+
+def _read(directory: Path, step: int, fit: Trainable) -> RolloutDump:
+    dump = read_step(directory, step)
+    check_dump(dump, fit, groups_file(directory, step))
+    return dump
+
+
 def load_groups(mesh: Mesh, directory: Path, step: int, fit: Trainable) -> list[Group]:
     """The groups of a dump on every rank, read by the main rank; collective.
 
@@ -109,8 +139,7 @@ def load_groups(mesh: Mesh, directory: Path, step: int, fit: Trainable) -> list[
     """
 
     def work() -> tuple[Columns, dict[str, Prompt]]:
-        dump = read_step(directory, step)
-        check_dump(dump, fit, groups_file(directory, step))
+        dump = _read(directory, step, fit)
         groups = dump.groups if fit.experts is not None else [_unrouted(group) for group in dump.groups]
         return pack_groups(groups), {s.prompt.id: s.prompt for group in groups for s in group.samples}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain, count
 from typing import Any, TypeVar
 
@@ -112,7 +113,7 @@ class Generation:
             lead = self._of_lead()
             with self._timers("rollout"):
                 replies = lead.take(mine)
-            return self._scored({name: self._prompt(name) for name in replies}, replies), lead.lost()
+            return self._scored(replies), lead.lost()
 
         taken, losses = share_groups(self._mesh, self._source.prompts, work)
         self._queue.remove(group.id for group in taken)
@@ -123,7 +124,7 @@ class Generation:
         if not len(self._queue):
             return Counter()
         replicas = gather_replicas(
-            self._mesh, on_leads(self._mesh, lambda: dict(self._of_lead().discard(step)))
+            self._mesh, on_leads(self._mesh, lambda: self._forget(self._of_lead().discard(step)))
         )
         discarded = {name: why for replica in replicas for name, why in replica.items()}
         self._queue.remove(discarded)
@@ -165,25 +166,36 @@ class Generation:
         together = groups_per_call(
             prompts, self.bounds.samples, s.params, calls=self._calls(), experts=s.experts
         )
-        self._of_lead().add(groups, 1 if self.bounds.max_staleness else together)
+        one_by_one = self.bounds.max_staleness or s.streams
+        self._of_lead().add(groups, 1 if one_by_one else together, arrived=self._begin_scoring)
 
     def _calls(self) -> int:
         servers = len(self._servers.fleet.serving)
         return CALLS_PER_SERVER * servers if servers > 1 else 1
 
-    def _scored(self, prompts: Mapping[str, Prompt], replies: Mapping[str, Sequence[Reply]]) -> list[Group]:
-        """On a lead: the groups (id -> its prompt, its replies), with rewards where a function gives them."""
+    def _begin_scoring(self, name: str, replies: Sequence[Reply]) -> None:
+        """On the thread of a lead's requests: all samples of a group have come."""
+        self._rewards.begin(name, self._maker(name, replies))
+
+    def _maker(self, name: str, replies: Sequence[Reply]) -> Callable[[], Group]:
+        return partial(build_group, name, self._prompt(name), replies, self._sampling.decode)
+
+    def _scored(self, replies: Mapping[str, Sequence[Reply]]) -> list[Group]:
+        """On a lead: the groups (id -> its replies), with rewards where a function gives them."""
         with self._timers("reward"):
-            groups = [
-                build_group(name, prompts[name], its, self._sampling.decode) for name, its in replies.items()
-            ]
-            return self._rewards.by_function(groups)
+            return self._rewards.finish({name: self._maker(name, its) for name, its in replies.items()})
+
+    def _forget(self, discarded: Mapping[str, str]) -> dict[str, str]:
+        self._rewards.forget(list(discarded))
+        return dict(discarded)
 
     def _complete(self, groups: Sequence[Group], losses: Sequence[Mapping[str, str]]) -> list[Group]:
         """On all ranks: the servers that any lead has lost are lost, and a reward model gives its rewards."""
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         with self._timers("reward"):
-            return self._rewards.complete(groups)
+            scored = self._rewards.complete(groups)
+        self._rewards.check_parts(scored)
+        return scored
 
     def _count(self, sifted: Sifted, discarded: Counter[str]) -> None:
         each, groups = self.bounds.samples, [*sifted.kept, *sifted.dropped]
@@ -254,7 +266,7 @@ class Generation:
                 asked = version if replies is None else saved["version"]
                 groups.append(self._pending(saved["id"], asked, replies))
         if self._saved:
-            on_leads(self._mesh, lambda: self._of_lead().add(groups))
+            on_leads(self._mesh, lambda: self._of_lead().add(groups, arrived=self._begin_scoring))
         self._saved = []
 
     # -- small things -------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 import numpy as np
 
+from mcore_rl.algo.metrics import quantile_rank
 from mcore_rl.errors import MismatchError
 from mcore_rl.log import StepLog
 from mcore_rl.training.batch import RolloutBatch
@@ -20,9 +22,30 @@ from mcore_rl.training.faults.exits import say
 from mcore_rl.types import Sample
 
 _FRACTION = 0.999
-_CAUSES = (
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Where the samples come from, in messages."""
+
+    whose: str
+    """log-probs they are"""
+    causes: str
+    """why they may differ from the trainer's"""
+    look: str
+    """remedy: where to look"""
+
+
+SERVERS = Sampler(
+    "the servers'",
     "the servers sample from other weights, at another temperature or in another precision, or something "
-    "between changes what they send"
+    "between changes what they send",
+    "See the servers' logs and what lies between",
+)
+DUMPS = Sampler(
+    "the dump's",
+    "these weights are not those that sampled it: steps are missing, or they were trained otherwise",
+    "Begin with the weights that the first dump was sampled from, and train every step",
 )
 
 
@@ -76,9 +99,9 @@ def means(gaps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def p999(gaps: Sequence[np.ndarray]) -> float:
-    """What 99.9 % of all tokens are within; 0 for no tokens."""
-    joined = np.concatenate([np.zeros(0), *gaps])
-    return float(np.quantile(joined, _FRACTION, method="higher")) if joined.size else 0.0
+    """What 99.9 % of all tokens are within, as `mismatch/p999` counts them; 0 for no tokens."""
+    joined = np.sort(np.concatenate([np.zeros(0), *gaps]))
+    return float(joined[ceil(quantile_rank(_FRACTION, float(joined.size))) - 1]) if joined.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,7 @@ class Mismatch:
     step_log: StepLog
     says: bool
     """this rank tells the terminal"""
+    sampler: Sampler = SERVERS
     notices: Notices = field(default_factory=Notices)
 
     def screen(
@@ -129,10 +153,9 @@ class Mismatch:
         self.step_log.event("mismatch", step=step, p999=found, limit=limit)
         worst = batch.samples[int(means(gaps).argmax())].id
         raise MismatchError(
-            f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
-            f"quantile (publish.tolerance_p999 = {limit:g}), most in sample {worst}: {_CAUSES}. Nothing of "
-            "the step was trained. See the servers' logs and what lies between; raise the tolerance only "
-            "where two sound engines differ by so much"
+            f"step {step}: {self._differ(found)}, most in sample {worst}: {self.sampler.causes}. Nothing of "
+            f"the step was trained. {self.sampler.look}; raise the tolerance only where two sound engines "
+            "differ by so much"
         ).on_every_rank()
 
     def _drop(
@@ -149,7 +172,7 @@ class Mismatch:
             raise MismatchError(
                 f"step {step}: the log-probs of all {dropped} samples differ from the trainer's by "
                 f"{mean.min():.2e} or more in the mean (publish.tolerance_p999 = {limit:g}), and none is "
-                f"left to train: {_CAUSES}. See the servers' logs and what lies between"
+                f"left to train: {self.sampler.causes}. {self.sampler.look}"
             ).on_every_rank()
         if dropped:
             worst = int(mean.argmax())
@@ -158,7 +181,7 @@ class Mismatch:
                 self.notices.say(
                     f"step {step}: {dropped} of {len(batch.samples)} samples dropped, whose log-probs differ "
                     f"from the trainer's by more than {limit:g} in the mean, by {mean[worst]:.2e} in "
-                    f"{batch.samples[worst].id}: {_CAUSES}"
+                    f"{batch.samples[worst].id}: {self.sampler.causes}"
                 )
         left = replace(
             batch,
@@ -175,7 +198,12 @@ class Mismatch:
         self.step_log.event("mismatch", step=step, p999=found, limit=limit)
         if self.says:
             self.notices.say(
-                f"step {step}: the servers' log-probs differ from the trainer's by {found:.2e} at the 99.9 % "
-                f"quantile (publish.tolerance_p999 = {limit:g}): {_CAUSES}; it was trained: "
+                f"step {step}: {self._differ(found)}: {self.sampler.causes}; it was trained: "
                 'publish.mismatch_action = "stop" ends the run before, "drop" leaves such samples out'
             )
+
+    def _differ(self, found: float) -> str:
+        return (
+            f"{self.sampler.whose} log-probs differ from the trainer's by {found:.2e} at the 99.9 % quantile "
+            f"(publish.tolerance_p999 = {self.limit:g})"
+        )

@@ -28,7 +28,7 @@ class Update:
     """What one optimizer step is made of."""
 
     kind: str
-    """`policy`, `critic` or `supervised`: which model, and which objective"""
+    """`policy`, `critic`, `supervised`, `preference` or `reward_model`: which model, and which objective"""
     step: int
     optimizer: Optimizer
     objective: Loss

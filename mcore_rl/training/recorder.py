@@ -39,7 +39,7 @@ class Recorder:
 
     def keep(self, batch: PackedBatch, log_prob: Tensor) -> None:
         """Log-probs [r] of the rows of (a part of) a micro-batch; of two visits, the later one stays."""
-        rows, now = batch.fields[ROW].cpu(), log_prob.detach().float().cpu()
+        rows, now = batch.fields[ROW].long().cpu(), log_prob.detach().float().cpu()  # no rows have no type
         old = batch.fields.get("old_log_prob")
         self._old[rows] = now if old is None else old.float().cpu()
         self._now[rows] = now

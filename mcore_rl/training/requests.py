@@ -52,6 +52,9 @@ class Sampling:
     """of the policy, where its routing is replayed"""
     decode: Callable[[Sequence[int] | Tokens], str]
     """a response as text, for rewards"""
+    streams: bool
+    """groups are asked one by one, so that each is scored when it has come; else many in a call, so that a
+    server always has the same batches"""
 
 
 def open_requests(mesh: Mesh, fleet: Fleet, bounds: Bounds, timeout: float) -> InFlight | None:

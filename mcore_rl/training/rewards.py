@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isfinite
 
+from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
-from mcore_rl.errors import RewardError
+from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.rewards import RewardPool, check_rate
+from mcore_rl.rewards import RewardFunction, RewardPool, check_rate
 from mcore_rl.rewards.pool import Reasons
+from mcore_rl.terminal import joined, short
 from mcore_rl.training.batch import Shape, whole_sequence
 from mcore_rl.training.model_passes import values
-from mcore_rl.types import Group
+from mcore_rl.types import Group, Sample
+
+
+def reward_functions(config: Config) -> tuple[RewardFunction, ...]:
+    """The functions whose weighted sum is the reward of the run."""
+    r = config.reward
+    if not r.functions:
+        return (RewardFunction(r.function),)
+    return tuple(
+        RewardFunction(
+            one.function, name, one.weight, one.when, one.args, key=f"reward.functions.{name}.function"
+        )
+        for name, one in r.functions.items()
+    )
+
+
+def reward_title(config: Config) -> str:
+    """What the functions of the run are called in messages."""
+    r = config.reward
+    return joined(f"{name} ({one.function})" for name, one in r.functions.items()) or r.function
 
 
 @dataclass
@@ -31,6 +52,8 @@ class Tally:
     """why samples are void: of this lead, not yet known to the others"""
     known: list[Reasons] = field(default_factory=list)
     """of all leads"""
+    parts_known: bool = False
+    """the names of weights were compared with those of parts"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,27 @@ class RewardSource:
     residency: Residency
     """where the model is outside its phase"""
     tally: Tally = field(default_factory=Tally)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """of parts, all of which the samples of the first step must have"""
+    names: Collection[str] = ()
+    """of the functions, where there are several"""
+
+    def begin(self, name: str, make: Callable[[], Group]) -> None:
+        """On a lead: the function scores this group from now on, whoever waits. From any thread."""
+        if self.model is None:
+            self.pool.begin(name, make)
+
+    def finish(self, groups: Mapping[str, Callable[[], Group]]) -> list[Group]:
+        """On a lead: groups that were begun (id -> what makes it), with rewards; see by_function."""
+        if self.model is not None:
+            return [make() for make in groups.values()]
+        scored, reasons = self.pool.finish(list(groups))
+        self.tally.reasons.append(reasons)
+        return scored
+
+    def forget(self, names: Sequence[str]) -> None:
+        """On a lead: nobody will ask for the rewards of these groups."""
+        self.pool.forget(names)
 
     def by_function(self, groups: Sequence[Group]) -> list[Group]:
         """On a lead: the groups with rewards; unchanged where a model gives them.
@@ -76,6 +120,17 @@ class RewardSource:
         self.tally.reasons.clear()
         return self.by_model(groups)
 
+    def check_parts(self, groups: Sequence[Group]) -> None:
+        """On all ranks, for the same groups to be trained: the first of them have every part of a weight.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+        live = [sample for group in groups for sample in group.samples if not sample.void]
+        if live and self.model is None and not self.tally.parts_known:
+            check_weights(self.weights, live, self.names)
+            self.tally.parts_known = True
+
     def take_metrics(self) -> dict[str, float]:
         """`void/<reason>` of the samples since the last call; the same on every rank."""
         counts = sum((part.counts for part in self.tally.known), Counter())
@@ -99,7 +154,7 @@ class RewardSource:
         samples = [sample for group in groups for sample in group.samples]
         pad = read_hf_config(model.source).get("pad_token_id")
         # What is scored is the state before a row's token: one more token, of any id, has the whole sample.
-        whole = [TokenSequence(_up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
+        whole = [TokenSequence(up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
         scores = [float(score[0]) for score in values(model, whole, self.shape)] if whole else []
         for sample, score in zip(samples, scores, strict=True):
             if not isfinite(score):
@@ -111,7 +166,29 @@ class RewardSource:
         return [replace(group, samples=tuple(islice(judged, len(group.samples)))) for group in groups]
 
 
-def _up_to_padding(ids: list[int], pad: int | None) -> list[int]:
+def check_weights(weights: Mapping[str, float], samples: Sequence[Sample], names: Collection[str]) -> None:
+    """Whether every weight is of a part of these samples; every rank calls it with the same.
+
+    Args:
+        names: of the functions, where there are several. One that is for none of these prompts may have any
+            part: `NAME/part`.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    known = {part.name for sample in samples for part in sample.parts}
+    silent = set(names) - {name.partition("/")[0] for name in known}
+    absent = [name for name in weights if name not in known and name.partition("/")[0] not in silent]
+    if absent:
+        parts = f"the parts are {joined(sorted(known))}" if known else "the reward has no parts"
+        raise ConfigError(
+            f"reward.weights: no sample of the first step has a part {short(absent[0])}, whose weight would "
+            f"have no effect; {parts}: correct the name, or return the part for every sample (0 where it "
+            "means nothing)"
+        ).on_every_rank()
+
+
+def up_to_padding(ids: list[int], pad: int | None) -> list[int]:
     """The ids less the padding at their end, where no classifier learnt to score."""
     end = len(ids)
     while end > 1 and ids[end - 1] == pad:

@@ -24,7 +24,7 @@ from mcore_rl.log import Progress, StepLog, Timers
 from mcore_rl.model import platform
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.rewards import load_reward
+from mcore_rl.rewards import load_rewards
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.terminal import printable
@@ -39,7 +39,7 @@ from mcore_rl.training.generation import Generation
 from mcore_rl.training.keep_rollouts import DumpWriter, words_of
 from mcore_rl.training.metrics import sample_metrics
 from mcore_rl.training.prompt_source import PromptSource
-from mcore_rl.training.rewards import RewardSource
+from mcore_rl.training.rewards import RewardSource, reward_functions, reward_title
 from mcore_rl.training.sampled import begin, check_directory
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.setup import load_tokenizer, read_prompts, shape_of, watched
@@ -60,7 +60,7 @@ def sample_rollouts(config: Config) -> None:
         McoreRLError: with the remedy in its message; the dumps that were written stay.
     """
     done = check_directory(config)
-    load_reward(config.reward.function)
+    load_rewards(reward_functions(config))
     replayed_experts(config)
     if done >= config.train.steps:
         raise NothingToDo(f"nothing to do: {config.run.dir} has all {done} steps; raise train.steps for more")
@@ -163,7 +163,17 @@ def build_source(
     shape = shape_of(config, mesh)
     pool = stack.enter_context(reward_pool(config))
     most = config.reward.max_void
-    rewards = RewardSource(mesh, pool, config.reward.function, most, reward_model, shape, Residency({}))
+    rewards = RewardSource(
+        mesh,
+        pool,
+        reward_title(config),
+        most,
+        reward_model,
+        shape,
+        Residency({}),
+        weights=config.reward.weights,
+        names=config.reward.functions,
+    )
     timers = Timers()
     words = words_of(tokenizer)
     turns = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 0})})

@@ -26,7 +26,7 @@ from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers
 from mcore_rl.model import platform
-from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
@@ -127,7 +127,8 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     check_batch(config, prompts)
-    policy = build_policy(
+    build = build_critic if config.run.kind == "reward_model" else build_policy
+    policy = build(
         config.model.path,
         mesh,
         **model_settings(config),

@@ -30,6 +30,7 @@ from mcore_rl.model.hf.files import (
     checkpoint_files,
     write_side_files,
 )
+from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
@@ -266,7 +267,9 @@ def _write_side_files(
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
         slots = {slot.name: slot for bucket in plan.buckets for slot in bucket.slots}
-        write_side_files(model.files, partial, slots[EMBEDDING].dtype, encoding.config(model.mapping))
+        classifier = isinstance(model.mapping, CriticParameterMap)
+        quantization = encoding.config(model.mapping)
+        write_side_files(model.files, partial, slots[EMBEDDING].dtype, quantization, classifier=classifier)
 
 
 def _put_in_place(partial: Path, directory: Path, kind: Kind) -> None:

@@ -48,13 +48,13 @@ def grpo(**params: object) -> dict[str, object]:
             "reward.timeout: has no effect because reward.model gives the rewards",
         ),
         (
-            {"algorithm__name": "sft", "reward__timeout": 5.0},
+            {"run__kind": "sft", "reward__timeout": 5.0},
             {"data__eval": "e.jsonl"},
-            "reward.timeout: has no effect because algorithm.name is .sft., and without held-out",
+            "reward.timeout: has no effect because run.kind is .sft., and without held-out",
         ),
         (
             {
-                "algorithm__name": "sft",
+                "run__kind": "sft",
                 "reward__function": "m:f",
                 "eval__sets.a.path": "e.jsonl",
                 "eval__sets.a.reward": "m:g",
@@ -63,12 +63,12 @@ def grpo(**params: object) -> dict[str, object]:
             "reward.function: has no effect because .* every held-out set has a reward",
         ),
         (
-            {"algorithm__name": "sft", "rollout__temperature": 0.5},
+            {"run__kind": "sft", "rollout__temperature": 0.5},
             {"data__eval": "e.jsonl"},
-            "rollout.temperature: has no effect because algorithm.name is .sft., and without held-out",
+            "rollout.temperature: has no effect because run.kind is .sft., and without held-out",
         ),
         (
-            {"algorithm__name": "sft", "publish__probe_sequences": 2},
+            {"run__kind": "sft", "publish__probe_sequences": 2},
             {"data__eval": "e.jsonl"},
             "publish.probe_sequences: has no effect",
         ),
@@ -98,7 +98,7 @@ def test_k1_in_the_loss_has_no_gradient_in_expectation_and_the_others_have() -> 
     ("doubtful", "sound", "message"),
     [
         ({"optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "optimizer.lr: 0, so that nothing is learned"),
-        ({"algorithm__name": "sft", "optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "nothing is learned"),
+        ({"run__kind": "sft", "optimizer__lr": 0.0}, {"optimizer__lr": 1e-6}, "nothing is learned"),
         ({"algorithm__name": "ppo", "critic__lr": 0.0}, {"critic__lr": 1e-6}, "critic.lr: 0"),
         ({"algorithm__name": "rloo"}, {"algorithm__mini_batches": 1}, "no importance ratio"),
         (

@@ -74,7 +74,7 @@ def test_overrides_win_in_order_and_take_both_forms(path):
         (["--train.temperature=2"], ["train.temperature: unknown key", "did you mean rollout.temperature?"]),
         (["--rolout.threads=1"], ["rolout: unknown section", "did you mean [rollout]?"]),
         (["--xyz.k=1"], ["xyz: unknown section", "the sections are run, model"]),
-        (["--run.qqq=1"], ["run.qqq: unknown key", "the keys of [run] are dir, seed"]),
+        (["--run.qqq=1"], ["run.qqq: unknown key", "the keys of [run] are dir, kind, seed"]),
         (["--run.seed=true"], ["run.seed: must be a valid integer"]),
         (["--run.seed=1.0"], ["run.seed: must be a valid integer"]),
         (["--run.seed", "-1"], ["run.seed: must be greater than or equal to 0"]),
@@ -213,11 +213,12 @@ def test_the_resolved_file_holds_the_name_of_the_variable_and_not_its_value(path
     assert "canary" not in text
 
 
-@pytest.mark.parametrize("name", [*ALGORITHMS, "sft"])
+@pytest.mark.parametrize("name", [*ALGORITHMS, "--run.kind=sft"])
 def test_the_resolved_file_gives_the_same_configuration(path, tmp_path, name):
+    flags = [name] if name.startswith("--") else ["--algorithm.name", name]
     resolved = tmp_path / "resolved.toml"
-    resolved.write_text(to_toml(load_config(path, ["--algorithm.name", name])))
-    assert load_config(resolved) == load_config(path, ["--algorithm.name", name])
+    resolved.write_text(to_toml(load_config(path, flags)))
+    assert load_config(resolved) == load_config(path, flags)
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -144,7 +144,8 @@ def load(tmp_path):
             {"rollout__max_staleness": 1, "algorithm__params.correction": '"icepop"'},
             "rollout.over_sampling: has no effect because rollout.max_staleness is 0",
         ),
-        ({"supervised__batch_size": 8}, {"algorithm__name": "sft"}, "supervised.batch_size: has no effect"),
+        ({"supervised__batch_size": 8}, {"run__kind": "sft"}, "supervised.batch_size: has no effect"),
+        ({"algorithm__name": "sft"}, {"algorithm__name": "ppo"}, 'is a kind of run; set run.kind = "sft"'),
         (
             {"rollout__server": "sglang"},
             {"rollout__python": "python3"},
@@ -201,9 +202,9 @@ def test_weights_in_fp8_go_by_every_transport(load, transport):
     ],
 )
 def test_supervised_training_refuses_the_keys_of_rollouts(load, key):
-    with pytest.raises(ConfigError, match=f'{key}: has no effect because algorithm.name is "sft"'):
-        load(algorithm__name="sft", **{key: 1})
-    assert key.split(".")[1] not in to_toml(load(algorithm__name="sft"))
+    with pytest.raises(ConfigError, match=f'{key}: has no effect because run.kind is "sft"'):
+        load(run__kind="sft", **{key: 1})
+    assert key.split(".")[1] not in to_toml(load(run__kind="sft"))
     assert key.split(".")[1] in to_toml(load())
 
 
@@ -231,3 +232,46 @@ def test_one_sample_is_refused_for_every_algorithm_that_compares_samples(load):
 def test_publish_tolerances_are_those_of_the_precision_unless_given(load, keys, tolerances) -> None:
     publish = load(**keys).publish
     assert (publish.tolerance_p999, publish.tolerance_max) == tolerances
+
+
+MATH = {
+    "reward__functions.math.function": "m:f",
+    "reward__functions.math.weight": 0.5,
+    "reward__functions.math.when": '{data_source = ["gsm8k", "math"], "extra_info.split" = "train"}',
+    "reward__functions.tags.function": "mcore_rl.rewards.answers:tags_match",
+    "reward__functions.tags.args": '{tags = ["think", "answer"]}',
+}
+
+
+def test_several_reward_functions_are_tables_of_their_names(load, tmp_path) -> None:
+    config = load(**MATH, **{"reward__weights": '{"math/right" = 2}'})
+    one = config.reward.functions["math"]
+    assert one.when == {"data_source": ("gsm8k", "math"), "extra_info.split": ("train",)}
+    (tmp_path / "resolved.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "resolved.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"reward__function": "a:b"}, "reward.function: has no effect because reward.functions are there"),
+        (
+            {"reward__functions.mean.function": "a:b"},
+            "reward.functions: the name of a .* none of mean",
+        ),
+        ({'reward__functions."a/b".function': "a:b"}, "reward.functions: the name of a function"),
+        ({"reward__functions.a.weight": 1}, "reward.functions.a.function: required"),
+        ({"reward__functions.math.wieght": 1}, "did you mean reward.functions.math.weight"),
+        ({"reward__functions.math.when": "{a = []}"}, "reward.functions.math.when: a has no value"),
+        ({"reward__functions.math.when": "{a = {b = 1}}"}, "reward.functions.math.when.a.0"),
+        ({"reward__functions.math.when": "{a = 1.5}"}, "reward.functions.math.when.a.0"),
+        ({"reward__functions.math.args": "{a = {b = 1}}"}, "reward.functions.math.args: a must be"),
+        ({"reward__functions.math.args": "{a = [nan]}"}, "reward.functions.math.args: a must be"),
+        ({"reward__weights.math": 2}, "reward.weights: math is a function.*reward.functions.math.weight"),
+        ({"reward__weights.mth": 2}, "reward.weights: mth is no part of the functions math, tags"),
+        ({"reward__model": "rm"}, "reward.functions: has no effect because reward.model"),
+    ],
+)
+def test_tables_of_reward_functions_that_cannot_be_meant_are_refused(load, bad, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(**MATH | bad)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mcore_rl.data import chat
-from mcore_rl.data.prompts import Limit, Response, open_prompts
+from mcore_rl.data.examples import ExampleFormat, Limit
+from mcore_rl.data.prompts import Response, open_prompts
 from mcore_rl.data.reader import RowFormat
 from mcore_rl.errors import DataError
 from tests.any_json import examples, json_values
@@ -30,7 +31,11 @@ def load(tmp_path, tokenizer):
             )
         rules = {key: keys.pop(key) for key in ("response", "whole") if key in keys}
         return open_prompts(
-            [path], tokenizer, RowFormat(**keys), max_prompt_tokens=max_prompt_tokens, **rules
+            [path],
+            tokenizer,
+            keys.pop("form", RowFormat)(**keys),
+            max_prompt_tokens=max_prompt_tokens,
+            **rules,
         )
 
     return write_and_load
@@ -167,7 +172,7 @@ def test_a_sequence_beyond_a_limit_is_named_by_line_key_and_id(load):
     )
     label, load = (
         Response(None, [Limit(8, "the model has 8 positions", "shorten it")]),
-        partial(load, trains_label=True),
+        partial(load, form=ExampleFormat, trains_label=True),
     )
     assert len(load({**GOOD, "label": "123"}, response=label).prompts) == 1
     with pytest.raises(
@@ -176,7 +181,7 @@ def test_a_sequence_beyond_a_limit_is_named_by_line_key_and_id(load):
         load({**GOOD, "label": "1234"}, response=label)
     with pytest.raises(DataError, match=r"p.jsonl:1:label: the tokenizer refuses it"):
         load({**GOOD, "label": "12 apples"}, response=label)
-    assert load({**GOOD, "label": "12 apples"}).prompts, "which only a reward reads"
+    assert load({**GOOD, "label": "12 apples"}, form=RowFormat).prompts, "which only a reward reads"
 
 
 def test_a_file_of_which_next_to_nothing_is_left_is_refused(load):

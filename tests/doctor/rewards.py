@@ -3,6 +3,8 @@
 import signal
 import time
 
+from mcore_rl.rewards import Void
+
 
 def nothing(sample) -> None:
     """Not a number."""
@@ -28,3 +30,18 @@ def alarmed(sample) -> float:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def half(sample) -> float | Void:
+    """Every other label cannot be judged."""
+    return 1.0 if int(sample.prompt.label) % 2 else Void("even")
+
+
+def judged_by_nobody(sample) -> Void:
+    """As a service that is gone."""
+    return Void("unreachable", "no route")
+
+
+def by_token(sample) -> dict:
+    """A reward at every token: the digits of the label and the end."""
+    return {place: float(place == len(sample.prompt.label)) for place in range(len(sample.prompt.label) + 1)}

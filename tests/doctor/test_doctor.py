@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def setting(sound_setting: Path, tmp_path: Path) -> Setting:
     config = root / "config.toml"
     config.write_text(
         f'[run]\ndir = "{root}/run"\n[model]\npath = "{root}/model"\n[data]\ntrain = "{root}/train.jsonl"\n'
-        f'eval = "{root}/eval.jsonl"\n[train]\nsteps = 3\n[algorithm]\nname = "gspo"\n'
+        f'eval = "{root}/eval.jsonl"\n[train]\nsteps = 3\n[algorithm]\n'
     )
     return Setting(config, root / "model", root / "train.jsonl", root / "eval.jsonl")
 
@@ -145,13 +146,13 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
             s.train.write_text(json.dumps({"prompt": "1+1=", "label": "2" * 8}) + "\n"),
             s.config.write_text(s.config.read_text().replace(f'eval = "{s.eval}"\n', "")),
         ),
-        ("--algorithm.name", "sft", "--supervised.batch_size", "1"),
+        ("--run.kind", "sft", "--supervised.batch_size", "1"),
         "train.jsonl:1:label: prompt '1' of 4 tokens and the label and its end of sequence of 9 make 13",
         "shorten it",
     ),
     "a batch larger than the file": (
         lambda s: s.train.write_text("\n".join(s.train.read_text().split("\n")[:5])),
-        ("--algorithm.name", "sft", "--supervised.batch_size", "6"),
+        ("--run.kind", "sft", "--supervised.batch_size", "6"),
         "supervised.batch_size = 6, the file has 5 usable prompts",
         "lower it",
     ),
@@ -276,6 +277,46 @@ def test_a_reward_with_an_alarm_works_here_as_it_does_in_training(capsys, settin
     code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:alarmed")
     assert not bad(findings)
     assert code == 0
+
+
+TABLE = "reward.functions.a"
+
+
+@pytest.mark.parametrize(
+    ("flags", "level", "said"),
+    [
+        (("--reward.function", "tests.doctor.rewards:half"), "ok", r"1; \d of 8 are void"),
+        (
+            ("--reward.function", "tests.doctor.rewards:by_token"),
+            "ok",
+            "gives the first prompt's own label 1",
+        ),
+        (("--reward.function", "tests.doctor.rewards:judged_by_nobody"), "warning", "no route"),
+        (
+            (
+                "--reward.functions.a.function",
+                "tests.doctor.rewards:half",
+                "--reward.functions.a.when.id",
+                "no",
+            ),
+            "warning",
+            "functions.a is for none of the first 6000 prompts",
+        ),
+        (
+            ("--reward.function", "tests.doctor.rewards:half", "--reward.weights.a", "2"),
+            "error",
+            "reward.weights: no sample",
+        ),
+    ],
+    ids=["void", "by token", "all void", "no row", "weight"],
+)
+def test_rewards_are_tried_as_a_run_tries_them(
+    capsys, setting: Setting, flags: tuple[str, ...], level: str, said: str
+) -> None:
+    _, findings = doctor(capsys, setting.config, *flags)
+    (found, *_) = [finding for finding in findings if finding["check"] == "reward"]
+    assert found["level"] == level
+    assert re.search(said, found["what"])
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

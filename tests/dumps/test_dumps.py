@@ -104,6 +104,7 @@ WRONG: dict[str, Callable[[dict[str, Any], dict[str, np.ndarray]], Any]] = {
     "more columns": lambda d, a: d["columns"].update(extra=1),
     "a text less": lambda d, a: d["texts"].pop(),
     "a text that is a number": lambda d, a: d["texts"].__setitem__(0, 3),
+    "a prompt twice": lambda d, a: d["prompts"][1].__setitem__(0, d["prompts"][0][0]),
     "another prompt": lambda d, a: d["prompts"].pop(),
     "metadata that is a list": lambda d, a: d["prompts"][0].__setitem__(3, "[]"),
     "metadata that is deep": lambda d, a: d["prompts"][0].__setitem__(3, "[" * 9999),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -77,9 +78,26 @@ def threes(replies: Replies) -> None:
             entry[1] = 3
 
 
-def swapped(replies: Replies) -> None:
-    """The samples of the first two prompts change places, but for their ids."""
-    for one, other in zip(replies[:EACH], replies[EACH : 2 * EACH], strict=True):
+def swapped() -> Fault:
+    """The samples of a step's first two prompts change places, but for their ids; a call has one each."""
+    first: dict[str, tuple[Replies, asyncio.Event]] = {}
+
+    async def answer(request: web.Request, raw: bytes) -> web.Response:
+        replies = json.loads(raw)
+        step = re.search(r"@(\d+)/", replies[0]["meta_info"]["id"])
+        if step and step[1] not in first:
+            first[step[1]] = replies, asyncio.Event()
+            await asyncio.wait_for(first[step[1]][1].wait(), 60)
+        elif step and not first[step[1]][1].is_set():
+            exchange(first[step[1]][0], replies)
+            first[step[1]][1].set()
+        return web.json_response(replies)
+
+    return answer
+
+
+def exchange(some: Replies, others: Replies) -> None:
+    for one, other in zip(some, others, strict=True):
         mine, theirs = one["meta_info"]["id"], other["meta_info"]["id"]
         kept = dict(one)
         one.update(other, meta_info={**other["meta_info"], "id": mine})
@@ -114,8 +132,9 @@ def test_a_token_that_the_model_cannot_have_sampled_is_never_trained(
 def test_samples_of_other_prompts_are_dropped_and_said(
     ranks: Ranks, folder: Path, server_url: str, tmp_path: Path
 ) -> None:
-    with wrong(server_url, swapped) as url:
-        done = in_parallel(ranks, 2)(*gspo(folder, tmp_path, url, "--publish.mismatch_action", "drop"))
+    with proxy_beside(server_url, *[swapped()] * 10_000) as between:
+        start = gspo(folder, tmp_path, between.url, "--publish.mismatch_action", "drop")
+        done = in_parallel(ranks, 2)(*start)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert [line["mismatch/dropped"] for line in lines] == [2.0 * EACH] * 3

@@ -58,6 +58,17 @@ def test_bubble_of_a_pipeline(layout: str, micro_batches: int, bubble: float) ->
     assert work.bubble(Layout.parse(layout)) == pytest.approx(bubble)
 
 
+def test_a_sample_of_three_segments_is_three_sequences_and_one_sample() -> None:
+    one, layout = LLAMA_70B.work(), Layout.parse("tp4pp4dp4+sp")
+    three, thrice = replace(one, segments=3.0), replace(one, samples=3 * one.samples)
+    shape = LLAMA_70B.shape
+    assert three.samples == one.samples
+    assert three.tokens == thrice.tokens == 3 * one.tokens
+    assert three.forward_flops(shape) == thrice.forward_flops(shape)
+    assert three.micro_batches(layout) == thrice.micro_batches(layout) > one.micro_batches(layout)
+    assert three.bubble(layout) < one.bubble(layout)
+
+
 def test_publishing_is_bytes_over_speed() -> None:
     assert publish_seconds(70_553_706_496, "bf16")["400 Gb/s"] == pytest.approx(2.822, abs=1e-3)
     assert publish_seconds(1, "fp32").keys() == LINKS.keys()

@@ -70,6 +70,8 @@ def test_too_little_memory_is_a_layout_error(capsys) -> None:
         {"server_gpus": 0},
         {"prompt_tokens": -5.0},
         {"response_tokens": 20000.0},
+        {"segments": 0.5},
+        {"segments": float("inf")},
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(numbers: dict[str, float]) -> None:

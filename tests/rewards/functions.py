@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 import sys
 import time
 from multiprocessing import get_context
@@ -70,6 +71,13 @@ def _raise(error: BaseException) -> Any:
     raise error
 
 
+def _say(said: bytes) -> float:
+    """What user code writes into the worker's own connection; it waits for what is made of it."""
+    os.write(int(sys.argv[2]), said)
+    time.sleep(600)
+    return 1.0
+
+
 WHAT = {
     "raises": lambda s: _raise(ValueError("no \x1b[2J number")),
     "exits": lambda s: sys.exit(0),
@@ -86,6 +94,16 @@ WHAT = {
     "text": lambda s: "1",
     "none": lambda s: None,
     "odd": lambda s: Odd(),
+    "kills its group": lambda s: os.killpg(0, signal.SIGKILL),
+    "closes all": lambda s: os.closerange(3, 1024),
+    "stops": lambda s: os.kill(os.getpid(), signal.SIGSTOP),
+    "says noise": lambda s: _say(b"\xff" * 64),
+    "says half": lambda s: _say(struct.pack("!i", 1000) + b"[1"),
+    "says too much": lambda s: _say(struct.pack("!i", 1 << 30)),
+    "says an object": lambda s: _say(struct.pack("!i", 2) + b"{}"),
+    "says NaN": lambda s: _say(struct.pack("!i", 15) + b"[[NaN, [], []]]"),
+    "says a tower": lambda s: _say(struct.pack("!i", 100_000) + b"[" * 100_000),
+    "says a number": lambda s: _say(struct.pack("!i", 3) + b"[1]"),
     "copy": lambda s: _copy("returns", s),
     "copy raises": lambda s: _copy("raises", s),
     "void": lambda s: Void("grader"),
@@ -129,3 +147,25 @@ def with_special_tokens(sample: Sample) -> float:
 
     assert tokenizer().decode([0])
     return float("<|im_end|>" in full_text(sample) and "<|im_end|>" not in sample.text)
+
+
+def noted(sample: Sample, *, file: str) -> float:
+    """One, and a line with the sample's id for whoever waits."""
+    with open(file, "a") as witness:
+        witness.write(f"{sample.id}\n")
+    return 1.0
+
+
+def length(sample: Sample, bonus: float = 0.0) -> dict[str, float]:
+    """Two parts."""
+    return {"long": float(len(sample.text)), "short": bonus}
+
+
+def turns(sample: Sample) -> list[float]:
+    """One for the only turn."""
+    return [4.0]
+
+
+def void(sample: Sample) -> Void:
+    """It cannot be judged."""
+    return Void("grader", "said HTTP 500")

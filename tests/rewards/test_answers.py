@@ -17,8 +17,11 @@ from mcore_rl.rewards.answers import (
     last_number,
     numeric_match,
     regex_match,
+    tags_match,
 )
-from mcore_rl.rewards.length import overlong_penalty
+from mcore_rl.rewards.length import overlong, overlong_penalty
+from mcore_rl.rewards.math_answer import math_match
+from mcore_rl.rewards.outcome import Void
 from tests.rewards.test_score import sample
 
 
@@ -111,3 +114,36 @@ def test_the_overlong_penalty_is_linear_in_the_cache() -> None:
     ]
     with pytest.raises(ConfigError, match="overlong cache 11"):
         overlong_penalty(5, max_length=10, cache=11)
+
+
+@pytest.mark.parametrize(
+    ("label", "text", "wanted"),
+    [
+        ("1/2", r"so \boxed{0.5}", 1.0),
+        ("1/2", r"so \boxed{\frac12}", 1.0),
+        (r"\frac{1}{2}", "the answer is 0.5", 1.0),
+        ("1/2", r"\boxed{0.5}, or rather \boxed{2}", 0.0),
+        ("x^2+2x+1", r"\boxed{(x+1)^2}", 1.0),
+        (r"$\{1,2\}$", r"\boxed{\{2,1\}}", 1.0),
+        ("[0,1]", r"\boxed{[0,1)}", 0.0),
+        ("42", "41, then 42.", 1.0),
+        ("42", "", 0.0),
+        ("42", rf"\boxed{{{'(' * 2000}}}", 0.0),
+        (4, r"\boxed{4}", 1.0),
+    ],
+)
+def test_answers_are_equal_as_mathematics_has_them(label: object, text: str, wanted: float) -> None:
+    """By the package itself, whose deadline is an alarm of the main thread, where this runs too."""
+    assert math_match(sample(0, text, label)) == wanted
+
+
+def test_a_label_without_an_expression_is_no_answer_to_compare_with() -> None:
+    void = math_match(sample(0, "4", ""))
+    assert isinstance(void, Void)
+    assert void.reason == "label"
+
+
+def test_parts_of_a_reward_that_need_no_code_of_ones_own() -> None:
+    made = sample(0, "<a>x</a><b>y</b>", "")
+    assert [tags_match(made, tags=tags) for tags in (["a", "b"], ["b", "a"])] == [1.0, 0.0]
+    assert overlong(made, max_length=1, cache=1) == -1.0 * (made.trained_tokens >= 1)

@@ -18,9 +18,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.errors import ConfigError, ResourceError, RewardError
-from mcore_rl.rewards import RewardPool, Task, check_rate
-from mcore_rl.rewards import pool as pool_module
-from mcore_rl.rewards.pool import Reasons, _Worker
+from mcore_rl.rewards import RewardFunction, RewardPool, Task, check_rate, workers
+from mcore_rl.rewards.pool import Reasons
+from mcore_rl.rewards.process import RewardProcess
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 from tests.sources import ROOT
 
@@ -40,8 +40,8 @@ def groups(*texts: str) -> list[Group]:
 def pool_of(
     function: str, *, workers: int = 2, model: Path | None = None, seconds: float = SECONDS
 ) -> RewardPool:
-    task = Task(f"{FUNCTIONS}:{function}", {"a": 2.0}, 8.0, model)
-    return RewardPool(task, workers=workers, timeout=seconds)
+    functions = (RewardFunction(f"{FUNCTIONS}:{function}"),)
+    return RewardPool(Task(functions, {"a": 2.0}, 8.0, model, timeout=seconds), workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,16 @@ def pool() -> Iterator[RewardPool]:
         ("copy", "forked", "forked, and the new process came back"),
         ("copy raises", "forked", "forked, and the new process came back"),
         ("void", "grader", "returned Void"),
+        ("kills its group", "exited", r"ended its process \(SIGKILL\)"),
+        ("closes all", "exited", "ended its process"),
+        ("stops", "timeout", "gave no reward within"),
+        ("says noise", "exited", "ended its process"),
+        ("says half", "timeout", "gave no reward within"),
+        ("says too much", "exited", "ended its process"),
+        ("says an object", "exited", "ended its process"),
+        ("says NaN", "exited", "ended its process"),
+        ("says a tower", "exited", "ended its process"),
+        ("says a number", "exited", "ended its process"),
     ],
 )
 def test_its_sample_is_void_and_the_others_have_rewards(pool, capfd, text, reason, said):
@@ -189,17 +199,17 @@ sys.stdin.read()
 
 def test_a_worker_that_is_killed_while_it_starts_costs_no_sample(monkeypatch):
     """The first one ends the run, worth a retry: nobody has imported the function yet."""
-    monkeypatch.setattr(pool_module, "PATIENCE", 0.0)  # a second one is started at once
-    begin = _Worker.__init__
+    monkeypatch.setattr(workers, "PATIENCE", 0.0)  # a second one is started at once
+    begin = RewardProcess.__init__
     started, doomed = [], {2}
 
-    def killed(worker: _Worker, task: Task) -> None:
+    def killed(worker: RewardProcess, task: Task) -> None:
         begin(worker, task)
         started.append(worker)
         if len(started) in doomed:
             worker.process.kill()
 
-    monkeypatch.setattr(_Worker, "__init__", killed)
+    monkeypatch.setattr(RewardProcess, "__init__", killed)
     with pool_of("does") as one:
         scored, reasons = one.score(groups(*["slow"] * 20))
         assert len(started) > 1

@@ -94,7 +94,7 @@ def test_where_parts_are_compared_one_by_one_one_that_differs_is_a_signal(
         (["--algorithm.name=grpo", "--algorithm.params.decoupled=true"], True),
         (["--algorithm.name=gdpo"], True),
         (["--algorithm.name=gdpo", "--algorithm.params.decoupled=false"], False),
-        (["--algorithm.name=sft"], False),
+        (["--run.kind=sft"], False),
     ],
 )
 def test_a_run_asks_for_parts_where_its_algorithm_compares_them(tmp_path, flags: list[str], by_parts: bool):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.float32_floor import measure, random_model
+from mcore_rl.algo.metrics import Quantile
 from mcore_rl.config import Config
 from mcore_rl.config.sections import PublishConfig
 from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
@@ -137,6 +138,19 @@ def test_only_tokens_of_equal_weights_are_compared() -> None:
     every = differences(samples, old, None)
     assert means(every).tolist() == [2.5, 6, 0]
     assert p999([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wrong", "seen"),
+    [(1, 1, True), (60, 1, True), (600, 1, False), (600, 2, True), (5000, 5, False), (5000, 6, True)],
+)
+def test_one_token_of_many_is_no_mismatch_and_two_are(tokens: int, wrong: int, seen: bool) -> None:
+    """The 99.9 % quantile of less than 1000 tokens is not their maximum, in the log as in the decision."""
+    gap = np.full(tokens, 1e-5)
+    gap[:wrong] = 1.0
+    metric = Quantile(torch.from_numpy(gap), fraction=0.999)
+    logged = metric.value(metric.reduce_rows(torch.from_numpy(gap), torch.ones(tokens, dtype=torch.bool)))
+    assert (p999([gap[:3], gap[3:]]) > 1e-4) == (logged > 1e-4) == seen
 
 
 def test_a_log_prob_of_the_trainer_that_is_not_finite_is_no_fault_of_a_server() -> None:

@@ -13,6 +13,7 @@ from mcore_rl.algo.algorithms import configure
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import Shape, build_batch, pack_mini_batch
+from mcore_rl.training.recorder import Recorder
 from mcore_rl.types import Group, PackedBatch, Prompt, Sample, VersionSpan
 
 LENGTHS, REWARDS, REASONS = (2, 3, 5, 4), (1.0, 0.0, 0.0, 1.0), ("stop", "stop", "length", "length")
@@ -32,7 +33,7 @@ def packed(name: str, reasons: tuple[str, ...], *, overlong_filter: bool) -> Pac
     advantage = compute_advantages(batch, algorithm).fields["advantage"]
     shape = Shape(1, 64, 5, lambda n: np.asarray(n, float), 1, overlong_filter=overlong_filter)
     mesh = cast(Mesh, SimpleNamespace(layout=Layout(), dp_rank=0))
-    fields = {"advantage": advantage}
+    fields = {"advantage": advantage, **Recorder(batch.samples).fields}
     (made,) = pack_mini_batch(batch, np.arange(len(reasons)), algorithm, shape, mesh, fields)
     return made
 
@@ -60,3 +61,4 @@ def test_a_mini_batch_of_truncated_responses_alone_has_no_row() -> None:
     made = packed("dapo", ("length",) * 4, overlong_filter=True)
     assert len(made.rows) == 0
     assert len(made.fields["weight"]) == 0
+    Recorder([sample(0, "length")]).keep(made, torch.zeros(0))  # a step that is dumped has nothing to keep

@@ -30,8 +30,9 @@ from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.run import Run
 from mcore_rl.training.rundir import Identity
 from mcore_rl.training.servers import Servers
+from mcore_rl.training.session import examples, optimize
 from mcore_rl.training.setup import build_trainer
-from mcore_rl.training.supervised import labelled, train_step
+from mcore_rl.training.supervised import supervised_metrics, supervised_update
 from mcore_rl.training.trainer import Attempt
 from mcore_rl.types import Group, Sample, VersionSpan
 from mcore_rl.weights.buckets import gather
@@ -193,12 +194,12 @@ def supervised_step(config: Config, directory: Path) -> dict[str, float]:
     """One supervised step of 8 labels, asserted against the exact bound inside."""
     mesh = build_mesh(Layout(tensor=2), timeout=60.0)
     try:
-        chosen = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
+        run = config.run.model_copy(update={"dir": directory, "kind": "sft"})
         attempt = Attempt(None, None, threading.Event(), lambda what: None, Identity("a test"))
-        trainer = build_trainer(chosen, mesh, attempt, 10)
-        prompts = trainer.prompts.prompts[:8]
-        sequences = [labelled(trainer.tokenizer, prompt) for prompt in prompts]
-        return train_step(trainer, Residency({}), prompts, sequences, 1)
+        trainer = build_trainer(config.model_copy(update={"run": run}), mesh, attempt, 10)
+        rows = examples(trainer.prompts.prompts[:8])
+        update = supervised_update(trainer.optimizer, trainer.shape, rows, 1)
+        return supervised_metrics(optimize(update, Residency({}), lambda update: "")[0], rows)
     finally:
         destroy_mesh()
 

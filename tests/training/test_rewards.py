@@ -191,5 +191,5 @@ def test_keys_without_effect(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"reward\.function: has no effect because reward\.model"):
         load_config(file, [*keys, "--reward.model=m", "--reward.function=a:b"])
     with pytest.raises(ConfigError, match=r"reward\.model: has no effect"):
-        load_config(file, [*keys, "--reward.model=m", "--algorithm.name=sft"])
+        load_config(file, [*keys, "--reward.model=m", "--run.kind=sft"])
     assert load_config(file, [*keys, "--reward.model=m"]).reward.model == Path("m")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.parallel.mesh import Layout, Mesh
@@ -169,6 +170,34 @@ def test_of_1000_random_trajectories_what_was_sampled_is_what_is_trained() -> No
             trained.setdefault(int(sample), []).append((int(place), int(token)))
     for number, (_, sent) in enumerate(made):
         assert [token for _, token in sorted(trained.get(number, []))] == sent
+
+
+def routed(ids: np.ndarray) -> np.ndarray:
+    """[n, 1, 2] two experts of each token, which its id gives."""
+    return (np.asarray(ids)[:, None, None] % 100 + np.arange(2)).astype(np.uint8)
+
+
+def with_experts(one: Sample) -> Sample:
+    of = [replace(s, experts=routed(np.concatenate([s.context, s.token_ids])[:-1])) for s in one.segments]
+    return replace(one, segments=tuple(of))
+
+
+def test_every_token_of_a_trajectory_has_its_own_experts() -> None:
+    """Observations and contexts too, in every segment, whatever else is packed beside it."""
+    rng = np.random.default_rng(4)
+    made = [random_trajectory(rng, number)[0] for number in range(50)]
+    samples = [with_experts(one) if number % 3 else one for number, one in enumerate(made)]
+    groups = [Group(one.prompt.id, (one,)) for one in samples]
+    got = unpack_groups(pack_groups(groups), {one.prompt.id: one.prompt for one in samples})
+    replayed = 0
+    for micro_batch in packed(build_batch(got), configure("grpo"), replicas=2):
+        assert micro_batch.experts is not None
+        known = micro_batch.experts[:, 0, 0] >= 0
+        wanted = torch.from_numpy(routed(micro_batch.tokens.numpy()).astype(np.int16))
+        assert torch.equal(micro_batch.experts[known], wanted[known])
+        replayed += int(known.sum())
+    segments = [segment for one in samples for segment in one.segments]
+    assert replayed == sum(len(segment.experts) for segment in segments if segment.experts is not None)
 
 
 def test_trajectories_come_back_from_other_ranks() -> None:

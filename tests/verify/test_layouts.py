@@ -76,6 +76,19 @@ def test_eight_ranks() -> None:
         assert_all_agree(worlds, ("tp2pp2cp2",), ("gspo",))
 
 
+def test_pairs_of_answers(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, ("tp2+sp", "cp2"), ("dpo",))
+    assert_all_agree(worlds, ("dp2",), ("dpo", "reward_model"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_kind_without_rollouts(worlds: SharedPools) -> None:
+    """Where sequences are spread, or micro-batches interleaved; `--layouts all` has the others."""
+    assert_all_agree(worlds, ("cp2", "dp2"), ("sft", "ipo", "orpo", "kto", "reward_model"))
+    assert_all_agree(worlds, ("pp2+vpp2", "ep2", "tp2cp2+sp", "pp2dp2"), ("dpo", "reward_model"))
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 

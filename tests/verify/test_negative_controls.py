@@ -14,7 +14,8 @@ from mcore_rl.model import build, policy, step, weights_io
 from mcore_rl.parallel import context
 from mcore_rl.parallel.head import head
 from mcore_rl.parallel.head import passes as head_passes
-from mcore_rl.training import objective
+from mcore_rl.training import objective, sequence_objective
+from mcore_rl.verify.layouts import rows
 from mcore_rl.verify.layouts.command import verify_layouts
 from mcore_rl.verify.layouts.compare import Errors
 from tests.verify.conftest import SharedPools
@@ -140,6 +141,18 @@ def experts_of_nobody(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(weights_io, "_mark", as_dense)
 
 
+def pair_sums_per_shard(patch: pytest.MonkeyPatch) -> None:
+    """A pair is judged by this context-parallel rank's tokens alone."""
+    original = sequence_objective.sequence_sums
+    patch.setattr(sequence_objective, "sequence_sums", lambda *args: original(*args[:3], None))
+
+
+def pairs_taken_apart(patch: pytest.MonkeyPatch) -> None:
+    """The answers of a pair go to whatever micro-batch has room, and neighbours are taken for pairs."""
+    original = rows.pack_share
+    patch.setattr(rows, "pack_share", lambda *args, **options: original(*args))
+
+
 FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "ratio_per_shard": (ratio_per_shard, "cp2", "gspo", "gradient"),
     "sums_not_reduced": (sums_not_reduced, "cp2", "gspo", "gradient"),
@@ -150,6 +163,8 @@ FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "keys_in_plain_order": (keys_in_plain_order, "cp2", "grpo", "log_prob"),
     "unmarked_shards": (unmarked_shards, "tp2", "grpo", "metric"),
     "unreduced_gradients": (unreduced_gradients, "dp2", "grpo", "gradient"),
+    "pair_sums_per_shard": (pair_sums_per_shard, "cp2", "dpo", "gradient"),
+    "pairs_taken_apart": (pairs_taken_apart, "dp2", "dpo", "gradient"),
     "experts_of_nobody": (experts_of_nobody, "tp2+sp:moe", "grpo", "gradient"),
 }
 """fault -> (how to plant it, a layout at which it acts, an algorithm, a quantity that shows it)"""

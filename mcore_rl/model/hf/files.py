@@ -124,20 +124,37 @@ def write_side_files(
     directory: Path,
     dtype: torch.dtype,
     quantization: Mapping[str, Any] | None = None,
+    *,
+    classifier: bool = False,
 ) -> None:
     """Put `files` beside weights.
 
     config.json tells the type of the weights beside it, `dtype`, whatever it told before: a reader that goes
     by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    `classifier`: the weights are those of a sequence classifier with one label, whatever it was before.
     """
     for name, content in files.items():
         (directory / name).write_bytes(content)
     config = json.loads(files["config.json"])
     told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+    if classifier:
+        config |= _as_classifier(config)
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _as_classifier(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json that make transformers read one label, at the last token but padding."""
+    names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
+    return {
+        "architectures": names,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": config.get("pad_token_id"),
+        "tie_word_embeddings": False,
+    }
 
 
 def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:

@@ -49,7 +49,7 @@ class Case:
         return cls(layout, **settings)  # type: ignore[arg-type]
 
 
-LOSSES = ("loss/policy", "loss/value")
+LOSSES = ("loss/policy", "loss/value", "loss/reward_model")
 """metrics that are the loss: it is compared by itself, since its parts may cancel to nearly nothing"""
 SMALL = ("tp2", "tp2+sp", "pp2", "cp2", "dp2", "ep2", "tp2pp2")
 """the default: a minute or two on two cores"""

@@ -28,6 +28,8 @@ from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify.layouts import problem
 from mcore_rl.verify.layouts.case import LOSSES, Case
+from mcore_rl.verify.layouts.rows import LOSSES as LOSSES_OF_ROWS
+from mcore_rl.verify.layouts.rows import record_rows
 from mcore_rl.weights.buckets import gather
 
 SGD_STEPS = 3
@@ -65,18 +67,10 @@ class _Subject:
     build: Callable[..., Model]
     """build_policy or build_critic, all but `ddp` given"""
     loss: Loss
-    recorded: problem.Recorded
-    shape: Shape
+    micro_batches: Sequence[PackedBatch]
+    """this rank's share of all that was recorded, as one mini-batch"""
     scores: Mapping[str, Tensor]
     overlap: bool
-
-    def micro_batches(self, mesh: Mesh) -> list[PackedBatch]:
-        """This rank's share of the whole recorded batch, as one mini-batch."""
-        batch = self.recorded.batch
-        everyone = np.arange(len(batch.samples))
-        return pack_mini_batch(
-            batch, everyone, self.recorded.algorithm, self.shape, mesh, self.recorded.fields
-        )
 
 
 def measure(
@@ -115,19 +109,29 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
     dist.broadcast_object_list(box, src=0, group=mesh.world)
     results = {}
     for name in algorithms:
+        if name in LOSSES_OF_ROWS:
+            rows = record_rows(name, shape, mesh)
+            build = critic if name == "reward_model" else policy
+            results[name] = _train(mesh, _Subject(build, rows.loss, rows.batches, {}, case.overlap))
+            continue
         recorded = problem.record(name, box[0], own_loss)
         if log_probs is None:
             problem.check(recorded, box[0])
         scores = {"log_prob": log_prob, "entropy": entropy}
         loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
-        results[name] = _train(mesh, _Subject(policy, loss, recorded, shape, scores, case.overlap))
+        batches = _packed(recorded, shape, mesh)
+        results[name] = _train(mesh, _Subject(policy, loss, batches, scores, case.overlap))
         if recorded.algorithm.needs_critic:
             scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
             value_loss = ValueObjective(problem.VALUE_CLIP)
-            results[CRITIC] = _train(
-                mesh, _Subject(critic, value_loss, recorded, shape, scores, case.overlap)
-            )
+            results[CRITIC] = _train(mesh, _Subject(critic, value_loss, batches, scores, case.overlap))
     return (results, box[0]) if mesh.is_main else None
+
+
+def _packed(recorded: problem.Recorded, shape: Shape, mesh: Mesh) -> list[PackedBatch]:
+    batch = recorded.batch
+    everyone = np.arange(len(batch.samples))
+    return pack_mini_batch(batch, everyone, recorded.algorithm, shape, mesh, recorded.fields)
 
 
 def score(model: Model, samples: Sequence[Sample], shape: Shape, *, kinds: int) -> Tensor:
@@ -152,7 +156,7 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
         model, lr=problem.SGD_LEARNING_RATE, kind="sgd", clip_grad=0.0, distributed=False
     )
     parameters = global_parameters(model.unwrapped)
-    micro_batches = subject.micro_batches(mesh)
+    micro_batches = subject.micro_batches
     start = gathered(model, parameters)
     first = _pass(model, optimizer, subject, micro_batches)
     gradients = gathered(model, {name: vars(p)["main_grad"] for name, p in parameters.items()})
@@ -162,26 +166,27 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
         optimizer.step()
     totals = Gathered(first).reduce(mesh)
     by_name = {key.name: total for key, total in totals.items()}
+    loss = next(by_name[name] for name in LOSSES if name in by_name)
     return Measured(
-        loss=next(by_name[name] for name in LOSSES if name in by_name).item(),
-        abs_loss=by_name["loss/scale"].item(),
+        loss=loss.item(),
+        abs_loss=by_name.get("loss/scale", loss).abs().item(),
         metrics=by_name | {"grad_norm": torch.tensor(norm)},
         scores=subject.scores,
         gradients=gradients,
         parameters=gathered(model, parameters),
         start=start,
-        exp_avg=_first_moments(subject, micro_batches),
+        exp_avg=_first_moments(subject),
     )
 
 
-def _first_moments(subject: _Subject, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
+def _first_moments(subject: _Subject) -> dict[str, Tensor]:
     model = subject.build(ddp=ddp_config(distributed=True, overlap=subject.overlap))
     optimizer = build_optimizer(
         model, lr=problem.ADAM_LEARNING_RATE, eps=problem.ADAM_EPS, clip_grad=0.0, distributed=True
     )
     moments: dict[str, Tensor] = {}
     for step in range(ADAM_STEPS):
-        _pass(model, optimizer, subject, micro_batches)
+        _pass(model, optimizer, subject, subject.micro_batches)
         optimizer.step()
         whole = {
             name: _whole_state(optimizer, parameter, "exp_avg")
