@@ -9,10 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mcore_rl.checkpoint import manifest
 from mcore_rl.convert.output import ConversionProgress
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import EMBEDDING, INDEX, Form, SafetensorsWriter, copy_side_files
+from mcore_rl.model.hf.content import model_content
+from mcore_rl.model.hf.files import (
+    EMBEDDING,
+    INDEX,
+    Form,
+    SafetensorsWriter,
+    read_side_files,
+    write_side_files,
+)
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.torch_dist import holds_classifier, torch_dist_reader, torch_dist_types
 from mcore_rl.model.policy import CriticParameterMap
@@ -33,6 +42,7 @@ def write_hf(
         ConfigError: the parameters are not those of config.json.
         CheckpointError: `source` is damaged.
     """
+    _check_config(source, config)
     if shard_bytes < 1:
         raise ConfigError(f"--shard-gb: {shard_bytes} bytes are too few for a file")
     arch = read_architecture(config)
@@ -55,8 +65,24 @@ def write_hf(
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
     quantization = encoding.config(mapping)
-    copy_side_files(config, directory, types[EMBEDDING], quantization, classifier=classifier)
+    side = read_side_files(config)
+    write_side_files(side, directory, types[EMBEDDING], quantization, classifier=classifier)
     return progress
+
+
+def _check_config(source: Path, config: Path) -> None:
+    """Raises ConfigError where the run that saved `source` had a model with another config.json."""
+    try:
+        inputs = manifest.read(source).document.get("inputs")
+    except (ConfigError, CheckpointError):  # Megatron's own has no manifest; what is damaged is refused later
+        return
+    then = inputs.get("model.path") if isinstance(inputs, dict) else None
+    now = model_content(config, weights=False).get("config.json")
+    if isinstance(then, dict) and then.get("config.json", now) != now:
+        raise ConfigError(
+            f"{config / 'config.json'} is not the one that the run of {source} had: it would describe a "
+            "model of which these are no weights. Name a directory that the run published (RUN_DIR/weights)"
+        )
 
 
 class _Encoded:

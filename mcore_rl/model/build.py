@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
+from mcore_rl.model.hf.files import read_side_files
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.policy import (
     CriticModel,
@@ -57,6 +58,8 @@ class Model:
     mesh: Mesh
     source: Path
     """HF directory that config.json and the tokenizer came from"""
+    files: Mapping[str, bytes]
+    """on the main rank, name -> content of what lies there beside weights, as it was then"""
 
 
 def build_policy(
@@ -172,7 +175,8 @@ def _build(
             TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         )
         connect_schedule(config, ddp, wrapped)
-    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source))
+    files = read_side_files(Path(source)) if mesh.is_main else {}
+    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files)
 
 
 class TrainedChunk(DistributedDataParallel):

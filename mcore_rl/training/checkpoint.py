@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,9 @@ from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
+from mcore_rl.training.inputs import changed_sets, knows_inputs
 from mcore_rl.training.rundir import begin, check_history, is_inside, root_of
-from mcore_rl.training.trainer import Trainer
+from mcore_rl.training.trainer import Attempt, Trainer
 
 _ONE_REQUEST_SECONDS = 1.0
 
@@ -168,7 +169,11 @@ def restore(trainer: Trainer, contents: Contents) -> None:
     saved, checkpoints = trainer.attempt.saved, trainer.attempt.checkpoints
     if saved is not None and checkpoints is not None:
         _load(saved, checkpoints, contents)
-        _log_resume(saved, trainer.config, trainer.step_log, is_main=trainer.mesh.is_main)
+        changed = [
+            *_changed(saved.document["config"], trainer.config.model_dump(mode="json")),
+            *(f"what the file of {key} holds" for key in changed_sets(saved, trainer.attempt.inputs)),
+        ]
+        _log_resume(saved, changed, trainer.step_log, is_main=trainer.mesh.is_main)
         _say_mended(trainer.cursor, trainer.step_log, is_main=trainer.mesh.is_main)
     on_main(trainer.mesh, lambda: begin(trainer.config, trainer.attempt.identity))
 
@@ -191,16 +196,16 @@ def _say_mended(cursor: PromptCursor, step_log: StepLog, *, is_main: bool) -> No
         print(printable(what), file=sys.stderr, flush=True)
 
 
-def _log_resume(saved: Saved, config: Config, step_log: StepLog, *, is_main: bool) -> None:
+def _log_resume(saved: Saved, changed: Sequence[str], step_log: StepLog, *, is_main: bool) -> None:
     """Cut the log after the saved step; say from where the run goes on, and what has changed since."""
-    document = saved.document
     step_log.cut(saved.step)
-    changed = ", ".join(_changed(document["config"], config.model_dump(mode="json")))
-    step_log.event("resume", step=saved.step, path=str(saved.path), changed=changed)
+    step_log.event("resume", step=saved.step, path=str(saved.path), changed=", ".join(changed))
     if is_main:
-        since = f"; changed since: {changed}" if changed else ""
-        if not knows_content(document["state"]["cursor"]):
+        since = f"; changed since: {', '.join(changed)}" if changed else ""
+        if not knows_content(saved.document["state"]["cursor"]):
             since += "; saved by an earlier version: only the ids of the training prompts could be compared"
+        if not knows_inputs(saved):
+            since += "; saved by an earlier version: whether the models changed could not be compared"
         line = f"resumed after step {saved.step} from {saved.path}{since}"
         print(printable(line), file=sys.stderr, flush=True)
 
@@ -226,9 +231,7 @@ def end_step(
         every = config.checkpoint.every
         if leaving or (every and (step % every == 0 or last or step == config.train.steps)):
             with residency.during("save"):
-                checkpoints.save(
-                    step, pieces(contents), run_document(config, contents, trainer.attempt.identity.run)
-                )
+                checkpoints.save(step, pieces(contents), run_document(config, contents, trainer.attempt))
         if leaving:
             checkpoints.wait()
             left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")
@@ -249,10 +252,11 @@ def pieces(contents: Contents) -> list[Piece]:
     ]
 
 
-def run_document(config: Config, contents: Contents, run_id: str) -> dict[str, Any]:
+def run_document(config: Config, contents: Contents, attempt: Attempt) -> dict[str, Any]:
     """All else, as JSON; the random states are added by Checkpoints."""
     return {
-        "run_id": run_id,
+        "run_id": attempt.identity.run,
+        "inputs": attempt.inputs,
         "config": config.model_dump(mode="json"),
         "updates": {prefix: count_updates(optimizer) for prefix, optimizer in contents.optimizers.items()},
         "state": {name: part.state() for name, part in contents.stateful.items()},

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mcore_rl.checkpoint import seed_rng
+from mcore_rl.checkpoint import Saved, seed_rng
 from mcore_rl.config import Config
 from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
@@ -55,6 +55,7 @@ from mcore_rl.training.data import (
 )
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
+from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.trainer import Attempt, Trainer
 
@@ -91,7 +92,8 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 saved, leave = find_start(config, mesh, resume), threading.Event()
                 check_what_is_left(config, saved)
                 identity = on_main(mesh, lambda: identity_of(config, saved))
-                attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity)
+                inputs = {} if checkpoints is None else on_main(mesh, lambda: _inputs(config, saved))
+                attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity, inputs)
                 trainer = build_trainer(config, mesh, attempt, optimizer_steps)
                 attempt.reached("the model was built")
                 with (
@@ -101,6 +103,13 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                     yield trainer
         finally:
             destroy_mesh()
+
+
+def _inputs(config: Config, saved: Saved | None) -> Inputs:
+    found = inputs_of(config)
+    if saved is not None:
+        check_inputs(saved, found)
+    return found
 
 
 @contextmanager

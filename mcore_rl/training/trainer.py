@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
 from mcore_rl.training.batch import Shape
 from mcore_rl.training.data import passed_over
+from mcore_rl.training.inputs import Inputs
 from mcore_rl.training.metrics import Work, throughput
 from mcore_rl.training.rundir import Identity
 from mcore_rl.types import Tokens
@@ -41,6 +42,8 @@ class Attempt:
     """says what is done: the run goes on, and the watchdog's clock starts again"""
     identity: Identity
     """which run it is"""
+    inputs: Inputs = field(default_factory=dict)
+    """what it reads, in short; empty where nothing is saved"""
 
     @property
     def step(self) -> int:

@@ -28,7 +28,7 @@ from mcore_rl.model.hf.files import (
     Form,
     SafetensorsWriter,
     checkpoint_files,
-    copy_side_files,
+    write_side_files,
 )
 from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.parallel.control import on_main, raise_everywhere
@@ -171,7 +171,7 @@ def export(
 
     Every rank that owns parameters writes a file, bucket by bucket. The directory appears complete or not at
     all, and replaces one that an earlier export of the same `kind` wrote. config.json and the tokenizer are
-    those of the model's source.
+    those that the model was built from, whatever its source holds by now.
 
     Raises (on every rank):
         ConfigError: `directory` holds what no export of this kind wrote.
@@ -269,7 +269,7 @@ def _write_side_files(
         slots = {slot.name: slot for bucket in plan.buckets for slot in bucket.slots}
         classifier = isinstance(model.mapping, CriticParameterMap)
         quantization = encoding.config(model.mapping)
-        copy_side_files(model.source, partial, slots[EMBEDDING].dtype, quantization, classifier=classifier)
+        write_side_files(model.files, partial, slots[EMBEDDING].dtype, quantization, classifier=classifier)
 
 
 def _put_in_place(partial: Path, directory: Path, kind: Kind) -> None:

@@ -53,6 +53,28 @@ def export(mesh: Mesh, source: Path, target: Path, precision: PrecisionName) -> 
     export_files(build_policy(source, mesh, precision=precision), target)
 
 
+def export_late(mesh: Mesh, source: Path, target: Path) -> None:
+    """The source is edited, and then lost, while the run goes on."""
+    model = build_policy(source, mesh)
+    edited = json.loads((source / "config.json").read_text()) | {"rms_norm_eps": 1.0, "eos_token_id": 1}
+    (source / "config.json").write_text(json.dumps(edited))
+    (source / "chat_template.jinja").write_text("other")
+    export_files(model, target)
+    shutil.rmtree(source)
+    export_files(model, target.with_name("later"))
+
+
+def test_what_lay_beside_the_weights_is_that_of_the_start(pool1: Pool, tmp_path: Path) -> None:
+    source, target = make(tmp_path / "hf", tied=True, told={}), tmp_path / "out"
+    before = json.loads((source / "config.json").read_text())
+    at_layout(pool1, "tp1", export_late, source, target)
+    for directory in (target, target.with_name("later")):
+        after = json.loads((directory / "config.json").read_text())
+        assert {name: after[name] for name in before} == before
+        assert (directory / "chat_template.jinja").read_text() == TEMPLATE
+        assert json.loads((directory / "generation_config.json").read_text()) == {"eos_token_id": [2, 7]}
+
+
 def convert(source: Path, target: Path) -> None:
     hf_to_mcore(source, target.with_name("mcore"))
     mcore_to_hf(target.with_name("mcore"), target)

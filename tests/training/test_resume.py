@@ -55,14 +55,14 @@ def run_through(config: Config, layout: Layout, directory: Path):
         for number in range(1, 5):
             done.append(step(run, number))
             end_step(run.trainer, run.contents, run.residency, number)
-        return done, state(run), run_document(run.trainer.config, run.contents, "a test")
+        return done, state(run), run_document(run.trainer.config, run.contents, run.trainer.attempt)
 
 
 def run_on(config: Config, layout: Layout, directory: Path, saved: Path):
     """Steps 3 and 4 after `saved`."""
     with checkpointed(config, layout, directory, saved) as run:
         done = [step(run, number) for number in (3, 4)]
-        return done, state(run), run_document(run.trainer.config, run.contents, "a test")
+        return done, state(run), run_document(run.trainer.config, run.contents, run.trainer.attempt)
 
 
 LAYOUT = Layout(tensor=2)
@@ -114,7 +114,7 @@ def forget_moments(config: Config, layout: Layout, directory: Path, saved: Path)
             if "exp_avg." in piece.key:
                 piece.data.zero_()
         done = [step(run, number) for number in (3, 4)]
-        return done, state(run), run_document(run.trainer.config, run.contents, "a test")
+        return done, state(run), run_document(run.trainer.config, run.contents, run.trainer.attempt)
 
 
 def test_another_seed_is_refused(pool2, config, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -115,24 +114,28 @@ def check_side_files(directory: Path) -> None:
                 check_kinds(fields, GENERATION_KINDS, str(directory / name))
 
 
-def copy_side_files(
-    source: Path,
+def read_side_files(source: Path) -> dict[str, bytes]:
+    """config.json, tokenizer and the rest of SIDE_FILES, as they are now."""
+    return {name: (source / name).read_bytes() for name in SIDE_FILES if (source / name).exists()}
+
+
+def write_side_files(
+    files: Mapping[str, bytes],
     directory: Path,
     dtype: torch.dtype,
     quantization: Mapping[str, Any] | None = None,
     *,
     classifier: bool = False,
 ) -> None:
-    """config.json, tokenizer and the rest of SIDE_FILES.
+    """Put `files` beside weights.
 
-    config.json tells the type of the weights beside it, `dtype`, whatever that of `source` was: a reader that
-    goes by config.json would round them, or take twice the memory. `quantization` becomes part of it.
-    `classifier`: the weights are those of a sequence classifier with one label, whatever `source` was.
+    config.json tells the type of the weights beside it, `dtype`, whatever it told before: a reader that goes
+    by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    `classifier`: the weights are those of a sequence classifier with one label, whatever it was before.
     """
-    for name in SIDE_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
-    config = json.loads((source / "config.json").read_text())
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    config = json.loads(files["config.json"])
     told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
     if classifier:
