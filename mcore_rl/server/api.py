@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.errors import CheckpointError, NumericsError
-from mcore_rl.server import schema
+from mcore_rl.server import bodies, schema
 from mcore_rl.server.bodies import MalformedBodyError, encode, read_json
 from mcore_rl.server.engine import Engine
 from mcore_rl.server.generate import ModelLimits, parse_generate
@@ -201,16 +201,13 @@ class Api:
         }
         return _update(True, "Success.", ranks=[rank], per_engine_checksum=combined)
 
-    # -- state --------------------------------------------------------------------------------------------
+    # -- state: nothing here waits for the engine thread, whose step may outlast a client -----------------
 
     async def ready(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.worker.engine.paused else 200)
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 when the engine thread waits for work or gets on with it, else 503.
-
-        It does not wait for the thread: a step may take longer than a client waits for this answer.
-        """
+        """200 when the engine thread waits for work or gets on with it, else 503."""
         return web.Response(status=503 if self.worker.stalled > self.stall_seconds else 200)
 
     async def model_info(self, request: web.Request) -> web.Response:
@@ -222,27 +219,25 @@ class Api:
             "architectures",
             "load_format",
         )
-        version = await self._call(lambda engine: engine.version)
+        version = self.worker.state.version
         fixed = {"is_generation": True, "has_image_understanding": False, "has_audio_understanding": False}
         return _reply({name: self.info[name] for name in names} | fixed | {"weight_version": version})
 
     async def server_info(self, request: web.Request) -> web.Response:
-        version = await self._call(lambda engine: engine.version)
+        version = self.worker.state.version
         return _reply(dict(self.info) | {"version": VERSION, "weight_version": version})
 
     async def loads(self, request: web.Request) -> web.Response:
-        running, waiting, used, capacity = await self._call(
-            lambda e: (len(e.running), len(e.waiting), e.used_tokens, e.cache.capacity)
-        )
+        state, capacity = self.worker.state, self.worker.engine.cache.capacity
         load = {
             "timestamp": time.time(),
             "dp_rank": 0,
-            "num_running_reqs": running,
-            "num_waiting_reqs": waiting,
-            "num_used_tokens": used,
+            "num_running_reqs": state.running,
+            "num_waiting_reqs": state.waiting,
+            "num_used_tokens": state.used_tokens,
             "max_total_num_tokens": capacity,
             "max_running_requests": self.info["max_running_requests"],
-            "token_usage": used / capacity,
+            "token_usage": state.used_tokens / capacity,
         }
         return _reply({"timestamp": datetime.now(UTC).isoformat(), "version": VERSION, "loads": [load]})
 
@@ -264,7 +259,8 @@ def build_app(api: Api, *, api_key: str | None, max_body_bytes: int) -> web.Appl
     Whatever may act needs a body that is declared as JSON: a page in a browser on this machine can send other
     types to any address without being asked.
     """
-    app = web.Application(middlewares=[_auth(api_key), _errors, _json_only], client_max_size=max_body_bytes)
+    middlewares = [until_sent, _auth(api_key), _errors, _json_only]
+    app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     app.add_routes(api.routes())
     # What is in flight at the end is dropped, so that its clients turn to another server at once.
     app.on_shutdown.append(lambda _: asyncio.to_thread(api.close, _SHUTDOWN_SECONDS))
@@ -307,6 +303,20 @@ def _auth(api_key: str | None) -> Any:
         return await handler(request)
 
     return check
+
+
+@web.middleware
+async def until_sent(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Send the reply within its deadline, or end the connection: aiohttp would wait for the client."""
+    reply = await handler(request)
+    try:
+        async with asyncio.timeout(bodies.REPLY_SECONDS):
+            await reply.prepare(request)
+            await reply.write_eof()
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+    return reply
 
 
 @web.middleware

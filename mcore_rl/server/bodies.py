@@ -21,6 +21,8 @@ from aiohttp import web
 
 BODY_SECONDS = 60.0
 """From a request's headers to the end of its body."""
+REPLY_SECONDS = 60.0
+"""Until a client has taken a whole reply: one that does not read would keep it here for good."""
 MAX_VALUES = 1 << 20
 """Token ids, characters of text or other values of a request: validating as many takes 40 ms."""
 _MAX_CONTAINERS = 1 << 16

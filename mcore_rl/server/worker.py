@@ -19,6 +19,17 @@ T = TypeVar("T")
 _IDLE_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class State:
+    """What the engine thread was at after its last step or command."""
+
+    version: str
+    running: int
+    waiting: int
+    used_tokens: int
+    """in the cache"""
+
+
 @dataclass
 class _Command:
     run: Callable[[], Any]
@@ -47,6 +58,8 @@ class Worker:
         """Commands that wait for quiet; nothing is admitted meanwhile, so that quiet comes."""
         self._waits = True
         """for something to do"""
+        self.state = self._state()
+        """to be read from any thread, at once"""
         self._thread = threading.Thread(target=self._loop, name="mcore_rl-engine", daemon=True)
         self._thread.start()
 
@@ -88,11 +101,25 @@ class Worker:
 
     # -- the engine thread --------------------------------------------------------------------------------
 
+    def _state(self) -> State:
+        engine = self.engine
+        return State(engine.version, len(engine.running), len(engine.waiting), engine.used_tokens)
+
+    def _execute(self, command: _Command) -> None:
+        if not command.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = command.run()
+            self.state = self._state()
+            command.future.set_result(result)
+        except Exception as error:  # the caller decides what it means
+            command.future.set_exception(error)
+
     def _loop(self) -> None:
         while self._run_commands():
             if self._quiet:
                 for command in self._held:
-                    _execute(command)
+                    self._execute(command)
                 self._held.clear()
             if self._has_work:
                 self._step()
@@ -122,7 +149,7 @@ class Worker:
             if command.quiet and not self._quiet:
                 self._held.append(command)
             else:
-                _execute(command)
+                self._execute(command)
 
     def _wait(self) -> _Command | None:
         self._waits = True
@@ -142,6 +169,7 @@ class Worker:
                 if not ticket.future.done():
                     ticket.future.set_exception(error)
             self._tickets.clear()
+            self.state = self._state()
 
     def _submit(self, sequences: list[Sequence], future: Future[list[Sequence]]) -> None:
         in_flight = {sequence.rid for sequence in self._tickets}
@@ -155,21 +183,13 @@ class Worker:
         self.engine.submit(sequences)
 
     def _deliver(self, finished: list[Sequence]) -> int:
+        self.state = self._state()
         for sequence in finished:
             ticket = self._tickets.pop(sequence)
             ticket.remaining -= 1
             if not ticket.remaining and not ticket.future.done():
                 ticket.future.set_result(ticket.sequences)
         return len(finished)
-
-
-def _execute(command: _Command) -> None:
-    if not command.future.set_running_or_notify_cancel():
-        return
-    try:
-        command.future.set_result(command.run())
-    except Exception as error:  # the caller decides what it means
-        command.future.set_exception(error)
 
 
 def _relay_error(source: Future[None], target: Future[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import ClientSession, web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +24,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.server import bodies
+from mcore_rl.server.api import until_sent
 from mcore_rl.server.bodies import MalformedBodyError, encode, parse_json
 from mcore_rl.server.server import serve
 from tests.rollout.support import CONTEXT, DEADLINE, VOCAB, http, save_model, wait_until
@@ -362,6 +365,38 @@ def test_half_sent_requests_end_by_a_deadline(dir_a: Path, tmp_path: Path) -> No
                 assert (b" 408 " in reply) == (b"Content-Length" in sent)
 
 
+def test_a_reply_that_nobody_reads_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is read arrives whole."""
+    monkeypatch.setattr(bodies, "REPLY_SECONDS", 4.0)
+    size = 24 * MIB
+
+    async def large(_: web.Request) -> web.Response:
+        return web.Response(body=bytes(size))
+
+    async def go() -> tuple[int, bool]:
+        app = web.Application(middlewares=[until_sent])
+        app.add_routes([web.get("/", large)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        _, writer = await asyncio.open_connection(*runner.addresses[0][:2], limit=1 << 12)
+        try:
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            async with ClientSession() as session, session.get(url) as got:
+                read = len(await got.read())
+            assert runner.server is not None
+            end = time.monotonic() + 12
+            while runner.server.connections and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            return read, not runner.server.connections
+        finally:
+            writer.close()
+            await runner.cleanup()
+
+    assert asyncio.run(go()) == (size, True)
+
+
 # -- health -----------------------------------------------------------------------------------------------
 
 
@@ -395,6 +430,8 @@ def test_a_worker_that_hangs_is_unhealthy_and_one_that_waits_is_not(tmp_path: Pa
         assert http(server.url, "/health", method="GET").status == 200
         assert http(server.url, "/hang", {}).status == 200
         wait_until(lambda: http(server.url, "/health", method="GET").status == 503, "it is unhealthy")
+        for path in ("/v1/loads", "/model_info", "/server_info"):  # none of them waits for that thread
+            assert http(server.url, path, method="GET").status == 200
         assert server.process is not None
         os.kill(server.process.pid, signal.SIGSTOP)
         assert not call(RolloutClient(server.url), lambda client: client.healthy(1.0))
