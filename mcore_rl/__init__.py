@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from mcore_rl.algo.rows import TokenLoss
     from mcore_rl.config import Config, load_config
     from mcore_rl.errors import (
+        ChangedFileError,
         CheckpointError,
         ConfigError,
         DamagedCheckpointError,
         DataError,
         LayoutError,
+        MalformedRowError,
         McoreRLError,
         MismatchError,
         NoSignalError,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangedFileError",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -44,6 +47,7 @@ __all__ = [
     "DataError",
     "Group",
     "LayoutError",
+    "MalformedRowError",
     "McoreRLError",
     "MismatchError",
     "NoSignalError",

@@ -13,6 +13,7 @@ import weakref
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, Protocol
 
