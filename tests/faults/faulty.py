@@ -53,7 +53,7 @@ def plant(fault: dict[str, Any]) -> None:
 
         name = "check_rank"
     else:
-        from mcore_rl.training import update as module
+        from mcore_rl.training import model_passes as module
 
         name = "forward_backward"
     original, calls = getattr(module, name), iter(range(min(1, fault["step"]), 1000))
