@@ -20,7 +20,7 @@ _IDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class State:
+class EngineState:
     """What the engine thread was at after its last step or command."""
 
     version: str
@@ -101,9 +101,9 @@ class Worker:
 
     # -- the engine thread --------------------------------------------------------------------------------
 
-    def _state(self) -> State:
+    def _state(self) -> EngineState:
         engine = self.engine
-        return State(engine.version, len(engine.running), len(engine.waiting), engine.used_tokens)
+        return EngineState(engine.version, len(engine.running), len(engine.waiting), engine.used_tokens)
 
     def _execute(self, command: _Command) -> None:
         if not command.future.set_running_or_notify_cancel():

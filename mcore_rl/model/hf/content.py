@@ -55,7 +55,7 @@ def _fields_digest(file: Path) -> str:
 
 
 def _weights_digest(directory: Path) -> str:
-    """Of every tensor by name, whatever file holds it: form, and all of its bytes or some of them."""
+    """A digest of every tensor by name, whatever file holds it: form, and all bytes or some of them."""
     files = checkpoint_files(directory)
     whole = sum(file.stat().st_size for file in set(files.values())) <= WHOLE_BYTES
     headers = {file: _header(file) for file in set(files.values())}
