@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForSequenceClassification
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from mcore_rl.rewards import Void
 from mcore_rl.rewards.remote import classify, judge
 from mcore_rl.rollout.processes import LocalServer, SGLang
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 from tests.rollout.support import CONTEXT, EOS, VOCAB, save_model
-from tests.sglang.conftest import KEY_ENV, ON_CPU, PYTHON
+from tests.sglang.conftest import ON_CPU, PYTHON
 
 
 def group(*responses: list[int]) -> Group:
@@ -87,14 +87,32 @@ def test_a_response_that_is_too_long_for_it_is_void(judged: tuple[str, Any]) -> 
     assert "context length" in void.why
 
 
-def test_a_judge_is_any_server_of_the_openai_protocol(dense_url: str) -> None:
-    """A tiny model of random weights, whose words are its scores: what it says has none, and says so."""
-    args: dict[str, Any] = {"url": f"{dense_url}/v1", "model": "default", "key_env": KEY_ENV, "max_tokens": 8}
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of a tiny model of random weights whose tokenizer has a chat template."""
+    directory = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    tokens = {"vocab_size": VOCAB, "eos_token_id": EOS, "pad_token_id": EOS}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=CONTEXT, **sizes, **heads, **tokens))
+    save_model(directory / "model", model)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (directory / "model" / "chat_template.jinja").write_text(template)
+    program = SGLang(PYTHON, dtype="float32", options=ON_CPU)
+    server = LocalServer(directory / "model", program, log_file=directory / "log", start_timeout=400.0)
+    with server:
+        yield server.url
+
+
+def test_a_judge_is_any_server_of_the_openai_protocol(speaking: str) -> None:
+    """What a model of random weights says is no score, and its words are one where `score` reads them."""
+    args: dict[str, Any] = {"url": f"{speaking}/v1", "model": "default", "max_tokens": 8}
     args |= {"template": "w5{response}"}
     said = asyncio.run(judge(group(*RESPONSES), **args))
     assert [void.reason for void in said] == ["unparsed"] * 3
     words = asyncio.run(judge(group(*RESPONSES), **args, score=r"w(\d+)", high=float(VOCAB)))
     assert all(0 <= score <= 1 for score in words)
-    wrong = args | {"url": f"{dense_url}/v2"}
+    wrong = args | {"url": f"{speaking}/v2"}
     (void, *_) = asyncio.run(judge(group(*RESPONSES), **wrong))
     assert void.reason == "refused"
