@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import SIDE_FILES, hf_reader, hf_tensors
+from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, side_files
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
 
@@ -76,13 +76,14 @@ def write_torch_dist(
     Weights keep their type. Peak memory is a few times the largest parameter, whatever the model's size.
 
     Raises:
-        ConfigError: the source is not a supported model, or is not complete.
+        ConfigError: the source is not a supported model, or is not complete, or a file beside it is damaged.
     """
     if min(tensor, pipeline) < 1:
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: the numbers of writers must be positive")
     if tensor * pipeline > _MOST_FILES:
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: at most {_MOST_FILES} files in all")
     arch = read_architecture(source)
+    check_side_files(source)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
     types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
@@ -139,6 +140,5 @@ def _write_side_files(source: Path, directory: Path) -> None:
     common = io.BytesIO()
     torch.save({}, common)
     (directory / "common.pt").write_bytes(common.getvalue())
-    for name in SIDE_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
+    for path in side_files(source):
+        shutil.copyfile(path, directory / path.name)

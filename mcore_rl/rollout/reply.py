@@ -130,6 +130,8 @@ def _parse(item: Any, asked: Asked) -> Reply:
     entries = meta.get("output_token_logprobs", []) if aborted_early else meta["output_token_logprobs"]
     log_probs, echoed = _scores(entries, "meta_info.output_token_logprobs")
     check_tokens(token_ids, log_probs, asked.vocabulary, asked.most)
+    if not token_ids and finish != "abort" and asked.most:  # what stops, by a stop token too, was sampled
+        raise _wrong("output_ids", f"no token of a response that ended by {finish!r}")
     _check_ids(echoed, asked.vocabulary, "meta_info.output_token_logprobs")
     if echoed != token_ids:
         raise _wrong("meta_info.output_token_logprobs", "disagrees with output_ids")
@@ -221,7 +223,7 @@ def _list(value: Any, field: str) -> list[Any]:
 def _shown(value: Any) -> str:
     """For a message: short, on one line, whatever it is."""
     if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'n object'}"
+        return "a list" if isinstance(value, list) else "an object"
     return quoted(value)
 
 

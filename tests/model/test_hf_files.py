@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_hf_config
-from mcore_rl.model.hf.files import INDEX, SafetensorsWriter, checkpoint_files, hf_reader, safetensors_layout
+from mcore_rl.model.hf.files import (
+    INDEX,
+    SafetensorsWriter,
+    check_side_files,
+    checkpoint_files,
+    hf_reader,
+    read_side_files,
+    safetensors_layout,
+)
 from tests.model.test_mapping import mapping_of
 
 TENSORS = {
@@ -131,3 +140,23 @@ def test_a_pipe_in_a_model_directory_is_not_waited_for(tmp_path: Path, name: str
     read = read_hf_config if name == "config.json" else checkpoint_files
     with pytest.raises(ConfigError, match="not a plain file"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (os.mkfifo, "not a plain file"),
+        (os.mkdir, "not a plain file"),
+        (lambda path: os.symlink("gone", path), "a link that leads nowhere"),
+        (lambda path: os.symlink(path, path), "a link that leads nowhere"),
+    ],
+    ids=["pipe", "directory", "dangling", "loop"],
+)
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json"])
+def test_a_file_beside_the_weights_that_is_none_is_neither_waited_for_nor_left_out(
+    tmp_path: Path, name: str, make: Callable[[Path], None], what: str
+) -> None:
+    make(tmp_path / name)
+    for read in (read_side_files, check_side_files):
+        with pytest.raises(ConfigError, match=rf"{name}: {what}; fetch the file again, or remove it"):
+            read(tmp_path)

@@ -76,9 +76,22 @@ def longer(tokens: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def silent(finish: str) -> Callable[[dict[str, Any]], None]:
+    """No token, everything agreeing."""
+
+    def change(reply: dict[str, Any]) -> None:
+        reply["output_ids"] = reply[META]["output_token_logprobs"] = reply[META]["weight_versions"] = []
+        reply[META]["finish_reason"] = {"type": finish}
+
+    return change
+
+
 BROKEN = [
     *((token(value), "output_ids") for value in (9999, VOCAB, -1, 2**40, 10**400, 8.5, 8.0, True, "3", None)),
     (longer(60), "output_ids: 60 tokens, 4 were asked for"),
+    (silent("stop"), "output_ids: no token of a response that ended by 'stop'"),
+    (silent("length"), "output_ids: no token of a response that ended by 'length'"),
+    (lambda r: r["output_ids"].__setitem__(1, {}), "output_ids: an object (token 1) is no id"),
     *(
         (log_prob(value), "meta_info.output_token_logprobs")
         for value in (0.5, 1e39, -1e39, -(10**400), float("-inf"), float("nan"), True, "-1", None, [])

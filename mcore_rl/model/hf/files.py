@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -101,22 +102,36 @@ def hf_tensors(directory: Path) -> dict[str, StoredTensor]:
     return stored_tensors({name: file for name, file in files.items() if not name.endswith(_COMPUTED)})
 
 
+def side_files(directory: Path) -> list[Path]:
+    """Those of SIDE_FILES that are there.
+
+    Raises:
+        ConfigError: one is a link that leads nowhere, whose content would be left out in silence, or no plain
+            file: to read a pipe could take for ever.
+    """
+    found = [path for name in SIDE_FILES if os.path.lexists(path := Path(directory) / name)]
+    for path in found:
+        if not path.is_file():
+            what = "not a plain file" if path.exists() else "a link that leads nowhere"
+            raise ConfigError(f"{path}: {what}; fetch the file again, or remove it")
+    return found
+
+
 def check_side_files(directory: Path) -> None:
     """Raises ConfigError for a damaged JSON file beside the weights: a server reads it in mid-run.
 
     tokenizer.json and vocab.json are megabytes of JSON, which the tokenizer checks itself.
     """
-    for name in SIDE_FILES:
-        small = name.endswith(".json") and name not in ("tokenizer.json", "vocab.json")
-        if small and (directory / name).exists():
-            fields = read_json_object(directory / name)
-            if name == "generation_config.json":
-                check_kinds(fields, GENERATION_KINDS, str(directory / name))
+    for path in side_files(directory):
+        if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
+            fields = read_json_object(path)
+            if path.name == "generation_config.json":
+                check_kinds(fields, GENERATION_KINDS, str(path))
 
 
 def read_side_files(source: Path) -> dict[str, bytes]:
-    """config.json, tokenizer and the rest of SIDE_FILES, as they are now."""
-    return {name: (source / name).read_bytes() for name in SIDE_FILES if (source / name).exists()}
+    """config.json, tokenizer and the rest of SIDE_FILES, as they are now. Raises as `side_files`."""
+    return {path.name: path.read_bytes() for path in side_files(source)}
 
 
 def write_side_files(
