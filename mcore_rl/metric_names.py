@@ -14,7 +14,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "reward/std": "Standard deviation of the rewards, over n.",
         "reward/no_signal": "Share of the samples whose advantages are all 0.",
         "reward/*": "Mean of this part of the reward, before its weight, over the samples that have it.",
-        "void/*": "Samples without a reward, by the reason: what the function did, or what its `Void` said.",
+        "void/*": "Samples without a reward, by the reason; `other`: reasons of `Void` beyond the first 16.",
         "length/mean": "Mean response length in tokens.",
         "length/max": "Longest response in tokens.",
         "truncated": "Share of the responses that ended at `rollout.max_new_tokens`.",

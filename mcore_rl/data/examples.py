@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Literal
+
+import numpy as np
 
 from mcore_rl.data.messages import Message, read_messages
 from mcore_rl.data.packing import TokenSequence
@@ -22,6 +23,9 @@ from mcore_rl.types import Prompt
 Target = Literal["label", "last", "all", "pair", "verdict"]
 """what is trained: the label; the assistant's last turn of a conversation, or all of them; a chosen answer
 against a rejected one; an answer that was found desirable or not"""
+
+_LARGEST = float(np.finfo(np.float32).max)
+"""a margin beyond it is infinite in the loss"""
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,10 @@ class ExampleReader(RowReader):
         if not key:
             return 0.0
         value = look_up(record, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise DataError(f"{place}:{key}: {_what(value)}; expected a finite number")
+        if not -_LARGEST <= value <= _LARGEST:  # NaN compares false, and int(10**400) is no float
+            raise DataError(f"{place}:{key}: beyond float32; expected a finite number")
         return float(value)
 
 

@@ -31,6 +31,7 @@ Answer to judge:
 Think briefly about whether the answer is right and complete. Then end with one line "Score: N", where N is a
 number from 0 (worthless) to 10 (perfect)."""
 SCORE = r"(?i)score\**\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)"
+_PLACE = re.compile(r"\d{1,18}", re.ASCII)
 _FIELD = re.compile(r"\{(prompt|response|label)\}")
 
 
@@ -71,7 +72,7 @@ async def remote(
         if not isinstance(said, dict) or "reward" not in said:
             raise ServiceError("reply", f"{url}: neither reward nor void in {str(said)[:80]}")
         reward = said["reward"]
-        if isinstance(reward, dict) and reward and all(key.isdecimal() for key in reward):
+        if isinstance(reward, dict) and reward and all(map(_PLACE.fullmatch, reward)):
             return {int(place): value for place, value in reward.items()}  # JSON's keys are strings
         return reward
 

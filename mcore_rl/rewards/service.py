@@ -20,6 +20,7 @@ import aiohttp
 from mcore_rl.errors import ConfigError
 from mcore_rl.rewards.outcome import Void
 from mcore_rl.rewards.task import PROCESSES, TIMEOUT
+from mcore_rl.terminal import quoted
 from mcore_rl.types import Group, Sample
 
 _BACKOFF_SECONDS = 0.25
@@ -56,6 +57,17 @@ class Service:
     """calls per second of the whole run, of which each process of its reward pools has its share; 0: any"""
     concurrent: int = 16
     """calls at a time of one process"""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what would ask nothing, or wait for ever."""
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"url: {quoted(self.url)} is no address; begin it with http:// or https://")
+        for name, low in (("retries", 0), ("concurrent", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}: {quoted(value)}; give an integer of at least {low}")
+        if not (isinstance(self.per_second, int | float) and self.per_second >= 0):
+            raise ConfigError(f"per_second: {quoted(self.per_second)}; give a number of at least 0")
 
     async def ask(self, session: aiohttp.ClientSession, body: Mapping[str, Any]) -> Any:
         """The JSON of its answer to a POST of `body`; see `session`.

@@ -23,6 +23,11 @@ from mcore_rl.training.batch import Shape, whole_sequence
 from mcore_rl.training.model_passes import values
 from mcore_rl.types import Group, Sample
 
+MOST_REASONS = 16
+"""of `Void`, that have a metric of their own in a run: a function may give each sample another one"""
+_FAILURES = {"raised", "exited", "timeout", "memory", "output", "forked", "returned", "no_function"}
+"""reasons of the pool, which always have one"""
+
 
 def reward_functions(config: Config) -> tuple[RewardFunction, ...]:
     """The functions whose weighted sum is the reward of the run."""
@@ -54,6 +59,18 @@ class Tally:
     """of all leads"""
     parts_known: bool = False
     """the names of weights were compared with those of parts"""
+    named: set[str] = field(default_factory=set)
+    """reasons of `Void` that have a metric"""
+
+    def by_metric(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """`void/<reason>` of these counts; those beyond MOST_REASONS in a run together, as `void/other`."""
+        found: Counter[str] = Counter()
+        for reason, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])):
+            if reason not in _FAILURES and len(self.named) < MOST_REASONS:
+                self.named.add(reason)
+            known = reason in _FAILURES or reason in self.named
+            found[f"void/{reason if known else 'other'}"] += count
+        return {name: float(count) for name, count in found.items()}
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,7 @@ class RewardSource:
         counts = sum((part.counts for part in self.tally.known), Counter())
         self.tally.known.clear()
         self.tally.scored = 0
-        return {f"void/{reason}": float(count) for reason, count in counts.items()}
+        return self.tally.by_metric(counts)
 
     def by_model(self, groups: Sequence[Group]) -> list[Group]:
         """On all ranks, for the same groups: with the model's rewards; unchanged where there is no model.

@@ -151,6 +151,8 @@ def test_answers_of_several_turns_are_trained_behind_what_they_share(tmp_path) -
             "chosen: .* has to begin and end with a turn",
         ),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "by": True}, "by: .*expected a finite number"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "by": 10**400}, "by: beyond float32; expected"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "by": -1e39}, "by: beyond float32; expected"),
     ],
 )
 def test_a_pair_that_is_none_is_refused(tmp_path, row, message) -> None:

@@ -242,3 +242,23 @@ def test_in_a_pool_the_deadline_of_a_service_comes_before_that_of_its_process() 
     assert [sample.reward for sample in scored.samples] == [1.0, None, 1.0]
     assert reasons.counts == {"timeout": 1}
     assert "no reply within 3.6 s" in reasons.examples[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "args", "said"),
+    [
+        ("http://x", {"concurrent": 0}, "concurrent: 0; give an integer of at least 1"),
+        ("http://x", {"retries": -1}, "retries: -1; give an integer of at least 0"),
+        ("http://x", {"retries": "3"}, "retries: '3'; give"),
+        ("http://x", {"per_second": -1.0}, "per_second: -1.0; give"),
+        ("grader:8000", {}, "url: 'grader:8000' is no address; begin it with http"),
+        ("", {}, "url: '' is no address"),
+    ],
+)
+def test_what_would_ask_nothing_or_wait_for_ever_is_refused_at_once(url, args, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        asyncio.run(asyncio.wait_for(remote(asked("x"), url=url, **args), 5))
+
+
+def test_a_place_of_many_digits_is_no_exception_that_takes_the_group_along() -> None:
+    assert of(lambda *_: {"reward": {"1" * 5000: 1.0}}, "x") == [{"1" * 5000: 1.0}]

@@ -16,6 +16,7 @@ from mcore_rl.rewards.outcome import read_outcome, turn_ends
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.batch import RolloutBatch, build_batch
 from mcore_rl.training.metrics import rollout_metrics
+from mcore_rl.training.rewards import MOST_REASONS, Tally
 from mcore_rl.types import Group, RewardPart, Sample, TurnReward
 from tests.training.test_trajectories import random_trajectory
 
@@ -196,3 +197,15 @@ def test_every_part_is_a_metric() -> None:
         assert metrics[f"reward/{name}"] == pytest.approx(np.mean([s.parts[k].value for s in having]))
     assert metrics["reward/mean"] == pytest.approx(np.mean([s.reward for s in of.samples]))
     assert not any(name.startswith("reward/a") for name in rollout_metrics(batch(6, form="number"), [1.0], 1))
+
+
+def test_reasons_without_end_make_no_metrics_without_end() -> None:
+    tally = Tally()
+    names: set[str] = set()
+    for step in range(20):
+        counts = {f"no grader for {step}-{i}": 1 for i in range(50)} | {"timeout": 1, "kept": 100}
+        found = tally.by_metric(counts)
+        assert sum(found.values()) == 151
+        assert (found["void/timeout"], found["void/kept"]) == (1, 100)
+        names |= set(found)
+    assert len(names) == MOST_REASONS + 2  # timeout, and other
