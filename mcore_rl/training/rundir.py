@@ -170,7 +170,7 @@ def _holds_foreign(directory: Path, kind: Kind, files: re.Pattern[str]) -> bool:
     if is_ours(directory, kind) or not os.path.lexists(directory):
         return False
     if directory.is_symlink() or not directory.is_dir() or kind_of(directory) is not None:
-        return True
+        return not is_ours(directory, kind)  # a run may have put it there since the first look
     return any(files.fullmatch(path.name) for path in directory.iterdir())
 
 
