@@ -11,7 +11,7 @@ from pydantic import model_validator
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.held_out import set_name, wrong_sets
-from mcore_rl.config.kinds import unused_of_kind, wrong_of_kind
+from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
 from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
@@ -106,6 +106,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if not config.supervised_only:
         yield from _against_algorithm(config)
     yield from wrong_of_kind(config.run.kind, config.preference, config.residency.reference)
+    yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)

@@ -36,12 +36,18 @@ def check_source(config: Config, source: Path) -> None:
 
 def doubts_of_source(config: Config) -> list[str]:
     """`key: what` for what a run that trains on dumps may do and hardly means."""
-    if config.checkpoint.every:
-        return []
-    return [
-        "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are kept "
-        "nowhere; with any other number those of the last step are"
-    ]
+    doubts = []
+    if not config.checkpoint.every:
+        doubts.append(
+            "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are "
+            "kept nowhere; with any other number those of the last step are"
+        )
+    if config.data.curriculum is not None:
+        doubts.append(
+            "data.curriculum: has no effect on dumps, whose prompts were chosen when they were sampled; "
+            "remove it"
+        )
+    return doubts
 
 
 def check_directory(config: Config) -> int:
