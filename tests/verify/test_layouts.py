@@ -72,7 +72,7 @@ def test_products_on_four_ranks(worlds: SharedPools) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ranks")
 def test_eight_ranks() -> None:
-    with Pools("forkserver") as worlds:
+    with Pools() as worlds:
         assert_all_agree(worlds, ("tp2pp2cp2",), ("gspo",))
 
 
