@@ -36,6 +36,7 @@ from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS
 from mcore_rl.training.rundir import held, warn_of_others
 from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
+from mcore_rl.weight_files import unread
 
 
 def under_torchrun() -> bool:
@@ -100,7 +101,9 @@ def run_alone(config: Config) -> int:
 
 def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
     warn_of_others(config)
-    for what in [*warnings(config), *doubts]:
+    models = [] if config.model.random_init else [config.model.path]
+    models += [] if config.reward.model is None else [config.reward.model]
+    for what in [*warnings(config), *filter(None, map(unread, models)), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)
 
