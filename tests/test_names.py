@@ -17,7 +17,7 @@ PRIVATE = frozenset({"Ahead", "Held", "Judge", "Standing", "apart", "ending", "o
 
 
 DOTTED = re.compile(r"(?<![\w./-])[a-z_]+(?:\.[A-Za-z]\w+)+(?![\w/])(?!\.\w)")
-FILES = (".html", ".json", ".jsonl", ".npz", ".py", ".toml")
+FILES = (".html", ".json", ".jsonl", ".npz", ".py", ".safetensors", ".toml")
 VARIABLES = frozenset({"server"})
 """what a dotted name may begin with although a package has that name"""
 KEYS = frozenset(
