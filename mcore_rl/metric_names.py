@@ -86,7 +86,11 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "perplexity": "exp of the loss, of supervised training.",
         "kl/rollout": "KL divergence to the policy that sampled, estimator k3, mean over tokens.",
         "kl/reference": "KL divergence to the reference, estimator k3, mean over tokens.",
-        "kl/reward": "KL divergence to the reference that the token rewards carry, mean over tokens.",
+        "kl/reward": "KL divergence to the reference that the token rewards carry, estimator k1 of the old "
+        "policy, mean over tokens.",
+        "kl/response": "The same, the sum over the tokens of a response, mean over responses: what "
+        "`algorithm.params.kl_target` is for.",
+        "kl/coefficient": "Its coefficient in the token rewards, adapted where there is a target.",
         "masked/fraction": "Share of the tokens with a recorded log-prob that is not finite; they count for "
         "nothing.",
         "correction/mean": "Mean weight of the correction for another sampling policy.",

@@ -276,6 +276,12 @@ def _against_algorithm(config: Config) -> Iterator[str]:
             "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
             "ends the run; set 2 or more, or 0"
         )
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    if algorithm.kl_target is not None and algorithm.kl_horizon < samples:
+        yield (
+            f"algorithm.params.kl_horizon: {algorithm.kl_horizon:g} is shorter than the {samples} samples of "
+            "a step, over which the coefficient would jump; raise it"
+        )
     if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
@@ -355,6 +361,8 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if config.supervised_only or name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
         unused |= dict.fromkeys(keys, f"{what} has no critic")
+    elif not config.critic.warmup_rollouts:
+        unused["critic.warmup_epochs"] = "critic.warmup_rollouts is 0"
     if not _needs_reference(config):
         unused["residency.reference"] = f"{what} has no reference"
     if not config.checkpoint.every:

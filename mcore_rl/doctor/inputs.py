@@ -15,7 +15,7 @@ from mcore_rl.data.chat import render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.doctor.rewards import check_reward
+from mcore_rl.doctor.rewards import check_reward, classifier
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -148,6 +148,9 @@ def _data(config: Config) -> list[Finding]:
         findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
         findings += guarded("reward", lambda: check_reward(config, read["data.train"]))
+        path = config.critic.path
+        if path is not None:
+            findings += guarded("critic", lambda: [classifier(config, "critic.path", path)])
         if config.data.curriculum is not None:
             findings += guarded("curriculum", lambda: _curriculum(config, read["data.train"]))
     return findings

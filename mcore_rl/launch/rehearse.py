@@ -119,8 +119,9 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
-    if config.reward.model is not None:
-        _write_reward_model(directory / "reward_model", config.reward.model, parallel, config.run.seed)
+    for name, source in (("reward_model", config.reward.model), ("critic", config.critic.path)):
+        if source is not None:
+            _write_classifier(directory / name, source, parallel, config.run.seed)
     lines = "".join(json.dumps(problem) + "\n" for problem in _problems(config))
     (directory / "problems.jsonl").write_text(lines)
     file = directory / "rehearsal.toml"
@@ -209,7 +210,7 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
 
 
-def _write_reward_model(directory: Path, source: Path, parallel: ParallelConfig, seed: int) -> None:
+def _write_classifier(directory: Path, source: Path, parallel: ParallelConfig, seed: int) -> None:
     """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
     _write_model(directory, shrink_model(read_hf_config(source), parallel))
     arch = read_architecture(directory)
@@ -271,9 +272,15 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "weights": {},
             "model": config.reward.model and directory / "reward_model",
         },
-        "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
+        "algorithm": {
+            "mini_batches": min(2, algorithm.mini_batches),
+            "params": {key: value for key, value in algorithm.params.items() if key != "kl_horizon"},
+        },
         "optimizer": {"warmup_steps": 0},
-        "critic": {"warmup_rollouts": min(1, config.critic.warmup_rollouts)},
+        "critic": {
+            "path": config.critic.path and directory / "critic",
+            "warmup_rollouts": min(1, config.critic.warmup_rollouts),
+        },
         "train": {
             "steps": STEPS,
             "tokens_per_micro_batch": min(128, train.tokens_per_micro_batch),

@@ -38,7 +38,9 @@ class PlannedStep:
     recompute: str
     distributed_optimizer: bool
     reference: bool
-    critic: bool
+    critic: Architecture | None
+    critic_flops: float
+    """FLOPs of its forward pass over a step, the policy's taken as 1"""
     reward_model: Architecture | None
     """a frozen model on the training ranks"""
     reward_flops: float
@@ -104,6 +106,12 @@ def work_of(
     supervised = config.supervised_only
     algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params, a.loss)
     reward = None if supervised else config.reward.model
+    critic = None if supervised or not algorithm.needs_critic else config.critic.path or config.model.path
+    policy = _flops_of(config.model.path)
+    prompt = config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
+    response = r.max_new_tokens if response_tokens is None else response_tokens
+    # one that values prompts sees each of them once, and no response
+    share = prompt / (prompt + response) / r.samples_per_prompt if algorithm.values_prompts else 1.0
     compared = config.run.kind == "preference"
     answers = 2 if compared and config.preference.loss != "kto" else 1
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
@@ -111,8 +119,8 @@ def work_of(
         samples=config.supervised.batch_size * answers
         if supervised
         else r.prompts_per_step * r.samples_per_prompt,
-        prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
-        response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,
+        prompt_tokens=prompt,
+        response_tokens=response,
         longest_response=r.max_new_tokens,
         longest=config.data.max_prompt_tokens + r.max_new_tokens,
         mini_batches=1 if supervised else a.mini_batches,
@@ -126,9 +134,10 @@ def work_of(
             if supervised
             else algorithm.needs_reference
         ),
-        critic=not supervised and algorithm.needs_critic,
+        critic=None if critic is None else read_architecture(critic),
+        critic_flops=0.0 if critic is None else _flops_of(critic) / policy * share,
         reward_model=None if reward is None else read_architecture(reward),
-        reward_flops=0.0 if reward is None else _flops_of(reward) / _flops_of(config.model.path),
+        reward_flops=0.0 if reward is None else _flops_of(reward) / policy,
         colocated=colocated,
         generates=not supervised,
         segments=segments or 1.0,

@@ -12,7 +12,7 @@ from mcore_rl.model.hf.content import file_content, model_content
 
 Inputs = Mapping[str, Mapping[str, str]]
 """key of the config -> part -> its digest"""
-MODELS = ("model.path", "reward.model")
+MODELS = ("model.path", "reward.model", "critic.path")
 
 
 def inputs_of(config: Config) -> Inputs:
@@ -24,6 +24,8 @@ def inputs_of(config: Config) -> Inputs:
     found = {"model.path": model_content(config.model.path, weights=not config.model.random_init)}
     if config.reward.model is not None:
         found["reward.model"] = model_content(config.reward.model, weights=True)
+    if config.critic.path is not None:
+        found["critic.path"] = model_content(config.critic.path, weights=False)  # those in training are saved
     for name, one in config.held_out.items():
         key = f"eval.sets.{name}.path" if name in config.eval.sets else "data.eval"
         with suppress(OSError):  # whoever reads the set says so
