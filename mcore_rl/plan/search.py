@@ -69,6 +69,8 @@ def evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan:
     check_layout(problem.arch, layout)
     if problem.work.reward_model is not None:
         check_reward_layout(problem.work.reward_model, layout)
+    for teacher in problem.work.teachers:
+        check_layout(teacher, layout)
     _check_micro_batch(problem.work, layout)
     stages = stage_memory(problem.arch, layout, problem.work)
     fullest = max(memory.total for memory in stages)
