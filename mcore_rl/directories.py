@@ -100,6 +100,11 @@ def read_mark(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def files_in(directory: Path) -> list[str]:
+    """The names of the files in `directory`, sorted; of those in a folder of it with a slash."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
 def make(directory: Path, remedy: str, *, kind: Kind) -> None:
     """Make `directory` new, empty and marked; one of the same kind is removed first. Raises as `remove`."""
     remove(directory, remedy, kind=kind)

@@ -14,6 +14,7 @@ from mcore_rl.convert.certify import Certificate, certify
 from mcore_rl.convert.output import ConversionProgress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
+from mcore_rl.directories import files_in
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.torch_dist import holds_classifier
 from mcore_rl.terminal import printable
@@ -100,7 +101,7 @@ def _convert(
         if check is not None:
             print("comparing the logits of both sides", file=sys.stderr, flush=True)
             summary["certificate"] = asdict(check(directory))
-        files = [manifest.checksum(path) for path in sorted(directory.iterdir())]
+        files = [manifest.checksum(directory, name) for name in files_in(directory)]
         manifest.commit(directory, files, conversion=summary)
     return summary
 

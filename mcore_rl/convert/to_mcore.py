@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, side_files
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
+from mcore_rl.terminal import printable
+from mcore_rl.weight_files import unread
 
 _MEGATRON = {
     "sharded_backend": "torch_dist",
@@ -84,6 +87,8 @@ def write_torch_dist(
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: at most {_MOST_FILES} files in all")
     arch = read_architecture(source)
     check_side_files(source)
+    if left := unread(source):
+        print(printable(f"warning: {left}"), file=sys.stderr)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
     types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
@@ -140,5 +145,6 @@ def _write_side_files(source: Path, directory: Path) -> None:
     common = io.BytesIO()
     torch.save({}, common)
     (directory / "common.pt").write_bytes(common.getvalue())
-    for path in side_files(source):
-        shutil.copyfile(path, directory / path.name)
+    for name, path in side_files(source).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)

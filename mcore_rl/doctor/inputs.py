@@ -26,6 +26,7 @@ from mcore_rl.training.data import check_batch, describe_beginning, describe_dro
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.training.teachers import check_teachers
+from mcore_rl.weight_files import unread
 
 T = TypeVar("T")
 
@@ -62,6 +63,9 @@ def _model(config: Config) -> Iterable[Finding]:
         return
     hf_reader(path, ParameterMap(architecture, padded_vocab(architecture, 1)))
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
+    if left := unread(path):
+        what, _, remedy = left.rpartition("; ")
+        yield Finding("model", "warning", what, remedy)
 
 
 def _readable(config: Config) -> Iterable[Finding]:

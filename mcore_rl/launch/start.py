@@ -17,6 +17,7 @@ from types import FrameType
 from mcore_rl.config import Config, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
 from mcore_rl.launch.environment import check_environment
+from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
 from mcore_rl.training.faults.deadline import ExitTimer
@@ -33,9 +34,10 @@ from mcore_rl.training.faults.exits import (
     typed,
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
-from mcore_rl.training.faults.watchdog import GRACE_SECONDS
+from mcore_rl.training.faults.watchdog import GRACE_SECONDS, collective_timeout
 from mcore_rl.training.rundir import held, warn_of_others
 from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
+from mcore_rl.weight_files import unread
 
 
 def under_torchrun() -> bool:
@@ -100,7 +102,9 @@ def run_alone(config: Config) -> int:
 
 def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
     warn_of_others(config)
-    for what in [*warnings(config), *doubts]:
+    models = [] if config.model.random_init else [config.model.path]
+    models += [] if config.reward.model is None else [config.reward.model]
+    for what in [*warnings(config), *filter(None, map(unread, models)), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)
 
@@ -230,8 +234,10 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says its own error
+    patience = collective_timeout(config.train.step_timeout)
     try:
-        left = _start_ranks(launch, ranks, arguments)
+        with ending_stopped(launch, config.run.dir, patience):
+            left = _start_ranks(launch, ranks, arguments)
     finally:
         end_launched(launch)
     if isinstance(left, int):

@@ -143,7 +143,7 @@ def forget(directory: Path) -> None:
         position = {key: document["state"]["cursor"][key] for key in ("seed", "epoch", "position", "last")}
         digest = hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
         document["state"]["cursor"] = {**position, "fingerprint": digest}
-        files = [manifest.checksum(path / name) for name in saved.files]
+        files = [manifest.checksum(path, name) for name in saved.files]
         for name in (manifest.MANIFEST, manifest.COMMITTED):
             (path / name).unlink()
         manifest.commit(path, files, step=saved.step, run=document)
