@@ -51,8 +51,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/prompts": "Prompts of the set's file.",
     },
     "Held-out rows": {
-        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token, or "
-        "the mean over pairs, or over verdicts.",
+        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token (with "
+        "`distill`, the divergence), or the mean over pairs, or over verdicts.",
         "validation/perplexity": "exp of it, with `sft`.",
         "validation/*": "The metric `preference/*` of these rows.",
     },
@@ -71,7 +71,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Loss and policy": {
         "loss/policy": "The objective, mean over the optimizer steps of the step; of supervised "
-        "training, nats per token.",
+        "training and distillation, nats per token.",
         "loss/reward_model": "The reward model's loss, mean over the pairs.",
         "loss/value": "The critic's loss, mean over its optimizer steps.",
         "lr/policy": "Learning rate of the step's first update of the policy.",

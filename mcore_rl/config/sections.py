@@ -156,7 +156,7 @@ class Section(BaseModel):
     )
 
 
-Kind = Literal["rl", "sft", "preference", "reward_model"]
+Kind = Literal["rl", "sft", "preference", "reward_model", "distill"]
 """what a run trains by"""
 
 
@@ -167,7 +167,8 @@ class RunConfig(Section):
     """Where the run writes everything; relative to the current directory, like every path here."""
     kind: Kind = "rl"
     """`rl`: reinforcement learning on rollouts; `sft`: supervised, on answers that the data has;
-    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers."""
+    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers;
+    `distill`: to answer as a teacher does."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
 
