@@ -53,11 +53,11 @@ class Algorithm:
     kl_in_loss: float = 0.0
     """coefficient of the KL term inside the same aggregation"""
     kl_estimator: KLEstimator = "k3"
-    """coefficient of the KL in the loss"""
+    """estimator of the KL in the loss"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
     correction: CorrectionName = "none"
-    """weights of the policy term where another policy sampled than the old one: a key of CORRECTIONS"""
+    """importance correction for the sampling engine against the old policy: a key of CORRECTIONS"""
     correction_low: float | None = None
     """its lower bound; None: that of the entry"""
     correction_high: float | None = None
@@ -76,7 +76,7 @@ class Algorithm:
         return self.kl_in_reward != 0 or self.kl_in_loss != 0 or "reference" in declared(self.loss)
 
     def rowwise(self, *, on_policy: bool) -> bool:
-        """A token's loss follows from its own log-prob and entropy, so that any part of a batch has its sum.
+        """A token's loss follows from its own log-prob and entropy; the head then computes it in chunks.
 
         Not where the loss declares that it reads a log-ratio of the whole sequence. `on_policy`: old
         log-probs are the current ones, and the mean log-ratio to them is 0.

@@ -22,7 +22,7 @@ from mcore_rl.types import PackedBatch
 
 
 class Loss(Protocol):
-    """A pure sum over rows, no mean: w carries the GLOBAL denominators of the optimizer step."""
+    """The sum over rows of weight * loss. Weights carry 1 / global count, so that nobody divides again."""
 
     def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Mapping[Any, Tensor]]:
         """(this rank's rows of a micro-batch, a policy's HeadOutput or a critic's values [R] on them).

@@ -1,7 +1,7 @@
 """From rewards and scores to what the losses need per token. Pure; every rank computes the same.
 
 Statistics are exact: they are those of the whole gathered batch. N samples, m_i trained tokens of sample i,
-R their sum: flat rows, sample after sample and segment after segment, as algo.returns has them.
+R their sum: flat rows, sample after sample and segment after segment, as algo.advantages has them.
 """
 
 from __future__ import annotations

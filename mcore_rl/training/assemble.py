@@ -97,12 +97,12 @@ class Models:
     """The models of a run besides the policy, and what of all of them waits in host memory."""
 
     algorithm: Algorithm
-    """that needs them"""
+    """the algorithm, by which it was decided which of the models are needed"""
     reference: Model | None
     critic: Critic | None
     reward_model: Model | None
     waiting: Mapping[str, ResidentPart]
-    """those that only score, since they were built"""
+    """models that only score, offloaded since they were built; optimizers follow in `waiting_parts`"""
     contents: Contents
     """what a checkpoint holds of them, of the cursor and of the alert"""
     alert: GradientAlert

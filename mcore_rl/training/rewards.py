@@ -54,9 +54,9 @@ class Tally:
 
     scored: int = 0
     reasons: list[Reasons] = field(default_factory=list)
-    """why samples are void: of this lead, not yet known to the others"""
+    """why samples of this replica are void, not yet gathered over the replicas"""
     known: list[Reasons] = field(default_factory=list)
-    """of all leads"""
+    """the same of all replicas, gathered"""
     parts_known: bool = False
     """the names of weights were compared with those of parts"""
     named: set[str] = field(default_factory=set)
