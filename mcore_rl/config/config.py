@@ -14,7 +14,6 @@ from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import unused_of_kind, wrong_of_kind
 from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
-    REDUCED_PRECISION,
     AlgorithmConfig,
     CriticConfig,
     DataConfig,
@@ -58,9 +57,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
-        """The publish tolerances of reduced precision, where none are given."""
+        """The publish tolerances are not those of float32 then, unless they are given."""
         given = self.publish.model_fields_set
-        wider = {name: value for name, value in REDUCED_PRECISION.items() if name not in given}
+        wider = {name: None for name in ("tolerance_p999", "tolerance_max") if name not in given}
         if self.model.precision != "fp32":
             object.__setattr__(self, "publish", self.publish.model_copy(update=wider))  # it is frozen
         return self
@@ -101,7 +100,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
     yield from wrong_rewards(config.reward)
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
-    if config.publish.tolerance_p999 > config.publish.tolerance_max:
+    p999, largest = config.publish.tolerance_p999, config.publish.tolerance_max
+    if p999 is not None and largest is not None and p999 > largest:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if not config.supervised_only:
         yield from _against_algorithm(config)
