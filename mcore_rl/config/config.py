@@ -15,7 +15,6 @@ from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
-    REDUCED_PRECISION,
     AlgorithmConfig,
     CriticConfig,
     DataConfig,
@@ -61,9 +60,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
-        """The publish tolerances of reduced precision, where weights are published and none are given."""
+        """The publish tolerances, where weights are published, are not those of float32 unless they are given."""
         given = self.publish.model_fields_set
-        wider = {name: value for name, value in REDUCED_PRECISION.items() if name not in given}
+        wider = {name: None for name in ("tolerance_p999", "tolerance_max") if name not in given}
         if self.model.precision != "fp32" and self.samples_responses:
             object.__setattr__(self, "publish", self.publish.model_copy(update=wider))  # it is frozen
         return self
@@ -116,7 +115,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from wrong_rewards(config.reward)
     yield from wrong_environment(config.environment, config.data, rollout, config.reward, train)
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
-    if config.publish.tolerance_p999 > config.publish.tolerance_max:
+    p999, largest = config.publish.tolerance_p999, config.publish.tolerance_max
+    if p999 is not None and largest is not None and p999 > largest:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if config.run.kind == "rl":
         yield from _against_algorithm(config)

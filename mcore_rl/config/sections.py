@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mcore_rl.precision import PrecisionName, RecipeName
+from mcore_rl.precision import FP32_TOLERANCES, PrecisionName, RecipeName
 from mcore_rl.types import TAKEN_PARTS
 
 
@@ -459,12 +459,6 @@ class TrainConfig(Section):
     """Seconds after which a step without progress ends the run."""
 
 
-REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}
-"""The limits of [publish] below float32. Judged, not measured: two engines of a dense model are reported to
-differ by 0.01-0.04 in the mean over tokens, by far more in single ones; weights of no model differ by
-ln(vocabulary)."""
-
-
 class PublishConfig(Section):
     """Weights for the servers, and the check that they arrived."""
 
@@ -480,9 +474,9 @@ class PublishConfig(Section):
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish, 4096 tokens each."""
-    tolerance_p999: Positive = 1e-4
-    """Largest difference of 99.9 % of a step's log-probs to the servers'; 0.5 below fp32."""
+    tolerance_p999: Positive | None = FP32_TOLERANCES.p999
+    """Largest difference of 99.9 % of a step's log-probs to the servers'; below fp32 unset: by the layers."""
     mismatch_action: Literal["warn", "stop", "drop"] = "warn"
     """Above that: say so, end the run before it trains the step, or train without the samples that differ."""
-    tolerance_max: Positive = 2e-4
-    """Largest difference of any log-prob compared after a publish; above, the run ends. 3.0 below fp32."""
+    tolerance_max: Positive | None = FP32_TOLERANCES.largest
+    """Largest one of any log-prob compared after a publish; above, the run ends. Below fp32 as the other."""

@@ -35,7 +35,7 @@ from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
 from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import GradientAlert
-from mcore_rl.training.mismatch import Mismatch
+from mcore_rl.training.mismatch import Mismatch, tolerances_of
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import check_saved
@@ -193,7 +193,10 @@ def learner_parts(trainer: Trainer, models: Models, residency: Residency) -> dic
         "alert": models.alert,
         "kl": models.kl,
         "mismatch": Mismatch(
-            config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
+            config.publish.mismatch_action,
+            tolerances_of(config, trainer.policy.arch.layers).p999,
+            trainer.step_log,
+            mesh.is_main,
         ),
         "dumps": DumpWriter(
             run_dir=config.run.dir,

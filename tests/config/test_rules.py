@@ -265,9 +265,9 @@ def test_one_sample_is_refused_for_every_algorithm_that_compares_samples(load):
     ("keys", "tolerances"),
     [
         ({}, (1e-4, 2e-4)),
-        ({"model__precision": "bf16"}, (0.5, 3.0)),
-        ({"model__precision": "fp8"}, (0.5, 3.0)),
-        ({"model__precision": "bf16", "publish__tolerance_max": 0.75}, (0.5, 0.75)),
+        ({"model__precision": "bf16"}, (None, None)),
+        ({"model__precision": "fp8"}, (None, None)),
+        ({"model__precision": "bf16", "publish__tolerance_max": 0.75}, (None, 0.75)),
     ],
 )
 def test_publish_tolerances_are_those_of_the_precision_unless_given(load, keys, tolerances) -> None:
