@@ -25,8 +25,10 @@ _OF_ROLLOUT = (
 def check_source(config: Config, source: Path) -> None:
     """Raises DataError where there are no dumps, ConfigError where this run cannot be one that reads them."""
     directory = find_dumps(source)
-    if config.supervised_only:
-        raise ConfigError(f'--rollouts: run.kind = "{config.run.kind}" samples nothing; drop one of the two')
+    if config.run.kind != "rl":
+        raise ConfigError(
+            f'--rollouts: run.kind = "{config.run.kind}" trains on no dumps; drop one of the two'
+        )
     if directory.resolve().is_relative_to(config.run.dir.resolve()):
         raise ConfigError(
             f"--rollouts: {directory} lies in run.dir, whose files this run would replace; set run.dir to "
