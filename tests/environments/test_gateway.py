@@ -233,7 +233,7 @@ def test_a_rollout_without_turns_left_is_a_bad_request_that_is_not_tried_again()
     assert len(server.asked) == LIMITS.turns
 
 
-def test_a_client_that_leaves_ends_its_generation_and_trains_nothing() -> None:
+def test_a_client_that_leaves_and_a_rollout_that_ends_end_the_generation_and_train_nothing() -> None:
     ended = 0
 
     async def slow(request: Request) -> list[Reply]:
@@ -246,17 +246,28 @@ def test_a_client_that_leaves_ends_its_generation_and_trains_nothing() -> None:
 
     policy = policy_of(TOKENIZER, PROMPT, slow)
 
+    async def ends(times: int) -> None:
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if ended == times:
+                break
+
     async def whole() -> None:
         async with serve_policy(policy) as endpoint, openai_client(endpoint) as client:
             with pytest.raises(openai.APITimeoutError):
                 await client.chat.completions.create(model="m", messages=ASK, timeout=0.2)  # type: ignore[arg-type]
-            for _ in range(100):
-                await asyncio.sleep(0.02)
-                if ended:
-                    break
+            await ends(1)
+        async with serve_policy(policy) as endpoint:
+            client = openai_client(endpoint)
+            left = asyncio.create_task(client.chat.completions.create(model="m", messages=ASK))  # type: ignore[arg-type]
+            await asyncio.sleep(0.2)
+        await ends(2)
+        with pytest.raises(openai.APIConnectionError):
+            await left
+        await client.close()
 
     asyncio.run(asyncio.wait_for(whole(), 60))
-    assert (ended, policy.progress.generating) == (1, 0)
+    assert (ended, policy.progress.generating) == (2, 0)
     assert policy.recorder.segments(PROMPT) == ()
 
 

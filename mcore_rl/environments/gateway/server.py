@@ -69,7 +69,8 @@ class _Gateway:
             return name, Endpoint(f"http://{_HOST}:{self._port}/{name}", self._sessions[name].key)
 
     async def close(self, name: str) -> None:
-        del self._sessions[name]
+        for request in self._sessions.pop(name).requests:
+            request.cancel()
         async with self._lock:
             if not self._sessions and self._runner is not None:
                 runner, self._runner = self._runner, None
@@ -114,7 +115,13 @@ class _Gateway:
             streams = body.get("stream", False)
             if type(streams) is not bool:
                 raise ApiError(400, "stream: expected true or false")
-            reply = await _guarded(answer(session, body))
+            task = asyncio.current_task()
+            assert task is not None
+            session.requests.add(task)
+            try:
+                reply = await _guarded(answer(session, body))
+            finally:
+                session.requests.discard(task)
             if not streams:
                 return web.json_response(reply)
             return await _stream(request, kind, reply, body)

@@ -7,6 +7,7 @@ the message that it said, and keeps its ids.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ class GatewaySession:
     policy: Policy
     key: str
     model: str
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    """being answered; they end with the rollout"""
     calls: int = 0
     """tool calls that were given an id"""
     _answers: dict[bytes, Mapping[str, Any]] = field(default_factory=dict)
