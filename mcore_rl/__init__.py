@@ -73,7 +73,7 @@ __all__ = [
 _HOME = {
     "Config": "mcore_rl.config",
     "load_config": "mcore_rl.config",
-    "TokenLoss": "mcore_rl.algo.losses",
+    "TokenLoss": "mcore_rl.algo.rows",
     "RewardFn": "mcore_rl.rewards",
     "train": "mcore_rl.training.loop",
     "Group": "mcore_rl.types",

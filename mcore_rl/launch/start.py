@@ -214,6 +214,8 @@ def train_of(config: Config) -> Callable[[Config, str | None], None]:
             from mcore_rl.training.preference import train_preference as train
         case "reward_model":
             from mcore_rl.training.reward_model import train_reward_model as train
+        case "distill":
+            from mcore_rl.training.distill import train_distillation as train
     return train
 
 
