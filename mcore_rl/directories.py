@@ -8,6 +8,7 @@ where weights are published is not a version of them. What has no mark was writt
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -43,6 +44,7 @@ _PARTIAL = ".partial"
 _HOLDER = re.compile(rb"(process [^\n]*\n?)?")
 """what a lock's file holds: who has, or had it"""
 _HOLDER_BYTES = 4096
+_REFUSALS = (errno.ENOENT, errno.EPERM, errno.EACCES)
 _held_files: set[FileIO] = set()
 """locks of this process"""
 
@@ -159,7 +161,7 @@ def locked(
             f"({cause.strerror}: {cause.filename}). Move that away, or {remedy}"
         ) from cause
     except OSError as cause:
-        if keeps_no_files(directory):
+        if keeps_no_files(directory, cause):
             raise ConfigError(
                 f"{directory}: {cause.strerror}: its file system keeps no files, like those of /proc and "
                 f"/sys; {remedy}"
@@ -270,10 +272,13 @@ def append_line(path: Path, line: bytes) -> None:
         raise storage_error(path, error, len(line)) from error
 
 
-def keeps_no_files(path: Path) -> bool:
-    """Whether nothing can ever be written at `path`: it would be in a file system of the kernel's own."""
+def keeps_no_files(path: Path, error: OSError) -> bool:
+    """Whether `error` came because `path` is in a file system of the kernel's own, which never takes a file.
+
+    It has no blocks. Some that are remote say so too, and fail otherwise.
+    """
     with contextlib.suppress(OSError, StopIteration):
-        return shutil.disk_usage(_existing(path)).total == 0
+        return error.errno in _REFUSALS and shutil.disk_usage(_existing(path)).total == 0
     return False
 
 

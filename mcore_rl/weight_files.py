@@ -30,7 +30,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """
     _refuse_adapter(directory)
     index = directory / INDEX
-    found = sorted(directory.glob("*.safetensors"))
+    found = _safetensors_in(directory)
     single = directory / SINGLE
     for path in (index, *found):
         if os.path.lexists(path) and not path.is_file():  # to read a pipe could take for ever
@@ -67,7 +67,7 @@ def unread(directory: Path) -> str | None:
         files, weight_map = weight_files(directory)
     except (ConfigError, OSError):
         return None
-    others = [path.name for path in sorted(directory.glob("*.safetensors")) if path not in files]
+    others = [path.name for path in _safetensors_in(directory) if path not in files]
     if not others:
         return None
     of = SINGLE if weight_map is None else f"the files of {INDEX}"
@@ -75,6 +75,11 @@ def unread(directory: Path) -> str | None:
         f"{directory}: {listed(others)} are not read, neither here nor by servers: the weights are {of}; "
         "where they belong to it, export the model again"
     )
+
+
+def _safetensors_in(directory: Path) -> list[Path]:
+    """Those that any reader sees: hidden ones, as macOS leaves beside what it copies, are nobody's."""
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
 
 
 def _refuse_adapter(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -85,7 +86,10 @@ def test_where_nothing_can_ever_be_written_no_retry_is_advised(place: str, small
     ):
         pass
     assert not os.path.lexists(place)
-    assert not keeps_no_files(small_disk("size=64k") / "new" / "run")
+    refused, broken = OSError(errno.ENOENT, "none"), OSError(errno.EIO, "broken")
+    assert not keeps_no_files(small_disk("size=64k") / "new" / "run", refused)
+    assert keeps_no_files(Path(place), refused)
+    assert not keeps_no_files(Path(place), broken)
 
 
 def test_an_empty_directory_may_be_taken(tmp_path: Path) -> None:

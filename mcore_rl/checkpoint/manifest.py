@@ -16,6 +16,7 @@ from typing import Any
 
 from mcore_rl.checkpoint.image import Written, write_file
 from mcore_rl.errors import ConfigError, DamagedCheckpointError
+from mcore_rl.terminal import listed, quoted
 
 COMMITTED = "COMMITTED"
 MANIFEST = "manifest.json"
@@ -85,8 +86,13 @@ def read(path: Path) -> Saved:
         escaping = [name for name in files if not _is_inside(name)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(f"{path / MANIFEST} cannot be read ({error})") from None
-    if version != FORMAT or escaping:
-        raise ConfigError(f"{path / MANIFEST}: format {version} {escaping}, this version reads {FORMAT}")
+    if version != FORMAT:
+        raise ConfigError(f"{path / MANIFEST}: format {quoted(version)}, this version reads {FORMAT}")
+    if escaping:
+        raise ConfigError(
+            f"{path / MANIFEST}: names {listed(escaping)}, which are no files of it; take it from "
+            "where it was written"
+        )
     return saved
 
 
@@ -115,8 +121,11 @@ def _is_inside(name: str) -> bool:
 
 
 def _wrong(path: Path, size: int, sha256: str) -> str:
-    if path.is_symlink() or not path.is_file():
-        return "is missing or not a plain file"
+    try:
+        if path.is_symlink() or not path.is_file():
+            return "is missing or not a plain file"
+    except OSError as error:  # a name that no file system takes
+        return f"cannot be looked at ({error.strerror})"
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes, {size} were written"
     with path.open("rb") as file:

@@ -47,7 +47,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
                     remove(partial, remedy, kind="conversion")
     except OSError as error:
         place = f"{error.filename or partial}: {error.strerror or error}"
-        if error.errno in _NO_PLACE or keeps_no_files(partial):
+        if error.errno in _NO_PLACE or keeps_no_files(partial, error):
             raise ConfigError(f"{place}; nothing was converted. Name another target") from error
         raise CheckpointError(
             f"{place}; nothing is left of the conversion. Make room or make it writable, and convert again"

@@ -36,7 +36,8 @@ def ending_stopped(launch: str, run_dir: Path, limit: float) -> Iterator[None]:
         last = time.monotonic()
         while not closed.wait(min(_POLL_SECONDS, limit / 4)):
             now = time.monotonic()
-            watch.look(ranks_below(psutil.Process(), launch), min(now - last, 2 * _POLL_SECONDS))
+            with suppress(psutil.Error):  # of a look at other processes: the next one comes
+                watch.look(ranks_below(psutil.Process(), launch), min(now - last, 2 * _POLL_SECONDS))
             last = now
 
     thread = threading.Thread(target=look, name="stopped ranks", daemon=True)

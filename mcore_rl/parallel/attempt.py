@@ -35,7 +35,7 @@ def attempt_store(timeout: float) -> tuple[Store, int, int]:
             `timeout` seconds.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_host = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_host = int(os.environ["RANK"]) == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     reach(host, port, timeout, only_resolve=is_host)
     try:
         store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))

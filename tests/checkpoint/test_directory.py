@@ -10,13 +10,15 @@ import pickle
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from mcore_rl.checkpoint import committed, find
+from mcore_rl.checkpoint import committed, find, manifest
 from mcore_rl.checkpoint.directory import CheckpointDirectory
+from mcore_rl.checkpoint.image import Written
 from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.checkpoint.torch_dist import METADATA, data_file
 from mcore_rl.directories import LOCK, MARK, is_ours
@@ -311,3 +313,20 @@ def test_metadata_that_points_elsewhere_is_refused(two: Path) -> None:
     replace(path, METADATA, pickle.dumps({"not": "metadata"}))
     with pytest.raises(DamagedCheckpointError, match="not the metadata"):
         step_in(find(two, "latest"))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../b", "/etc/passwd", "a//b", "./x", "", ".", ".."])
+def test_a_manifest_names_files_of_its_own_directory_only(tmp_path: Path, name: str) -> None:
+    """In a folder of it too: chat templates have one."""
+    for known, refused in (("folder/file", False), (name, True)):
+        content = json.dumps({"format": 1, "step": 0, "run": {}, "files": {known: [1, "00"]}}).encode()
+        (tmp_path / MANIFEST).write_bytes(content)
+        (tmp_path / COMMITTED).write_text(hashlib.sha256(content).hexdigest())
+        with pytest.raises(ConfigError, match="no files of it") if refused else nullcontext():
+            assert list(manifest.read(tmp_path).files) == [known]
+
+
+def test_a_name_that_no_file_system_takes_is_damage(tmp_path: Path) -> None:
+    manifest.commit(tmp_path, [Written("a" * 300, 1, "00")])
+    with pytest.raises(DamagedCheckpointError, match=r"cannot be looked at \(File name too long\)"):
+        manifest.read(tmp_path).check()

@@ -240,8 +240,13 @@ def a_stray_file_beside_shards(directory: Path) -> None:
     save_file({"model.norm.weight": torch.ones(2)}, directory / "model-00003-of-00003.safetensors")
 
 
+def what_macos_leaves(directory: Path) -> None:
+    (directory / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+
+
 ACCEPTED = [
     single,
+    what_macos_leaves,
     an_index_of_it,
     shards,
     consolidated,
