@@ -263,8 +263,8 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.launch.start import run_alone
 
     config = load_config(arguments.config, overrides)
-    if config.supervised_only:
-        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" samples nothing; set "rl"')
+    if config.run.kind != "rl":
+        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" has no rollouts alone; set "rl"')
     return run_alone(config)
 
 

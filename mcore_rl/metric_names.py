@@ -33,6 +33,13 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "data/train/passed_over": "How often in the run so far a prompt turned out to be longer than that "
         "when its turn came; where no such prompt was met, there is none.",
     },
+    "Environments": {
+        "environment/turns": "Mean responses of a rollout, with `environment.function`.",
+        "environment/segments": "Mean training sequences of a rollout: more than one where its context was "
+        "rewritten, by the environment or by the chat template.",
+        "environment/rewritten": "Turns whose earlier conversation the chat template wrote anew, so that "
+        "they began another training sequence.",
+    },
     "Held-out sets": {
         "eval/version": "Step whose weights were evaluated: the step before, where servers generate beside "
         "training.",
@@ -51,8 +58,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/prompts": "Prompts of the set's file.",
     },
     "Held-out rows": {
-        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token, or "
-        "the mean over pairs, or over verdicts.",
+        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token (with "
+        "`distill`, the divergence), or the mean over pairs, or over verdicts.",
         "validation/perplexity": "exp of it, with `sft`.",
         "validation/*": "The metric `preference/*` of these rows.",
     },
@@ -71,7 +78,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Loss and policy": {
         "loss/policy": "The objective, mean over the optimizer steps of the step; of supervised "
-        "training, nats per token.",
+        "training and distillation, nats per token.",
         "loss/reward_model": "The reward model's loss, mean over the pairs.",
         "loss/value": "The critic's loss, mean over its optimizer steps.",
         "lr/policy": "Learning rate of the step's first update of the policy.",

@@ -23,8 +23,10 @@ from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
+from mcore_rl.training.teachers import check_teachers
 from mcore_rl.weight_files import unread
 
 T = TypeVar("T")
@@ -44,6 +46,8 @@ def check_inputs(config: Config, gpus: int) -> list[Finding]:
         return findings
     findings += guarded("layout", lambda: _layout(config, gpus))
     findings += guarded("tokenizer", lambda: _tokenizer(config))
+    if config.distill.teachers:
+        findings += guarded("teachers", lambda: _teachers(config))
     if not any(finding.level == "error" and finding.check == "tokenizer" for finding in findings):
         findings += guarded("data", lambda: _data(config))
     return findings
@@ -79,6 +83,16 @@ def _layout(config: Config, gpus: int) -> Iterable[Finding]:
     yield Finding("layout", "ok", f"legal for this model; one replica takes {replica} ranks")
     if gpus and replica > gpus:
         yield Finding("layout", "note", f"this machine has {gpus} GPUs: start on several nodes with torchrun")
+
+
+def _teachers(config: Config) -> Iterable[Finding]:
+    p = config.parallel
+    check_teachers(config, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
+    for name, path in config.distill.teachers.items():
+        arch = read_architecture(path)
+        hf_reader(path, ParameterMap(arch, padded_vocab(arch, 1)))
+        what = f"{name}: {path}: {arch.layers} layers, hidden {arch.hidden}, the student's vocabulary"
+        yield Finding("teachers", "ok", f"{what}; names and shapes of its weights are complete")
 
 
 def _tokenizer(config: Config) -> Iterable[Finding]:
@@ -170,6 +184,7 @@ def _curriculum(config: Config, found: PromptSet) -> Iterable[Finding]:
 def _set_functions(config: Config) -> Iterable[Finding]:
     """None; raises for a reward or an answer function that is not there."""
     load_set_functions(config)
+    check_environment(config)
     return ()
 
 

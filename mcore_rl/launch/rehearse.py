@@ -97,7 +97,7 @@ def _exported(tiny: Config) -> str:
         ConfigError: they are not.
     """
     directory = tiny.run.dir / "model"
-    if not tiny.supervised_only:
+    if tiny.run.kind == "rl":
         (directory,) = (path for path in (tiny.run.dir / "weights").iterdir() if path.is_dir())
     arch = read_architecture(directory)
     table = CriticParameterMap if tiny.run.kind == "reward_model" else ParameterMap
@@ -121,7 +121,10 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     _write_model(directory / "model", model)
     for name, source in (("reward_model", config.reward.model), ("critic", config.critic.path)):
         if source is not None:
-            _write_classifier(directory / name, source, parallel, config.run.seed)
+            _write_scored_by(directory / name, source, parallel, config.run.seed, CriticParameterMap)
+    for number, (name, path) in enumerate(config.distill.teachers.items(), 1):
+        seed = config.run.seed + number  # its own: a student is no distance from itself
+        _write_scored_by(directory / f"teacher_{name}", path, parallel, seed, ParameterMap)
     lines = "".join(json.dumps(problem) + "\n" for problem in _problems(config))
     (directory / "problems.jsonl").write_text(lines)
     file = directory / "rehearsal.toml"
@@ -139,6 +142,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
 def _problems(config: Config) -> Iterator[dict[str, Any]]:
     """Sums of two digits, in the form that the kind of training reads."""
     judged = config.run.kind == "preference" and config.preference.loss == "kto"
+    teachers = list(config.distill.teachers) or [""]
     for a in range(1, 10):
         for b in range(1, 10):
             right, wrong = str(a + b), str(a + b + 1)
@@ -146,7 +150,8 @@ def _problems(config: Config) -> Iterator[dict[str, Any]]:
                 answer = right if a < b else wrong
                 yield {"prompt": f"{a}+{b}=", "completion": answer, "label": a < b}
             else:
-                yield {"prompt": f"{a}+{b}=", "label": right, "chosen": right, "rejected": wrong}
+                one = {"prompt": f"{a}+{b}=", "label": right, "chosen": right, "rejected": wrong}
+                yield {**one, "teacher": teachers[(a + b) % len(teachers)]}
 
 
 def shrink_parallel(parallel: ParallelConfig, processes: int) -> ParallelConfig:
@@ -210,11 +215,17 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
 
 
-def _write_classifier(directory: Path, source: Path, parallel: ParallelConfig, seed: int) -> None:
-    """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
+def _write_scored_by(
+    directory: Path, source: Path, parallel: ParallelConfig, seed: int, table: type[ParameterMap]
+) -> None:
+    """A tiny frozen model of the family of `source`, over the rehearsal's tokens; random weights.
+
+    Args:
+        table: CriticParameterMap for a sequence classifier, ParameterMap for a teacher.
+    """
     _write_model(directory, shrink_model(read_hf_config(source), parallel))
     arch = read_architecture(directory)
-    mapping = CriticParameterMap(arch, arch.vocab)
+    mapping = table(arch, arch.vocab)
     read = with_value_head(random_reader(mapping, seed), arch, seed)
     save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
 
@@ -229,26 +240,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys
             "random_init": True,
         },
-        "data": {
-            "train": (directory / "problems.jsonl",),
-            "weights": (),
-            "eval": config.data.eval and directory / "problems.jsonl",
-            "validation": config.data.validation and directory / "problems.jsonl",
-            "chosen_key": "chosen",
-            "rejected_key": "rejected",
-            "completion_key": "completion",
-            "margin_key": "",
-            "prompt_key": "prompt",
-            "label_key": "label",
-            "id_key": "id",
-            "apply_chat_template": False,
-            "system": None,
-            "tools": None,
-            "chat_template_kwargs": {},
-            "last_assistant": "refuse",
-            "max_prompt_tokens": 8,
-            "curriculum": None,
-        },
+        "data": _tiny_data(config, directory / "problems.jsonl"),
         "eval": {
             "sets": {
                 name: _shrink_set(one, directory / "problems.jsonl", by_model=config.reward.model is not None)
@@ -289,6 +281,10 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         },
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16, "target": "label"},
+        "distill": {
+            "teachers": {name: directory / f"teacher_{name}" for name in config.distill.teachers},
+            "teacher_key": config.distill.teacher_key and "teacher",
+        },
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
         "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
     }
@@ -296,6 +292,30 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
     return config.model_copy(update=sections | {"parallel": parallel})
+
+
+def _tiny_data(config: Config, problems: Path) -> dict[str, Any]:
+    """[data] of a rehearsal, whose rows have every key that a kind may read."""
+    return {
+        "train": (problems,),
+        "weights": (),
+        "eval": config.data.eval and problems,
+        "validation": config.data.validation and problems,
+        "chosen_key": "chosen",
+        "rejected_key": "rejected",
+        "completion_key": "completion",
+        "margin_key": "",
+        "prompt_key": "prompt",
+        "label_key": "label",
+        "id_key": "id",
+        "apply_chat_template": False,
+        "system": None,
+        "tools": None,
+        "chat_template_kwargs": {},
+        "last_assistant": "refuse",
+        "max_prompt_tokens": 8,
+        "curriculum": None,
+    }
 
 
 def _shrink_set(one: EvalSetConfig, problems: Path, *, by_model: bool) -> EvalSetConfig:

@@ -27,7 +27,7 @@ from mcore_rl.precision import ITEM_BYTES
 
 _STATE = (
     *("weights", "gradients", "optimizer", "reference", "critic", "critic_optimizer", "reward_model"),
-    *("server_weights", "kv_cache", "other"),
+    *("teacher", "teacher_said", "server_weights", "kv_cache", "other"),
 )
 """components that stay, unless they are offloaded; the others come and go with a phase"""
 GIB = 1 << 30
@@ -51,6 +51,10 @@ class RankMemory:
     """its weights and gradients"""
     critic_optimizer: float = 0
     reward_model: float = 0
+    teacher: float = 0
+    """weights of the teachers, less their output layers on the last stage"""
+    teacher_said: float = 0
+    """last stage: those output layers, and the hidden states of a step's tokens"""
     activations: float = 0
     """kept from forward to backward"""
     layer_backward: float = 0
@@ -77,7 +81,7 @@ class RankMemory:
         """At most during one of residency.PHASES."""
         scoring = max(self.layer_backward, self.head)  # no more than that: a layer or the head, forward only
         working = {"policy": self.step, "critic": self.critic_step, "publish": self.publish}
-        working |= dict.fromkeys(("rewards", "reference", "values"), scoring)
+        working |= dict.fromkeys(("rewards", "reference", "teacher", "values"), scoring)
         state = sum(
             getattr(self, name)
             for name in _STATE
@@ -93,7 +97,8 @@ class RankMemory:
 
 def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[RankMemory]:
     """The memory of a rank of each pipeline stage, first to last."""
-    policy = count_policy(arch, layout)
+    policy = count_critic(arch, layout) if work.value_head else count_policy(arch, layout)
+    teachers = [count_policy(teacher, layout) for teacher in work.teachers]
     nothing = [StageCount()] * layout.pipeline
     critic = nothing if work.critic is None else count_critic(work.critic, layout)
     judge = nothing if work.reward_model is None else count_critic(work.reward_model, layout)
@@ -104,6 +109,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
             "optimizer": optimizer_bytes(count, layout, work),
             "reference": size * count.total * work.reference,
             "reward_model": _judge_bytes(judge[stage], layout, work, stage),
+            "teacher": sum(size * its[stage].total for its in teachers) - _heads(layout, work, stage),
             "critic": critic_bytes(critic[stage], layout, work, stage),
             "critic_optimizer": critic_optimizer_bytes(critic[stage], layout, work, stage),
         }
@@ -112,9 +118,10 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
                 weights=_weights(count, work),
                 gradients=4 * count.total,
                 **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
+                teacher_said=_heads(layout, work, stage) + _states(layout, work, stage),
                 activations=kept_bytes(arch, layout, work, stage),
                 layer_backward=backward_bytes(arch, layout, work, stage),
-                head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
+                head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1 and not work.value_head),
                 critic_step=_critic_step(layout, work, stage),
                 publish=publish_bytes(arch, layout, work),
                 server_weights=_server_weights(policy, layout) * work.colocated,
@@ -160,6 +167,23 @@ def _judge_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: in
     size = weight_bytes(work.precision)
     head = work.reward_model.hidden if work.reward_model and stage == layout.pipeline - 1 else 0
     return size * count.total + (4 - size) * head
+
+
+def _heads(layout: Layout, work: PlannedStep, stage: int) -> float:
+    """Output layers of the teachers on a rank of a stage."""
+    if stage < layout.pipeline - 1:
+        return 0.0
+    rows = (padded_vocab(teacher, layout.tensor) * teacher.hidden for teacher in work.teachers)
+    return weight_bytes(work.precision) * sum(rows) / layout.tensor
+
+
+def _states(layout: Layout, work: PlannedStep, stage: int) -> float:
+    """Hidden states of the widest teacher at the tokens of a step, on a rank of a stage."""
+    if stage < layout.pipeline - 1 or not work.teachers:
+        return 0.0
+    widest = max(teacher.hidden for teacher in work.teachers)
+    tokens = work.tokens / work.mini_batches / layout.data / layout.context / _sequence(layout)
+    return weight_bytes(work.precision) * widest * tokens
 
 
 def critic_optimizer_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: int) -> float:

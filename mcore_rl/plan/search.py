@@ -70,6 +70,8 @@ def evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan:
     for key, model in (("reward.model", problem.work.reward_model), ("critic.path", problem.work.critic)):
         if model is not None:
             check_classifier_layout(model, layout, key)
+    for teacher in problem.work.teachers:
+        check_layout(teacher, layout)
     _check_micro_batch(problem.work, layout)
     stages = stage_memory(problem.arch, layout, problem.work)
     fullest = max(memory.total for memory in stages)

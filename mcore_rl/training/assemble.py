@@ -29,12 +29,13 @@ from mcore_rl.training.assemble_rollouts import (
 )
 from mcore_rl.training.checkpoint import Contents, restore
 from mcore_rl.training.critic import passes_of
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
 from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import GradientAlert
-from mcore_rl.training.mismatch import Mismatch
+from mcore_rl.training.mismatch import Mismatch, tolerances_of
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import check_saved
@@ -59,6 +60,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     load_rewards(reward_functions(config))  # what is wrong is said before anything is built
+    check_environment(config)
     curriculum_of(config)
     load_set_functions(config)
     replayed_experts(config)
@@ -191,7 +193,10 @@ def learner_parts(trainer: Trainer, models: Models, residency: Residency) -> dic
         "alert": models.alert,
         "kl": models.kl,
         "mismatch": Mismatch(
-            config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
+            config.publish.mismatch_action,
+            tolerances_of(config, trainer.policy.arch.layers).p999,
+            trainer.step_log,
+            mesh.is_main,
         ),
         "dumps": DumpWriter(
             run_dir=config.run.dir,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+
+from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config
@@ -21,6 +23,7 @@ from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
+from mcore_rl.training.environment import build_environments
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
 from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
@@ -31,7 +34,7 @@ from mcore_rl.training.rewards import RewardSource, Tally, reward_functions, rew
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.types import ExpertLayers, Tokens
+from mcore_rl.types import ExpertLayers, Group, Tokens
 from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _OF_STEP_TIMEOUT = 0.9
@@ -66,7 +69,7 @@ def build_sampling(
     The connections of a replica's lead are those of both; `stack` closes them.
     """
     config, mesh = trainer.config, trainer.mesh
-    requests = connect(config, mesh, servers, stack)
+    requests = connect(config, mesh, servers, trainer.tokenizer, stack)
     sampling = sampling_of(config, trainer.decode)
     source = PromptSource(mesh, trainer.cursor, curriculum_of(config))
     generation = Generation(
@@ -120,10 +123,15 @@ def _source_of(config: Config, rewards: RewardSource, function: str | None, stac
     return replace(rewards, pool=pool, function=function, model=None, tally=Tally(), weights={})
 
 
-def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
+def connect(
+    config: Config, mesh: Mesh, servers: Servers, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+) -> InFlight | None:
     """The connections of this rank to the servers, if it is a replica's lead; `stack` closes them."""
     timeout = _OF_STEP_TIMEOUT * config.train.step_timeout
-    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout)
+    environments = build_environments(config, tokenizer) if mesh.is_replica_lead else None
+    if environments is not None:
+        stack.callback(environments.close)
+    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout, environments)
     if requests is not None:
         stack.callback(requests.close)
     return requests
@@ -133,8 +141,9 @@ def sampling_of(config: Config, decode: Callable[[Sequence[int] | Tokens], str])
     """How [rollout] asks for a sample, and how its text is read."""
     r = config.rollout
     launched = r.server == "embedded" and not r.urls
-    streams = config.reward.model is None and not launched
-    return Sampling(r.sampling_params, config.run.seed, replayed_experts(config), decode, streams)
+    plays = config.environment.function is not None
+    streams = plays or (config.reward.model is None and not launched)
+    return Sampling(r.sampling_params, config.run.seed, replayed_experts(config), decode, plays, streams)
 
 
 def replayed_experts(config: Config) -> ExpertLayers | None:
@@ -164,7 +173,7 @@ def bounds_of(config: Config) -> Bounds:
         extra=r.over_sampling,
         max_staleness=r.max_staleness,
         most_sampled=r.dynamic_sampling * r.prompts_per_step,
-        by_parts=not config.supervised_only and configure(a.name, a.params, a.loss).decoupled,
+        by_parts=config.run.kind == "rl" and configure(a.name, a.params, a.loss).decoupled,
     )
 
 
@@ -174,32 +183,62 @@ def curriculum_of(config: Config) -> Curriculum | None:
     return None if name is None else Curriculum(name, load_curriculum(name), config.run.seed)
 
 
-@contextmanager
-def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | str]]]:
-    """For training without rollouts: what publishes and evaluates the policy after a step that asks for it.
+@dataclass(frozen=True)
+class Served:
+    """What a kind of training beside reinforcement learning asks of servers; every call is collective."""
 
-    It is collective, gives the metrics, and does nothing where the config has no held-out sets.
-    """
+    publish: Callable[[int], dict[str, float | str]]
+    """hands the weights after a step to the servers; the metrics"""
+    after: Callable[[int], dict[str, float | str]]
+    """publishes and evaluates after a step that asks for it; the metrics"""
+    collect: Callable[[int], list[Group]]
+    """samples the prompts of a step from the weights that were published last"""
+
+
+NOT_SERVED = Served(lambda step: {}, lambda step: {}, lambda step: [])
+"""where nothing is sampled"""
+
+
+@contextmanager
+def served(trainer: Trainer) -> Iterator[Served]:
+    """The servers of a kind of training beside reinforcement learning; none where it samples nothing."""
     config = trainer.config
     with ExitStack() as stack:
-        if not config.held_out:
-            yield lambda step: {}
+        if not config.samples_responses:
+            yield NOT_SERVED
             return
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
-        r, keep = config.reward, trainer.attempt.saved is not None
-        pool = stack.enter_context(reward_pool(config))
-        title = reward_title(config)
-        rewards = RewardSource(trainer.mesh, pool, title, r.max_void, None, trainer.shape, Residency({}))
+        rewards = RewardSource(
+            trainer.mesh,
+            stack.enter_context(reward_pool(config)),
+            reward_title(config),
+            config.reward.max_void,
+            None,
+            trainer.shape,
+            Residency({}),
+            weights=config.reward.weights,
+            names=config.reward.functions,
+        )
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
+        keep = trainer.attempt.saved is not None
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
         trainer.attempt.reached("the servers were ready")
 
+        def publish(step: int) -> dict[str, float | str]:
+            return publisher.publish(step, trainer.probe_prompts())
+
         def after(step: int) -> dict[str, float | str]:
-            if not evaluator.schedule.due(step):
-                return {}
-            published = publisher.publish(step, trainer.probe_prompts())
+            due = evaluator.schedule.due(step)
+            published = publish(step) if due or config.distills_samples else {}
+            if not due:
+                return published
             counted = held_out_metrics(evaluator.sets) if step == 0 else {}
             return published | counted | evaluator.after(step) | rewards.take_metrics()
 
-        yield after
+        def collect(step: int) -> list[Group]:
+            groups = generation.collect(step)
+            servers.release()
+            return groups
+
+        yield Served(publish, after, collect)

@@ -1,4 +1,4 @@
-"""Training without rollouts: what the loops of all such kinds share."""
+"""Kinds of training beside reinforcement learning: what their loops share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Residency, ResidentPart
-from mcore_rl.training.assemble_rollouts import evaluating
+from mcore_rl.training.assemble_rollouts import Served, served
 from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.metrics import Gathered, work_of
@@ -45,16 +46,18 @@ class Session:
     trainer: Trainer
     contents: Contents
     residency: Residency
-    evaluate: Callable[[int], dict[str, float | str]]
-    """samples the held-out sets after a step that asks for it"""
+    served: Served
+    """samples the held-out sets after a step that asks for it, and what is trained where that is sampled"""
     held_out: Sequence[Example]
     """rows of data.validation"""
 
     def steps(self, validate: Validate) -> Iterator[int]:
         """The steps that are left, each saved when its turn is over; at the beginning step 0 is logged."""
         config, begun = self.trainer.config, self.trainer.attempt.step
-        if begun == 0 and (config.held_out or self.held_out):
-            self.trainer.log(0, self._counted | self._validated(0, validate) | self.evaluate(0))
+        if begun == 0 and (config.samples_responses or self.held_out):
+            self.trainer.log(0, self._counted | self._validated(0, validate) | self.served.after(0))
+        elif begun and config.distills_samples:
+            self.served.publish(begun)
         for step in range(begun + 1, config.train.steps + 1):
             yield step
             end_step(self.trainer, self.contents, self.residency, step)
@@ -74,7 +77,7 @@ class Session:
     def log(self, step: int, rows: Sequence[Example], metrics: Metrics, validate: Validate) -> None:
         """Log a step that trained `rows`, and what the held-out data says after it."""
         counted = self._counted if step == 1 else {}
-        more = self._validated(step, validate) | self.evaluate(step)
+        more = self._validated(step, validate) | self.served.after(step)
         epoch = {"data/epoch": float(self.trainer.cursor.epoch)}
         self.trainer.log(
             step, metrics | epoch | counted | more, work_of(sequences_of(rows), self.trainer.shape)
@@ -100,6 +103,7 @@ class Session:
 def start_model(config: Config, resume: str | None) -> AbstractContextManager[Trainer]:
     """The model of a run without rollouts with its starting weights; `start_session` continues `resume`."""
     load_set_functions(config)
+    check_environment(config)
     return start_trainer(config, optimizer_steps=config.train.steps, resume=resume)
 
 
@@ -122,8 +126,8 @@ def start_session(
     contents = Contents({"": trainer.optimizer}, frozen, {"cursor": trainer.cursor})
     restore(trainer, contents)
     residency = Residency({**waiting, **offloaded_optimizers(config, contents.optimizers)})
-    with evaluating(trainer) as evaluate:
-        yield Session(trainer, contents, residency, evaluate, rows)
+    with served(trainer) as servers:
+        yield Session(trainer, contents, residency, servers, rows)
 
 
 def validation_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -83,12 +83,24 @@ def test_products_on_four_ranks(worlds: SharedPools) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ranks")
 def test_eight_ranks() -> None:
-    with Pools("forkserver") as worlds:
+    with Pools() as worlds:
         assert_all_agree(worlds, ("tp2pp2cp2",), ("gspo",))
 
 
 def test_pairs_of_answers(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("dpo",))
+
+
+def test_distillation_from_two_teachers(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("jsd",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_kind_of_distillation(worlds: SharedPools) -> None:
+    """Where stages, experts or tied embeddings meet a teacher's states; `--layouts all` has the others."""
+    assert_all_agree(worlds, ("dp2",), ("forward_kl", "reverse_kl", "sampled_kl"))
+    assert_all_agree(worlds, ("pp2+vpp2", "ep2", "pp2:tied", "tp2cp2+sp", "pp2dp2"), ("reverse_kl",))
 
 
 @pytest.mark.slow

@@ -74,12 +74,14 @@ _EXPERTS = {
 }
 MODELS = {"dense": _DENSE, "tied": _DENSE | {"tie_word_embeddings": True}, "moe": _DENSE | _EXPERTS}
 """name -> config.json"""
+_WIDER = {"hidden_size": 48, "intermediate_size": 80}
+"""of a teacher, beside its student's"""
 
 
-def write_model(directory: Path, model: str) -> Path:
+def write_model(directory: Path, model: str, *, teacher: bool = False) -> Path:
     """A model directory with config.json only; weights are random by name (weights_io.random_reader)."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(MODELS[model]))
+    (directory / "config.json").write_text(json.dumps(MODELS[model] | (_WIDER if teacher else {})))
     return directory
 
 
