@@ -183,6 +183,14 @@ def test_doctor_looks_at_it(judged, tmp_path):
     assert finding.level == "error"
 
 
+def test_doctor_looks_at_what_a_critic_starts_from(judged, tmp_path):
+    """The policy's own directory is no classifier."""
+    for path, level in ((judged.reward.model, "ok"), (judged.model.path, "error")):
+        critic = judged.critic.model_copy(update={"path": path})
+        found = check_inputs(judged.model_copy(update={"critic": critic}), 0)
+        assert [finding.level for finding in found if finding.check == "critic"] == [level]
+
+
 def test_keys_without_effect(config: Config) -> None:
     file = config.model.path.parent / "empty.toml"
     keys = [f"--{k}=x" for k in ("run.dir", "model.path", "data.train")] + ["--train.steps=5"]
