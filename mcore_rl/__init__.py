@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mcore_rl.algo.rows import TokenLoss
     from mcore_rl.config import Config, load_config
     from mcore_rl.errors import (
+        BlockedLoopError,
         ChangedFileError,
         CheckpointError,
         ConfigError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         NothingToDo,
         NumericsError,
         PreemptedError,
+        RendezvousError,
         ResourceError,
         RewardError,
         RolloutError,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockedLoopError",
     "ChangedFileError",
     "CheckpointError",
     "Config",
@@ -55,6 +58,7 @@ __all__ = [
     "NumericsError",
     "PreemptedError",
     "Prompt",
+    "RendezvousError",
     "ResourceError",
     "RewardError",
     "RewardFn",
@@ -71,7 +75,7 @@ __all__ = [
 _HOME = {
     "Config": "mcore_rl.config",
     "load_config": "mcore_rl.config",
-    "TokenLoss": "mcore_rl.algo.losses",
+    "TokenLoss": "mcore_rl.algo.rows",
     "RewardFn": "mcore_rl.rewards",
     "train": "mcore_rl.training.loop",
     "Group": "mcore_rl.types",

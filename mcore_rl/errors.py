@@ -55,6 +55,10 @@ class RewardError(McoreRLError, ValueError):
     """A reward function failed or returned something that is not a finite number."""
 
 
+class BlockedLoopError(McoreRLError, RuntimeError):
+    """An environment keeps the event loop on which all rollouts of a replica run."""
+
+
 class NoSignalError(McoreRLError, RuntimeError):
     """Too few prompts whose samples get unequal rewards: a retry would meet the same prompts again."""
 
@@ -99,6 +103,12 @@ class DamagedCheckpointError(CheckpointError):
 
 class ResourceError(McoreRLError, RuntimeError):
     """The operating system gives this process no more of something that it limits, such as open files."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class RendezvousError(McoreRLError, RuntimeError):
+    """The ranks of a run did not find each other: a host has no address, or some rank never came."""
 
     exit_code = EXIT_RETRYABLE
 

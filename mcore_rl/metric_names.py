@@ -33,6 +33,13 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "data/train/passed_over": "How often in the run so far a prompt turned out to be longer than that "
         "when its turn came; where no such prompt was met, there is none.",
     },
+    "Environments": {
+        "environment/turns": "Mean responses of a rollout, with `environment.function`.",
+        "environment/segments": "Mean training sequences of a rollout: more than one where its context was "
+        "rewritten, by the environment or by the chat template.",
+        "environment/rewritten": "Turns whose earlier conversation the chat template wrote anew, so that "
+        "they began another training sequence.",
+    },
     "Held-out sets": {
         "eval/version": "Step whose weights were evaluated: the step before, where servers generate beside "
         "training.",
@@ -86,7 +93,11 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "perplexity": "exp of the loss, of supervised training.",
         "kl/rollout": "KL divergence to the policy that sampled, estimator k3, mean over tokens.",
         "kl/reference": "KL divergence to the reference, estimator k3, mean over tokens.",
-        "kl/reward": "KL divergence to the reference that the token rewards carry, mean over tokens.",
+        "kl/reward": "KL divergence to the reference that the token rewards carry, estimator k1 of the old "
+        "policy, mean over tokens.",
+        "kl/response": "The same, the sum over the tokens of a response, mean over responses: what "
+        "`algorithm.params.kl_target` is for.",
+        "kl/coefficient": "Its coefficient in the token rewards, adapted where there is a target.",
         "masked/fraction": "Share of the tokens with a recorded log-prob that is not finite; they count for "
         "nothing.",
         "correction/mean": "Mean weight of the correction for another sampling policy.",

@@ -7,8 +7,8 @@ activations and e5m2 gradients. The lm_head, norms and routers stay in bf16 or f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import lcm
-from typing import Literal
+from math import lcm, sqrt
+from typing import Literal, NamedTuple
 
 PrecisionName = Literal["fp32", "bf16", "fp8"]
 RecipeName = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
@@ -67,3 +67,31 @@ def packed_multiple(tensor: int, context: int, tokens: int = 1, *, sequence: boo
     """
     share = lcm((2 if context > 1 else 1) * (tensor if sequence else 1), tokens)
     return context * share
+
+
+class Tolerances(NamedTuple):
+    """How far log-probs of the same weights by two sound engines may be apart."""
+
+    p999: float
+    """99.9 % of a step's"""
+    largest: float
+    """any that is compared after a publish"""
+
+
+FP32_TOLERANCES = Tolerances(1e-4, 2e-4)
+_PER_ROOT_OF_LAYERS = {"bf16": 0.3, "fp8": 0.5}
+"""the limit of 99.9 % of the log-probs, divided by the square root of the layers"""
+_LARGEST = 2
+"""the limit of the largest, in terms of that quantile's, as in float32"""
+
+
+def tolerances(precision: str, layers: int) -> Tolerances:
+    """What engines of a model of so many layers may differ by, where one of them computes in `precision`.
+
+    Rounding adds up as a random walk over the layers, in float32 as below it; there it is larger than what a
+    step changes (benchmarks/float32_floor.py, benchmarks/reduced_floor.py).
+    """
+    if precision == "fp32":
+        return FP32_TOLERANCES
+    p999 = _PER_ROOT_OF_LAYERS[precision] * sqrt(layers)
+    return Tolerances(p999, _LARGEST * p999)

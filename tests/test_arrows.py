@@ -18,7 +18,9 @@ BASE = frozenset({"errors", "types", "precision", "strict_json"})
 BASE |= {"terminal", "before_megatron", "weight_files", "functions"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
-FLOORS_BELOW = frozenset({"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "config"})
+FLOORS_BELOW = frozenset(
+    {"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "environments", "config"}
+)
 FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
@@ -40,6 +42,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rollout": BASE,
     "rewards": BASE,
     "data": BASE,
+    "environments": BASE | {"data", "rewards.outcome", "rollout"},
     "config": BASE | {"algo"},
     "server": BASE | {"rollout.experts"},
     "log": BASE | DISK,
@@ -115,6 +118,20 @@ def legal(room: str, name: str) -> bool:
         return False
     standard = name.split(".")[0] in sys.stdlib_module_names
     return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
+
+
+READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "__main__", "__init__"})
+"""rooms that read the configuration; below them, functions take the numbers they need"""
+
+
+def test_the_configuration_is_read_where_the_documents_say() -> None:
+    found = {
+        room_of(path)
+        for path, tree in modules("mcore_rl").items()
+        for _, name in imports(path, tree)
+        if within(name, frozenset({"mcore_rl.config"}))
+    }
+    assert found - {"config"} == READERS
 
 
 def test_imports_follow_the_arrows() -> None:

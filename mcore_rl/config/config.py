@@ -10,11 +10,11 @@ from pydantic import model_validator
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
+from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment, wrong_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
-from mcore_rl.config.kinds import unused_of_kind, wrong_of_kind
+from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
-    REDUCED_PRECISION,
     AlgorithmConfig,
     CriticConfig,
     DataConfig,
@@ -44,6 +44,7 @@ class Config(Section):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -59,9 +60,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
-        """The publish tolerances of reduced precision, where weights are published and none are given."""
+        """Publish tolerances that are not given: not those of float32, where weights are published."""
         given = self.publish.model_fields_set
-        wider = {name: value for name, value in REDUCED_PRECISION.items() if name not in given}
+        wider = {name: None for name in ("tolerance_p999", "tolerance_max") if name not in given}
         if self.model.precision != "fp32" and self.samples_responses:
             object.__setattr__(self, "publish", self.publish.model_copy(update=wider))  # it is frozen
         return self
@@ -78,6 +79,12 @@ class Config(Section):
         """Every set that is evaluated, by name; that of data.eval, which is named after its file, first."""
         one = {} if self.data.eval is None else {set_name(self.data.eval): EvalSetConfig(path=self.data.eval)}
         return {**one, **self.eval.sets}
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens that one sequence of a sample may have behind its prompt."""
+        plays = self.environment.function is not None
+        return self.environment.max_tokens if plays else self.rollout.max_new_tokens
 
     @property
     def samples_responses(self) -> bool:
@@ -106,12 +113,15 @@ def _contradictions(config: Config) -> Iterator[str]:
     if train.eval_every and not config.held_out and config.data.validation is None:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
     yield from wrong_rewards(config.reward)
+    yield from wrong_environment(config.environment, config.data, rollout, config.reward, train)
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
-    if config.publish.tolerance_p999 > config.publish.tolerance_max:
+    p999, largest = config.publish.tolerance_p999, config.publish.tolerance_max
+    if p999 is not None and largest is not None and p999 > largest:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if config.run.kind == "rl":
         yield from _against_algorithm(config)
     yield from wrong_of_kind(config.run.kind, config.preference, config.distill, config.residency.reference)
+    yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)
@@ -162,13 +172,16 @@ def _of_lengths(config: Config) -> Iterator[str]:
     of_sets = [one.max_new_tokens or 0 for one in config.eval.sets.values() if one.reward is None]
     responses = [rollout.max_new_tokens, *(of_sets if config.reward.model is not None else [])]
     longest = config.data.max_prompt_tokens + max(responses)
+    what = "data.max_prompt_tokens + max_new_tokens"
+    if config.environment.function is not None:
+        longest, what = config.environment.max_tokens, "environment.max_tokens"
     longest += config.reward.model is not None  # its score is a row of its own behind the response
     tokens = token_multiple(config.model.precision, config.model.fp8_recipe)
     align = packed_multiple(parallel.tensor, parallel.context, tokens, sequence=parallel.sequence)
     if -(-longest // align) * align > train.tokens_per_micro_batch:
         yield (
             f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
-            f"{longest} tokens (data.max_prompt_tokens + max_new_tokens, padded to {align}); raise it"
+            f"{longest} tokens ({what}, padded to {align}); raise it"
         )
 
 
@@ -282,6 +295,12 @@ def _against_algorithm(config: Config) -> Iterator[str]:
             "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
             "ends the run; set 2 or more, or 0"
         )
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    if algorithm.kl_target is not None and algorithm.kl_horizon < samples:
+        yield (
+            f"algorithm.params.kl_horizon: {algorithm.kl_horizon:g} is shorter than the {samples} samples of "
+            "a step, over which the coefficient would jump; raise it"
+        )
     if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
@@ -349,6 +368,7 @@ _OF_FUNCTION = ("function", "functions", "workers", "timeout", "memory", "max_vo
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
     unused = {**_unused_of_training(config), **_unused_of_servers(config)}
+    unused |= unused_of_environment(config.environment, samples=config.samples_responses)
     if config.data.validation is None and all(one.prompts for one in config.held_out.values()):
         unused["train.eval_samples"] = "no held-out set takes its number of prompts from it"
     if config.model.precision != "fp8":
@@ -362,6 +382,8 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     if other or name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
         unused |= dict.fromkeys(keys, f"{what} has no critic")
+    elif not config.critic.warmup_rollouts:
+        unused["critic.warmup_epochs"] = "critic.warmup_rollouts is 0"
     if not _needs_reference(config):
         unused["residency.reference"] = f"{what} has no reference"
     if not config.checkpoint.every:

@@ -11,7 +11,8 @@ from mcore_rl.config.rows import (
     SupervisedConfig,
     SupervisedTarget,
 )
-from mcore_rl.config.sections import Kind
+from mcore_rl.config.sections import DataConfig, Kind
+from mcore_rl.terminal import short
 
 _OF_LOSSES: Mapping[str, tuple[str, ...]] = {
     "label_smoothing": ("dpo", "rdpo"),
@@ -95,6 +96,20 @@ def keys_of_answers(kind: Kind, preference: PreferenceConfig) -> tuple[str, ...]
     if kind != "preference":
         return ()
     return ("completion_key",) if preference.loss == "kto" else ("chosen_key", "rejected_key")
+
+
+def keys_of_one_name(kind: Kind, preference: PreferenceConfig, data: DataConfig) -> Iterator[str]:
+    """`data.key: what, remedy` for two keys that would read the same field of a row as two things."""
+    answers = keys_of_answers(kind, preference)
+    if "completion_key" in answers:
+        answers = (*answers, "label_key")
+    named: dict[str, str] = {"prompt_key": data.prompt_key} if answers else {}
+    for key in answers:
+        name = getattr(data, key)
+        for other, its in named.items():
+            if name and name == its:
+                yield f"data.{key}: {short(name)!r} is data.{other} as well; name the field that it is"
+        named[key] = name
 
 
 def wrong_of_kind(

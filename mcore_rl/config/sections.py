@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mcore_rl.precision import PrecisionName, RecipeName
+from mcore_rl.precision import FP32_TOLERANCES, PrecisionName, RecipeName
 from mcore_rl.types import TAKEN_PARTS
 
 
-def _function_name(name: str) -> str:
+def function_name(name: str) -> str:
+    """The name, which is one of a function in a module. Raises ValueError."""
     if not re.fullmatch(r"[\w.]+:\w+", name):
         raise ValueError("must be `module:function`")
     return name
@@ -99,7 +100,8 @@ def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that resolved.toml can show to anyone. Raises ValueError."""
     for name, value in arguments.items():
         for one in value if isinstance(value, list) else [value]:
             _plain_params({name: one})
@@ -248,7 +250,7 @@ class DataConfig(Section):
     without one."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are dropped when the file is read, and counted."""
-    curriculum: Annotated[str, AfterValidator(_function_name)] | None = None
+    curriculum: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` that chooses prompts by what was measured of them; unset, each once per epoch."""
 
 
@@ -269,7 +271,7 @@ class EvalSetConfig(Section):
     """Sample from so many of the likeliest tokens."""
     max_new_tokens: Count | None = None
     """Longest response; unset, that of [rollout]."""
-    reward: Annotated[str, AfterValidator(_function_name)] | None = None
+    reward: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` that scores one sample, or a group of them; unset, what [reward] says."""
     pass_reward: float | None = None
     """Least reward with which a sample passes; unset, 1.0 where a function gives the rewards."""
@@ -277,7 +279,7 @@ class EvalSetConfig(Section):
     """Every k for pass@k, the chance that one of k samples passes."""
     majority_at: tuple[Count, ...] = ()
     """Every k for majority@k, how often the answer that most of k samples give passes."""
-    answer: Annotated[str, AfterValidator(_function_name)] | None = None
+    answer: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` of one sample: the answer it votes for, or None; unset, exact_match's whole text."""
 
 
@@ -350,20 +352,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class RewardFunctionConfig(Section):
     """One of several reward functions; the reward is the weighted sum of those that are for a row."""
 
-    function: Annotated[str, AfterValidator(_function_name)]
+    function: Annotated[str, AfterValidator(function_name)]
     """`module:function` that scores one sample, or a group of them."""
     weight: Finite = 1.0
     """Weight in the sum."""
     when: Annotated[dict[str, tuple[str | int | bool, ...]], BeforeValidator(_choices)] = {}
     """Field of the prompt's row -> the value, or values, that this function is for; unset, every row."""
-    args: Annotated[dict[str, Any], AfterValidator(_plain_arguments)] = {}
+    args: Annotated[dict[str, Any], AfterValidator(plain_arguments)] = {}
     """Its keyword arguments."""
 
 
 class RewardConfig(Section):
     """How responses are scored."""
 
-    function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
+    function: Annotated[str, AfterValidator(function_name)] = EXACT_MATCH
     """`module:function` that scores one sample, or a group of them."""
     functions: Annotated[dict[str, RewardFunctionConfig], AfterValidator(_named_functions)] = {}
     """Several in its place, each a table `[reward.functions.NAME]` under the name that its metric has."""
@@ -389,7 +391,7 @@ class AlgorithmConfig(Section):
     """A reinforcement-learning algorithm."""
     params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
     """The algorithm's own numbers, where they differ from its paper's."""
-    loss: Annotated[str, AfterValidator(_function_name)] | None = None
+    loss: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` of a policy loss of your own, in the place of the algorithm's."""
     overlong_filter: bool = False
     """Leave truncated responses out of the loss (DAPO); the statistics of their group have them."""
@@ -425,10 +427,15 @@ class OptimizerConfig(Section):
 class CriticConfig(Section):
     """The value model of an algorithm that needs one; the rest of its optimizer is that of [optimizer]."""
 
+    path: FilePath | None = None
+    """What it starts from: directory of a sequence classifier, one label, the policy's tokenizer, such as the
+    reward model; unset, the policy's weights under a value head of 0."""
     lr: Annotated[float, Field(ge=0)] = 1e-5
     """Peak learning rate of its own Adam."""
     warmup_rollouts: NonNegative = 0
-    """Rollouts at the start of the run in which only the critic learns."""
+    """Rollouts at the start of the run in which only the critic learns, from returns at lambda = 1."""
+    warmup_epochs: Count | None = None
+    """Its passes over each of them; unset, algorithm.epochs."""
     value_clip: Annotated[float, Field(ge=0)] = 0.2
     """How far a value may move in one rollout before its gradient is cut; 0 does not clip."""
     coef: Positive = 1.0
@@ -452,12 +459,6 @@ class TrainConfig(Section):
     """Seconds after which a step without progress ends the run."""
 
 
-REDUCED_PRECISION = {"tolerance_p999": 0.5, "tolerance_max": 3.0}
-"""The limits of [publish] below float32. Judged, not measured: two engines of a dense model are reported to
-differ by 0.01-0.04 in the mean over tokens, by far more in single ones; weights of no model differ by
-ln(vocabulary)."""
-
-
 class PublishConfig(Section):
     """Weights for the servers, and the check that they arrived."""
 
@@ -473,9 +474,9 @@ class PublishConfig(Section):
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish, 4096 tokens each."""
-    tolerance_p999: Positive = 1e-4
-    """Largest difference of 99.9 % of a step's log-probs to the servers'; 0.5 below fp32."""
+    tolerance_p999: Positive | None = FP32_TOLERANCES.p999
+    """Largest difference of 99.9 % of a step's log-probs to the servers'; below fp32 unset: by the layers."""
     mismatch_action: Literal["warn", "stop", "drop"] = "warn"
     """Above that: say so, end the run before it trains the step, or train without the samples that differ."""
-    tolerance_max: Positive = 2e-4
-    """Largest difference of any log-prob compared after a publish; above, the run ends. 3.0 below fp32."""
+    tolerance_max: Positive | None = FP32_TOLERANCES.largest
+    """Largest one of any log-prob compared after a publish; above, the run ends. Below fp32 as the other."""

@@ -15,7 +15,7 @@ from mcore_rl.data.chat import render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.doctor.rewards import check_reward
+from mcore_rl.doctor.rewards import check_reward, classifier
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -23,6 +23,7 @@ from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.training.teachers import check_teachers
@@ -161,6 +162,9 @@ def _data(config: Config) -> list[Finding]:
         findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
         findings += guarded("reward", lambda: check_reward(config, read["data.train"]))
+        path = config.critic.path
+        if path is not None:
+            findings += guarded("critic", lambda: [classifier(config, "critic.path", path)])
         if config.data.curriculum is not None:
             findings += guarded("curriculum", lambda: _curriculum(config, read["data.train"]))
     return findings
@@ -180,6 +184,7 @@ def _curriculum(config: Config, found: PromptSet) -> Iterable[Finding]:
 def _set_functions(config: Config) -> Iterable[Finding]:
     """None; raises for a reward or an answer function that is not there."""
     load_set_functions(config)
+    check_environment(config)
     return ()
 
 

@@ -119,9 +119,9 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
-    if config.reward.model is not None:
-        path = directory / "reward_model"
-        _write_scored_by(path, config.reward.model, parallel, config.run.seed, CriticParameterMap)
+    for name, source in (("reward_model", config.reward.model), ("critic", config.critic.path)):
+        if source is not None:
+            _write_scored_by(directory / name, source, parallel, config.run.seed, CriticParameterMap)
     for number, (name, path) in enumerate(config.distill.teachers.items(), 1):
         seed = config.run.seed + number  # its own: a student is no distance from itself
         _write_scored_by(directory / f"teacher_{name}", path, parallel, seed, ParameterMap)
@@ -240,26 +240,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys
             "random_init": True,
         },
-        "data": {
-            "train": (directory / "problems.jsonl",),
-            "weights": (),
-            "eval": config.data.eval and directory / "problems.jsonl",
-            "validation": config.data.validation and directory / "problems.jsonl",
-            "chosen_key": "chosen",
-            "rejected_key": "rejected",
-            "completion_key": "completion",
-            "margin_key": "",
-            "prompt_key": "prompt",
-            "label_key": "label",
-            "id_key": "id",
-            "apply_chat_template": False,
-            "system": None,
-            "tools": None,
-            "chat_template_kwargs": {},
-            "last_assistant": "refuse",
-            "max_prompt_tokens": 8,
-            "curriculum": None,
-        },
+        "data": _tiny_data(config, directory / "problems.jsonl"),
         "eval": {
             "sets": {
                 name: _shrink_set(one, directory / "problems.jsonl", by_model=config.reward.model is not None)
@@ -283,9 +264,15 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "weights": {},
             "model": config.reward.model and directory / "reward_model",
         },
-        "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
+        "algorithm": {
+            "mini_batches": min(2, algorithm.mini_batches),
+            "params": {key: value for key, value in algorithm.params.items() if key != "kl_horizon"},
+        },
         "optimizer": {"warmup_steps": 0},
-        "critic": {"warmup_rollouts": min(1, config.critic.warmup_rollouts)},
+        "critic": {
+            "path": config.critic.path and directory / "critic",
+            "warmup_rollouts": min(1, config.critic.warmup_rollouts),
+        },
         "train": {
             "steps": STEPS,
             "tokens_per_micro_batch": min(128, train.tokens_per_micro_batch),
@@ -305,6 +292,30 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
     return config.model_copy(update=sections | {"parallel": parallel})
+
+
+def _tiny_data(config: Config, problems: Path) -> dict[str, Any]:
+    """[data] of a rehearsal, whose rows have every key that a kind may read."""
+    return {
+        "train": (problems,),
+        "weights": (),
+        "eval": config.data.eval and problems,
+        "validation": config.data.validation and problems,
+        "chosen_key": "chosen",
+        "rejected_key": "rejected",
+        "completion_key": "completion",
+        "margin_key": "",
+        "prompt_key": "prompt",
+        "label_key": "label",
+        "id_key": "id",
+        "apply_chat_template": False,
+        "system": None,
+        "tools": None,
+        "chat_template_kwargs": {},
+        "last_assistant": "refuse",
+        "max_prompt_tokens": 8,
+        "curriculum": None,
+    }
 
 
 def _shrink_set(one: EvalSetConfig, problems: Path, *, by_model: bool) -> EvalSetConfig:

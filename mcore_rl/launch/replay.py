@@ -22,6 +22,7 @@ from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
 from mcore_rl.terminal import printable
+from mcore_rl.training.assemble import build_critic_of
 from mcore_rl.training.batch import align_of
 from mcore_rl.training.distill import divergence_of, objective_of
 from mcore_rl.training.faults.dump import alone, from_json
@@ -90,7 +91,9 @@ def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> N
 
 
 def _build(config: Config, mesh: Mesh, kind: str) -> Model:
-    build = build_critic if kind in ("critic", "reward_model") else build_policy
+    if kind == "critic":
+        return build_critic_of(config, mesh)
+    build = build_critic if kind == "reward_model" else build_policy
     return build(
         config.model.path,
         mesh,

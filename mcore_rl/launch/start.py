@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from mcore_rl.config import Config, warnings
-from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
+from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo, StorageError
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
@@ -35,7 +36,7 @@ from mcore_rl.training.faults.exits import (
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS, collective_timeout
-from mcore_rl.training.rundir import held, warn_of_others
+from mcore_rl.training.rundir import held, root_of, warn_of_others
 from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
 from mcore_rl.weight_files import unread
 
@@ -133,8 +134,19 @@ def _run_recorded(config: Config, work: Callable[[], None]) -> int:
             say(str(done))
     except BaseException as error:  # of user code too: whatever it is, not every step is done
         code = last_words(run_dir, typed(error), since)
+        if isinstance(error, StorageError) and rank == 0:
+            _say_where_it_goes_on(config)
     _end_with(code, config)
     return code
+
+
+def _say_where_it_goes_on(config: Config) -> None:
+    """After what a retry may mend: that a retry need not begin anew."""
+    from mcore_rl.checkpoint import committed
+
+    with suppress(OSError):  # of a disk that is broken, not full
+        if config.checkpoint.every and (saved := committed(root_of(config))):
+            say(f"--resume goes on after step {saved[-1][0]}")
 
 
 def _end_with(code: int, config: Config) -> None:

@@ -38,7 +38,9 @@ class PlannedStep:
     recompute: str
     distributed_optimizer: bool
     reference: bool
-    critic: bool
+    critic: Architecture | None
+    critic_flops: float
+    """FLOPs of its forward pass over a step, the policy's taken as 1"""
     reward_model: Architecture | None
     """a frozen model on the training ranks"""
     reward_flops: float
@@ -110,6 +112,12 @@ def work_of(
     supervised, rl = config.supervised_only, config.run.kind == "rl"
     algorithm = configure(a.name, a.params, a.loss) if rl else ALGORITHMS["grpo"]
     reward = config.reward.model if rl else None
+    critic = (config.critic.path or config.model.path) if rl and algorithm.needs_critic else None
+    policy = _flops_of(config.model.path)
+    prompt = config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
+    response = r.max_new_tokens if response_tokens is None else response_tokens
+    # one that values prompts sees each of them once, and no response
+    share = prompt / (prompt + response) / r.samples_per_prompt if algorithm.values_prompts else 1.0
     compared = config.run.kind == "preference"
     pairs = config.run.kind == "reward_model" or (compared and config.preference.loss != "kto")
     answers = 2 if pairs else 1
@@ -119,8 +127,8 @@ def work_of(
         samples=config.supervised.batch_size * answers
         if supervised
         else r.prompts_per_step * r.samples_per_prompt,
-        prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
-        response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,
+        prompt_tokens=prompt,
+        response_tokens=response,
         longest_response=r.max_new_tokens,
         longest=config.data.max_prompt_tokens + r.max_new_tokens,
         mini_batches=a.mini_batches if rl else 1,
@@ -134,9 +142,10 @@ def work_of(
             if rl
             else compared and config.preference.loss != "orpo" and config.residency.reference != "kept"
         ),
-        critic=rl and algorithm.needs_critic,
+        critic=None if critic is None else read_architecture(critic),
+        critic_flops=0.0 if critic is None else _flops_of(critic) / policy * share,
         reward_model=None if reward is None else read_architecture(reward),
-        reward_flops=0.0 if reward is None else _flops_of(reward) / _flops_of(config.model.path),
+        reward_flops=0.0 if reward is None else _flops_of(reward) / policy,
         colocated=colocated,
         generates=not supervised,
         segments=segments or 1.0,
@@ -147,9 +156,7 @@ def work_of(
         value_head=config.run.kind == "reward_model",
         teachers=tuple(map(read_architecture, teachers)),
         # each scores its own rows: on average, an equal share
-        teacher_flops=sum(map(_flops_of, teachers)) / len(teachers) / _flops_of(config.model.path)
-        if teachers
-        else 0.0,
+        teacher_flops=sum(map(_flops_of, teachers)) / len(teachers) / policy if teachers else 0.0,
         bucket_bytes=0 if config.publish.transport == "disk" else config.publish.bucket_mib << 20,
     )
 

@@ -12,7 +12,7 @@ from mcore_rl.model.hf.content import file_content, model_content
 
 Inputs = Mapping[str, Mapping[str, str]]
 """key of the config -> part -> its digest"""
-MODELS = ("model.path", "reward.model", "distill.teachers.")
+MODELS = ("model.path", "reward.model", "critic.path", "distill.teachers.")
 """what the keys of models begin with"""
 
 
@@ -25,6 +25,8 @@ def inputs_of(config: Config) -> Inputs:
     found = {"model.path": model_content(config.model.path, weights=not config.model.random_init)}
     if config.reward.model is not None:
         found["reward.model"] = model_content(config.reward.model, weights=True)
+    if config.critic.path is not None:
+        found["critic.path"] = model_content(config.critic.path, weights=False)  # those in training are saved
     for name, path in config.distill.teachers.items():
         found[f"distill.teachers.{name}"] = model_content(path, weights=True)
     for name, one in config.held_out.items():

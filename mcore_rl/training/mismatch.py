@@ -15,13 +15,24 @@ from math import ceil
 import numpy as np
 
 from mcore_rl.algo.metrics import quantile_rank
+from mcore_rl.config import Config
 from mcore_rl.errors import MismatchError
 from mcore_rl.log import StepLog
+from mcore_rl.precision import Tolerances, tolerances
 from mcore_rl.training.batch import RolloutBatch
 from mcore_rl.training.faults.exits import say
 from mcore_rl.types import Sample
 
 _FRACTION = 0.999
+
+
+def tolerances_of(config: Config, layers: int) -> Tolerances:
+    """The limits of [publish]; one that it leaves open is that of the precision, of servers' weights too."""
+    p999, largest = config.publish.tolerance_p999, config.publish.tolerance_max
+    found = tolerances("fp8" if config.publish.quantize == "fp8" else config.model.precision, layers)
+    if p999 is None:
+        p999 = found.p999 if largest is None else min(found.p999, largest)
+    return Tolerances(p999, max(found.largest, p999) if largest is None else largest)
 
 
 @dataclass(frozen=True)

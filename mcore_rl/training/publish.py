@@ -17,6 +17,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.dispatch import no_server_left
 from mcore_rl.training.batch import Shape, pack_share
 from mcore_rl.training.generation import Generation
+from mcore_rl.training.mismatch import tolerances_of
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
 from mcore_rl.weights.transport import Transport, server_log_probs
@@ -63,7 +64,8 @@ class Publisher:
         moved = changes(after, before)
         for url in unmoved(moved):
             trainer.step_log.event("server_unmoved", url=url, version=version)
-        check_close(version, gaps.after, gaps.largest_before, trainer.config.publish.tolerance_max)
+        limit = tolerances_of(trainer.config, trainer.policy.arch.layers).largest
+        check_close(version, gaps.after, gaps.largest_before, limit)
         self.generation.serve()
         for url in lost & after.keys():
             trainer.step_log.event("server_returned", url=url, version=version)

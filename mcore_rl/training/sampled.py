@@ -38,12 +38,18 @@ def check_source(config: Config, source: Path) -> None:
 
 def doubts_of_source(config: Config) -> list[str]:
     """`key: what` for what a run that trains on dumps may do and hardly means."""
-    if config.checkpoint.every:
-        return []
-    return [
-        "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are kept "
-        "nowhere; with any other number those of the last step are"
-    ]
+    doubts = []
+    if not config.checkpoint.every:
+        doubts.append(
+            "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are "
+            "kept nowhere; with any other number those of the last step are"
+        )
+    if config.data.curriculum is not None:
+        doubts.append(
+            "data.curriculum: has no effect on dumps, whose prompts were chosen when they were sampled; "
+            "remove it"
+        )
+    return doubts
 
 
 def check_directory(config: Config) -> int:
@@ -82,6 +88,8 @@ def origin_of(config: Config) -> dict[str, Any]:
     whole = config.model_dump(mode="json")
     found = {f"{name}.{key}": value for name in _FOLLOWS_FROM for key, value in whole[name].items()}
     found |= {f"rollout.{key}": whole["rollout"][key] for key in _OF_ROLLOUT}
+    if config.environment.function is not None:
+        found |= {f"environment.{key}": value for key, value in whole["environment"].items()}
     if config.rollout.routing_replay:
         found["rollout.routing_replay"] = True
     if config.rollout.dynamic_sampling:  # which groups it replaces

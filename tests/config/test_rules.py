@@ -176,6 +176,16 @@ def load(tmp_path):
             'data.eval: has no effect because run.kind is "reward_model", and nothing is sampled',
         ),
         ({"data__chosen_key": "a"}, {"run__kind": "reward_model"}, "data.chosen_key: has no effect"),
+        (
+            {"run__kind": "reward_model", "data__chosen_key": "rejected"},
+            {"data__rejected_key": "worse"},
+            "data.rejected_key: 'rejected' is data.chosen_key as well",
+        ),
+        (
+            {"run__kind": "preference", "preference__loss": "kto", "data__completion_key": "label"},
+            {"data__label_key": "good"},
+            "data.label_key: 'label' is data.completion_key as well",
+        ),
         ({"algorithm__name": "sft"}, {"algorithm__name": "ppo"}, 'is a kind of run; set run.kind = "sft"'),
         (
             {"rollout__server": "sglang"},
@@ -255,9 +265,9 @@ def test_one_sample_is_refused_for_every_algorithm_that_compares_samples(load):
     ("keys", "tolerances"),
     [
         ({}, (1e-4, 2e-4)),
-        ({"model__precision": "bf16"}, (0.5, 3.0)),
-        ({"model__precision": "fp8"}, (0.5, 3.0)),
-        ({"model__precision": "bf16", "publish__tolerance_max": 0.75}, (0.5, 0.75)),
+        ({"model__precision": "bf16"}, (None, None)),
+        ({"model__precision": "fp8"}, (None, None)),
+        ({"model__precision": "bf16", "publish__tolerance_max": 0.75}, (None, 0.75)),
     ],
 )
 def test_publish_tolerances_are_those_of_the_precision_unless_given(load, keys, tolerances) -> None:

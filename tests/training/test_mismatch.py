@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from benchmarks.float32_floor import measure, random_model
+from benchmarks.reduced_floor import measure as reduced
 from mcore_rl.algo.metrics import Quantile
 from mcore_rl.config import Config
-from mcore_rl.config.sections import PublishConfig
 from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
 from mcore_rl.log import read_metrics
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
+from mcore_rl.precision import FP32_TOLERANCES, tolerances
 from mcore_rl.training.batch import RolloutBatch, sampled_with, token_sequences
 from mcore_rl.training.loop import learn
 from mcore_rl.training.mismatch import Notices, differences, means, p999
@@ -118,9 +119,23 @@ def test_the_limit_lies_between_two_sound_engines_and_a_version_too_old(layers: 
     """The version is one step of Adam away, at a learning rate of 1e-6."""
     torch.manual_seed(0)
     found = measure(random_model(layers, hidden=128, vocab=1024), sequences=2, tokens=256)
-    limit = PublishConfig().tolerance_p999
+    limit = FP32_TOLERANCES.p999
     assert max(found["rounding"], found["engines"]) < limit / 1.5
     assert found["version"] > 5 * limit
+
+
+@pytest.mark.parametrize("layers", [3, 12])
+def test_below_float32_the_limits_follow_the_depth(layers: int) -> None:
+    """Sound engines are within; so is one step of Adam, which rounding hides, and other weights are not."""
+    torch.manual_seed(0)
+    model = random_model(layers, hidden=128, vocab=512)
+    found, limit = reduced(model, sequences=2, tokens=128), tolerances("bf16", layers)
+    engines = 2**0.5 * found["bf16 p999"]
+    assert limit.p999 / 4 < engines < limit.p999
+    assert 2**0.5 * found["bf16 max"] < limit.largest
+    assert 0 < found["changed"] < 0.2
+    assert 0 < found["version p999"] < limit.p999
+    assert found["other p999"] > 2 * limit.largest
 
 
 def sample(scores: list[float]) -> Sample:

@@ -24,6 +24,7 @@ from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.training.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequences
+from mcore_rl.training.critic import groups_of, pack_prompts
 from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.teachers import Teachers
@@ -32,13 +33,15 @@ from mcore_rl.verify.layouts import problem
 from mcore_rl.verify.layouts.case import LOSSES, Case
 from mcore_rl.verify.layouts.rows import DIVERGENCES, record_distillation, record_rows
 from mcore_rl.verify.layouts.rows import LOSSES as LOSSES_OF_ROWS
+from mcore_rl.verify.layouts.whole import WHOLE, record_whole
 from mcore_rl.weights.buckets import gather
 
 SGD_STEPS = 3
 ADAM_STEPS = 2
 """The second one's gradient needs the parameters that the first one updated, gathered again."""
 CRITIC = "critic"
-"""What an algorithm with a critic trains beside its policy; measured under this name."""
+"""What an algorithm with a critic trains beside its policy: of PPO measured under this name, of others under
+`critic of NAME`."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,11 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
             subject = _Subject(policy, rows.loss, rows.batches, {}, case.overlap, rows.against)
             results[name] = _train(mesh, subject)
             continue
-        recorded = problem.record(name, box[0], own_loss)
-        if log_probs is None:
+        if name == WHOLE:
+            recorded = record_whole(policy, critic, mesh, shape)
+        else:
+            recorded = problem.record(name, box[0], own_loss)
+        if log_probs is None and name != WHOLE:  # which begins on policy
             problem.check(recorded, box[0])
         scores = {"log_prob": log_prob, "entropy": entropy}
         loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
@@ -133,7 +139,12 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
         if recorded.algorithm.needs_critic:
             scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
             value_loss = ValueObjective(problem.VALUE_CLIP)
-            results[CRITIC] = _train(mesh, _Subject(critic, value_loss, batches, scores, case.overlap))
+            if recorded.algorithm.values_prompts:
+                groups = groups_of(recorded.batch)
+                its = {key: recorded.fields[key] for key in ("old_value", "return")}
+                batches = pack_prompts(recorded.batch, groups, shape, mesh, its)
+            its_name = CRITIC if name == "ppo" else f"{CRITIC} of {name}"
+            results[its_name] = _train(mesh, _Subject(critic, value_loss, batches, scores, case.overlap))
     return (results, box[0]) if mesh.is_main else None
 
 
