@@ -6,7 +6,7 @@
 The teacher, a Qwen3 of 2 layers and hidden size 128, learns sums of two digits by supervised training; its
 students have hidden size 64 and random weights. They are distilled by the forward and by the reverse KL, on
 rows and (`sampled`) on what they sample themselves, each beside a control with a learning rate of 0, through
-`mcore-rl train`. Writes OUT/learn_distill_DATE.json, the divergence per step, and a picture
+`mcore-rl train`. Writes OUT/learn_distill_KINDS_DATE.json, the divergence per step, and a picture
 beside it; exits with 1 where a divergence is not halved, or moves without a learning rate.
 """
 
@@ -132,7 +132,8 @@ def write(curves: list[Curve], out: Path) -> None:
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
         "curves": [asdict(curve) for curve in curves],
     }
-    path = out / f"learn_distill_{today}.json"
+    kinds = dict.fromkeys(curve.divergence for curve in curves)
+    path = out / f"learn_distill_{'_'.join(kinds)}_{today}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     lines = [
         Line(one.divergence, list(zip(one.steps, one.nats, strict=True)), color=color, faint=one.control)

@@ -73,7 +73,8 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
         lines = [ConfigError(line) for line in str(error).splitlines()]
         yield lambda: [of_error("config", line) for line in lines]
         return
-    yield lambda: [Finding("config", "ok", f"{path}: {config.algorithm.name}, no contradictions")]
+    what = config.algorithm.name if config.run.kind == "rl" else config.run.kind
+    yield lambda: [Finding("config", "ok", f"{path}: {what}, no contradictions")]
     yield lambda: list(_doubts(config))
     yield lambda: _precision(config)
     yield lambda: check_inputs(config, torch.cuda.device_count())

@@ -99,8 +99,8 @@ def test_distillation_from_two_teachers(worlds: SharedPools) -> None:
 @pytest.mark.timeout(600)
 def test_every_kind_of_distillation(worlds: SharedPools) -> None:
     """Where stages, experts or tied embeddings meet a teacher's states; `--layouts all` has the others."""
-    assert_all_agree(worlds, ("dp2",), ("forward_kl", "reverse_kl", "sampled_kl"))
-    assert_all_agree(worlds, ("pp2+vpp2", "ep2", "pp2:tied", "tp2cp2+sp", "pp2dp2"), ("reverse_kl",))
+    assert_all_agree(worlds, ("dp2",), ("forward_kl", "sampled_kl"))
+    assert_all_agree(worlds, ("pp2+vpp2", "ep2", "pp2:tied", "tp2cp2+sp"), ("reverse_kl",))
 
 
 @pytest.mark.slow
