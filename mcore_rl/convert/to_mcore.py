@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, side_files
+from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, left_out, side_files
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
+from mcore_rl.terminal import printable
 
 _MEGATRON = {
     "sharded_backend": "torch_dist",
@@ -86,6 +88,8 @@ def write_torch_dist(
     check_side_files(source)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
+    if unread := left_out(source, arch):
+        print(printable(f"warning: {unread}"), file=sys.stderr, flush=True)
     types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
     entries = mapping.entries()
     placed = {_index(where): (entry, where) for entry in entries for where in [place(entry, mapping)]}

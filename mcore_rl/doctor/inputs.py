@@ -18,6 +18,7 @@ from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.doctor.rewards import check_reward
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import left_out
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
@@ -58,6 +59,8 @@ def _model(config: Config) -> Iterable[Finding]:
         yield Finding("model", "ok", f"{what}; weights start at random (model.random_init)")
         return
     hf_reader(path, ParameterMap(architecture, padded_vocab(architecture, 1)))
+    if unread := left_out(path, architecture):
+        yield Finding("model", "warning", unread, "keep the source, if a server shall use them")
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
 
 
