@@ -34,7 +34,7 @@ define build
 	@touch $@
 endef
 
-.PHONY: help setup setup-lane demo demo-sglang real real-sglang real-model test test-lane test-fast test-learn \
+.PHONY: help setup setup-lane demo demo-sglang rlhf real real-sglang real-model test test-lane test-fast test-learn \
 	test-real test-sglang sglang-cpu lint format clean
 .DELETE_ON_ERROR:
 
@@ -66,6 +66,13 @@ demo-sglang: $(READY) $(SGLANG)/.ready  ## the demo with a real SGLang server on
 	$(BIN)/mcore-rl report runs/demo-sglang
 
 DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl
+
+rlhf: $(READY)  ## from data to an aligned model, tiny: SFT, reward model, PPO, and DPO on the same pairs: under 10 minutes
+	$(BIN)/python -m examples.rlhf_tiny.task runs/rlhf/data
+	for stage in sft reward_model ppo dpo; do \
+		$(BIN)/mcore-rl train examples/rlhf_tiny/$$stage.toml && $(BIN)/mcore-rl report runs/rlhf/$$stage || exit; done
+	$(BIN)/python -m examples.rlhf_tiny.page runs/rlhf
+	@echo "Open runs/rlhf/index.html in a browser: curves of every stage, and samples before and after"
 
 real: $(REAL)/.ready  ## train a real chat model with GRPO, SmolLM2-135M-Instruct: under 20 minutes after the set-up
 	$(BIN)/mcore-rl train examples/real_grpo.toml

@@ -1,6 +1,6 @@
 """Time and memory of a student's exact divergence from its teacher, beside the form that holds the logits.
 
-    python -m benchmarks.distill [--rows 2048] [--repeats 3] [--out benchmarks]
+    python -m benchmarks.distill [--rows 1024] [--repeats 3] [--out benchmarks]
 
 A pass computes the divergence of every row over the whole vocabulary and its gradients in the student's
 hidden states and weight, for a student of 1024 and a teacher of 1536. Time is CPU-seconds of one thread over
@@ -135,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     parser.add_argument(

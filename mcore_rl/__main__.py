@@ -190,6 +190,7 @@ def _add_convert(commands: Any) -> None:
     add.add_argument("--config", type=Path, help="HF directory of config.json, if SOURCE has none")
     add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
     add.add_argument("--quantize", choices=["fp8"], help="FP8 in blocks of 128 x 128, for SGLang")
+    add.add_argument("--critic", action="store_true", help="of a training checkpoint, the critic")
     add.set_defaults(command=convert_mcore_to_hf)
     _add_conversion(add)
 
@@ -262,8 +263,8 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.launch.start import run_alone
 
     config = load_config(arguments.config, overrides)
-    if config.supervised_only:
-        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" samples nothing; set "rl"')
+    if config.run.kind != "rl":
+        raise ConfigError(f'rollout: run.kind = "{config.run.kind}" has no rollouts alone; set "rl"')
     return run_alone(config)
 
 
@@ -340,6 +341,7 @@ def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
 
     a = arguments
     options = {"config": a.config, "shard_gb": a.shard_gb, "quantize": a.quantize or "none"}
+    options["critic"] = a.critic
     summary = mcore_to_hf(a.source, a.target, **options, certified=a.certify)
     print_summary(a.target, summary, as_json=a.json)
     return 0

@@ -100,6 +100,11 @@ def read_mark(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def files_in(directory: Path) -> list[str]:
+    """The names of the files in `directory`, sorted; of those in a folder of it with a slash."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
 def make(directory: Path, remedy: str, *, kind: Kind) -> None:
     """Make `directory` new, empty and marked; one of the same kind is removed first. Raises as `remove`."""
     remove(directory, remedy, kind=kind)
@@ -139,7 +144,8 @@ def locked(
 
     Raises:
         ConfigError: a file, or a link that leads nowhere, is where the directory or a parent of it belongs,
-            or what something else wrote, or a link, has the name of the lock.
+            or what something else wrote, or a link, has the name of the lock; or nothing can be written
+            there, as in /proc.
         StorageError, or the `error` given: another process holds it, or it cannot be written.
     """
     try:
@@ -153,6 +159,11 @@ def locked(
             f"({cause.strerror}: {cause.filename}). Move that away, or {remedy}"
         ) from cause
     except OSError as cause:
+        if keeps_no_files(directory):
+            raise ConfigError(
+                f"{directory}: {cause.strerror}: its file system keeps no files, like those of /proc and "
+                f"/sys; {remedy}"
+            ) from cause
         raise storage_error(directory, cause, remedy=remedy, kind=error) from cause
     with file, _closed_in_forks(file):
         try:
@@ -259,6 +270,18 @@ def append_line(path: Path, line: bytes) -> None:
         raise storage_error(path, error, len(line)) from error
 
 
+def keeps_no_files(path: Path) -> bool:
+    """Whether nothing can ever be written at `path`: it would be in a file system of the kernel's own."""
+    with contextlib.suppress(OSError, StopIteration):
+        return shutil.disk_usage(_existing(path)).total == 0
+    return False
+
+
+def _existing(path: Path) -> Path:
+    """The nearest of `path` and its parents that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def storage_error(
     path: Path,
     error: OSError,
@@ -271,11 +294,9 @@ def storage_error(
     room = ""
     place = error.filename2 or error.filename or path  # a copy names its source first
     with contextlib.suppress(OSError):
-        existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        room = f" ({shutil.disk_usage(existing).free} bytes are free there"
+        room = f" ({shutil.disk_usage(_existing(path)).free} bytes are free there"
         room += f", {needed} are needed)" if needed is not None else ")"
     return kind(
         f"{place}: {error.strerror or error}{room}; what was written before is untouched. "
-        "Make room or make it writable and start again, with --resume where there is a checkpoint, or "
-        f"{remedy}"
+        f"Make room or make it writable and start again, or {remedy}"
     )

@@ -103,6 +103,12 @@ class ResourceError(McoreRLError, RuntimeError):
     exit_code = EXIT_RETRYABLE
 
 
+class RendezvousError(McoreRLError, RuntimeError):
+    """The ranks of a run did not find each other: a host has no address, or some rank never came."""
+
+    exit_code = EXIT_RETRYABLE
+
+
 class PreemptedError(McoreRLError, RuntimeError):
     """The run was asked to leave and has saved its state."""
 

@@ -51,8 +51,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "eval/*/prompts": "Prompts of the set's file.",
     },
     "Held-out rows": {
-        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token, or "
-        "the mean over pairs, or over verdicts.",
+        "validation/loss": "The loss of `data.validation`, without a gradient: nats per token (with "
+        "`distill`, the divergence), or the mean over pairs, or over verdicts.",
         "validation/perplexity": "exp of it, with `sft`.",
         "validation/*": "The metric `preference/*` of these rows.",
     },
@@ -71,7 +71,7 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Loss and policy": {
         "loss/policy": "The objective, mean over the optimizer steps of the step; of supervised "
-        "training, nats per token.",
+        "training and distillation, nats per token.",
         "loss/reward_model": "The reward model's loss, mean over the pairs.",
         "loss/value": "The critic's loss, mean over its optimizer steps.",
         "lr/policy": "Learning rate of the step's first update of the policy.",
@@ -86,7 +86,11 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "perplexity": "exp of the loss, of supervised training.",
         "kl/rollout": "KL divergence to the policy that sampled, estimator k3, mean over tokens.",
         "kl/reference": "KL divergence to the reference, estimator k3, mean over tokens.",
-        "kl/reward": "KL divergence to the reference that the token rewards carry, mean over tokens.",
+        "kl/reward": "KL divergence to the reference that the token rewards carry, estimator k1 of the old "
+        "policy, mean over tokens.",
+        "kl/response": "The same, the sum over the tokens of a response, mean over responses: what "
+        "`algorithm.params.kl_target` is for.",
+        "kl/coefficient": "Its coefficient in the token rewards, adapted where there is a target.",
         "masked/fraction": "Share of the tokens with a recorded log-prob that is not finite; they count for "
         "nothing.",
         "correction/mean": "Mean weight of the correction for another sampling policy.",

@@ -1,4 +1,4 @@
-"""The data that passes between the rooms. Frozen; a shape line under every field.
+"""What the packages hand to each other: prompts, samples, groups, packed batches. Frozen.
 
 Legend: T packed tokens, R rows (scored response tokens), B sequences, G samples of one group.
 """

@@ -3,12 +3,13 @@
 Other programs look at the same directory: transformers takes `model.safetensors` where there is one, before
 any index; SGLang takes the files of the index. A directory in which they would find different weights is
 refused. `consolidated.safetensors`, in which Mistral publishes a model a second time under names of its own,
-is left where it lies by all of them.
+is left where it lies by all of them, and so is what an index does not name; `unread` tells.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from mcore_rl.errors import ConfigError
@@ -32,8 +33,9 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     found = sorted(directory.glob("*.safetensors"))
     single = directory / SINGLE
     for path in (index, *found):
-        if path.exists() and not path.is_file():  # to read a pipe could take for ever
-            raise ConfigError(f"{path}: not a plain file; fetch or export it again")
+        if os.path.lexists(path) and not path.is_file():  # to read a pipe could take for ever
+            what = "not a plain file" if path.exists() else "a link that leads nowhere"
+            raise ConfigError(f"{path}: {what}; fetch or export it again")
     if not index.exists():
         if not found:
             raise ConfigError(
@@ -56,10 +58,29 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     return [directory / name for name in names], weight_map
 
 
+def unread(directory: Path) -> str | None:
+    """What to say of safetensors files in `directory` that no reader takes for weights; None for none.
+
+    Also None where its weights cannot be told, which who reads them says.
+    """
+    try:
+        files, weight_map = weight_files(directory)
+    except (ConfigError, OSError):
+        return None
+    others = [path.name for path in sorted(directory.glob("*.safetensors")) if path not in files]
+    if not others:
+        return None
+    of = SINGLE if weight_map is None else f"the files of {INDEX}"
+    return (
+        f"{directory}: {listed(others)} are not read, neither here nor by servers: the weights are {of}; "
+        "where they belong to it, export the model again"
+    )
+
+
 def _refuse_adapter(directory: Path) -> None:
     """transformers adds an adapter to the weights when it has the package for it; nothing here does."""
-    for pattern in ADAPTER:
-        for path in sorted(directory.glob(pattern)):
+    for path in sorted(directory.glob("*")):  # a pattern without a star would miss a link that leads nowhere
+        if any(path.match(pattern) for pattern in ADAPTER):
             raise ConfigError(
                 f"{path}: an adapter beside the weights, which some programs add to them and others do not; "
                 "merge it into them, or move its files away"

@@ -47,7 +47,7 @@ multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 def forked(world: int) -> Pool:
     """A pool whose processes are forked from one that has imported the library, its annotations checked."""
-    return Pool(world, setup=check_annotations, method="forkserver")
+    return Pool(world, setup=check_annotations)
 
 
 @pytest.fixture(scope="session")

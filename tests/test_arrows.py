@@ -117,6 +117,20 @@ def legal(room: str, name: str) -> bool:
     return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
 
 
+READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "__main__", "__init__"})
+"""rooms that read the configuration; below them, functions take the numbers they need"""
+
+
+def test_the_configuration_is_read_where_the_documents_say() -> None:
+    found = {
+        room_of(path)
+        for path, tree in modules("mcore_rl").items()
+        for _, name in imports(path, tree)
+        if within(name, frozenset({"mcore_rl.config"}))
+    }
+    assert found - {"config"} == READERS
+
+
 def test_imports_follow_the_arrows() -> None:
     report([problem for path, tree in modules("mcore_rl").items() for problem in violations(path, tree)])
 

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from mcore_rl import directories
-from mcore_rl.directories import LOCK, MARK, append_line, locked, make, mark, read_mark, remove, write_whole
+from mcore_rl.directories import (
+    LOCK,
+    MARK,
+    append_line,
+    keeps_no_files,
+    locked,
+    make,
+    mark,
+    read_mark,
+    remove,
+    write_whole,
+)
 from mcore_rl.errors import EXIT_CONFIG, EXIT_RETRYABLE, CheckpointError, ConfigError, StorageError
 
 
@@ -63,6 +74,18 @@ def test_what_something_else_wrote_stays_and_is_named(tmp_path: Path, act, forei
         act(tmp_path / "place", "set x", kind="weights")
     assert mine.read_text() == "precious"
     assert os.path.lexists(tmp_path / "place")
+
+
+@pytest.mark.parametrize("place", ["/proc/mcore_rl", "/proc/self/mcore_rl/run", "/sys/mcore_rl"])
+def test_where_nothing_can_ever_be_written_no_retry_is_advised(place: str, small_disk) -> None:
+    """A place of the kernel's own; on a disk that is full, or may not be written, there may be room later."""
+    with (
+        pytest.raises(ConfigError, match=rf"^{place}: .*keeps no files, .*; set x$"),
+        locked(Path(place), "set x"),
+    ):
+        pass
+    assert not os.path.lexists(place)
+    assert not keeps_no_files(small_disk("size=64k") / "new" / "run")
 
 
 def test_an_empty_directory_may_be_taken(tmp_path: Path) -> None:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from mcore_rl.config import Config
 from tests.sources import modules, report
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 PRIVATE = frozenset({"Ahead", "Held", "Judge", "Standing", "apart", "ending", "of_all", "settle", "together"})
 """names that only those who gave them understood; the field has a word for each"""
+
+
+DOTTED = re.compile(r"(?<![\w./-])[a-z_]+(?:\.[A-Za-z]\w+)+(?![\w/])(?!\.\w)")
+FILES = (".html", ".json", ".jsonl", ".npz", ".py", ".safetensors", ".toml")
+VARIABLES = frozenset({"server"})
+"""what a dotted name may begin with although a package has that name"""
+KEYS = frozenset(
+    f"{section}.{key}"
+    for section, field in Config.model_fields.items()
+    for key in getattr(field.annotation, "model_fields", ())
+)
 
 
 def shared_names(trees: Mapping[str, ast.AST]) -> list[str]:
@@ -37,6 +50,71 @@ def headless(path: str, tree: ast.AST) -> list[str]:
         for node, text in said
         if text.lower().startswith(("of ", "as "))
     ]
+
+
+def names_of(tree: ast.Module) -> frozenset[str]:
+    """What a module defines, methods and fields of its classes included."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED[1:]):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return frozenset(found)
+
+
+def dead_references(path: str, tree: ast.AST, defined: Mapping[str, frozenset[str]]) -> list[str]:
+    """Docstrings that name `package.module.name` where there is none; `defined`: module -> its names.
+
+    Keys of the configuration and files look alike: they are left.
+    """
+    packages = {name.partition(".")[0] for name in defined} - VARIABLES
+    texts = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
+    problems = []
+    for node in texts:
+        for found in DOTTED.findall(str(node.value.value)):
+            module = max(
+                (name for name in defined if f"{found}.".startswith(f"{name}.")), key=len, default=""
+            )
+            rest = found[len(module) + 1 :].split(".")
+            known = module and (found == module or set(rest) <= defined[module])
+            if found.partition(".")[0] in packages and not (known or found in KEYS or found.endswith(FILES)):
+                problems.append(f"{path}:{node.lineno}: there is no {found}")
+    return problems
+
+
+def defined_in_library() -> dict[str, frozenset[str]]:
+    named = {
+        path.removeprefix("mcore_rl/").removesuffix(".py"): tree for path, tree in modules("mcore_rl").items()
+    }
+    return {name.removesuffix("/__init__").replace("/", "."): names_of(tree) for name, tree in named.items()}
+
+
+def test_docstrings_name_modules_that_exist() -> None:
+    defined = defined_in_library()
+    report(
+        [
+            problem
+            for path, tree in modules("mcore_rl").items()
+            for problem in dead_references(path, tree, defined)
+        ]
+    )
+
+
+def test_the_gate_sees_a_dead_reference() -> None:
+    defined = {"algo": frozenset[str](), "algo.losses": frozenset({"ppo"})}
+    for text, dead in (
+        ("See algo.losses.ppo.", 0),
+        ("See algo.losses.", 0),
+        ("See algo.returns.", 1),
+        ("See algo.losses.grpo.", 1),
+        ("Read torch.nn.", 0),
+    ):
+        assert len(dead_references("a.py", ast.parse(f'"""{text}"""\n'), defined)) == dead, text
 
 
 def test_no_two_classes_share_a_name() -> None:

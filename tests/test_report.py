@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,18 @@ from mcore_rl.report.picture import picture
 from mcore_rl.report.plots import SECTIONS, draw_sections
 from mcore_rl.report.runs import read_runs
 from mcore_rl.report.summary import duration, headline, text_table
-from mcore_rl.report.svg import Axis, Line, format_number, line_chart, moving_average, thin, ticks
+from mcore_rl.report.svg import (
+    LABEL,
+    Axis,
+    Line,
+    Reference,
+    format_number,
+    labels_apart,
+    line_chart,
+    moving_average,
+    thin,
+    ticks,
+)
 from tests.any_json import examples, json_values
 
 SETTINGS = """
@@ -205,6 +217,21 @@ def test_thinning_keeps_a_single_spike() -> None:
     assert len(kept) <= 402
     assert (7001.0, 99.0) in kept
     assert [s for s, _ in kept] == sorted(s for s, _ in kept)
+
+
+@pytest.mark.parametrize("heights", [[100.0, 100.0], [103.0, 97.0, 100.0], [186.0, 185.0, 40.0]])
+def test_labels_of_near_limits_do_not_overlap(heights: list[float]) -> None:
+    apart = sorted(labels_apart(heights))
+    assert all(below - above >= LABEL for above, below in itertools.pairwise(apart))
+    assert apart[-1] <= 186
+    assert labels_apart([150.0, 20.0]) == [150.0, 20.0], "what is apart stays above its line"
+
+
+def test_two_limits_on_one_line_have_two_labels() -> None:
+    limits = [Reference("tolerance, max", 2e-4), Reference("tolerance, p999", 2.1e-4)]
+    svg = line_chart("x", [Line("x", [(1.0, 1e-6), (2.0, 1e-4)], 0)], log=True, references=limits)
+    heights = [float(y) for y in re.findall(r'<text class="reference" x="[^"]*" y="([^"]*)"', svg)]
+    assert abs(heights[0] - heights[1]) >= LABEL - 0.1, "they are written to a tenth"
 
 
 def test_a_log_axis_has_no_place_for_zero() -> None:

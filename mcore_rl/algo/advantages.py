@@ -199,28 +199,32 @@ def decoupled(
 
 
 def hybrid(
+    group_ids: Sequence[Hashable],
     rewards: Float[Tensor, " N"],
-    statistics: GroupStatistics,
     values: Float[Tensor, " N"],
     *,
     alpha: float = 0.5,
-) -> Float[Tensor, " N"]:
-    """(1 - alpha)(R - group mean) + alpha (R - V(prompt)). EXPERIMENTAL: a usable reading of Hybrid GRPO.
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """((1 - alpha)(R - group mean) + alpha (R - V(prompt)), R). EXPERIMENTAL: Hybrid GRPO, made usable.
 
     The formula of arXiv 2502.01652 (`hybrid_shared`) gives all samples of a group one advantage, so nothing
-    tells a good answer from a bad one; this blend keeps the contrast. `values` are the critic's at the first
-    response token.
+    tells a good answer from a bad one; this blend keeps the contrast. `values` are the critic's of the
+    prompt. The second result is what they should be.
     """
+    statistics, rewards = group_statistics(group_ids, rewards.tolist()), rewards.double()
     contrast = group_normalized(rewards, statistics, std="none")
-    return (1 - alpha) * contrast + alpha * (rewards.double() - values.double())
+    return (1 - alpha) * contrast + alpha * (rewards - values.double()), rewards
 
 
 def hybrid_shared(
     group_ids: Sequence[Hashable], rewards: Float[Tensor, " N"], values: Float[Tensor, " N"]
-) -> Float[Tensor, " N"]:
-    """Group mean of tanh(R) - V(prompt): arXiv 2502.01652 as printed, one step per episode. EXPERIMENTAL."""
-    gains = torch.tanh(rewards.double()) - values.double()
-    return group_statistics(group_ids, gains.tolist()).mean
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(Group mean of tanh(R) - V(prompt), tanh(R)): arXiv 2502.01652 as printed, with one step per episode.
+
+    EXPERIMENTAL; see `hybrid`, whose arguments and results it has.
+    """
+    returns = torch.tanh(rewards.double())
+    return group_statistics(group_ids, (returns - values.double()).tolist()).mean, returns
 
 
 def _float64(values: Iterable[float]) -> Float[Tensor, " N"]:

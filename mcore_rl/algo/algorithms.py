@@ -37,7 +37,8 @@ class Algorithm:
     loss: Callable[..., TokenLoss]
     """(Rows, **loss_params) -> TokenLoss; see rows.py"""
     advantage: Callable[..., Any]
-    """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `advantages.gae` where `per_token`"""
+    """(rewards [N], GroupStatistics, **advantage_params) -> [N]; `advantages.gae` where `per_token`; where
+    `values_prompts`, (group ids [N], rewards [N], values [N], **advantage_params) -> (advantages, returns)"""
     aggregation: Aggregation
     """weights of the per-token losses"""
     per_token: bool = False
@@ -48,16 +49,22 @@ class Algorithm:
     """advantages are whitened over all unmasked tokens of the global batch"""
     needs_critic: bool = False
     """values come from a trained critic"""
+    values_prompts: bool = False
+    """that critic is light: it values prompts alone, each once for all of its samples"""
     kl_in_reward: float = 0.0
     """coefficient of k1 in the token rewards; only where `per_token`"""
+    kl_target: float | None = None
+    """nats per response to which that coefficient is adapted (losses.adaptive_kl_coefficient); None: fixed"""
+    kl_horizon: float = 10_000.0
+    """samples over which the adapted coefficient changes by a factor"""
     kl_in_loss: float = 0.0
     """coefficient of the KL term inside the same aggregation"""
     kl_estimator: KLEstimator = "k3"
-    """coefficient of the KL in the loss"""
+    """estimator of the KL in the loss"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
     correction: CorrectionName = "none"
-    """weights of the policy term where another policy sampled than the old one: a key of CORRECTIONS"""
+    """importance correction for the sampling engine against the old policy: a key of CORRECTIONS"""
     correction_low: float | None = None
     """its lower bound; None: that of the entry"""
     correction_high: float | None = None
@@ -76,7 +83,7 @@ class Algorithm:
         return self.kl_in_reward != 0 or self.kl_in_loss != 0 or "reference" in declared(self.loss)
 
     def rowwise(self, *, on_policy: bool) -> bool:
-        """A token's loss follows from its own log-prob and entropy, so that any part of a batch has its sum.
+        """A token's loss follows from its own log-prob and entropy; the head then computes it in chunks.
 
         Not where the loss declares that it reads a log-ratio of the whole sequence. `on_policy`: old
         log-probs are the current ones, and the mean log-ratio to them is 0.
@@ -144,6 +151,12 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "reinforce++-baseline": Algorithm(
         losses.ppo, advantages.group_normalized, "token-mean", whiten=True, params={"std": "none"}
     ),
+    "hybrid-grpo": Algorithm(
+        losses.ppo, advantages.hybrid, "seq-mean-token-mean", needs_critic=True, values_prompts=True
+    ),
+    "hybrid-grpo-shared": Algorithm(
+        losses.ppo, advantages.hybrid_shared, "seq-mean-token-mean", needs_critic=True, values_prompts=True
+    ),
     "dsv32": Algorithm(
         losses.deepseek_masked,
         advantages.group_normalized,
@@ -155,7 +168,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 
 _SETTINGS = (
     *("aggregation", "decoupled", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef"),
-    *("correction", "correction_low", "correction_high"),
+    *("kl_target", "kl_horizon", "correction", "correction_low", "correction_high"),
 )
 
 _LARGEST = 1e6
@@ -166,6 +179,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "tau_neg": (1e-3, _LARGEST),
     "gamma": (0.0, 1.0),
     "lam": (0.0, 1.0),
+    "alpha": (0.0, 1.0),
+    "kl_target": (1e-6, _LARGEST),
+    "kl_horizon": (1.0, _LARGEST),
 }
 """Inclusive ranges of parameters; all others run from 0 to _LARGEST."""
 
@@ -200,6 +216,11 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
     if algorithm.kl_in_reward and not algorithm.per_token:
         raise ConfigError(
             f"algorithm.params.kl_in_reward: {name} has one advantage per sample; use kl_in_loss instead"
+        )
+    if algorithm.kl_target is not None and not algorithm.kl_in_reward:
+        raise ConfigError(
+            "algorithm.params.kl_target: adapts the coefficient of the KL in the reward, which is 0; set "
+            "kl_in_reward to what it begins with, or drop kl_target"
         )
     if algorithm.decoupled and not algorithm.compares:
         raise ConfigError(

@@ -11,6 +11,9 @@ With p = softmax(z) of the student and q of the teacher, at a position:
 Each is a sum over tokens, so that parts of the vocabulary may be summed apart and added: `sums` of a part,
 `value` and `logit_gradient` from the sums of the whole. The teacher has no gradient.
 
+On tokens that the student samples, the reverse KL of a position has the gradient of `sampled_reverse_kl` in
+expectation.
+
 Legend: C positions, L tokens of a part of the vocabulary. `log_p` and `log_q` [C, L] are log-probs over the
 WHOLE vocabulary, of the tokens of the part; sums are [S, C], values [C], gradients [C, L].
 """
@@ -95,6 +98,20 @@ class JensenShannon:
 
     def _log_mixture(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return torch.logaddexp(log_q + math.log(self.beta), log_p + math.log1p(-self.beta))
+
+
+def sampled_reverse_kl(log_prob: Tensor, teacher_log_prob: Tensor) -> Tensor:
+    """KL(student || teacher) [R] at tokens that the student drew: log p - log q, as an advantage of its own.
+
+    The value is the estimator k1; the gradient is (log p - log q) times that of log p, whose mean over
+    p is the derivative of the position's reverse KL. What the token does to later positions is left out.
+
+    Args:
+        log_prob: [R] of the student that drew them, differentiable.
+        teacher_log_prob: [R] at the same temperature.
+    """
+    advantage = teacher_log_prob - log_prob.detach()
+    return -advantage * (1 + log_prob - log_prob.detach())
 
 
 def _dot(weight: Tensor, x: Tensor) -> Tensor:

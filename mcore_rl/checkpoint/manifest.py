@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mcore_rl.checkpoint.image import Written, write_file
@@ -29,7 +29,7 @@ class Saved:
     path: Path
     step: int
     files: Mapping[str, tuple[int, str]]
-    """name -> (bytes, SHA-256)"""
+    """name, with slashes where it is in a folder -> (bytes, SHA-256)"""
     document: Mapping[str, Any]
     """what the run keeps besides tensors, as JSON"""
 
@@ -54,7 +54,8 @@ def commit(directory: Path, files: Sequence[Written], *, step: int = 0, **conten
     entries = {file.name: [file.size, file.sha256] for file in files}
     manifest = {"format": FORMAT, "step": step, "run": {}, "files": entries} | content
     written = write_file(directory / MANIFEST, json.dumps(manifest).encode())
-    sync_directory(directory)
+    for place in {directory, *((directory / file.name).parent for file in files)}:
+        sync_directory(place)
     write_file(directory / COMMITTED, f"{written.sha256}\n".encode())
     sync_directory(directory)
 
@@ -81,7 +82,7 @@ def read(path: Path) -> Saved:
         version = content["format"]
         files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in content["files"].items()}
         saved = Saved(path, int(content["step"]), files, dict(content["run"]))
-        escaping = [name for name in files if Path(name).name != name]
+        escaping = [name for name in files if not _is_inside(name)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(f"{path / MANIFEST} cannot be read ({error})") from None
     if version != FORMAT or escaping:
@@ -89,12 +90,12 @@ def read(path: Path) -> Saved:
     return saved
 
 
-def checksum(path: Path) -> Written:
+def checksum(directory: Path, name: str) -> Written:
     """Name, size and digest of a file that another library wrote; it is durable when this returns."""
-    with path.open("rb") as file:
+    with (directory / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    return Written(path.name, path.stat().st_size, digest)
+        return Written(name, os.fstat(file.fileno()).st_size, digest)
 
 
 def sync_directory(directory: Path) -> None:
@@ -104,6 +105,13 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it is the plain name of a file in the checkpoint, or in a folder of it."""
+    return name == PurePosixPath(name).as_posix() and not (
+        {"..", "/", "."} & {*PurePosixPath(name).parts, name}
+    )
 
 
 def _wrong(path: Path, size: int, sha256: str) -> str:

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen sections from TOML and dotted overrides, checked before anything starts.
 
-Only training, launch, __main__, plan, doctor and verify read it; below them functions take the numbers they
+Only training, launch, evaluate, plan, doctor and __main__ read it; below them functions take the numbers they
 need.
 """
 

@@ -11,8 +11,8 @@ from pydantic import model_validator
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.held_out import set_name, wrong_sets
-from mcore_rl.config.kinds import unused_of_kind, wrong_of_kind
-from mcore_rl.config.rows import PreferenceConfig, RewardModelConfig, SupervisedConfig
+from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
+from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
     REDUCED_PRECISION,
     AlgorithmConfig,
@@ -54,14 +54,15 @@ class Config(Section):
     supervised: SupervisedConfig = SupervisedConfig()
     preference: PreferenceConfig = PreferenceConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
+    distill: DistillConfig = DistillConfig()
     publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
-        """The publish tolerances of reduced precision, where none are given."""
+        """The publish tolerances of reduced precision, where weights are published and none are given."""
         given = self.publish.model_fields_set
         wider = {name: value for name, value in REDUCED_PRECISION.items() if name not in given}
-        if self.model.precision != "fp32":
+        if self.model.precision != "fp32" and self.samples_responses:
             object.__setattr__(self, "publish", self.publish.model_copy(update=wider))  # it is frozen
         return self
 
@@ -86,7 +87,12 @@ class Config(Section):
     @property
     def supervised_only(self) -> bool:
         """No rollouts: the data has what is trained on."""
-        return self.run.kind != "rl"
+        return self.run.kind != "rl" and not self.distills_samples
+
+    @property
+    def distills_samples(self) -> bool:
+        """The student is compared with its teacher on what it samples."""
+        return self.run.kind == "distill" and self.distill.on_policy
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -103,21 +109,22 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
     if config.publish.tolerance_p999 > config.publish.tolerance_max:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
-    if not config.supervised_only:
+    if config.run.kind == "rl":
         yield from _against_algorithm(config)
-    yield from wrong_of_kind(config.run.kind, config.preference, config.residency.reference)
+    yield from wrong_of_kind(config.run.kind, config.preference, config.distill, config.residency.reference)
+    yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)
     if config.publish.quantize == "fp8":
         yield from _of_quantized(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    if not config.supervised_only and config.algorithm.mini_batches > samples:
+    if config.run.kind == "rl" and config.algorithm.mini_batches > samples:
         yield (
             f"algorithm.mini_batches: {config.algorithm.mini_batches} from the {samples} samples of a "
             "rollout; lower it, or raise rollout.prompts_per_step"
         )
-    per_rollout = 1 if config.supervised_only else config.algorithm.mini_batches * config.algorithm.epochs
+    per_rollout = config.algorithm.mini_batches * config.algorithm.epochs if config.run.kind == "rl" else 1
     if optimizer.warmup_steps > train.steps * per_rollout:
         yield (
             f"optimizer.warmup_steps: longer than the run's {train.steps * per_rollout} optimizer steps; "
@@ -140,11 +147,12 @@ def _of_data(config: Config) -> Iterator[str]:
         )
     if len(data.weights) == 1 == len(data.train):
         yield "data.weights: has no effect on one path; remove it"
-    trains_labels = config.run.kind == "sft" and config.supervised.target == "label"
+    reads_rows = config.run.kind in ("sft", "distill") and config.supervised_only
+    trains_labels = reads_rows and config.supervised.target == "label"
     if trains_labels and not data.label_key and data.last_assistant != "drop":
         yield (
-            'data.label_key: run.kind = "sft" trains on labels; name their key, or set data.last_assistant = '
-            '"drop" to train on the last turns'
+            f'data.label_key: run.kind = "{config.run.kind}" trains on labels; name their key, or set '
+            'data.last_assistant = "drop" to train on the last turns'
         )
 
 
@@ -275,6 +283,12 @@ def _against_algorithm(config: Config) -> Iterator[str]:
             "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
             "ends the run; set 2 or more, or 0"
         )
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    if algorithm.kl_target is not None and algorithm.kl_horizon < samples:
+        yield (
+            f"algorithm.params.kl_horizon: {algorithm.kl_horizon:g} is shorter than the {samples} samples of "
+            "a step, over which the coefficient would jump; raise it"
+        )
     if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
@@ -286,7 +300,7 @@ def warnings(config: Config) -> list[str]:
     """`key: what` for settings that are allowed and hardly meant."""
     rates = {"optimizer.lr": config.optimizer.lr}
     a = config.algorithm
-    if config.supervised_only:
+    if config.run.kind != "rl":
         found = [f"{key}: 0, so that nothing is learned" for key, rate in rates.items() if rate == 0]
         return [*found, *_never_due(config)]
     algorithm = configure(a.name, a.params, a.loss)
@@ -325,7 +339,7 @@ def _never_due(config: Config) -> Iterator[str]:
 
 
 def _needs_reference(config: Config) -> bool:
-    if config.supervised_only:
+    if config.run.kind != "rl":
         return config.run.kind == "preference" and config.preference.loss != "orpo"
     try:
         return configure(
@@ -348,12 +362,15 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         keys = ("fp8_recipe", "fp8_param_gather", "fp8_first_last_bf16")
         unused |= {f"model.{key}": 'model.precision is not "fp8"' for key in keys}
     name = config.algorithm.name
-    what = f'run.kind is "{config.run.kind}", which' if config.supervised_only else name
+    other = config.run.kind != "rl"
+    what = f'run.kind is "{config.run.kind}", which' if other else name
     if config.run.kind == "preference":
         what = f'preference.loss is "{config.preference.loss}", which'
-    if config.supervised_only or name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
+    if other or name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
         keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
         unused |= dict.fromkeys(keys, f"{what} has no critic")
+    elif not config.critic.warmup_rollouts:
+        unused["critic.warmup_epochs"] = "critic.warmup_rollouts is 0"
     if not _needs_reference(config):
         unused["residency.reference"] = f"{what} has no reference"
     if not config.checkpoint.every:
@@ -363,12 +380,14 @@ def unused_keys(config: Config) -> Mapping[str, str]:
 
 def _unused_of_training(config: Config) -> Mapping[str, str]:
     unused: dict[str, str] = {}
-    if config.supervised_only:
+    if config.run.kind != "rl":
         keys = tuple(f"algorithm.{key}" for key in AlgorithmConfig.model_fields)
-        keys += ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness")
-        keys += ("rollout.dynamic_sampling", "data.curriculum", "rollout.dump")
-        keys += ("reward.model", "rollout.routing_replay", "residency.servers", "publish.mismatch_action")
+        keys += ("rollout.max_staleness", "rollout.dynamic_sampling", "data.curriculum", "rollout.dump")
+        keys += ("reward.model", "rollout.routing_replay", "publish.mismatch_action")
         unused |= dict.fromkeys(keys, f'run.kind is "{config.run.kind}"')
+    if config.supervised_only:
+        keys = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "residency.servers")
+        unused |= dict.fromkeys(keys, f'run.kind is "{config.run.kind}", and trains on rows as they are')
         if not config.held_out:
             keys = [f"rollout.{key}" for key in RolloutConfig.model_fields]
             keys += [f"publish.{key}" for key in PublishConfig.model_fields]
@@ -379,7 +398,7 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
             why = f'run.kind is "{config.run.kind}", and every held-out set has a reward'
             unused["reward.function"] = why
     kind, target, samples = config.run.kind, config.supervised.target, config.samples_responses
-    unused |= dict(unused_of_kind(kind, target, config.preference, samples=samples))
+    unused |= dict(unused_of_kind(kind, target, config.preference, config.distill, samples=samples))
     if config.reward.functions:
         unused["reward.function"] = "reward.functions are there in its place"
     if config.reward.model is None:

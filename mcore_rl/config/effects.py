@@ -29,6 +29,8 @@ def params_without_effect(algorithm: Algorithm, given: Mapping[str, object]) -> 
         )
     if "kl_estimator" in given and not algorithm.kl_in_loss:
         yield f"{place}.kl_estimator: has no effect because kl_in_loss is 0; remove it, or set kl_in_loss"
+    if "kl_horizon" in given and algorithm.kl_target is None:
+        yield f"{place}.kl_horizon: has no effect because there is no kl_target; remove it, or set kl_target"
     if algorithm.advantage is group_normalized:
         for key, why in _of_normalized(algorithm).items():
             if key in given:

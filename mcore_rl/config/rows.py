@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from mcore_rl.config.sections import Count, Positive, Section
+from mcore_rl.config.sections import Count, FilePath, Positive, Section
 
 SupervisedTarget = Literal["label", "last", "all"]
+
+
+def _named_teachers(teachers: dict[str, Any]) -> dict[str, Any]:
+    """Names that a prefix of tensors in a checkpoint can have."""
+    for name in teachers:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}", name):
+            raise ValueError(
+                "the name of a teacher is of at most 32 letters, digits, `_` and `-`, and does not begin "
+                "with `-`; rename it"
+            )
+    return teachers
+
+
+Teachers = Annotated[dict[str, FilePath], AfterValidator(_named_teachers)]
 
 
 class SupervisedConfig(Section):
@@ -17,8 +32,8 @@ class SupervisedConfig(Section):
     batch_size: Count = 256
     """Rows of one optimizer step over all replicas."""
     target: SupervisedTarget = "label"
-    """With `sft`, what is trained: the label, or of a conversation under data.prompt_key the assistant's last
-    turn, or all of its turns."""
+    """With `sft` and `distill`, what is trained: the label, or of a conversation under data.prompt_key the
+    assistant's last turn, or all of its turns."""
 
 
 class PreferenceConfig(Section):
@@ -44,3 +59,19 @@ class RewardModelConfig(Section):
 
     center_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared sum of a pair's scores, which holds their mean at 0."""
+
+
+class DistillConfig(Section):
+    """Distillation of a teacher into the model that is trained, with `run.kind = "distill"`."""
+
+    teachers: Teachers = Field(default={})
+    """Name -> Hugging Face directory of a frozen model with the student's vocabulary, of whatever size."""
+    teacher_key: str = ""
+    """Key of a row that names its teacher, where there are several."""
+    divergence: Literal["forward", "reverse", "jsd", "sampled"] = "forward"
+    """Over the whole vocabulary `forward`, KL(teacher, student), `reverse`, KL(student, teacher), or `jsd`,
+    the generalised Jensen-Shannon of GKD; `sampled`: the reverse KL at the sampled token, as an advantage."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """`jsd`: weight of the teacher in the mixture."""
+    on_policy: bool = False
+    """On what the student samples of the prompts, in the place of the answers that the rows have."""

@@ -156,7 +156,7 @@ class Section(BaseModel):
     )
 
 
-Kind = Literal["rl", "sft", "preference", "reward_model"]
+Kind = Literal["rl", "sft", "preference", "reward_model", "distill"]
 """what a run trains by"""
 
 
@@ -167,7 +167,8 @@ class RunConfig(Section):
     """Where the run writes everything; relative to the current directory, like every path here."""
     kind: Kind = "rl"
     """`rl`: reinforcement learning on rollouts; `sft`: supervised, on answers that the data has;
-    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers."""
+    `preference`: on answers that the data prefers; `reward_model`: to score as the data prefers;
+    `distill`: to answer as a teacher does."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
 
@@ -424,10 +425,15 @@ class OptimizerConfig(Section):
 class CriticConfig(Section):
     """The value model of an algorithm that needs one; the rest of its optimizer is that of [optimizer]."""
 
+    path: FilePath | None = None
+    """What it starts from: directory of a sequence classifier, one label, the policy's tokenizer, such as the
+    reward model; unset, the policy's weights under a value head of 0."""
     lr: Annotated[float, Field(ge=0)] = 1e-5
     """Peak learning rate of its own Adam."""
     warmup_rollouts: NonNegative = 0
-    """Rollouts at the start of the run in which only the critic learns."""
+    """Rollouts at the start of the run in which only the critic learns, from returns at lambda = 1."""
+    warmup_epochs: Count | None = None
+    """Its passes over each of them; unset, algorithm.epochs."""
     value_clip: Annotated[float, Field(ge=0)] = 0.2
     """How far a value may move in one rollout before its gradient is cut; 0 does not clip."""
     coef: Positive = 1.0

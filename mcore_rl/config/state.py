@@ -17,6 +17,8 @@ class ResidencyConfig(Section):
     """Its weights and gradients, outside of its own scoring and updates."""
     reward_model: Literal["resident", "offloaded"] = "resident"
     """Its weights, outside of scoring."""
+    teacher: Literal["resident", "offloaded"] = "resident"
+    """The weights of all teachers, outside of their passes; their output layers stay."""
     optimizer: Literal["resident", "offloaded"] = "resident"
     """Adam's moments and fp32 weights, of policy and critic, outside of their updates."""
     servers: Literal["resident", "released"] = "resident"

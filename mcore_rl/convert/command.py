@@ -14,8 +14,9 @@ from mcore_rl.convert.certify import Certificate, certify
 from mcore_rl.convert.output import ConversionProgress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
+from mcore_rl.directories import files_in
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.torch_dist import holds_classifier
+from mcore_rl.model.hf.torch_dist import CRITIC, holds_classifier
 from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
 
@@ -51,6 +52,7 @@ def mcore_to_hf(
     config: Path | None = None,
     shard_gb: float = 5.0,
     quantize: str = "none",
+    critic: bool = False,
     certified: bool = False,
 ) -> dict[str, Any]:
     """Convert the model part of a torch_dist directory to an HF directory; see `hf_to_mcore`.
@@ -59,21 +61,24 @@ def mcore_to_hf(
         config: HF directory with config.json and tokenizer, where `source` has none (a training checkpoint).
         shard_gb: largest safetensors file, in 10^9 bytes.
         quantize: a key of weights.encoding.ENCODINGS; `fp8` is for servers.
+        critic: convert the critic of a training checkpoint in the place of its policy.
     """
     if quantize != "none" and certified:
         raise ConfigError(
             "--certify asks for equal logits, and weights in FP8 have others; convert without it, or without "
             "--quantize"
         )
-    if certified and holds_classifier(source):
-        raise ConfigError(f"--certify: {source} is a reward model, which has no logits; convert it without")
+    prefix = CRITIC if critic else ""
+    if certified and (critic or holds_classifier(source)):
+        what = "a critic" if critic else "a reward model"
+        raise ConfigError(f"--certify: {source} is {what}, which has no logits; convert it without")
     if not 0 < shard_gb <= _MOST_SHARD_GB:
         raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0, at most {_MOST_SHARD_GB:g}")
     where = source if config is None else config
 
     def write(directory: Path) -> ConversionProgress:
         size, encoding = int(shard_gb * 1e9), ENCODINGS[quantize]
-        return write_hf(source, directory, config=where, shard_bytes=size, encoding=encoding)
+        return write_hf(source, directory, config=where, shard_bytes=size, encoding=encoding, prefix=prefix)
 
     def check(new: Path) -> Certificate:
         return certify(new, source, config=where)
@@ -100,7 +105,7 @@ def _convert(
         if check is not None:
             print("comparing the logits of both sides", file=sys.stderr, flush=True)
             summary["certificate"] = asdict(check(directory))
-        files = [manifest.checksum(path) for path in sorted(directory.iterdir())]
+        files = [manifest.checksum(directory, name) for name in files_in(directory)]
         manifest.commit(directory, files, conversion=summary)
     return summary
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mcore_rl.checkpoint.manifest import sync_directory
-from mcore_rl.directories import check_free, locked, mark, remove
+from mcore_rl.directories import check_free, keeps_no_files, locked, mark, remove
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.terminal import printable
 
@@ -47,7 +47,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
                     remove(partial, remedy, kind="conversion")
     except OSError as error:
         place = f"{error.filename or partial}: {error.strerror or error}"
-        if error.errno in _NO_PLACE:
+        if error.errno in _NO_PLACE or keeps_no_files(partial):
             raise ConfigError(f"{place}; nothing was converted. Name another target") from error
         raise CheckpointError(
             f"{place}; nothing is left of the conversion. Make room or make it writable, and convert again"

@@ -23,13 +23,19 @@ from mcore_rl.model.hf.files import (
     write_side_files,
 )
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.hf.torch_dist import holds_classifier, torch_dist_reader, torch_dist_types
+from mcore_rl.model.hf.torch_dist import CRITIC, holds_classifier, torch_dist_reader, torch_dist_types
 from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 
 def write_hf(
-    source: Path, directory: Path, *, config: Path, shard_bytes: int, encoding: Encoding = PLAIN
+    source: Path,
+    directory: Path,
+    *,
+    config: Path,
+    shard_bytes: int,
+    encoding: Encoding = PLAIN,
+    prefix: str = "",
 ) -> ConversionProgress:
     """Write the model part of the torch_dist `source` into the empty `directory` as safetensors.
 
@@ -37,19 +43,22 @@ def write_hf(
         config: HF directory whose config.json and tokenizer go with the weights.
         shard_bytes: a file holds no more, unless a single tensor does.
         encoding: what the tensors become (weights/encoding.py).
+        prefix: torch_dist.CRITIC for the critic in the place of the policy.
 
     Raises:
         ConfigError: the parameters are not those of config.json.
         CheckpointError: `source` is damaged.
     """
-    _check_config(source, config)
+    _check_config(source, config, prefix)
     if shard_bytes < 1:
         raise ConfigError(f"--shard-gb: {shard_bytes} bytes are too few for a file")
     arch = read_architecture(config)
-    classifier = holds_classifier(source)
+    classifier = holds_classifier(source, prefix)
+    if prefix and not classifier:
+        raise ConfigError(f"--critic: {source} holds none; only the checkpoint of a run with a critic does")
     mapping = (CriticParameterMap if classifier else ParameterMap)(arch, arch.vocab)
-    read = torch_dist_reader(source, mapping)
-    types = torch_dist_types(source, mapping)
+    read = torch_dist_reader(source, mapping, prefix)
+    types = torch_dist_types(source, mapping, prefix)
     forms = encoded_forms(mapping, encoding, types)
     shards = _shards(forms, shard_bytes)
     progress = ConversionProgress(len(forms))
@@ -70,18 +79,21 @@ def write_hf(
     return progress
 
 
-def _check_config(source: Path, config: Path) -> None:
+def _check_config(source: Path, config: Path, prefix: str) -> None:
     """Raises ConfigError where the run that saved `source` had a model with another config.json."""
     try:
         inputs = manifest.read(source).document.get("inputs")
     except (ConfigError, CheckpointError):  # Megatron's own has no manifest; what is damaged is refused later
         return
-    then = inputs.get("model.path") if isinstance(inputs, dict) else None
+    known = inputs if isinstance(inputs, dict) else {}
+    of_critic = "critic.path" in known and prefix == CRITIC
+    then = known.get("critic.path" if of_critic else "model.path")
     now = model_content(config, weights=False).get("config.json")
     if isinstance(then, dict) and then.get("config.json", now) != now:
         raise ConfigError(
             f"{config / 'config.json'} is not the one that the run of {source} had: it would describe a "
-            "model of which these are no weights. Name a directory that the run published (RUN_DIR/weights)"
+            "model of which these are no weights. Name "
+            + ("critic.path" if of_critic else "a directory that the run published (RUN_DIR/weights)")
         )
 
 

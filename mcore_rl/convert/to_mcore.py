@@ -25,6 +25,7 @@ from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, lef
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
 from mcore_rl.terminal import printable
+from mcore_rl.weight_files import unread
 
 _MEGATRON = {
     "sharded_backend": "torch_dist",
@@ -88,8 +89,9 @@ def write_torch_dist(
     check_side_files(source)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
-    if unread := left_out(source, arch):
-        print(printable(f"warning: {unread}"), file=sys.stderr, flush=True)
+    for left in (unread(source), left_out(source, arch)):
+        if left:
+            print(printable(f"warning: {left}"), file=sys.stderr, flush=True)
     types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
     entries = mapping.entries()
     placed = {_index(where): (entry, where) for entry in entries for where in [place(entry, mapping)]}
@@ -144,5 +146,6 @@ def _write_side_files(source: Path, directory: Path) -> None:
     common = io.BytesIO()
     torch.save({}, common)
     (directory / "common.pt").write_bytes(common.getvalue())
-    for path in side_files(source):
-        shutil.copyfile(path, directory / path.name)
+    for name, path in side_files(source).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)

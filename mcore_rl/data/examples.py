@@ -6,7 +6,7 @@ Each becomes an `Example`: the token sequences of which some tokens are trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -77,9 +77,13 @@ class ExampleReader(RowReader):
 
     def read(self, place: str, record: Mapping[str, Any], name: str, default_id: str) -> Example:
         """The example of `record`; see RowReader.read."""
+        if self.form.target == "label":
+            return self._labelled(super().read(place, record, name, default_id), place)
+        example = self._of_answers(place, record, name, default_id)
+        return replace(example, metadata=self._choice(place, record))
+
+    def _of_answers(self, place: str, record: Mapping[str, Any], name: str, default_id: str) -> Example:
         match self.form.target:
-            case "label":
-                return self._labelled(super().read(place, record, name, default_id), place)
             case "pair":
                 return self._pair(place, record, self._id(place, record, name, default_id))
             case "verdict":

@@ -79,7 +79,8 @@ def fingerprint_form(reader: RowReader, max_prompt_tokens: int) -> str:
 def _of_form(form: RowFormat) -> dict[str, object]:
     """The keys of a form; one that has the meaning of earlier versions is left out, so that it is theirs."""
     keys = asdict(form) | {"needs_label": None}
-    return {key: value for key, value in keys.items() if (key, value) != ("target", "label")}
+    earlier = {"target": "label"} | ({} if form.choice_key else {"choice_key": "", "choices": form.choices})
+    return {key: value for key, value in keys.items() if key not in earlier or value != earlier[key]}
 
 
 def _without_state(backend: dict[str, object]) -> dict[str, object]:

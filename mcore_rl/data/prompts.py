@@ -103,7 +103,7 @@ class PromptSet:
 
     @property
     def prompts(self) -> Prompts:
-        """Them as a sequence."""
+        """All prompts, read when they are asked for."""
         return Prompts(self)
 
     @property

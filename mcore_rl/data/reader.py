@@ -23,7 +23,7 @@ from mcore_rl.data.messages import (
 )
 from mcore_rl.data.tables import kind
 from mcore_rl.errors import DataError
-from mcore_rl.terminal import escaped, quoted
+from mcore_rl.terminal import escaped, joined, quoted
 from mcore_rl.types import Prompt
 
 _KEYS_CHARS = 500
@@ -53,6 +53,9 @@ class RowFormat:
     system: str | None = None
     tools: Sequence[Any] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    choice_key: str = ""
+    """key that has one of the `choices` in every row; empty: rows make none"""
+    choices: tuple[str, ...] = ()
 
     @property
     def required_keys(self) -> tuple[str, ...]:
@@ -117,9 +120,23 @@ class RowReader:
         label = self._label(place, record, chat, text)
         taken = (form.id_key, form.prompt_key, form.label_key)
         metadata = {key: item for key, item in record.items() if key not in taken}
+        metadata |= self._choice(place, record)
         return Prompt(
             prompt_id, text, tuple(token_ids), label, metadata, () if chat is None else chat.messages
         )
+
+    def _choice(self, place: str, record: Mapping[str, Any]) -> dict[str, str]:
+        """What the row chooses, by its key; nothing where rows make no choice."""
+        key, choices = self.form.choice_key, self.form.choices
+        if not key:
+            return {}
+        value = look_up(record, key)
+        if value is MISSING:
+            raise missing(place, key, record, f"add it, as one of {joined(choices)}")
+        if value not in choices:
+            what = quoted(value) if isinstance(value, str) else f"a {kind(value)}"
+            raise DataError(f"{place}:{key}: {what}; expected one of {joined(choices)}")
+        return {key: value}
 
     def begins(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt begins with what the tokenizer would put in front of it."""

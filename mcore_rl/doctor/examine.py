@@ -113,8 +113,8 @@ def _disks(config: Config) -> Iterator[Finding]:
 def _checkpoint_bytes(config: Config) -> int:
     """Bytes of the checkpoints kept and the one being written: weights, Adam's moments and fp32 weights."""
     half = read_hf_config(config.model.path).get("torch_dtype") in ("bfloat16", "float16")
-    models = 2 if _has_critic(config) else 1
-    return (config.checkpoint.keep + 1) * models * (7 if half else 3) * weight_bytes(config.model.path)
+    models = [config.model.path, *([config.critic.path or config.model.path] if _has_critic(config) else [])]
+    return (config.checkpoint.keep + 1) * (7 if half else 3) * sum(map(weight_bytes, models))
 
 
 def _has_critic(config: Config) -> bool:

@@ -15,7 +15,7 @@ from mcore_rl.data.chat import render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
-from mcore_rl.doctor.rewards import check_reward
+from mcore_rl.doctor.rewards import check_reward, classifier
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import left_out
@@ -26,6 +26,8 @@ from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
+from mcore_rl.weight_files import unread
+from mcore_rl.training.teachers import check_teachers
 
 T = TypeVar("T")
 
@@ -44,6 +46,8 @@ def check_inputs(config: Config, gpus: int) -> list[Finding]:
         return findings
     findings += guarded("layout", lambda: _layout(config, gpus))
     findings += guarded("tokenizer", lambda: _tokenizer(config))
+    if config.distill.teachers:
+        findings += guarded("teachers", lambda: _teachers(config))
     if not any(finding.level == "error" and finding.check == "tokenizer" for finding in findings):
         findings += guarded("data", lambda: _data(config))
     return findings
@@ -59,9 +63,12 @@ def _model(config: Config) -> Iterable[Finding]:
         yield Finding("model", "ok", f"{what}; weights start at random (model.random_init)")
         return
     hf_reader(path, ParameterMap(architecture, padded_vocab(architecture, 1)))
-    if unread := left_out(path, architecture):
-        yield Finding("model", "warning", unread, "keep the source, if a server shall use them")
+    if later := left_out(path, architecture):
+        yield Finding("model", "warning", later, "keep the source, if a server shall use them")
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
+    if left := unread(path):
+        what, _, remedy = left.rpartition("; ")
+        yield Finding("model", "warning", what, remedy)
 
 
 def _readable(config: Config) -> Iterable[Finding]:
@@ -78,6 +85,16 @@ def _layout(config: Config, gpus: int) -> Iterable[Finding]:
     yield Finding("layout", "ok", f"legal for this model; one replica takes {replica} ranks")
     if gpus and replica > gpus:
         yield Finding("layout", "note", f"this machine has {gpus} GPUs: start on several nodes with torchrun")
+
+
+def _teachers(config: Config) -> Iterable[Finding]:
+    p = config.parallel
+    check_teachers(config, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
+    for name, path in config.distill.teachers.items():
+        arch = read_architecture(path)
+        hf_reader(path, ParameterMap(arch, padded_vocab(arch, 1)))
+        what = f"{name}: {path}: {arch.layers} layers, hidden {arch.hidden}, the student's vocabulary"
+        yield Finding("teachers", "ok", f"{what}; names and shapes of its weights are complete")
 
 
 def _tokenizer(config: Config) -> Iterable[Finding]:
@@ -147,6 +164,9 @@ def _data(config: Config) -> list[Finding]:
         findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.supervised_only and "data.train" in read:
         findings += guarded("reward", lambda: check_reward(config, read["data.train"]))
+        path = config.critic.path
+        if path is not None:
+            findings += guarded("critic", lambda: [classifier(config, "critic.path", path)])
         if config.data.curriculum is not None:
             findings += guarded("curriculum", lambda: _curriculum(config, read["data.train"]))
     return findings

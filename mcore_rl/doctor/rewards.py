@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mcore_rl.doctor.finding import Finding
 from mcore_rl.errors import RewardError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.policy import CriticParameterMap
-from mcore_rl.model.spec import check_reward_layout, padded_vocab
+from mcore_rl.model.spec import check_classifier_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import RewardFunction, load_rewards
 from mcore_rl.terminal import joined
@@ -40,7 +40,7 @@ def check_reward(config: Config, found: PromptSet) -> Iterator[Finding]:
         ConfigError, RewardError: it cannot be had, or a function fails.
     """
     if config.reward.model is not None:
-        yield from _reward_model(config, config.reward.model)
+        yield classifier(config, "reward.model", config.reward.model)
         return
     functions = reward_functions(config)
     load_rewards(functions)
@@ -114,10 +114,16 @@ def _answered(name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _reward_model(config: Config, path: Path) -> Iterable[Finding]:
+def classifier(config: Config, key: str, path: Path) -> Finding:
+    """Whether `key` of the config names a sequence classifier for the policy's tokens at this layout.
+
+    Raises:
+        ConfigError, LayoutError: it does not.
+    """
     arch = read_architecture(path)
     p = config.parallel
-    check_reward_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)))
-    check_same_tokens(config)
+    check_classifier_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)), key)
+    check_same_tokens(config, key, path)
     hf_reader(path, CriticParameterMap(arch, padded_vocab(arch, 1)))
-    yield Finding("reward", "ok", f"{path}: a reward model over the policy's tokens, its weights complete")
+    what = f"{path}: a sequence classifier over the policy's tokens, its weights complete"
+    return Finding(key.partition(".")[0], "ok", what)

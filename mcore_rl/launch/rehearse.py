@@ -97,7 +97,7 @@ def _exported(tiny: Config) -> str:
         ConfigError: they are not.
     """
     directory = tiny.run.dir / "model"
-    if not tiny.supervised_only:
+    if tiny.run.kind == "rl":
         (directory,) = (path for path in (tiny.run.dir / "weights").iterdir() if path.is_dir())
     arch = read_architecture(directory)
     table = CriticParameterMap if tiny.run.kind == "reward_model" else ParameterMap
@@ -119,8 +119,12 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     parallel = shrink_parallel(config.parallel, processes)
     model = shrink_model(read_hf_config(config.model.path), parallel)
     _write_model(directory / "model", model)
-    if config.reward.model is not None:
-        _write_reward_model(directory / "reward_model", config.reward.model, parallel, config.run.seed)
+    for name, source in (("reward_model", config.reward.model), ("critic", config.critic.path)):
+        if source is not None:
+            _write_scored_by(directory / name, source, parallel, config.run.seed, CriticParameterMap)
+    for number, (name, path) in enumerate(config.distill.teachers.items(), 1):
+        seed = config.run.seed + number  # its own: a student is no distance from itself
+        _write_scored_by(directory / f"teacher_{name}", path, parallel, seed, ParameterMap)
     lines = "".join(json.dumps(problem) + "\n" for problem in _problems(config))
     (directory / "problems.jsonl").write_text(lines)
     file = directory / "rehearsal.toml"
@@ -138,6 +142,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
 def _problems(config: Config) -> Iterator[dict[str, Any]]:
     """Sums of two digits, in the form that the kind of training reads."""
     judged = config.run.kind == "preference" and config.preference.loss == "kto"
+    teachers = list(config.distill.teachers) or [""]
     for a in range(1, 10):
         for b in range(1, 10):
             right, wrong = str(a + b), str(a + b + 1)
@@ -145,7 +150,8 @@ def _problems(config: Config) -> Iterator[dict[str, Any]]:
                 answer = right if a < b else wrong
                 yield {"prompt": f"{a}+{b}=", "completion": answer, "label": a < b}
             else:
-                yield {"prompt": f"{a}+{b}=", "label": right, "chosen": right, "rejected": wrong}
+                one = {"prompt": f"{a}+{b}=", "label": right, "chosen": right, "rejected": wrong}
+                yield {**one, "teacher": teachers[(a + b) % len(teachers)]}
 
 
 def shrink_parallel(parallel: ParallelConfig, processes: int) -> ParallelConfig:
@@ -229,11 +235,17 @@ def _write_model(directory: Path, hf: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
 
 
-def _write_reward_model(directory: Path, source: Path, parallel: ParallelConfig, seed: int) -> None:
-    """A tiny sequence classifier of the family of `source`, over the rehearsal's tokens; random weights."""
+def _write_scored_by(
+    directory: Path, source: Path, parallel: ParallelConfig, seed: int, table: type[ParameterMap]
+) -> None:
+    """A tiny frozen model of the family of `source`, over the rehearsal's tokens; random weights.
+
+    Args:
+        table: CriticParameterMap for a sequence classifier, ParameterMap for a teacher.
+    """
     _write_model(directory, shrink_model(read_hf_config(source), parallel))
     arch = read_architecture(directory)
-    mapping = CriticParameterMap(arch, arch.vocab)
+    mapping = table(arch, arch.vocab)
     read = with_value_head(random_reader(mapping, seed), arch, seed)
     save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
 
@@ -291,9 +303,15 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "weights": {},
             "model": config.reward.model and directory / "reward_model",
         },
-        "algorithm": {"mini_batches": min(2, algorithm.mini_batches)},
+        "algorithm": {
+            "mini_batches": min(2, algorithm.mini_batches),
+            "params": {key: value for key, value in algorithm.params.items() if key != "kl_horizon"},
+        },
         "optimizer": {"warmup_steps": 0},
-        "critic": {"warmup_rollouts": min(1, config.critic.warmup_rollouts)},
+        "critic": {
+            "path": config.critic.path and directory / "critic",
+            "warmup_rollouts": min(1, config.critic.warmup_rollouts),
+        },
         "train": {
             "steps": STEPS,
             "tokens_per_micro_batch": min(128, train.tokens_per_micro_batch),
@@ -302,6 +320,10 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         },
         "checkpoint": {"dir": None, "every": 1, "keep": 2},
         "supervised": {"batch_size": 16, "target": "label"},
+        "distill": {
+            "teachers": {name: directory / f"teacher_{name}" for name in config.distill.teachers},
+            "teacher_key": config.distill.teacher_key and "teacher",
+        },
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
         "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
     }

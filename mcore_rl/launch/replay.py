@@ -15,12 +15,16 @@ from mcore_rl.checkpoint import Checkpoints, Saved, find, fp8_pieces, model_piec
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model.build import Model, build_critic, build_policy
+from mcore_rl.model.residency import Residency
 from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.control import gather_ranks
+from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
 from mcore_rl.terminal import printable
+from mcore_rl.training.assemble import build_critic_of
 from mcore_rl.training.batch import align_of
+from mcore_rl.training.distill import divergence_of, objective_of
 from mcore_rl.training.faults.dump import alone, from_json
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
@@ -38,6 +42,8 @@ from mcore_rl.training.setup import (
     world_size,
 )
 from mcore_rl.training.supervised import NegativeLogLikelihood
+from mcore_rl.training.teachers import start_teachers
+from mcore_rl.types import PackedBatch
 
 
 def replay_dump(config: Config, path: Path) -> None:
@@ -78,13 +84,16 @@ def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> N
     batch = from_json(dump)
     with Inspector(model, batch, dump["samples"]) as inspector:
         objective = inspector.observed(_objective(config, mesh, dump["kind"]))
-        forward_backward(model, alone(batch, mesh), objective, dump["temperature"])
+        batches, other = alone(batch, mesh), [_compared(config, mesh, dump["kind"], batch)]
+        forward_backward(model, batches, objective, dump["temperature"], against=other * len(batches))
         findings = _gathered(mesh, inspector.findings())
     _report(mesh, saved, dump, findings)
 
 
 def _build(config: Config, mesh: Mesh, kind: str) -> Model:
-    build = build_critic if kind in ("critic", "reward_model") else build_policy
+    if kind == "critic":
+        return build_critic_of(config, mesh)
+    build = build_critic if kind == "reward_model" else build_policy
     return build(
         config.model.path,
         mesh,
@@ -94,9 +103,22 @@ def _build(config: Config, mesh: Mesh, kind: str) -> Model:
     )
 
 
+def _compared(config: Config, mesh: Mesh, kind: str, batch: PackedBatch) -> Against | None:
+    """What a student was compared with in a micro-batch: its teacher says it again."""
+    divergence = divergence_of(config.distill)
+    if kind != "distill" or divergence is None:
+        return None
+    name = list(config.distill.teachers)[int(batch.fields["teacher"][0]) if len(batch.rows) else 0]
+    only = config.distill.model_copy(update={"teachers": {name: config.distill.teachers[name]}})
+    teachers = start_teachers(config.model_copy(update={"distill": only}), mesh)
+    return teachers.states({name: [batch]}, divergence, Residency(teachers.waiting))[0]
+
+
 def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
     if kind == "supervised":
         return NegativeLogLikelihood()
+    if kind == "distill":
+        return objective_of(divergence_of(config.distill))
     if kind == "preference":
         return SequenceObjective(loss_of(config.preference), mesh.cp if mesh.layout.context > 1 else None)
     if kind == "reward_model":

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -15,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 
 from mcore_rl.config import Config, warnings
-from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
+from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo, StorageError
 from mcore_rl.launch.environment import check_environment
+from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
 from mcore_rl.training.faults.deadline import ExitTimer
@@ -33,9 +35,10 @@ from mcore_rl.training.faults.exits import (
     typed,
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
-from mcore_rl.training.faults.watchdog import GRACE_SECONDS
-from mcore_rl.training.rundir import held, warn_of_others
+from mcore_rl.training.faults.watchdog import GRACE_SECONDS, collective_timeout
+from mcore_rl.training.rundir import held, root_of, warn_of_others
 from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
+from mcore_rl.weight_files import unread
 
 
 def under_torchrun() -> bool:
@@ -100,7 +103,9 @@ def run_alone(config: Config) -> int:
 
 def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
     warn_of_others(config)
-    for what in [*warnings(config), *doubts]:
+    models = [] if config.model.random_init else [config.model.path]
+    models += [] if config.reward.model is None else [config.reward.model]
+    for what in [*warnings(config), *filter(None, map(unread, models)), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)
 
@@ -129,8 +134,19 @@ def _run_recorded(config: Config, work: Callable[[], None]) -> int:
             say(str(done))
     except BaseException as error:  # of user code too: whatever it is, not every step is done
         code = last_words(run_dir, typed(error), since)
+        if isinstance(error, StorageError) and rank == 0:
+            _say_where_it_goes_on(config)
     _end_with(code, config)
     return code
+
+
+def _say_where_it_goes_on(config: Config) -> None:
+    """After what a retry may mend: that a retry need not begin anew."""
+    from mcore_rl.checkpoint import committed
+
+    with suppress(OSError):  # of a disk that is broken, not full
+        if config.checkpoint.every and (saved := committed(root_of(config))):
+            say(f"--resume goes on after step {saved[-1][0]}")
 
 
 def _end_with(code: int, config: Config) -> None:
@@ -198,6 +214,8 @@ def train_of(config: Config) -> Callable[[Config, str | None], None]:
             from mcore_rl.training.preference import train_preference as train
         case "reward_model":
             from mcore_rl.training.reward_model import train_reward_model as train
+        case "distill":
+            from mcore_rl.training.distill import train_distillation as train
     return train
 
 
@@ -228,8 +246,10 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says its own error
+    patience = collective_timeout(config.train.step_timeout)
     try:
-        left = _start_ranks(launch, ranks, arguments)
+        with ending_stopped(launch, config.run.dir, patience):
+            left = _start_ranks(launch, ranks, arguments)
     finally:
         end_launched(launch)
     if isinstance(left, int):

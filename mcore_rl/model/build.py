@@ -38,8 +38,8 @@ from mcore_rl.model.policy import (
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import (
     block_spec,
+    check_classifier_layout,
     check_layout,
-    check_reward_layout,
     padded_vocab,
     transformer_config,
 )
@@ -126,18 +126,30 @@ def build_critic(
     return _build(CriticModel, config, CriticParameterMap(arch, rows), read, mesh, ddp, path)
 
 
-def build_reward_model(path: Path, mesh: Mesh, *, precision: str = "fp32", fp8: Fp8 = DEFAULT_FP8) -> Model:
-    """The frozen sequence classifier of the HF directory `path`: one label, `score.weight` [1, H], no bias.
+def build_classifier(
+    path: Path,
+    mesh: Mesh,
+    key: str,
+    *,
+    precision: str = "fp32",
+    fp8: Fp8 = DEFAULT_FP8,
+    recompute: str = "none",
+    ddp: DistributedDataParallelConfig | None = None,
+) -> Model:
+    """The sequence classifier of the HF directory `path`: one label, `score.weight` [1, H], no bias.
 
-    Its value of a row is the score of the tokens up to there. Raises ConfigError, LayoutError as
-    `build_policy`.
+    Its value of a row is the score of the tokens up to there. It is a reward model, or a critic's start.
+    Raises ConfigError, LayoutError as `build_policy`, whose other arguments it has.
+
+    Args:
+        key: of the config, which names it, for errors.
     """
     platform.install()
     arch = read_architecture(path)
-    check_reward_layout(arch, mesh.layout)
+    check_classifier_layout(arch, mesh.layout, key)
     mapping = CriticParameterMap(arch, padded_vocab(arch, mesh.layout.tensor))
-    config = transformer_config(arch, mesh.layout, precision, "none", fp8)
-    return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, None, path)
+    config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
+    return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, ddp, path)
 
 
 def _read(
@@ -187,8 +199,8 @@ def _build(
 @cache
 def _warn_of_left_out(source: Path, arch: Architecture) -> None:
     """Say once in a process which tensors of a source no model has."""
-    if arch.predicting_layers and not holds_torch_dist(source) and (unread := left_out(source, arch)):
-        print(printable(f"warning: {unread}"), file=sys.stderr, flush=True)
+    if arch.predicting_layers and not holds_torch_dist(source) and (later := left_out(source, arch)):
+        print(printable(f"warning: {later}"), file=sys.stderr, flush=True)
 
 
 class TrainedChunk(DistributedDataParallel):

@@ -24,6 +24,7 @@ from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.tables import Rule
 from mcore_rl.parallel.head import Call, HeadOutput, RowLoss, head_loss, log_prob_entropy
+from mcore_rl.parallel.head.divergence import Against, DivergenceLoss, divergence_loss, divergences
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class Scored:
     """[R] int64"""
     temperature: float
     """temperature of the sampling policy"""
-    loss: RowLoss | None = None
+    loss: RowLoss | DivergenceLoss | None = None
     """a policy answers with `parallel.head.head_loss` of it instead of log-probs; a critic ignores it"""
+    against: Against | None = None
+    """a student is scored by its divergences from this teacher instead of log-probs, the loss by them too"""
+    states: bool = False
+    """a policy answers with its last hidden states [T_local, H] themselves: a teacher does"""
 
 
 class LogProbHead(ColumnParallelLinear):
@@ -60,7 +65,7 @@ class LogProbHead(ColumnParallelLinear):
     def forward(  # type: ignore[override]  # only `PolicyModel.head` calls it
         self, hidden: Tensor, weight: Tensor | None = None, *, scored: Scored
     ) -> HeadOutput | Tensor:
-        """hidden [T or T/tp, 1, H] -> log-prob and entropy [R], or a scalar; see parallel.head."""
+        """hidden [T or T/tp, 1, H] -> log-prob and entropy or divergence [R], or a scalar: parallel.head."""
         states, weight = hidden.squeeze(1), cast(Tensor, self.weight) if weight is None else weight
         call = Call.of(
             weight,
@@ -71,9 +76,21 @@ class LogProbHead(ColumnParallelLinear):
             vocab_size=self.vocab_size,
             sequence_parallel=self.sequence_parallel,
         )
+        if scored.against is not None:
+            return _compared(states, weight, call, scored.against, scored.loss)
         if scored.loss is None:
             return log_prob_entropy(states, weight, call)
-        return head_loss(states, weight, call, scored.loss)
+        return head_loss(states, weight, call, cast(RowLoss, scored.loss))
+
+
+def _compared(
+    states: Tensor, weight: Tensor, call: Call, against: Against, loss: RowLoss | DivergenceLoss | None
+) -> Tensor:
+    """Divergences [R], or the scalar of the loss by them; see parallel.head.divergence."""
+    teacher, divergence = against
+    if loss is None:
+        return divergences(states, weight, teacher, call, divergence)
+    return divergence_loss(states, weight, teacher, call, divergence, cast(DivergenceLoss, loss))
 
 
 class PackedGPT(GPTModel):
@@ -144,13 +161,22 @@ class PolicyModel(PackedGPT):
             LogProbHead.adopt(self.output_layer, live_vocab)
 
     def head(self, hidden: Tensor, scored: Scored) -> HeadOutput | Tensor:
-        """Log-prob and entropy [R], or the scalar of `scored.loss`."""
+        """Log-prob and entropy or divergence [R], the scalar of `scored.loss`, or the hidden states."""
+        if scored.states:
+            return hidden.squeeze(1)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
         if self.arch.scales.logits != 1.0:  # a constant divisor of the logits is a temperature
             scored = replace(scored, temperature=scored.temperature * self.arch.scales.logits)
         return self.output_layer(hidden, weight=weight, scored=scored)
+
+    @property
+    def lm_head(self) -> Tensor:
+        """[V_local, H] the weight of the last stage's output layer."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return cast(Tensor, self.output_layer.weight)
 
 
 VALUE_HEAD = Rule("value_head.weight", ("score.weight",), ("one hidden",))

@@ -20,6 +20,7 @@ from mcore_rl.model.optimizer import Optimizer
 NEEDED: dict[str, frozenset[str]] = {
     "reference": frozenset({"reference"}),
     "reward_model": frozenset({"rewards"}),
+    "teacher": frozenset({"teacher"}),
     "critic": frozenset({"values", "critic", "critic step", "save"}),
     "critic_optimizer": frozenset({"critic step", "save"}),
     "optimizer": frozenset({"policy step", "save"}),
@@ -33,6 +34,7 @@ PHASES = (
     "publish",
     "rewards",
     "reference",
+    "teacher",
     "values",
     "policy",
     "policy step",

@@ -52,12 +52,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 """which activations the backward pass computes again: none, those of attention, those of every layer"""
 
 
-def check_reward_layout(arch: Architecture, layout: Layout) -> None:
-    """Check the layout of the reward model, which is cut as the policy is."""
+def check_classifier_layout(arch: Architecture, layout: Layout, key: str) -> None:
+    """Check the layout of the model that `key` of the config names, which is cut as the policy is."""
     try:
         check_layout(arch, layout)
     except LayoutError as error:
-        raise LayoutError(f"reward.model is cut as the policy is: {error}") from error
+        raise LayoutError(f"{key} is cut as the policy is: {error}") from error
 
 
 def check_layout(arch: Architecture, layout: Layout) -> None:

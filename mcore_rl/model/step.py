@@ -17,15 +17,16 @@ from mcore_rl.model.policy import Scored
 from mcore_rl.model.portable import KeyLayout, PackedLayout
 from mcore_rl.parallel.context import local_tokens
 from mcore_rl.parallel.head import HeadOutput, RowLoss
+from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.types import PackedBatch
 
 
 class Loss(Protocol):
-    """A pure sum over rows, no mean: w carries the GLOBAL denominators of the optimizer step."""
+    """The sum over rows of weight * loss. Weights carry 1 / global count, so that nobody divides again."""
 
     def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Mapping[Any, Tensor]]:
-        """(this rank's rows of a micro-batch, a policy's HeadOutput or a critic's values [R] on them).
+        """(this rank's rows of a micro-batch; on them a HeadOutput, or a critic's values or divergences [R]).
 
         Returns the sum of w * l over those rows, and what it measured, by whatever keys.
         """
@@ -50,16 +51,23 @@ class LocalBatch:
 
 
 def forward(
-    model: Model, batches: Sequence[PackedBatch], temperature: float
+    model: Model,
+    batches: Sequence[PackedBatch],
+    temperature: float,
+    *,
+    against: Sequence[Against | None] = (),
+    states: bool = False,
 ) -> list[tuple[PackedBatch, Any]]:
     """Score every row, no gradient.
 
     Args:
         temperature: of a policy's log-probs; a critic ignores it.
+        against: per micro-batch, what a student is compared with; without it, log-probs are asked.
+        states: a policy's last hidden states are asked instead.
 
-    Returns, per micro-batch, this rank's rows and a policy's HeadOutput or a critic's values [R] on the last
-    pipeline stage, nothing elsewhere. Under context parallelism every rank has other rows: a field tells them
-    apart.
+    Returns, per micro-batch, this rank's rows and a policy's HeadOutput, a student's divergences or a
+    critic's values [R] (or hidden states [T_local, H]) on the last pipeline stage, nothing elsewhere. Under
+    context parallelism every rank has other rows: a field tells them apart.
     """
 
     def collector(batch: LocalBatch):
@@ -68,17 +76,26 @@ def forward(
 
         return None, collect
 
+    asked = _Asked(temperature, against, states)
     with torch.no_grad():
-        return _run(model, batches, temperature, collector, forward_only=True, collect_non_loss_data=True)
+        return _run(model, batches, asked, collector, forward_only=True, collect_non_loss_data=True)
 
 
 def forward_backward(
-    model: Model, batches: Sequence[PackedBatch], loss: Loss, temperature: float
+    model: Model,
+    batches: Sequence[PackedBatch],
+    loss: Loss,
+    temperature: float,
+    *,
+    against: Sequence[Against | None] = (),
 ) -> list[Mapping[Any, Tensor]]:
     """Add the gradient of sum(w * l) over all micro-batches and ranks to Megatron's gradient buffers.
 
     Every rank must pass the same number of micro-batches. The gradient buffers must have been zeroed. After
     the call the gradients are reduced over data-parallel ranks, as Megatron's optimizer expects them.
+
+    Args:
+        against: per micro-batch, what a student is compared with; a row-wise loss is then told divergences.
 
     Returns the metric sums of every call of `loss`, on the last pipeline stage, nothing elsewhere. There is
     one per micro-batch at least.
@@ -91,7 +108,7 @@ def forward_backward(
         in_parts = _InParts(loss, batch.packed)
         return in_parts, partial(_scaled_head_loss, in_parts.metrics, scale)
 
-    calls = _run(model, batches, temperature, of_batch, forward_only=False)
+    calls = _run(model, batches, _Asked(temperature, against), of_batch, forward_only=False)
     return [metrics for of_one in calls for metrics in of_one]
 
 
@@ -103,7 +120,7 @@ class _InParts:
         self.metrics: list[Mapping[Any, Tensor]] = []
         """the metrics of each call, in order; the backward pass fills it"""
 
-    def __call__(self, rows: slice, head: HeadOutput) -> Tensor:
+    def __call__(self, rows: slice, head: Any) -> Tensor:
         total, metrics = self.loss(_some_rows(self.batch, rows), head)
         self.metrics.append({name: value.detach() for name, value in metrics.items()})
         return total
@@ -145,25 +162,37 @@ OfBatch = Callable[[LocalBatch], tuple[RowLoss | None, Callable]]
 """micro-batch -> (what the head asks, if the loss is row-wise; what the schedule calls with its answer)"""
 
 
-def _run(model: Model, batches, temperature, of_batch: OfBatch, **schedule):
+@dataclass(frozen=True)
+class _Asked:
+    """What the last stage is asked of every micro-batch, besides its rows."""
+
+    temperature: float
+    against: Sequence[Against | None] = ()
+    """one for each micro-batch, or none at all"""
+    states: bool = False
+
+
+def _run(model: Model, batches, asked: _Asked, of_batch: OfBatch, **schedule):
     local = [localize(batch, model.mesh, platform.device()) for batch in batches]
+    pairs = list(zip(local, asked.against or [None] * len(local), strict=True))
 
     def step(iterator, chunk):
-        batch = next(iterator)
+        batch, against = next(iterator)
         packed = batch.packed
         row_loss, loss_function = of_batch(batch)
+        scored = Scored(packed.rows, packed.targets, asked.temperature, row_loss, against, asked.states)
         output = chunk(
             packed.tokens[None],
             packed.position_ids[None],
             None,
-            labels=Scored(packed.rows, packed.targets, temperature, row_loss),
+            labels=scored,
             packed_seq_params=batch.layout,
         )
         return _output(output), loss_function
 
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=[iter(local) for _ in model.chunks],
+        data_iterator=[iter(pairs) for _ in model.chunks],
         model=list(model.chunks),
         num_microbatches=len(local),
         seq_length=local[0].packed.tokens.numel(),  # a hint: lengths vary and are exchanged by the stages

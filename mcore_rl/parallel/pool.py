@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess, SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,6 @@ import torch.distributed as dist
 from mcore_rl.errors import EXIT_RETRYABLE, McoreRLError
 
 T = TypeVar("T")
-Method = Literal["spawn", "forkserver"]
 
 ECHO_SECONDS = 0.5
 """how much later than its peers' broken connections a death may show"""
@@ -59,7 +58,7 @@ class RankTimeoutError(RankError, TimeoutError):
 @dataclass(frozen=True)
 class _Rank:
     index: int
-    process: SpawnProcess | ForkServerProcess
+    process: ForkServerProcess
     pipe: Connection
     stack: Path
     """where the process writes its Python stack on SIGUSR1"""
@@ -72,9 +71,9 @@ class Pool:
     a group in which one rank left a collective is never used again. The process group stays initialised
     between calls; model-parallel state belongs to the functions, which build and destroy it.
 
-    `setup` runs once in every new process, before anything else. With the method "forkserver", processes are
-    forked from one that has imported the modules of `multiprocessing.set_forkserver_preload` and had the
-    caller's environment when the first of them started.
+    `setup` runs once in every new process, before anything else. Processes are forked from Python's fork
+    server, which has no threads and no CUDA context. It keeps the environment that the caller had when the
+    first of them started, and has imported what the caller named by `multiprocessing.set_forkserver_preload`.
     """
 
     def __init__(
@@ -83,12 +82,10 @@ class Pool:
         *,
         setup: Callable[[], Any] | None = None,
         start_timeout: float = 120.0,
-        method: Method = "spawn",
     ) -> None:
         self.world = world
         self.setup = setup
         self.start_timeout = start_timeout
-        self.method: Method = method
         self._ranks: list[_Rank] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
@@ -125,7 +122,7 @@ class Pool:
         directory = Path(self._directory.name)
         try:
             for index in range(self.world):
-                self._ranks.append(_start_rank(index, directory, self.method))
+                self._ranks.append(_start_rank(index, directory))
         except BaseException as error:
             self._kill()
             if isinstance(error, RuntimeError) and _BOOTSTRAPPING in str(error):
@@ -164,9 +161,8 @@ class Pool:
         atexit.unregister(self.close)
 
 
-def _start_rank(index: int, directory: Path, method: Method) -> _Rank:
-    forks = method == "forkserver"
-    context = multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
+def _start_rank(index: int, directory: Path) -> _Rank:
+    context = multiprocessing.get_context("forkserver")
     pipe, theirs = context.Pipe()
     stack = directory / f"stack_{index}"
     process = context.Process(target=_serve, args=(theirs, stack), name=f"rank {index}")

@@ -74,11 +74,12 @@ def step_seconds(
     e = efficiency or Efficiency()
     forward = work.forward_flops(shape) / (layout.world_size * PEAK_FLOPS)
     passes = 4 if work.recompute == "full" else 3
-    scoring = work.old_log_prob_share + work.reference + work.critic + work.reward_flops
+    scoring = work.old_log_prob_share + work.reference + work.critic_flops + work.reward_flops
+    scoring += work.teacher_flops
     return Seconds(
         generate=generate_seconds(shape, parameters, work, fleet, e.generate) if work.generates else 0.0,
         log_probs=forward * scoring / e.log_probs / (1 - work.bubble(layout)),
-        train=forward * passes * work.epochs * (1 + work.critic) / e.train / (1 - work.bubble(layout)),
+        train=forward * passes * work.epochs * (1 + work.critic_flops) / e.train / (1 - work.bubble(layout)),
         publish=weight_bytes(work.precision) * parameters / e.publish if work.generates else 0.0,
     )
 

@@ -28,7 +28,7 @@ from mcore_rl.precision import ITEM_BYTES
 
 _STATE = (
     *("weights", "gradients", "optimizer", "reference", "critic", "critic_optimizer", "reward_model"),
-    *("server_weights", "kv_cache", "other"),
+    *("teacher", "teacher_said", "server_weights", "kv_cache", "other"),
 )
 """components that stay, unless they are offloaded; the others come and go with a phase"""
 GIB = 1 << 30
@@ -52,11 +52,17 @@ class RankMemory:
     """its weights and gradients"""
     critic_optimizer: float = 0
     reward_model: float = 0
+    teacher: float = 0
+    """weights of the teachers, less their output layers on the last stage"""
+    teacher_said: float = 0
+    """last stage: those output layers, and the hidden states of a step's tokens"""
     activations: float = 0
     """kept from forward to backward"""
     layer_backward: float = 0
     """while one layer is in its backward pass"""
     head: float = 0
+    critic_step: float = 0
+    """at most during its forward and backward: as `step`, without a vocabulary"""
     publish: float = 0
     """buffers of a gather for the servers"""
     server_weights: float = 0
@@ -75,8 +81,8 @@ class RankMemory:
     def at(self, phase: str) -> float:
         """At most during one of residency.PHASES."""
         scoring = max(self.layer_backward, self.head)  # no more than that: a layer or the head, forward only
-        working = {"policy": self.step, "critic": self.step, "publish": self.publish}
-        working |= dict.fromkeys(("rewards", "reference", "values"), scoring)
+        working = {"policy": self.step, "critic": self.critic_step, "publish": self.publish}
+        working |= dict.fromkeys(("rewards", "reference", "teacher", "values"), scoring)
         state = sum(
             getattr(self, name)
             for name in _STATE
@@ -92,9 +98,10 @@ class RankMemory:
 
 def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[RankMemory]:
     """The memory of a rank of each pipeline stage, first to last."""
-    policy = count_policy(arch, layout)
+    policy = count_critic(arch, layout) if work.value_head else count_policy(arch, layout)
+    teachers = [count_policy(teacher, layout) for teacher in work.teachers]
     nothing = [StageCount()] * layout.pipeline
-    critic = count_critic(arch, layout) if work.critic else nothing
+    critic = nothing if work.critic is None else count_critic(work.critic, layout)
     judge = nothing if work.reward_model is None else count_critic(work.reward_model, layout)
     size = weight_bytes(work.precision)
     stages = []
@@ -103,17 +110,20 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
             "optimizer": optimizer_bytes(count, layout, work),
             "reference": size * count.total * work.reference,
             "reward_model": _judge_bytes(judge[stage], layout, work, stage),
-            "critic": critic_bytes(arch, critic[stage], layout, work, stage),
-            "critic_optimizer": critic_optimizer_bytes(arch, critic[stage], layout, work, stage),
+            "teacher": sum(size * its[stage].total for its in teachers) - _heads(layout, work, stage),
+            "critic": critic_bytes(critic[stage], layout, work, stage),
+            "critic_optimizer": critic_optimizer_bytes(critic[stage], layout, work, stage),
         }
         stages.append(
             RankMemory(
                 weights=_weights(count, work),
                 gradients=4 * count.total,
                 **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
+                teacher_said=_heads(layout, work, stage) + _states(layout, work, stage),
                 activations=kept_bytes(arch, layout, work, stage),
                 layer_backward=backward_bytes(arch, layout, work, stage),
-                head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1),
+                head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1 and not work.value_head),
+                critic_step=_critic_step(layout, work, stage),
                 publish=publish_bytes(arch, layout, work),
                 server_weights=_server_weights(policy, layout) * work.colocated,
                 kv_cache=_kv_cache(arch, layout, work) * work.colocated,
@@ -147,11 +157,9 @@ def optimizer_bytes(count: StageCount, layout: Layout, work: PlannedStep) -> flo
     return per_parameter * (count.dense / replicas + count.experts / expert_replicas)
 
 
-def critic_bytes(
-    arch: Architecture, count: StageCount, layout: Layout, work: PlannedStep, stage: int
-) -> float:
+def critic_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: int) -> float:
     """Weights and gradients; the value head's weights are in fp32 at least."""
-    wider = (4 - weight_bytes(work.precision)) * _value_head(arch, layout, work, stage)
+    wider = (4 - weight_bytes(work.precision)) * _value_head(layout, work, stage)
     return _weights(count, work) + 4 * count.total + wider
 
 
@@ -162,18 +170,41 @@ def _judge_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: in
     return size * count.total + (4 - size) * head
 
 
-def critic_optimizer_bytes(
-    arch: Architecture, count: StageCount, layout: Layout, work: PlannedStep, stage: int
-) -> float:
+def _heads(layout: Layout, work: PlannedStep, stage: int) -> float:
+    """Output layers of the teachers on a rank of a stage."""
+    if stage < layout.pipeline - 1:
+        return 0.0
+    rows = (padded_vocab(teacher, layout.tensor) * teacher.hidden for teacher in work.teachers)
+    return weight_bytes(work.precision) * sum(rows) / layout.tensor
+
+
+def _states(layout: Layout, work: PlannedStep, stage: int) -> float:
+    """Hidden states of the widest teacher at the tokens of a step, on a rank of a stage."""
+    if stage < layout.pipeline - 1 or not work.teachers:
+        return 0.0
+    widest = max(teacher.hidden for teacher in work.teachers)
+    tokens = work.tokens / work.mini_batches / layout.data / layout.context / _sequence(layout)
+    return weight_bytes(work.precision) * widest * tokens
+
+
+def critic_optimizer_bytes(count: StageCount, layout: Layout, work: PlannedStep, stage: int) -> float:
     """Bytes of the critic's optimizer: its value head needs no fp32 weights beside its own."""
     replicas = layout.data * layout.context if work.distributed_optimizer else 1
-    saved = 4 * (work.precision != "fp32") * _value_head(arch, layout, work, stage) / replicas
+    saved = 4 * (work.precision != "fp32") * _value_head(layout, work, stage) / replicas
     return optimizer_bytes(count, layout, work) - saved
 
 
-def _value_head(arch: Architecture, layout: Layout, work: PlannedStep, stage: int) -> int:
-    """Parameters of it on a stage."""
-    return arch.hidden * (work.critic and stage == layout.pipeline - 1)
+def _critic_step(layout: Layout, work: PlannedStep, stage: int) -> float:
+    """What the critic keeps from forward to backward, and one of its layers in the backward pass."""
+    if work.critic is None:
+        return 0.0
+    kept = kept_bytes(work.critic, layout, work, stage)
+    return kept + backward_bytes(work.critic, layout, work, stage)
+
+
+def _value_head(layout: Layout, work: PlannedStep, stage: int) -> int:
+    """Parameters of the critic's on a stage."""
+    return work.critic.hidden if work.critic is not None and stage == layout.pipeline - 1 else 0
 
 
 def _host(waiting: dict[str, float], gradients: float, work: PlannedStep) -> float:

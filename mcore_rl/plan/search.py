@@ -9,7 +9,7 @@ from itertools import product
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.errors import LayoutError
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.spec import check_layout, check_reward_layout
+from mcore_rl.model.spec import check_classifier_layout, check_layout
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
@@ -67,8 +67,11 @@ def evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan:
         LayoutError: the model cannot be cut that way, or a micro-batch cannot hold the longest sequence.
     """
     check_layout(problem.arch, layout)
-    if problem.work.reward_model is not None:
-        check_reward_layout(problem.work.reward_model, layout)
+    for key, model in (("reward.model", problem.work.reward_model), ("critic.path", problem.work.critic)):
+        if model is not None:
+            check_classifier_layout(model, layout, key)
+    for teacher in problem.work.teachers:
+        check_layout(teacher, layout)
     _check_micro_batch(problem.work, layout)
     stages = stage_memory(problem.arch, layout, problem.work)
     fullest = max(memory.total for memory in stages)

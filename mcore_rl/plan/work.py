@@ -38,7 +38,9 @@ class PlannedStep:
     recompute: str
     distributed_optimizer: bool
     reference: bool
-    critic: bool
+    critic: Architecture | None
+    critic_flops: float
+    """FLOPs of its forward pass over a step, the policy's taken as 1"""
     reward_model: Architecture | None
     """a frozen model on the training ranks"""
     reward_flops: float
@@ -55,6 +57,12 @@ class PlannedStep:
     """parts (residency.NEEDED) that leave the GPU"""
     swapped: bool = False
     """the reference is the policy with its first weights"""
+    value_head: bool = False
+    """what is trained ends in a value head in the place of its output layer: a reward model"""
+    teachers: tuple[Architecture, ...] = ()
+    """frozen models that a student is compared with, over the whole vocabulary"""
+    teacher_flops: float = 0.0
+    """FLOPs of their forward passes over the tokens of a step, the student's taken as 1"""
     bucket_bytes: int = 0
     """bytes of a bucket of weights on its way to the servers; 0 where they go by disk"""
 
@@ -101,41 +109,54 @@ def work_of(
         segments: mean number of training sequences of a sample; one, where it is not given.
     """
     r, a = config.rollout, config.algorithm
-    supervised = config.supervised_only
-    algorithm = ALGORITHMS["grpo"] if supervised else configure(a.name, a.params, a.loss)
-    reward = None if supervised else config.reward.model
+    supervised, rl = config.supervised_only, config.run.kind == "rl"
+    algorithm = configure(a.name, a.params, a.loss) if rl else ALGORITHMS["grpo"]
+    reward = config.reward.model if rl else None
+    critic = (config.critic.path or config.model.path) if rl and algorithm.needs_critic else None
+    policy = _flops_of(config.model.path)
+    prompt = config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
+    response = r.max_new_tokens if response_tokens is None else response_tokens
+    # one that values prompts sees each of them once, and no response
+    share = prompt / (prompt + response) / r.samples_per_prompt if algorithm.values_prompts else 1.0
     compared = config.run.kind == "preference"
-    answers = 2 if compared and config.preference.loss != "kto" else 1
+    pairs = config.run.kind == "reward_model" or (compared and config.preference.loss != "kto")
+    answers = 2 if pairs else 1
+    teachers = list(config.distill.teachers.values())
     all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
     return PlannedStep(
         samples=config.supervised.batch_size * answers
         if supervised
         else r.prompts_per_step * r.samples_per_prompt,
-        prompt_tokens=config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
-        response_tokens=r.max_new_tokens if response_tokens is None else response_tokens,
+        prompt_tokens=prompt,
+        response_tokens=response,
         longest_response=r.max_new_tokens,
         longest=config.data.max_prompt_tokens + r.max_new_tokens,
-        mini_batches=1 if supervised else a.mini_batches,
-        epochs=1 if supervised else a.epochs,
+        mini_batches=a.mini_batches if rl else 1,
+        epochs=a.epochs if rl else 1,
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         precision=config.model.precision,
         recompute=config.train.recompute,
         distributed_optimizer=config.optimizer.distributed,
         reference=(
-            compared and config.preference.loss != "orpo" and config.residency.reference != "kept"
-            if supervised
-            else algorithm.needs_reference
+            algorithm.needs_reference
+            if rl
+            else compared and config.preference.loss != "orpo" and config.residency.reference != "kept"
         ),
-        critic=not supervised and algorithm.needs_critic,
+        critic=None if critic is None else read_architecture(critic),
+        critic_flops=0.0 if critic is None else _flops_of(critic) / policy * share,
         reward_model=None if reward is None else read_architecture(reward),
-        reward_flops=0.0 if reward is None else _flops_of(reward) / _flops_of(config.model.path),
+        reward_flops=0.0 if reward is None else _flops_of(reward) / policy,
         colocated=colocated,
         generates=not supervised,
         segments=segments or 1.0,
-        old_log_prob_share=0.0 if supervised else 1.0 if all_old else 1 - 1 / a.mini_batches,
+        old_log_prob_share=0.0 if not rl else 1.0 if all_old else 1 - 1 / a.mini_batches,
         fp8=fp8_of(config),
         offloaded=frozenset(_offloaded(config)),
         swapped=config.residency.reference == "swapped",
+        value_head=config.run.kind == "reward_model",
+        teachers=tuple(map(read_architecture, teachers)),
+        # each scores its own rows: on average, an equal share
+        teacher_flops=sum(map(_flops_of, teachers)) / len(teachers) / policy if teachers else 0.0,
         bucket_bytes=0 if config.publish.transport == "disk" else config.publish.bucket_mib << 20,
     )
 
@@ -154,6 +175,8 @@ def _offloaded(config: Config) -> Iterator[str]:
         yield "critic"
     if where.reward_model == "offloaded":
         yield "reward_model"
+    if where.teacher == "offloaded":
+        yield "teacher"
     if where.optimizer == "offloaded":
         yield from ("optimizer", "critic_optimizer")
     if where.servers == "released":

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import pairwise
 
 from mcore_rl.report.runs import Point
 
@@ -16,6 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 MAX_POINTS = 400
 """a line with more is thinned to the extremes of its buckets, so that no spike is lost"""
 SERIES = 8
+LABEL = 12
+"""from one line of text to the next"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def line_chart(
     y = _value_axis(lines, references, log)
     body = [_grid(x, y), *(_band(line, x, y) for line in lines if line.band)]
     body += [_curve(line, x, y) for line in sorted(lines, key=lambda line: not line.faint)]
-    body += [_reference(reference, y) for reference in references]
+    heights = labels_apart([y(reference.value) - 4 for reference in references])
+    body += [_reference(one, y(one.value), height) for one, height in zip(references, heights, strict=True)]
     named = [line for line in lines if not line.faint]
     hover = [
         {
@@ -226,12 +230,24 @@ def _tick_label(value: float, axis: Axis) -> str:
     return format_number(value)
 
 
-def _reference(reference: Reference, y: Axis) -> str:
-    at = y(reference.value)
+def labels_apart(heights: Sequence[float]) -> list[float]:
+    """The heights of labels, in pixels from above: moved down where two would touch, and up from the axis."""
+    apart = list(heights)
+    order = sorted(range(len(apart)), key=apart.__getitem__)
+    for above, below in pairwise(order):
+        apart[below] = max(apart[below], apart[above] + LABEL)
+    lowest = float(HEIGHT - BOTTOM - 2)
+    for label in reversed(order):
+        apart[label] = min(apart[label], lowest)
+        lowest = apart[label] - LABEL
+    return apart
+
+
+def _reference(reference: Reference, at: float, label: float) -> str:
     kind = "reference" if reference.color is None else f"reference {color_class(reference.color)}"
     return (
         f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        f'<text class="{kind}" x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">'
+        f'<text class="{kind}" x="{WIDTH - RIGHT}" y="{label:.1f}" text-anchor="end">'
         f"{escape(reference.label)}</text>"
     )
 

@@ -30,7 +30,8 @@ Answer to judge:
 
 Think briefly about whether the answer is right and complete. Then end with one line "Score: N", where N is a
 number from 0 (worthless) to 10 (perfect)."""
-SCORE = r"(?i)score\**\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)"
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+SCORE = rf"(?i)score\**\s*[:=]\s*\**\s*({_NUMBER})(?![.,]?\d|e[+-]?\d)"
 _PLACE = re.compile(r"\d{1,18}", re.ASCII)
 _FIELD = re.compile(r"\{(prompt|response|label)\}")
 

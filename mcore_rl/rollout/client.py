@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import aiohttp
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
-from mcore_rl.terminal import escaped
+from mcore_rl.terminal import escaped, quoted
 from mcore_rl.types import ExpertLayers
 
 T = TypeVar("T")
@@ -35,6 +36,12 @@ _TOKEN_BYTES = 128
 _SMALL_REPLY_BYTES = 1 << 26
 _MESSAGE_CHARS = 500
 _LOOK = "see the server's log, or raise rollout.timeout"
+_ABSENT = "start the server, or correct its address"
+_STRANGER = (
+    "something else than SGLang's API answers there, such as a proxy, or another program on this port: give "
+    "the server's own host, port and path"
+)
+_TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 
 
 class RejectedError(RolloutError):
@@ -52,11 +59,12 @@ class RejectedError(RolloutError):
 
 
 class _TransientError(Exception):
-    """Worth another attempt, not before `retry_after` seconds."""
+    """Worth another attempt, not before `retry_after` seconds; `remedy`: where attempts do not help."""
 
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, remedy: str = _LOOK) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.remedy = remedy
 
 
 class RolloutClient:
@@ -155,7 +163,8 @@ class RolloutClient:
             raw = await self._raw("POST", "/generate", body, most=2 * most)
             data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):
-                raise MalformedReplyError(f"expected a list of {len(prompts)} responses")
+                what = f"expected a list of {len(prompts)} responses, got {_kind(data)}"
+                raise MalformedReplyError(what) if data is None else _TransientError(what, remedy=_STRANGER)
             asked = (
                 Asked(*each, self.vocabulary, prompt_log_probs, experts)
                 for each in zip(rids, sent, prompts, tokens, strict=True)
@@ -228,7 +237,11 @@ class RolloutClient:
 
     async def ready(self) -> bool:
         """True when /ready is 200 within a few seconds, as it is unless starting or paused; never raises."""
-        return await self._answers("/ready", min(self.timeout, _READY_SECONDS))
+        return await self.unready() is None
+
+    async def unready(self) -> str | None:
+        """Why `ready` would be False, for people; None where it is True. Never raises."""
+        return await self._problem("/ready", min(self.timeout, _READY_SECONDS))
 
     async def end_pause(self) -> bool:
         """Resume in one attempt of a few seconds; returns whether it was answered, and never raises."""
@@ -247,12 +260,20 @@ class RolloutClient:
         return _object(await self._simple("GET", "/server_info"), f"{self.url}/server_info")
 
     async def _answers(self, path: str, within: float, body: Mapping[str, Any] | None = None) -> bool:
+        return await self._problem(path, within, body) is None
+
+    async def _problem(self, path: str, within: float, body: Mapping[str, Any] | None = None) -> str | None:
+        """What was wrong with one attempt of a call that has to be answered `within` seconds."""
         try:
             async with asyncio.timeout(within):
                 await self._request("GET" if body is None else "POST", path, body)
-        except (_TransientError, RolloutError, aiohttp.ClientError, TimeoutError, OSError):
-            return False
-        return True
+        except RejectedError as error:
+            return escaped(error)
+        except TimeoutError:
+            return f"{self.url}{path}: no reply within {within:g} s"
+        except (_TransientError, RolloutError, aiohttp.ClientError, OSError) as error:
+            return f"{self.url}{path}: {escaped(error) or type(error).__name__}; {_remedy(error)}"
+        return None
 
     # -- transport ----------------------------------------------------------------------------------------
 
@@ -274,9 +295,7 @@ class RolloutClient:
                     try:
                         return await attempt(number)
                     except (_TransientError, MalformedReplyError, aiohttp.ClientError, OSError) as error:
-                        cause = escaped(error) or type(error).__name__
-                        absent = isinstance(error, aiohttp.ClientConnectorError)
-                        remedy = "start the server, or correct its address" if absent else _LOOK
+                        cause, remedy = escaped(error) or type(error).__name__, _remedy(error)
                         wait = max(_backoff(number), getattr(error, "retry_after", 0.0))
                     if number == retries or time.monotonic() + wait > end:
                         break
@@ -305,25 +324,35 @@ class RolloutClient:
             async for chunk in response.content.iter_chunked(1 << 16):
                 raw += chunk
                 if len(raw) > most:
-                    raise RolloutError(
-                        f"{url}: reply longer than {most} bytes, twice what was asked for takes"
-                    )
+                    raise RolloutError(f"{url}: reply longer than {most} bytes, {self._why_most(most)}")
             if response.status == 200:
                 return bytes(raw)
             self._raise_for(url, response.status, bytes(raw), response.headers.get("Retry-After", ""))
 
+    def _why_most(self, most: int) -> str:
+        """Why a reply of more bytes is not read to its end."""
+        if self.max_reply_bytes is not None:
+            return "its limit (max_reply_bytes)"
+        if most > _SMALL_REPLY_BYTES:
+            return f"twice what the tokens that were asked for take: it holds something else; {_LOOK}"
+        return f"more than any reply of that kind takes: {_STRANGER}"
+
     def _raise_for(self, url: str, status: int, raw: bytes, retry_after: str) -> NoReturn:
-        text = escaped(raw[:_MESSAGE_CHARS].decode(errors="replace"))
+        text = _shown(raw)
         if status == 429 or status >= 500:
             wait = float(retry_after) if retry_after.strip().isdecimal() else 0.0
-            raise _TransientError(f"HTTP {status}: {text}", wait)
+            behind = "a proxy says so: the server behind it is away, or slower than the proxy waits"
+            raise _TransientError(f"HTTP {status}: {text}", wait, behind if _is_page(raw) else _LOOK)
+        if status < 300:
+            raise RejectedError(f"{url}: HTTP {status} where the API answers 200; {_STRANGER}", status)
         if status in (401, 403):
             raise RejectedError(
                 f"{url}: HTTP {status}; set api_key_env to the variable that holds the key", status
             )
         if 300 <= status < 400:
             raise RejectedError(f"{url}: HTTP {status}, a redirect; give the server's own address", status)
-        raise RejectedError(f"{url}: HTTP {status}: {text}", status)
+        where = f"; {_STRANGER}" if _is_page(raw) or status in (404, 405) else ""
+        raise RejectedError(f"{url}: HTTP {status}: {text}{where}", status)
 
     async def _abort_quietly(self, rids: Sequence[str]) -> None:
         """Best effort: a server that is gone has nothing left to abort."""
@@ -358,7 +387,39 @@ def _decode(raw: bytes) -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
+        if _is_page(raw):
+            raise _TransientError(f"reply is not JSON but {_shown(raw)}", remedy=_STRANGER) from error
         raise _TransientError(f"reply is not JSON: {error}") from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to do where an attempt that ended so is repeated in vain."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return _ABSENT
+    if isinstance(error, aiohttp.ClientResponseError):  # not HTTP
+        return _STRANGER
+    return getattr(error, "remedy", _LOOK)
+
+
+def _is_page(raw: bytes) -> bool:
+    """Whether it is markup: no API of a rollout server answers so, but proxies and other programs do."""
+    return raw.lstrip()[:1] == b"<"
+
+
+def _shown(raw: bytes) -> str:
+    """The body of a reply, for a message: of a page its title."""
+    if not _is_page(raw):
+        return escaped(raw[:_MESSAGE_CHARS].decode(errors="replace"))
+    title = _TITLE.search(raw[: 1 << 16])
+    text = " ".join(title[1].decode(errors="replace").split()) if title else ""
+    return f"a page, {quoted(text)}" if text else "a page"
+
+
+def _kind(data: Any) -> str:
+    """What came in the place of a list of another length, for a message."""
+    if isinstance(data, list):
+        return f"{len(data)} of them"
+    return "nothing" if data is None else _message(data)
 
 
 def _message(data: object) -> str:

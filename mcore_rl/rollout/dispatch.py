@@ -86,7 +86,7 @@ class Dispatch:
         self._versions = [version]
         """that tokens may come from: up to `version`, then one that is being published"""
         self._publishing, self._published = False, -math.inf
-        """whether `expect` was called last; when `serve` was"""
+        """a publish is under way (`expect` was called, `serve` not yet); when the last one ended"""
         self._servers = [_Server(client) for client in clients]
         self._lead, self._leads = lead, leads
 

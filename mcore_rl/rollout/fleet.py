@@ -16,7 +16,7 @@ from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch
 from mcore_rl.rollout.processes import LocalServer
-from mcore_rl.terminal import escaped
+from mcore_rl.terminal import escaped, joined
 
 T = TypeVar("T")
 
@@ -207,16 +207,14 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
     end = time.monotonic() + timeout
     absent = list(clients)
     while True:
-        ready = await asyncio.gather(*(client.ready() for client in absent))
-        absent = [client for client, is_ready in zip(absent, ready, strict=True) if not is_ready]
+        found = await asyncio.gather(*(client.unready() for client in absent))
+        why = {client: problem for client, problem in zip(absent, found, strict=True) if problem is not None}
+        absent = list(why)
         if not absent:
             return
         await asyncio.gather(*(client.end_pause() for client in absent))
         if time.monotonic() > end:
-            urls = ", ".join(client.url for client in absent)
-            raise RolloutError(
-                f"not ready after {timeout:g} s: {urls}; start them or correct their addresses"
-            )
+            raise RolloutError(f"not ready after {timeout:g} s: {joined(why.values())}")
         await asyncio.sleep(min(1.0, timeout / 10))
 
 

@@ -72,7 +72,7 @@ class Schedule:
         return taken
 
     def discard(self, step: int) -> Mapping[str, Discarded]:
-        """What no step after `step` could train, which has taken its groups; taken out too."""
+        """Take out the groups that would be too old for step + 1; `step` itself has taken its own."""
         finished = set(self._finished)
         discarded: dict[str, Discarded] = {
             group: "stale" if group in finished else "unfinished"
@@ -156,7 +156,7 @@ _CLOSE_SECONDS = 10.0
 
 
 def _nobody_asks(group: str, replies: list[Reply]) -> None:
-    """For groups that are seen when they are taken."""
+    """Ignore the group: the default for `arrived`."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From rewards and scores to what the losses need per token. Pure; every rank computes the same.
 
 Statistics are exact: they are those of the whole gathered batch. N samples, m_i trained tokens of sample i,
-R their sum: flat rows, sample after sample and segment after segment, as algo.returns has them.
+R their sum: flat rows, sample after sample and segment after segment, as algo.advantages has them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mcore_rl.algo.advantages import (
     whiten,
 )
 from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.losses import difference
 from mcore_rl.errors import NumericsError, RewardError
 from mcore_rl.training.batch import RolloutBatch
 from mcore_rl.types import RewardPart, Sample
@@ -41,7 +42,7 @@ class Scores:
     ref_log_probs: Sequence[np.ndarray] = ()
     """[N] of [m_i]"""
     values: Sequence[np.ndarray] = ()
-    """[N] of [m_i], of the state before each token"""
+    """[N] of [m_i], of the state before each token; [N] of [1], of its prompt, where prompts are valued"""
 
 
 NO_SCORES = Scores()
@@ -52,7 +53,8 @@ class Advantages:
     """What a rollout batch is trained on."""
 
     fields: Mapping[str, Sequence[Any]]
-    """`advantage`, and `ref_log_prob`, `old_value`, `return` where there are any: [N], or [N] of [m_i]"""
+    """`advantage`, and `ref_log_prob`, `old_value`, `return` where there are any: [N], or [N] of [m_i]. Where
+    prompts are valued, the last two are the critic's alone"""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,6 +76,8 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
     lengths = [sample.trained_tokens for sample in batch.samples]
     offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
     fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
+    if algorithm.values_prompts:
+        return _of_valued_prompts(batch, algorithm, scores, fields, offsets)
     if not algorithm.per_token:
         advantages = (
             _by_parts(batch, algorithm)
@@ -83,7 +87,7 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
         if algorithm.whiten:
             advantages = _whitened(advantages, spread(advantages, offsets))
         return Advantages({**fields, "advantage": advantages.tolist()})
-    values = _values(scores, algorithm, offsets)
+    values = _values(scores) if algorithm.needs_critic else torch.zeros(int(offsets[-1]), dtype=torch.float64)
     old, ref = _kl_terms(scores, algorithm, offsets)
     by_turn = torch.tensor([bool(sample.turn_rewards) for sample in batch.samples], dtype=torch.bool)
     at_end = torch.where(by_turn, 0.0, rewards)
@@ -93,10 +97,40 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
     if algorithm.whiten:
         advantages = _whitened(advantages, advantages)
     fields["advantage"] = _split(advantages, offsets)
+    beta = algorithm.kl_in_reward
+    metrics = kl_metrics(old, ref, beta, samples=len(lengths)) if beta else {}
     if not algorithm.needs_critic:
-        return Advantages(fields)
+        return Advantages(fields, metrics)
     fields |= {"old_value": scores.values, "return": _split(returns, offsets)}
-    return Advantages(fields, value_metrics(values, returns))
+    return Advantages(fields, metrics | value_metrics(values, returns))
+
+
+def _of_valued_prompts(
+    batch: RolloutBatch,
+    algorithm: Algorithm,
+    scores: Scores,
+    fields: Mapping[str, Sequence[Any]],
+    offsets: Tensor,
+) -> Advantages:
+    """By the critic's value of each sample's prompt."""
+    values, rewards = _values(scores), torch.tensor([s.reward for s in batch.samples], dtype=torch.float64)
+    params = algorithm.advantage_params
+    advantages, returns = algorithm.advantage(batch.group_ids, rewards, values, **params)
+    if algorithm.whiten:
+        advantages = _whitened(advantages, spread(advantages, offsets))
+    valued = {"old_value": values.tolist(), "return": returns.tolist()}
+    found = {**fields, **valued, "advantage": advantages.tolist()}
+    return Advantages(found, value_metrics(values, returns))
+
+
+def kl_metrics(old: Tensor, ref: Tensor, coefficient: float, *, samples: int) -> dict[str, float]:
+    """The KL in the reward, k1 of log-probs [R] per token and per response, and its coefficient."""
+    k1 = Spread.of_rows(difference(old, ref))
+    return {
+        "kl/reward": k1.mean,
+        "kl/response": k1.mean * k1.size / max(samples, 1),
+        "kl/coefficient": coefficient,
+    }
 
 
 def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
@@ -156,9 +190,7 @@ def _whitened(advantages: Tensor, rows: Tensor) -> Tensor:
     return whiten(advantages, Spread.of_rows(rows))
 
 
-def _values(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> Tensor:
-    if not algorithm.needs_critic:
-        return torch.zeros(int(offsets[-1]), dtype=torch.float64)
+def _values(scores: Scores) -> Tensor:
     values = _join(scores.values)
     if not torch.isfinite(values).all():
         raise NumericsError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mcore_rl.algo.algorithms import Algorithm, configure
@@ -13,7 +14,7 @@ from mcore_rl.config import Config
 from mcore_rl.directories import is_ours
 from mcore_rl.dumps import directory as dumps
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.build import Model, build_critic, build_policy, build_reward_model
+from mcore_rl.model.build import Model, build_classifier, build_critic, build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, gradients_of, weights_of
 from mcore_rl.parallel.control import on_main
@@ -27,9 +28,11 @@ from mcore_rl.training.assemble_rollouts import (
     start_servers,
 )
 from mcore_rl.training.checkpoint import Contents, restore
+from mcore_rl.training.critic import passes_of
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
+from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import GradientAlert
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
@@ -97,15 +100,16 @@ class Models:
     """The models of a run besides the policy, and what of all of them waits in host memory."""
 
     algorithm: Algorithm
-    """that needs them"""
+    """the algorithm, by which it was decided which of the models are needed"""
     reference: Model | None
     critic: Critic | None
     reward_model: Model | None
     waiting: Mapping[str, ResidentPart]
-    """those that only score, since they were built"""
+    """models that only score, offloaded since they were built; optimizers follow in `waiting_parts`"""
     contents: Contents
-    """what a checkpoint holds of them, of the cursor and of the alert"""
+    """what a checkpoint holds of them, of the cursor, of the alert and of the KL's coefficient"""
     alert: GradientAlert
+    kl: KLControl
 
 
 def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True) -> Models:
@@ -114,8 +118,7 @@ def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True
     Collective.
 
     Raises:
-        ConfigError: as build_reward_model, with LayoutError; the reward model has another tokenizer than the
-            policy.
+        ConfigError: as build_classifier, with LayoutError; one has another tokenizer than the policy.
     """
     config, mesh, where = trainer.config, trainer.mesh, trainer.config.residency
     waiting: dict[str, ResidentPart] = {}
@@ -134,9 +137,9 @@ def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True
         if where.reward_model == "offloaded":
             waiting["reward_model"] = Offloaded(partial(weights_of, reward_model), constant=True)
     optimizers = {"": trainer.optimizer} | ({} if critic is None else {"critic.": critic.optimizer})
-    alert = GradientAlert()
-    contents = Contents(optimizers, frozen, {"cursor": trainer.cursor, "alert": alert})
-    return Models(algorithm, reference, critic, reward_model, waiting, contents, alert)
+    alert, kl = GradientAlert(), KLControl(algorithm)
+    contents = Contents(optimizers, frozen, {"cursor": trainer.cursor, "alert": alert, "kl": kl})
+    return Models(algorithm, reference, critic, reward_model, waiting, contents, alert, kl)
 
 
 def build_run(
@@ -186,6 +189,7 @@ def learner_parts(trainer: Trainer, models: Models, residency: Residency) -> dic
         "residency": residency,
         "contents": models.contents,
         "alert": models.alert,
+        "kl": models.kl,
         "mismatch": Mismatch(
             config.publish.mismatch_action, config.publish.tolerance_p999, trainer.step_log, mesh.is_main
         ),
@@ -222,38 +226,45 @@ def build_frozen_reward_model(config: Config, mesh: Mesh) -> Model | None:
     path = config.reward.model
     if path is None:
         return None
-    check_same_tokens(config)
+    check_same_tokens(config, "reward.model", path)
     settings = model_settings(config)
     fp8 = replace(settings["fp8"], param_gather=False)  # nothing gathers a frozen model
-    return build_reward_model(path, mesh, precision=settings["precision"], fp8=fp8)
+    return build_classifier(path, mesh, "reward.model", precision=settings["precision"], fp8=fp8)
 
 
 def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
-    """A critic on the policy's starting weights, with its own Adam."""
+    """The critic with its own Adam."""
     c = config.critic
-    model = build_critic(
-        config.model.path,
-        mesh,
-        **model_settings(config),
-        recompute=config.train.recompute,
-        ddp=trained_ddp(config),
-    )
-    steps = config.train.steps * config.algorithm.mini_batches * config.algorithm.epochs
-    optimizer = optimizer_of(config, model, steps, c.lr)
+    model = build_critic_of(config, mesh)
+    passes = [passes_of(c, config.algorithm.epochs, step) for step in range(1, config.train.steps + 1)]
+    optimizer = optimizer_of(config, model, sum(passes) * config.algorithm.mini_batches, c.lr)
     return Critic(model, optimizer, ValueObjective(c.value_clip or None, c.coef))
 
 
-def check_same_tokens(config: Config) -> None:
-    """Raises ConfigError where the reward model would read other words in the ids that the policy samples.
+def build_critic_of(config: Config, mesh: Mesh) -> Model:
+    """A critic on the policy's starting weights, or those of its own directory, to be trained."""
+    path, trained = config.critic.path, {"recompute": config.train.recompute, "ddp": trained_ddp(config)}
+    settings = model_settings(config)
+    if path is None:
+        return build_critic(config.model.path, mesh, **settings, **trained)
+    check_same_tokens(config, "critic.path", path)
+    settings.pop("random_seed")
+    return build_classifier(path, mesh, "critic.path", **settings, **trained)
+
+
+def check_same_tokens(config: Config, key: str, path: Path) -> None:
+    """Raises ConfigError where a model would read other words in the ids that the policy samples.
 
     It may have tokens of its own besides, such as one for padding.
+
+    Args:
+        key: of the config, which names its directory `path`.
     """
-    path = config.reward.model
-    assert path is not None
     ours, theirs = (load_tokenizer(where).get_vocab() for where in (config.model.path, path))
     differing = sorted(token for token, number in ours.items() if theirs.get(token) != number)
     if differing:
         raise ConfigError(
-            f"reward.model: {path} and model.path have different tokenizers ({len(differing)} tokens, such "
-            f"as {differing[0]!r}); use a reward model of its family, or score text in reward.function"
+            f"{key}: {path} and model.path have different tokenizers ({len(differing)} tokens, such as "
+            f"{differing[0]!r}); use a model of its family"
+            + (", or score text in reward.function" if key == "reward.model" else "")
         )

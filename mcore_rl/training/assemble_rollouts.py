@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mcore_rl.algo.algorithms import configure
@@ -31,7 +31,7 @@ from mcore_rl.training.rewards import RewardSource, Tally, reward_functions, rew
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
-from mcore_rl.types import ExpertLayers, Tokens
+from mcore_rl.types import ExpertLayers, Group, Tokens
 from mcore_rl.weights.transport import Transport, wait_for_servers
 
 _OF_STEP_TIMEOUT = 0.9
@@ -164,7 +164,7 @@ def bounds_of(config: Config) -> Bounds:
         extra=r.over_sampling,
         max_staleness=r.max_staleness,
         most_sampled=r.dynamic_sampling * r.prompts_per_step,
-        by_parts=not config.supervised_only and configure(a.name, a.params, a.loss).decoupled,
+        by_parts=config.run.kind == "rl" and configure(a.name, a.params, a.loss).decoupled,
     )
 
 
@@ -174,32 +174,62 @@ def curriculum_of(config: Config) -> Curriculum | None:
     return None if name is None else Curriculum(name, load_curriculum(name), config.run.seed)
 
 
-@contextmanager
-def evaluating(trainer: Trainer) -> Iterator[Callable[[int], dict[str, float | str]]]:
-    """For training without rollouts: what publishes and evaluates the policy after a step that asks for it.
+@dataclass(frozen=True)
+class Served:
+    """What a kind of training beside reinforcement learning asks of servers; every call is collective."""
 
-    It is collective, gives the metrics, and does nothing where the config has no held-out sets.
-    """
+    publish: Callable[[int], dict[str, float | str]]
+    """hands the weights after a step to the servers; the metrics"""
+    after: Callable[[int], dict[str, float | str]]
+    """publishes and evaluates after a step that asks for it; the metrics"""
+    collect: Callable[[int], list[Group]]
+    """samples the prompts of a step from the weights that were published last"""
+
+
+NOT_SERVED = Served(lambda step: {}, lambda step: {}, lambda step: [])
+"""where nothing is sampled"""
+
+
+@contextmanager
+def served(trainer: Trainer) -> Iterator[Served]:
+    """The servers of a kind of training beside reinforcement learning; none where it samples nothing."""
     config = trainer.config
     with ExitStack() as stack:
-        if not config.held_out:
-            yield lambda step: {}
+        if not config.samples_responses:
+            yield NOT_SERVED
             return
         servers, transport = start_servers(config, trainer.policy, trainer.step_log, trainer.timers, stack)
-        r, keep = config.reward, trainer.attempt.saved is not None
-        pool = stack.enter_context(reward_pool(config))
-        title = reward_title(config)
-        rewards = RewardSource(trainer.mesh, pool, title, r.max_void, None, trainer.shape, Residency({}))
+        rewards = RewardSource(
+            trainer.mesh,
+            stack.enter_context(reward_pool(config)),
+            reward_title(config),
+            config.reward.max_void,
+            None,
+            trainer.shape,
+            Residency({}),
+            weights=config.reward.weights,
+            names=config.reward.functions,
+        )
         generation, evaluator = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
+        keep = trainer.attempt.saved is not None
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))
         trainer.attempt.reached("the servers were ready")
 
+        def publish(step: int) -> dict[str, float | str]:
+            return publisher.publish(step, trainer.probe_prompts())
+
         def after(step: int) -> dict[str, float | str]:
-            if not evaluator.schedule.due(step):
-                return {}
-            published = publisher.publish(step, trainer.probe_prompts())
+            due = evaluator.schedule.due(step)
+            published = publish(step) if due or config.distills_samples else {}
+            if not due:
+                return published
             counted = held_out_metrics(evaluator.sets) if step == 0 else {}
             return published | counted | evaluator.after(step) | rewards.take_metrics()
 
-        yield after
+        def collect(step: int) -> list[Group]:
+            groups = generation.collect(step)
+            servers.release()
+            return groups
+
+        yield Served(publish, after, collect)

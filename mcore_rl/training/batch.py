@@ -58,7 +58,7 @@ class Shape:
     tokens_per_micro_batch: int
     """budget of packed tokens, padding included"""
     max_new_tokens: int
-    """response limit, the L_max of sequence-sum-norm aggregation"""
+    """response limit, the L_max of the aggregation `seq-mean-token-sum-norm`"""
     cost: Callable[[np.ndarray], np.ndarray]
     """[N] tokens -> [N] FLOPs of the model's forward pass"""
     align: int

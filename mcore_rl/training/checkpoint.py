@@ -144,13 +144,13 @@ def check_form(saved: Saved) -> None:
 
 
 def check_what_is_left(config: Config, saved: Saved | None) -> None:
-    """A run that continues after its last step is complete; a supervised one still has its model to write.
+    """A run that continues after its last step is complete; another than `rl` still has its model to write.
 
     Raises:
         NothingToDo: on every rank, before anything is built.
     """
     steps = config.train.steps
-    if saved is None or saved.step < steps or config.supervised_only:
+    if saved is None or saved.step < steps or config.run.kind != "rl":
         return
     raise NothingToDo(
         f"nothing to do: step {saved.step} of train.steps = {steps} is done ({saved.path}); "

@@ -75,7 +75,7 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
         label_key=data.label_key,
         id_key=data.id_key,
         # a reward model alone reads none
-        needs_label=config.reward.model is None if needs_label is None else needs_label,
+        needs_label=needs_label_of(config) if needs_label is None else needs_label,
         trains_label=target == "label",
         renders_label=target == "label" or (config.supervised_only and not trained),
         apply_chat_template=data.apply_chat_template,
@@ -83,6 +83,8 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
         system=data.system,
         tools=None if data.tools is None else _tools(data.tools),
         chat_template_kwargs=data.chat_template_kwargs,
+        choice_key=config.distill.teacher_key if trained else "",
+        choices=tuple(config.distill.teachers),
     )
     return (
         RowFormat(**common)
@@ -98,6 +100,11 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
     )
 
 
+def needs_label_of(config: Config) -> bool:
+    """Whether a row without a label is refused; of a teacher's answer none is needed."""
+    return config.reward.model is None and not config.distills_samples
+
+
 def target_of(config: Config) -> Target | None:
     """What of a row is trained; None where that is sampled."""
     match config.run.kind:
@@ -109,6 +116,8 @@ def target_of(config: Config) -> Target | None:
             return "verdict" if config.preference.loss == "kto" else "pair"
         case "reward_model":
             return "pair"
+        case "distill":
+            return None if config.distill.on_policy else config.supervised.target
 
 
 def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

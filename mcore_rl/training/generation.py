@@ -74,7 +74,7 @@ class Generation:
         """groups in flight of the checkpoint that the run continues from, until they are in flight again"""
         self._totals: Counter[str] = Counter()
         self._begun = False
-        """whether the groups of the steps to come, but for the last of them, were asked before"""
+        """the first `max_staleness` steps ahead were asked for; from then on a step asks for the newest"""
 
     # -- a step -------------------------------------------------------------------------------------------
 

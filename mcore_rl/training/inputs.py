@@ -12,7 +12,8 @@ from mcore_rl.model.hf.content import file_content, model_content
 
 Inputs = Mapping[str, Mapping[str, str]]
 """key of the config -> part -> its digest"""
-MODELS = ("model.path", "reward.model")
+MODELS = ("model.path", "reward.model", "critic.path", "distill.teachers.")
+"""what the keys of models begin with"""
 
 
 def inputs_of(config: Config) -> Inputs:
@@ -24,6 +25,10 @@ def inputs_of(config: Config) -> Inputs:
     found = {"model.path": model_content(config.model.path, weights=not config.model.random_init)}
     if config.reward.model is not None:
         found["reward.model"] = model_content(config.reward.model, weights=True)
+    if config.critic.path is not None:
+        found["critic.path"] = model_content(config.critic.path, weights=False)  # those in training are saved
+    for name, path in config.distill.teachers.items():
+        found[f"distill.teachers.{name}"] = model_content(path, weights=True)
     for name, one in config.held_out.items():
         key = f"eval.sets.{name}.path" if name in config.eval.sets else "data.eval"
         with suppress(OSError):  # whoever reads the set says so
@@ -37,7 +42,7 @@ def check_inputs(saved: Saved, now: Inputs) -> None:
     Raises ConfigError, which names what is another one.
     """
     then = _of(saved)
-    for key in MODELS:
+    for key in filter(_is_model, then):
         parts = now.get(key, {})
         changed = [name for name, digest in then.get(key, {}).items() if parts.get(name, digest) != digest]
         if changed:
@@ -51,7 +56,11 @@ def check_inputs(saved: Saved, now: Inputs) -> None:
 def changed_sets(saved: Saved, now: Inputs) -> list[str]:
     """Keys of held-out sets whose files hold something else than in the saved run."""
     then = _of(saved)
-    return [key for key in now if key not in MODELS and then.get(key, now[key]) != now[key]]
+    return [key for key in now if not _is_model(key) and then.get(key, now[key]) != now[key]]
+
+
+def _is_model(key: str) -> bool:
+    return key.startswith(MODELS)
 
 
 def knows_inputs(saved: Saved) -> bool:

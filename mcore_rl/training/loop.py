@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mcore_rl.algo.algorithms import Algorithm
 from mcore_rl.config import Config
 from mcore_rl.directories import write_whole
 from mcore_rl.parallel.control import on_main
@@ -28,14 +29,16 @@ from mcore_rl.training.batch import (
     whole_sequence,
 )
 from mcore_rl.training.checkpoint import end_step
+from mcore_rl.training.critic import critic_updates, values_of
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluation_sets import held_out_metrics
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.generation import token_ages
+from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import StepMetrics, Work, rollout_metrics, work_of
-from mcore_rl.training.model_passes import Update, log_probs, run_update, values
+from mcore_rl.training.model_passes import Update, log_probs, run_update
 from mcore_rl.training.recorder import RecordedObjective, Recorder
-from mcore_rl.training.run import Critic, Learner
+from mcore_rl.training.run import Learner
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
 
@@ -121,7 +124,9 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
     )
     with timers("score"):
         scores = score(run, batch, parts, screened.old_log_probs)
-    advantages = compute_advantages(batch, run.algorithm, scores)
+    warm_up = step <= config.critic.warmup_rollouts
+    algorithm = algorithm_of(run.algorithm, run.kl, warm_up=warm_up)
+    advantages = compute_advantages(batch, algorithm, scores)
     rates = {"lr/policy": run.trainer.optimizer.learning_rate}
     if run.critic is not None:
         rates["lr/critic"] = run.critic.optimizer.learning_rate
@@ -138,7 +143,14 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
         return pack_mini_batch(batch, part, run.algorithm, shape, mesh, its)
 
     with timers("train"):
-        for mini_batch in mini_batches(parts, fields, scores, config.algorithm.epochs, packed):
+        if run.critic is not None:
+            for update in critic_updates(
+                run.critic, config, shape, algorithm, batch, advantages.fields, step
+            ):
+                critic.add(*run_update(update, run.residency, explain))
+        for mini_batch in mini_batches(
+            parts, fields, scores, 0 if warm_up else config.algorithm.epochs, packed
+        ):
             update = Update(
                 kind="policy",
                 step=step,
@@ -148,10 +160,9 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
                 temperature=run.trainer.temperature,
                 ids=[sample.id for sample in batch.samples],
             )
-            if run.critic is not None:
-                critic.add(*run_update(critic_update(run.critic, update), run.residency, explain))
-            if step > config.critic.warmup_rollouts:
-                policy.add(*run_update(update, run.residency, explain))
+            policy.add(*run_update(update, run.residency, explain))
+    if algorithm.per_token and not warm_up:  # a policy that does not learn says nothing of the coefficient
+        run.kl.observe(advantages.metrics, len(batch.samples))
     if recorder is not None:
         run.dumps.write_trained(step, recorder, recorder.tokens(mesh, advantages.fields["advantage"]))
     metrics = (
@@ -166,12 +177,17 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
     return Learned(metrics, work_of(trained, shape, config.algorithm.epochs))
 
 
-def critic_update(critic: Critic, update: Update) -> Update:
-    """The critic's step on the policy's mini-batch; its routers choose for themselves."""
-    batches = [replace(micro_batch, experts=None) for micro_batch in update.batches]
-    return replace(
-        update, kind="critic", optimizer=critic.optimizer, objective=critic.objective, batches=batches
-    )
+def algorithm_of(algorithm: Algorithm, kl: KLControl, *, warm_up: bool) -> Algorithm:
+    """The algorithm with the numbers of this step: the coefficient of the KL, and lambda in a warm-up.
+
+    The critic alone learns in a warm-up, from returns that its own first values are not part of.
+    """
+    if not algorithm.per_token:
+        return algorithm
+    if not (warm_up and algorithm.needs_critic):
+        return kl.algorithm
+    algorithm = kl.algorithm
+    return replace(algorithm, params={**algorithm.params, "lam": 1.0})
 
 
 def score(
@@ -201,8 +217,8 @@ def score(
     with run.residency.during("reference"):
         ref = log_probs(run.reference, sequences, shape, run.trainer.temperature) if run.reference else []
     with run.residency.during("values"):
-        value = values(run.critic.model, sequences, shape) if run.critic else []
-    return Scores(old, by_sample(ref, samples) if ref else [], by_sample(value, samples) if value else [])
+        value = values_of(run.critic.model, run.algorithm, batch, shape) if run.critic else []
+    return Scores(old, by_sample(ref, samples) if ref else [], value)
 
 
 def mini_batches(

@@ -18,6 +18,7 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
 from mcore_rl.model.step import Loss, forward, forward_backward
+from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.training.batch import Shape, pack_share
 from mcore_rl.training.metrics import loss_is_finite
 from mcore_rl.types import PackedBatch
@@ -28,7 +29,7 @@ class Update:
     """What one optimizer step is made of."""
 
     kind: str
-    """`policy`, `critic`, `supervised`, `preference` or `reward_model`: which model, and which objective"""
+    """`policy`, `critic`, `supervised`, `preference`, `reward_model` or `distill`: model and objective"""
     step: int
     optimizer: Optimizer
     objective: Loss
@@ -37,6 +38,8 @@ class Update:
     temperature: float
     ids: Sequence[str]
     """those of the samples that the rows' field `sample` numbers"""
+    against: Sequence[Against | None] = ()
+    """of each micro-batch, what a student is compared with; none at all for the others"""
 
     @property
     def phase(self) -> str:
@@ -58,7 +61,9 @@ def run_update(
     optimizer = update.optimizer
     with residency.during(update.phase):
         optimizer.zero_grad()
-        sums = forward_backward(optimizer.model, update.batches, update.objective, update.temperature)
+        sums = forward_backward(
+            optimizer.model, update.batches, update.objective, update.temperature, against=update.against
+        )
         finite = all(loss_is_finite(one) for one in sums)
         try:
             with residency.during(f"{update.phase} step"):

@@ -119,7 +119,7 @@ class PolicyObjective:
 
 
 OF_LOSSES = frozenset({"ratio/mean", "ratio/max", "ratio/min", "clip/fraction"})
-"""names that policy_losses.ratio_metrics gives, for any loss with an importance ratio"""
+"""names that algo.losses.ratio_metrics gives, for any loss with an importance ratio"""
 RESERVED = frozenset({"step", NON_FINITE})
 
 

@@ -54,9 +54,9 @@ class Tally:
 
     scored: int = 0
     reasons: list[Reasons] = field(default_factory=list)
-    """why samples are void: of this lead, not yet known to the others"""
+    """why samples of this replica are void, not yet gathered over the replicas"""
     known: list[Reasons] = field(default_factory=list)
-    """of all leads"""
+    """the same of all replicas, gathered"""
     parts_known: bool = False
     """the names of weights were compared with those of parts"""
     named: set[str] = field(default_factory=set)
@@ -169,10 +169,7 @@ class RewardSource:
 
     def _scored(self, model: Model, groups: Sequence[Group]) -> list[Group]:
         samples = [sample for group in groups for sample in group.samples]
-        pad = read_hf_config(model.source).get("pad_token_id")
-        # What is scored is the state before a row's token: one more token, of any id, has the whole sample.
-        whole = [TokenSequence(up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
-        scores = [float(score[0]) for score in values(model, whole, self.shape)] if whole else []
+        scores = scores_of(model, samples, self.shape)
         for sample, score in zip(samples, scores, strict=True):
             if not isfinite(score):
                 raise RewardError(
@@ -181,6 +178,14 @@ class RewardSource:
                 ).on_every_rank()
         judged = iter([replace(s, reward=score) for s, score in zip(samples, scores, strict=True)])
         return [replace(group, samples=tuple(islice(judged, len(group.samples)))) for group in groups]
+
+
+def scores_of(model: Model, samples: Sequence[Sample], shape: Shape) -> list[float]:
+    """[N] what a reward model says of samples, each up to its last token but padding; collective."""
+    pad = read_hf_config(model.source).get("pad_token_id")
+    # What is scored is the state before a row's token: one more token, of any id, has the whole sample.
+    whole = [TokenSequence(up_to_padding(whole_sequence(s), pad), (0,)) for s in samples]
+    return [float(score[0]) for score in values(model, whole, shape)] if whole else []
 
 
 def check_weights(weights: Mapping[str, float], samples: Sequence[Sample], names: Collection[str]) -> None:

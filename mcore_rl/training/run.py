@@ -13,6 +13,7 @@ from mcore_rl.training.checkpoint import Contents
 from mcore_rl.training.evaluate import Evaluator
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.keep_rollouts import DumpWriter
+from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert, Work
 from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
@@ -47,6 +48,8 @@ class Learner:
     contents: Contents
     """what a checkpoint of the run holds"""
     alert: GradientAlert
+    kl: KLControl
+    """the coefficient of the KL in the reward"""
     mismatch: Mismatch
     """what follows where servers and trainer disagree"""
     dumps: DumpWriter

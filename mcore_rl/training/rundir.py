@@ -141,7 +141,7 @@ def _check_ours(config: Config, *, publishes: bool, dumps: Kind) -> None:
     found = [] if _is_marked(run_dir) else [name for name in _REPLACED if os.path.lexists(run_dir / name)]
     found += [name for name in SAMPLES if _holds_foreign(run_dir / name, "samples", _SAMPLES)]
     found += [NAME] if _holds_foreign(run_dir / NAME, dumps, FILES) else []
-    if config.supervised_only and not is_free(run_dir / "model", "model"):
+    if config.run.kind != "rl" and not is_free(run_dir / "model", "model"):
         found.append("model")
     _refuse(run_dir, found, _RUN_REMEDY)
     if publishes:

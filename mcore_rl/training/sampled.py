@@ -25,8 +25,10 @@ _OF_ROLLOUT = (
 def check_source(config: Config, source: Path) -> None:
     """Raises DataError where there are no dumps, ConfigError where this run cannot be one that reads them."""
     directory = find_dumps(source)
-    if config.supervised_only:
-        raise ConfigError(f'--rollouts: run.kind = "{config.run.kind}" samples nothing; drop one of the two')
+    if config.run.kind != "rl":
+        raise ConfigError(
+            f'--rollouts: run.kind = "{config.run.kind}" trains on no dumps; drop one of the two'
+        )
     if directory.resolve().is_relative_to(config.run.dir.resolve()):
         raise ConfigError(
             f"--rollouts: {directory} lies in run.dir, whose files this run would replace; set run.dir to "
@@ -36,12 +38,18 @@ def check_source(config: Config, source: Path) -> None:
 
 def doubts_of_source(config: Config) -> list[str]:
     """`key: what` for what a run that trains on dumps may do and hardly means."""
-    if config.checkpoint.every:
-        return []
-    return [
-        "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are kept "
-        "nowhere; with any other number those of the last step are"
-    ]
+    doubts = []
+    if not config.checkpoint.every:
+        doubts.append(
+            "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are "
+            "kept nowhere; with any other number those of the last step are"
+        )
+    if config.data.curriculum is not None:
+        doubts.append(
+            "data.curriculum: has no effect on dumps, whose prompts were chosen when they were sampled; "
+            "remove it"
+        )
+    return doubts
 
 
 def check_directory(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""Training without rollouts: what the loops of all such kinds share."""
+"""Kinds of training beside reinforcement learning: what their loops share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Residency, ResidentPart
-from mcore_rl.training.assemble_rollouts import evaluating
+from mcore_rl.training.assemble_rollouts import Served, served
 from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluation_sets import load_set_functions
@@ -45,16 +45,18 @@ class Session:
     trainer: Trainer
     contents: Contents
     residency: Residency
-    evaluate: Callable[[int], dict[str, float | str]]
-    """samples the held-out sets after a step that asks for it"""
+    served: Served
+    """samples the held-out sets after a step that asks for it, and what is trained where that is sampled"""
     held_out: Sequence[Example]
     """rows of data.validation"""
 
     def steps(self, validate: Validate) -> Iterator[int]:
         """The steps that are left, each saved when its turn is over; at the beginning step 0 is logged."""
         config, begun = self.trainer.config, self.trainer.attempt.step
-        if begun == 0 and (config.held_out or self.held_out):
-            self.trainer.log(0, self._counted | self._validated(0, validate) | self.evaluate(0))
+        if begun == 0 and (config.samples_responses or self.held_out):
+            self.trainer.log(0, self._counted | self._validated(0, validate) | self.served.after(0))
+        elif begun and config.distills_samples:
+            self.served.publish(begun)
         for step in range(begun + 1, config.train.steps + 1):
             yield step
             end_step(self.trainer, self.contents, self.residency, step)
@@ -74,7 +76,7 @@ class Session:
     def log(self, step: int, rows: Sequence[Example], metrics: Metrics, validate: Validate) -> None:
         """Log a step that trained `rows`, and what the held-out data says after it."""
         counted = self._counted if step == 1 else {}
-        more = self._validated(step, validate) | self.evaluate(step)
+        more = self._validated(step, validate) | self.served.after(step)
         epoch = {"data/epoch": float(self.trainer.cursor.epoch)}
         self.trainer.log(
             step, metrics | epoch | counted | more, work_of(sequences_of(rows), self.trainer.shape)
@@ -122,8 +124,8 @@ def start_session(
     contents = Contents({"": trainer.optimizer}, frozen, {"cursor": trainer.cursor})
     restore(trainer, contents)
     residency = Residency({**waiting, **offloaded_optimizers(config, contents.optimizers)})
-    with evaluating(trainer) as evaluate:
-        yield Session(trainer, contents, residency, evaluate, rows)
+    with served(trainer) as servers:
+        yield Session(trainer, contents, residency, servers, rows)
 
 
 def validation_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -67,7 +67,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -> Iterator[Trainer]:
     """Join the process group, build the model at the config's layout, open the run directory; undone on exit.
 
-    The caller builds what it trains besides, then calls `checkpoint.restore`.
+    The caller builds what it trains besides, then calls `training.checkpoint.restore`.
 
     Args:
         optimizer_steps: of the whole run; a decaying learning rate reaches 0 there.

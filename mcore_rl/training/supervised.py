@@ -63,7 +63,7 @@ def supervised_metrics(totals: Mapping[Key, Tensor], rows: Sequence[Example]) ->
     """What the objective's sums over `rows` say.
 
     Raises:
-        NumericsError: the head breaks a bound that holds for every batch (algo.diagnostics).
+        NumericsError: the head breaks a bound that holds for every batch (algo.metrics.check_surprise).
     """
     check_surprise(gradient_scale(totals[HEAD]))
     metrics = read(totals, updates=1)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from mcore_rl.directories import files_in
 from mcore_rl.errors import WeightSyncError
 from mcore_rl.model.hf.files import Form, safetensors_layout, tensor_bytes
 
@@ -177,6 +178,6 @@ def check(file: Path, sha256: str) -> None:
         )
 
 
-def files_of(version: Path) -> Iterator[Path]:
-    """The files of a version's directory, whole or changed, without the checksums."""
-    return (path for path in sorted(version.iterdir()) if path.suffix != SUM_SUFFIX and path.is_file())
+def files_of(version: Path) -> Iterator[str]:
+    """The names of the files of a version's directory, whole or changed, without the checksums."""
+    return (name for name in files_in(version) if not name.endswith(SUM_SUFFIX))

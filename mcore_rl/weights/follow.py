@@ -95,14 +95,16 @@ class Follower:
             raise WeightSyncError(f"{self._source / LATEST}: {quoted(version)} is no version of weights")
         new, partial = self._source / version, self._target / f"{version}.partial"
         make(partial, _REMEDY, kind="weights")
-        for path in files_of(new):
+        for name in files_of(new):
+            path, copy = new / name, partial / name
+            copy.parent.mkdir(exist_ok=True)
             if path.suffix == SUFFIX:
-                self._patch(path, partial / path.stem)
+                self._patch(path, copy.with_suffix(""))
                 continue
-            shutil.copyfile(path, partial / path.name)
+            shutil.copyfile(path, copy)
             expected = path.with_name(path.name + SUM_SUFFIX)
             if expected.exists():
-                check(partial / path.name, expected.read_text())
+                check(copy, expected.read_text())
         whole = self._target / version
         remove(whole, _REMEDY, kind="weights")
         partial.rename(whole)

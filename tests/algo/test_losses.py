@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo import losses, preference
-from mcore_rl.algo.advantages import group_statistics, hybrid, hybrid_shared
+from mcore_rl.algo.advantages import hybrid, hybrid_shared
 from mcore_rl.algo.algorithms import objective
 from mcore_rl.algo.losses import (
     adaptive_kl_coefficient,
@@ -269,8 +269,8 @@ def test_kto_reference_point_is_a_constant() -> None:
 
 def test_hybrid_grpo_through_the_softmax() -> None:
     groups, rewards, values = ["a", "a", "b", "b"], vector(1, 0, 0.5, 0.25), vector(0.3, 0.4, 0.1, 0.9)
-    statistics = group_statistics(groups, rewards.tolist())
-    advantage = hybrid(rewards, statistics, values, alpha=0.25)
+    advantage, returns = hybrid(groups, rewards, values, alpha=0.25)
+    assert torch.equal(returns, rewards)
     expected = [
         0.75 * 0.5 + 0.25 * 0.7,
         -0.75 * 0.5 - 0.25 * 0.4,
@@ -287,11 +287,12 @@ def test_hybrid_grpo_through_the_softmax() -> None:
         return losses.ppo(rows_of(log_prob, old, advantage)).loss.mean()
 
     check_gradient(loss, logits)
-    check_gradient(lambda v: hybrid(rewards, statistics, v, alpha=0.25).square().sum(), values)
+    check_gradient(lambda v: hybrid(groups, rewards, v, alpha=0.25)[0].square().sum(), values)
 
 
 def test_hybrid_grpo_as_printed_cannot_tell_answers_apart() -> None:
-    shared = hybrid_shared(["a", "a", "b"], vector(1, 0, 0.5), vector(0.3, 0.4, 0.1))
+    shared, returns = hybrid_shared(["a", "a", "b"], vector(1, 0, 0.5), vector(0.3, 0.4, 0.1))
+    torch.testing.assert_close(returns, vector(1, 0, 0.5).tanh())
     assert shared[0] == shared[1] != shared[2]
 
 

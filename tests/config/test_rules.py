@@ -176,6 +176,16 @@ def load(tmp_path):
             'data.eval: has no effect because run.kind is "reward_model", and nothing is sampled',
         ),
         ({"data__chosen_key": "a"}, {"run__kind": "reward_model"}, "data.chosen_key: has no effect"),
+        (
+            {"run__kind": "reward_model", "data__chosen_key": "rejected"},
+            {"data__rejected_key": "worse"},
+            "data.rejected_key: 'rejected' is data.chosen_key as well",
+        ),
+        (
+            {"run__kind": "preference", "preference__loss": "kto", "data__completion_key": "label"},
+            {"data__label_key": "good"},
+            "data.label_key: 'label' is data.completion_key as well",
+        ),
         ({"algorithm__name": "sft"}, {"algorithm__name": "ppo"}, 'is a kind of run; set run.kind = "sft"'),
         (
             {"rollout__server": "sglang"},

@@ -377,3 +377,10 @@ def test_a_number_of_files_that_no_model_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at most 65536 files"):
         hf_to_mcore(tmp_path, tmp_path / "mcore", tensor=10**9)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_target_where_nothing_can_be_written_is_a_mistake(dense_source: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^/proc/mcore_rl\.partial: .*nothing was converted\. Name another"
+    ):
+        hf_to_mcore(dense_source, Path("/proc/mcore_rl"))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from examples.arithmetic import main as write_arithmetic
 from mcore_rl.__main__ import main
 from mcore_rl.doctor.storage import check_disk
 from mcore_rl.rollout.processes import Embedded, LocalServer
@@ -39,8 +40,8 @@ class Setting(NamedTuple):
 @pytest.fixture(scope="module")
 def sound_setting(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sound")
-    generate = [sys.executable, "examples/arithmetic.py", str(root), "--hidden", "64", "--layers", "1"]
-    subprocess.run(generate, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    small = ["--train", "2100", "--eval", "100", "--hidden", "64", "--layers", "1"]
+    assert write_arithmetic([str(root), *small]) == 0
     config = Qwen3Config.from_pretrained(root / "model")
     Qwen3ForCausalLM(config).save_pretrained(root / "model")
     return root
@@ -171,13 +172,13 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
     "malformed line": (
         lambda s: s.train.write_text(s.train.read_text() + "{,\n"),
         (),
-        "train.jsonl:6001",
+        "train.jsonl:2101",
         "fix the line",
     ),
     "a curriculum that takes nothing": (
         lambda s: None,
         ("--data.curriculum", "tests.doctor.rewards:nothing_taken"),
-        "data.curriculum takes 0 of 6000 prompts by the end of epoch 1, and 64 are asked at once",
+        "data.curriculum takes 0 of 2100 prompts by the end of epoch 1, and 64 are asked at once",
         "let it take more",
     ),
     "no such file": (lambda s: s.eval.unlink(), (), "eval.jsonl", "check the path"),

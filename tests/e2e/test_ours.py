@@ -18,6 +18,7 @@ import pytest
 from mcore_rl.__main__ import main
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.directories import MARK, is_ours
+from mcore_rl.dumps.directory import read_step
 from mcore_rl.log import read_metrics
 from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
 
@@ -143,7 +144,7 @@ def forget(directory: Path) -> None:
         position = {key: document["state"]["cursor"][key] for key in ("seed", "epoch", "position", "last")}
         digest = hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
         document["state"]["cursor"] = {**position, "fingerprint": digest}
-        files = [manifest.checksum(path / name) for name in saved.files]
+        files = [manifest.checksum(path, name) for name in saved.files]
         for name in (manifest.MANIFEST, manifest.COMMITTED):
             (path / name).unlink()
         manifest.commit(path, files, step=saved.step, run=document)
@@ -250,10 +251,11 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], se
 # --- full disks, open doors, other data -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("dump", "file"), [(0, "samples/step_2.jsonl"), (1, "rollouts/step_2.npz")])
 def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
-    ranks, folder, server_url, tmp_path, small_disk
+    ranks, folder, server_url, tmp_path, small_disk, dump, file
 ):
-    """The rewards of step 2 take the last byte: neither samples nor a line of metrics can be written.
+    """The rewards of step 2 take the last byte, or leave a page, which the samples take before the dump.
 
     5 rewards of the evaluation and 16 of step 1 come before.
     """
@@ -261,13 +263,14 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     safe.mkdir()
     elsewhere = ["--checkpoint.dir", str(safe / "checkpoints"), "--publish.dir", str(safe / "weights")]
     reward = ["--reward.function", "tests.e2e.rewards:fill", "--reward.workers", "1"]
-    places = {"TEST_DISK": str(disk), "TEST_WITNESS": str(safe / "filled")}
-    arguments = grpo(folder, disk / "run", *elsewhere, *reward, url=server_url)
+    places = {"TEST_DISK": str(disk), "TEST_WITNESS": str(safe / "filled"), "TEST_SPARE": str(4096 * dump)}
+    arguments = grpo(folder, disk / "run", *elsewhere, *reward, "--rollout.dump", str(dump), url=server_url)
     done = ranks.run(*arguments, **places)
     assert done.returncode == 75, done.stderr
     assert (safe / "filled").exists(), "the fault fired"
     assert "mcore-rl: StorageError: " in done.stderr
-    assert "samples/step_2.jsonl: No space left on device (" in done.stderr
+    assert f"{file}: No space left on device (" in done.stderr
+    assert done.stderr.count("mcore-rl: --resume goes on after step 1") == 1
     assert "bytes are free there" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((disk / "run").rglob("*.partial"))
@@ -275,6 +278,8 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
     again = ranks.run(*arguments, "--resume", "latest", **places)
     assert again.returncode == 0, again.stderr
     assert [line["step"] for line in read_metrics(disk / "run" / "metrics.jsonl")] == [0, 1, 2]
+    kept = {step: read_step(disk / "run" / "rollouts", step).step for step in range(1, 3) if dump}
+    assert kept == ({1: 1, 2: 2} if dump else {})
 
 
 def test_results_that_everybody_may_change_are_warned_of_once(ranks, folder, tmp_path):

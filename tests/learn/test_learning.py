@@ -8,6 +8,7 @@ from statistics import mean
 import pytest
 
 from benchmarks.learn import Curve, learn_all, write
+from benchmarks.learn_distill import KINDS, distill, wrong
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
@@ -41,3 +42,11 @@ def test_without_a_learning_rate_nothing_changes(curves: tuple[str, list[Curve]]
     controls = [curve for curve in curves[1] if curve.control]
     for accuracies in zip(*(curve.accuracy for curve in controls), strict=True):
         assert abs(mean(accuracies) - mean(c.accuracy[0] for c in controls)) <= 0.05, controls
+
+
+def test_a_teacher_is_distilled_into_a_smaller_student() -> None:
+    """Forward, reverse, and the reverse KL of what is sampled; a learning rate of 0 changes none."""
+    runs = ROOT / "runs" / "learn_distill"
+    curves = [distill(kind, runs, 80, control=False) for kind in KINDS]
+    curves += [distill(kind, runs, 8, control=True) for kind in KINDS]
+    assert wrong(curves) == []

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mcore_rl.convert.command import hf_to_mcore, mcore_to_hf
+from mcore_rl.directories import files_in
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import checkpoint_files
+from mcore_rl.model.hf.files import TEMPLATES, checkpoint_files
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.weights_io import reader
 from mcore_rl.parallel.mesh import Mesh
@@ -46,6 +47,14 @@ def make(directory: Path, *, tied: bool, told: dict[str, str]) -> Path:
     (directory / "config.json").write_text(json.dumps(found))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    (directory / TEMPLATES).mkdir()
+    (directory / TEMPLATES / "tool_use.jinja").write_text("tools")
+    (directory / TEMPLATES / "README").write_text("no template")
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings |= {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}  # what a reader takes from 4.0.0 on
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copyfile(directory / "tokenizer.json", directory / "tokenizer.4.0.0.json")
     return directory
 
 
@@ -103,7 +112,11 @@ def test_config_and_side_files_agree_with_the_tensors(
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
     assert loaded.dtype == dtype
     assert loaded.generation_config.eos_token_id == [2, 7]
-    assert AutoTokenizer.from_pretrained(target).chat_template == TEMPLATE
+    assert AutoTokenizer.from_pretrained(target).chat_template == {"default": TEMPLATE, "tool_use": "tools"}
+    beside = {name for name in files_in(source) if "safetensors" not in name}
+    assert {
+        name for name in files_in(target) if not name.startswith((".", "model", "COMM", "mani"))
+    } == beside - {f"{TEMPLATES}/README"}
 
 
 # -- a directory in which two readers see two models ------------------------------------------------------
@@ -173,4 +186,4 @@ def test_what_all_readers_choose_alike_is_accepted(tmp_path: Path) -> None:
     assert checkpoint_files(directory) == files
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "other"}))
-    assert AutoTokenizer.from_pretrained(directory).chat_template == TEMPLATE
+    assert AutoTokenizer.from_pretrained(directory).chat_template["default"] == TEMPLATE

@@ -24,7 +24,7 @@ from mcore_rl.model.hf.architecture import Architecture, architecture_of, read_a
 from mcore_rl.model.hf.files import checkpoint_files, hf_reader
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.server import weights as embedded
-from mcore_rl.weight_files import INDEX
+from mcore_rl.weight_files import INDEX, unread
 from tests.model.conftest import save
 from tests.model.families import FAMILIES, LLAMA3
 
@@ -235,7 +235,25 @@ def consolidated_beside_shards(directory: Path) -> None:
     consolidated(directory)
 
 
-ACCEPTED = [single, an_index_of_it, shards, consolidated, consolidated_beside_shards]
+def a_stray_file_beside_shards(directory: Path) -> None:
+    shards(directory)
+    save_file({"model.norm.weight": torch.ones(2)}, directory / "model-00003-of-00003.safetensors")
+
+
+ACCEPTED = [
+    single,
+    an_index_of_it,
+    shards,
+    consolidated,
+    consolidated_beside_shards,
+    a_stray_file_beside_shards,
+]
+UNREAD = {
+    consolidated: ("consolidated.safetensors", "the weights are model.safetensors"),
+    consolidated_beside_shards: ("consolidated.safetensors", f"the weights are the files of {INDEX}"),
+    a_stray_file_beside_shards: ("model-00003-of-00003.safetensors", f"the weights are the files of {INDEX}"),
+}
+"""what is left where it lies, by transformers, SGLang and us, is said"""
 
 
 @pytest.mark.parametrize("arrange", ACCEPTED)
@@ -247,6 +265,20 @@ def test_what_is_accepted_is_what_transformers_reads(tmp_path: Path, arrange: Ca
     assert {name.name for name in embedded.checkpoint_files(source)} == {
         file.name for file in checkpoint_files(source).values()
     }
+    said = unread(source)
+    if arrange not in UNREAD:
+        assert said is None
+    else:
+        assert said is not None
+        assert all(part in said for part in UNREAD[arrange])
+
+
+def test_a_conversion_says_what_it_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make("mistral", tmp_path / "hf")
+    consolidated_beside_shards(source)
+    hf_to_mcore(source, tmp_path / "mcore")
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "['consolidated.safetensors'] are not" in said
 
 
 def an_adapter(directory: Path) -> str:
@@ -281,7 +313,25 @@ def consolidated_in_parts(directory: Path) -> str:
     return "consolidated-0.safetensors"
 
 
+def an_index_that_is_a_dead_link(directory: Path) -> str:
+    (directory / INDEX).symlink_to("gone")
+    return INDEX
+
+
+def weights_that_are_a_dead_link(directory: Path) -> str:
+    (directory / "model-00009.safetensors").symlink_to("gone")
+    return "model-00009.safetensors"
+
+
+def an_adapter_that_is_a_dead_link(directory: Path) -> str:
+    (directory / "adapter_config.json").symlink_to("gone")
+    return "adapter_config.json"
+
+
 REFUSED = [
+    an_index_that_is_a_dead_link,
+    weights_that_are_a_dead_link,
+    an_adapter_that_is_a_dead_link,
     an_adapter,
     an_adapter_beside_shards,
     its_config_alone,

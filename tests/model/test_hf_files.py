@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaTokenizer,
+    Qwen2Tokenizer,
+    tokenization_utils_base,
+    tokenization_utils_tokenizers,
+)
+from transformers.utils import hub
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.files import (
     INDEX,
+    TEMPLATES,
     SafetensorsWriter,
     check_side_files,
     checkpoint_files,
@@ -157,10 +166,11 @@ def test_a_pipe_in_a_model_directory_is_not_waited_for(tmp_path: Path, name: str
     ],
     ids=["pipe", "directory", "dangling", "loop"],
 )
-@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", f"{TEMPLATES}/a.jinja", "tokenizer.model.v3"])
 def test_a_file_beside_the_weights_that_is_none_is_neither_waited_for_nor_left_out(
     tmp_path: Path, name: str, make: Callable[[Path], None], what: str
 ) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     make(tmp_path / name)
     for read in (read_side_files, check_side_files):
         with pytest.raises(ConfigError, match=rf"{name}: {what}; fetch the file again, or remove it"):
@@ -186,3 +196,21 @@ def test_layers_that_predict_later_tokens_are_left_out_and_named(tmp_path: Path)
     assert read_hf_config(tmp_path)["num_nextn_predict_layers"] == 0
     with pytest.raises(ConfigError, match=r"unexpected model\.layers\.2\.eh_proj"):  # now they are unforeseen
         hf_reader(tmp_path, ParameterMap(read_architecture(tmp_path), arch.vocab))
+
+
+def test_every_file_that_transformers_loads_a_tokenizer_from_is_carried(tmp_path: Path) -> None:
+    modules = (tokenization_utils_base, tokenization_utils_tokenizers, hub)
+    names = {getattr(m, name) for m in modules for name in dir(m) if name.endswith(("_FILE", "_LEGACY_NAME"))}
+    names |= {*LlamaTokenizer.vocab_files_names.values(), *Qwen2Tokenizer.vocab_files_names.values()}
+    names |= {
+        f"{hub.CHAT_TEMPLATE_DIR}/tool_use.jinja",
+        "tokenizer.4.0.0.json",
+        transformers.utils.CONFIG_NAME,
+    }
+    names |= {transformers.utils.GENERATION_CONFIG_NAME, "tekken.json"}
+    left = {"model.safetensors", "notes.txt", "optimizer.pt", f"{hub.CHAT_TEMPLATE_DIR}/notes.txt"}
+    (tmp_path / hub.CHAT_TEMPLATE_DIR).mkdir()
+    for name in names | left:
+        (tmp_path / name).write_text("{}")
+    assert len(names) > 12
+    assert read_side_files(tmp_path).keys() == names

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mcore_rl.algo.distillation import ForwardKL, JensenShannon, ReverseKL
+from mcore_rl.algo.distillation import ForwardKL, JensenShannon, ReverseKL, sampled_reverse_kl
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.parallel.head import Call
 from mcore_rl.parallel.head import passes as head_passes
@@ -285,3 +285,21 @@ def test_two_collectives_a_wave_and_one_for_the_hidden_gradient(pool2: Pool) -> 
     expected = ["all_gather_into_tensor"] * 4 + ["all_reduce"]
     assert pool2.run(collectives, 7) == [expected] * 2
     assert pool2.run(collectives, 0) == [[]] * 2
+
+
+def test_the_sampled_reverse_kl_is_the_exact_one_in_expectation() -> None:
+    """Value and gradient, by enumeration of the tokens that a position can draw."""
+    generator = torch.Generator().manual_seed(4)
+    logits, other = (torch.randn(3, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(other, -1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    drawn = sampled_reverse_kl(log_p, log_q)
+    torch.testing.assert_close((log_p.exp().detach() * drawn).sum(-1), exact)
+    wanted, got = (
+        torch.autograd.grad(x.sum(), logits, retain_graph=True)[0]
+        for x in (exact, log_p.exp().detach() * drawn)
+    )
+    torch.testing.assert_close(got, wanted)
+    biased = torch.autograd.grad((log_p.exp().detach() * (log_p - log_q)).sum(), logits)[0]
+    assert not torch.allclose(biased, wanted, atol=1e-3), "the control: k1 as a loss has no gradient"

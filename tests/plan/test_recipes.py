@@ -43,7 +43,9 @@ def planned(recipe: Path, capsys: pytest.CaptureFixture[str], **options) -> dict
 def test_all_are_here() -> None:
     names = {path.stem for path in RECIPES}
     assert names >= {f"{name}_70b" for name in ("gspo", "ppo", "grpo", "sapo", "liteppo")}
-    assert names >= {"gspo_8b", "gspo_30b_a3b"}
+    assert names >= {"gspo_8b", "gspo_30b_a3b", "ppo_8b"}
+    kinds = ("sft", "reward_model", "dpo", "distill")
+    assert names >= {f"{name}_{size}" for name in kinds for size in ("8b", "70b")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -54,6 +56,21 @@ def test_it_fits_with_a_tenth_to_spare(recipe: Path, capsys) -> None:
     if recipe.stem.startswith("ppo"):
         stage = found["configured"]["stages"][0]
         assert min(stage[name] for name in ("weights", "reference", "critic", "reward_model")) > 0
+    if recipe.stem.startswith("distill"):
+        assert min(found["configured"]["stages"][-1][name] for name in ("teacher", "teacher_said")) > 0
+
+
+def test_a_reward_model_is_planned_without_an_output_layer(capsys) -> None:
+    policy, scored = (
+        planned(ROOT / "examples" / f"{name}_8b.toml", capsys)["configured"]["stages"][0]
+        for name in ("sft", "reward_model")
+    )
+    arch = read_architecture(ROOT / "examples/models/Qwen3-8B")
+    less = (arch.vocab * arch.hidden / 4 - arch.hidden) / (1 << 30)
+    assert policy["weights"] - scored["weights"] == pytest.approx(2 * less, abs=0.01)
+    assert policy["gradients"] - scored["gradients"] == pytest.approx(4 * less, abs=0.01)
+    assert policy["optimizer"] - scored["optimizer"] == pytest.approx(12 * less, abs=0.01)
+    assert scored.get("head", 0) == 0
 
 
 def test_too_little_memory_is_a_layout_error(capsys) -> None:

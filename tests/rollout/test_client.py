@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from mcore_rl.errors import EXIT_CONFIG, EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout import client as client_module
 from mcore_rl.rollout import reply as reply_module
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call, reply_bytes
+from mcore_rl.rollout.fleet import wait_ready
 from mcore_rl.types import ExpertLayers, VersionSpan
 from tests.rollout.proxy import Fault, Proxy, body, cut, damaged, hang, proxy, status
 from tests.rollout.support import running, wait_until
@@ -133,6 +135,65 @@ def test_a_refusal_is_not_retried(url: str, code: int) -> None:
     assert len(seen.calls) == 1
 
 
+PAGE = b"<!DOCTYPE html><html><head><title>Sign in\n to continue</title></head><body>...</body></html>"
+
+
+def page(code: int) -> Fault:
+    """What a proxy answers in the server's place."""
+    return lambda request, raw: web.Response(status=code, body=PAGE, content_type="text/html")
+
+
+@pytest.mark.parametrize("code", [201, 202, 204, 206])
+def test_another_success_than_200_is_no_reply_of_a_server(url: str, code: int) -> None:
+    outcome, seen = through(url, status(code))
+    assert isinstance(outcome, RejectedError)
+    assert (outcome.status, outcome.exit_code, len(seen.calls)) == (code, EXIT_CONFIG, 1)
+    assert f"HTTP {code} where the API answers 200; something else than SGLang's API" in str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (page(200), ["not JSON but a page, 'Sign in to continue'; something else than SGLang's API"]),
+        (
+            page(502),
+            ["HTTP 502: a page, 'Sign in to continue'; a proxy says so: the server behind it is away"],
+        ),
+        (page(404), ["HTTP 404: a page, 'Sign in to continue'; something else than SGLang's API"]),
+        (status(405), ["HTTP 405: scripted; something else than SGLang's API"]),
+        (body(lambda raw: b'{"object": "list"}'), ['got {"object": "list"}; something else than SGLang\'s']),
+        (body(lambda raw: b"[1, 2, 3]"), ["expected a list of 2 responses, got 3 of them; something else"]),
+        (body(lambda raw: raw[:-3]), ["reply is not JSON: ", "; see the server's log, or raise"]),
+        (status(503), ["HTTP 503: scripted; see the server's log, or raise"]),
+    ],
+)
+def test_what_else_may_have_answered_is_said(url: str, fault: Fault, says: list[str]) -> None:
+    outcome, _ = through(url, fault, retries=0)
+    assert isinstance(outcome, RolloutError)
+    assert all(part in str(outcome) for part in says), str(outcome)
+    assert "<" not in str(outcome)
+
+
+def test_a_port_that_does_not_speak_http_is_named() -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def run() -> tuple[str, str | None]:
+        async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with RolloutClient(url, retries=0) as client:
+                with pytest.raises(RolloutError) as raised:
+                    await client.generate(PROMPTS, PARAMS, RIDS)
+                with pytest.raises(RolloutError) as waited:
+                    await wait_ready([client], timeout=0.0)
+                return str(raised.value), str(waited.value)
+
+    for said in asyncio.run(run()):
+        assert "something else than SGLang's API answers there" in said
+
+
 def test_a_refusal_of_the_server_itself_gives_its_reason(url: str) -> None:
     with pytest.raises(RejectedError, match=r"context length \(512 tokens\)"):
         generate(url, prompts=[[1] * 600, [2]])
@@ -147,7 +208,7 @@ def test_a_hanging_server_costs_the_deadline_and_no_more(url: str) -> None:
 
 
 def test_a_reply_that_is_too_long_is_refused(url: str) -> None:
-    with pytest.raises(RolloutError, match="reply longer than 100 bytes"):
+    with pytest.raises(RolloutError, match=r"reply longer than 100 bytes, its limit \(max_reply_bytes\)"):
         generate(url, max_reply_bytes=100)
 
 
@@ -162,7 +223,9 @@ def test_a_reply_may_be_as_long_as_what_was_asked_for(url: str, monkeypatch: pyt
     monkeypatch.setattr(client_module, "_SMALL_REPLY_BYTES", 0)
     assert len(call(RolloutClient(url), ask)[0].token_ids) == 400
     monkeypatch.setattr(client_module, "_TOKEN_BYTES", 8)
-    with pytest.raises(RolloutError, match="reply longer than 6432 bytes"):
+    with pytest.raises(
+        RolloutError, match="reply longer than 6432 bytes, twice what the tokens that were asked"
+    ):
         call(RolloutClient(url), ask)
 
 

@@ -15,6 +15,7 @@ from examples.arithmetic import main as write_task
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, load_config
+from mcore_rl.config.sections import CriticConfig
 from mcore_rl.errors import ConfigError
 from mcore_rl.metric_names import meaning_of
 from mcore_rl.model.residency import Residency
@@ -25,6 +26,7 @@ from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.training.assemble import build_models, build_run, waiting_parts
 from mcore_rl.training.batch import RolloutBatch, build_batch
 from mcore_rl.training.checkpoint import open_checkpoints, restore
+from mcore_rl.training.critic import passes_of
 from mcore_rl.training.loop import learn
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
 from mcore_rl.training.run import Run
@@ -47,6 +49,9 @@ PPO = {
     "optimizer.lr": 5e-4,
     "critic.lr": 1e-2,
     "critic.warmup_rollouts": 1,
+    "critic.warmup_epochs": 3,
+    "algorithm.params.kl_target": 0.05,
+    "algorithm.params.kl_horizon": 400,
 }
 
 
@@ -164,6 +169,24 @@ def test_ratios_leave_one_and_clips_act(tensor_parallel):
         assert 0 < m["clip/fraction"] < 1
         assert m["value/clip_fraction"] >= 0
     assert any(m["value/clip_fraction"] > 0 for m in tensor_parallel[0][0])
+
+
+def test_the_kl_is_adapted_to_its_target_once_the_policy_moves(tensor_parallel):
+    metrics, _ = tensor_parallel[0]
+    first, second, third = (m["kl/coefficient"] for m in metrics)
+    assert metrics[0]["kl/response"] == pytest.approx(0, abs=1e-5)
+    assert first == second == 0.1, "a policy that does not learn says nothing of the coefficient"
+    assert third == pytest.approx(0.1 * (1 - 0.2 * 16 / 400)), "16 samples, no KL before the first update"
+    assert abs(metrics[2]["kl/response"]) > 0.05
+    tokens, responses = metrics[2]["tokens"], metrics[2]["samples"]
+    assert metrics[2]["kl/reward"] * tokens == pytest.approx(metrics[2]["kl/response"] * responses)
+
+
+def test_a_warm_up_has_passes_of_its_own_and_returns_of_rewards_alone(tensor_parallel):
+    metrics, _ = tensor_parallel[0]
+    assert metrics[0]["return/mean"] == pytest.approx(metrics[0]["reward/mean"], abs=0.2)
+    assert [passes_of(CriticConfig(warmup_rollouts=2, warmup_epochs=3), 2, n) for n in (1, 2, 3)] == [3, 3, 2]
+    assert passes_of(CriticConfig(warmup_rollouts=2), 2, 1) == 2
 
 
 def test_the_reference_stays_where_the_policy_started(tensor_parallel):

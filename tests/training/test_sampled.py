@@ -50,3 +50,9 @@ def test_a_run_on_dumps_that_keeps_no_weights_is_told(tmp_path: Path) -> None:
     (said,) = doubts_of_source(config_of(tmp_path, "--checkpoint.every", "0"))
     assert said.startswith("checkpoint.every: 0, and training on dumps publishes nothing")
     assert doubts_of_source(config_of(tmp_path, "--checkpoint.every", "5")) == []
+
+
+def test_a_curriculum_over_dumps_is_said_to_do_nothing(tmp_path: Path) -> None:
+    flags = ("--checkpoint.every", "5", "--data.curriculum", "tests.doctor.rewards:nothing_taken")
+    (said,) = doubts_of_source(config_of(tmp_path, *flags))
+    assert said.startswith("data.curriculum: has no effect on dumps")

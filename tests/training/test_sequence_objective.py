@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,10 @@ from mcore_rl.algo.sequences import PairLoss, ScoreLoss, Sequences, VerdictLoss
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence, pack
 from mcore_rl.parallel.head import HeadOutput
+from mcore_rl.training import reward_model
+from mcore_rl.training.metrics import read
 from mcore_rl.training.preference import constants, mismatched
-from mcore_rl.training.sequence_objective import SequenceObjective
+from mcore_rl.training.sequence_objective import SequenceObjective, measured, parts_of
 from mcore_rl.training.session import sequences_of
 
 LENGTHS = (3, 1, 2, 5, 1, 1, 4, 2)
@@ -121,3 +124,36 @@ def test_a_mismatched_answer_is_that_of_the_next_row() -> None:
     others = mismatched(own)
     assert [list(one.response) for one in others] == [list(range(n)) for n in (*LENGTHS[1:], LENGTHS[0])]
     assert [one.scored for one in others] == [n - (n == 5) for n in (*LENGTHS[1:], LENGTHS[0])]
+
+
+def calibration(differences: list[float]) -> dict[str, float]:
+    """What validation says of pairs whose chosen answer scores so much more than the rejected one."""
+    loss, scores = ScoreLoss(), [x for difference in differences for x in (1.0 + difference, 1.0)]
+    pairs = [
+        Example(str(i), "", (1,), "", sequences=(TokenSequence((1,), (2,)),) * 2)
+        for i in range(len(differences))
+    ]
+    found = measured(loss, scores, [1] * len(scores), reward_model.constants(pairs))
+    return read(parts_of(found, "loss", torch.ones_like(found.weighted, dtype=torch.bool)), updates=1)
+
+
+def test_a_calibrated_reward_model_is_as_sure_as_it_is_right() -> None:
+    """Known scores: pairs that differ by log 3 are right three times in four, by log 9 nine times in ten."""
+    sizes = {math.log(3): (6, 2), math.log(9): (9, 1)}
+    differences = [
+        s * x for x, counts in sizes.items() for s, n in zip((1, -1), counts, strict=True) for _ in range(n)
+    ]
+    found = calibration(differences)
+    right = 15 / 18
+    assert found["preference/accuracy"] == pytest.approx(right)
+    assert found["preference/confidence"] == pytest.approx(right)
+    chances = [1 / (1 + math.exp(-x)) for x in differences]
+    assert found["loss"] == pytest.approx(sum(-math.log(p) for p in chances) / len(chances))
+    sure = calibration([2 * x for x in differences])
+    assert sure["preference/accuracy"] == pytest.approx(right)
+    assert sure["preference/confidence"] == pytest.approx((8 * 9 / 10 + 10 * 81 / 82) / 18), (
+        "too sure of itself"
+    )
+    assert sure["loss"] > found["loss"]
+    none = calibration([0.0] * 4)
+    assert none["preference/accuracy"] == none["preference/confidence"] == 0.5

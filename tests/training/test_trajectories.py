@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.training import batch as batches
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.batch import RolloutBatch, Shape, build_batch, by_segment, pack_mini_batch
+from mcore_rl.training.objective import PolicyObjective
 from mcore_rl.types import Group, PackedBatch, Prompt, Sample, Segment, VersionSpan
 from tests.sources import ROOT
 
@@ -170,6 +172,30 @@ def test_of_1000_random_trajectories_what_was_sampled_is_what_is_trained() -> No
             trained.setdefault(int(sample), []).append((int(place), int(token)))
     for number, (_, sent) in enumerate(made):
         assert [token for _, token in sorted(trained.get(number, []))] == sent
+
+
+def test_the_loss_has_no_gradient_where_an_observation_is_predicted() -> None:
+    rng = np.random.default_rng(5)
+    samples = [random_trajectory(rng, number)[0] for number in range(30)]
+    batch = build_batch([Group(f"g{number}", (sample,)) for number, sample in enumerate(samples)])
+    old = [np.full(sample.trained_tokens, -6.0) for sample in batch.samples]
+    ones = [np.ones(sample.trained_tokens) for sample in batch.samples]
+    objective = PolicyObjective(configure("grpo", {"entropy_coef": 0.1}), None)
+    for one in packed(batch, objective.algorithm, advantage=ones, old_log_prob=old):
+        logits = torch.randn(
+            len(one.tokens), 300, generator=torch.Generator().manual_seed(0)
+        ).requires_grad_()
+        scored = logits.log_softmax(-1)[one.rows]
+        entropy = -(scored.exp() * scored).sum(-1)
+        loss, _ = objective(one, HeadOutput(scored[torch.arange(len(one.rows)), one.targets], entropy))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        following = torch.cat([one.tokens[1:], torch.zeros(1, dtype=torch.int64)])
+        starts = torch.zeros(len(one.tokens), dtype=torch.bool)
+        starts[one.cu_seqlens[1:].long() - 1] = True  # what follows there is another sequence
+        trained = (following >= 100) & (following < 200) & ~starts
+        moved = gradient.abs().sum(-1)
+        assert (moved[trained] > 0).all()
+        assert (moved[~trained] == 0).all()
 
 
 def routed(ids: np.ndarray) -> np.ndarray:

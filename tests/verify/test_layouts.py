@@ -25,7 +25,7 @@ PRODUCTS = ("tp2cp2+sp", "pp2cp2", "tp2dp2", "pp2dp2", "cp2dp2", "tp4", "pp4", "
 
 def assert_all_agree(worlds, layouts: tuple[str, ...], algorithms: tuple[str, ...]) -> None:
     results = verify_layouts(layouts, algorithms, worlds)
-    rows = len(algorithms) + ("ppo" in algorithms)  # the critic has a row of its own
+    rows = len(algorithms) + sum(name.startswith(("ppo", "hybrid")) for name in algorithms)  # critics
     assert len(results) == rows * len(layouts)
     assert [(e.layout, e.algorithm, e.largest) for e in results if e.exceeded] == []
 
@@ -41,6 +41,17 @@ def test_the_main_layouts_agree_with_one_rank(worlds: SharedPools) -> None:
 
 def test_ppo_and_its_critic(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("ep2",), ("ppo",))
+
+
+def test_ppo_whole_and_a_critic_of_prompts(worlds: SharedPools) -> None:
+    """Four models that score one rollout, and what follows from it; over replicas, where all is spread."""
+    assert_all_agree(worlds, ("dp2",), ("ppo-whole", "hybrid-grpo"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ppo_whole_where_sequences_and_layers_are_cut(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, ("tp2+sp", "cp2", "pp2+vpp2", "ep2"), ("ppo-whole",))
 
 
 @pytest.mark.slow
@@ -72,12 +83,24 @@ def test_products_on_four_ranks(worlds: SharedPools) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ranks")
 def test_eight_ranks() -> None:
-    with Pools("forkserver") as worlds:
+    with Pools() as worlds:
         assert_all_agree(worlds, ("tp2pp2cp2",), ("gspo",))
 
 
 def test_pairs_of_answers(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("dpo",))
+
+
+def test_distillation_from_two_teachers(worlds: SharedPools) -> None:
+    assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("jsd",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_kind_of_distillation(worlds: SharedPools) -> None:
+    """Where stages, experts or tied embeddings meet a teacher's states; `--layouts all` has the others."""
+    assert_all_agree(worlds, ("dp2",), ("forward_kl", "reverse_kl", "sampled_kl"))
+    assert_all_agree(worlds, ("pp2+vpp2", "ep2", "pp2:tied", "tp2cp2+sp", "pp2dp2"), ("reverse_kl",))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from mcore_rl.model import build, policy, step, weights_io
 from mcore_rl.parallel import context
-from mcore_rl.parallel.head import head
+from mcore_rl.parallel.head import divergence, head
 from mcore_rl.parallel.head import passes as head_passes
-from mcore_rl.training import objective, sequence_objective
+from mcore_rl.training import distill, model_passes, objective, sequence_objective
 from mcore_rl.verify.layouts import rows
 from mcore_rl.verify.layouts.command import verify_layouts
 from mcore_rl.verify.layouts.compare import Errors
@@ -153,6 +154,27 @@ def pairs_taken_apart(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rows, "pack_share", lambda *args, **options: original(*args))
 
 
+def scores_of_one_replica(patch: pytest.MonkeyPatch) -> None:
+    """A replica knows what it scored itself, and takes 0 for the rest."""
+    patch.setattr(model_passes, "dist", SimpleNamespace(all_reduce=lambda *args, **options: None))
+
+
+def divergence_per_shard(patch: pytest.MonkeyPatch) -> None:
+    """Each tensor-parallel rank compares the models over its own part of the vocabulary."""
+    patch.setattr(divergence, "gather_statistics", lambda stats, group: stats[None])
+
+
+def teacher_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    """Rows of all teachers are packed wherever there is room, and micro-batches take teachers by turns."""
+
+    def by_turns(teachers, rows, shape, mesh):
+        packed = distill.pack_share(distill.sequences_of(rows), distill.fields_of(rows), shape, mesh)
+        names = list(teachers.models)
+        return {name: packed[number :: len(names)] for number, name in enumerate(names)}
+
+    patch.setattr(distill, "by_teacher", by_turns)
+
+
 FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "ratio_per_shard": (ratio_per_shard, "cp2", "gspo", "gradient"),
     "sums_not_reduced": (sums_not_reduced, "cp2", "gspo", "gradient"),
@@ -165,6 +187,9 @@ FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "unreduced_gradients": (unreduced_gradients, "dp2", "grpo", "gradient"),
     "pair_sums_per_shard": (pair_sums_per_shard, "cp2", "dpo", "gradient"),
     "pairs_taken_apart": (pairs_taken_apart, "dp2", "dpo", "gradient"),
+    "scores_of_one_replica": (scores_of_one_replica, "dp2", "ppo-whole", "gradient"),
+    "divergence_per_shard": (divergence_per_shard, "tp2", "forward_kl", "gradient"),
+    "teacher_of_the_micro_batch": (teacher_of_the_micro_batch, "dp2", "reverse_kl", "gradient"),
     "experts_of_nobody": (experts_of_nobody, "tp2+sp:moe", "grpo", "gradient"),
 }
 """fault -> (how to plant it, a layout at which it acts, an algorithm, a quantity that shows it)"""
@@ -191,8 +216,8 @@ class Sabotaged:
 
 
 def verified(worlds: SharedPools, plant: Plant, layout: str, algorithm: str) -> Errors:
-    (errors,) = verify_layouts((layout,), (algorithm,), Sabotaged(worlds, plant))
-    return errors
+    found = verify_layouts((layout,), (algorithm,), Sabotaged(worlds, plant))
+    return next(errors for errors in found if errors.algorithm == algorithm)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

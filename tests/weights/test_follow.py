@@ -44,6 +44,8 @@ class Trainer:
         target = self.directory / str(version)
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").write_text(f'{{"version": {version}}}')
+        (target / "templates").mkdir(exist_ok=True)
+        (target / "templates" / "a.jinja").write_text(f"{version}")
         write(self.writer, self.tensors, target / "m.safetensors")
         then(target)
         return announce(self.directory, str(version))
@@ -64,6 +66,7 @@ def test_it_keeps_up_and_keeps_two(tmp_path):
         wait_for_followers(trainer.directory, edition, timeout=0.0)
         assert holds(target / str(version), trainer)
         assert (target / str(version) / "config.json").read_text() == f'{{"version": {version}}}'
+        assert (target / str(version) / "templates" / "a.jinja").read_text() == str(version)
     assert sorted(path.name for path in target.iterdir()) == ["2", "3"]
 
 

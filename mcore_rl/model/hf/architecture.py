@@ -1,7 +1,7 @@
 """HF config.json -> the numbers of a decoder: complete, or refused by the name of the field.
 
-Which fields are read, must have one value or do not matter is the table in model.families; any other field is
-refused: a new one may mean anything.
+Which fields are read, must have one value or do not matter is the table in model.hf.families; any other field
+is refused: a new one may mean anything.
 """
 
 from __future__ import annotations

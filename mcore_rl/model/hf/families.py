@@ -1,7 +1,7 @@
 """The model families: what each `model_type` of transformers means, field by field of its config.json.
 
-A field is read (model.architecture), or must have the only value that is implemented, or is harmless: it does
-not change what the model computes. Values that transformers assumes for an absent field count as written.
+A field is read (model.hf.architecture), or must have the only value that is implemented, or is harmless: it
+does not change what the model computes. Values that transformers assumes for absent fields count as written.
 """
 
 from __future__ import annotations

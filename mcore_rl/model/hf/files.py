@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -25,19 +26,19 @@ from mcore_rl.weight_files import INDEX, weight_files
 EMBEDDING = "model.embed_tokens.weight"
 """never quantized: it has the type that config.json tells"""
 _COMPUTED = ".rotary_emb.inv_freq"
+TEMPLATES = "additional_chat_templates"
+"""the folder of chat templates with names of their own"""
 SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *("config.json", "generation_config.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+    # tokenizer.4.0.0.json: an older form, by fast_tokenizer_files; tokenizer.model.v3: Mistral's
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer.model", "tokenizer.model.*"),
+    *("tiktoken.model", "tekken.json", "spiece.model", "spm.model", "sentencepiece*.model"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja", "SYSTEM_PROMPT.txt"),
 )
-"""Copied beside weights, so that a server or transformers can load the directory."""
+"""Patterns of what transformers and SGLang read beside the weights of a language model. Copied beside ours,
+so that they load the directory as they load the one that the run began with."""
 
 _NAMES = {dtype: name for name, dtype in HF_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 Form = tuple[tuple[int, ...], torch.dtype]
@@ -126,28 +127,47 @@ def _predicting(names: Iterable[str], arch: Architecture) -> list[str]:
     return sorted(name for name in names if prefixes and name.startswith(prefixes))
 
 
-def side_files(directory: Path) -> list[Path]:
-    """Those of SIDE_FILES that are there.
+def side_files(directory: Path) -> dict[str, Path]:
+    """Name -> path of what matches SIDE_FILES; a name has a slash in TEMPLATES.
 
     Raises:
         ConfigError: one is a link that leads nowhere, whose content would be left out in silence, or no plain
             file: to read a pipe could take for ever.
     """
-    found = [path for name in SIDE_FILES if os.path.lexists(path := Path(directory) / name)]
-    for path in found:
+    directory = Path(directory)
+    names = _names_in(directory) + [f"{TEMPLATES}/{name}" for name in _names_in(directory / TEMPLATES)]
+    found = {
+        name: directory / name
+        for name in names
+        if any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SIDE_FILES)
+    }
+    for path in found.values():
         if not path.is_file():
-            what = "not a plain file" if path.exists() else "a link that leads nowhere"
-            raise ConfigError(f"{path}: {what}; fetch the file again, or remove it")
+            raise _not_a(path, "plain file")
     return found
+
+
+def _names_in(directory: Path) -> list[str]:
+    """What is in a directory, sorted; nothing where it is not there."""
+    if not os.path.lexists(directory):
+        return []
+    if not directory.is_dir():
+        raise _not_a(directory, "directory")
+    return sorted(os.listdir(directory))
+
+
+def _not_a(path: Path, kind: str) -> ConfigError:
+    what = f"not a {kind}" if path.exists() else "a link that leads nowhere"
+    return ConfigError(f"{path}: {what}; fetch the file again, or remove it")
 
 
 def check_side_files(directory: Path) -> None:
     """Raises ConfigError for a damaged JSON file beside the weights: a server reads it in mid-run.
 
-    tokenizer.json and vocab.json are megabytes of JSON, which the tokenizer checks itself.
+    tokenizer.json, vocab.json and tekken.json are megabytes of JSON, which the tokenizer checks itself.
     """
-    for path in side_files(directory):
-        if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
+    for name, path in side_files(directory).items():
+        if path.suffix == ".json" and not name.startswith(("tokenizer.", "vocab.", "tekken.")):
             fields = read_json_object(path)
             if path.name == "generation_config.json":
                 check_kinds(fields, GENERATION_KINDS, str(path))
@@ -155,7 +175,7 @@ def check_side_files(directory: Path) -> None:
 
 def read_side_files(source: Path) -> dict[str, bytes]:
     """config.json, tokenizer and the rest of SIDE_FILES, as they are now. Raises as `side_files`."""
-    return {path.name: path.read_bytes() for path in side_files(source)}
+    return {name: path.read_bytes() for name, path in side_files(source).items()}
 
 
 def write_side_files(
@@ -174,6 +194,7 @@ def write_side_files(
     `classifier`: the weights are those of a sequence classifier with one label, whatever it was before.
     """
     for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
     config = json.loads(files["config.json"])
     told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]

@@ -28,7 +28,9 @@ from mcore_rl.terminal import quoted, short
 
 METADATA = ".metadata"
 VALUE_HEAD = "value_head.weight"
-OTHER_STATE = ("optimizer.", "common_state")
+CRITIC = "critic."
+"""prefix of the keys of the critic, in the checkpoint of a run that has one"""
+OTHER_STATE = ("optimizer.", "common_state", "fp8.", CRITIC)
 """prefixes of keys that belong to a training checkpoint's other parts"""
 
 
@@ -76,8 +78,11 @@ def holds_torch_dist(directory: Path) -> bool:
     return metadata.is_file()
 
 
-def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str], Tensor]:
+def torch_dist_reader(directory: Path, mapping: ParameterMap, prefix: str = "") -> Callable[[str], Tensor]:
     """A function that reads an HF tensor by name from the parameters in `directory`, written at any layout.
+
+    Args:
+        prefix: CRITIC for those of the critic.
 
     Raises:
         ConfigError: lists every parameter that is missing, unexpected, or of a wrong shape or type.
@@ -86,7 +91,7 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str],
     directory = Path(directory)
     metadata = read_metadata(directory / METADATA)
     _check_files(directory, metadata)
-    problems = _problems(metadata, mapping)
+    problems = _problems(metadata, mapping, prefix)
     if problems:
         raise ConfigError(f"{directory}: parameters do not fit config.json: " + "; ".join(problems))
     tensors = cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
@@ -98,17 +103,18 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str],
     def split(megatron: str) -> dict[str, Tensor]:
         entry = mapping.entry(megatron)
         where = place(entry, mapping)
-        stored = tensors[where.key]
+        key = prefix + where.key
+        stored = tensors[key]
         rows = stored.size[0] if entry.rule.merge == "vocab" else where.size[0]
         box = ChunkStorageMetadata(torch.Size(where.offset), torch.Size((rows, *where.size[1:])))
         out = torch.empty(box.sizes, dtype=stored.properties.dtype)
-        items = create_read_items_for_chunk_list(where.key, stored, [box])
+        items = create_read_items_for_chunk_list(key, stored, [box])
         if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
-            raise CheckpointError(f"{directory}: {where.key} is stored with gaps or overlaps")
+            raise CheckpointError(f"{directory}: {key} is stored with gaps or overlaps")
         try:
             storage.read_data(LoadPlan(items), cast(Any, _Target(out, where.offset))).wait()
         except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{directory}: {where.key} cannot be read: {error}") from error
+            raise CheckpointError(f"{directory}: {key} cannot be read: {error}") from error
         views = mapping.parts(entry, out[0] if entry.is_expert else out, 1)
         pieces = [
             view.reshape(-1, *shape[1:])[: shape[0]]  # less the padding of a vocabulary
@@ -120,17 +126,17 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap) -> Callable[[str],
     return lambda name: split(by_hf[name].megatron)[name]
 
 
-def holds_classifier(directory: Path) -> bool:
-    """Whether the model in it ends in a value head: a reward model that a run trained."""
-    return VALUE_HEAD in read_metadata(Path(directory) / METADATA).state_dict_metadata
+def holds_classifier(directory: Path, prefix: str = "") -> bool:
+    """Whether the model in it, with CRITIC the critic, ends in a value head, as a reward model does."""
+    return prefix + VALUE_HEAD in read_metadata(Path(directory) / METADATA).state_dict_metadata
 
 
-def torch_dist_types(directory: Path, mapping: ParameterMap) -> dict[str, torch.dtype]:
+def torch_dist_types(directory: Path, mapping: ParameterMap, prefix: str = "") -> dict[str, torch.dtype]:
     """HF tensor name -> the type that it has in `directory`, which `torch_dist_reader` has accepted."""
     stored = read_metadata(Path(directory) / METADATA).state_dict_metadata
     tensors = cast("dict[str, TensorStorageMetadata]", stored)
     return {
-        name: tensors[place(entry, mapping).key].properties.dtype
+        name: tensors[prefix + place(entry, mapping).key].properties.dtype
         for entry in mapping.entries()
         for name in entry.hf
     }
@@ -152,13 +158,15 @@ class _Target:
     def commit_tensor(self, item: Any, tensor: Tensor) -> None: ...
 
 
-def _problems(metadata: Metadata, mapping: ParameterMap) -> list[str]:
+def _problems(metadata: Metadata, mapping: ParameterMap, prefix: str) -> list[str]:
     """What keeps the parameters from being this model."""
-    expected = {place(entry, mapping).key: (place(entry, mapping), entry) for entry in mapping.entries()}
+    places = [(place(entry, mapping), entry) for entry in mapping.entries()]
+    expected = {prefix + where.key: (where, entry) for where, entry in places}
     found = {
         key: value
         for key, value in metadata.state_dict_metadata.items()
-        if isinstance(value, TensorStorageMetadata) and not key.startswith(OTHER_STATE)
+        if isinstance(value, TensorStorageMetadata)
+        and (key.startswith(prefix) if prefix else not key.startswith(OTHER_STATE))
     }
     problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]

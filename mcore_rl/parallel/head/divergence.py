@@ -70,6 +70,13 @@ class Teacher(NamedTuple):
     """[V_local, H'] the same tokens as the student's shard, before padding"""
 
 
+class Against(NamedTuple):
+    """What a student is compared with at the rows of one micro-batch, and how."""
+
+    teacher: Teacher
+    divergence: Divergence
+
+
 class _Normalized(NamedTuple):
     """What turns logits of some rows into log-probs over the whole vocabulary."""
 

@@ -16,6 +16,7 @@ from mcore_rl.errors import ConfigError, StorageError
 from mcore_rl.model.build import Model
 from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.control import gather_ranks
+from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout import experts as routing
 from mcore_rl.training.metrics import loss_is_finite
@@ -37,7 +38,8 @@ def keep_broken(config: Config, align: int, update: Update) -> str:
         align: what the packed lengths of the micro-batches are multiples of.
     """
     mesh = update.optimizer.model.mesh
-    flags = [_is_broken_alone(update, batch) for batch in update.batches]
+    against = update.against or [None] * len(update.batches)
+    flags = [_is_broken_alone(update, *pair) for pair in zip(update.batches, against, strict=True)]
     ranks = gather_ranks(mesh, (flags, mesh.dp_rank))
     broken = [(i, rank) for i in range(len(flags)) for rank, (its, _) in enumerate(ranks) if its[i]]
     if not broken:
@@ -81,13 +83,15 @@ def _save(config: Config, update: Update, recorded: Mapping[str, Any]) -> None:
         checkpoints.save(update.step, [*model_pieces(model), *fp8_pieces(model)], document)
 
 
-def _is_broken_alone(update: Update, batch: PackedBatch) -> bool:
+def _is_broken_alone(update: Update, batch: PackedBatch, against: Against | None) -> bool:
     """A loss or gradient of this micro-batch is not finite on THIS rank: nothing is reduced over replicas."""
     model = update.optimizer.model
     update.optimizer.zero_grad()
     reduce, model.config.finalize_model_grads_func = model.config.finalize_model_grads_func, None
     try:
-        sums = forward_backward(model, alone(batch, model.mesh), update.objective, update.temperature)
+        batches = alone(batch, model.mesh)
+        others = [against] * len(batches)
+        sums = forward_backward(model, batches, update.objective, update.temperature, against=others)
     finally:
         model.config.finalize_model_grads_func = reduce
     return not (all(loss_is_finite(one) for one in sums) and gradients_are_finite(model))

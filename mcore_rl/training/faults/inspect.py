@@ -17,7 +17,7 @@ from mcore_rl.types import PackedBatch
 
 WEIGHTS, INPUT, FORWARD, OBJECTIVE, BACKWARD, GRADIENT = range(6)
 MAY_BE_INFINITE = ("rollout_log_prob", "old_log_prob")
-"""a token with such a log-prob is masked (algo.ratio)"""
+"""a token with such a log-prob is masked (algo.rows.Rows.usable)"""
 
 
 @dataclass(frozen=True, order=True)

@@ -20,12 +20,17 @@ _POLL_SECONDS = 0.05
 
 def siblings() -> dict[int, psutil.Process]:
     """Rank -> its process, of those of this host that are there, this one included."""
-    found: dict[int, psutil.Process] = {}
     parent = psutil.Process().parent()
-    for child in parent.children() if parent is not None else []:
+    return {} if parent is None else ranks_below(parent, os.environ.get("TORCHELASTIC_RUN_ID"))
+
+
+def ranks_below(launcher: psutil.Process, launch: str | None) -> dict[int, psutil.Process]:
+    """Rank -> its process, of the children of `launcher` that carry the name of its `launch`."""
+    found: dict[int, psutil.Process] = {}
+    for child in launcher.children():
         with suppress(psutil.Error, KeyError, ValueError):  # it has just ended, or it is no rank
             environment = child.environ()
-            if environment.get("TORCHELASTIC_RUN_ID") == os.environ.get("TORCHELASTIC_RUN_ID"):
+            if environment.get("TORCHELASTIC_RUN_ID") == launch:
                 found[int(environment["RANK"])] = child
     return found
 

@@ -84,10 +84,10 @@ ADVANTAGES: Mapping[str, Case] = {
     r"rloo": lambda p: advantages.leave_one_out(p.rewards, p.statistics),
     r"rfpp_baseline_tok": _reinforce_pp_baseline,
     r"rfpp_tok": _reinforce_pp,
-    r"hybrid_a": lambda p: advantages.hybrid_shared(p.groups, p.rewards, _prompt_values(p)),
+    r"hybrid_a": lambda p: advantages.hybrid_shared(p.groups, p.rewards, _prompt_values(p))[0],
     r"hybrid_b_alpha#": lambda p, alpha: advantages.hybrid(
-        p.rewards, p.statistics, _prompt_values(p), alpha=alpha
-    ),
+        p.groups, p.rewards, _prompt_values(p), alpha=alpha
+    )[0],
     r"overlong_penalty_Lmax#_cache#": lambda p, longest, cache: torch.tensor(
         [
             overlong_penalty(length, max_length=int(longest), cache=int(cache))

@@ -22,7 +22,7 @@ LAYOUTS = SMALL
 WITH_OWN_LOSS = ("grpo",)
 """whose advantages and aggregation a loss of the user's own is verified with, unless told otherwise"""
 ALGORITHMS = ("ppo", "grpo", "gspo", "sapo", "liteppo")
-"""the default; the names in rows.LOSSES are kinds of training without rollouts"""
+"""the default; the names in rows.LOSSES and rows.DIVERGENCES are kinds of training on rows as they are"""
 
 
 def verify_layouts(

@@ -21,22 +21,27 @@ from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.model.weights_io import global_parameters
+from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.training.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequences
+from mcore_rl.training.critic import groups_of, pack_prompts
 from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.teachers import Teachers
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify.layouts import problem
 from mcore_rl.verify.layouts.case import LOSSES, Case
+from mcore_rl.verify.layouts.rows import DIVERGENCES, record_distillation, record_rows
 from mcore_rl.verify.layouts.rows import LOSSES as LOSSES_OF_ROWS
-from mcore_rl.verify.layouts.rows import record_rows
+from mcore_rl.verify.layouts.whole import WHOLE, record_whole
 from mcore_rl.weights.buckets import gather
 
 SGD_STEPS = 3
 ADAM_STEPS = 2
 """The second one's gradient needs the parameters that the first one updated, gathered again."""
 CRITIC = "critic"
-"""What an algorithm with a critic trains beside its policy; measured under this name."""
+"""What an algorithm with a critic trains beside its policy: of PPO measured under this name, of others under
+`critic of NAME`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class _Subject:
     """this rank's share of all that was recorded, as one mini-batch"""
     scores: Mapping[str, Tensor]
     overlap: bool
+    against: Sequence[Against | None] = ()
+    """what a student is compared with in each of the micro-batches"""
 
 
 def measure(
@@ -91,7 +98,7 @@ def measure(
     mesh = build_mesh(case.layout, timeout=120.0)
     try:
         with tempfile.TemporaryDirectory(prefix="mcore_rl_verify_") as scratch:
-            model_dir = problem.write_model(Path(scratch), case.model)
+            model_dir = problem.write_model(Path(scratch) / "model", case.model)
             return _measure(case, mesh, algorithms, model_dir, log_probs, own_loss)
     finally:
         destroy_mesh()
@@ -114,8 +121,16 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
             build = critic if name == "reward_model" else policy
             results[name] = _train(mesh, _Subject(build, rows.loss, rows.batches, {}, case.overlap))
             continue
-        recorded = problem.record(name, box[0], own_loss)
-        if log_probs is None:
+        if name in DIVERGENCES:
+            rows = record_distillation(name, teachers(case, mesh, model_dir.parent), shape, mesh)
+            subject = _Subject(policy, rows.loss, rows.batches, {}, case.overlap, rows.against)
+            results[name] = _train(mesh, subject)
+            continue
+        if name == WHOLE:
+            recorded = record_whole(policy, critic, mesh, shape)
+        else:
+            recorded = problem.record(name, box[0], own_loss)
+        if log_probs is None and name != WHOLE:  # which begins on policy
             problem.check(recorded, box[0])
         scores = {"log_prob": log_prob, "entropy": entropy}
         loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
@@ -124,8 +139,23 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
         if recorded.algorithm.needs_critic:
             scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
             value_loss = ValueObjective(problem.VALUE_CLIP)
-            results[CRITIC] = _train(mesh, _Subject(critic, value_loss, batches, scores, case.overlap))
+            if recorded.algorithm.values_prompts:
+                groups = groups_of(recorded.batch)
+                its = {key: recorded.fields[key] for key in ("old_value", "return")}
+                batches = pack_prompts(recorded.batch, groups, shape, mesh, its)
+            its_name = CRITIC if name == "ppo" else f"{CRITIC} of {name}"
+            results[its_name] = _train(mesh, _Subject(critic, value_loss, batches, scores, case.overlap))
     return (results, box[0]) if mesh.is_main else None
+
+
+def teachers(case: Case, mesh: Mesh, scratch: Path) -> Teachers:
+    """Two random teachers that are wider than the student; row by row, the metadata name one of them."""
+    wider = problem.write_model(scratch / "teacher", case.model, teacher=True)
+    models = {
+        name: build_policy(wider, mesh, random_seed=problem.SEED + number)
+        for number, name in enumerate(("a", "b"), 1)
+    }
+    return Teachers(models, "teacher")
 
 
 def _packed(recorded: problem.Recorded, shape: Shape, mesh: Mesh) -> list[PackedBatch]:
@@ -198,7 +228,8 @@ def _first_moments(subject: _Subject) -> dict[str, Tensor]:
 
 def _pass(model: Model, optimizer: Optimizer, subject: _Subject, micro_batches: Sequence[PackedBatch]):
     optimizer.zero_grad()
-    return forward_backward(model, micro_batches, subject.loss, problem.TEMPERATURE)
+    temperature = problem.TEMPERATURE
+    return forward_backward(model, micro_batches, subject.loss, temperature, against=subject.against)
 
 
 def _whole_state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str) -> Tensor:

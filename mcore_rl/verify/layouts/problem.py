@@ -74,12 +74,14 @@ _EXPERTS = {
 }
 MODELS = {"dense": _DENSE, "tied": _DENSE | {"tie_word_embeddings": True}, "moe": _DENSE | _EXPERTS}
 """name -> config.json"""
+_WIDER = {"hidden_size": 48, "intermediate_size": 80}
+"""of a teacher, beside its student's"""
 
 
-def write_model(directory: Path, model: str) -> Path:
+def write_model(directory: Path, model: str, *, teacher: bool = False) -> Path:
     """A model directory with config.json only; weights are random by name (weights_io.random_reader)."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(MODELS[model]))
+    (directory / "config.json").write_text(json.dumps(MODELS[model] | (_WIDER if teacher else {})))
     return directory
 
 
@@ -104,7 +106,8 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
     sampled = perturbed(log_probs, seed=14)
     batch = replace(batch, samples=tuple(map(sampled_with, batch.samples, sampled)))
     old = perturbed(log_probs)
-    scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), drawn(log_probs, seed=13))
+    values = prompt_values(batch) if algorithm.values_prompts else drawn(log_probs, seed=13)
+    scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), values)
     advantages = compute_advantages(batch, algorithm, scores)
     return Recorded(algorithm, batch, {"old_log_prob": old, **advantages.fields})
 
@@ -178,6 +181,13 @@ def drawn(like: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     """Standard normal numbers in the shapes of `like`."""
     rng = np.random.default_rng(seed)
     return [rng.standard_normal(values.shape).astype(np.float32) for values in like]
+
+
+def prompt_values(batch: RolloutBatch) -> list[np.ndarray]:
+    """[N] of [1] a standard normal number of each sample's group."""
+    groups = {group: number for number, group in enumerate(dict.fromkeys(batch.group_ids))}
+    values = np.random.default_rng(13).standard_normal((len(groups), 1)).astype(np.float32)
+    return [values[groups[group]] for group in batch.group_ids]
 
 
 def check(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> None:

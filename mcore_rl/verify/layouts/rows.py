@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mcore_rl.algo.distillation import ForwardKL, JensenShannon, ReverseKL
 from mcore_rl.algo.sequences import PairLoss, ScoreLoss, VerdictLoss
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
+from mcore_rl.model.residency import Residency
 from mcore_rl.model.step import Loss
+from mcore_rl.parallel.head.divergence import Against, Divergence
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training import reward_model
 from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.distill import Comparison
 from mcore_rl.training.preference import constants
 from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.session import sequences_of
 from mcore_rl.training.supervised import NegativeLogLikelihood
+from mcore_rl.training.teachers import Teachers
 from mcore_rl.types import PackedBatch
-from mcore_rl.verify.layouts.problem import VOCAB
+from mcore_rl.verify.layouts.problem import TEMPERATURE, VOCAB
 
 LOSSES: Mapping[str, PairLoss | VerdictLoss | ScoreLoss | None] = {
     "sft": None,
@@ -31,6 +36,13 @@ LOSSES: Mapping[str, PairLoss | VerdictLoss | ScoreLoss | None] = {
     "reward_model": ScoreLoss(center_coef=0.01),
 }
 """what a kind of training without rollouts is verified by; None: the likelihood of what is trained"""
+DIVERGENCES: Mapping[str, Divergence | None] = {
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jsd": JensenShannon(0.3),
+    "sampled_kl": None,
+}
+"""what distillation is verified by; None: the reverse KL at the tokens of the rows"""
 ROWS = 12
 SCALE = {"ipo": 0.05, "reward_model": 0.5}
 """of losses that are steep: plain SGD with problem.SGD_LEARNING_RATE would leave all bounds"""
@@ -45,6 +57,19 @@ class RecordedRows:
     loss: Loss
     batches: Sequence[PackedBatch]
     """this replica's micro-batches"""
+    against: Sequence[Against | None] = ()
+    """what a student is compared with in each of them"""
+
+
+def record_distillation(name: str, teachers: Teachers, shape: Shape, mesh: Mesh) -> RecordedRows:
+    """The recorded rows of distillation by `name`, packed for this replica, each with one of the teachers."""
+    rows = [
+        replace(row, metadata={teachers.key: list(teachers.models)[number % 3 == 0]})
+        for number, row in enumerate(recorded_rows("sft"))
+    ]
+    comparison = Comparison(teachers, DIVERGENCES[name], shape, TEMPERATURE, Residency({}))
+    compared = comparison.of(rows, mesh)
+    return RecordedRows(comparison.objective, compared.batches, compared.against)
 
 
 def record_rows(name: str, shape: Shape, mesh: Mesh) -> RecordedRows:

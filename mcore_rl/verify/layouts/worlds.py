@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mcore_rl.model import platform
-from mcore_rl.parallel.pool import Method, Pool
+from mcore_rl.parallel.pool import Pool
 
 T = TypeVar("T")
 
@@ -47,9 +47,8 @@ class Pools:
     largest = None
     is_main = True
 
-    def __init__(self, method: Method = "spawn") -> None:
-        """No process starts before the first `run`; `method` is Pool's."""
-        self._method: Method = method
+    def __init__(self) -> None:
+        """No process starts before the first `run`."""
         self._stack = ExitStack()
         self._pools: dict[int, Pool] = {}
 
@@ -64,7 +63,7 @@ class Pools:
     def run(self, size: int, fn: Callable[..., T], *args: Any) -> T | None:
         """Run `fn` on `size` ranks of a pool. Raises what a rank raised, or RankError."""
         if size not in self._pools:
-            self._pools[size] = self._stack.enter_context(Pool(size, method=self._method))
+            self._pools[size] = self._stack.enter_context(Pool(size))
         return self._pools[size].run(fn, *args, timeout=CALL_SECONDS)[0]
 
 
