@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, side_files
+from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, left_out, side_files
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
 from mcore_rl.terminal import printable
@@ -87,10 +87,11 @@ def write_torch_dist(
         raise ConfigError(f"--tp {tensor} --pp {pipeline}: at most {_MOST_FILES} files in all")
     arch = read_architecture(source)
     check_side_files(source)
-    if left := unread(source):
-        print(printable(f"warning: {left}"), file=sys.stderr)
     mapping = ParameterMap(arch, arch.vocab)
     read = hf_reader(source, mapping)
+    for left in (unread(source), left_out(source, arch)):
+        if left:
+            print(printable(f"warning: {left}"), file=sys.stderr, flush=True)
     types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
     entries = mapping.entries()
     placed = {_index(where): (entry, where) for entry in entries for where in [place(entry, mapping)]}

@@ -40,7 +40,7 @@ class ModelShape:
 
 
 def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
-    """Shape of a model from its Hugging Face `config.json` (Llama and Qwen names, dense or MoE).
+    """Shape of a model from its Hugging Face `config.json`, dense or MoE, by the names of every family.
 
     Raises ConfigError for a missing number.
     """
@@ -51,7 +51,8 @@ def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         dense_width = hf_config["intermediate_size"]
         sparse_width = get("shared_expert_intermediate_size") or 0
         if sparse:
-            sparse_width += hf_config["num_experts_per_tok"] * (get("moe_intermediate_size") or dense_width)
+            expert_width = get("moe_intermediate_size") or dense_width
+            sparse_width += (hf_config["num_experts_per_tok"] + (get("n_shared_experts") or 0)) * expert_width
         return ModelShape(
             layers=layers,
             hidden=int(hf_config["hidden_size"]),
@@ -69,15 +70,18 @@ def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
 
 
 def _num_experts(hf_config: Mapping[str, Any]) -> int:
-    return int(hf_config.get("num_experts") or hf_config.get("num_local_experts") or 0)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return int(next((hf_config[name] for name in names if hf_config.get(name)), 0))
 
 
 def _sparse_layers(hf_config: Mapping[str, Any]) -> int:
-    """Layers whose MLP is a mixture of experts, by the rule of Qwen's configuration."""
+    """Layers whose MLP is a mixture of experts, by the rules of Qwen's and DeepSeek's configurations."""
     if not _num_experts(hf_config):
         return 0
     dense, step = hf_config.get("mlp_only_layers") or (), hf_config.get("decoder_sparse_step") or 1
-    return sum(i not in dense and (i + 1) % step == 0 for i in range(int(hf_config["num_hidden_layers"])))
+    first = hf_config.get("first_k_dense_replace") or 0
+    layers = range(int(first), int(hf_config["num_hidden_layers"]))
+    return sum(i not in dense and (i + 1) % step == 0 for i in layers)
 
 
 def forward_flops(

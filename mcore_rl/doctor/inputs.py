@@ -18,6 +18,7 @@ from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.doctor.rewards import check_reward, classifier
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.files import left_out
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
@@ -26,8 +27,8 @@ from mcore_rl.training.data import check_batch, describe_beginning, describe_dro
 from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
-from mcore_rl.training.teachers import check_teachers
 from mcore_rl.weight_files import unread
+from mcore_rl.training.teachers import check_teachers
 
 T = TypeVar("T")
 
@@ -63,6 +64,8 @@ def _model(config: Config) -> Iterable[Finding]:
         yield Finding("model", "ok", f"{what}; weights start at random (model.random_init)")
         return
     hf_reader(path, ParameterMap(architecture, padded_vocab(architecture, 1)))
+    if later := left_out(path, architecture):
+        yield Finding("model", "warning", later, "keep the source, if a server shall use them")
     yield Finding("model", "ok", f"{what}; names and shapes of its weights are complete")
     if left := unread(path):
         what, _, remedy = left.rpartition("; ")

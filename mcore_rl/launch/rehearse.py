@@ -187,6 +187,8 @@ def shrink_model(hf: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "n_routed_experts": 4,
         "initializer_range": 0.125,
         "pad_token_id": 0,
         "bos_token_id": None,
@@ -197,9 +199,27 @@ def shrink_model(hf: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]
     tiny = hf | {name: value for name, value in sizes.items() if name in hf or name == "pad_token_id"}
     if "mlp_only_layers" in hf:
         tiny["mlp_only_layers"] = [layer for layer in hf["mlp_only_layers"] if layer < layers]
-    if "layer_types" in hf:
-        tiny["layer_types"] = hf["layer_types"][:layers]
+    for name in ("layer_types", "no_rope_layers"):
+        if hf.get(name):
+            tiny[name] = hf[name][:layers]
+    if "first_k_dense_replace" in hf:
+        tiny["first_k_dense_replace"] = min(1, hf["first_k_dense_replace"])
+    if (hf.get("topk_group") or 1) < (hf.get("n_group") or 1):
+        tiny |= {"n_group": 2, "topk_group": 1}
+    for name in ("rope_parameters", "rope_scaling"):
+        tiny |= _fewer_pairs(name, tiny)
     return tiny
+
+
+def _fewer_pairs(name: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """LongRoPE has a number for each pair of channels."""
+    rope = hf.get(name)
+    if not isinstance(rope, dict) or "short_factor" not in rope:
+        return {}
+    share = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    pairs = int((hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]) * share) // 2
+    factors = {factor: (rope[factor] * pairs)[:pairs] for factor in ("short_factor", "long_factor")}
+    return {name: rope | factors}
 
 
 def _write_model(directory: Path, hf: dict[str, Any]) -> None:

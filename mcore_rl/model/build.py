@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -23,17 +24,18 @@ from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
-from mcore_rl.model.hf.files import read_side_files
+from mcore_rl.model.hf.files import left_out, read_side_files
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.torch_dist import holds_torch_dist
 from mcore_rl.model.policy import (
     CriticModel,
     CriticParameterMap,
     LogitsModel,
     PackedGPT,
     PolicyModel,
-    rotary_frequencies,
     with_value_head,
 )
+from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import (
     block_spec,
     check_classifier_layout,
@@ -43,6 +45,7 @@ from mcore_rl.model.spec import (
 )
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import DEFAULT_FP8, Fp8
+from mcore_rl.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def _read(
     rows = padded_vocab(arch, mesh.layout.tensor)
     mapping = ParameterMap(arch, rows)
     if random_seed is None:
+        if mesh.is_main:
+            _warn_of_left_out(Path(weights or path), arch)
         return arch, rows, weights_io.reader(weights or path, mapping)
     return arch, rows, weights_io.random_reader(mapping, random_seed)
 
@@ -191,6 +196,13 @@ def _build(
     return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files)
 
 
+@cache
+def _warn_of_left_out(source: Path, arch: Architecture) -> None:
+    """Say once in a process which tensors of a source no model has."""
+    if arch.predicting_layers and not holds_torch_dist(source) and (later := left_out(source, arch)):
+        print(printable(f"warning: {later}"), file=sys.stderr, flush=True)
+
+
 class TrainedChunk(DistributedDataParallel):
     """Megatron's wrapper, whose memory and groups are given back when nothing refers to it.
 
@@ -206,7 +218,10 @@ class TrainedChunk(DistributedDataParallel):
 
 
 def _in_bf16(config: TransformerConfig, chunk: PackedGPT) -> Float16Module:
+    biases = {name: b.clone() for name, b in chunk.named_buffers() if name.endswith(weights_io.ROUTER_BIAS)}
     wrapped = Float16Module(config, chunk)
+    for name, bias in biases.items():  # chosen by; Megatron's router keeps it in float32, but rounded
+        chunk.get_submodule(name.rpartition(".")[0]).expert_bias = bias
     if isinstance(chunk, CriticModel) and chunk.post_process:
         chunk.value_head.float()  # Float16Module casts everything
     return wrapped
@@ -232,7 +247,7 @@ def _build_chunk(
     last = (virtual or 1) - 1
     model = kind(
         config=config,
-        transformer_layer_spec=block_spec(config, vp_stage=stage if virtual else None),
+        transformer_layer_spec=block_spec(config, mapping.arch, vp_stage=stage if virtual else None),
         vocab_size=mapping.vocab_rows,
         max_sequence_length=1 << 20,  # rotary positions have no table of this size; Megatron only stores it
         pre_process=mesh.pp_rank == 0 and stage == 0,
@@ -241,5 +256,6 @@ def _build_chunk(
         parallel_output=True,
         vp_stage=stage if virtual else None,
     )
-    model.rotary_pos_emb.inv_freq = rotary_frequencies(mapping.arch).to(platform.device())
+    model.arch = mapping.arch
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(mapping.arch.rotary).to(platform.device())
     return model.to(platform.device())

@@ -5,9 +5,8 @@ The policy answers with log-probs and entropies, the critic, whose backbone is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,8 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
-from mcore_rl.model.hf.architecture import Architecture, RopeScaling
-from mcore_rl.model.hf.parameters import ParameterMap, Rule
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.tables import Rule
 from mcore_rl.parallel.head import Call, HeadOutput, RowLoss, head_loss, log_prob_entropy
 from mcore_rl.parallel.head.divergence import Against, DivergenceLoss, divergence_loss, divergences
 
@@ -95,8 +96,11 @@ def _compared(
 class PackedGPT(GPTModel):
     """GPTModel with rotary positions of packed sequences; a subclass says what its last stage answers with.
 
-    `labels` carries the `Scored` rows to the last stage: Megatron passes that argument through untouched.
+    `arch` is set when it has been built. `labels` carries the `Scored` rows to the last stage: Megatron
+    passes that argument through untouched.
     """
+
+    arch: Architecture
 
     def head(self, hidden: Tensor, scored: Scored) -> HeadOutput | Tensor:
         """hidden [T or T/tp, 1, H] of the last stage -> what the scored rows get, [R] each."""
@@ -106,8 +110,22 @@ class PackedGPT(GPTModel):
         prepared = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
         )
+        hidden, scale = prepared[0], self.arch.scales.embedding
+        if hidden is not None and scale != 1.0:
+            hidden = hidden * scale
+        self._check_length(packed_seq_params)
         table = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
-        return prepared[0], table.index_select(0, packed_seq_params.position_ids), *prepared[2:]
+        return hidden, table.index_select(0, packed_seq_params.position_ids), *prepared[2:]
+
+    def _check_length(self, layout: Any) -> None:
+        """Raises ConfigError for positions at which the model computes something else than is built here."""
+        longest = self.arch.rotary.longest
+        if longest is not None and int(layout.position_ids.max()) >= longest:
+            raise ConfigError(
+                f"a sequence of more than {longest} tokens: beyond its original length, the model's rotary "
+                "embedding depends on the length of the sequence, which servers and training see "
+                "differently; lower rollout.max_new_tokens or data.max_prompt_tokens"
+            )
 
     def _postprocess(self, hidden_states, *args, labels: Any = None, **kwargs) -> Any:
         if not self.post_process:
@@ -129,7 +147,8 @@ class LogitsModel(PackedGPT):
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
         logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=True)
-        return logits.squeeze(1).index_select(0, scored.rows)[:, : self.live_vocab]
+        logits = logits.squeeze(1).index_select(0, scored.rows)[:, : self.live_vocab]
+        return logits / self.arch.scales.logits
 
 
 class PolicyModel(PackedGPT):
@@ -148,6 +167,8 @@ class PolicyModel(PackedGPT):
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
+        if self.arch.scales.logits != 1.0:  # a constant divisor of the logits is a temperature
+            scored = replace(scored, temperature=scored.temperature * self.arch.scales.logits)
         return self.output_layer(hidden, weight=weight, scored=scored)
 
     @property
@@ -231,24 +252,3 @@ def with_value_head(
         return torch.randn(1, arch.hidden, generator=generator) * arch.init_std
 
     return read_critic
-
-
-def rotary_frequencies(arch: Architecture) -> Tensor:
-    """[head_dim / 2] float32: radians per position of each pair of channels.
-
-    Source: arXiv 2104.09864; scaled as Llama 3.1 does it, arXiv 2407.21783 section 3.4.1.
-    """
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
-    frequencies = 1.0 / (arch.rope_theta**exponents)
-    return frequencies if arch.rope_scaling is None else scaled(frequencies, arch.rope_scaling)
-
-
-def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow pairs `factor` times slower, fast ones as they were, a linear blend in turns per context between.
-
-    Megatron has this formula with the numbers of Llama 3.1 written into it; here they come from config.json.
-    """
-    turns = scaling.original_positions * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return frequencies * ((1 - blend) / scaling.factor + blend)

@@ -16,6 +16,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
 from mcore_rl.model.hf.architecture import Architecture, Experts
+from mcore_rl.model.modules import ExtendedAttention, ResidualAdd
 from mcore_rl.model.portable import PORTABLE, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import ReplayedLayer
@@ -65,8 +67,13 @@ def check_layout(arch: Architecture, layout: Layout) -> None:
     stages = layout.pipeline * (layout.virtual_pipeline or 1)
     rules = (
         (arch.heads, layout.tensor, "attention heads", "parallel.tensor"),
-        (arch.kv_heads, layout.tensor, "key/value heads", "parallel.tensor"),
         (arch.intermediate, layout.tensor, "intermediate size", "parallel.tensor"),
+        (
+            arch.experts.shared if arch.experts else 0,
+            layout.tensor,
+            "shared expert's size",
+            "parallel.tensor",
+        ),
         (arch.layers, stages, "layers", "parallel.pipeline x parallel.virtual_pipeline"),
         (arch.experts.count if arch.experts else 1, layout.expert, "experts", "parallel.expert"),
     )
@@ -74,6 +81,26 @@ def check_layout(arch: Architecture, layout: Layout) -> None:
         if number % degree:
             legal = [d for d in range(1, number + 1) if number % d == 0]
             raise LayoutError(f"{key} = {degree} does not divide the model's {number} {what}; legal: {legal}")
+    _check_key_heads(arch, layout.tensor)
+
+
+def _check_key_heads(arch: Architecture, tensor: int) -> None:
+    """Each rank has whole key heads, or the ranks of a head are equally many and compute it all."""
+    heads = arch.kv_heads
+    if heads % tensor == 0:
+        return
+    rows = (arch.heads + 2 * heads) * arch.head_dim
+    if arch.whole_qk_norm:
+        why = "whose norm is of all of them together"
+    elif tensor % heads or rows % tensor:
+        why = f"and is no multiple of them that divides the {rows} rows of query, key and value"
+    else:
+        return
+    legal = [d for d in range(1, heads + 1) if heads % d == 0]
+    raise LayoutError(
+        f"parallel.tensor = {tensor} does not divide the model's {heads} key/value heads, {why}; "
+        f"legal: {legal}"
+    )
 
 
 def _check_experts(arch: Architecture, layout: Layout) -> None:
@@ -116,12 +143,18 @@ def transformer_config(
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.intermediate,
+        ffn_hidden_size=arch.intermediate
+        or arch.hidden,  # Megatron wants one; without dense layers no MLP has it
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         qk_layernorm=arch.qk_norm,
+        softmax_scale=arch.scales.attention,
+        rotary_interleaved=arch.rotary.interleaved,
+        no_rope_freq=[int(layer in arch.unturned_layers) for layer in range(arch.layers)]
+        if arch.unturned_layers
+        else None,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         hidden_dropout=0.0,
@@ -173,6 +206,7 @@ def _fp8_settings(fp8: Fp8) -> dict[str, Any]:
 def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
     if experts is None:
         return {}
+    limited = experts.groups_per_token < experts.groups
     return {
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.per_token,
@@ -180,6 +214,14 @@ def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
         "moe_layer_freq": [int(sparse) for sparse in experts.sparse_layers],
         # Softmax over the chosen logits alone is the softmax over all, divided by the sum of the chosen.
         "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_score_function": "sigmoid" if experts.sigmoid else "softmax",
+        "moe_router_enable_expert_bias": experts.sigmoid,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": experts.groups if limited else None,
+        "moe_router_group_topk": experts.groups_per_token if limited else None,
+        "moe_router_topk_scaling_factor": None if experts.scale == 1.0 else experts.scale,
+        "moe_shared_expert_intermediate_size": experts.shared or None,
+        "moe_shared_expert_gate": experts.shared_gate,
         "moe_router_dtype": "fp64" if precision == "fp64" else "fp32",
         # A batch-level auxiliary loss depends on how the batch is split: it would differ between layouts.
         "moe_router_load_balancing_type": "none",
@@ -208,48 +250,73 @@ def parts_of(config: TransformerConfig) -> Parts:
     return PARTS
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, arch: Architecture, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage."""
     parts = parts_of(config)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    sparse = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [0] * config.num_layers
-    layers = [layer_spec(config, parts, sparse=bool(sparse[first + i])) for i in range(count)]
+    layers = [layer_spec(config, arch, parts, sparse=arch.is_sparse(first + i)) for i in range(count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.norm)
 
 
-def layer_spec(config: TransformerConfig, parts: Parts, *, sparse: bool) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, *, sparse: bool) -> ModuleSpec:
     """One layer. A mixture of experts keeps its norm apart: the router reads the normalized states too."""
-    fused = parts.norm_column is not None
-    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=parts.norm_column or parts.column,
-            core_attention=parts.attention,
-            linear_proj=parts.row,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
-        ),
-    )
-    if sparse:
-        linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
-        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
-    else:
-        linears = MLPSubmodules(linear_fc1=parts.norm_column or parts.column, linear_fc2=parts.row)
-        mlp = versions.mlp_module(linears)
+    fused = arch.input_norms and parts.norm_column is not None
     names = {} if fused else _ATTENTION_NORM if sparse else _ATTENTION_NORM | _MLP_NORM
+    norm = parts.norm if arch.input_norms else IdentityOp
+    add = _residual_add(config, arch, parts)
     return ModuleSpec(
         module=ReplayedLayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else parts.norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-            pre_mlp_layernorm=IdentityOp if fused and not sparse else parts.norm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            input_layernorm=IdentityOp if fused else norm,
+            self_attention=_attention(arch, parts, parts.norm_column if fused else None),
+            self_attn_bda=add,  # pyright: ignore[reportArgumentType]
+            pre_mlp_layernorm=IdentityOp if fused and not sparse else norm,
+            mlp=_mixture(parts) if sparse else _mlp(parts, parts.norm_column if fused else None),
+            mlp_bda=add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=names,
         ),
+    )
+
+
+def _attention(arch: Architecture, parts: Parts, norm_column: Any) -> ModuleSpec:
+    norm = parts.norm if arch.qk_norm else IdentityOp
+    extension = {
+        "whole_norm": arch.whole_qk_norm,
+        "turned_channels": arch.rotary.channels,
+        "rotation_scale": arch.rotary.scale,
+    }
+    extended = arch.whole_qk_norm or arch.rotary.scale != 1.0
+    return ModuleSpec(
+        module=ExtendedAttention if extended else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal} | (extension if extended else {}),
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=norm_column or parts.column,
+            core_attention=parts.attention,
+            linear_proj=parts.row,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+
+
+def _mlp(parts: Parts, norm_column: Any) -> Any:
+    return versions.mlp_module(MLPSubmodules(linear_fc1=norm_column or parts.column, linear_fc2=parts.row))
+
+
+def _mixture(parts: Parts) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
+    experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+    shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+
+
+def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:
+    if not arch.output_norms and arch.scales.residual == 1.0:
+        return get_bias_dropout_add
+    norm = parts.norm if arch.output_norms else None
+    return ModuleSpec(
+        module=ResidualAdd, params={"config": config, "norm": norm, "scale": arch.scales.residual}
     )

@@ -20,6 +20,9 @@ from mcore_rl.model.hf.parameters import NUMBER, ParameterEntry, ParameterMap, c
 from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.parallel.mesh import Mesh
 
+ROUTER_BIAS = ".router.expert_bias"
+"""end of the name of a buffer that a checkpoint of Hugging Face has, and that is exported"""
+
 
 def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Parameter]:
     """Global Megatron name -> parameter, of all model chunks on this rank (unwrapped GPTModels).
@@ -32,6 +35,18 @@ def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Paramete
         for name, parameter in chunk.named_parameters():
             named[_globalize(name, chunk)] = parameter
     return named
+
+
+def global_weights(chunks: Iterable[GPTModel]) -> dict[str, Tensor]:
+    """The parameters, and the tensors of a model that no gradient reaches: biases of routers' choices."""
+    chunks = list(chunks)
+    buffers = {
+        _globalize(name, chunk): buffer
+        for chunk in chunks
+        for name, buffer in chunk.named_buffers()
+        if name.endswith(ROUTER_BIAS)
+    }
+    return global_parameters(chunks) | buffers
 
 
 def _globalize(name: str, chunk: GPTModel) -> str:
@@ -68,7 +83,7 @@ def random_reader(mapping: ParameterMap, seed: int) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1:
-            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
         return torch.randn(shape, generator=generator) * mapping.arch.init_std
 
@@ -80,7 +95,7 @@ def load(
 ) -> None:
     """Fill this rank's parameters, each from its HF tensors. `chunks` are unwrapped models."""
     with torch.no_grad():
-        for name, parameter in global_parameters(chunks).items():
+        for name, parameter in global_weights(chunks).items():
             entry = mapping.entry(name)
             shard = mapping.to_shard(entry, [read(hf) for hf in entry.hf], mesh.tp_rank, mesh.layout.tensor)
             if shard.shape != parameter.shape:
@@ -101,14 +116,13 @@ def _keep_unrounded(parameter: Any, shard: Tensor) -> None:
         parameter._high_precision_init_val = shard.detach().cpu()
 
 
-def _mark(parameter: torch.nn.Parameter, entry: ParameterEntry) -> None:
+def _mark(parameter: Any, entry: ParameterEntry) -> None:
     """Attributes by which Megatron groups parameters; it sets them only where it also draws the weight."""
     if entry.is_expert:
         # Reduced over the ranks that hold the same experts. Megatron says so only at EP > 1; at TP > 1 alone
         # the experts of the tensor-parallel ranks, which see different tokens, would drift apart.
-        parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.allreduce = False
     if entry.rule.axis is not None or entry.is_expert:
         # Without it every shard but the first is taken for a duplicate: the gradient norm, and with it
         # clipping, is silently too small under TP.
-        dim = 1 if entry.rule.merge == "single" else 0
-        versions.mark_shard(parameter, dim)
+        versions.mark_shard(parameter, entry.rule.axis or 0 if entry.rule.merge == "single" else 0)

@@ -16,6 +16,7 @@ import torch
 
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.experts import Experts
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.residency import NEEDED, PHASES
 from mcore_rl.model.spec import DTYPES, padded_vocab
@@ -267,21 +268,22 @@ def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer:
     attention = size * (query + 2 * key)  # padded copies of query, key and value
     attention += size * 2 * query  # what attention answers with, padded and packed
     attention += size * 4 * arch.head_dim  # sines and cosines of the rotation, for queries and for keys
-    if arch.qk_norm:
+    if arch.qk_norm or arch.whole_qk_norm:
         attention += (query + key) * (4 + size)  # the fp32 input and the normalized
-    norms = 2 * _norm(hidden, work.precision)
-    mlp = _experts_of_layer(arch, hidden_tokens=1 / layout.tensor, size=size)
-    if not arch.is_sparse(layer):
-        mlp = size * _SWIGLU * arch.intermediate / layout.tensor
+    norms = (2 * arch.input_norms + 2 * arch.output_norms) * _norm(hidden, work.precision)
+    width = arch.intermediate
+    mlp = 0.0
+    if arch.experts is not None and arch.is_sparse(layer):
+        width = arch.experts.shared
+        mlp = _experts_of_layer(arch.experts, arch.hidden, hidden_tokens=1 / layout.tensor, size=size)
+    mlp += size * _SWIGLU * width / layout.tensor
     return norms + attention + mlp
 
 
-def _experts_of_layer(arch: Architecture, hidden_tokens: float, size: int) -> float:
+def _experts_of_layer(experts: Experts, hidden: int, hidden_tokens: float, size: int) -> float:
     """A rank's experts get as many tokens as it sends, on average: each `per_token` times."""
-    if arch.experts is None:
-        return 0.0
-    routed = arch.experts.per_token * (3 * arch.hidden + _SWIGLU * arch.experts.intermediate) * size
-    return hidden_tokens * (routed + 8 * arch.experts.count)
+    routed = experts.per_token * (3 * hidden + _SWIGLU * experts.intermediate) * size
+    return hidden_tokens * (routed + 8 * experts.count)
 
 
 def _working_set(arch: Architecture, layout: Layout, work: PlannedStep, layer: int) -> float:
@@ -289,7 +291,8 @@ def _working_set(arch: Architecture, layout: Layout, work: PlannedStep, layer: i
     size = weight_bytes(work.precision)
     width = 3 * arch.intermediate / layout.tensor
     if arch.experts is not None and arch.is_sparse(layer):
-        width = 3 * arch.experts.intermediate * arch.experts.per_token / layout.tensor
+        width = arch.experts.intermediate * arch.experts.per_token + arch.experts.shared
+        width = 3 * width / layout.tensor
     gathered = arch.hidden  # sequence parallelism gathers the input of a column-parallel layer again
     return size * (width + 2 * gathered)
 

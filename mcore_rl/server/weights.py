@@ -155,8 +155,10 @@ def replace_weights(model: PreTrainedModel, directory: Path, expected: Shapes) -
     fresh, report = loaded
     _check_report(directory, report)
     with torch.no_grad():
-        for target, source in zip(model.parameters(), fresh.parameters(), strict=True):
-            target.copy_(source)
+        # With the buffers that a checkpoint has: biases of routers' choices.
+        new = fresh.state_dict()
+        for name, target in model.state_dict().items():
+            target.copy_(new[name])
 
 
 def weight_checksums(model: PreTrainedModel) -> dict[str, str]:

@@ -12,7 +12,7 @@ from mcore_rl.config import Config
 from mcore_rl.data.packing import padded
 from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, DataError
-from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
+from mcore_rl.model.hf.architecture import positions_of, read_architecture
 from mcore_rl.rollout.experts import check_experts
 from mcore_rl.terminal import quoted
 from mcore_rl.training.batch import Shape
@@ -44,7 +44,7 @@ class Trainable:
         """Those of the run of a config."""
         return cls(
             vocabulary=read_architecture(config.model.path).vocab,
-            positions=read_hf_config(config.model.path).get("max_position_embeddings"),
+            positions=positions_of(config.model.path),
             shape=shape,
             temperature=config.rollout.temperature,
             max_staleness=config.rollout.max_staleness,

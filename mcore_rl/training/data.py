@@ -21,7 +21,7 @@ from mcore_rl.data.quota import shares_of
 from mcore_rl.data.reader import RowFormat
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.log import StepLog
-from mcore_rl.model.hf.architecture import read_hf_config
+from mcore_rl.model.hf.architecture import positions_of
 from mcore_rl.precision import packed_multiple, token_multiple
 from mcore_rl.terminal import printable, quoted
 
@@ -35,7 +35,7 @@ def response_of(config: Config, sampled: int | None = None) -> Response:
     Raises:
         ConfigError: the model's config.json cannot be read.
     """
-    positions = read_hf_config(config.model.path).get("max_position_embeddings")
+    positions = positions_of(config.model.path)
     supervised = config.supervised_only and sampled is None
     key = "rollout.max_new_tokens" if sampled is None else "the set's max_new_tokens"
     sampled = config.rollout.max_new_tokens if sampled is None else sampled

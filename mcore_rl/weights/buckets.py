@@ -25,7 +25,7 @@ from torch import Tensor
 from mcore_rl.errors import NumericsError, WeightSyncError
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
-from mcore_rl.model.weights_io import global_parameters
+from mcore_rl.model.weights_io import global_weights
 from mcore_rl.parallel.control import gather_ranks, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
@@ -47,7 +47,7 @@ class Export:
 
 def export_of(model: Model, encoding: Encoding = PLAIN) -> Export:
     """The parameters of a model."""
-    return Export(global_parameters(model.unwrapped), model.mapping, model.mesh, encoding)
+    return Export(global_weights(model.unwrapped), model.mapping, model.mesh, encoding)
 
 
 # --- the plan: a pure function of what the ranks hold -------------------------------------------------------

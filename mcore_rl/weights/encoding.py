@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mcore_rl.errors import NumericsError
 from mcore_rl.model.hf.files import Form
-from mcore_rl.model.hf.parameters import ParameterMap, Rule
+from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.tables import Rule
 
 BLOCK = 128
 LARGEST = 448.0

@@ -57,6 +57,15 @@ def test_only_active_experts_and_sparse_layers_count():
     assert first.ffn == pytest.approx((47 * (8 * 768 + 100) + 6144) / 48)
 
 
+def test_experts_by_the_names_of_other_families():
+    glm = {**QWEN3_30B_A3B, "num_experts": None, "n_routed_experts": 64, "first_k_dense_replace": 2}
+    shape = model_shape({**glm, "n_shared_experts": 1})
+    assert shape.ffn == pytest.approx((46 * 9 * 768 + 2 * 6144) / 48)
+    assert shape.experts == pytest.approx(64 * 46 / 48)
+    mixtral = {**QWEN3_30B_A3B, "num_experts": None, "num_local_experts": 8, "moe_intermediate_size": None}
+    assert model_shape({**mixtral, "num_experts_per_tok": 2}).ffn == 2 * 6144
+
+
 def test_a_missing_number_is_named():
     with pytest.raises(ConfigError, match=r"config.json: hidden_size is missing"):
         model_shape({k: v for k, v in LLAMA_70B.items() if k != "hidden_size"})

@@ -25,12 +25,15 @@ def moe_dir(tmp_path_factory) -> Path:
     return save(Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE), tmp_path_factory.mktemp("moe") / "model")
 
 
-def save(kind, config, directory: Path) -> Path:
-    torch.manual_seed(0)
+def save(kind, config, directory: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
     model = kind(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # all ones or zeros: one not loaded would not be seen
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return directory

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from mcore_rl.data.balance import model_shape
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.architecture import RopeScaling, architecture_of, read_hf_config
+from mcore_rl.model.hf.architecture import architecture_of, read_hf_config
 from mcore_rl.model.hf.fields import KINDS
 from mcore_rl.model.hf.files import INDEX, check_side_files, checkpoint_files
-from mcore_rl.model.policy import rotary_frequencies
+from mcore_rl.model.hf.rope import Llama3
+from mcore_rl.model.rotary import rotary_frequencies
 from tests.any_json import examples, json_values
-from tests.model.families import FAMILIES, LLAMA3
+from tests.model.families import FAMILIES, HALF_TURNED, LLAMA3, LONGROPE, YARN
 
 
 def hf_config(family: str, **change) -> dict:
@@ -36,10 +37,10 @@ VALID = {family: hf_config(family) for family in FAMILIES}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_read(family: str) -> None:
     arch = architecture_of(hf_config(family))
-    assert arch.tied is (family in ("llama", "qwen2_tied"))
-    assert arch.qkv_bias is family.startswith("qwen2")
-    assert arch.qk_norm is family.startswith("qwen3")
-    assert (arch.experts is not None) is (family == "qwen3_moe")
+    assert arch.tied is (family in ("llama", "qwen2_tied", "granite"))
+    assert arch.qkv_bias is family.startswith(("qwen2", "glm4"))
+    assert arch.qk_norm is (family.startswith("qwen3") or family == "glm4_moe")
+    assert (arch.experts is not None) is family.endswith(("moe", "mixtral"))
     assert arch.head_dim == 8
 
 
@@ -67,13 +68,28 @@ REFUSED = [
     ("qwen3", {"num_hidden_layers": "2"}, 'num_hidden_layers = "2", expected a whole number'),
     ("qwen3", {"num_key_value_heads": 3}, "3 key/value heads do not divide 8 attention heads"),
     ("qwen3", {"head_dim": 7}, "head_dim = 7 is odd"),
-    ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
-    ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported"),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "['high_freq_factor', 'low_freq_factor']"),
+    ("qwen2", {"rope_parameters": YARN | {"beta_fast": 0.5}}, "'yarn' needs beta_fast > beta_slow"),
+    ("qwen2", {"rope_parameters": YARN | {"short_factor": [1.0]}}, "['short_factor'] are not supported with"),
     (
         "llama",
-        {"rope_parameters": LLAMA3 | {"rope_type": "longrope"}},
-        "rope_type 'longrope' is not supported",
+        {"rope_parameters": LONGROPE | {"partial_rotary_factor": 1.0}},
+        "short_factor has 3 numbers, but by",
     ),
+    ("phi3", {"rope_parameters": HALF_TURNED | {"partial_rotary_factor": 0.2}}, "turns 1 of a head's 8"),
+    (
+        "phi3",
+        {"partial_rotary_factor": 0.5, "rope_parameters": HALF_TURNED | {"partial_rotary_factor": 1.0}},
+        "partial_rotary_factor = 0.5 contradicts",
+    ),
+    ("phi3", {"sliding_window": 2047}, "sliding_window = 2047 is not supported, only null"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 of num_experts = 4"),
+    ("smollm3", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers names 3 layers, num_hidden_layers is 2"),
+    ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob = false is not supported with a sigmoid router"),
+    ("glm4_moe", {"topk_group": 1}, "do not leave num_experts_per_tok = 4 of 8"),
+    ("glm4_moe", {"topk_group": 3}, "topk_group = 3 with num_experts_per_tok = 4 is not supported"),
+    ("glm4_moe", {"num_experts": 4}, "contradicts another name of num_experts"),
     ("llama", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ("llama", {"rope_parameters": LLAMA3 | {"beta_fast": 1}}, "['beta_fast'] are not supported with"),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "default"}}, "'factor', 'high_freq_factor'"),
@@ -258,18 +274,39 @@ def test_the_names_of_transformers_4_mean_the_same() -> None:
     )
     old["rope_scaling"] = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
     assert architecture_of(old) == architecture_of(hf_config("llama"))
-    assert architecture_of(old).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 16)
+    assert architecture_of(old).rotary.scaling == Llama3(8.0, 1.0, 4.0, 16)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, LLAMA3 | {"original_max_position_embeddings": 8192}])
-def test_rotary_frequencies_are_those_of_transformers(scaling: dict | None) -> None:
+LONG = {"short_factor": [1.0 + n / 9 for n in range(64)], "long_factor": [9.0] * 64}
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "llama3": LLAMA3,
+    "llama3 8192": LLAMA3 | {"original_max_position_embeddings": 8192},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+    "yarn": YARN,
+    "yarn 4096": YARN | {"original_max_position_embeddings": 4096, "beta_fast": None, "beta_slow": 2.0},
+    "yarn untruncated": YARN | {"original_max_position_embeddings": 4096, "truncate": False},
+    "yarn mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.4},
+    "yarn factor": YARN | {"attention_factor": 1.3},
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | LONG,
+    "longrope factor": LONG
+    | {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    | {"attention_factor": 1.7, "factor": 8.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_the_rotary_embedding_is_that_of_transformers(rope: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope = {"rope_type": "default", "rope_theta": 5e5} if scaling is None else scaling
-    config = hf_config("llama", rope_parameters=rope, head_dim=128)
-    expected = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq
-    torch.testing.assert_close(rotary_frequencies(architecture_of(config)), expected, rtol=2e-7, atol=0)
+    config = hf_config("llama", rope_parameters=rope, head_dim=128, max_position_embeddings=128)
+    expected = LlamaRotaryEmbedding(LlamaConfig(**copy.deepcopy(config)))
+    rotary = architecture_of(config).rotary
+    torch.testing.assert_close(rotary_frequencies(rotary), expected.inv_freq, rtol=2e-7, atol=0)
+    assert rotary.scale == pytest.approx(expected.attention_scaling, rel=1e-15)
+    assert (rotary.longest is not None) is (rope["rope_type"] in ("dynamic", "longrope"))
 
 
 MANY = {f"field_{number}": 1 for number in range(5000)}

@@ -30,6 +30,8 @@ TYPED = {
     "sliding_window": 2,
     "max_window_layers": 0,
     "mlp_only_layers": [0],
+    "no_rope_layers": [0, 1],
+    "router_jitter_noise": 0.5,
     "dtype": "bfloat16",
     "tokenizer_class": "x",
     "_name_or_path": "x",

@@ -88,11 +88,11 @@ def written(family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_layouts_of_rotary_fields_are_one_model(family: str, form: Callable[..., dict]) -> None:
     expected = architecture_of(written(family))
-    assert expected.rope_theta == THETA
+    assert expected.rotary.theta == THETA
     hf = form(written(family))
     assert architecture_of(hf) == expected
     taken = getattr(transformers, FAMILIES[family][0]).from_dict(form(written(family)))
-    assert seen_by_transformers(taken) == (THETA, expected.rope_scaling is not None)
+    assert seen_by_transformers(taken) == (THETA, expected.rotary.scaling is not None)
 
 
 def seen_by_transformers(config: Any) -> tuple[float, bool]:
@@ -108,7 +108,7 @@ def test_layouts_that_contradict_each_other_are_refused(family: str) -> None:
 
 
 ABSENT: list[tuple[str, tuple[str, ...], Callable[[Architecture], Any]]] = [
-    ("rope_theta", ("rope_theta", "rope_parameters"), lambda arch: arch.rope_theta),
+    ("rope_theta", ("rope_theta", "rope_parameters"), lambda arch: arch.rotary.theta),
     ("rms_norm_eps", ("rms_norm_eps",), lambda arch: arch.norm_eps),
     ("tie_word_embeddings", ("tie_word_embeddings",), lambda arch: arch.tied),
 ]

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import hub
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.architecture import read_hf_config
+from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.files import (
     INDEX,
     TEMPLATES,
@@ -28,9 +28,14 @@ from mcore_rl.model.hf.files import (
     check_side_files,
     checkpoint_files,
     hf_reader,
+    left_out,
     read_side_files,
     safetensors_layout,
+    write_side_files,
 )
+from mcore_rl.model.hf.parameters import ParameterMap
+from tests.model.conftest import save
+from tests.model.families import FAMILIES
 from tests.model.test_mapping import mapping_of
 
 TENSORS = {
@@ -170,6 +175,27 @@ def test_a_file_beside_the_weights_that_is_none_is_neither_waited_for_nor_left_o
     for read in (read_side_files, check_side_files):
         with pytest.raises(ConfigError, match=rf"{name}: {what}; fetch the file again, or remove it"):
             read(tmp_path)
+
+
+def test_layers_that_predict_later_tokens_are_left_out_and_named(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Glm4MoeConfig
+
+    config = Glm4MoeConfig(**FAMILIES["glm4_moe"][1])
+    save(AutoModelForCausalLM.from_config, config, tmp_path)
+    arch = read_architecture(tmp_path)
+    assert arch.predicting_layers == 1
+    assert left_out(tmp_path, arch) == ""
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file) | {"model.layers.2.eh_proj.weight": torch.ones(2, 4)}
+    save_file(tensors, file)
+    assert "1 tensors of the 1 layers" in left_out(tmp_path, arch)
+    assert "model.layers.2.eh_proj.weight" in left_out(tmp_path, arch)
+    mapping = ParameterMap(arch, arch.vocab)
+    assert torch.equal(hf_reader(tmp_path, mapping)("model.norm.weight"), tensors["model.norm.weight"])
+    write_side_files(read_side_files(tmp_path), tmp_path, torch.float32)
+    assert read_hf_config(tmp_path)["num_nextn_predict_layers"] == 0
+    with pytest.raises(ConfigError, match=r"unexpected model\.layers\.2\.eh_proj"):  # now they are unforeseen
+        hf_reader(tmp_path, ParameterMap(read_architecture(tmp_path), arch.vocab))
 
 
 def test_every_file_that_transformers_loads_a_tokenizer_from_is_carried(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_config_that_would_change_the_maths_is_refused(
             Layout(tensor=3),
             r"parallel\.tensor = 3 does not divide the model's 8 attention heads; legal: \[1, 2, 4, 8\]",
         ),
-        (Layout(tensor=8), r"parallel\.tensor = 8 does not divide the model's 4 key/value heads"),
+        (Layout(tensor=16), r"parallel\.tensor = 16 does not divide the model's 8 attention heads"),
         (
             Layout(pipeline=4),
             r"parallel\.pipeline x parallel\.virtual_pipeline = 4 .* 2 layers; legal: \[1, 2\]",

@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mcore_rl.data.packing import TokenSequence, pack
@@ -110,12 +111,12 @@ def test_without_a_gpu_layers_are_portable_and_fp8_is_refused(family: str, tmp_p
     arch = architecture(family, tmp_path)
     for precision in ("fp32", "bf16"):
         config = transformer_config(arch, Layout(), precision)
-        spec = layer_spec(config, parts_of(config), sparse=arch.is_sparse(0))
+        spec = layer_spec(config, arch, parts_of(config), sparse=arch.is_sparse(0))
         found = modules(spec)
         assert found["attention"] is PackedAttention
         assert found["column"] == (ColumnParallelLinear,) * 2
         assert found["row"] == (RowParallelLinear,) * 2
-        assert found["norms"][:2] == (RMSNorm, RMSNorm)
+        assert found["norms"][:2] == ((RMSNorm if arch.input_norms else IdentityOp),) * 2
         assert (found["norms"][2] is RMSNorm) is arch.qk_norm
     config.fp8, config.fp8_recipe = "hybrid", "blockwise"
     with pytest.raises(
@@ -177,7 +178,7 @@ def test_names_of_transformer_engine_round_trip(family: str, tmp_path) -> None:
             with pytest.raises(ConfigError, match="has no rule"):
                 mapping.entry(name)  # as it comes, it is unknown
     dense = sum(not arch.is_sparse(layer) for layer in range(arch.layers))
-    assert fused == arch.layers + dense
+    assert fused == (arch.layers + dense if arch.input_norms else 0)
 
 
 # --- tokens -------------------------------------------------------------------------------------------------
@@ -225,8 +226,9 @@ def test_its_layers_are_megatrons_own_but_for_the_attention(sparse: bool, tmp_pa
 
     from mcore_rl.model.engine import PARTS
 
-    config = config_of("qwen3_moe" if sparse else "qwen3", tmp_path, Fp8())
-    ours = modules(layer_spec(config, PARTS, sparse=sparse))
+    family = "qwen3_moe" if sparse else "qwen3"
+    config, arch = config_of(family, tmp_path, Fp8()), architecture(family, tmp_path)
+    ours = modules(layer_spec(config, arch, PARTS, sparse=sparse))
     theirs = modules(
         get_gpt_layer_with_transformer_engine_spec(num_experts=4 if sparse else None, qk_layernorm=True)
     )
@@ -234,4 +236,5 @@ def test_its_layers_are_megatrons_own_but_for_the_attention(sparse: bool, tmp_pa
     assert not getattr(config, "fused_residual_rmsnorm", False)  # by 0.19.2
     theirs["norms"] = tuple(TENorm if "WithResidual" in norm.__name__ else norm for norm in theirs["norms"])
     assert ours == theirs
-    assert modules(layer_spec(config, PORTABLE, sparse=sparse))["column"] != theirs["column"]  # it can fail
+    portable = modules(layer_spec(config, arch, PORTABLE, sparse=sparse))
+    assert portable["column"] != theirs["column"]  # it can fail

@@ -28,7 +28,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.policy import CriticModel, CriticParameterMap, PolicyModel
 from mcore_rl.model.spec import padded_vocab, transformer_config
-from mcore_rl.model.weights_io import global_parameters
+from mcore_rl.model.weights_io import global_weights
 from mcore_rl.parallel.mesh import Layout, Mesh
 
 
@@ -89,7 +89,7 @@ def _build(mapping: ParameterMap, mesh: Mesh) -> list[dict[str, int]]:
         stages = range(mesh.layout.virtual_pipeline or 1)
         with torch.device("meta"):
             chunks = [build._build_chunk(cast(Any, kind), table, config, mesh, stage) for stage in stages]
-        sizes.append({name: prod(p.shape) for name, p in global_parameters(chunks).items()})
+        sizes.append({name: prod(p.shape) for name, p in global_weights(chunks).items()})
     return sizes
 
 

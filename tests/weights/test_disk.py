@@ -21,7 +21,7 @@ from mcore_rl.directories import MARK, make
 from mcore_rl.errors import McoreRLError, NumericsError, StorageError
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.files import Form, SafetensorsWriter
-from mcore_rl.model.hf.parameters import Rule
+from mcore_rl.model.hf.tables import Rule
 from mcore_rl.parallel.control import raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool

@@ -7,40 +7,30 @@ is refused: a new one may mean anything.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.families import FAMILIES, Family, is_known, only_values
-from mcore_rl.model.hf.fields import KINDS, ROPE_KINDS, check_kinds, shown
-from mcore_rl.terminal import joined, listed, quoted, short
+from mcore_rl.model.hf.experts import Experts, check_experts, read_experts
+from mcore_rl.model.hf.families import FAMILIES, PREDICTING, Family, is_known, only_values
+from mcore_rl.model.hf.fields import KINDS, check_kinds, shown
+from mcore_rl.model.hf.rope import Rotary, read_rotary
+from mcore_rl.terminal import joined, listed, short
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A mixture of experts: softmax router, no shared expert, no capacity limit, no auxiliary loss."""
+class Scales:
+    """Constants that multiply what passes through the model."""
 
-    count: int
-    per_token: int
-    """experts that each token is sent to"""
-    intermediate: int
-    normalized: bool
-    """the weights of a token's experts sum to 1"""
-    sparse_layers: tuple[bool, ...]
-    """[layers] True where the MLP is a mixture"""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of slow rotary frequencies (`llama3`); see model.policy.rotary_frequencies."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
-    """longest sequence of the pretraining before the stretch"""
+    embedding: float = 1.0
+    residual: float = 1.0
+    """what attention and the MLP add to the residual stream"""
+    attention: float | None = None
+    """of query times key; None for 1 / sqrt(head_dim)"""
+    logits: float = 1.0
+    """divides them"""
 
 
 @dataclass(frozen=True)
@@ -54,21 +44,37 @@ class Architecture:
     kv_heads: int
     head_dim: int
     intermediate: int
-    """hidden size of the MLP in dense layers"""
+    """hidden size of the MLP in dense layers; 0 where all layers are mixtures"""
     vocab: int
-    rope_theta: float
+    rotary: Rotary
     norm_eps: float
     tied: bool
     """the output layer is the embedding"""
     qk_norm: bool
+    """RMSNorm of every query and key head"""
     qkv_bias: bool
     init_std: float
-    rope_scaling: RopeScaling | None = None
     experts: Experts | None = None
+    whole_qk_norm: bool = False
+    """RMSNorm of all query channels together, and of all key channels"""
+    input_norms: bool = True
+    """RMSNorm of what attention and the MLP read"""
+    output_norms: bool = False
+    """RMSNorm of what attention and the MLP add to the residual stream"""
+    unturned_layers: frozenset[int] = frozenset()
+    """layers without rotary embedding, from 0"""
+    scales: Scales = Scales()
+    predicting_layers: int = field(default=0, compare=False)
+    """layers behind the last one that a checkpoint may have, and that have no part in this model"""
 
     def is_sparse(self, layer: int) -> bool:
         """True where the MLP of `layer` (from 0) is a mixture of experts."""
         return self.experts is not None and self.experts.sparse_layers[layer]
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """True where an MLP beside the experts reads every token."""
+        return self.experts is not None and self.experts.shared > 0
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -102,6 +108,12 @@ def read_architecture(path: Path) -> Architecture:
     return architecture_of(read_hf_config(path), str(Path(path) / "config.json"))
 
 
+def positions_of(path: Path) -> int | None:
+    """Tokens that a sequence of the model in `path` may have; None where config.json does not tell."""
+    limits = (read_hf_config(path).get("max_position_embeddings"), read_architecture(path).rotary.longest)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architecture:
     """The architecture of a config.json that is already read; `where` begins every message.
 
@@ -116,43 +128,84 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
         )
     hf = family.defaults | hf
     _refuse_unknown(hf, family, where)
-    check_kinds(hf, KINDS, where)
+    check_kinds(hf, {**KINDS, **{name: KINDS[here] for name, here in family.names.items()}}, where)
+    hf = _renamed(hf, family, where)
     # From here on null is as good as absent: every field has its type or none.
     hf = {name: value for name, value in hf.items() if value is not None}
     _check_layer_types(hf, where)
-    rope = _read_rope(hf, where)
     try:
-        arch = Architecture(
-            family=hf["model_type"],
-            layers=hf["num_hidden_layers"],
-            hidden=hf["hidden_size"],
-            heads=hf["num_attention_heads"],
-            kv_heads=_kv_heads(hf),
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            intermediate=hf["intermediate_size"],
-            vocab=hf["vocab_size"],
-            rope_theta=float(rope["rope_theta"]),
-            rope_scaling=_read_scaling(rope, where),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tied=hf.get("tie_word_embeddings", False),
-            qk_norm=family.qk_norm,
-            qkv_bias=family.qkv_bias,
-            init_std=hf.get("initializer_range", 0.02),
-            experts=_read_experts(hf, where) if family.sparse else None,
-        )
+        arch = _read(hf, family, where)
     except KeyError as error:
-        raise ConfigError(f"{where}: field {error} is missing; fetch the published file again") from None
+        name = next((n for n, here in family.names.items() if here == error.args[0]), error.args[0])
+        raise ConfigError(f"{where}: field {name!r} is missing; fetch the published file again") from None
     _check_numbers(arch, where)
     if arch.experts is not None:
-        _check_experts(arch.experts, where)
+        check_experts(arch.experts, where)
     return arch
 
 
-def _kv_heads(hf: dict[str, Any]) -> int:
-    """Files of the first Llama have no such field: every head has its own keys and values."""
-    if hf["model_type"] == "llama" and "num_key_value_heads" not in hf:
-        return hf["num_attention_heads"]
-    return hf["num_key_value_heads"]
+def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
+    heads = hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    if head_dim % 2 or head_dim < 1:
+        raise ConfigError(
+            f"{where}: head_dim = {head_dim} is odd or 0, and rotary embeddings turn pairs; correct "
+            "head_dim, or hidden_size where it is hidden_size / num_attention_heads"
+        )
+    rotary = read_rotary(hf, head_dim, where, theta=family.theta, partial=family.partial, kinds=family.ropes)
+    return Architecture(
+        family=hf["model_type"],
+        layers=hf["num_hidden_layers"],
+        hidden=hf["hidden_size"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads", heads) if family.own_keys else hf["num_key_value_heads"],
+        head_dim=head_dim,
+        intermediate=0 if "intermediate_size" in family.names else hf["intermediate_size"],
+        vocab=hf["vocab_size"],
+        rotary=replace(rotary, interleaved=family.interleaved),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tied=hf.get("tie_word_embeddings", False),
+        qk_norm=family.qk_norm or hf.get("use_qk_norm", False),
+        whole_qk_norm=family.whole_qk_norm,
+        qkv_bias=family.qkv_bias or hf.get("attention_bias", False),
+        input_norms=family.input_norms,
+        output_norms=family.output_norms,
+        init_std=hf.get("initializer_range", 0.02),
+        experts=read_experts(hf, where, sigmoid=family.sigmoid) if family.sparse else None,
+        unturned_layers=_unturned_layers(hf, where) if "no_rope_layers" in family.reads else frozenset(),
+        scales=Scales(
+            embedding=float(hf.get("embedding_multiplier", 1.0)),
+            residual=float(hf.get("residual_multiplier", 1.0)),
+            attention=hf.get("attention_multiplier"),
+            logits=float(hf.get("logits_scaling", 1.0)),
+        ),
+        predicting_layers=max((hf.get(name, 0) for name in PREDICTING), default=0),
+    )
+
+
+def _renamed(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """The fields by the names that they are read by."""
+    renamed: dict[str, Any] = {}
+    for name, value in hf.items():
+        here = family.names.get(name, name)
+        if renamed.get(here, value) != value:
+            raise ConfigError(f"{where}: {name} contradicts another name of {here}; keep one")
+        renamed[here] = value
+    return renamed
+
+
+def _unturned_layers(hf: dict[str, Any], where: str) -> frozenset[int]:
+    """SmolLM3's `no_rope_layers` has, in spite of its name, a 1 where a layer turns its queries and keys."""
+    layers, interval = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
+    turned = hf.get("no_rope_layers")
+    if turned is None:
+        turned = [(layer + 1) % interval != 0 for layer in range(layers)]
+    if len(turned) != layers:
+        raise ConfigError(
+            f"{where}: no_rope_layers names {len(turned)} layers, num_hidden_layers is {layers}; correct the "
+            "one that is wrong"
+        )
+    return frozenset(layer for layer, is_turned in enumerate(turned) if not is_turned)
 
 
 def _refuse_unknown(hf: dict[str, Any], family: Family, where: str) -> None:
@@ -180,89 +233,9 @@ def _check_layer_types(hf: dict[str, Any], where: str) -> None:
         )
 
 
-_THETA = 10000.0
-"""what transformers takes for an absent rope_theta, of every family here"""
-_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-
-
-def _read_rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
-    """The rotary parameters: rope_theta and rope_scaling of transformers 4, or rope_parameters of 5."""
-    theta, old, new = hf.get("rope_theta"), hf.get("rope_scaling", {}), hf.get("rope_parameters", {})
-    for name, parameters in (("rope_scaling", old), ("rope_parameters", new)):
-        check_kinds(parameters, ROPE_KINDS, f"{where}: {name}")
-    rope = {"rope_theta": _THETA if theta is None else theta} | old | new
-    differ = any(name not in new or new[name] != value for name, value in old.items())
-    if (old and new and differ) or theta not in (None, rope.get("rope_theta")):
-        raise ConfigError(f"{where}: rope_parameters contradicts rope_scaling or rope_theta; keep one")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"{where}: rope_type {quoted(kind)} is not supported, only 'default' and 'llama3'")
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if partial not in (None, 1.0):
-        raise ConfigError(f"{where}: partial_rotary_factor = {partial} is not supported, only 1.0")
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    unknown = rope.keys() - known - (_SCALING if kind == "llama3" else set())
-    if unknown:
-        raise ConfigError(
-            f"{where}: rope fields {listed(sorted(unknown))} are not supported with rope_type {quoted(kind)}"
-        )
-    return rope | {"rope_type": kind}
-
-
-def _read_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
-    if rope["rope_type"] == "default":
-        return None
-    scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_positions=rope["original_max_position_embeddings"],
-    )
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor or scaling.factor < 1:
-        raise ConfigError(f"{where}: rope scaling needs 0 < low_freq_factor < high_freq_factor, factor >= 1")
-    return scaling
-
-
-def _read_experts(hf: dict[str, Any], where: str) -> Experts:
-    if hf.get("num_local_experts", hf.get("num_experts")) != hf.get(
-        "num_experts", hf.get("num_local_experts")
-    ):
-        raise ConfigError(f"{where}: num_experts contradicts num_local_experts; keep one")
-    dense, step = hf.get("mlp_only_layers", []), hf.get("decoder_sparse_step", 1)
-    return Experts(
-        count=hf["num_experts" if "num_local_experts" not in hf else "num_local_experts"],
-        per_token=hf["num_experts_per_tok"],
-        intermediate=hf["moe_intermediate_size"],
-        normalized=hf.get("norm_topk_prob", False),
-        sparse_layers=tuple(
-            layer not in dense and (layer + 1) % step == 0 for layer in range(hf["num_hidden_layers"])
-        ),
-    )
-
-
 def _check_numbers(arch: Architecture, where: str) -> None:
     if arch.heads % arch.kv_heads:
         raise ConfigError(
             f"{where}: {arch.kv_heads} key/value heads do not divide {arch.heads} attention heads; correct "
             "num_key_value_heads"
-        )
-    if arch.head_dim % 2 or arch.head_dim < 1:
-        raise ConfigError(
-            f"{where}: head_dim = {arch.head_dim} is odd or 0, and rotary embeddings turn pairs; correct "
-            "head_dim, or hidden_size where it is hidden_size / num_attention_heads"
-        )
-
-
-def _check_experts(experts: Experts, where: str) -> None:
-    if experts.per_token > experts.count:
-        raise ConfigError(
-            f"{where}: num_experts_per_tok = {experts.per_token} of num_experts = {experts.count}; correct "
-            "the one that is wrong"
-        )
-    if experts.normalized and experts.per_token == 1:
-        # The weight of the only expert is 1 whatever the router says; Megatron-Core refuses to build it.
-        raise ConfigError(
-            f"{where}: num_experts_per_tok = 1 with norm_topk_prob = true gives every token the weight 1, so "
-            "that the router would get no gradient, and Megatron-Core has no such router; take a model with "
-            "2 or more experts per token, or with norm_topk_prob = false"
         )

@@ -10,12 +10,14 @@ from typing import Any
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_json_object
+from mcore_rl.model.hf.families import PREDICTING
 from mcore_rl.model.hf.files import checkpoint_files
 
 WHOLE_BYTES = 1 << 28
 """weights of at most so many bytes are read whole; of larger ones three pieces of each tensor"""
 _FILES = ("config.json", "generation_config.json")
-_OF_WRITER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "quantization_config")
+_OF_WRITER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "quantization_config"}
+_OF_WRITER |= PREDICTING
 """fields of them that change with every export; the types of the weights are in the weights"""
 _PIECE_BYTES = 1 << 12
 _BLOCK_BYTES = 1 << 20

@@ -6,6 +6,7 @@ does not change what the model computes. Values that transformers assumes for ab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,31 @@ class Family:
 
     qk_norm: bool = False
     """RMSNorm of every query and key head"""
+    whole_qk_norm: bool = False
+    """RMSNorm of all query channels together, and of all key channels"""
     qkv_bias: bool = False
+    input_norms: bool = True
+    """RMSNorm of what attention and the MLP read"""
+    output_norms: bool = False
+    """RMSNorm of what attention and the MLP add to the residual stream"""
+    interleaved: bool = False
+    """rotary embeddings turn neighbours, instead of one channel of each half"""
     sparse: bool = False
     """some layers are mixtures of experts"""
+    sigmoid: bool = False
+    """the router scores by sigmoid and chooses by score plus a bias; else by softmax"""
+    theta: float = 10000.0
+    """what transformers takes for an absent rope_theta"""
+    partial: float | None = None
+    """the same of partial_rotary_factor; None: heads are turned whole"""
+    ropes: tuple[str, ...] = ()
+    """rope types that it has; every one where none are told"""
+    own_keys: bool = False
+    """without num_key_value_heads every head has its own keys and values; else the field must be there"""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """field of this family -> what it is called here"""
+    reads: frozenset[str] = frozenset()
+    """fields that only some families have"""
     only: dict[str, Any] = field(default_factory=dict)
     """fields of this family with the only value that is implemented"""
     harmless: frozenset[str] = frozenset()
@@ -30,17 +53,95 @@ class Family:
 _NO_WINDOW = {"use_sliding_window": False}
 _WINDOW = frozenset({"sliding_window", "max_window_layers"})
 _NO_BIAS = {"attention_bias": False}
+_AUXILIARY = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
+"""losses and noise of the router's pretraining; they have no part in the model's answer"""
+_QWEN_EXPERTS = frozenset({"norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"})
+_SIGMOID_EXPERTS = frozenset(
+    {"norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace"}
+    | {"n_shared_experts"}
+)
+_SIGMOID_DEFAULTS = {"norm_topk_prob": True, "n_shared_experts": 1}
+PREDICTING = frozenset({"num_nextn_predict_layers", "num_mtp_layers"})
+"""fields that count the layers behind the last one, which predict later tokens"""
+_GLM = {"head_dim": 128}
 FAMILIES: dict[str, Family] = {
-    "llama": Family(only=_NO_BIAS | {"mlp_bias": False}, harmless=frozenset({"pretraining_tp"})),
+    "llama": Family(
+        own_keys=True, only=_NO_BIAS | {"mlp_bias": False}, harmless=frozenset({"pretraining_tp"})
+    ),
     "mistral": Family(only={"sliding_window": None}, defaults={"sliding_window": 4096}),
+    "mixtral": Family(
+        own_keys=True,
+        sparse=True,
+        theta=1e6,
+        only={"sliding_window": None},
+        names={"intermediate_size": "moe_intermediate_size"},
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+        harmless=_AUXILIARY,
+    ),
     "qwen2": Family(qkv_bias=True, only=_NO_WINDOW, harmless=_WINDOW),
+    "qwen2_moe": Family(
+        qkv_bias=True,
+        sparse=True,
+        reads=_QWEN_EXPERTS | {"shared_expert_intermediate_size"},
+        only=_NO_WINDOW | {"qkv_bias": True},
+        harmless=_WINDOW | _AUXILIARY,
+        defaults={"shared_expert_intermediate_size": 5632},
+    ),
     "qwen3": Family(qk_norm=True, only=_NO_WINDOW | _NO_BIAS, harmless=_WINDOW, defaults={"head_dim": 128}),
     "qwen3_moe": Family(
         qk_norm=True,
         sparse=True,
+        reads=_QWEN_EXPERTS,
         only=_NO_WINDOW | _NO_BIAS,
-        # The auxiliary loss belongs to pretraining; it has no part in the model's answer.
-        harmless=_WINDOW | {"output_router_logits", "router_aux_loss_coef"},
+        harmless=_WINDOW | _AUXILIARY,
+    ),
+    "olmo2": Family(
+        own_keys=True,
+        whole_qk_norm=True,
+        input_norms=False,
+        output_norms=True,
+        only=_NO_BIAS,
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    "granite": Family(
+        own_keys=True,
+        only=_NO_BIAS | {"mlp_bias": False},
+        reads=frozenset(
+            {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
+        ),
+        defaults={"attention_multiplier": 1.0},
+    ),
+    "phi3": Family(
+        own_keys=True,
+        partial=1.0,
+        ropes=("default", "longrope"),
+        only={"sliding_window": None, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        reads=frozenset({"original_max_position_embeddings"}),
+        defaults={"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
+    "smollm3": Family(
+        own_keys=True,
+        theta=2e6,
+        only=_NO_WINDOW | _NO_BIAS | {"mlp_bias": False},
+        reads=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
+        harmless=_WINDOW,
+        defaults={"no_rope_layer_interval": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "glm4": Family(
+        output_norms=True,
+        interleaved=True,
+        partial=0.5,
+        reads=frozenset({"attention_bias"}),
+        defaults=_GLM | {"attention_bias": True, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7},
+    ),
+    "glm4_moe": Family(
+        sparse=True,
+        sigmoid=True,
+        partial=0.5,
+        names={"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
+        reads=_SIGMOID_EXPERTS | PREDICTING | {"attention_bias", "use_qk_norm"},
+        harmless=_AUXILIARY,
+        defaults=_SIGMOID_DEFAULTS | {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5},
     ),
 }
 """model_type -> what it means"""
@@ -48,7 +149,6 @@ FAMILIES: dict[str, Family] = {
 _ONLY = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
     "is_llama_config": True,
     "is_encoder_decoder": False,
@@ -61,12 +161,9 @@ _ONLY = {
 _READ = """
     model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim
     intermediate_size vocab_size rms_norm_eps tie_word_embeddings initializer_range layer_types
-    rope_theta rope_scaling rope_parameters
+    rope_theta rope_scaling rope_parameters partial_rotary_factor
 """
-_READ_EXPERTS = """
-    num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob mlp_only_layers
-    decoder_sparse_step
-"""
+_READ_EXPERTS = "num_experts num_local_experts num_experts_per_tok moe_intermediate_size"
 _HARMLESS = """
     architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id
     max_position_embeddings output_attentions output_hidden_states return_dict id2label label2id problem_type
@@ -93,5 +190,5 @@ def only_values(family: Family) -> dict[str, Any]:
 def is_known(name: str, family: Family) -> bool:
     """Whether the meaning of this field is known; any other is refused."""
     words = f"{_READ} {_HARMLESS} {_GENERATION} {_READ_EXPERTS if family.sparse else ''}"
-    known = frozenset(words.split()) | only_values(family).keys() | family.harmless
-    return name in known or name.startswith("unsloth_")
+    known = frozenset(words.split()) | only_values(family).keys() | family.harmless | family.reads
+    return name in known or name in family.names or name.startswith("unsloth_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.architecture import read_json_object
+from mcore_rl.model.hf.architecture import Architecture, read_json_object
+from mcore_rl.model.hf.families import PREDICTING
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
 from mcore_rl.model.hf.stored import StoredTensor, open_safetensors, stored_tensors
@@ -91,6 +92,8 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
         and torch.equal(*(stored[name].read() for name in pair))
     ):
         del stored[pair[0]]
+    for name in _predicting(stored, table.arch):
+        del stored[name]
     problems = table.problems({name: (tensor.shape, tensor.type) for name, tensor in stored.items()})
     if problems:
         raise ConfigError(f"{directory}: weights do not fit config.json: " + "; ".join(problems))
@@ -101,6 +104,27 @@ def hf_tensors(directory: Path) -> dict[str, StoredTensor]:
     """HF tensor name -> where it lies, rotary frequencies left out; raises as `checkpoint_files`."""
     files = checkpoint_files(directory)
     return stored_tensors({name: file for name, file in files.items() if not name.endswith(_COMPUTED)})
+
+
+def left_out(directory: Path, arch: Architecture) -> str:
+    """What `hf_reader` leaves in the files, for a warning; "" where it reads everything.
+
+    Layers behind the last one predict later tokens (multi-token prediction, arXiv 2412.19437 section 2.2).
+    They have no part in a log-prob of the next one, so that training would leave them behind.
+    """
+    names = _predicting(checkpoint_files(directory), arch)
+    if not names:
+        return ""
+    return (
+        f"{directory}: {len(names)} tensors of the {arch.predicting_layers} layers that predict later tokens "
+        f"({listed(names)}) are not trained and not exported"
+    )
+
+
+def _predicting(names: Iterable[str], arch: Architecture) -> list[str]:
+    layers = range(arch.layers, arch.layers + arch.predicting_layers)
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    return sorted(name for name in names if prefixes and name.startswith(prefixes))
 
 
 def side_files(directory: Path) -> dict[str, Path]:
@@ -165,7 +189,8 @@ def write_side_files(
     """Put `files` beside weights.
 
     config.json tells the type of the weights beside it, `dtype`, whatever it told before: a reader that goes
-    by config.json would round them, or take twice the memory. `quantization` becomes part of it.
+    by config.json would round them, or take twice the memory. Layers that predict later tokens are not among
+    the weights, and config.json says so. `quantization` becomes part of it.
     `classifier`: the weights are those of a sequence classifier with one label, whatever it was before.
     """
     for name, content in files.items():
@@ -174,6 +199,7 @@ def write_side_files(
     config = json.loads(files["config.json"])
     told = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     config |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+    config |= dict.fromkeys(PREDICTING & config.keys(), 0)
     if classifier:
         config |= _as_classifier(config)
     if quantization is not None:

@@ -10,6 +10,9 @@ all of it).
 | vocab    | the HF tensor, rows padded with zeros            | the same                         |
 | stack    | [2, rows, ...]: gate, up                         | gate rows of the rank, then up   |
 | qkv      | [kv groups, queries per group + 2, head dim, ...] | per group: queries, key, value   |
+
+With more tensor-parallel ranks than kv groups, the rows of qkv are cut as they lie, through groups; Megatron
+gathers what the ranks computed and takes the heads of its own.
 """
 
 from __future__ import annotations
@@ -23,131 +26,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import Architecture
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of the table; `{layer}` and `{expert}` stand for global numbers, from 0."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    shapes: tuple[str, ...]
-    """the shape of each HF tensor, its sides by the names of `sides`"""
-    merge: str = "single"
-    axis: int | None = None
-    layers: str = "all"
-    """which layers have it: `all`, `dense` or `sparse` (those with a mixture of experts)"""
-    fp8: bool = False
-    """whether a model in FP8 has the HF tensors in FP8; the others stay in the model's own type"""
-
-
-def sides(arch: Architecture) -> dict[str, int]:
-    """The sides that an HF tensor of this model can have, by the names that a rule calls them."""
-    return {
-        "one": 1,
-        "vocab": arch.vocab,
-        "hidden": arch.hidden,
-        "queries": arch.heads * arch.head_dim,
-        "keys": arch.kv_heads * arch.head_dim,
-        "head": arch.head_dim,
-        "mlp": arch.intermediate,
-        "expert_mlp": arch.experts.intermediate if arch.experts else 0,
-        "experts": arch.experts.count if arch.experts else 0,
-    }
-
-
-_LAYER = "decoder.layers.{layer}."
-_HF_LAYER = "model.layers.{layer}."
-
-
-def _mlp_rules(
-    megatron: str, hf: str, side: str, layers: str, axes: tuple[int | None, int | None]
-) -> tuple[Rule, Rule]:
-    """The two matrices of a SwiGLU MLP; `axes`: where gate and up, and down, are cut."""
-    return (
-        Rule(
-            f"{megatron}.linear_fc1.weight",
-            (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
-            (f"{side} hidden",) * 2,
-            "stack",
-            axes[0],
-            layers,
-            fp8=True,
-        ),
-        Rule(
-            f"{megatron}.linear_fc2.weight",
-            (f"{hf}.down_proj.weight",),
-            (f"hidden {side}",),
-            "single",
-            axes[1],
-            layers,
-            fp8=True,
-        ),
-    )
-
-
-def _norm(megatron: str, hf: str, side: str = "hidden") -> Rule:
-    return Rule(f"{megatron}.weight", (f"{hf}.weight",), (side,))
-
-
-_BACKBONE = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab hidden",), "vocab", 0),
-    _norm(f"{_LAYER}input_layernorm", f"{_HF_LAYER}input_layernorm"),
-    Rule(
-        f"{_LAYER}self_attention.linear_qkv.weight",
-        tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
-        ("queries hidden", "keys hidden", "keys hidden"),
-        "qkv",
-        0,
-        fp8=True,
-    ),
-    Rule(
-        f"{_LAYER}self_attention.linear_proj.weight",
-        (f"{_HF_LAYER}self_attn.o_proj.weight",),
-        ("hidden queries",),
-        axis=1,
-        fp8=True,
-    ),
-    _norm(f"{_LAYER}pre_mlp_layernorm", f"{_HF_LAYER}post_attention_layernorm"),
-    _norm("decoder.final_layernorm", "model.norm"),
-    Rule("output_layer.weight", ("lm_head.weight",), ("vocab hidden",), "vocab", 0),
-)
-_QKV_BIAS = (
-    Rule(
-        f"{_LAYER}self_attention.linear_qkv.bias",
-        tuple(f"{_HF_LAYER}self_attn.{x}_proj.bias" for x in "qkv"),
-        ("queries", "keys", "keys"),
-        "qkv",
-        0,
-    ),
-)
-_QK_NORM = tuple(
-    _norm(f"{_LAYER}self_attention.{x}_layernorm", f"{_HF_LAYER}self_attn.{x}_norm", "head") for x in "qk"
-)
-_DENSE_MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "mlp", "dense", (1, 1))
-_EXPERTS = (
-    Rule(
-        f"{_LAYER}mlp.router.weight",
-        (f"{_HF_LAYER}mlp.gate.weight",),
-        ("experts hidden",),
-        layers="sparse",
-    ),
-    *_mlp_rules(
-        f"{_LAYER}mlp.experts.local_experts.{{expert}}",
-        f"{_HF_LAYER}mlp.experts.{{expert}}",
-        "expert_mlp",
-        "sparse",
-        (None, None),
-    ),
-)
-TABLES: dict[str, tuple[Rule, ...]] = {
-    "llama": _BACKBONE + _DENSE_MLP,
-    "mistral": _BACKBONE + _DENSE_MLP,
-    "qwen2": _BACKBONE + _QKV_BIAS + _DENSE_MLP,
-    "qwen3": _BACKBONE + _QK_NORM + _DENSE_MLP,
-    "qwen3_moe": _BACKBONE + _QK_NORM + _DENSE_MLP + _EXPERTS,
-}
-"""family -> rules"""
+from mcore_rl.model.hf.tables import Rule, rules_of, sides
 
 FUSED = (
     (re.compile(r"\bself_attention\.linear_qkv\.layer_norm_(?=weight$)"), "input_layernorm."),
@@ -194,7 +73,7 @@ class ParameterMap:
         """`vocab_rows`: vocabulary including padding (spec.padded_vocab)."""
         self.arch = arch
         self.vocab_rows = vocab_rows
-        self._rules = {rule.megatron: rule for rule in TABLES[arch.family]}
+        self._rules = {rule.megatron: rule for rule in rules_of(arch)}
         self._sides = sides(arch)
 
     def entries(self) -> list[ParameterEntry]:
@@ -222,8 +101,7 @@ class ParameterMap:
         template = NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
         if template not in self._rules:
             raise ConfigError(
-                f"parameter {megatron!r} has no rule in the {self.arch.family} table of "
-                "model/hf/parameters.py"
+                f"parameter {megatron!r} has no rule in the {self.arch.family} table of model/hf/tables.py"
             )
         numbers = numbers_in(megatron)
         entry = _entry(self._rules[template], **numbers)
@@ -237,12 +115,23 @@ class ParameterMap:
         Raises:
             ConfigError: the rule names a side that this table does not know.
         """
+        shapes = self.piece_shapes(rule)
+        return [(sum(shape[0] for shape in shapes), *shapes[0][1:])] if rule.joined else shapes
+
+    def piece_shapes(self, rule: Rule) -> list[tuple[int, ...]]:
+        """The shapes of what one parameter is made of, whether or not it lies in one HF tensor."""
         unknown = {side for shape in rule.shapes for side in shape.split()} - self._sides.keys()
         if unknown:
             raise ConfigError(
-                f"{rule.megatron}: no model has a side {min(unknown)!r}; name it in model.mapping.sides"
+                f"{rule.megatron}: no model has a side {min(unknown)!r}; name it in model.hf.tables.sides"
             )
         return [tuple(self._sides[side] for side in shape.split()) for shape in rule.shapes]
+
+    def _pieces(self, rule: Rule, hf: Sequence[Tensor]) -> list[Tensor]:
+        """Views of HF tensors: what one parameter is made of."""
+        if not rule.joined:
+            return list(hf)
+        return list(hf[0].split([shape[0] for shape in self.piece_shapes(rule)]))
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every HF tensor that a checkpoint of this model must hold, with its shape."""
@@ -287,10 +176,16 @@ class ParameterMap:
 
     def to_shard(self, entry: ParameterEntry, hf: Iterable[Tensor], rank: int, size: int) -> Tensor:
         """HF tensors of one entry -> the parameter of tensor-parallel `rank` of `size`."""
-        view = self._merge(entry.rule.merge, list(hf))
-        if entry.rule.axis is not None:
-            view = view.chunk(size, dim=entry.rule.axis)[rank]
-        return self._flatten(entry.rule.merge, view)
+        merge, axis = entry.rule.merge, entry.rule.axis
+        view = self._merge(merge, self._pieces(entry.rule, list(hf)))
+        if self._is_cut_through(entry.rule, size):
+            return self._flatten(merge, view).chunk(size)[rank]
+        if axis is not None:
+            view = view.chunk(size, dim=axis)[rank]
+        return self._flatten(merge, view)
+
+    def _is_cut_through(self, rule: Rule, size: int) -> bool:
+        return rule.merge == "qkv" and size > self.arch.kv_heads
 
     def place(
         self, entry: ParameterEntry, shard: Tensor, rank: int, size: int, out: Sequence[Tensor]
@@ -301,7 +196,10 @@ class ParameterMap:
         may have another type, which the copy rounds to.
         """
         rule = entry.rule
-        for part, tensor in zip(self.parts(entry, shard, size), out, strict=True):
+        pieces = self._pieces(rule, out)
+        if self._is_cut_through(rule, size):
+            return self._place_rows(shard, rank, pieces)
+        for part, tensor in zip(self.parts(entry, shard, size), pieces, strict=True):
             if rule.axis is None:
                 tensor.view(part.shape).copy_(part)
                 continue
@@ -311,8 +209,20 @@ class ParameterMap:
             live = max(0, min(part.shape[axis], whole.shape[axis] - begin))  # less the vocabulary's padding
             whole.narrow(axis, min(begin, whole.shape[axis]), live).copy_(part.narrow(axis, 0, live))
 
+    def _place_rows(self, shard: Tensor, rank: int, out: Sequence[Tensor]) -> None:
+        """Some rows of query, key and value, which may begin and end within a head, to their places."""
+        width, per_group = self.arch.head_dim, self.arch.heads // self.arch.kv_heads
+        begin, end = rank * len(shard), (rank + 1) * len(shard)
+        for number in range(begin // width, -(-end // width)):  # heads in Megatron's order
+            group, place = divmod(number, per_group + 2)
+            query = place < per_group
+            tensor = out[0] if query else out[place - per_group + 1]
+            head = tensor.narrow(0, (group * per_group + place if query else group) * width, width)
+            first, last = max(begin, number * width), min(end, (number + 1) * width)
+            head[first - number * width : last - number * width].copy_(shard[first - begin : last - begin])
+
     def parts(self, entry: ParameterEntry, shard: Tensor, size: int) -> list[Tensor]:
-        """The part of each HF tensor in the parameter of one of `size` tensor-parallel ranks: views of it.
+        """What one of `size` tensor-parallel ranks has of each piece of a parameter: views of it.
 
         Those of query, key and value are [kv groups of the rank, heads per group, head dim, ...].
         """
@@ -324,7 +234,7 @@ class ParameterMap:
             return list(groups.split([self.arch.heads // self.arch.kv_heads, 1, 1], dim=1))
         return [shard]
 
-    # --- the four arrangements, of HF tensors ---
+    # --- the four arrangements ---
 
     def _merge(self, merge: str, hf: list[Tensor]) -> Tensor:
         if merge == "vocab":

@@ -116,11 +116,12 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap, prefix: str = "") 
         except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{directory}: {key} cannot be read: {error}") from error
         views = mapping.parts(entry, out[0] if entry.is_expert else out, 1)
-        shapes = mapping.shapes(entry.rule)
-        return {
-            name: view.reshape(-1, *shape[1:])[: shape[0]]  # less the padding of a vocabulary
-            for name, shape, view in zip(entry.hf, shapes, views, strict=True)
-        }
+        pieces = [
+            view.reshape(-1, *shape[1:])[: shape[0]]  # less the padding of a vocabulary
+            for shape, view in zip(mapping.piece_shapes(entry.rule), views, strict=True)
+        ]
+        pieces = [torch.cat(pieces)] if entry.rule.joined else pieces
+        return dict(zip(entry.hf, pieces, strict=True))
 
     return lambda name: split(by_hf[name].megatron)[name]
 

@@ -1,0 +1,217 @@
+"""The tables between Hugging Face and Megatron parameters, one for a family, of rules that families share.
+
+A rule joins one Megatron parameter to one or more HF tensors; model.hf.parameters applies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mcore_rl.model.hf.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table; `{layer}` and `{expert}` stand for global numbers, from 0."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    shapes: tuple[str, ...]
+    """the shape of each HF tensor, its sides by the names of `sides`"""
+    merge: str = "single"
+    axis: int | None = None
+    layers: str = "all"
+    """which layers have it: `all`, `dense` or `sparse` (those with a mixture of experts)"""
+    needs: str = ""
+    """field of Architecture that says whether the model has it; "" where every model of the family does"""
+    joined: bool = False
+    """the HF tensors that `shapes` tells lie one after the other in a single one"""
+    fp8: bool = False
+    """whether a model in FP8 has the HF tensors in FP8; the others stay in the model's own type"""
+
+
+def sides(arch: Architecture) -> dict[str, int]:
+    """The sides that an HF tensor of this model can have, by the names that a rule calls them."""
+    return {
+        "one": 1,
+        "vocab": arch.vocab,
+        "hidden": arch.hidden,
+        "queries": arch.heads * arch.head_dim,
+        "keys": arch.kv_heads * arch.head_dim,
+        "head": arch.head_dim,
+        "mlp": arch.intermediate,
+        "expert_mlp": arch.experts.intermediate if arch.experts else 0,
+        "shared_mlp": arch.experts.shared if arch.experts else 0,
+        "experts": arch.experts.count if arch.experts else 0,
+    }
+
+
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def _mlp_rules(
+    megatron: str,
+    hf: str,
+    side: str,
+    layers: str,
+    axes: tuple[int | None, int | None],
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Rule, Rule]:
+    """The two matrices of a SwiGLU MLP; `axes`: where gate and up, and down, are cut."""
+    gate, up, down = names
+    return (
+        Rule(
+            f"{megatron}.linear_fc1.weight",
+            (f"{hf}.{gate}.weight", f"{hf}.{up}.weight"),
+            (f"{side} hidden",) * 2,
+            "stack",
+            axes[0],
+            layers,
+            fp8=True,
+        ),
+        Rule(
+            f"{megatron}.linear_fc2.weight",
+            (f"{hf}.{down}.weight",),
+            (f"hidden {side}",),
+            "single",
+            axes[1],
+            layers,
+            fp8=True,
+        ),
+    )
+
+
+def _norm(megatron: str, hf: str, side: str = "hidden", needs: str = "", axis: int | None = None) -> Rule:
+    return Rule(f"{megatron}.weight", (f"{hf}.weight",), (side,), axis=axis, needs=needs)
+
+
+def _joined(rule: Rule, hf: str) -> Rule:
+    """`rule` where its HF tensors lie one after the other in the tensor `hf`."""
+    return replace(rule, hf=(hf,), joined=True)
+
+
+_INPUT_NORM = _norm(f"{_LAYER}input_layernorm", f"{_HF_LAYER}input_layernorm")
+_MLP_NORM = _norm(f"{_LAYER}pre_mlp_layernorm", f"{_HF_LAYER}post_attention_layernorm")
+_QKV = Rule(
+    f"{_LAYER}self_attention.linear_qkv.weight",
+    tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
+    ("queries hidden", "keys hidden", "keys hidden"),
+    "qkv",
+    0,
+    fp8=True,
+)
+_QKV_BIAS = Rule(
+    f"{_LAYER}self_attention.linear_qkv.bias",
+    tuple(f"{_HF_LAYER}self_attn.{x}_proj.bias" for x in "qkv"),
+    ("queries", "keys", "keys"),
+    "qkv",
+    0,
+    needs="qkv_bias",
+)
+_OUTPUT = Rule(
+    f"{_LAYER}self_attention.linear_proj.weight",
+    (f"{_HF_LAYER}self_attn.o_proj.weight",),
+    ("hidden queries",),
+    axis=1,
+    fp8=True,
+)
+_ENDS = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab hidden",), "vocab", 0),
+    _norm("decoder.final_layernorm", "model.norm"),
+    Rule("output_layer.weight", ("lm_head.weight",), ("vocab hidden",), "vocab", 0),
+)
+_QK_NORM = tuple(
+    _norm(f"{_LAYER}self_attention.{x}_layernorm", f"{_HF_LAYER}self_attn.{x}_norm", "head", needs="qk_norm")
+    for x in "qk"
+)
+_WHOLE_QK_NORM = tuple(
+    _norm(f"{_LAYER}self_attention.{name}_norm", f"{_HF_LAYER}self_attn.{name[0]}_norm", side, axis=0)
+    for name, side in (("query", "queries"), ("key", "keys"))
+)
+_BACKBONE = (*_ENDS, _INPUT_NORM, _QKV, _QKV_BIAS, _OUTPUT, _MLP_NORM, *_QK_NORM)
+_MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "mlp", "dense", (1, 1))
+_JOINED_MLP = (_joined(_MLP[0], f"{_HF_LAYER}mlp.gate_up_proj.weight"), _MLP[1])
+
+
+def _output_norms(attention: str, mlp: str) -> tuple[Rule, Rule]:
+    """The norms of what attention and the MLP add to the residual stream, by their HF names."""
+    return (
+        _norm(f"{_LAYER}self_attn_bda.norm", f"{_HF_LAYER}{attention}"),
+        _norm(f"{_LAYER}mlp_bda.norm", f"{_HF_LAYER}{mlp}"),
+    )
+
+
+def _experts(
+    hf: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Rule, ...]:
+    """Router and experts of the HF module `hf`."""
+    return (
+        Rule(
+            f"{_LAYER}mlp.router.weight",
+            (f"{_HF_LAYER}{hf}.gate.weight",),
+            ("experts hidden",),
+            layers="sparse",
+        ),
+        *_mlp_rules(
+            f"{_LAYER}mlp.experts.local_experts.{{expert}}",
+            f"{_HF_LAYER}{hf}.experts.{{expert}}",
+            "expert_mlp",
+            "sparse",
+            (None, None),
+            names,
+        ),
+    )
+
+
+def _shared_expert(hf: str) -> tuple[Rule, ...]:
+    """The MLP `hf` beside the experts; it is cut over the tensor-parallel ranks as a dense one is."""
+    rules = _mlp_rules(f"{_LAYER}mlp.shared_experts", f"{_HF_LAYER}mlp.{hf}", "shared_mlp", "sparse", (1, 1))
+    return tuple(replace(rule, needs="has_shared_expert") for rule in rules)
+
+
+_SHARED_GATE = Rule(
+    f"{_LAYER}mlp.shared_experts.gate_weight",
+    (f"{_HF_LAYER}mlp.shared_expert_gate.weight",),
+    ("one hidden",),
+    layers="sparse",
+    needs="has_shared_expert",
+)
+_ROUTER_BIAS = Rule(
+    f"{_LAYER}mlp.router.expert_bias",
+    (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",),
+    ("experts",),
+    layers="sparse",
+)
+_PLAIN = _BACKBONE + _MLP
+_MIXTURE = _PLAIN + _experts()
+_POST_NORMS = _output_norms("post_attention_layernorm", "post_feedforward_layernorm")
+_SANDWICH = _output_norms("post_self_attn_layernorm", "post_mlp_layernorm")
+TABLES: dict[str, tuple[Rule, ...]] = {
+    "llama": _PLAIN,
+    "mistral": _PLAIN,
+    "mixtral": _BACKBONE + _experts("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2": _PLAIN,
+    "qwen2_moe": (*_MIXTURE, *_shared_expert("shared_expert"), _SHARED_GATE),
+    "qwen3": _PLAIN,
+    "qwen3_moe": _MIXTURE,
+    "olmo2": (*_ENDS, _QKV, _OUTPUT, *_WHOLE_QK_NORM, *_POST_NORMS, *_MLP),
+    "granite": _PLAIN,
+    "phi3": (
+        *_ENDS,
+        _INPUT_NORM,
+        _joined(_QKV, f"{_HF_LAYER}self_attn.qkv_proj.weight"),
+        _OUTPUT,
+        _MLP_NORM,
+        *_JOINED_MLP,
+    ),
+    "smollm3": _PLAIN,
+    "glm4": (*_BACKBONE, *_SANDWICH, *_JOINED_MLP),
+    "glm4_moe": (*_MIXTURE, *_shared_expert("shared_experts"), _ROUTER_BIAS),
+}
+"""family -> rules"""
+
+
+def rules_of(arch: Architecture) -> tuple[Rule, ...]:
+    """The rules of a model's parameters."""
+    return tuple(rule for rule in TABLES[arch.family] if not rule.needs or getattr(arch, rule.needs))

@@ -1,0 +1,58 @@
+"""The frequencies of rotary embeddings, from what config.json asks for (model.hf.rope)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mcore_rl.model.hf.rope import Linear, Llama3, LongRope, Rotary, Yarn
+
+
+def rotary_frequencies(rotary: Rotary) -> Tensor:
+    """[channels / 2] float32: radians per position of each pair of channels (arXiv 2104.09864)."""
+    exponents = torch.arange(0, rotary.channels, 2, dtype=torch.float32) / rotary.channels
+    frequencies = 1.0 / (rotary.theta**exponents)
+    match rotary.scaling:
+        case Llama3() as scaling:
+            return _llama3(frequencies, scaling)
+        case Linear(factor):
+            return frequencies / factor
+        case Yarn() as scaling:
+            return _yarn(frequencies, scaling, rotary)
+        case LongRope(divisors):
+            return 1.0 / (torch.tensor(divisors) * rotary.theta**exponents)
+        case None:
+            return frequencies
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3) -> Tensor:
+    """Slow pairs `factor` times slower, fast ones as they were, a linear blend in turns per context between.
+
+    Source: arXiv 2407.21783 section 3.4.1. Megatron has this formula with the numbers of Llama 3.1 written
+    into it; here they come from config.json.
+    """
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return frequencies * ((1 - blend) / scaling.factor + blend)
+
+
+def _yarn(frequencies: Tensor, scaling: Yarn, rotary: Rotary) -> Tensor:
+    """Slow pairs `factor` times slower, fast ones as they were, a linear blend in their number between.
+
+    Source: arXiv 2309.00071 section 3.2, in the form of transformers: the bounds are numbers of pairs.
+    """
+
+    def pair(turns: float) -> float:
+        wavelengths = scaling.original_positions / (turns * 2 * math.pi)
+        return rotary.channels * math.log(wavelengths) / (2 * math.log(rotary.theta))
+
+    low, high = pair(scaling.fast), pair(scaling.slow)
+    if scaling.whole_pairs:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary.channels - 1)
+    pairs = torch.arange(len(frequencies), dtype=torch.float32)
+    stretched = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
