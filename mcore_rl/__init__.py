@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mcore_rl.algo.rows import TokenLoss
     from mcore_rl.config import Config, load_config
     from mcore_rl.errors import (
+        BlockedLoopError,
         ChangedFileError,
         CheckpointError,
         ConfigError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockedLoopError",
     "ChangedFileError",
     "CheckpointError",
     "Config",

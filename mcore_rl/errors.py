@@ -55,6 +55,10 @@ class RewardError(McoreRLError, ValueError):
     """A reward function failed or returned something that is not a finite number."""
 
 
+class BlockedLoopError(McoreRLError, RuntimeError):
+    """An environment keeps the event loop on which all rollouts of a replica run."""
+
+
 class NoSignalError(McoreRLError, RuntimeError):
     """Too few prompts whose samples get unequal rewards: a retry would meet the same prompts again."""
 

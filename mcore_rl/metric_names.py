@@ -33,6 +33,13 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "data/train/passed_over": "How often in the run so far a prompt turned out to be longer than that "
         "when its turn came; where no such prompt was met, there is none.",
     },
+    "Environments": {
+        "environment/turns": "Mean responses of a rollout, with `environment.function`.",
+        "environment/segments": "Mean training sequences of a rollout: more than one where its context was "
+        "rewritten, by the environment or by the chat template.",
+        "environment/rewritten": "Turns whose earlier conversation the chat template wrote anew, so that "
+        "they began another training sequence.",
+    },
     "Held-out sets": {
         "eval/version": "Step whose weights were evaluated: the step before, where servers generate beside "
         "training.",

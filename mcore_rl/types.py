@@ -150,6 +150,8 @@ class Sample:
     """What its reward is the weighted sum of; none, where the function gave one number or turns."""
     turn_rewards: tuple[TurnReward, ...] = ()
     """Where its reward lies, in the order of the tokens; none: all of it at the last trained token."""
+    failure: tuple[str, str] | None = None
+    """Why its environment made it void, a reason and more words; None once that is counted."""
 
     @classmethod
     def of_response(

@@ -18,7 +18,9 @@ BASE = frozenset({"errors", "types", "precision", "strict_json"})
 BASE |= {"terminal", "before_megatron", "weight_files", "functions"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
-FLOORS_BELOW = frozenset({"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "config"})
+FLOORS_BELOW = frozenset(
+    {"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "environments", "config"}
+)
 FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
@@ -40,6 +42,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rollout": BASE,
     "rewards": BASE,
     "data": BASE,
+    "environments": BASE | {"data", "rewards.outcome", "rollout"},
     "config": BASE | {"algo"},
     "server": BASE | {"rollout.experts"},
     "log": BASE | DISK,

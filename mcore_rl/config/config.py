@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
+from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment, wrong_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
@@ -43,6 +44,7 @@ class Config(Section):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -58,7 +60,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
-        """The publish tolerances, where weights are published, are not those of float32 unless given."""
+        """Publish tolerances that are not given: not those of float32, where weights are published."""
         given = self.publish.model_fields_set
         wider = {name: None for name in ("tolerance_p999", "tolerance_max") if name not in given}
         if self.model.precision != "fp32" and self.samples_responses:
@@ -77,6 +79,12 @@ class Config(Section):
         """Every set that is evaluated, by name; that of data.eval, which is named after its file, first."""
         one = {} if self.data.eval is None else {set_name(self.data.eval): EvalSetConfig(path=self.data.eval)}
         return {**one, **self.eval.sets}
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens that one sequence of a sample may have behind its prompt."""
+        plays = self.environment.function is not None
+        return self.environment.max_tokens if plays else self.rollout.max_new_tokens
 
     @property
     def samples_responses(self) -> bool:
@@ -105,6 +113,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if train.eval_every and not config.held_out and config.data.validation is None:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or [eval.sets.NAME]"
     yield from wrong_rewards(config.reward)
+    yield from wrong_environment(config.environment, config.data, rollout, config.reward, train)
     yield from wrong_sets(config.eval.sets, config.data.eval, config.reward, rollout.temperature)
     p999, largest = config.publish.tolerance_p999, config.publish.tolerance_max
     if p999 is not None and largest is not None and p999 > largest:
@@ -163,13 +172,16 @@ def _of_lengths(config: Config) -> Iterator[str]:
     of_sets = [one.max_new_tokens or 0 for one in config.eval.sets.values() if one.reward is None]
     responses = [rollout.max_new_tokens, *(of_sets if config.reward.model is not None else [])]
     longest = config.data.max_prompt_tokens + max(responses)
+    what = "data.max_prompt_tokens + max_new_tokens"
+    if config.environment.function is not None:
+        longest, what = config.environment.max_tokens, "environment.max_tokens"
     longest += config.reward.model is not None  # its score is a row of its own behind the response
     tokens = token_multiple(config.model.precision, config.model.fp8_recipe)
     align = packed_multiple(parallel.tensor, parallel.context, tokens, sequence=parallel.sequence)
     if -(-longest // align) * align > train.tokens_per_micro_batch:
         yield (
             f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
-            f"{longest} tokens (data.max_prompt_tokens + max_new_tokens, padded to {align}); raise it"
+            f"{longest} tokens ({what}, padded to {align}); raise it"
         )
 
 
@@ -356,6 +368,7 @@ _OF_FUNCTION = ("function", "functions", "workers", "timeout", "memory", "max_vo
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
     unused = {**_unused_of_training(config), **_unused_of_servers(config)}
+    unused |= unused_of_environment(config.environment, samples=config.samples_responses)
     if config.data.validation is None and all(one.prompts for one in config.held_out.values()):
         unused["train.eval_samples"] = "no held-out set takes its number of prompts from it"
     if config.model.precision != "fp8":

@@ -17,7 +17,8 @@ from mcore_rl.precision import FP32_TOLERANCES, PrecisionName, RecipeName
 from mcore_rl.types import TAKEN_PARTS
 
 
-def _function_name(name: str) -> str:
+def function_name(name: str) -> str:
+    """The name, which is one of a function in a module. Raises ValueError."""
     if not re.fullmatch(r"[\w.]+:\w+", name):
         raise ValueError("must be `module:function`")
     return name
@@ -99,7 +100,8 @@ def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def _plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that resolved.toml can show to anyone. Raises ValueError."""
     for name, value in arguments.items():
         for one in value if isinstance(value, list) else [value]:
             _plain_params({name: one})
@@ -248,7 +250,7 @@ class DataConfig(Section):
     without one."""
     max_prompt_tokens: Count = 1024
     """Longer prompts are dropped when the file is read, and counted."""
-    curriculum: Annotated[str, AfterValidator(_function_name)] | None = None
+    curriculum: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` that chooses prompts by what was measured of them; unset, each once per epoch."""
 
 
@@ -269,7 +271,7 @@ class EvalSetConfig(Section):
     """Sample from so many of the likeliest tokens."""
     max_new_tokens: Count | None = None
     """Longest response; unset, that of [rollout]."""
-    reward: Annotated[str, AfterValidator(_function_name)] | None = None
+    reward: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` that scores one sample, or a group of them; unset, what [reward] says."""
     pass_reward: float | None = None
     """Least reward with which a sample passes; unset, 1.0 where a function gives the rewards."""
@@ -277,7 +279,7 @@ class EvalSetConfig(Section):
     """Every k for pass@k, the chance that one of k samples passes."""
     majority_at: tuple[Count, ...] = ()
     """Every k for majority@k, how often the answer that most of k samples give passes."""
-    answer: Annotated[str, AfterValidator(_function_name)] | None = None
+    answer: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` of one sample: the answer it votes for, or None; unset, exact_match's whole text."""
 
 
@@ -350,20 +352,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class RewardFunctionConfig(Section):
     """One of several reward functions; the reward is the weighted sum of those that are for a row."""
 
-    function: Annotated[str, AfterValidator(_function_name)]
+    function: Annotated[str, AfterValidator(function_name)]
     """`module:function` that scores one sample, or a group of them."""
     weight: Finite = 1.0
     """Weight in the sum."""
     when: Annotated[dict[str, tuple[str | int | bool, ...]], BeforeValidator(_choices)] = {}
     """Field of the prompt's row -> the value, or values, that this function is for; unset, every row."""
-    args: Annotated[dict[str, Any], AfterValidator(_plain_arguments)] = {}
+    args: Annotated[dict[str, Any], AfterValidator(plain_arguments)] = {}
     """Its keyword arguments."""
 
 
 class RewardConfig(Section):
     """How responses are scored."""
 
-    function: Annotated[str, AfterValidator(_function_name)] = EXACT_MATCH
+    function: Annotated[str, AfterValidator(function_name)] = EXACT_MATCH
     """`module:function` that scores one sample, or a group of them."""
     functions: Annotated[dict[str, RewardFunctionConfig], AfterValidator(_named_functions)] = {}
     """Several in its place, each a table `[reward.functions.NAME]` under the name that its metric has."""
@@ -389,7 +391,7 @@ class AlgorithmConfig(Section):
     """A reinforcement-learning algorithm."""
     params: Annotated[dict[str, Any], AfterValidator(_plain_params)] = {}
     """The algorithm's own numbers, where they differ from its paper's."""
-    loss: Annotated[str, AfterValidator(_function_name)] | None = None
+    loss: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` of a policy loss of your own, in the place of the algorithm's."""
     overlong_filter: bool = False
     """Leave truncated responses out of the loss (DAPO); the statistics of their group have them."""

@@ -23,6 +23,7 @@ from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
 from mcore_rl.training.teachers import check_teachers
@@ -183,6 +184,7 @@ def _curriculum(config: Config, found: PromptSet) -> Iterable[Finding]:
 def _set_functions(config: Config) -> Iterable[Finding]:
     """None; raises for a reward or an answer function that is not there."""
     load_set_functions(config)
+    check_environment(config)
     return ()
 
 

@@ -101,6 +101,7 @@ def _settings(config: Config, weights: Weights, sets: Sequence[EvalSet]) -> dict
     return {
         "weights": weights.identity(),
         "seed": config.run.seed,
+        **_played(config),
         "reward": config.reward.model_dump(
             mode="json", include={"function", "functions", "weights", "model"}
         ),
@@ -116,6 +117,12 @@ def _settings(config: Config, weights: Weights, sets: Sequence[EvalSet]) -> dict
     }
 
 
+def _played(config: Config) -> dict[str, Any]:
+    """The environment, which samples follow from where there is one."""
+    e = config.environment
+    return {} if e.function is None else {"environment": e.model_dump(mode="json")}
+
+
 def _sampled(
     config: Config, weights: Weights, sets: Sequence[EvalSet], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def _sampled(
     model = weights.as_hf(config, directory / "model")
     files = {one.name: SampleFile(directory, one) for one in sets}
     servers = len(config.rollout.urls) or config.rollout.servers
-    with scoring_model(config, sets) as by_model, serving(config, model) as requests:
+    with scoring_model(config, sets) as by_model, serving(config, model, tokenizer) as requests:
         for one in sets:
             with scorer(config, one, by_model) as score:
                 sample_set(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from mcore_rl.config import Config
 from mcore_rl.errors import RolloutError
 from mcore_rl.evaluate.keep import SampleFile
@@ -20,6 +22,7 @@ from mcore_rl.rollout.inflight import Begun, InFlight, Schedule
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.terminal import printable
 from mcore_rl.training.assemble_servers import local_servers
+from mcore_rl.training.environment import build_environments
 from mcore_rl.training.evaluation_sets import EvalSet, measure, record_of
 from mcore_rl.training.requests import CALLS_PER_SERVER
 from mcore_rl.types import Prompt
@@ -33,7 +36,7 @@ _VERSION = "eval"
 
 
 @contextmanager
-def serving(config: Config, model: Path) -> Iterator[InFlight]:
+def serving(config: Config, model: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[InFlight]:
     """Requests to servers that hold `model`: those of rollout.urls, or some that are started on it.
 
     Raises:
@@ -64,7 +67,11 @@ def serving(config: Config, model: Path) -> Iterator[InFlight]:
             _load(fleet, model.resolve())
         timeout = len(fleet.serving) * r.timeout + r.health_timeout + _GRACE_SECONDS
         schedule = Schedule(extra=0, max_staleness=0)
-        requests = InFlight(fleet.dispatch(), schedule, timeout=timeout)
+        environments = build_environments(config, tokenizer)
+        if environments is not None:
+            timeout += config.environment.timeout
+            stack.callback(environments.close)
+        requests = InFlight(fleet.dispatch(), schedule, timeout=timeout, player=environments)
         stack.callback(requests.close)
         yield requests
 

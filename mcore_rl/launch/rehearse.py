@@ -240,26 +240,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "precision": "fp32",  # and what to_toml leaves out then: the fp8 keys
             "random_init": True,
         },
-        "data": {
-            "train": (directory / "problems.jsonl",),
-            "weights": (),
-            "eval": config.data.eval and directory / "problems.jsonl",
-            "validation": config.data.validation and directory / "problems.jsonl",
-            "chosen_key": "chosen",
-            "rejected_key": "rejected",
-            "completion_key": "completion",
-            "margin_key": "",
-            "prompt_key": "prompt",
-            "label_key": "label",
-            "id_key": "id",
-            "apply_chat_template": False,
-            "system": None,
-            "tools": None,
-            "chat_template_kwargs": {},
-            "last_assistant": "refuse",
-            "max_prompt_tokens": 8,
-            "curriculum": None,
-        },
+        "data": _tiny_data(config, directory / "problems.jsonl"),
         "eval": {
             "sets": {
                 name: _shrink_set(one, directory / "problems.jsonl", by_model=config.reward.model is not None)
@@ -311,6 +292,30 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()
     }
     return config.model_copy(update=sections | {"parallel": parallel})
+
+
+def _tiny_data(config: Config, problems: Path) -> dict[str, Any]:
+    """[data] of a rehearsal, whose rows have every key that a kind may read."""
+    return {
+        "train": (problems,),
+        "weights": (),
+        "eval": config.data.eval and problems,
+        "validation": config.data.validation and problems,
+        "chosen_key": "chosen",
+        "rejected_key": "rejected",
+        "completion_key": "completion",
+        "margin_key": "",
+        "prompt_key": "prompt",
+        "label_key": "label",
+        "id_key": "id",
+        "apply_chat_template": False,
+        "system": None,
+        "tools": None,
+        "chat_template_kwargs": {},
+        "last_assistant": "refuse",
+        "max_prompt_tokens": 8,
+        "curriculum": None,
+    }
 
 
 def _shrink_set(one: EvalSetConfig, problems: Path, *, by_model: bool) -> EvalSetConfig:

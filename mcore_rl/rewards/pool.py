@@ -200,7 +200,14 @@ def _scored(scoring: Scoring, reasons: Reasons) -> Group:
 
 
 def _with_reward(sample: Sample, answers: Sequence[Any], reasons: Reasons) -> Sample:
-    """One function without a reward leaves the sample without one: the sum of the rest is another reward."""
+    """One function without a reward leaves the sample without one: the sum of the rest is another reward.
+
+    What its environment said of a sample stays.
+    """
+    if sample.void or sample.reward is not None:
+        if sample.failure is not None:
+            reasons.add(sample.failure[0], sample.id, sample.failure[1])
+        return replace(sample, failure=None)
     void = next((one for one in answers if isinstance(one, dict)), None)
     if void is None:
         try:

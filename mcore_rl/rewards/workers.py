@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Workers:
             return
         scoring.group = scoring.make()
         scoring.answers = {sample.id: [] for sample in scoring.group.samples}
-        if not scoring.group.samples:
+        if not unscored(scoring.group).samples:
             scoring.done = self._finished = True
         else:
             self._waiting.append(scoring)
@@ -98,8 +98,8 @@ class Workers:
 
     def _plan(self, scoring: Scoring, of_group: Sequence[bool]) -> None:
         """The calls of a group: one for all functions of a sample, one for those of the group."""
-        group = scoring.group
-        assert group is not None
+        assert scoring.group is not None
+        group = unscored(scoring.group)
         prompt = group.samples[0].prompt
         apply = [k for k, one in enumerate(self._task.functions) if one.applies(prompt)]
         of_sample = [k for k in apply if not of_group[k]]
@@ -231,6 +231,12 @@ def _how(status: int) -> str:
     if status >= 0:
         return f"status {status}"
     return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+
+
+def unscored(group: Group) -> Group:
+    """The samples of a group that its environment has neither given a reward nor made void."""
+    left = tuple(sample for sample in group.samples if sample.reward is None and not sample.void)
+    return group if len(left) == len(group.samples) else replace(group, samples=left)
 
 
 def _samples(asked: Sample | Group) -> tuple[Sample, ...]:

@@ -13,8 +13,10 @@ from typing import Any
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
-from mcore_rl.types import ExpertLayers
+from mcore_rl.types import ExpertLayers, Prompt
 
+_SLACK = 4
+"""prompts in flight more than at the idlest server, for which a request still goes to where its prefix is"""
 _HEALTH_POLLS = 4
 """health checks per `health_timeout`"""
 
@@ -28,6 +30,10 @@ class Request:
     rids: Sequence[str]
     experts: ExpertLayers | None = None
     """experts of the served model, where its choice of them is asked for"""
+    prompt: Prompt | None = None
+    """whose ids `prompts` are, where all of them are of one"""
+    affinity: str = ""
+    """requests of one name go to one server, which has their prefix cached, where that has little to do"""
 
 
 def join(requests: Sequence[Request]) -> Request:
@@ -168,13 +174,14 @@ class Dispatch:
 
     def _choose(self, request: Request) -> _Server:
         """Least load first, then this lead's own share of the servers, and those after it; among equals the
-        same one for the same prompt, whose prefix it has cached.
+        same one for the same prompt, or of one affinity, whose prefix it has cached.
         """
         left = [server for server in self._servers if not server.lost.is_set()]
         if not left:
             raise no_server_left({server.client.url: server.why for server in self._servers})
         least = min(server.load for server in left)
-        prefix = repr(list(request.prompts[0])).encode()
+        prefix = request.affinity.encode() or repr(list(request.prompts[0])).encode()
+        about = least + (max(_SLACK, least // 4) if request.affinity else 0)
         count = len(self._servers)
         share, first = max(1, count // self._leads), self._lead * count // self._leads
 
@@ -182,7 +189,7 @@ class Dispatch:
             url = self._servers[index].client.url.encode()
             return (index - first) % count // share, hashlib.blake2b(url + prefix, digest_size=8).digest()
 
-        equal = [i for i, s in enumerate(self._servers) if s.load == least and not s.lost.is_set()]
+        equal = [i for i, s in enumerate(self._servers) if s.load <= about and not s.lost.is_set()]
         return self._servers[min(equal, key=order)]
 
     async def _from(self, server: _Server, request: Request) -> list[Reply]:

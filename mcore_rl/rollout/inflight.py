@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request, join
+from mcore_rl.types import Sample
 
 Discarded = Literal["unfinished", "stale"]
 """why a group is not taken: cut off by the early stop, or finished and too old for the next step"""
@@ -147,15 +148,31 @@ class Queue:
 
 
 T = TypeVar("T")
-Arrived = Callable[[str, list[Reply]], None]
+Replies = Sequence[Reply | Sample]
+"""one per sample of a group: what a server said, or what a rollout of an environment came to"""
+Arrived = Callable[[str, Replies], None]
 """is told of a group, by its id, as soon as all its samples have come"""
-Begun = Sequence[asyncio.Task[list[list[Reply]]]]
+Begun = Sequence[asyncio.Task[list[Replies]]]
 """calls that are waited for later"""
 
 _CLOSE_SECONDS = 10.0
 
 
-def _nobody_asks(group: str, replies: list[Reply]) -> None:
+class Player(Protocol):
+    """Makes samples that are no answers to a prompt but rollouts of an environment."""
+
+    async def play(
+        self, request: Request, ask: Callable[[Request], Awaitable[list[Reply]]], /
+    ) -> list[Sample]:
+        """One sample for each id of the request, by asking servers as often as it likes."""
+        ...
+
+    def take_rewritten(self) -> int:
+        """Turns since the last call whose conversation the chat template wrote anew."""
+        ...
+
+
+def _nobody_asks(group: str, replies: Replies) -> None:
     """Ignore the group: the default for `arrived`."""
 
 
@@ -167,7 +184,7 @@ class PendingGroup:
     version: int
     """served when it was asked"""
     request: Request
-    replies: list[Reply] | None = None
+    replies: Replies | None = None
     """one per sample, once all have finished"""
 
 
@@ -180,17 +197,20 @@ class InFlight:
     Args:
         dispatch: not open yet.
         timeout: seconds for any call here; RolloutError after it.
+        player: makes the samples, where there is an environment.
     """
 
-    def __init__(self, dispatch: Dispatch, schedule: Schedule, *, timeout: float) -> None:
-        self._dispatch, self._schedule, self._timeout = dispatch, schedule, timeout
+    def __init__(
+        self, dispatch: Dispatch, schedule: Schedule, *, timeout: float, player: Player | None = None
+    ) -> None:
+        self._dispatch, self._schedule, self._timeout, self._player = dispatch, schedule, timeout, player
         self._requests: dict[str, Request] = {}
         """of all groups in flight"""
-        self._replies: dict[str, list[Reply]] = {}
+        self._replies: dict[str, Replies] = {}
         """of the groups that have finished"""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """of those that have not"""
-        self._begun: set[asyncio.Task[list[list[Reply]]]] = set()
+        self._begun: set[asyncio.Task[list[Replies]]] = set()
         """calls that belong to no step, until `finish` has their replies"""
         self._error: Exception | None = None
         self._loop = asyncio.new_event_loop()
@@ -233,7 +253,7 @@ class InFlight:
         """
         return self._call(self._begin(requests, per_call, calls))
 
-    def finish(self, begun: Begun) -> list[list[Reply]]:
+    def finish(self, begun: Begun) -> list[Replies]:
         """The replies to each of those requests, waiting for them.
 
         Raises:
@@ -241,7 +261,7 @@ class InFlight:
         """
         return self._call(self._finish(begun))
 
-    def take(self, groups: int) -> dict[str, list[Reply]]:
+    def take(self, groups: int) -> dict[str, Replies]:
         """So many groups, waiting for them: id -> one reply per sample, in the order of asking.
 
         Raises:
@@ -269,6 +289,10 @@ class InFlight:
     def groups(self) -> list[PendingGroup]:
         """Every group in flight, oldest first: what `add` continues with."""
         return self._call(self._groups())
+
+    def rewritten(self) -> int:
+        """What Player.take_rewritten says, where there is an environment."""
+        return 0 if self._player is None else self._player.take_rewritten()
 
     # -- on the thread ------------------------------------------------------------------------------------
 
@@ -303,7 +327,7 @@ class InFlight:
     async def _begin(self, requests: Sequence[Request], per_call: int, calls: int) -> Begun:
         free = asyncio.Semaphore(calls)
 
-        async def one(part: Sequence[Request]) -> list[list[Reply]]:
+        async def one(part: Sequence[Request]) -> list[Replies]:
             async with free:
                 return await self._one_call(part)
 
@@ -312,16 +336,19 @@ class InFlight:
         self._begun.update(begun)
         return begun
 
-    async def _finish(self, begun: Begun) -> list[list[Reply]]:
+    async def _finish(self, begun: Begun) -> list[Replies]:
         answers = await asyncio.gather(*begun)
         self._begun.difference_update(begun)
         return [replies for answer in answers for replies in answer]
 
-    async def _one_call(self, requests: Sequence[Request]) -> list[list[Reply]]:
+    async def _one_call(self, requests: Sequence[Request]) -> list[Replies]:
+        if self._player is not None:
+            played = (self._player.play(one, self._dispatch.ask) for one in requests)
+            return list(await asyncio.gather(*played))
         replies = iter(await self._dispatch.ask(join(requests)))
         return [list(islice(replies, len(request.rids))) for request in requests]
 
-    def _arrive(self, group: str, replies: list[Reply], arrived: Arrived) -> None:
+    def _arrive(self, group: str, replies: Replies, arrived: Arrived) -> None:
         self._replies[group] = replies
         self._schedule.finish(group)
         arrived(group, replies)
@@ -338,7 +365,7 @@ class InFlight:
                 self._tasks.pop(group.id, None)
             self._changed.set()
 
-    async def _take(self, groups: int) -> dict[str, list[Reply]]:
+    async def _take(self, groups: int) -> dict[str, Replies]:
         while (taken := self._schedule.take(groups)) is None:
             if self._error is not None:
                 raise self._error

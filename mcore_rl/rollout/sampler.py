@@ -61,14 +61,15 @@ def group_request(
     """
     ids = [f"{group_id}/{k}" for k in range(samples)]
     params = [{**sampling_params, "sampling_seed": sample_seed(seed, sample_id)} for sample_id in ids]
-    return Request([prompt.token_ids] * samples, params, ids, experts)
+    return Request([prompt.token_ids] * samples, params, ids, experts, prompt)
 
 
 def build_group(
-    group_id: str, prompt: Prompt, replies: Sequence[Reply], decode: Callable[[Sequence[int]], str]
+    group_id: str, prompt: Prompt, replies: Sequence[Reply | Sample], decode: Callable[[Sequence[int]], str]
 ) -> Group:
     """The samples of one prompt, without those that the server aborted."""
-    samples = (_sample(reply, prompt, decode) for reply in replies if reply.finish_reason != "abort")
+    alive = (reply for reply in replies if reply.finish_reason != "abort")
+    samples = (one if isinstance(one, Sample) else _sample(one, prompt, decode) for one in alive)
     return Group(group_id, tuple(samples))
 
 

@@ -1,7 +1,7 @@
 """Groups in flight as JSON, for a checkpoint.
 
-A sample in flight is a server's reply to a prompt, which becomes one segment: samples of several come from
-dumps alone, whose steps are never in flight.
+A sample in flight is a server's reply to a prompt, which becomes one segment, or a rollout of an environment
+(saved_samples.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from mcore_rl.errors import DamagedCheckpointError
 from mcore_rl.rollout import experts as routing
 from mcore_rl.rollout.inflight import PendingGroup
 from mcore_rl.rollout.reply import FINISH_REASONS, MalformedReplyError, Reply, check_spans, check_tokens
+from mcore_rl.rollout.saved_samples import check_sample, is_sample, sample_from_json, sample_to_json
 from mcore_rl.terminal import quoted, short
-from mcore_rl.types import ExpertLayers, VersionSpan
+from mcore_rl.types import ExpertLayers, Prompt, Sample, VersionSpan
 
 
 def group_to_json(group: PendingGroup) -> dict[str, Any]:
     """A group, with its replies where it has finished; what asks for it follows from its id."""
-    replies = group.replies and [reply_to_json(reply) for reply in group.replies]
+    to_json = lambda one: sample_to_json(one) if isinstance(one, Sample) else reply_to_json(one)  # noqa: E731
+    replies = group.replies and [to_json(reply) for reply in group.replies]
     return {"id": group.id, "version": group.version, "replies": replies}
 
 
@@ -32,17 +34,30 @@ def step_of(saved: Mapping[str, Any]) -> int:
 
 
 def kept_replies(
-    saved: Mapping[str, Any], *, version: int, max_staleness: int, max_new_tokens: int, routed: bool
-) -> list[Reply] | None:
+    saved: Mapping[str, Any],
+    *,
+    version: int,
+    max_staleness: int,
+    max_new_tokens: int,
+    routed: bool,
+    played: Prompt | None = None,
+) -> list[Reply] | list[Sample] | None:
     """The replies that a saved group keeps while `version` serves; None where it must be asked again.
 
     A group is asked again where it had not finished, where this run's bound, another one than that of the
-    checkpoint, makes it too old, where a reply is longer than this run's limit, or where this run replays
-    experts (`routed`) and its replies name none.
+    checkpoint, makes it too old, where a reply is longer than this run's limit, where this run replays
+    experts (`routed`) and its replies name none, or where one of the two has an environment and one has not.
+
+    Args:
+        played: the prompt of the group, where this run has an environment.
     """
     replies = saved["replies"]
     if replies is None or is_too_old(saved, version, max_staleness):
         return None
+    if any(is_sample(reply) != (played is not None) for reply in replies):
+        return None
+    if played is not None:
+        return [sample_from_json(reply, played) for reply in replies]
     if routed and any(r.get("experts") is None and r["finish_reason"] != "abort" for r in replies):
         return None
     if any(np.prod(reply["token_ids"]["shape"]) > max_new_tokens for reply in replies):
@@ -61,6 +76,9 @@ def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers
         if type(saved["version"]) is not int:
             raise ValueError("its version is no number")
         for reply in saved["replies"] or ():
+            if is_sample(reply):
+                check_sample(reply, vocabulary)
+                continue
             read = reply_from_json(reply, routed=experts is not None)
             if read.finish_reason not in FINISH_REASONS:
                 raise ValueError(f"it ended by {quoted(read.finish_reason)}")

@@ -29,6 +29,7 @@ from mcore_rl.training.assemble_rollouts import (
 )
 from mcore_rl.training.checkpoint import Contents, restore
 from mcore_rl.training.critic import passes_of
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
@@ -59,6 +60,7 @@ def start(config: Config, resume: str | None = None) -> Iterator[Run]:
     """Everything a run needs, undone on exit: process group, model, servers; continued by `resume`."""
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
     load_rewards(reward_functions(config))  # what is wrong is said before anything is built
+    check_environment(config)
     curriculum_of(config)
     load_set_functions(config)
     replayed_experts(config)

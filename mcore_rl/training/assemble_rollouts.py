@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from transformers import PreTrainedTokenizerBase
+
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config
 from mcore_rl.data.curriculum import Curriculum, load_curriculum
@@ -21,6 +23,7 @@ from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
+from mcore_rl.training.environment import build_environments
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
 from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
@@ -66,7 +69,7 @@ def build_sampling(
     The connections of a replica's lead are those of both; `stack` closes them.
     """
     config, mesh = trainer.config, trainer.mesh
-    requests = connect(config, mesh, servers, stack)
+    requests = connect(config, mesh, servers, trainer.tokenizer, stack)
     sampling = sampling_of(config, trainer.decode)
     source = PromptSource(mesh, trainer.cursor, curriculum_of(config))
     generation = Generation(
@@ -120,10 +123,15 @@ def _source_of(config: Config, rewards: RewardSource, function: str | None, stac
     return replace(rewards, pool=pool, function=function, model=None, tally=Tally(), weights={})
 
 
-def connect(config: Config, mesh: Mesh, servers: Servers, stack: ExitStack) -> InFlight | None:
+def connect(
+    config: Config, mesh: Mesh, servers: Servers, tokenizer: PreTrainedTokenizerBase, stack: ExitStack
+) -> InFlight | None:
     """The connections of this rank to the servers, if it is a replica's lead; `stack` closes them."""
     timeout = _OF_STEP_TIMEOUT * config.train.step_timeout
-    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout)
+    environments = build_environments(config, tokenizer) if mesh.is_replica_lead else None
+    if environments is not None:
+        stack.callback(environments.close)
+    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout, environments)
     if requests is not None:
         stack.callback(requests.close)
     return requests
@@ -133,8 +141,9 @@ def sampling_of(config: Config, decode: Callable[[Sequence[int] | Tokens], str])
     """How [rollout] asks for a sample, and how its text is read."""
     r = config.rollout
     launched = r.server == "embedded" and not r.urls
-    streams = config.reward.model is None and not launched
-    return Sampling(r.sampling_params, config.run.seed, replayed_experts(config), decode, streams)
+    plays = config.environment.function is not None
+    streams = plays or (config.reward.model is None and not launched)
+    return Sampling(r.sampling_params, config.run.seed, replayed_experts(config), decode, plays, streams)
 
 
 def replayed_experts(config: Config) -> ExpertLayers | None:

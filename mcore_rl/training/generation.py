@@ -23,9 +23,9 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.log import Timers
 from mcore_rl.parallel.control import gather_replicas, on_leads
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
-from mcore_rl.rollout.inflight import InFlight, PendingGroup, Queue
-from mcore_rl.rollout.reply import Reply
+from mcore_rl.rollout.inflight import InFlight, PendingGroup, Queue, Replies
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
 from mcore_rl.training.dynamic_sampling import Sifted, live_samples
@@ -173,14 +173,14 @@ class Generation:
         servers = len(self._servers.fleet.serving)
         return CALLS_PER_SERVER * servers if servers > 1 else 1
 
-    def _begin_scoring(self, name: str, replies: Sequence[Reply]) -> None:
+    def _begin_scoring(self, name: str, replies: Replies) -> None:
         """On the thread of a lead's requests: all samples of a group have come."""
         self._rewards.begin(name, self._maker(name, replies))
 
-    def _maker(self, name: str, replies: Sequence[Reply]) -> Callable[[], Group]:
+    def _maker(self, name: str, replies: Replies) -> Callable[[], Group]:
         return partial(build_group, name, self._prompt(name), replies, self._sampling.decode)
 
-    def _scored(self, replies: Mapping[str, Sequence[Reply]]) -> list[Group]:
+    def _scored(self, replies: Mapping[str, Replies]) -> list[Group]:
         """On a lead: the groups (id -> its replies), with rewards where a function gives them."""
         with self._timers("reward"):
             return self._rewards.finish({name: self._maker(name, its) for name, its in replies.items()})
@@ -207,6 +207,10 @@ class Generation:
         for reason in ("stale", "unfinished"):
             self._totals[f"discarded_{reason}"] += discarded[reason] * each
         self.metrics = sifted.metrics()
+        if self._sampling.plays:
+            rewritten = on_leads(self._mesh, lambda: self._of_lead().rewritten())
+            self.metrics |= rollout_shapes(sifted.kept)
+            self.metrics["environment/rewritten"] = float(sum(gather_replicas(self._mesh, rewritten)))
         if self.bounds.max_staleness:
             self.metrics |= {f"async/{name}": float(count) for name, count in self._totals.items()}
             self.metrics["async/in_flight"] = float(len(self._queue) * each)
@@ -261,7 +265,12 @@ class Generation:
             self._queue.ask([group["id"] for group in of_step], [len(its) for its in shares])
             for saved in shares[self._mesh.dp_rank]:
                 replies = kept_replies(
-                    saved, version=version, max_staleness=bound, max_new_tokens=most, routed=routed
+                    saved,
+                    version=version,
+                    max_staleness=bound,
+                    max_new_tokens=most,
+                    routed=routed,
+                    played=self._prompt(saved["id"]) if self._sampling.plays else None,
                 )
                 asked = version if replies is None else saved["version"]
                 groups.append(self._pending(saved["id"], asked, replies))
@@ -279,7 +288,7 @@ class Generation:
     def _prompt(self, group: str) -> Prompt:
         return self._source.prompts[prompt_of(group)]
 
-    def _pending(self, group: str, version: int, replies: list[Reply] | None = None) -> PendingGroup:
+    def _pending(self, group: str, version: int, replies: Replies | None = None) -> PendingGroup:
         s = self._sampling
         request = group_request(
             self._prompt(group), group, self.bounds.samples, s.params, seed=s.seed, experts=s.experts
@@ -333,6 +342,15 @@ def token_ages(samples: Sequence[Sample], version: int) -> list[np.ndarray]:
         np.concatenate([np.zeros(0), *(np.full(s.end - s.start, version - int(s.version)) for s in spans)])
         for spans in map(_spans, samples)
     ]
+
+
+def rollout_shapes(groups: Sequence[Group]) -> dict[str, float]:
+    """Over the samples of an environment that are alive, mean turns and training sequences of one."""
+    alive = [sample for group in groups for sample in group.samples if not sample.void]
+    return {
+        "environment/turns": float(np.mean([len(turn_ends(sample)) for sample in alive])),
+        "environment/segments": float(np.mean([len(sample.segments) for sample in alive])),
+    }
 
 
 def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from mcore_rl.data.cursor import share
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.fleet import Fleet
-from mcore_rl.rollout.inflight import InFlight, Schedule
+from mcore_rl.rollout.inflight import InFlight, Player, Schedule
 from mcore_rl.rollout.saved import check_group
 from mcore_rl.types import ExpertLayers, Tokens
 
@@ -52,22 +52,27 @@ class Sampling:
     """of the policy, where its routing is replayed"""
     decode: Callable[[Sequence[int] | Tokens], str]
     """a response as text, for rewards"""
+    plays: bool
+    """an environment makes the samples, each a rollout"""
     streams: bool
     """groups are asked one by one, so that each is scored when it has come; else many in a call, so that a
     server always has the same batches"""
 
 
-def open_requests(mesh: Mesh, fleet: Fleet, bounds: Bounds, timeout: float) -> InFlight | None:
+def open_requests(
+    mesh: Mesh, fleet: Fleet, bounds: Bounds, timeout: float, player: Player | None = None
+) -> InFlight | None:
     """The connections of this rank to the servers, if it is a replica's lead; nothing is asked yet.
 
     Args:
         timeout: seconds that a lead waits for the groups of a step.
+        player: what makes the rollouts of an environment.
     """
     if not mesh.is_replica_lead:
         return None
     extra = share_of(bounds.extra, mesh, mesh.dp_rank)
     schedule = Schedule(extra=extra, max_staleness=bounds.max_staleness)
-    return InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout)
+    return InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout, player=player)
 
 
 def check_saved(

@@ -33,6 +33,7 @@ from mcore_rl.training.assemble_servers import open_fleet
 from mcore_rl.training.bad_rows import noting_bad_rows
 from mcore_rl.training.batch import build_batch
 from mcore_rl.training.data import passed_over, say_beginning, say_dropped
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.faults.watchdog import collective_timeout
 from mcore_rl.training.generation import Generation
@@ -61,6 +62,7 @@ def sample_rollouts(config: Config) -> None:
     """
     done = check_directory(config)
     load_rewards(reward_functions(config))
+    check_environment(config)
     replayed_experts(config)
     if done >= config.train.steps:
         raise NothingToDo(f"nothing to do: {config.run.dir} has all {done} steps; raise train.steps for more")
@@ -182,7 +184,7 @@ def build_source(
     generation = Generation(
         mesh,
         servers,
-        connect(turns, mesh, servers, stack),
+        connect(turns, mesh, servers, tokenizer, stack),
         source=PromptSource(mesh, cursor, curriculum=None),
         rewards=rewards,
         bounds=bounds_of(turns),

@@ -88,6 +88,8 @@ def origin_of(config: Config) -> dict[str, Any]:
     whole = config.model_dump(mode="json")
     found = {f"{name}.{key}": value for name in _FOLLOWS_FROM for key, value in whole[name].items()}
     found |= {f"rollout.{key}": whole["rollout"][key] for key in _OF_ROLLOUT}
+    if config.environment.function is not None:
+        found |= {f"environment.{key}": value for key, value in whole["environment"].items()}
     if config.rollout.routing_replay:
         found["rollout.routing_replay"] = True
     if config.rollout.dynamic_sampling:  # which groups it replaces

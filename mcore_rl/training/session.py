@@ -22,6 +22,7 @@ from mcore_rl.model.residency import Residency, ResidentPart
 from mcore_rl.training.assemble_rollouts import Served, served
 from mcore_rl.training.checkpoint import Contents, end_step, restore
 from mcore_rl.training.data import data_metrics
+from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.dump import keep_broken
 from mcore_rl.training.metrics import Gathered, work_of
@@ -102,6 +103,7 @@ class Session:
 def start_model(config: Config, resume: str | None) -> AbstractContextManager[Trainer]:
     """The model of a run without rollouts with its starting weights; `start_session` continues `resume`."""
     load_set_functions(config)
+    check_environment(config)
     return start_trainer(config, optimizer_steps=config.train.steps, resume=resume)
 
 

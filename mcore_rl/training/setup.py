@@ -324,7 +324,7 @@ def shape_of(config: Config, mesh: Mesh) -> Shape:
     return Shape(
         mini_batches=config.algorithm.mini_batches,
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=config.longest_response,
         cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
         overlong_filter=config.algorithm.overlong_filter,

@@ -14,9 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.arithmetic import main as write_task
 from mcore_rl.checkpoint import find
+from mcore_rl.dumps.directory import read_step
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
+from mcore_rl.rollout.experts import from_json
 from mcore_rl.rollout.processes import Embedded, LocalServer
+from mcore_rl.types import Sample
 from tests.e2e.conftest import Task
 from tests.e2e.ranks import Ranks
 
@@ -137,3 +140,48 @@ def test_a_run_goes_on_under_another_bound_where_nothing_is_in_flight(
     trained = [line.get("async/trained") for line in lines]
     each = PROMPTS * EACH
     assert trained == [STEPS * each, None, (STEPS + 2) * each, (STEPS + 3) * each]
+
+
+def test_rollouts_of_several_turns_train_what_was_sampled_beside_training(
+    ranks: Ranks, task: Task, served: list[str], tmp_path: Path
+) -> None:
+    """Their log-probs are the trainer's on every segment; a resume and a dump have the same samples."""
+    directory, again = tmp_path / "run", tmp_path / "again"
+    flags = [
+        *(*served, "--train.steps", "3", "--checkpoint.every", "1", "--rollout.dump", "1"),
+        *("--environment.function", "tests.e2e.environments:asks_again", "--environment.args.turns", "3"),
+        *("--environment.max_tokens", "64", "--data.max_prompt_tokens", "32"),
+    ]
+    done = ranks.run(*gspo(task, directory, *flags))
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(directory / "metrics.jsonl")[1:]
+    for line in lines:
+        assert line.get("mismatch/p999", 0.0) <= 2e-5, "tokens in another context than when sampled"
+        assert (line["environment/turns"], line["environment/segments"]) == (3.0, 2.0)
+        assert line["environment/rewritten"] == 0
+        assert (line["samples"], line["void"]) == (PROMPTS * EACH, 0)
+        assert line["staleness/max"] <= 1
+        assert {"reward/digits", "reward/brief"} <= line.keys()
+    assert [name for name in lines[-1] if meaning_of(name) is None] == ["step"]
+    assert lines[-1]["staleness/mean"] > 0, "generation runs beside training"
+    assert "mismatch/p999" in lines[0], "the control: there are tokens to compare"
+
+    saved = find(directory / "checkpoints", "previous").document["state"]["ahead"]["groups"]
+    assert len(saved) == PROMPTS
+    finished = [sample for group in saved for sample in group["replies"] or ()]
+    assert all(len(sample["segments"]) == 2 for sample in finished)
+    shutil.copytree(directory, again)
+    resumed = ranks.run(*gspo(task, again, *flags, "--resume", "previous"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_metrics(again / "metrics.jsonl")[1:3] == lines[:2]
+    ids = [sorted(sample.id for sample in dumped(one, 3)) for one in (directory, again)]
+    assert ids[0] == ids[1]
+    trained = {sample.id: sample for sample in dumped(again, 3)}
+    for sample in finished:
+        tokens = [part.token_ids.tolist() for part in trained[sample["id"]].segments]
+        assert tokens == [from_json(part["token_ids"]).tolist() for part in sample["segments"]]
+
+
+def dumped(directory: Path, step: int) -> list[Sample]:
+    """The samples of a step that was kept."""
+    return [sample for group in read_step(directory / "rollouts", step).groups for sample in group.samples]

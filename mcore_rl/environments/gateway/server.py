@@ -1,0 +1,215 @@
+"""The HTTP server of the gateway: one of an event loop, on loopback, and a key for every rollout.
+
+    async def rollout(policy, prompt):
+        async with serve_policy(policy) as endpoint:
+            client = openai.AsyncOpenAI(base_url=endpoint.openai_url, api_key=endpoint.key)
+            ...
+
+A request is a turn of the rollout that its key opens. Its address names the rollout as well, so that a key
+that got into other hands opens nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import secrets
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from mcore_rl.environments.gateway import anthropic_api, openai_api
+from mcore_rl.environments.gateway.session import ApiError, GatewaySession
+from mcore_rl.environments.policy import AbortedError, LimitReached, Policy
+from mcore_rl.errors import McoreRLError
+
+_HOST = "127.0.0.1"
+_BODY_BYTES = 8 << 20
+_BODY_SECONDS = 60.0
+_SHUTDOWN_SECONDS = 5.0
+
+Answer = Callable[[GatewaySession, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a rollout's policy is reached."""
+
+    url: str
+    """`http://127.0.0.1:PORT/ROLLOUT`: the base URL of Anthropic's client"""
+    key: str
+    """of this rollout alone, as `Authorization: Bearer` or `x-api-key`"""
+
+    @property
+    def openai_url(self) -> str:
+        """The base URL of OpenAI's client."""
+        return f"{self.url}/v1"
+
+
+class _Gateway:
+    """The server of one event loop; it listens while there are rollouts."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, GatewaySession] = {}
+        self._runner: web.AppRunner | None = None
+        self._port = 0
+        self._lock = asyncio.Lock()
+
+    async def open(self, policy: Policy, model: str) -> tuple[str, Endpoint]:
+        async with self._lock:
+            if self._runner is None:
+                await self._start()
+            name = secrets.token_urlsafe(12)
+            self._sessions[name] = GatewaySession(policy, secrets.token_urlsafe(32), model)
+            return name, Endpoint(f"http://{_HOST}:{self._port}/{name}", self._sessions[name].key)
+
+    async def close(self, name: str) -> None:
+        del self._sessions[name]
+        async with self._lock:
+            if not self._sessions and self._runner is not None:
+                runner, self._runner = self._runner, None
+                await runner.cleanup()
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=_BODY_BYTES, middlewares=[_errors])
+        app.add_routes(
+            [
+                web.post("/{session}/v1/chat/completions", self._route(openai_api.chat, "chat")),
+                web.post("/{session}/v1/completions", self._route(openai_api.complete, "completions")),
+                web.post("/{session}/v1/messages", self._route(anthropic_api.messages, "messages")),
+                web.get("/{session}/v1/models", self._models),
+            ]
+        )
+        # A client that has gone wants no answer: what is generated for it ends.
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS
+        )
+        await runner.setup()
+        site = web.TCPSite(runner, _HOST, 0)
+        await site.start()
+        self._runner, self._port = runner, runner.addresses[0][1]
+
+    def _session(self, request: web.Request) -> GatewaySession:
+        """The rollout of an address, where the key is its own; one error for whatever is wrong."""
+        given = request.headers.get("x-api-key") or ""
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        if not given and scheme.lower() == "bearer":
+            given = bearer.strip()
+        session = self._sessions.get(request.match_info["session"])
+        expected = secrets.token_urlsafe(32) if session is None else session.key
+        right = hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
+        if session is None or not right:
+            raise ApiError(401, "no rollout has this address and this key", kind="authentication_error")
+        return session
+
+    def _route(self, answer: Answer, kind: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            session = self._session(request)
+            body = await _body(request)
+            streams = body.get("stream", False)
+            if type(streams) is not bool:
+                raise ApiError(400, "stream: expected true or false")
+            reply = await _guarded(answer(session, body))
+            if not streams:
+                return web.json_response(reply)
+            return await _stream(request, kind, reply, body)
+
+        return handle
+
+    async def _models(self, request: web.Request) -> web.Response:
+        model = {"id": self._session(request).model, "object": "model", "created": 0, "owned_by": "mcore_rl"}
+        return web.json_response({"object": "list", "data": [model]})
+
+
+_GATEWAYS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gateway] = weakref.WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def serve_policy(policy: Policy, *, model: str = "policy") -> AsyncIterator[Endpoint]:
+    """Reach the policy of a rollout by HTTP while the block lasts.
+
+    Args:
+        model: its name in replies; clients may ask for any.
+    """
+    gateway = _GATEWAYS.setdefault(asyncio.get_running_loop(), _Gateway())
+    name, endpoint = await gateway.open(policy, model)
+    try:
+        yield endpoint
+    finally:
+        await gateway.close(name)
+
+
+async def _body(request: web.Request) -> Mapping[str, Any]:
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            body = json.loads(await request.read())
+    except TimeoutError:
+        raise ApiError(408, f"the body took longer than {_BODY_SECONDS:g} s") from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is no JSON") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object")
+    return body
+
+
+async def _guarded(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """What the policy raises, as an error of the API. Clients ask again for what may be answered then."""
+    try:
+        return await answer
+    except LimitReached as error:
+        raise ApiError(400, str(error), code="context_length_exceeded") from None
+    except AbortedError as error:
+        raise ApiError(503, str(error), kind="api_error") from None
+    except McoreRLError as error:
+        status = 400 if isinstance(error, ValueError) else 503
+        raise ApiError(status, str(error)) from None
+    except (TypeError, ValueError, KeyError) as error:  # of a chat template, for what it was given
+        raise ApiError(400, f"{type(error).__name__}: {error}") from None
+
+
+async def _stream(
+    request: web.Request, kind: str, reply: Mapping[str, Any], body: Mapping[str, Any]
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await response.prepare(request)
+    await response.write("".join(_events(kind, reply, body)).encode())
+    await response.write_eof()
+    return response
+
+
+def _events(kind: str, reply: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[str]:
+    if kind == "messages":
+        for event in anthropic_api.events(reply):
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+        return
+    options = body.get("stream_options")
+    usage = isinstance(options, dict) and options.get("include_usage") is True
+    chunks = openai_api.chat_events if kind == "chat" else openai_api.complete_events
+    for chunk in chunks(reply, usage=usage):
+        yield f"data: {json.dumps(chunk)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every error in the form of the API that was asked."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        found = error
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        found = ApiError(error.status, error.reason, kind=_KINDS.get(error.status, "api_error"))
+    api = anthropic_api if request.path.endswith("/messages") else openai_api
+    return web.json_response(api.error_body(found), status=found.status)
+
+
+_KINDS = {404: "not_found_error", 413: "request_too_large"}

@@ -1,0 +1,216 @@
+"""What an environment has of the model: `generate`, within limits of turns, tokens and time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import index
+from typing import Any
+
+from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
+from mcore_rl.environments.recorder import TokenRecorder
+from mcore_rl.errors import DataError
+from mcore_rl.rollout.dispatch import Request
+from mcore_rl.rollout.reply import Reply
+from mcore_rl.rollout.sampler import sample_seed
+from mcore_rl.types import Prompt
+
+Ask = Callable[[Request], Awaitable[list[Reply]]]
+"""sends a request to a server"""
+
+
+class LimitReached(Exception):
+    """The rollout has had all its turns or tokens. An environment may catch it, and say what it is worth."""
+
+
+class AbortedError(Exception):
+    """A server ended the response before its end: the attempt is as if it had not been asked for."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model answered."""
+
+    text: str
+    """without special tokens"""
+    token_ids: tuple[int, ...]
+    """[n] as sampled, the stop token included"""
+    prompt_ids: tuple[int, ...]
+    """[P] what it was sampled after: `[*prompt_ids, *token_ids, *policy.encode("...")]` goes on from it"""
+    finish_reason: str
+    """`stop` or `length`"""
+    message: Mapping[str, Any]
+    """the assistant's message, to be appended to the messages as it is"""
+    log_probs: tuple[float, ...] = ()
+    """[n] of each token under the sampling policy"""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """of the message: `{"type": "function", "function": {"name": ..., "arguments": {...}}}`"""
+    unparsed: str = ""
+    """why the answer could not be read as the response template has it; the message is its text then"""
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """What one rollout may take."""
+
+    turns: int
+    tokens: int
+    """of one training sequence, its prompt and all that was observed included"""
+    seconds: float
+    """of the whole rollout"""
+    turn_seconds: float
+    """that the environment may take between one response and the next"""
+
+
+@dataclass
+class RolloutState:
+    """What has become of a rollout, for whoever runs it."""
+
+    turns: int = 0
+    finish_reason: str = "stop"
+    text: str = ""
+    """of the last turn"""
+    limit: str = ""
+    """which was reached"""
+    broken: BaseException | None = None
+    """that no server answers, which ends the run"""
+    generating: int = 0
+    closed: bool = False
+    changed: Callable[[], None] = field(default=lambda: None)
+    """is told when the model begins or ends to generate"""
+
+
+class Policy:
+    """The model in one rollout. Its methods may be called side by side, by sub-agents.
+
+    Args:
+        request: what asks for the first turn, with one prompt; later turns take over its parameters.
+        ask: sends a request to a server.
+    """
+
+    def __init__(
+        self, prompt: Prompt, request: Request, ask: Ask, template: ChatTemplate, limits: RolloutLimits
+    ) -> None:
+        self.progress = RolloutState()
+        self.recorder = TokenRecorder()
+        self.dialogue = Dialogue(template, prompt)
+        self._prompt, self._request, self._ask = prompt, request, ask
+        self._template, self._limits = template, limits
+
+    async def generate(
+        self,
+        prompt: Sequence[int] | Sequence[ChatMessage],
+        *,
+        tools: Sequence[Any] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Turn:
+        """The model's answer to token ids, or to messages as the chat template renders them.
+
+        Messages that go on from an earlier answer, its `message` among them, keep the ids that were sampled.
+
+        Args:
+            tools: JSON schemas of what may be called; unset, those of the prompt's row or of data.tools.
+            max_new_tokens: a lower limit than that of the run.
+
+        Raises:
+            LimitReached: there are no turns or tokens left.
+            DataError: the chat template fails on the messages.
+            TypeError, ValueError: the prompt is neither ids nor messages, or empty.
+        """
+        if self.progress.closed:
+            raise asyncio.CancelledError
+        first = prompt[0] if len(prompt) else None
+        asked = None
+        if isinstance(first, Mapping):
+            its = self._template.tools_of(self._prompt) if tools is None else tools
+            asked = self.dialogue.ask(prompt, its)  # type: ignore[arg-type]
+            ids = asked.ids
+        else:
+            ids = [index(one) for one in prompt]  # type: ignore[arg-type]
+        reply = await self._sample(ids, max_new_tokens)
+        self.recorder.add(ids, reply)
+        turn = self._read(ids, reply, asked)
+        self.progress.text, self.progress.finish_reason = turn.text, reply.finish_reason
+        return turn
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, no special token added. Raises DataError."""
+        return self._template.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self._template.decode(ids, special=True)
+
+    async def _sample(self, ids: list[int], most: int | None) -> Reply:
+        request = self._next_request(ids, most)
+        progress = self.progress
+        progress.turns += 1
+        progress.generating += 1
+        progress.changed()
+        try:
+            (reply,) = await self._ask(request)
+        except Exception as error:  # no server answers: whatever the environment makes of it, the run ends
+            progress.broken = error
+            raise
+        finally:
+            progress.generating -= 1
+            progress.changed()
+        if reply.finish_reason == "abort":
+            progress.finish_reason = "abort"
+            raise AbortedError("a server aborted the response")
+        return reply
+
+    def _next_request(self, ids: list[int], most: int | None) -> Request:
+        if not ids or min(ids) < 0:
+            raise ValueError("a prompt without tokens, or with a negative one; give ids, or messages")
+        params, turn = dict(self._request.sampling_params[0]), self.progress.turns
+        room = min(params["max_new_tokens"], self._limits.tokens - len(ids))
+        room = room if most is None else min(room, most)
+        for left, what in ((self._limits.turns - turn, "turns"), (room, "tokens")):
+            if left < 1:
+                self.progress.limit = what
+                raise LimitReached(f"the rollout has had all its {what} (environment.max_{what})")
+        params["max_new_tokens"] = room
+        rid = self._request.rids[0]
+        if turn:
+            params["sampling_seed"] = sample_seed(params["sampling_seed"], str(turn))
+            rid = f"{rid}#{turn}"
+        return Request([ids], [params], [rid], affinity=self._request.rids[0])
+
+    def _read(self, ids: list[int], reply: Reply, asked: AskedTurn | None) -> Turn:
+        template = self._template
+        text, unparsed = template.decode(reply.token_ids), ""
+        message: Mapping[str, Any] = {"role": "assistant", "content": text}
+        if asked is not None and template.response is not None:
+            try:
+                message = parse(template, asked, reply.token_ids)
+            except Exception as error:  # transformers raises what its parsers raise, for what a model wrote
+                unparsed = f"{type(error).__name__}: {error}"
+        if asked is not None:
+            self.dialogue.answer(asked, message, reply.token_ids, reply.finish_reason)
+        calls = message.get("tool_calls") or ()
+        return Turn(
+            text=text,
+            token_ids=reply.token_ids,
+            prompt_ids=tuple(ids),
+            finish_reason=reply.finish_reason,
+            message=message,
+            log_probs=reply.log_probs,
+            tool_calls=tuple(calls),
+            unparsed=unparsed,
+        )
+
+
+def parse(template: ChatTemplate, asked: AskedTurn, token_ids: Sequence[int]) -> Mapping[str, Any]:
+    """The assistant's message in what was sampled, by transformers' parser; raises whatever that raises."""
+    said = template.decode(token_ids, special=True)
+    tools = list(asked.tools) if asked.tools else None
+    message: Any = template.tokenizer.parse_response(
+        said, dict(template.response or {}), prefix=asked.text, tools=tools
+    )
+    for call in message.get("tool_calls", []):
+        function = call["function"]
+        if not (isinstance(function["name"], str) and isinstance(function.get("arguments", {}), dict)):
+            raise DataError("a tool call without a name, or whose arguments are no object")
+    return {"role": "assistant", "content": "", **message}

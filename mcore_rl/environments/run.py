@@ -1,0 +1,247 @@
+"""Runs the rollouts of an environment: one task each, all of them on one event loop in a thread of its own.
+
+What an environment does to its rollout is its own affair: what raises, takes too long or returns no reward
+makes a void sample. One that keeps the event loop, instead of waiting by `await`, keeps every other rollout,
+and ends the run with the line on which it stands. The servers' connections are another thread's, so that they
+do not suffer from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mcore_rl.environments.deadlines import Deadlines
+from mcore_rl.environments.dialogue import ChatTemplate
+from mcore_rl.environments.policy import AbortedError, Ask, LimitReached, Policy, RolloutLimits
+from mcore_rl.errors import BlockedLoopError, RewardError
+from mcore_rl.rewards.outcome import Void, read_outcome
+from mcore_rl.rollout.dispatch import Request
+from mcore_rl.rollout.reply import Reply
+from mcore_rl.terminal import printable, short
+from mcore_rl.types import Prompt, Sample, Segment
+
+_BEAT_SECONDS = 0.5
+_LEAST_BLOCKED_SECONDS = 10.0
+"""a busy machine may keep a loop for seconds"""
+_GRACE_SECONDS = 5.0
+"""until a rollout that was cancelled has put away what it holds"""
+_CLOSE_SECONDS = 10.0
+_NO_TOKENS = Void("empty", "ended before anything was sampled")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a rollout is: the user's function, and what every rollout of it is given."""
+
+    name: str
+    """`module:function`, for messages"""
+    function: Callable[..., Any]
+    """async, of a Policy and a Prompt; returns what a reward function may, or None"""
+    template: ChatTemplate
+    limits: RolloutLimits
+    weights: Mapping[str, float]
+    """of the parts of a reward"""
+
+
+class Environments:
+    """The rollouts of one replica. The thread begins with the first, and ends with `close`."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._of = environment
+        self._thread: threading.Thread | None = None
+        self._loop = asyncio.new_event_loop()
+        self._beat = 0.0
+        self._abandoned: set[asyncio.Task[Any]] = set()
+        """that go on after they were cancelled"""
+        self._rewritten = self._counted = 0
+
+    def close(self) -> None:
+        """End the thread, and with it all rollouts."""
+        if self._thread is None:
+            self._loop.close()
+            return
+        with suppress(Exception):  # a blocked loop does not come to it
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(_CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def take_rewritten(self) -> int:
+        """Turns since the last call whose conversation the chat template wrote anew."""
+        new, self._counted = self._rewritten - self._counted, self._rewritten
+        return new
+
+    async def play(self, request: Request, ask: Ask) -> list[Sample]:
+        """The rollouts that `request` asks for, one for each of its ids; called on the loop of `ask`.
+
+        Raises:
+            RolloutError, RejectedError: what `ask` raises in one of them.
+            BlockedLoopError: the environment keeps the event loop.
+        """
+        if self._thread is None:
+            self._start()
+        home = asyncio.get_running_loop()
+
+        async def far(one: Request) -> list[Reply]:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_ask(ask, one), home))
+
+        played = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._group(request, far), self._loop))
+        most = max(_LEAST_BLOCKED_SECONDS, self._of.limits.turn_seconds)
+        try:
+            while not (await asyncio.wait({played}, timeout=most / 4))[0]:
+                if time.monotonic() - self._beat > most:
+                    raise BlockedLoopError(self._blocked(most))
+            return played.result()
+        finally:
+            played.cancel()
+
+    # -- on the thread ------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._beat = time.monotonic()
+        self._loop.call_soon(self._tick)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="mcore_rl-environments", daemon=True
+        )
+        self._thread.start()
+
+    def _tick(self) -> None:
+        self._beat = time.monotonic()
+        self._loop.call_later(_BEAT_SECONDS, self._tick)
+
+    def _blocked(self, seconds: float) -> str:
+        assert self._thread is not None
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = traceback.extract_stack(frame) if frame is not None else []
+        where = f"it stands at {stack[-1].filename}:{stack[-1].lineno}; " if stack else ""
+        return (
+            f"environment.function {self._of.name} has kept the event loop of all rollouts for "
+            f"{seconds:g} s: {where}wait by `await` there, or call what waits by asyncio.to_thread"
+        )
+
+    async def _group(self, request: Request, ask: Ask) -> list[Sample]:
+        prompt = request.prompt
+        assert prompt is not None, "an environment is asked for by a prompt"
+        ones = [
+            Request([ids], [params], [rid])
+            for ids, params, rid in zip(request.prompts, request.sampling_params, request.rids, strict=True)
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._attempt(prompt, one, ask)) for one in ones]
+        except BaseExceptionGroup as errors:  # the first has ended the others
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _attempt(self, prompt: Prompt, request: Request, ask: Ask) -> Sample:
+        policy = Policy(prompt, request, ask, self._of.template, self._of.limits)
+        returned = await self._outcome(policy, prompt)
+        if policy.progress.broken is not None:
+            raise policy.progress.broken
+        self._note_rewritten(policy.dialogue.rewritten, prompt)
+        return self._sample(policy, prompt, request.rids[0], returned)
+
+    async def _outcome(self, policy: Policy, prompt: Prompt) -> Any:
+        """What the function returned, or the Void that it came to."""
+        task = asyncio.create_task(_guarded(self._of.function, policy, prompt))
+        deadlines = Deadlines(self._of.limits)
+        policy.progress.changed = lambda: deadlines.turn(waiting=policy.progress.generating == 0)
+        try:
+            await asyncio.wait({task, deadlines.passed}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return Void("raised", "raised CancelledError") if task.cancelled() else task.result()
+            return Void("timeout", deadlines.passed.result())
+        finally:
+            policy.progress.closed = True
+            deadlines.close()
+            await self._end(task)
+
+    async def _end(self, task: asyncio.Task[Any]) -> None:
+        if task.done():
+            return
+        task.cancel()
+        await asyncio.wait({task}, timeout=_GRACE_SECONDS)
+        if not task.done():
+            self._abandoned.add(task)
+            task.add_done_callback(self._abandoned.discard)
+
+    def _sample(self, policy: Policy, prompt: Prompt, id: str, returned: Any) -> Sample:
+        progress, segments = policy.progress, policy.recorder.segments(prompt)
+        reason = "length" if progress.limit else progress.finish_reason
+        if isinstance(returned, AbortedError):
+            reason, returned = "abort", None
+        elif not segments and not isinstance(returned, Void):
+            returned = _NO_TOKENS
+        if not segments:
+            nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+            segments = (Segment(prompt.token_array, *nothing, ()),)
+        sample = Sample(id, prompt, segments, progress.text, reason)
+        return sample if returned is None else with_outcome(sample, returned, self._of.weights)
+
+    def _note_rewritten(self, turns: int, prompt: Prompt) -> None:
+        if turns and not self._rewritten:
+            what = (
+                f"environment: the chat template writes earlier turns anew once a later one is there (first "
+                f"for prompt {short(prompt.id)}): such a turn begins another training sequence, counted in "
+                "environment/rewritten"
+            )
+            print(printable(what), file=sys.stderr, flush=True)
+        self._rewritten += turns
+
+
+def with_outcome(sample: Sample, returned: Any, weights: Mapping[str, float]) -> Sample:
+    """The sample with what an environment returned for it; void where that is no reward."""
+    if not isinstance(returned, Void):
+        try:
+            found = read_outcome(returned, sample, weights)
+        except RewardError as error:
+            returned = Void("returned", f"returned {error}")
+        except Exception as error:  # an object whose comparison or hash raises
+            returned = Void("returned", f"returned what cannot be read ({type(error).__name__})")
+        else:
+            return replace(sample, reward=found.reward, parts=found.parts, turn_rewards=found.turn_rewards)
+    why = returned.why or "returned Void"
+    return replace(sample, void=True, failure=(short(returned.reason), short(why)))
+
+
+async def _guarded(function: Callable[..., Any], policy: Policy, prompt: Prompt) -> Any:
+    """What the function returns, or what its exception means; only a cancellation passes."""
+    try:
+        return await function(policy, prompt)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # SystemExit too, which would end the thread
+        if _is(error, AbortedError):
+            return AbortedError()
+        # A client of the gateway has an exception of its own for a rollout that has had all its turns.
+        if policy.progress.limit or _is(error, LimitReached):
+            return 0.0
+        return Void("raised", f"raised {type(error).__name__}: {error}")
+
+
+def _is(error: BaseException, kind: type[Exception]) -> bool:
+    """Whether an exception is of that kind, or a group of such alone, as sub-agents in a TaskGroup raise."""
+    return isinstance(error, kind) or (isinstance(error, BaseExceptionGroup) and error.split(kind)[1] is None)
+
+
+async def _ask(ask: Ask, request: Request) -> list[Reply]:
+    return await ask(request)
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_GRACE_SECONDS)

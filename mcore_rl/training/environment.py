@@ -1,0 +1,50 @@
+"""Builds the environment of a run from its config."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from mcore_rl.config import Config
+from mcore_rl.environments.dialogue import ChatTemplate
+from mcore_rl.environments.load import load_environment, load_response
+from mcore_rl.environments.policy import RolloutLimits
+from mcore_rl.environments.run import Environment, Environments
+from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import read_hf_config
+from mcore_rl.training.data import row_format
+
+
+def check_environment(config: Config) -> None:
+    """Raises ConfigError where the environment of the config cannot be run, before anything is built."""
+    e = config.environment
+    if e.function is None:
+        return
+    load_environment(e.function, e.args)
+    load_response(e.response_template, None)
+    positions = read_hf_config(config.model.path).get("max_position_embeddings")
+    if positions is not None and e.max_tokens > positions:
+        raise ConfigError(
+            f"environment.max_tokens: {e.max_tokens}, and the model has {positions} positions; lower it"
+        )
+
+
+def build_environments(config: Config, tokenizer: PreTrainedTokenizerBase) -> Environments | None:
+    """What makes the rollouts of a lead, if the config has an environment; whoever builds it closes it.
+
+    Raises:
+        ConfigError: see check_environment.
+    """
+    e = config.environment
+    if e.function is None:
+        return None
+    response = load_response(e.response_template, getattr(tokenizer, "response_template", None))
+    rows = row_format(config, needs_label=False, trained=False)
+    return Environments(
+        Environment(
+            name=e.function,
+            function=load_environment(e.function, e.args),
+            template=ChatTemplate(tokenizer, rows.tools, config.data.chat_template_kwargs, response),
+            limits=RolloutLimits(e.max_turns, e.max_tokens, e.timeout, e.turn_timeout),
+            weights=config.reward.weights,
+        )
+    )
