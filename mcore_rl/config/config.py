@@ -60,7 +60,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
-        """The publish tolerances, where weights are published, are not those of float32 unless given."""
+        """Publish tolerances that are not given: not those of float32, where weights are published."""
         given = self.publish.model_fields_set
         wider = {name: None for name in ("tolerance_p999", "tolerance_max") if name not in given}
         if self.model.precision != "fp32" and self.samples_responses:
