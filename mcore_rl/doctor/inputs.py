@@ -26,8 +26,8 @@ from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
-from mcore_rl.weight_files import unread
 from mcore_rl.training.teachers import check_teachers
+from mcore_rl.weight_files import unread
 
 T = TypeVar("T")
 
