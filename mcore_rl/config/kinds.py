@@ -99,7 +99,7 @@ def keys_of_answers(kind: Kind, preference: PreferenceConfig) -> tuple[str, ...]
 
 
 def keys_of_one_name(kind: Kind, preference: PreferenceConfig, data: DataConfig) -> Iterator[str]:
-    """`data.key: what, remedy` for two keys that would read the same field of a row as two things."""
+    """`KEY: what, remedy` for two keys that would read the same field of a row as two things."""
     answers = keys_of_answers(kind, preference)
     if "completion_key" in answers:
         answers = (*answers, "label_key")
