@@ -163,7 +163,7 @@ def _data(config: Config) -> list[Finding]:
     findings += _overlap(read)
     if config.eval.sets:
         findings += guarded("eval.sets", lambda: _set_functions(config))
-    if not config.supervised_only and "data.train" in read:
+    if not config.trains_on_rows and "data.train" in read:
         findings += guarded("reward", lambda: check_reward(config, read["data.train"]))
         path = config.critic.path
         if path is not None:

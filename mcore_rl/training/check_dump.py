@@ -15,7 +15,7 @@ from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.model.hf.architecture import positions_of, read_architecture
 from mcore_rl.rollout.experts import check_experts
 from mcore_rl.terminal import quoted
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
 from mcore_rl.training.keep_rollouts import words_of
 from mcore_rl.types import ExpertLayers, Sample, Segment
 
@@ -28,7 +28,7 @@ class Trainable:
     """rows of the policy"""
     positions: int | None
     """tokens of its longest sequence, if it has a limit"""
-    shape: Shape
+    shape: Batching
     """how samples become micro-batches"""
     temperature: float
     max_staleness: int
@@ -39,7 +39,7 @@ class Trainable:
 
     @classmethod
     def of(
-        cls, config: Config, tokenizer: PreTrainedTokenizerBase, shape: Shape, experts: ExpertLayers | None
+        cls, config: Config, tokenizer: PreTrainedTokenizerBase, shape: Batching, experts: ExpertLayers | None
     ) -> Trainable:
         """Those of the run of a config."""
         return cls(

@@ -36,7 +36,7 @@ def response_of(config: Config, sampled: int | None = None) -> Response:
         ConfigError: the model's config.json cannot be read.
     """
     positions = positions_of(config.model.path)
-    supervised = config.supervised_only and sampled is None
+    supervised = config.trains_on_rows and sampled is None
     key = "rollout.max_new_tokens" if sampled is None else "the set's max_new_tokens"
     sampled = config.rollout.max_new_tokens if sampled is None else sampled
     limits = []
@@ -77,7 +77,7 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
         # a reward model alone reads none
         needs_label=needs_label_of(config) if needs_label is None else needs_label,
         trains_label=target == "label",
-        renders_label=target == "label" or (config.supervised_only and not trained),
+        renders_label=target == "label" or (config.trains_on_rows and not trained),
         apply_chat_template=data.apply_chat_template,
         last_assistant=data.last_assistant if target in (None, "label") else "continue",
         system=data.system,
@@ -151,7 +151,7 @@ def _tools(path: Path) -> Sequence[Any]:
 def check_batch(config: Config, prompts: PromptSet) -> None:
     """Raises DataError where the training file has fewer usable prompts than the run takes at once."""
     wanted, key = config.supervised.batch_size, "supervised.batch_size"
-    if not config.supervised_only:
+    if not config.trains_on_rows:
         wanted, key = config.rollout.prompts_per_step, "rollout.prompts_per_step"
         if config.rollout.max_staleness and config.rollout.over_sampling:
             wanted += config.rollout.over_sampling

@@ -15,7 +15,7 @@ from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.metrics import read
 from mcore_rl.training.model_passes import Update
 from mcore_rl.training.reference import ReferencePolicy, means_of, start_reference
@@ -92,7 +92,7 @@ def mismatched(own: Sequence[TokenSequence]) -> list[TokenSequence]:
 
 
 def reference_point(
-    model: Model, shape: Shape, others: Sequence[TokenSequence], reference: Sequence[float]
+    model: Model, shape: Batching, others: Sequence[TokenSequence], reference: Sequence[float]
 ) -> float:
     """KTO's z0: the mean over mismatched sequences of log pi / pi_ref, of the whole batch; collective."""
     policy = means_of(model, shape, others)
@@ -127,7 +127,7 @@ def constants(
 
 def preference_update(
     optimizer: Optimizer,
-    shape: Shape,
+    shape: Batching,
     loss: PairLoss | VerdictLoss,
     rows: Sequence[Example],
     fields: Mapping[str, Sequence[float]],
@@ -149,7 +149,7 @@ def preference_update(
 
 def validate_preference(
     policy: Model,
-    shape: Shape,
+    shape: Batching,
     loss: PairLoss | VerdictLoss,
     known: Sequence[float],
     rows: Sequence[Example],

@@ -11,12 +11,12 @@ import pytest
 from mcore_rl.dumps.directory import read_step
 from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, DataError
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
 from mcore_rl.training.check_dump import Trainable, check_dump
 from tests.dumps.support import WORDS, step_of_run, write
 
 PLACE = Path("step_4.npz")
-SHAPE = Shape(1, 64, 8, lambda lengths: np.asarray(lengths, float), align=1)
+SHAPE = Batching(1, 64, 8, lambda lengths: np.asarray(lengths, float), align=1)
 FIT = Trainable(
     vocabulary=300,
     positions=64,
