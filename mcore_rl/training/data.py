@@ -54,9 +54,11 @@ def response_of(config: Config, sampled: int | None = None) -> Response:
         p, m, budget = config.parallel, config.model, config.train.tokens_per_micro_batch
         tokens = token_multiple(m.precision, m.fp8_recipe)
         align = packed_multiple(p.tensor, p.context, tokens, sequence=p.sequence)
-        what = f"a micro-batch has room for {budget // align * align} (train.tokens_per_micro_batch)"
+        room = budget // align * align
+        what = f"a micro-batch has room for {room} (train.tokens_per_micro_batch)"
         remedy = "raise train.tokens_per_micro_batch"
-        limits.append(Limit(budget // align * align, what, remedy, align, together=True))
+        behind = int(config.run.kind == "reward_model")  # a score is a row of its own behind its sequence
+        limits.append(Limit(room, what, remedy, align, together=True, behind=behind))
     return Response(None if supervised else sampled, limits)
 
 

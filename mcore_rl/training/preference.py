@@ -12,6 +12,7 @@ from mcore_rl.config import Config
 from mcore_rl.config.rows import PreferenceConfig
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
+from mcore_rl.errors import DataError
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
@@ -96,7 +97,15 @@ def mismatched(own: Sequence[TokenSequence], longest: int) -> list[TokenSequence
 
     An answer ends where the sequence has `longest` tokens: the rows fit, the longest prompt with the longest
     answer may not. It keeps a token at least, as its prompt has room for an answer of its own.
+
+    Raises:
+        DataError: there is one row, which has no next one.
     """
+    if len(own) == 1:  # a batch has two by the rules of the config
+        raise DataError(
+            "data.validation: one row, and kto asks of its prompt with the answer of another row; give two "
+            "or more (train.eval_samples), or drop it"
+        )
     return [
         _of_length(TokenSequence(one.prompt, other.response, other.loss_mask), longest)
         for one, other in zip(own, [*own[1:], *own[:1]], strict=True)

@@ -13,6 +13,7 @@ from mcore_rl.algo import preference
 from mcore_rl.algo.sequences import PairLoss, ScoreLoss, Sequences, VerdictLoss
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence, pack
+from mcore_rl.errors import DataError
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training import reward_model
 from mcore_rl.training.metrics import read
@@ -134,6 +135,13 @@ def test_the_longest_prompt_with_the_longest_answer_is_cut_to_what_fits() -> Non
     assert (len(long), len(short)) == (14, 2)
     assert (long.response, long.loss_mask) == (list(range(5)), mask[:5])
     assert [len(one) for one in mismatched(own, 10)] == [10, 2], "a token of the answer is left"
+
+
+def test_one_row_has_no_other_answer() -> None:
+    one = [TokenSequence([1], [2])]
+    assert len(mismatched(one * 2, 9)) == 2
+    with pytest.raises(DataError, match=r"data\.validation: one row"):
+        mismatched(one, 9)
 
 
 def calibration(differences: list[float]) -> dict[str, float]:
