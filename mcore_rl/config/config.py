@@ -120,7 +120,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if config.run.kind == "rl":
         yield from _against_algorithm(config)
-    yield from wrong_of_kind(config.run.kind, config.preference, config.distill, config.residency.reference)
+    of_kind = (config.preference, config.distill, config.supervised, config.residency.reference)
+    yield from wrong_of_kind(config.run.kind, *of_kind)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)
