@@ -167,6 +167,8 @@ class Progress:
     SHOWN: Mapping[str, str] = {
         "reward/mean": "reward",
         "loss/policy": "loss",
+        "loss/reward_model": "loss",
+        "preference/accuracy": "accuracy",
         "kl/rollout": "kl",
         "clip/fraction": "clipped",
     }
@@ -184,9 +186,9 @@ class Progress:
         over_long = metrics.get("data/train/passed_over")
         shown += [] if over_long is None else [f"over-long {float(over_long):.0f}"]
         held_out = [
-            f"{' '.join(key.split('/')[1:])} {float(value):.3f}{_of_how_many(key, metrics)}"
+            f"{' '.join(key.removeprefix('eval/').split('/'))} {float(value):.3f}{_of_how_many(key, metrics)}"
             for key, value in metrics.items()
-            if key.startswith("eval/") and key.endswith(("/accuracy", "/reward", "/loss"))
+            if key.startswith(("eval/", "validation/")) and key.endswith(("/accuracy", "/reward", "/loss"))
         ]
         left = f"time left {clock((self._steps - step) * pace)}"
         return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, f"{pace:.1f} s/step", left])

@@ -166,6 +166,13 @@ def test_the_line_of_progress():
     assert line == (
         "step 12/60  reward 0.7123  loss -0.00213  held_out accuracy 0.500  1.5 s/step  time left 1:12"
     )
+    pairs = {"loss/reward_model": 0.3, "preference/accuracy": 0.75, "preference/margin": 1.0}
+    held_out = {"validation/loss": 0.4, "validation/accuracy": 0.625, "validation/margin": 0.5}
+    line = Progress(4).line(3, {**pairs, **held_out, "time/step": 1.0})
+    assert line == (
+        "step 3/4  loss 0.3  accuracy 0.75  validation loss 0.400  validation accuracy 0.625  "
+        "1.0 s/step  time left 0:01"
+    )
 
 
 def test_clock():

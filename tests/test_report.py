@@ -25,7 +25,7 @@ from mcore_rl.report.page import render
 from mcore_rl.report.picture import picture
 from mcore_rl.report.plots import SECTIONS, draw_sections
 from mcore_rl.report.runs import read_runs
-from mcore_rl.report.summary import duration, headline, text_table
+from mcore_rl.report.summary import duration, headline, key_settings, text_table
 from mcore_rl.report.svg import (
     LABEL,
     Axis,
@@ -282,6 +282,20 @@ def test_summary_numbers(run_dir: Path) -> None:
     assert tiles["Wall time"].value == "38 s"
     assert tiles["Response tokens"].value == "3\u202f000"
     assert [duration(s) for s in (41.2, 125, 12_000)] == ["41 s", "2 min 05 s", "3 h 20 min"]
+
+
+def test_a_run_without_rollouts_says_its_kind_and_what_validation_came_to(tmp_path: Path) -> None:
+    steps = [{"step": n, "tokens": 9, "validation/loss": 1 / n, "validation/accuracy": n / 4} for n in (1, 2)]
+    run = write_run(tmp_path / "run", steps)
+    settings = '[run]\nkind = "preference"\n[supervised]\nbatch_size = 16\n'
+    (run / "resolved.toml").write_text(settings)
+    (read,) = read_runs([run])
+    tiles = {fact.label: fact.value for fact in headline(read)}
+    assert tiles["Validation accuracy"] == "0.250 \u2192 0.500"
+    assert tiles["Validation loss"] == "1.000 \u2192 0.500"
+    assert tiles["Trained tokens"] == "18"
+    assert key_settings(read.settings) == [("Kind", "preference"), ("Batch", "16 rows")]
+    assert list(charts(write_report([run]).read_text()))[:2] == ["Validation accuracy", "Validation loss"]
 
 
 def test_held_out_accuracy_says_of_how_many_and_dropped_prompts_have_a_tile(tmp_path: Path) -> None:

@@ -73,9 +73,11 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 
 def without_last_answer(
-    place: str, messages: Sequence[Message], rule: LastAssistant
+    place: str, messages: Sequence[Message], rule: LastAssistant, *, trained: bool = False
 ) -> tuple[Sequence[Message], str | None]:
     """(the messages up to where the assistant answers, what it said in a turn that was dropped).
+
+    `trained`: the label behind the messages is trained on, which the error's remedy depends on.
 
     Raises:
         DataError: the conversation ends with the assistant's turn and `rule` is `refuse`, or nothing but such
@@ -84,9 +86,14 @@ def without_last_answer(
     if messages[-1]["role"] != "assistant" or rule == "continue":
         return messages, None
     if rule == "refuse":
+        whole = (
+            'set supervised.target to "all" or "last" to train on the conversation\'s own turns, '
+            if trained
+            else ""
+        )
         raise DataError(
             f"{place}[{len(messages) - 1}]: ends with the assistant's turn, and the response would be one "
-            'more; take the turn out, or set data.last_assistant to "drop" or "continue"'
+            f'more; {whole}take the turn out, or set data.last_assistant to "drop" or "continue"'
         )
     before = list(messages)
     while before and before[-1]["role"] == "assistant":

@@ -188,7 +188,9 @@ class RowReader:
         system = record.get("system")
         if system is not None and not isinstance(system, str):
             raise DataError(f"{place}:system: a {kind(system)}; expected a string (quote it)")
-        messages, answer = without_last_answer(where, messages, form.last_assistant)
+        messages, answer = without_last_answer(
+            where, messages, form.last_assistant, trained=form.trains_label
+        )
         tools = read_tools(f"{place}:tools", record.get("tools"))
         own = read_template_kwargs(f"{place}:chat_template_kwargs", record.get("chat_template_kwargs"))
         return _Chat(

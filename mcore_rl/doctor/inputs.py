@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
-from mcore_rl.data.chat import render
+from mcore_rl.data.chat import is_read, render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.doctor.rewards import check_reward, classifier
+from mcore_rl.environments.tools import CALL_TOOLS
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import left_out
@@ -161,6 +162,8 @@ def _data(config: Config) -> list[Finding]:
         key = key_of(config, name)
         findings += guarded(key, lambda key=key, one=one, its=settings: examine(key, one.path, **its))
     findings += _overlap(read)
+    if config.environment.function is not None and not config.supervised_only:
+        findings += guarded("environment", lambda: _environment(config, tokenizer))
     if config.eval.sets:
         findings += guarded("eval.sets", lambda: _set_functions(config))
     if not config.trains_on_rows and "data.train" in read:
@@ -187,8 +190,23 @@ def _curriculum(config: Config, found: PromptSet) -> Iterable[Finding]:
 def _set_functions(config: Config) -> Iterable[Finding]:
     """None; raises for a reward or an answer function that is not there."""
     load_set_functions(config)
-    check_environment(config)
     return ()
+
+
+def _environment(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
+    """Whether it can be run, and whether the model can see and make calls where there are tools."""
+    check_environment(config)
+    e = config.environment
+    if e.function != CALL_TOOLS or not e.args["tools"]:
+        yield Finding("environment", "ok", f"{e.function} is there")
+        return
+    if not is_read("tools", tokenizer):
+        what = "the chat template has no word of tools: the model is not told of them"
+        yield Finding("environment", "warning", what, "use a template that writes `tools`")
+    if e.response_template is None and getattr(tokenizer, "response_template", None) is None:
+        what = "the tokenizer has no response template: every response is text, and no tool is ever called"
+        yield Finding("environment", "warning", what, "name one as environment.response_template")
+    yield Finding("environment", "ok", f"{e.function} and {len(e.args['tools'])} tools are there")
 
 
 def _overlap(read: Mapping[str, PromptSet]) -> list[Finding]:

@@ -28,6 +28,8 @@ from mcore_rl.types import Prompt
 
 MOST_CALLS = 32
 """in one turn; the others get an error"""
+CALL_TOOLS = f"{__name__}:call_tools"
+"""`environment.function` of this environment"""
 _PLACE = "environment.args.tools"
 
 
@@ -79,14 +81,20 @@ def as_text(answer: Any) -> str:
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
 
 
-@lru_cache(maxsize=16)
-def load_tools(names: tuple[str, ...]) -> Toolbox:
+def load_tools(names: Sequence[str]) -> Toolbox:
     """The functions that `module:function` name, with schemas from their signatures and docstrings.
 
     Raises:
-        ConfigError: one does not exist, has the name of another, or its signature makes no schema: every
-            argument needs a type, and a line under `Args:` in the docstring.
+        ConfigError: the names are no list of strings, or one does not exist, has the name of another, or its
+            signature makes no schema: every argument needs a type, and a line under `Args:` in the docstring.
     """
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'{_PLACE}: {short(str(names))} is no list; write ["module:function", ...]')
+    return _loaded(tuple(names))
+
+
+@lru_cache(maxsize=16)
+def _loaded(names: tuple[str, ...]) -> Toolbox:
     functions: dict[str, Callable[..., Any]] = {}
     schemas = []
     for name in names:
@@ -115,7 +123,7 @@ async def call_tools(
     tool_characters: int = 10_000,
 ) -> None:
     """One rollout: turns with calls, all of a turn at once, until one has none or is cut."""
-    toolbox = load_tools(tuple(tools))
+    toolbox = load_tools(tools)
     messages: list[Mapping[str, Any]] = [*prompt.messages] or [{"role": "user", "content": prompt.text}]
     while True:
         turn = await policy.generate(messages, tools=toolbox.schemas)

@@ -360,8 +360,11 @@ def _differences(config: Config, tiny: Config) -> Iterator[str]:
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_experts")
     changed = [f"{name} {big[name]} -> {small[name]}" for name in sizes if name in big]
     yield f"a tiny {big['model_type']} with random weights: {', '.join(changed)}"
-    reward = "a tiny reward model" if tiny.reward.model else "exact-match reward"
-    yield f"rollouts from the embedded server on this machine, sums of two digits, {reward}"
+    if tiny.samples_responses:
+        reward = "a tiny reward model" if tiny.reward.model else "exact-match reward"
+        yield f"rollouts from the embedded server on this machine, sums of two digits, {reward}"
+    else:
+        yield "rows of sums of two digits in the place of data.train, no rollouts"
     for section, value in tiny:
         for key, now in value:
             then = getattr(getattr(config, section), key)

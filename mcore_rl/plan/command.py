@@ -85,10 +85,11 @@ def plan(
     if isinstance(outcome, LayoutError):
         raise outcome
     if not outcome.fits:
+        recompute = 'set train.recompute = "full", ' if config.train.recompute == "none" else ""
         raise LayoutError(
             f"[parallel] of {path} leaves {outcome.spare:.0%} of {gpu_memory:g} GiB, and "
-            f"{ENOUGH_SPARE:.0%} are wanted; take one of the layouts above that fit, or lower "
-            "train.tokens_per_micro_batch"
+            f"{ENOUGH_SPARE:.0%} are wanted; {recompute}take one of the layouts above that fit, "
+            "or lower train.tokens_per_micro_batch"
         )
     return 0
 

@@ -70,8 +70,14 @@ SECTIONS: Mapping[str, Sequence[Plot]] = {
             dots=True,
         ),
         Plot(
-            "Held-out loss",
-            "The loss on `data.validation`, which is not trained",
+            "Validation accuracy",
+            "Share of the pairs of data.validation that are ranked as they are",
+            (("validation/accuracy", "accuracy"),),
+            dots=True,
+        ),
+        Plot(
+            "Validation loss",
+            "On data.validation, which is not trained",
             (("validation/loss", "loss"),),
             dots=True,
         ),

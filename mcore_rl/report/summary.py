@@ -35,6 +35,7 @@ def headline(run: RunData) -> list[Fact]:
         for what in ("accuracy", "reward")
         for key, suffix in _held_out(run, what)
     ]
+    found += [_change(run, f"validation/{what}", f"Validation {what}") for what in ("accuracy", "loss")]
     found += [_change(run, "reward/mean", "Reward", average=10)]
     found += [_steps(run), _wall(run), _tokens(run), _agreement(run), *_dropped(run)]
     return [fact for fact in found if fact]
@@ -57,12 +58,16 @@ def key_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     degrees = [f"{short} {degree:g}" for short, degree in known.items() if degree and degree > 1]
     sequence = ["SP"] if get("parallel.sequence") else []
     per_step, group = get("rollout.prompts_per_step"), get("rollout.samples_per_prompt")
+    batch = f"{per_step} prompts \u00d7 {group}" if per_step and group else ""
+    if rows := get("supervised.batch_size"):
+        batch = f"{rows} rows"
     rate = number(get("optimizer.lr"))
     found = {
+        "Kind": str(get("run.kind", "")),
         "Algorithm": str(get("algorithm.name", "")),
         "Model": str(get("model.path", "")).rstrip("/").rsplit("/", 1)[-1],
         "Layout": " \u00b7 ".join(degrees + sequence),
-        "Batch": f"{per_step} prompts \u00d7 {group}" if per_step and group else "",
+        "Batch": batch,
         "Mini-batches": str(get("algorithm.mini_batches", "")),
         "Learning rate": "" if rate is None else format_number(rate),
         "Temperature": str(get("rollout.temperature", "")),
@@ -152,7 +157,8 @@ def _wall(run: RunData) -> Fact | None:
 def _tokens(run: RunData) -> Fact | None:
     tokens, seconds = sum(run.values("tokens")), sum(run.values("time/step"))
     rate = f"{format_number(tokens / seconds)}/s" if seconds else "in all steps"
-    return Fact("Response tokens", format_number(tokens), rate) if tokens else None
+    what = "Response tokens" if run.settings.get("run.kind", "rl") == "rl" else "Trained tokens"
+    return Fact(what, format_number(tokens), rate) if tokens else None
 
 
 def _agreement(run: RunData) -> Fact | None:

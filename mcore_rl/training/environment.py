@@ -9,6 +9,7 @@ from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.load import load_environment, load_response
 from mcore_rl.environments.policy import RolloutLimits
 from mcore_rl.environments.run import Environment, Environments
+from mcore_rl.environments.tools import CALL_TOOLS, load_tools
 from mcore_rl.errors import ConfigError
 from mcore_rl.training.data import fewest_positions, row_format
 
@@ -19,6 +20,8 @@ def check_environment(config: Config) -> None:
     if e.function is None:
         return
     load_environment(e.function, e.args)
+    if e.function == CALL_TOOLS:
+        load_tools(e.args["tools"])
     load_response(e.response_template, None)
     fewest = fewest_positions(config)
     if fewest is not None and e.max_tokens > fewest[0]:

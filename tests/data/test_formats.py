@@ -187,6 +187,8 @@ def test_the_last_turn_of_the_assistant_is_refused_dropped_or_continued(read):
     rows = [{"prompt": [*user("1"), {"role": "assistant", "content": "2"}], "label": "3"}]
     with pytest.raises(DataError, match="ends with the assistant's turn"):
         read(rows)
+    with pytest.raises(DataError, match=r'set supervised.target to "all" or "last"'):
+        read(rows, trains_label=True)
     assert [(p.text, p.label) for p in read(rows, last_assistant="drop")] == [("1a", "3")]
     assert read([{"prompt": rows[0]["prompt"]}], last_assistant="drop")[0].label == "2"
     assert [p.text for p in read(rows, last_assistant="continue")] == ["1-2"]

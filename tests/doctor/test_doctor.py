@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl.__main__ import main
 from mcore_rl.doctor.storage import check_disk
+from mcore_rl.environments.tools import CALL_TOOLS
 from mcore_rl.rollout.processes import Embedded, LocalServer
 
 ROOT = Path(__file__).parents[2]
@@ -318,6 +319,26 @@ def test_rewards_are_tried_as_a_run_tries_them(
     (found, *_) = [finding for finding in findings if finding["check"] == "reward"]
     assert found["level"] == level
     assert re.search(said, found["what"])
+
+
+@pytest.mark.parametrize(
+    ("function", "tools", "said"),
+    [
+        ("mcore_rl.environments.tools:gone", None, ["has no gone"]),
+        (CALL_TOOLS, "math:gone", ["has no gone"]),
+        (CALL_TOOLS, "examples.calculator:calculate", ["no word of tools", "no response template"]),
+    ],
+)
+def test_an_environment_that_cannot_be_played_is_found(
+    capsys, setting: Setting, function: str, tools: str | None, said: list[str]
+) -> None:
+    setting.edit("tokenizer_config.json", chat_template="{{ messages[0].content }}")
+    flags = () if tools is None else ("--environment.args.tools", f'["{tools}"]')
+    small = ("--data.max_prompt_tokens", "16", "--environment.max_tokens", "64")
+    _, findings = doctor(capsys, setting.config, "--environment.function", function, *small, *flags)
+    found = [finding for finding in bad(findings) if finding["check"] == "environment"]
+    assert all(what in finding["what"] for what, finding in zip(said, found, strict=True))
+    assert all(finding["remedy"] for finding in found)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -8,6 +8,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,11 +136,14 @@ def test_a_model_that_calls_for_ever_meets_its_limit() -> None:
         ([f"{HERE}:add", f"{HERE}:add"], "two tools are called add"),
         ([f"{HERE}:gone"], "has no gone"),
         (["add"], "not of the form"),
+        (f"{HERE}:add", "is no list; write"),
+        ([3], "is no list; write"),
+        (3, "is no list; write"),
     ],
 )
-def test_a_tool_that_cannot_be_one_is_named(names: list[str], what: str) -> None:
+def test_a_tool_that_cannot_be_one_is_named(names: Any, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        load_tools(tuple(names))
+        load_tools(names)
 
 
 def test_an_environment_that_cannot_be_one_is_named(tmp_path: Path) -> None:
