@@ -162,7 +162,7 @@ def _data(config: Config) -> list[Finding]:
         key = key_of(config, name)
         findings += guarded(key, lambda key=key, one=one, its=settings: examine(key, one.path, **its))
     findings += _overlap(read)
-    if config.environment.function is not None and not config.supervised_only:
+    if config.environment.function is not None and not config.trains_on_rows:
         findings += guarded("environment", lambda: _environment(config, tokenizer))
     if config.eval.sets:
         findings += guarded("eval.sets", lambda: _set_functions(config))
