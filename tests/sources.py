@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("mcore_rl", "examples", "tools", "benchmarks", "tests")
 
 
+@cache  # most gates read the same rooms
 def modules(*rooms: str) -> dict[str, ast.Module]:
     """Path relative to the root -> syntax tree, of every Python file under `rooms` (all by default)."""
     found = {room: sorted((ROOT / room).rglob("*.py")) for room in rooms or ROOMS}

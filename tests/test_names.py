@@ -71,18 +71,16 @@ def dead_references(path: str, tree: ast.AST, defined: Mapping[str, frozenset[st
     Keys of the configuration and files look alike: they are left.
     """
     packages = {name.partition(".")[0] for name in defined} - VARIABLES
-    texts = (
-        node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    )
+    said = (n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
     problems = []
-    for node in texts:
+    for node in said:
         for found in DOTTED.findall(str(node.value.value)):
-            module = max(
-                (name for name in defined if f"{found}.".startswith(f"{name}.")), key=len, default=""
-            )
-            rest = found[len(module) + 1 :].split(".")
-            known = module and (found == module or set(rest) <= defined[module])
-            if found.partition(".")[0] in packages and not (known or found in KEYS or found.endswith(FILES)):
+            parts = found.split(".")
+            if parts[0] not in packages or found in KEYS or found.endswith(FILES):
+                continue
+            prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+            module = next((name for name in prefixes if name in defined), "")
+            if not module or not set(parts[module.count(".") + 1 :]) <= defined[module]:
                 problems.append(f"{path}:{node.lineno}: there is no {found}")
     return problems
 
