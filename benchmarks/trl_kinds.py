@@ -105,7 +105,7 @@ def train_ours(task: Mapping[str, Any], kind: str) -> None:
             if kind == "sft":
                 update = supervised.supervised_update(optimizer, shape, batch, step)
             else:
-                fields = preference.score(loss, reference, residency, batch)
+                fields = preference.score(loss, reference, residency, batch, shape.tokens_per_micro_batch)
                 update = preference.preference_update(optimizer, shape, loss, batch, fields, step)
             run_update(update, residency, lambda update: "")
             if step == 0:

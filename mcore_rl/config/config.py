@@ -89,10 +89,10 @@ class Config(Section):
     @property
     def samples_responses(self) -> bool:
         """Servers are needed: to train on rollouts, or to evaluate."""
-        return not self.supervised_only or bool(self.held_out)
+        return not self.trains_on_rows or bool(self.held_out)
 
     @property
-    def supervised_only(self) -> bool:
+    def trains_on_rows(self) -> bool:
         """No rollouts: the data has what is trained on."""
         return self.run.kind != "rl" and not self.distills_samples
 
@@ -120,7 +120,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if config.run.kind == "rl":
         yield from _against_algorithm(config)
-    yield from wrong_of_kind(config.run.kind, config.preference, config.distill, config.residency.reference)
+    of_kind = (config.preference, config.distill, config.supervised, config.residency.reference)
+    yield from wrong_of_kind(config.run.kind, *of_kind)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)
@@ -156,7 +157,7 @@ def _of_data(config: Config) -> Iterator[str]:
         )
     if len(data.weights) == 1 == len(data.train):
         yield "data.weights: has no effect on one path; remove it"
-    reads_rows = config.run.kind in ("sft", "distill") and config.supervised_only
+    reads_rows = config.run.kind in ("sft", "distill") and config.trains_on_rows
     trains_labels = reads_rows and config.supervised.target == "label"
     if trains_labels and not data.label_key and data.last_assistant != "drop":
         yield (
@@ -398,7 +399,7 @@ def _unused_of_training(config: Config) -> Mapping[str, str]:
         keys += ("rollout.max_staleness", "rollout.dynamic_sampling", "data.curriculum", "rollout.dump")
         keys += ("reward.model", "rollout.routing_replay", "publish.mismatch_action")
         unused |= dict.fromkeys(keys, f'run.kind is "{config.run.kind}"')
-    if config.supervised_only:
+    if config.trains_on_rows:
         keys = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "residency.servers")
         unused |= dict.fromkeys(keys, f'run.kind is "{config.run.kind}", and trains on rows as they are')
         if not config.held_out:

@@ -113,13 +113,19 @@ def keys_of_one_name(kind: Kind, preference: PreferenceConfig, data: DataConfig)
 
 
 def wrong_of_kind(
-    kind: Kind, preference: PreferenceConfig, distill: DistillConfig, reference: str
+    kind: Kind,
+    preference: PreferenceConfig,
+    distill: DistillConfig,
+    supervised: SupervisedConfig,
+    reference: str,
 ) -> Iterator[str]:
     """`section.key: what, remedy` for what cannot go together in training on rows as they are.
 
     Args:
         reference: residency.reference.
     """
+    if kind == "preference" and preference.loss == "kto" and supervised.batch_size < 2:
+        yield "supervised.batch_size: kto asks of a prompt with the answer of another row; set 2 or more"
     if reference == "kept" and kind == "rl":
         yield 'residency.reference: "kept" takes rows that are known before; set "swapped", or drop it'
     if reference == "kept" and kind == "preference" and preference.loss == "kto":

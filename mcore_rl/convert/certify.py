@@ -17,7 +17,7 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import spawn
-from mcore_rl.training.batch import Shape, align_of, pack_share
+from mcore_rl.training.batch import Batching, align_of, pack_share
 
 LENGTHS = (64, 33, 17, 2)
 """tokens per sequence"""
@@ -81,7 +81,7 @@ def _by_megatron(config: Path, directory: Path, rows: list[list[int]]) -> np.nda
     mesh = build_mesh(Layout(), timeout=DEADLINE)
     try:
         model = build_logits(config, mesh, weights=directory)
-        shape = Shape(1, sum(LENGTHS), max(LENGTHS), lambda n: np.asarray(n, float), align_of(mesh))
+        shape = Batching(1, sum(LENGTHS), max(LENGTHS), lambda n: np.asarray(n, float), align_of(mesh))
         sequences = [TokenSequence(row[:1], row[1:]) for row in rows]
         starts = np.cumsum([0, *LENGTHS[:-1]]) - np.arange(len(LENGTHS))
         number = [start + np.arange(len(row) - 1.0) for start, row in zip(starts, rows, strict=True)]

@@ -288,6 +288,8 @@ class Limit:
     """a sequence is padded to a multiple of it"""
     together: bool = False
     """both answers of a pair count, with their prompts and their padding"""
+    behind: int = 0
+    """tokens that every sequence needs room for besides"""
 
 
 _FOLLOWS: Mapping[Target, tuple[str, ...]] = {
@@ -304,7 +306,8 @@ def check_example(place: str, example: Example, limits: Sequence[Limit], form: E
     keys = {"label": (form.label_key,), "pair": (form.chosen_key, form.rejected_key)}
     keys["verdict"] = (form.completion_key,)
     for limit in limits:
-        lengths = [-(-len(sequence) // limit.align) * limit.align for sequence in example.sequences]
+        whole = [len(sequence) + limit.behind for sequence in example.sequences]
+        lengths = [-(-tokens // limit.align) * limit.align for tokens in whole]
         if limit.together and len(lengths) > 1 and sum(lengths) > limit.tokens:
             raise DataError(
                 f"{place}: both answers of {quoted(example.id)} make {sum(lengths)} tokens with their "

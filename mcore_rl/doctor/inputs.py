@@ -162,11 +162,11 @@ def _data(config: Config) -> list[Finding]:
         key = key_of(config, name)
         findings += guarded(key, lambda key=key, one=one, its=settings: examine(key, one.path, **its))
     findings += _overlap(read)
-    if config.environment.function is not None and not config.supervised_only:
+    if config.environment.function is not None and not config.trains_on_rows:
         findings += guarded("environment", lambda: _environment(config, tokenizer))
     if config.eval.sets:
         findings += guarded("eval.sets", lambda: _set_functions(config))
-    if not config.supervised_only and "data.train" in read:
+    if not config.trains_on_rows and "data.train" in read:
         findings += guarded("reward", lambda: check_reward(config, read["data.train"]))
         path = config.critic.path
         if path is not None:

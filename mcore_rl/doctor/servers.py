@@ -19,7 +19,7 @@ PROBE_SECONDS = 10.0
 
 def check_servers(config: Config) -> list[Finding]:
     """A finding per server, or that the run starts its own."""
-    if config.supervised_only:
+    if config.trains_on_rows:
         return []
     python = config.rollout.python
     if python is not None and shutil.which(python) is None:

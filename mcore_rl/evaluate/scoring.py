@@ -13,7 +13,7 @@ from mcore_rl.training.assemble_rollouts import reward_pool
 from mcore_rl.training.evaluation_sets import EvalSet
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.sample_only import process_alone
-from mcore_rl.training.setup import shape_of
+from mcore_rl.training.setup import batching_of
 from mcore_rl.types import Group
 
 Score = Callable[[Sequence[Group]], Sequence[Group]]
@@ -31,7 +31,7 @@ def scoring_model(config: Config, sets: Sequence[EvalSet]) -> Iterator[Score | N
         yield None
         return
     with process_alone(config) as mesh, reward_pool(config) as unused:
-        model, shape = build_frozen_reward_model(config, mesh), shape_of(config, mesh)
+        model, shape = build_frozen_reward_model(config, mesh), batching_of(config, mesh)
         assert model is not None
         r = config.reward
         yield RewardSource(mesh, unused, r.function, r.max_void, model, shape, Residency({})).by_model

@@ -21,6 +21,7 @@ from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
 from mcore_rl.log import append_event
+from mcore_rl.training.dump_directories import check_directory, check_source, doubts_of_source
 from mcore_rl.training.faults.deadline import ExitTimer
 from mcore_rl.training.faults.exits import (
     append,
@@ -37,7 +38,6 @@ from mcore_rl.training.faults.exits import (
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS, collective_timeout
 from mcore_rl.training.rundir import held, root_of, warn_of_others
-from mcore_rl.training.sampled import check_directory, check_source, doubts_of_source
 from mcore_rl.weight_files import unread
 
 

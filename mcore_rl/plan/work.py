@@ -109,7 +109,7 @@ def work_of(
         segments: mean number of training sequences of a sample; one, where it is not given.
     """
     r, a = config.rollout, config.algorithm
-    supervised, rl = config.supervised_only, config.run.kind == "rl"
+    supervised, rl = config.trains_on_rows, config.run.kind == "rl"
     algorithm = configure(a.name, a.params, a.loss) if rl else ALGORITHMS["grpo"]
     reward = config.reward.model if rl else None
     critic = (config.critic.path or config.model.path) if rl and algorithm.needs_critic else None

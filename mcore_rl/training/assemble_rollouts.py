@@ -29,8 +29,8 @@ from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
-from mcore_rl.training.requests import Bounds, Sampling, open_requests
-from mcore_rl.training.rewards import RewardSource, Tally, reward_functions, reward_title
+from mcore_rl.training.requests import RolloutSizes, Sampling, open_requests
+from mcore_rl.training.rewards import RewardCounts, RewardSource, reward_functions, reward_title
 from mcore_rl.training.rundir import open_samples, published_to
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
@@ -78,7 +78,7 @@ def build_sampling(
         requests,
         source=source,
         rewards=rewards,
-        bounds=bounds_of(config),
+        sizes=sizes_of(config),
         sampling=sampling,
         timers=trainer.timers,
         reached=trainer.attempt.reached,
@@ -120,7 +120,7 @@ def _source_of(config: Config, rewards: RewardSource, function: str | None, stac
     if function is None or (rewards.model is None and function == rewards.function):
         return rewards
     pool = stack.enter_context(reward_pool(config, function))
-    return replace(rewards, pool=pool, function=function, model=None, tally=Tally(), weights={})
+    return replace(rewards, pool=pool, function=function, model=None, tally=RewardCounts(), weights={})
 
 
 def connect(
@@ -131,7 +131,7 @@ def connect(
     environments = build_environments(config, tokenizer) if mesh.is_replica_lead else None
     if environments is not None:
         stack.callback(environments.close)
-    requests = open_requests(mesh, servers.fleet, bounds_of(config), timeout, environments)
+    requests = open_requests(mesh, servers.fleet, sizes_of(config), timeout, environments)
     if requests is not None:
         stack.callback(requests.close)
     return requests
@@ -163,10 +163,10 @@ def replayed_experts(config: Config) -> ExpertLayers | None:
     return ExpertLayers(arch.experts.count, arch.experts.per_token, arch.experts.sparse_layers)
 
 
-def bounds_of(config: Config) -> Bounds:
+def sizes_of(config: Config) -> RolloutSizes:
     """What [rollout] says of how much is generated."""
     r, a = config.rollout, config.algorithm
-    return Bounds(
+    return RolloutSizes(
         steps=config.train.steps,
         groups=r.prompts_per_step,
         samples=r.samples_per_prompt,

@@ -50,7 +50,7 @@ def build_batch(groups: Sequence[Group]) -> RolloutBatch:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Batching:
     """How samples become micro-batches; numbers of the run, not of a step."""
 
     mini_batches: int
@@ -77,7 +77,7 @@ def pack_mini_batch(
     batch: RolloutBatch,
     members: np.ndarray,
     algorithm: Algorithm,
-    shape: Shape,
+    shape: Batching,
     mesh: Mesh,
     fields: Mapping[str, PerSample],
 ) -> list[PackedBatch]:
@@ -112,7 +112,7 @@ def pack_mini_batch(
     return pack_share(sequences, rows, shape, mesh)
 
 
-def has_loss(sample: Sample, shape: Shape) -> bool:
+def has_loss(sample: Sample, shape: Batching) -> bool:
     """Whether the tokens of a sample are in the loss."""
     return not (shape.overlong_filter and sample.truncated)
 
@@ -164,7 +164,7 @@ def whole_sequence(sample: Sample) -> list[int]:
 def pack_share(
     sequences: Sequence[TokenSequence],
     fields: Mapping[str, Sequence],
-    shape: Shape,
+    shape: Batching,
     mesh: Mesh,
     *,
     together: int = 1,

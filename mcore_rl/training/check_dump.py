@@ -12,10 +12,11 @@ from mcore_rl.config import Config
 from mcore_rl.data.packing import padded
 from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, DataError
-from mcore_rl.model.hf.architecture import positions_of, read_architecture
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.rollout.experts import check_experts
 from mcore_rl.terminal import quoted
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
+from mcore_rl.training.data import fewest_positions
 from mcore_rl.training.keep_rollouts import words_of
 from mcore_rl.types import ExpertLayers, Sample, Segment
 
@@ -26,9 +27,9 @@ class Trainable:
 
     vocabulary: int
     """rows of the policy"""
-    positions: int | None
-    """tokens of its longest sequence, if it has a limit"""
-    shape: Shape
+    positions: tuple[int, str] | None
+    """tokens of the longest sequence, if a model has a limit, and which model that is"""
+    shape: Batching
     """how samples become micro-batches"""
     temperature: float
     max_staleness: int
@@ -39,12 +40,12 @@ class Trainable:
 
     @classmethod
     def of(
-        cls, config: Config, tokenizer: PreTrainedTokenizerBase, shape: Shape, experts: ExpertLayers | None
+        cls, config: Config, tokenizer: PreTrainedTokenizerBase, shape: Batching, experts: ExpertLayers | None
     ) -> Trainable:
         """Those of the run of a config."""
         return cls(
             vocabulary=read_architecture(config.model.path).vocab,
-            positions=positions_of(config.model.path),
+            positions=fewest_positions(config),
             shape=shape,
             temperature=config.rollout.temperature,
             max_staleness=config.rollout.max_staleness,
@@ -101,8 +102,9 @@ def _check_ages(samples: list[Sample], step: int, fit: Trainable, path: Path) ->
 
 def _check_segment(segment: Segment, fit: Trainable, where: str) -> None:
     length = len(segment.context) + len(segment.token_ids)
-    if fit.positions is not None and length > fit.positions:
-        raise DataError(f"{where}: {length} tokens, the model has {fit.positions} positions; sample it anew")
+    if fit.positions is not None and length > fit.positions[0]:
+        positions, whose = fit.positions
+        raise DataError(f"{where}: {length} tokens, {whose} has {positions} positions; sample it anew")
     packed, budget = int(padded(length, fit.shape.align)), fit.shape.tokens_per_micro_batch
     if packed > budget:
         raise ConfigError(

@@ -15,9 +15,9 @@ from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.batch import (
+    Batching,
     PerSample,
     RolloutBatch,
-    Shape,
     by_sample,
     pack_mini_batch,
     pack_share,
@@ -29,7 +29,7 @@ from mcore_rl.training.run import Critic
 from mcore_rl.types import PackedBatch
 
 
-def values_of(critic: Model, algorithm: Algorithm, batch: RolloutBatch, shape: Shape) -> list[np.ndarray]:
+def values_of(critic: Model, algorithm: Algorithm, batch: RolloutBatch, shape: Batching) -> list[np.ndarray]:
     """[N] of [m_i] values before each trained token, or of [1] of the prompt; collective.
 
     Its routers choose for themselves.
@@ -46,7 +46,7 @@ def values_of(critic: Model, algorithm: Algorithm, batch: RolloutBatch, shape: S
 def critic_updates(
     critic: Critic,
     config: Config,
-    shape: Shape,
+    shape: Batching,
     algorithm: Algorithm,
     batch: RolloutBatch,
     fields: Mapping[str, Sequence[Any]],
@@ -102,7 +102,7 @@ def prompt_of(batch: RolloutBatch, members: Sequence[int]) -> TokenSequence:
 def pack_prompts(
     batch: RolloutBatch,
     groups: Sequence[Sequence[int]],
-    shape: Shape,
+    shape: Batching,
     mesh: Mesh,
     fields: Mapping[str, PerSample],
 ) -> list[PackedBatch]:

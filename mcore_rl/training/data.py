@@ -35,12 +35,13 @@ def response_of(config: Config, sampled: int | None = None) -> Response:
     Raises:
         ConfigError: the model's config.json cannot be read.
     """
-    positions = positions_of(config.model.path)
-    supervised = config.supervised_only and sampled is None
+    fewest = fewest_positions(config, held_out=sampled is not None)
+    supervised = config.trains_on_rows and sampled is None
     key = "rollout.max_new_tokens" if sampled is None else "the set's max_new_tokens"
     sampled = config.rollout.max_new_tokens if sampled is None else sampled
     limits = []
-    if positions is not None:
+    if fewest is not None:
+        positions, whose = fewest
         remedy = "shorten it, or take the line out"
         if not supervised:
             remedy = f"lower {key}"
@@ -48,15 +49,35 @@ def response_of(config: Config, sampled: int | None = None) -> Response:
                 remedy += (
                     f", or data.max_prompt_tokens to {positions - sampled}, which leaves such prompts out"
                 )
-        limits.append(Limit(positions, f"the model has {positions} positions", remedy))
+        limits.append(Limit(positions, f"{whose} has {positions} positions", remedy))
     if supervised:  # rollouts have a length that the config knows: its own rules compare it
         p, m, budget = config.parallel, config.model, config.train.tokens_per_micro_batch
         tokens = token_multiple(m.precision, m.fp8_recipe)
         align = packed_multiple(p.tensor, p.context, tokens, sequence=p.sequence)
-        what = f"a micro-batch has room for {budget // align * align} (train.tokens_per_micro_batch)"
+        room = budget // align * align
+        what = f"a micro-batch has room for {room} (train.tokens_per_micro_batch)"
         remedy = "raise train.tokens_per_micro_batch"
-        limits.append(Limit(budget // align * align, what, remedy, align, together=True))
+        behind = int(config.run.kind == "reward_model")  # a score is a row of its own behind its sequence
+        limits.append(Limit(room, what, remedy, align, together=True, behind=behind))
     return Response(None if supervised else sampled, limits)
+
+
+def fewest_positions(config: Config, *, held_out: bool = False) -> tuple[int, str] | None:
+    """The tokens that a sequence may have for every model that reads it, and whose limit that is.
+
+    Args:
+        held_out: of a held-out set, which critics and teachers do not see.
+
+    Raises:
+        ConfigError: a config.json cannot be read.
+    """
+    paths = {"the model": config.model.path, "reward.model": config.reward.model}
+    if not held_out:
+        paths["critic.path"] = config.critic.path
+        paths |= {f"distill.teachers.{name}": path for name, path in config.distill.teachers.items()}
+    known = ((positions_of(path), whose) for whose, path in paths.items() if path is not None)
+    limits = [(tokens, whose) for tokens, whose in known if tokens is not None]
+    return min(limits, key=lambda one: one[0], default=None)
 
 
 def row_format(config: Config, *, needs_label: bool | None = None, trained: bool = True) -> RowFormat:
@@ -77,7 +98,7 @@ def row_format(config: Config, *, needs_label: bool | None = None, trained: bool
         # a reward model alone reads none
         needs_label=needs_label_of(config) if needs_label is None else needs_label,
         trains_label=target == "label",
-        renders_label=target == "label" or (config.supervised_only and not trained),
+        renders_label=target == "label" or (config.trains_on_rows and not trained),
         apply_chat_template=data.apply_chat_template,
         last_assistant=data.last_assistant if target in (None, "label") else "continue",
         system=data.system,
@@ -151,7 +172,7 @@ def _tools(path: Path) -> Sequence[Any]:
 def check_batch(config: Config, prompts: PromptSet) -> None:
     """Raises DataError where the training file has fewer usable prompts than the run takes at once."""
     wanted, key = config.supervised.batch_size, "supervised.batch_size"
-    if not config.supervised_only:
+    if not config.trains_on_rows:
         wanted, key = config.rollout.prompts_per_step, "rollout.prompts_per_step"
         if config.rollout.max_staleness and config.rollout.over_sampling:
             wanted += config.rollout.over_sampling

@@ -22,7 +22,7 @@ from mcore_rl.model.step import Loss, forward
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.head.divergence import Against, Divergence
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.training.batch import Shape, build_batch, pack_share, token_sequences
+from mcore_rl.training.batch import Batching, build_batch, pack_share, token_sequences
 from mcore_rl.training.metrics import Gathered, LossTotal, read, sample_metrics
 from mcore_rl.training.model_passes import Update
 from mcore_rl.training.objective import Parts
@@ -122,7 +122,7 @@ class Comparison:
     teachers: Teachers
     divergence: Divergence | None
     """None: at the sampled tokens"""
-    shape: Shape
+    shape: Batching
     temperature: float
     residency: Residency
 
@@ -153,7 +153,7 @@ def fields_of(rows: Sequence[Example]) -> dict[str, Sequence]:
 
 
 def by_teacher(
-    teachers: Teachers, rows: Sequence[Example], shape: Shape, mesh: Mesh
+    teachers: Teachers, rows: Sequence[Example], shape: Batching, mesh: Mesh
 ) -> dict[str, list[PackedBatch]]:
     """Name of a teacher -> this replica's micro-batches of its rows, equally many on every replica."""
     sequences, fields, found = sequences_of(rows), fields_of(rows), {}

@@ -36,7 +36,7 @@ def has_signal(group: Group, *, by_parts: bool) -> bool:
 
 
 @dataclass
-class Sifted:
+class FilteredGroups:
     """The groups that one step has sampled so far: those that it trains, and those that were replaced."""
 
     wanted: int

@@ -11,8 +11,7 @@ from mcore_rl.environments.policy import RolloutLimits
 from mcore_rl.environments.run import Environment, Environments
 from mcore_rl.environments.tools import CALL_TOOLS, load_tools
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.architecture import read_hf_config
-from mcore_rl.training.data import row_format
+from mcore_rl.training.data import fewest_positions, row_format
 
 
 def check_environment(config: Config) -> None:
@@ -24,10 +23,11 @@ def check_environment(config: Config) -> None:
     if e.function == CALL_TOOLS:
         load_tools(e.args["tools"])
     load_response(e.response_template, None)
-    positions = read_hf_config(config.model.path).get("max_position_embeddings")
-    if positions is not None and e.max_tokens > positions:
+    fewest = fewest_positions(config)
+    if fewest is not None and e.max_tokens > fewest[0]:
+        positions, whose = fewest
         raise ConfigError(
-            f"environment.max_tokens: {e.max_tokens}, and the model has {positions} positions; lower it"
+            f"environment.max_tokens: {e.max_tokens}, and {whose} has {positions} positions; lower it"
         )
 
 

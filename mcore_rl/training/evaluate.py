@@ -19,7 +19,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.inflight import Begun, InFlight
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.training.evaluation_sets import EvalSet, as_lines, measure, record_of
-from mcore_rl.training.generation import share_groups
+from mcore_rl.training.generation import gather_groups
 from mcore_rl.training.requests import CALLS_PER_SERVER, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.rundir import keep_evaluation
@@ -155,7 +155,7 @@ class Evaluator:
             ]
             return source.by_function(groups), lead.lost()
 
-        groups, losses = share_groups(self._mesh, prompts, work)
+        groups, losses = gather_groups(self._mesh, prompts, work)
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         groups = source.complete(groups)
         return on_main(self._mesh, lambda: self._keep(one, groups, step))

@@ -31,11 +31,11 @@ from mcore_rl.training.assemble_rollouts import replayed_experts
 from mcore_rl.training.batch import build_batch
 from mcore_rl.training.check_dump import Trainable, check_dump
 from mcore_rl.training.checkpoint import end_step, restore
+from mcore_rl.training.dump_directories import check_source
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.loop import learn, save_samples
 from mcore_rl.training.mismatch import DUMPS
 from mcore_rl.training.run import Learner
-from mcore_rl.training.sampled import check_source
 from mcore_rl.training.setup import start_trainer
 from mcore_rl.types import Group, Prompt
 

@@ -28,9 +28,9 @@ from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.rollout.inflight import InFlight, PendingGroup, Queue, Replies
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
 from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
-from mcore_rl.training.dynamic_sampling import Sifted, live_samples
+from mcore_rl.training.dynamic_sampling import FilteredGroups, live_samples
 from mcore_rl.training.prompt_source import PromptSource
-from mcore_rl.training.requests import CALLS_PER_SERVER, Bounds, Sampling
+from mcore_rl.training.requests import CALLS_PER_SERVER, RolloutSizes, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
@@ -52,12 +52,12 @@ class Generation:
         *,
         source: PromptSource,
         rewards: RewardSource,
-        bounds: Bounds,
+        sizes: RolloutSizes,
         sampling: Sampling,
         timers: Timers,
         reached: Callable[[str], None],
     ) -> None:
-        self.bounds = bounds
+        self.sizes = sizes
         self.metrics: dict[str, float] = {}
         """of the last step: void samples, what was replaced; and where generation runs beside training, what
         became of all samples ever asked, and how old the trained tokens were"""
@@ -65,9 +65,9 @@ class Generation:
         self._source, self._rewards, self._sampling, self._timers = source, rewards, sampling, timers
         self._reached = reached
         self._queue = Queue(
-            groups=bounds.groups,
-            extra=bounds.extra,
-            max_staleness=bounds.max_staleness,
+            groups=sizes.groups,
+            extra=sizes.extra,
+            max_staleness=sizes.max_staleness,
             replicas=mesh.layout.data,
         )
         self._saved: list[Mapping[str, Any]] = []
@@ -83,27 +83,27 @@ class Generation:
 
         Raises:
             RolloutError: on every rank, when no server is left, or all samples were aborted.
-            NoSignalError: on every rank, when too many groups had no signal; see Sifted.
+            NoSignalError: on every rank, when too many groups had no signal; see FilteredGroups.
         """
         self._resume(step - 1)
-        sifted = Sifted(self.bounds.groups, self.bounds.most_sampled, by_parts=self.bounds.by_parts)
-        while sifted.missing:
-            self._ask_for(step, sifted)
-            groups = self._take(sifted.missing)
+        filtered = FilteredGroups(self.sizes.groups, self.sizes.most_sampled, by_parts=self.sizes.by_parts)
+        while filtered.missing:
+            self._ask_for(step, filtered)
+            groups = self._take(filtered.missing)
             self._source.measure(groups)
-            sifted.add(groups)
-            if not any(group.samples for group in sifted.groups):
+            filtered.add(groups)
+            if not any(group.samples for group in filtered.groups):
                 raise RolloutError(
-                    f"step {step}: the servers aborted all {len(sifted.groups)} groups; see their logs"
+                    f"step {step}: the servers aborted all {len(filtered.groups)} groups; see their logs"
                 ).on_every_rank()
-            sifted.check(step)
-            if sifted.missing:
-                self._reached(f"{len(sifted.groups)} groups of step {step} were sampled")
-        self._count(sifted, self._discard(step))
+            filtered.check(step)
+            if filtered.missing:
+                self._reached(f"{len(filtered.groups)} groups of step {step} were sampled")
+        self._count(filtered, self._discard(step))
         self._source.keep({prompt_of(group) for group in self._queue})
-        if self.bounds.max_staleness:
-            self.metrics |= staleness_metrics([s for g in sifted.kept for s in g.samples], step - 1)
-        return sifted.kept
+        if self.sizes.max_staleness:
+            self.metrics |= staleness_metrics([s for g in filtered.kept for s in g.samples], step - 1)
+        return filtered.kept
 
     def _take(self, groups: int) -> list[Group]:
         """The next of all in flight, scored: the oldest, but for those that `extra` lets overtake them."""
@@ -115,7 +115,7 @@ class Generation:
                 replies = lead.take(mine)
             return self._scored(replies), lead.lost()
 
-        taken, losses = share_groups(self._mesh, self._source.prompts, work)
+        taken, losses = gather_groups(self._mesh, self._source.prompts, work)
         self._queue.remove(group.id for group in taken)
         return self._complete(taken, losses)
 
@@ -130,28 +130,28 @@ class Generation:
         self._queue.remove(discarded)
         return Counter(discarded.values())
 
-    def _ask_for(self, step: int, sifted: Sifted) -> None:
+    def _ask_for(self, step: int, filtered: FilteredGroups) -> None:
         """Fill up what is in flight, for what `step` lacks and the steps to come; its weights serve."""
         serving = self._servers.fleet.serving
         on_leads(self._mesh, lambda: self._of_lead().keep(serving))
-        for name, asked in self._rounds(step, sifted.missing):
+        for name, asked in self._rounds(step, filtered.missing):
             prompts = self._source.next(asked, step)
-            drawn = named(prompts, name, {*self._queue, *(group.id for group in sifted.groups)})
+            drawn = named(prompts, name, {*self._queue, *(group.id for group in filtered.groups)})
             counts = self._queue.spread(asked)
             self._queue.ask(drawn, counts)
             end = list(accumulate(counts))[self._mesh.dp_rank]
             mine = drawn[end - counts[self._mesh.dp_rank] : end]
             on_leads(self._mesh, lambda mine=mine: self._ask(mine, step - 1))
-            self._totals["asked"] += asked * self.bounds.samples
+            self._totals["asked"] += asked * self.sizes.samples
 
     def _rounds(self, step: int, missing: int) -> list[tuple[int, int]]:
         """(step that groups are asked for, how many), of all that is asked now."""
-        bound, steps = self.bounds.max_staleness, self.bounds.steps
+        bound, steps = self.sizes.max_staleness, self.sizes.steps
         wanted = self._queue.wanted(steps - step + 1, missing)
         if self._begun:
             return [(step + bound, wanted)]
         self._begun = True
-        own, later = self.bounds.groups, range(step + 1, min(step + bound, steps) + 1)
+        own, later = self.sizes.groups, range(step + 1, min(step + bound, steps) + 1)
         return [(step, wanted - own * len(later)), *((name, own) for name in later)]
 
     def _ask(self, names: Sequence[str], version: int) -> None:
@@ -164,9 +164,9 @@ class Generation:
         groups = [self._pending(name, version) for name in names]
         prompts = [self._prompt(name) for name in names]
         together = groups_per_call(
-            prompts, self.bounds.samples, s.params, calls=self._calls(), experts=s.experts
+            prompts, self.sizes.samples, s.params, calls=self._calls(), experts=s.experts
         )
-        one_by_one = self.bounds.max_staleness or s.streams
+        one_by_one = self.sizes.max_staleness or s.streams
         self._of_lead().add(groups, 1 if one_by_one else together, arrived=self._begin_scoring)
 
     def _calls(self) -> int:
@@ -197,21 +197,21 @@ class Generation:
         self._rewards.check_parts(scored)
         return scored
 
-    def _count(self, sifted: Sifted, discarded: Counter[str]) -> None:
-        each, groups = self.bounds.samples, [*sifted.kept, *sifted.dropped]
+    def _count(self, filtered: FilteredGroups, discarded: Counter[str]) -> None:
+        each, groups = self.sizes.samples, [*filtered.kept, *filtered.dropped]
         sampled = sum(len(group.samples) for group in groups)
-        self._totals["trained"] += live_samples(sifted.kept)
+        self._totals["trained"] += live_samples(filtered.kept)
         self._totals["discarded_aborted"] += len(groups) * each - sampled
-        self._totals["discarded_no_signal"] += live_samples(sifted.dropped)
+        self._totals["discarded_no_signal"] += live_samples(filtered.dropped)
         self._totals["discarded_void"] += sampled - live_samples(groups)
         for reason in ("stale", "unfinished"):
             self._totals[f"discarded_{reason}"] += discarded[reason] * each
-        self.metrics = sifted.metrics()
+        self.metrics = filtered.metrics()
         if self._sampling.plays:
             rewritten = on_leads(self._mesh, lambda: self._of_lead().rewritten())
-            self.metrics |= rollout_shapes(sifted.kept)
+            self.metrics |= rollout_shapes(filtered.kept)
             self.metrics["environment/rewritten"] = float(sum(gather_replicas(self._mesh, rewritten)))
-        if self.bounds.max_staleness:
+        if self.sizes.max_staleness:
             self.metrics |= {f"async/{name}": float(count) for name, count in self._totals.items()}
             self.metrics["async/in_flight"] = float(len(self._queue) * each)
 
@@ -256,7 +256,7 @@ class Generation:
         """What had finished is kept; the rest is asked again, under the seeds that its ids give it."""
         groups: list[PendingGroup] = []
         most = self._sampling.params["max_new_tokens"]
-        bound, routed = self.bounds.max_staleness, self._sampling.experts is not None
+        bound, routed = self.sizes.max_staleness, self._sampling.experts is not None
         for name in sorted({step_of(group) for group in self._saved}):
             of_step = [group for group in self._saved if step_of(group) == name]
             shares = [
@@ -291,7 +291,7 @@ class Generation:
     def _pending(self, group: str, version: int, replies: Replies | None = None) -> PendingGroup:
         s = self._sampling
         request = group_request(
-            self._prompt(group), group, self.bounds.samples, s.params, seed=s.seed, experts=s.experts
+            self._prompt(group), group, self.sizes.samples, s.params, seed=s.seed, experts=s.experts
         )
         return PendingGroup(group, version, request, replies)
 
@@ -315,7 +315,7 @@ def named(prompts: Sequence[Prompt], step: int, taken: Collection[str]) -> list[
 T = TypeVar("T")
 
 
-def share_groups(
+def gather_groups(
     mesh: Mesh, prompts: Mapping[str, Prompt], work: Callable[[], tuple[list[Group], T]]
 ) -> tuple[list[Group], list[T]]:
     """Run `work` on the lead of every replica: (scored groups, anything small); collective.

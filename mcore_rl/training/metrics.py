@@ -18,7 +18,7 @@ from mcore_rl.algo.metrics import ALERT_RATIO, GradientScale, Key, Metric, Total
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.parallel.control import gather_ranks, reduce_maxima, reduce_sums
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.training.batch import RolloutBatch, Shape
+from mcore_rl.training.batch import Batching, RolloutBatch
 
 ON_POLICY_RATIO = "head/grad_ratio_on_policy"
 """The ratio of the first mini-batch of a rollout alone, the one that algo.metrics.GradientScale bounds."""
@@ -219,7 +219,7 @@ class Work:
     """FLOPs of the policy, forward and backward, in all passes"""
 
 
-def work_of(sequences: Sequence[TokenSequence], shape: Shape, passes: int = 1) -> Work:
+def work_of(sequences: Sequence[TokenSequence], shape: Batching, passes: int = 1) -> Work:
     """Return the work of training on `sequences` as often as `passes` says."""
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     flops = _FORWARD_AND_BACKWARD * passes * float(np.sum(shape.cost(lengths)))

@@ -36,7 +36,7 @@ def tolerances_of(config: Config, layers: int) -> Tolerances:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SampleSource:
     """Where the samples come from, in messages."""
 
     whose: str
@@ -47,13 +47,13 @@ class Sampler:
     """remedy: where to look"""
 
 
-SERVERS = Sampler(
+SERVERS = SampleSource(
     "the servers'",
     "the servers sample from other weights, at another temperature or in another precision, or something "
     "between changes what they send",
     "See the servers' logs and what lies between",
 )
-DUMPS = Sampler(
+DUMPS = SampleSource(
     "the dump's",
     "these weights are not those that sampled it: steps are missing, or they were trained otherwise",
     "Begin with the weights that the first dump was sampled from, and train every step",
@@ -74,7 +74,7 @@ class Notices:
 
 
 @dataclass(frozen=True)
-class Screened:
+class CheckedBatch:
     """A rollout batch that may be trained."""
 
     batch: RolloutBatch
@@ -126,7 +126,7 @@ class Mismatch:
     step_log: StepLog
     says: bool
     """this rank tells the terminal"""
-    sampler: Sampler = SERVERS
+    sampler: SampleSource = SERVERS
     notices: Notices = field(default_factory=Notices)
 
     def screen(
@@ -135,7 +135,7 @@ class Mismatch:
         step: int,
         score: Callable[[Sequence[Sample]], list[np.ndarray]],
         ages: Sequence[np.ndarray] | None,
-    ) -> Screened:
+    ) -> CheckedBatch:
         """What of `batch` is trained in `step`; collective, the same on every rank.
 
         With "stop" and "drop" the policy scores all samples first, so that nothing of a wrong one is trained.
@@ -149,12 +149,12 @@ class Mismatch:
                 with "drop" where no sample is left.
         """
         if self.action == "warn":
-            return Screened(batch)
+            return CheckedBatch(batch)
         old = score(batch.samples)
         gaps = differences(batch.samples, old, ages)
         if self.action == "stop":
             self._stop(batch, gaps, step)
-            return Screened(batch, dict(enumerate(old)))
+            return CheckedBatch(batch, dict(enumerate(old)))
         return self._drop(batch, gaps, old, step)
 
     def _stop(self, batch: RolloutBatch, gaps: Sequence[np.ndarray], step: int) -> None:
@@ -171,7 +171,7 @@ class Mismatch:
 
     def _drop(
         self, batch: RolloutBatch, gaps: Sequence[np.ndarray], old: Sequence[np.ndarray], step: int
-    ) -> Screened:
+    ) -> CheckedBatch:
         """Without the samples whose log-probs differ by more than the limit in their mean.
 
         In the mean, since one token of a thousand may differ by more in a sound sample.
@@ -199,7 +199,7 @@ class Mismatch:
             samples=tuple(batch.samples[i] for i in kept),
             group_ids=tuple(batch.group_ids[i] for i in kept),
         )
-        return Screened(left, {number: old[i] for number, i in enumerate(kept)}, dropped)
+        return CheckedBatch(left, {number: old[i] for number, i in enumerate(kept)}, dropped)
 
     def notice(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Say it, and write an event, where what `step` trained was above the limit."""

@@ -19,7 +19,7 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
 from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.parallel.head.divergence import Against
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.metrics import loss_is_finite
 from mcore_rl.types import PackedBatch
 
@@ -74,13 +74,13 @@ def run_update(
 
 
 def log_probs(
-    model: Model, sequences: Sequence[TokenSequence], shape: Shape, temperature: float
+    model: Model, sequences: Sequence[TokenSequence], shape: Batching, temperature: float
 ) -> list[np.ndarray]:
     """float32 log-probs [n_i] of every sequence's scored tokens, the same on every rank; collective."""
     return _score(model, sequences, shape, temperature, lambda head: head.log_prob)
 
 
-def values(critic: Model, sequences: Sequence[TokenSequence], shape: Shape) -> list[np.ndarray]:
+def values(critic: Model, sequences: Sequence[TokenSequence], shape: Batching) -> list[np.ndarray]:
     """float32 values [n_i] of the state before each scored token, the same on every rank; collective."""
     return _score(critic, sequences, shape, 1.0, lambda values: values)
 
@@ -88,7 +88,7 @@ def values(critic: Model, sequences: Sequence[TokenSequence], shape: Shape) -> l
 def _score(
     model: Model,
     sequences: Sequence[TokenSequence],
-    shape: Shape,
+    shape: Batching,
     temperature: float,
     pick: Callable[..., Tensor],
 ) -> list[np.ndarray]:

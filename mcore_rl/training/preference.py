@@ -12,10 +12,12 @@ from mcore_rl.config import Config
 from mcore_rl.config.rows import PreferenceConfig
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
+from mcore_rl.errors import DataError
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.residency import Residency
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
+from mcore_rl.training.data import response_of
 from mcore_rl.training.metrics import read
 from mcore_rl.training.model_passes import Update
 from mcore_rl.training.reference import ReferencePolicy, means_of, start_reference
@@ -33,18 +35,20 @@ def train_preference(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` rows; the model goes to RUN_DIR/model."""
     with start_model(config, resume) as trainer:
         loss, held_out = loss_of(config.preference), validation_rows(config, trainer.tokenizer)
-        known = means_of(trainer.policy, trainer.shape, all_sequences(loss, held_out)) if held_out else []
+        longest = min(limit.tokens for limit in response_of(config).limits)
+        everything = all_sequences(loss, held_out, longest)
+        known = means_of(trainer.policy, trainer.shape, everything) if held_out else []
         reference = None
         if loss.needs_reference:
             parts = (config, trainer.policy, trainer.shape, trainer.prompts, trainer.attempt.reached)
             reference = start_reference(*parts)
         extra = {} if reference is None else {"frozen": reference.frozen, "waiting": reference.waiting}
         with start_session(trainer, **extra, held_out=held_out) as session:
-            validate = partial(validate_preference, trainer.policy, trainer.shape, loss, known)
+            validate = partial(validate_preference, trainer.policy, trainer.shape, loss, known, longest)
             for step in session.steps(validate):
                 rows = session.next_batch()
                 with trainer.timers("score"):
-                    fields = score(loss, reference, session.residency, rows)
+                    fields = score(loss, reference, session.residency, rows, longest)
                 with trainer.timers("train"):
                     update = preference_update(trainer.optimizer, trainer.shape, loss, rows, fields, step)
                     totals, optimized = session.optimize(update)
@@ -65,34 +69,58 @@ def score(
     reference: ReferencePolicy | None,
     residency: Residency,
     rows: Sequence[Example],
+    longest: int,
 ) -> dict[str, list[float]]:
-    """What the loss reads of every sequence, [sequences] each; collective."""
+    """What the loss reads of every sequence, [sequences] each; collective.
+
+    Args:
+        longest: tokens of the longest sequence that the models and a micro-batch take.
+    """
     if reference is None:
         return constants(loss, rows)
     if isinstance(loss, PairLoss):
         return constants(loss, rows, reference.of_rows(rows, residency))
-    everything = all_sequences(loss, rows)
+    everything = all_sequences(loss, rows, longest)
     means = reference.of_sequences(everything, residency)
     point = reference_point(reference.policy, reference.shape, everything[len(rows) :], means[len(rows) :])
     return constants(loss, rows, means[: len(rows)], point)
 
 
-def all_sequences(loss: PairLoss | VerdictLoss, rows: Sequence[Example]) -> list[TokenSequence]:
+def all_sequences(loss: PairLoss | VerdictLoss, rows: Sequence[Example], longest: int) -> list[TokenSequence]:
     """What the reference scores of rows: their sequences, and behind them KTO's mismatched ones."""
     own = sequences_of(rows)
-    return own if isinstance(loss, PairLoss) else [*own, *mismatched(own)]
+    return own if isinstance(loss, PairLoss) else [*own, *mismatched(own, longest)]
 
 
-def mismatched(own: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Every prompt with the answer of the next one, of the last with that of the first."""
+def mismatched(own: Sequence[TokenSequence], longest: int) -> list[TokenSequence]:
+    """Every prompt with the answer of the next one, of the last with that of the first.
+
+    An answer ends where the sequence has `longest` tokens: the rows fit, the longest prompt with the longest
+    answer may not. It keeps a token at least, as its prompt has room for an answer of its own.
+
+    Raises:
+        DataError: there is one row, which has no next one.
+    """
+    if len(own) == 1:  # a batch has two by the rules of the config
+        raise DataError(
+            "data.validation: one row, and kto asks of its prompt with the answer of another row; give two "
+            "or more (train.eval_samples), or drop it"
+        )
     return [
-        TokenSequence(one.prompt, other.response, other.loss_mask)
+        _of_length(TokenSequence(one.prompt, other.response, other.loss_mask), longest)
         for one, other in zip(own, [*own[1:], *own[:1]], strict=True)
     ]
 
 
+def _of_length(sequence: TokenSequence, longest: int) -> TokenSequence:
+    if len(sequence) <= longest:
+        return sequence
+    room, mask = longest - len(sequence.prompt), sequence.loss_mask
+    return TokenSequence(sequence.prompt, sequence.response[:room], None if mask is None else mask[:room])
+
+
 def reference_point(
-    model: Model, shape: Shape, others: Sequence[TokenSequence], reference: Sequence[float]
+    model: Model, shape: Batching, others: Sequence[TokenSequence], reference: Sequence[float]
 ) -> float:
     """KTO's z0: the mean over mismatched sequences of log pi / pi_ref, of the whole batch; collective."""
     policy = means_of(model, shape, others)
@@ -127,7 +155,7 @@ def constants(
 
 def preference_update(
     optimizer: Optimizer,
-    shape: Shape,
+    shape: Batching,
     loss: PairLoss | VerdictLoss,
     rows: Sequence[Example],
     fields: Mapping[str, Sequence[float]],
@@ -149,17 +177,19 @@ def preference_update(
 
 def validate_preference(
     policy: Model,
-    shape: Shape,
+    shape: Batching,
     loss: PairLoss | VerdictLoss,
     known: Sequence[float],
+    longest: int,
     rows: Sequence[Example],
 ) -> Metrics:
     """The loss and the metrics of held-out rows; collective.
 
     Args:
         known: what the reference says of `all_sequences` of them.
+        longest: see `score`.
     """
-    everything = all_sequences(loss, rows)
+    everything = all_sequences(loss, rows, longest)
     own = sequences_of(rows)
     means = means_of(policy, shape, own)
     point = 0.0

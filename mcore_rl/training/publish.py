@@ -15,7 +15,7 @@ from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.dispatch import no_server_left
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.mismatch import tolerances_of
 from mcore_rl.training.servers import Servers
@@ -123,7 +123,7 @@ class Gaps:
 
 
 def differences(
-    policy: Model, shape: Shape, probe: Sequence[Sequence[int]], after: ServerScores, before: ServerScores
+    policy: Model, shape: Batching, probe: Sequence[Sequence[int]], after: ServerScores, before: ServerScores
 ) -> Gaps:
     """Compare with the trainer's log-probs of the probe, in one forward pass; collective."""
     asked = {("after", url): score for url, score in after.items()}

@@ -13,7 +13,7 @@ from mcore_rl.data.prompts import PromptSet
 from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, weights_of
 from mcore_rl.training.assemble import build_reference
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
 from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.session import examples, sequences_of
 
@@ -26,7 +26,7 @@ class ReferencePolicy:
     """What the frozen starting policy says of the rows that are trained."""
 
     policy: Model
-    shape: Shape
+    shape: Batching
     """how micro-batches are made"""
     model: Model | None
     """None where all that it says is kept"""
@@ -55,7 +55,7 @@ class ReferencePolicy:
 
 
 def start_reference(
-    config: Config, policy: Model, shape: Shape, data: PromptSet, reached: Callable[[str], None]
+    config: Config, policy: Model, shape: Batching, data: PromptSet, reached: Callable[[str], None]
 ) -> ReferencePolicy:
     """The reference, where residency.reference has it; collective.
 
@@ -76,13 +76,13 @@ def start_reference(
     return ReferencePolicy(policy, shape, model, {"reference": offloaded})
 
 
-def means_of(model: Model, shape: Shape, sequences: Sequence[TokenSequence]) -> list[float]:
+def means_of(model: Model, shape: Batching, sequences: Sequence[TokenSequence]) -> list[float]:
     """The mean log-prob of the trained tokens of every sequence; the same on every rank, collective."""
     return [float(one.mean(dtype="float64")) for one in log_probs(model, sequences, shape, 1.0)]
 
 
 def _of_all_rows(
-    policy: Model, shape: Shape, data: PromptSet, reached: Callable[[str], None]
+    policy: Model, shape: Batching, data: PromptSet, reached: Callable[[str], None]
 ) -> dict[str, tuple[float, ...]]:
     """What the policy says of all training rows before it is trained or restored; collective."""
     found: dict[str, tuple[float, ...]] = {}

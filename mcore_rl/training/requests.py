@@ -21,7 +21,7 @@ not everything"""
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RolloutSizes:
     """How much is asked; numbers of the run, not of a step."""
 
     steps: int
@@ -60,7 +60,7 @@ class Sampling:
 
 
 def open_requests(
-    mesh: Mesh, fleet: Fleet, bounds: Bounds, timeout: float, player: Player | None = None
+    mesh: Mesh, fleet: Fleet, sizes: RolloutSizes, timeout: float, player: Player | None = None
 ) -> InFlight | None:
     """The connections of this rank to the servers, if it is a replica's lead; nothing is asked yet.
 
@@ -70,8 +70,8 @@ def open_requests(
     """
     if not mesh.is_replica_lead:
         return None
-    extra = share_of(bounds.extra, mesh, mesh.dp_rank)
-    schedule = Schedule(extra=extra, max_staleness=bounds.max_staleness)
+    extra = share_of(sizes.extra, mesh, mesh.dp_rank)
+    schedule = Schedule(extra=extra, max_staleness=sizes.max_staleness)
     return InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout, player=player)
 
 

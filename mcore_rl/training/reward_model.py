@@ -14,7 +14,7 @@ from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.optimizer import Optimizer
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.metrics import read
 from mcore_rl.training.model_passes import Update, values
 from mcore_rl.training.rewards import up_to_padding
@@ -44,7 +44,7 @@ def train_reward_model(config: Config, resume: str | None = None) -> None:
 
 def reward_model_update(
     optimizer: Optimizer,
-    shape: Shape,
+    shape: Batching,
     loss: ScoreLoss,
     pad: int | None,
     rows: Sequence[Example],
@@ -81,7 +81,7 @@ def scored_sequences(rows: Sequence[Example], pad: int | None) -> list[TokenSequ
 
 
 def validate_reward_model(
-    model: Model, shape: Shape, loss: ScoreLoss, pad: int | None, rows: Sequence[Example]
+    model: Model, shape: Batching, loss: ScoreLoss, pad: int | None, rows: Sequence[Example]
 ) -> Metrics:
     """The loss, the accuracy and the calibration on held-out pairs; collective."""
     scores = [float(one[0]) for one in values(model, scored_sequences(rows, pad), shape)]

@@ -19,7 +19,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import RewardFunction, RewardPool, check_rate
 from mcore_rl.rewards.pool import Reasons
 from mcore_rl.terminal import joined, short
-from mcore_rl.training.batch import Shape, whole_sequence
+from mcore_rl.training.batch import Batching, whole_sequence
 from mcore_rl.training.model_passes import values
 from mcore_rl.types import Group, Sample
 
@@ -49,7 +49,7 @@ def reward_title(config: Config) -> str:
 
 
 @dataclass
-class Tally:
+class RewardCounts:
     """What became of the samples since the last record of metrics."""
 
     scored: int = 0
@@ -84,11 +84,11 @@ class RewardSource:
     max_void: float
     """share of a step's samples that may get no reward"""
     model: Model | None
-    shape: Shape
+    shape: Batching
     """how the model's micro-batches are made"""
     residency: Residency
     """where the model is outside its phase"""
-    tally: Tally = field(default_factory=Tally)
+    tally: RewardCounts = field(default_factory=RewardCounts)
     weights: Mapping[str, float] = field(default_factory=dict)
     """of parts, all of which the samples of the first step must have"""
     names: Collection[str] = ()
@@ -180,7 +180,7 @@ class RewardSource:
         return [replace(group, samples=tuple(islice(judged, len(group.samples)))) for group in groups]
 
 
-def scores_of(model: Model, samples: Sequence[Sample], shape: Shape) -> list[float]:
+def scores_of(model: Model, samples: Sequence[Sample], shape: Batching) -> list[float]:
     """[N] what a reward model says of samples, each up to its last token but padding; collective."""
     pad = read_hf_config(model.source).get("pad_token_id")
     # What is scored is the state before a row's token: one more token, of any id, has the whole sample.

@@ -28,11 +28,12 @@ from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.terminal import printable
 from mcore_rl.training.assemble import build_frozen_reward_model
-from mcore_rl.training.assemble_rollouts import bounds_of, connect, replayed_experts, reward_pool, sampling_of
+from mcore_rl.training.assemble_rollouts import connect, replayed_experts, reward_pool, sampling_of, sizes_of
 from mcore_rl.training.assemble_servers import open_fleet
 from mcore_rl.training.bad_rows import noting_bad_rows
 from mcore_rl.training.batch import build_batch
 from mcore_rl.training.data import passed_over, say_beginning, say_dropped
+from mcore_rl.training.dump_directories import begin, check_directory
 from mcore_rl.training.environment import check_environment
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.faults.watchdog import collective_timeout
@@ -41,9 +42,8 @@ from mcore_rl.training.keep_rollouts import DumpWriter, words_of
 from mcore_rl.training.metrics import sample_metrics
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.rewards import RewardSource, reward_functions, reward_title
-from mcore_rl.training.sampled import begin, check_directory
 from mcore_rl.training.servers import Servers
-from mcore_rl.training.setup import cursor_of, load_tokenizer, read_prompts, shape_of, watched
+from mcore_rl.training.setup import batching_of, cursor_of, load_tokenizer, read_prompts, watched
 from mcore_rl.training.trainer import decode_with
 from mcore_rl.types import Group, VersionSpan
 from mcore_rl.weights.transport import wait_for_servers
@@ -163,7 +163,7 @@ def build_source(
     say_dropped(config, log, "data.train", prompts)
     say_beginning(log, prompts)
     reward_model = build_frozen_reward_model(config, mesh)
-    shape = shape_of(config, mesh)
+    shape = batching_of(config, mesh)
     pool = stack.enter_context(reward_pool(config))
     most = config.reward.max_void
     rewards = RewardSource(
@@ -187,7 +187,7 @@ def build_source(
         connect(turns, mesh, servers, tokenizer, stack),
         source=PromptSource(mesh, cursor, curriculum=None),
         rewards=rewards,
-        bounds=bounds_of(turns),
+        sizes=sizes_of(turns),
         sampling=sampling_of(turns, lambda ids: decode_with(tokenizer, ids)),
         timers=timers,
         reached=reached,

@@ -38,7 +38,7 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
 from mcore_rl.training.bad_rows import noting_bad_rows, read_bad_rows
-from mcore_rl.training.batch import Shape, align_of
+from mcore_rl.training.batch import Batching, align_of
 from mcore_rl.training.checkpoint import (
     check_what_is_left,
     find_start,
@@ -151,7 +151,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
         attempt=attempt,
         policy=policy,
         optimizer=optimizer_of(config, policy, optimizer_steps),
-        shape=shape_of(config, mesh),
+        shape=batching_of(config, mesh),
         tokenizer=tokenizer,
         prompts=prompts,
         cursor=cursor_of(config, prompts),
@@ -319,9 +319,9 @@ def offloaded_optimizers(config: Config, optimizers: Mapping[str, Optimizer]) ->
     }
 
 
-def shape_of(config: Config, mesh: Mesh) -> Shape:
+def batching_of(config: Config, mesh: Mesh) -> Batching:
     """How this run's samples become micro-batches."""
-    return Shape(
+    return Batching(
         mini_batches=config.algorithm.mini_batches,
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         max_new_tokens=config.longest_response,

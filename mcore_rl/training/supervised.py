@@ -17,7 +17,7 @@ from mcore_rl.data.examples import Example
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.metrics import HeadGradient, LossTotal, read
 from mcore_rl.training.model_passes import Update, log_probs
 from mcore_rl.training.objective import Parts
@@ -44,7 +44,7 @@ def train_supervised(config: Config, resume: str | None = None) -> None:
         session.export()
 
 
-def supervised_update(optimizer: Optimizer, shape: Shape, rows: Sequence[Example], step: int) -> Update:
+def supervised_update(optimizer: Optimizer, shape: Batching, rows: Sequence[Example], step: int) -> Update:
     """One optimizer step on `rows`, with the mean over all replicas' trained tokens."""
     sequences, tokens = sequences_of(rows), sum(row.tokens for row in rows)
     fields = {"weight": [1.0 / tokens] * len(sequences), "sample": range(len(sequences))}
@@ -71,7 +71,7 @@ def supervised_metrics(totals: Mapping[Key, Tensor], rows: Sequence[Example]) ->
     return {**metrics, "perplexity": perplexity(metrics["loss/policy"]), "tokens": tokens}
 
 
-def validate_supervised(policy: Model, shape: Shape, rows: Sequence[Example]) -> Metrics:
+def validate_supervised(policy: Model, shape: Batching, rows: Sequence[Example]) -> Metrics:
     """The mean over the trained tokens of held-out rows; collective."""
     scored = log_probs(policy, sequences_of(rows), shape, 1.0)
     loss = -sum(float(one.sum(dtype="float64")) for one in scored) / sum(map(len, scored))

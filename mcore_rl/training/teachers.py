@@ -23,7 +23,7 @@ from mcore_rl.parallel.head.divergence import Against, Divergence, Teacher
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.precision import Fp8
 from mcore_rl.terminal import joined, quoted
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
 from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.session import sequences_of
 from mcore_rl.training.setup import fp8_of, load_tokenizer
@@ -72,7 +72,7 @@ class Teachers:
             ]
 
     def log_probs(
-        self, rows: Sequence[Example], shape: Shape, temperature: float, residency: Residency
+        self, rows: Sequence[Example], shape: Batching, temperature: float, residency: Residency
     ) -> list[np.ndarray]:
         """float32 log-probs [n] of the trained tokens of every row's sequence, by its own teacher."""
         found: dict[int, np.ndarray] = {}

@@ -20,7 +20,7 @@ from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
 from mcore_rl.training.data import passed_over
 from mcore_rl.training.inputs import Inputs
 from mcore_rl.training.metrics import Work, throughput
@@ -60,7 +60,7 @@ class Trainer:
     attempt: Attempt
     policy: Model
     optimizer: Optimizer
-    shape: Shape
+    shape: Batching
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
     """training prompts"""

@@ -166,6 +166,11 @@ def load(tmp_path):
             "residency.reference: kto asks of prompts with answers of other rows",
         ),
         (
+            {"run__kind": "preference", "preference__loss": "kto", "supervised__batch_size": 1},
+            {"supervised__batch_size": 2},
+            "supervised.batch_size: kto asks of a prompt with the answer of another row",
+        ),
+        (
             {"algorithm__name": "ppo", "residency__reference": "kept", "algorithm__params.kl_in_reward": 0.1},
             {"residency__reference": "offloaded"},
             'residency.reference: "kept" takes rows that are known before',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,10 @@ def test_what_is_too_long_is_refused_when_it_is_read(tmp_path) -> None:
     row = {"prompt": "1+1=", "chosen": "2" * 5, "rejected": "3"}
     room = Limit(16, "there is room for 16", "raise it", align=4, together=True)
     assert read(tmp_path, {**row, "chosen": "2"}, target="pair", limits=[room]).tokens == 4
+    whole = {**row, "chosen": "2" * 3, "rejected": "3" * 3}  # 8 tokens each
+    assert read(tmp_path, whole, target="pair", limits=[room]).tokens == 8
+    with pytest.raises(DataError, match="both answers of '1' make 24 tokens"):
+        read(tmp_path, whole, target="pair", limits=[replace(room, behind=1)])
     with pytest.raises(
         DataError, match=r"both answers of '1' make 20 tokens .*, and there is room for 16; raise it"
     ):

@@ -58,8 +58,8 @@ def plant(fault: dict[str, Any]) -> None:
         name = "forward_backward"
     original, calls = getattr(module, name), iter(range(min(1, fault["step"]), 1000))
 
-    def then_misbehave(*arguments: Any) -> Any:
-        result = original(*arguments)
+    def then_misbehave(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
         if next(calls) == fault["step"]:
             print(f"fault: {fault['do']} in process {os.getpid()}", file=sys.stderr, flush=True)
             FAULTS[fault["do"]]()

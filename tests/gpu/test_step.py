@@ -24,7 +24,7 @@ from mcore_rl.model.step import forward, forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import RECIPES, Fp8, token_multiple
-from mcore_rl.training.batch import Shape, align_of, pack_share
+from mcore_rl.training.batch import Batching, align_of, pack_share
 from mcore_rl.training.supervised import NegativeLogLikelihood
 from mcore_rl.types import PackedBatch
 from tests.gpu.conftest import SIZES
@@ -48,7 +48,7 @@ def batches_of(mesh: Mesh, precision: str, recipe: str) -> list[PackedBatch]:
     weight = [1.0 / sum(s.scored for s in scored)] * len(scored)
     order = [np.arange(s.scored) + 1000 * i for i, s in enumerate(scored)]
     align = align_of(mesh, token_multiple(precision, recipe))
-    shape = Shape(1, 4096, 64, lambda lengths: np.asarray(lengths, float), align)
+    shape = Batching(1, 4096, 64, lambda lengths: np.asarray(lengths, float), align)
     return pack_share(scored, {"weight": weight, "order": order}, shape, mesh)
 
 

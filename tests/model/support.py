@@ -15,7 +15,7 @@ from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.training.batch import Shape, align_of
+from mcore_rl.training.batch import Batching, align_of
 from mcore_rl.training.model_passes import log_probs
 
 VOCAB = 50
@@ -76,8 +76,8 @@ def with_mesh(layout: Layout, fn: Callable[..., Any], *args: Any) -> Any:
         destroy_mesh()
 
 
-def shape_at(mesh: Mesh, tokens: int = 32) -> Shape:
-    return Shape(1, tokens, 10, lambda lengths: np.asarray(lengths, float), align_of(mesh))
+def shape_at(mesh: Mesh, tokens: int = 32) -> Batching:
+    return Batching(1, tokens, 10, lambda lengths: np.asarray(lengths, float), align_of(mesh))
 
 
 def scored_log_probs(

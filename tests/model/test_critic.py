@@ -22,7 +22,7 @@ from mcore_rl.model.policy import ValueHead
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.training.batch import Shape, align_of, pack_share
+from mcore_rl.training.batch import Batching, align_of, pack_share
 from mcore_rl.training.metrics import Gathered, read
 from mcore_rl.training.model_passes import values
 from mcore_rl.training.objective import ValueObjective
@@ -66,8 +66,8 @@ def head_weight() -> Tensor:
     return torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(SEED))
 
 
-def shape_at(mesh: Mesh) -> Shape:
-    return Shape(1, 32, 10, lambda lengths: np.asarray(lengths, float), align_of(mesh))
+def shape_at(mesh: Mesh) -> Batching:
+    return Batching(1, 32, 10, lambda lengths: np.asarray(lengths, float), align_of(mesh))
 
 
 def mark(head: ValueHead) -> None:

@@ -150,10 +150,10 @@ def test_an_index_cannot_point_out_of_its_directory(tmp_path: Path) -> None:
     [
         (
             {"model_type": "gpt2"},
-            'model_type "gpt2" is not supported; supported: llama, mistral, qwen2, qwen3',
+            'model_type "gpt2" is not supported; supported: llama, mistral, mixtral, qwen2',
         ),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported, only "silu"'),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type 'proportional'"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
     ],
 )

@@ -11,15 +11,15 @@ import pytest
 from mcore_rl.dumps.directory import read_step
 from mcore_rl.dumps.rollouts import RolloutDump
 from mcore_rl.errors import ConfigError, DataError
-from mcore_rl.training.batch import Shape
+from mcore_rl.training.batch import Batching
 from mcore_rl.training.check_dump import Trainable, check_dump
 from tests.dumps.support import WORDS, step_of_run, write
 
 PLACE = Path("step_4.npz")
-SHAPE = Shape(1, 64, 8, lambda lengths: np.asarray(lengths, float), align=1)
+SHAPE = Batching(1, 64, 8, lambda lengths: np.asarray(lengths, float), align=1)
 FIT = Trainable(
     vocabulary=300,
-    positions=64,
+    positions=(64, "the model"),
     shape=SHAPE,
     temperature=0.5,
     max_staleness=3,
@@ -40,7 +40,7 @@ def longest(dump: RolloutDump) -> int:
 
 
 def test_the_limits_themselves_are_trained(dump: RolloutDump) -> None:
-    fit = replace(FIT, max_staleness=5, positions=longest(dump))
+    fit = replace(FIT, max_staleness=5, positions=(longest(dump), "critic.path"))
     check_dump(dump, replace(fit, shape=replace(SHAPE, tokens_per_micro_batch=longest(dump))), PLACE)
 
 
@@ -72,4 +72,4 @@ def test_a_segment_longer_than_a_micro_batch_is_refused_by_its_name(dump: Rollou
 
 def test_a_segment_beyond_the_positions_of_the_model_is_refused(dump: RolloutDump) -> None:
     with pytest.raises(DataError, match="positions; sample it anew"):
-        check_dump(dump, replace(FIT, max_staleness=5, positions=longest(dump) - 1), PLACE)
+        check_dump(dump, replace(FIT, max_staleness=5, positions=(longest(dump) - 1, "critic.path")), PLACE)

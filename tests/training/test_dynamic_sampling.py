@@ -9,8 +9,8 @@ import pytest
 
 from mcore_rl.config import load_config
 from mcore_rl.errors import EXIT_CONFIG, NoSignalError
-from mcore_rl.training.assemble_rollouts import bounds_of
-from mcore_rl.training.dynamic_sampling import Sifted, has_signal
+from mcore_rl.training.assemble_rollouts import sizes_of
+from mcore_rl.training.dynamic_sampling import FilteredGroups, has_signal
 from mcore_rl.training.generation import named
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, VersionSpan
 
@@ -100,18 +100,18 @@ def test_where_parts_are_compared_one_by_one_one_that_differs_is_a_signal(
 def test_a_run_asks_for_parts_where_its_algorithm_compares_them(tmp_path, flags: list[str], by_parts: bool):
     path = tmp_path / "run.toml"
     path.write_text('run.dir = "r"\nmodel.path = "m"\ndata.train = "t.jsonl"\ntrain.steps = 1\n')
-    assert bounds_of(load_config(path, flags)).by_parts is by_parts
+    assert sizes_of(load_config(path, flags)).by_parts is by_parts
 
 
 def test_a_step_lacks_what_has_no_signal_and_counts_what_it_sampled() -> None:
-    sifted = Sifted(wanted=2, most=4)
-    sifted.add([group(0.0, 1.0), group(1.0, 1.0, VOID)])
-    sifted.check(1)
-    assert (sifted.missing, len(sifted.dropped)) == (1, 1)
-    sifted.add([group(1.0, 0.0, 0.5)])
-    sifted.check(1)
-    assert sifted.missing == 0
-    assert sifted.metrics() == {
+    filtered = FilteredGroups(wanted=2, most=4)
+    filtered.add([group(0.0, 1.0), group(1.0, 1.0, VOID)])
+    filtered.check(1)
+    assert (filtered.missing, len(filtered.dropped)) == (1, 1)
+    filtered.add([group(1.0, 0.0, 0.5)])
+    filtered.check(1)
+    assert filtered.missing == 0
+    assert filtered.metrics() == {
         "void": 1.0,
         "sampling/groups": 3.0,
         "sampling/dropped": 1.0,
@@ -121,20 +121,20 @@ def test_a_step_lacks_what_has_no_signal_and_counts_what_it_sampled() -> None:
 
 
 def test_without_the_option_every_group_is_trained() -> None:
-    sifted = Sifted(wanted=2, most=0)
-    sifted.add([group(1.0, 1.0), group(VOID)])
-    sifted.check(1)
-    assert sifted.missing == 0
-    assert sifted.metrics() == {"void": 1.0}
+    filtered = FilteredGroups(wanted=2, most=0)
+    filtered.add([group(1.0, 1.0), group(VOID)])
+    filtered.check(1)
+    assert filtered.missing == 0
+    assert filtered.metrics() == {"void": 1.0}
 
 
 def test_more_than_may_be_sampled_ends_the_run_with_the_rate_and_what_the_rewards_were() -> None:
-    sifted = Sifted(wanted=2, most=4)
-    sifted.add([group(1.0, 1.0), group(0.0, 0.0)])
-    sifted.check(3)
-    sifted.add([group(0.0, 1.0), group(0.0, VOID)])
+    filtered = FilteredGroups(wanted=2, most=4)
+    filtered.add([group(1.0, 1.0), group(0.0, 0.0)])
+    filtered.check(3)
+    filtered.add([group(0.0, 1.0), group(0.0, VOID)])
     with pytest.raises(NoSignalError) as ended:
-        sifted.check(3)
+        filtered.check(3)
     assert str(ended.value).startswith(
         "step 3: 3 of 4 groups had no signal (75.0%): the rewards of 2 were all equal, of 1 all 1, and 1 had "
         "fewer than two live samples. rollout.dynamic_sampling allows 4 groups for the 2 of a step. "

@@ -12,7 +12,7 @@ import torch
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.training.advantage import compute_advantages
-from mcore_rl.training.batch import Shape, build_batch, pack_mini_batch
+from mcore_rl.training.batch import Batching, build_batch, pack_mini_batch
 from mcore_rl.training.recorder import Recorder
 from mcore_rl.types import Group, PackedBatch, Prompt, Sample, VersionSpan
 
@@ -31,7 +31,7 @@ def packed(name: str, reasons: tuple[str, ...], *, overlong_filter: bool) -> Pac
     batch = build_batch([Group("p@1", tuple(sample(i, reason) for i, reason in enumerate(reasons)))])
     algorithm = configure(name, {}, None)
     advantage = compute_advantages(batch, algorithm).fields["advantage"]
-    shape = Shape(1, 64, 5, lambda n: np.asarray(n, float), 1, overlong_filter=overlong_filter)
+    shape = Batching(1, 64, 5, lambda n: np.asarray(n, float), 1, overlong_filter=overlong_filter)
     mesh = cast(Mesh, SimpleNamespace(layout=Layout(), dp_rank=0))
     fields = {"advantage": advantage, **Recorder(batch.samples).fields}
     (made,) = pack_mini_batch(batch, np.arange(len(reasons)), algorithm, shape, mesh, fields)

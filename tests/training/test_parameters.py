@@ -21,7 +21,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.training.advantage import Scores, compute_advantages
-from mcore_rl.training.batch import RolloutBatch, Shape, build_batch, pack_mini_batch
+from mcore_rl.training.batch import Batching, RolloutBatch, build_batch, pack_mini_batch
 from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import Gathered, read
 from mcore_rl.training.objective import PolicyObjective
@@ -118,7 +118,7 @@ def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dic
     first = compute_advantages(batch(), control.algorithm, scores)
     control.observe(first.metrics, 4000)
     later = compute_advantages(batch(), control.algorithm, scores)
-    shape = Shape(2, 256, 5, lambda n: np.asarray(n, float), 1)
+    shape = Batching(2, 256, 5, lambda n: np.asarray(n, float), 1)
     mesh = cast(Mesh, SimpleNamespace(layout=Layout(), dp_rank=0))
     found, parts = [], []
     for update, (members, now) in enumerate(((range(0, 8, 2), before), (range(8), moved))):

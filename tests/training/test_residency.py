@@ -131,7 +131,7 @@ def test_every_phase_holds_what_is_planned(runs, config: Config) -> None:
     for (where, precision), run in runs.items():
         at = with_residency(config, where, precision)
         (planned,) = stage_memory(arch, Layout(), work_of(at))
-        state = replace(planned, activations=0, layer_backward=0, head=0, publish=0, other=0)
+        state = replace(planned, activations=0, layer_backward=0, head=0, critic_step=0, publish=0, other=0)
         assert run["sizes"] == {phase: state.at(phase) for phase in PHASES}, (where, precision)
         assert run["idle"] == state.at("publish")
         assert (run["idle"] == state.at("save")) is (where == "resident")

@@ -16,7 +16,7 @@ from mcore_rl.rewards.outcome import read_outcome, turn_ends
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.batch import RolloutBatch, build_batch
 from mcore_rl.training.metrics import rollout_metrics
-from mcore_rl.training.rewards import MOST_REASONS, Tally
+from mcore_rl.training.rewards import MOST_REASONS, RewardCounts
 from mcore_rl.types import Group, RewardPart, Sample, TurnReward
 from tests.training.test_trajectories import random_trajectory
 
@@ -200,7 +200,7 @@ def test_every_part_is_a_metric() -> None:
 
 
 def test_reasons_without_end_make_no_metrics_without_end() -> None:
-    tally = Tally()
+    tally = RewardCounts()
     names: set[str] = set()
     for step in range(20):
         counts = {f"no grader for {step}-{i}": 1 for i in range(50)} | {"timeout": 1, "kept": 100}

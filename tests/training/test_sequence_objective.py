@@ -13,6 +13,7 @@ from mcore_rl.algo import preference
 from mcore_rl.algo.sequences import PairLoss, ScoreLoss, Sequences, VerdictLoss
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence, pack
+from mcore_rl.errors import DataError
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training import reward_model
 from mcore_rl.training.metrics import read
@@ -121,9 +122,26 @@ def test_a_score_is_centred_and_parted_by_a_margin() -> None:
 
 def test_a_mismatched_answer_is_that_of_the_next_row() -> None:
     own = sequences_of(rows(1))
-    others = mismatched(own)
+    others = mismatched(own, 10**6)
     assert [list(one.response) for one in others] == [list(range(n)) for n in (*LENGTHS[1:], LENGTHS[0])]
     assert [one.scored for one in others] == [n - (n == 5) for n in (*LENGTHS[1:], LENGTHS[0])]
+
+
+def test_the_longest_prompt_with_the_longest_answer_is_cut_to_what_fits() -> None:
+    """Rows of 10 tokens each make sequences of 2 and of 18 when their answers are exchanged."""
+    mask = [True] * 5 + [False] * 4
+    own = [TokenSequence(range(9), [1]), TokenSequence([0], list(range(9)), mask)]
+    long, short = mismatched(own, 14)
+    assert (len(long), len(short)) == (14, 2)
+    assert (long.response, long.loss_mask) == (list(range(5)), mask[:5])
+    assert [len(one) for one in mismatched(own, 10)] == [10, 2], "a token of the answer is left"
+
+
+def test_one_row_has_no_other_answer() -> None:
+    one = [TokenSequence([1], [2])]
+    assert len(mismatched(one * 2, 9)) == 2
+    with pytest.raises(DataError, match=r"data\.validation: one row"):
+        mismatched(one, 9)
 
 
 def calibration(differences: list[float]) -> dict[str, float]:

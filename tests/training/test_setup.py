@@ -10,6 +10,7 @@ import pytest
 from examples.arithmetic import main as write_task
 from mcore_rl.config import load_config
 from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.training.data import fewest_positions, response_of
 from mcore_rl.training.setup import load_tokenizer, read_prompts, start_trainer
 from tests.sources import ROOT
 
@@ -76,3 +77,33 @@ def test_what_the_chat_template_does_not_read_is_refused(
             read_prompts(config, config.data.train, tokenizer)
     else:
         assert len(read_prompts(config, config.data.train, tokenizer)) == 8
+
+
+@pytest.mark.parametrize("key", ["reward.model", "critic.path", "distill.teachers.large"])
+def test_sequences_fit_every_model_that_reads_them(folder: Path, tmp_path: Path, key: str) -> None:
+    """Beyond its positions a model answers something, and nothing says that it never learnt to."""
+    small, given = tmp_path / "small", json.loads((folder / "model" / "config.json").read_text())
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps(given | {"max_position_embeddings": 8}))
+    overrides = ["--model.path", str(folder / "model"), "--run.dir", str(tmp_path / "run")]
+    config = load_config(ROOT / "examples" / "gspo_tiny.toml", overrides)
+    assert fewest_positions(config) == (512, "the model")
+    section, name = key.split(".")[:2]
+    changed = getattr(config, section).model_copy(
+        update={name: {"large": small} if section == "distill" else small}
+    )
+    config = config.model_copy(update={section: changed})
+    assert fewest_positions(config) == (8, key)
+    held_out = fewest_positions(config, held_out=True)
+    assert held_out == ((8, key) if key == "reward.model" else (512, "the model"))
+
+
+@pytest.mark.parametrize(("kind", "behind"), [("reward_model", 1), ("preference", 0)])
+def test_a_score_has_room_behind_its_sequence(folder: Path, tmp_path: Path, kind: str, behind: int) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'run = {{kind = "{kind}", dir = "{tmp_path}/run"}}\n'
+        f'model.path = "{folder}/model"\ndata.train = "pairs.jsonl"\ntrain.steps = 1\n'
+    )
+    positions, room = response_of(load_config(file)).limits
+    assert (positions.behind, room.behind) == (0, behind)

@@ -16,7 +16,7 @@ from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import build_batch
-from mcore_rl.training.generation import share_groups
+from mcore_rl.training.generation import gather_groups
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 
 REWARDS = [0.0, 1.0, 0.1, -2.5, 1e4, 1e4 + 0.1, 1e4 + 0.2]
@@ -79,7 +79,7 @@ def advantages_of(groups: list[Group]) -> list[list[float]]:
 def shared(mesh, cases: list[tuple[Group, int]]) -> list[Group]:
     mine = [one for one, replica in cases if replica == mesh.dp_rank]
     prompts = {one.samples[0].prompt.id: one.samples[0].prompt for one, _ in cases if one.samples}
-    groups, _ = share_groups(mesh, prompts, lambda: ([one for one in mine if one.samples], None))
+    groups, _ = gather_groups(mesh, prompts, lambda: ([one for one in mine if one.samples], None))
     return groups
 
 
@@ -106,7 +106,7 @@ def error_of(reward: float | None) -> str:
         mine = group(mesh.dp_rank, rewards)  # type: ignore[arg-type]
         prompts = {f"p{number}": group(number, [0.0]).samples[0].prompt for number in range(2)}
         compute_advantages(
-            build_batch(share_groups(mesh, prompts, lambda: ([mine], None))[0]), configure("grpo")
+            build_batch(gather_groups(mesh, prompts, lambda: ([mine], None))[0]), configure("grpo")
         )
     except RewardError as error:
         return f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.training import batch as batches
 from mcore_rl.training.advantage import Scores, compute_advantages
-from mcore_rl.training.batch import RolloutBatch, Shape, build_batch, by_segment, pack_mini_batch
+from mcore_rl.training.batch import Batching, RolloutBatch, build_batch, by_segment, pack_mini_batch
 from mcore_rl.training.objective import PolicyObjective
 from mcore_rl.types import Group, PackedBatch, Prompt, Sample, Segment, VersionSpan
 from tests.sources import ROOT
@@ -57,7 +57,7 @@ def by_rollout(name: str) -> list[np.ndarray]:
 
 def packed(batch: RolloutBatch, algorithm: Algorithm, replicas: int = 1, **fields: Any) -> list[PackedBatch]:
     """The micro-batches of all replicas, the whole batch in one mini-batch."""
-    shape = Shape(1, 32, int(GOLDEN["L_max"]), lambda lengths: np.asarray(lengths, float), align=1)
+    shape = Batching(1, 32, int(GOLDEN["L_max"]), lambda lengths: np.asarray(lengths, float), align=1)
     everyone = np.arange(len(batch.samples))
     return [
         micro_batch

@@ -23,7 +23,14 @@ from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
-from mcore_rl.training.batch import Shape, align_of, build_batch, pack_mini_batch, pack_share, token_sequences
+from mcore_rl.training.batch import (
+    Batching,
+    align_of,
+    build_batch,
+    pack_mini_batch,
+    pack_share,
+    token_sequences,
+)
 from mcore_rl.training.critic import groups_of, pack_prompts
 from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
@@ -158,13 +165,13 @@ def teachers(case: Case, mesh: Mesh, scratch: Path) -> Teachers:
     return Teachers(models, "teacher")
 
 
-def _packed(recorded: problem.Recorded, shape: Shape, mesh: Mesh) -> list[PackedBatch]:
+def _packed(recorded: problem.Recorded, shape: Batching, mesh: Mesh) -> list[PackedBatch]:
     batch = recorded.batch
     everyone = np.arange(len(batch.samples))
     return pack_mini_batch(batch, everyone, recorded.algorithm, shape, mesh, recorded.fields)
 
 
-def score(model: Model, samples: Sequence[Sample], shape: Shape, *, kinds: int) -> Tensor:
+def score(model: Model, samples: Sequence[Sample], shape: Batching, *, kinds: int) -> Tensor:
     """[kinds, rows] log-probs and entropies (2), or values (1), of all samples; the same on every rank."""
     sequences = token_sequences(samples)
     bounds = np.cumsum([0, *(sequence.scored for sequence in sequences)])
@@ -246,9 +253,9 @@ def _whole_state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str)
     return whole.view_as(parameter)
 
 
-def _shape(model_dir: Path, mesh: Mesh) -> Shape:
+def _shape(model_dir: Path, mesh: Mesh) -> Batching:
     numbers = model_shape(read_hf_config(model_dir))
-    return Shape(
+    return Batching(
         mini_batches=1,
         tokens_per_micro_batch=problem.TOKENS_PER_MICRO_BATCH,
         max_new_tokens=problem.MAX_NEW_TOKENS,

@@ -16,7 +16,7 @@ from mcore_rl.model.step import Loss
 from mcore_rl.parallel.head.divergence import Against, Divergence
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training import reward_model
-from mcore_rl.training.batch import Shape, pack_share
+from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.distill import Comparison
 from mcore_rl.training.preference import constants
 from mcore_rl.training.sequence_objective import SequenceObjective
@@ -61,7 +61,7 @@ class RecordedRows:
     """what a student is compared with in each of them"""
 
 
-def record_distillation(name: str, teachers: Teachers, shape: Shape, mesh: Mesh) -> RecordedRows:
+def record_distillation(name: str, teachers: Teachers, shape: Batching, mesh: Mesh) -> RecordedRows:
     """The recorded rows of distillation by `name`, packed for this replica, each with one of the teachers."""
     rows = [
         replace(row, metadata={teachers.key: list(teachers.models)[number % 3 == 0]})
@@ -72,7 +72,7 @@ def record_distillation(name: str, teachers: Teachers, shape: Shape, mesh: Mesh)
     return RecordedRows(comparison.objective, compared.batches, compared.against)
 
 
-def record_rows(name: str, shape: Shape, mesh: Mesh) -> RecordedRows:
+def record_rows(name: str, shape: Batching, mesh: Mesh) -> RecordedRows:
     """The recorded rows of the kind `name`, packed for this replica."""
     loss, rows = LOSSES[name], recorded_rows(name)
     sequences = sequences_of(rows)

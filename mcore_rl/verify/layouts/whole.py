@@ -11,7 +11,7 @@ from mcore_rl.algo.algorithms import configure
 from mcore_rl.model.build import Model
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.advantage import Scores, compute_advantages
-from mcore_rl.training.batch import Shape, build_batch, by_sample, sampled_with, token_sequences
+from mcore_rl.training.batch import Batching, build_batch, by_sample, sampled_with, token_sequences
 from mcore_rl.training.critic import values_of
 from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.rewards import scores_of
@@ -23,7 +23,7 @@ KL_IN_REWARD = 0.2
 
 
 def record_whole(
-    policy: Callable[..., Model], critic: Callable[..., Model], mesh: Mesh, shape: Shape
+    policy: Callable[..., Model], critic: Callable[..., Model], mesh: Mesh, shape: Batching
 ) -> problem.Recorded:
     """One rollout, scored by four models: rewards, KL in the reward, values, whitened advantages. Collective.
 

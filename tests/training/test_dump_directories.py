@@ -9,7 +9,7 @@ import pytest
 from mcore_rl.config import Config, load_config
 from mcore_rl.directories import mark
 from mcore_rl.errors import ConfigError
-from mcore_rl.training.sampled import check_directory, doubts_of_source, origin_of
+from mcore_rl.training.dump_directories import check_directory, doubts_of_source, origin_of
 
 DYNAMIC = ("--rollout.dynamic_sampling", "4")
 DECOUPLED = ("--algorithm.params.decoupled", "true")
