@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from mcore_rl.config import load_config
 from mcore_rl.directories import write_whole
+from mcore_rl.errors import DataError
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import STYLE, picture
 from mcore_rl.report.svg import Line, Reference
@@ -25,6 +26,10 @@ TRUTH = "eval/truth/accuracy"
 """the hidden true score of held-out prompts"""
 KL_TARGET = load_config(Path(__file__).with_name("ppo.toml")).algorithm.params["kl_target"]
 SAMPLES = 8
+LAYOUT = (
+    "html body{max-width:66rem;margin:0 auto;padding:1.5rem}html h2{margin-top:2rem}"
+    "html svg{width:min(100%,32rem);height:auto}"
+)
 
 
 class Chart(NamedTuple):
@@ -116,10 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page."""
     runs = Path((sys.argv[1:] if argv is None else argv)[0])
     body = "".join(stage(runs, name) for name in STAGES) + samples(runs)
-    head = f'<!doctype html><meta charset="utf-8"><title>From data to an aligned model</title><style>{STYLE}'
-    write_whole(runs / "index.html", f"{head}</style><h1>From data to an aligned model</h1>{body}")
+    head = '<!doctype html><meta charset="utf-8"><title>From data to an aligned model</title>'
+    style = f"<style>{STYLE.read_text()}{LAYOUT}</style>"
+    write_whole(runs / "index.html", f"{head}{style}<h1>From data to an aligned model</h1>{body}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DataError as error:  # a stage that has not run
+        print(f"page: {error}", file=sys.stderr)
+        sys.exit(2)
