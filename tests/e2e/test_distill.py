@@ -11,6 +11,7 @@ import pytest
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
+from tests.e2e.test_kinds import learned, weights
 
 STEPS = 4
 
@@ -76,16 +77,6 @@ lr = 3e-3
     done = ranks.run("train", str(config), *flags, world=world)
     assert done.returncode == code, done.stderr
     return [{"stderr": done.stderr}] if code else read_metrics(directory / "run" / "metrics.jsonl")
-
-
-def learned(lines: list[dict]) -> list[dict]:
-    """What was measured of the model, less what is of the machine."""
-    machine = ("time/", "throughput/", "memory/")
-    return [{name: x for name, x in line.items() if not name.startswith(machine)} for line in lines]
-
-
-def weights(directory: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in sorted((directory / "run" / "model").glob("*.safetensors")))
 
 
 def rows(folder: Path) -> tuple[str, ...]:
