@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from jaxtyping import install_import_hook
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.parallel.pool import Pool
+from tests.annotations import check_annotations
 
 pytest_plugins = ("tests.embedded", "tests.launched")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is forked must have no threads; as the Makefile says
+
 settings.register_profile("untimed", deadline=None)  # a busy machine is not a failing example
 settings.load_profile("untimed")
-
-CHECKED_PACKAGES = ["mcore_rl.algo", "mcore_rl.parallel"]
-"""as in pyproject.toml's --jaxtyping-packages, which reaches only the process of pytest itself"""
 
 GROUPS = {"pool1": "ranks", "pool2": "ranks", "pool4": "ranks"}
 """session fixture -> xdist group: one worker owns the pools, so that they start once and do not compete"""
@@ -35,11 +35,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
-
-
-def check_annotations() -> None:
-    """Every call into the checked packages is checked against its annotations, shapes included."""
-    install_import_hook(CHECKED_PACKAGES, "beartype.beartype")
 
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])

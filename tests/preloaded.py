@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 
-from tests.conftest import check_annotations
+from tests.annotations import check_annotations
 
 check_annotations()
 
