@@ -1,0 +1,110 @@
+"""The pages: their links lead somewhere, their commands and configurations are ones that the program takes."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mcore_rl.__main__ import build_parser
+from mcore_rl.config.file import KEYS
+from tests.sources import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+KEY = re.compile(r"`([a-z_]+)\.([a-z_]+)(\.[a-z_]+)*`")
+
+
+def fences(page: Path, *languages: str) -> Iterator[str]:
+    return (body for language, body in FENCE.findall(page.read_text()) if language in languages)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = FENCE.sub("", page.read_text())
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in plain}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    found = []
+    for target in LINK.findall(FENCE.sub("", text)):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
+            found.append(target)
+    return found
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every command of this project in the lines of a shell block."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        starts = [k for k, word in enumerate(words) if word.endswith("mcore-rl")]
+        if starts and not any(word in ("|", "&&", ";") for word in words):
+            yield words[starts[0] + 1 :]
+
+
+def unknown_keys(tables: dict) -> list[str]:
+    return [
+        f"{section}.{key}"
+        for section, keys in tables.items()
+        for key in (keys if isinstance(keys, dict) else [None])
+        if section not in KEYS or (key is not None and key not in KEYS[section])
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page, page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_taken(page: Path) -> None:
+    for block in fences(page, "bash", "sh"):
+        for words in commands(block):
+            arguments, rest = build_parser().parse_known_args(words)
+            assert callable(arguments.command)
+            overrides = [word.lstrip("-").split("=")[0] for word in rest if word.startswith("--")]
+            keys = [name.partition(".") for name in overrides]
+            assert [name for name, _, key in keys if key.partition(".")[0] not in KEYS.get(name, ())] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configurations_have_keys_that_there_are(page: Path) -> None:
+    for block in fences(page, "toml"):
+        assert unknown_keys(tomllib.loads(block)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_is_python(page: Path) -> None:
+    for block in fences(page, "python"):
+        ast.parse(block)
+
+
+def test_keys_beside_those_of_others_are_ours() -> None:
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "coming_from.md").read_text().splitlines() if "|" in line]
+    named = [match.groups() for row in rows for match in KEY.finditer(row)]
+    assert len(named) > 30
+    assert [f"{section}.{key}" for section, key, _ in named if key not in KEYS.get(section, ())] == []
+
+
+def test_what_is_wrong_is_seen() -> None:
+    """The controls: a dead link, a dead anchor, a flag and a key that are not there."""
+    page = ROOT / "README.md"
+    assert broken_links(page, "[a](docs/nothing.md) [b](#no-such-heading) [c](docs/faq.md)") == [
+        "docs/nothing.md",
+        "#no-such-heading",
+    ]
+    with pytest.raises(SystemExit):
+        build_parser().parse_known_args(next(commands("mcore-rl plans run.toml\n")))
+    assert unknown_keys(tomllib.loads("[rollout]\nsamples = 1\n[runs]\ndir = 'x'")) == ["rollout.samples", "runs.dir"]
