@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,19 @@ NON_FINITE = "non_finite"
 class StepLog:
     """Appends one object per step to `run_dir/metrics.jsonl`; only rank 0 writes, the others do nothing."""
 
-    def __init__(self, run_dir: Path, *, rank: int = 0, resume_step: int | None = None) -> None:
-        """Start a new log, replacing an older one, or with `resume_step` keep the steps up to it."""
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        rank: int = 0,
+        resume_step: int | None = None,
+        send: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
+    ) -> None:
+        """Start a new log, replacing an older one, or with `resume_step` keep the steps up to it.
+
+        `send` is handed every step that was written.
+        """
+        self._send = send
         self._path = run_dir / METRICS
         self._writes = rank == 0
         if self._writes:
@@ -54,6 +65,7 @@ class StepLog:
             raise ValueError(f"a metric is called {min(taken)!r}, which the log writes; give it another name")
         if self._writes:
             _append(self._path, _record({"step": step, **metrics}))
+            self._send(step, metrics)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl, on rank 0."""

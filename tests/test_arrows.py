@@ -21,7 +21,7 @@ DISK = frozenset({"directories"})
 FLOORS_BELOW = frozenset(
     {"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "environments", "config"}
 )
-FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps"}
+FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps", "trackers"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
@@ -46,6 +46,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": BASE | {"algo"},
     "server": BASE | {"rollout.experts"},
     "log": BASE | DISK,
+    "trackers": BASE,
     "dumps": BASE | DISK | {"rollout.columns", "rollout.reply"},
     "report": BASE | DISK | {"log", "metric_names", "dumps"},
     "checkpoint": BASE | DISK | {"parallel", "model"},

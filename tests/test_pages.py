@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, their commands and configurations are ones that the program takes."""
+"""The pages: links lead somewhere, and the program takes the commands and configurations."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def test_python_is_python(page: Path) -> None:
 
 
 def test_keys_beside_those_of_others_are_ours() -> None:
-    rows = [line.split("|")[1] for line in (ROOT / "docs" / "coming_from.md").read_text().splitlines() if "|" in line]
+    lines = (ROOT / "docs" / "coming_from.md").read_text().splitlines()
+    rows = [line.split("|")[1] for line in lines if "|" in line]
     named = [match.groups() for row in rows for match in KEY.finditer(row)]
     assert len(named) > 30
     assert [f"{section}.{key}" for section, key, _ in named if key not in KEYS.get(section, ())] == []
@@ -107,4 +108,5 @@ def test_what_is_wrong_is_seen() -> None:
     ]
     with pytest.raises(SystemExit):
         build_parser().parse_known_args(next(commands("mcore-rl plans run.toml\n")))
-    assert unknown_keys(tomllib.loads("[rollout]\nsamples = 1\n[runs]\ndir = 'x'")) == ["rollout.samples", "runs.dir"]
+    wrong = tomllib.loads("[rollout]\nsamples = 1\n[runs]\ndir = 'x'")
+    assert unknown_keys(wrong) == ["rollout.samples", "runs.dir"]

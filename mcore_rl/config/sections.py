@@ -160,6 +160,8 @@ class Section(BaseModel):
 
 Kind = Literal["rl", "sft", "preference", "reward_model", "distill"]
 """what a run trains by"""
+TrackerName = Literal["wandb", "tensorboard", "trackio", "mlflow"]
+"""a service that shows metrics"""
 
 
 class RunConfig(Section):
@@ -173,6 +175,9 @@ class RunConfig(Section):
     `distill`: to answer as a teacher does."""
     seed: Seed = 0
     """Prompt order, sampling and random initial weights follow from it."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Services that are handed every step's metrics, beside metrics.jsonl: `wandb`, `tensorboard`, `trackio`,
+    `mlflow`; each is an extra of the same name, and its own environment variables act."""
 
 
 class ModelConfig(Section):

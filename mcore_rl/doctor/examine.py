@@ -22,6 +22,7 @@ from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.precision import check_precision
 from mcore_rl.terminal import printable
+from mcore_rl.trackers.services import check_trackers
 
 _MARKS = {"ok": "ok     ", "note": "note   ", "warning": "WARNING", "error": "ERROR  "}
 
@@ -77,6 +78,7 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
     yield lambda: [Finding("config", "ok", f"{path}: {what}, no contradictions")]
     yield lambda: list(_doubts(config))
     yield lambda: _precision(config)
+    yield lambda: guarded("trackers", lambda: _trackers(config))
     yield lambda: check_inputs(config, torch.cuda.device_count())
     yield lambda: guarded("disk", lambda: _disks(config))
     yield lambda: check_servers(config)
@@ -98,6 +100,13 @@ def _precision(config: Config) -> list[Finding]:
         found = of_error("precision", error)
         return [found if torch.cuda.is_available() else replace(found, level="warning")]
     return []
+
+
+def _trackers(config: Config) -> Iterator[Finding]:
+    """None where run.trackers names none; raises for one that is not installed."""
+    check_trackers(config.run.trackers)
+    if config.run.trackers:
+        yield Finding("trackers", "ok", f"{', '.join(config.run.trackers)}: installed; not asked")
 
 
 def _disks(config: Config) -> Iterator[Finding]:

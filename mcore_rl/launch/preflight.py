@@ -12,6 +12,7 @@ import torch
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.precision import check_precision
+from mcore_rl.trackers.services import check_trackers
 
 NODE_GPUS = 8
 """GPUs of a node in the launch line that is printed where this machine has none"""
@@ -27,13 +28,14 @@ def check_rank(config: Config) -> None:
 
     Raises:
         LayoutError: they are not; it says what is missing and how to start the run.
-        ConfigError: the precision cannot run here, or too few files may be open.
+        ConfigError: the precision cannot run here, a tracker is not installed, or too few files may be open.
     """
     running, replica = int(os.environ["WORLD_SIZE"]), replica_size(config)
     wanted = replica * (config.parallel.data or max(1, running // replica))
     if running != wanted:
         raise LayoutError(_what_to_do(config, f"{running} of {wanted} processes are running"))
     check_precision(config.model.precision, config.model.fp8_recipe)
+    check_trackers(config.run.trackers)
     check_open_files()
 
 
@@ -48,6 +50,7 @@ def check_node(config: Config) -> None:
     if ranks > room:
         raise LayoutError(_what_to_do(config, f"this machine has {gpus} GPUs"))
     check_precision(config.model.precision, config.model.fp8_recipe)
+    check_trackers(config.run.trackers)
     check_open_files()
 
 

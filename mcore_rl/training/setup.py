@@ -24,7 +24,7 @@ from mcore_rl.data.balance import forward_flops, model_shape
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
-from mcore_rl.log import Progress, StepLog, Timers
+from mcore_rl.log import Progress, StepLog, Timers, append_event
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
@@ -37,6 +37,8 @@ from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.trackers.sender import Send, tracked
+from mcore_rl.trackers.services import TrackedRun
 from mcore_rl.training.bad_rows import noting_bad_rows, read_bad_rows
 from mcore_rl.training.batch import Batching, align_of
 from mcore_rl.training.checkpoint import (
@@ -94,15 +96,27 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 identity = on_main(mesh, lambda: identity_of(config, saved))
                 inputs = {} if checkpoints is None else on_main(mesh, lambda: _inputs(config, saved))
                 attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity, inputs)
-                trainer = build_trainer(config, mesh, attempt, optimizer_steps)
-                attempt.reached("the model was built")
                 with (
+                    _tracked(config, mesh, attempt) as send,
                     leave_when_asked(leave, active=bool(config.checkpoint.every)),
-                    noting_bad_rows(config.run.dir, trainer.prompts, is_main=mesh.is_main),
                 ):
-                    yield trainer
+                    trainer = build_trainer(config, mesh, attempt, optimizer_steps, send)
+                    attempt.reached("the model was built")
+                    with noting_bad_rows(config.run.dir, trainer.prompts, is_main=mesh.is_main):
+                        yield trainer
         finally:
             destroy_mesh()
+
+
+@contextmanager
+def _tracked(config: Config, mesh: Mesh, attempt: Attempt) -> Iterator[Send]:
+    """What hands the main rank's steps to the services of `run.trackers`."""
+    names = config.run.trackers if mesh.is_main else ()
+    settings = config.model_dump(mode="json", exclude_none=True)
+    run = TrackedRun(config.run.dir, attempt.identity.run, settings, attempt.step)
+    note = lambda name, why: append_event(config.run.dir, "tracker", name=name, why=why)  # noqa: E731
+    with tracked(names, run, note) as send:
+        yield send
 
 
 def _inputs(config: Config, saved: Saved | None) -> Inputs:
@@ -125,8 +139,13 @@ def _holding(config: Config, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps: int) -> Trainer:
-    """The parts of a run at `mesh`; every rank calls it. A run that begins replaces an older log."""
+def build_trainer(
+    config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps: int, send: Send = lambda *_: None
+) -> Trainer:
+    """The parts of a run at `mesh`; every rank calls it. A run that begins replaces an older log.
+
+    `send` is handed every step of the log.
+    """
     seed_rng(config.run.seed)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
@@ -141,7 +160,7 @@ def build_trainer(config: Config, mesh: Mesh, attempt: Attempt, optimizer_steps:
     )
     check_gradient_scale(policy)
     resume_step = None if attempt.saved is None else sys.maxsize
-    step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step)
+    step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step, send=send)
     if mesh.is_main:
         say_dropped(config, step_log, "data.train", prompts)
         say_beginning(step_log, prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
@@ -21,7 +22,8 @@ def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(
 ) -> None:
     own = ["--algorithm.loss", LOSS, "--algorithm.params.delta", "0.05"]
     many = ["--rollout.prompts_per_step", "64"]  # a few right answers among them: groups with a signal
-    flags = [*many, "--run.dir", str(tmp_path), "--train.steps", "2", *own]
+    tracked = ["--run.trackers", '["tensorboard"]']
+    flags = [*many, "--run.dir", str(tmp_path), "--train.steps", "2", *own, *tracked]
     done = ranks.run("train", "examples/grpo_tiny.toml", *task.rl, *flags, world=2)
     assert done.returncode == 0, done.stderr
     _, *steps = read_metrics(tmp_path / "metrics.jsonl")
@@ -33,6 +35,11 @@ def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(
     assert steps[0]["reward/no_signal"] < 1
     assert steps[0]["grad_norm"] > 0
     assert steps[0]["publish/moved_max_abs"] > 0.01, "the servers sample from other weights than before"
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    shown = EventAccumulator(str(events)).Reload().Scalars("dppo/masked")
+    assert [(one.step, one.value) for one in shown] == [
+        (step["step"], pytest.approx(step["dppo/masked"])) for step in steps
+    ]
     page = write_report([tmp_path]).read_text()
     assert "dppo/masked" in page
     assert "dppo/total_variation" in page

@@ -1,0 +1,194 @@
+"""A run's metrics reach each service, by its real package and without a network."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar, get_args
+
+import pytest
+
+from mcore_rl.config.sections import TrackerName
+from mcore_rl.errors import ConfigError
+from mcore_rl.trackers import sender
+from mcore_rl.trackers.sender import numbers_of, tracked
+from mcore_rl.trackers.services import SERVICES, TrackedRun, check_trackers
+from tests.sources import ROOT
+
+STEPS = {1: 0.25, 2: 0.5, 3: 0.75}
+
+SEND = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from mcore_rl.trackers.sender import tracked
+from mcore_rl.trackers.services import TrackedRun
+name, directory, begun, values = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+run = TrackedRun(directory, "0123456789ab", {"rollout": {"temperature": 0.7, "urls": []}}, begun)
+with tracked([name], run, lambda *why: sys.exit(str(why))) as send:
+    for step, value in values.items():
+        send(int(step), {"reward/mean": value, "step/words": "text"})
+"""
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """The records of an offline run: LevelDB's log, of which a short one has whole records in one block."""
+    data, at = file.read_bytes(), 7  # behind the file's own header
+    while at + 7 <= len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        assert kind == 1, "a record in parts"
+        yield data[at + 7 : at + 7 + length]
+        at += 7 + length
+
+
+def read_wandb(directory: Path) -> dict[int, float]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        for data in wandb_records(file):
+            items = Record.FromString(data).history.item
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            if "reward/mean" in values:
+                found[int(values["step"])] = values["reward/mean"]
+    return found
+
+
+def read_tensorboard(directory: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard" / "01234567")).Reload()
+    return {event.step: event.value for event in events.Scalars("reward/mean")}
+
+
+def read_trackio(directory: Path) -> dict[int, float]:
+    (database,) = directory.glob("trackio/*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY rowid").fetchall()
+    connection.close()
+    return {step: json.loads(text)["reward/mean"] for step, text in rows}
+
+
+def read_mlflow(directory: Path) -> dict[int, float]:
+    (file,) = directory.glob("mlruns/*/*/metrics/reward/mean")
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {int(step): float(value) for _, value, step in lines}
+
+
+READ: dict[str, Callable[[Path], dict[int, float]]] = {
+    "wandb": read_wandb,
+    "tensorboard": read_tensorboard,
+    "trackio": read_trackio,
+    "mlflow": read_mlflow,
+}
+
+
+def send(name: str, directory: Path, begun: int, values: dict[int, float]) -> None:
+    store = {"MLFLOW_TRACKING_URI": (directory / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(directory / "trackio"), "HOME": str(directory)}
+    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SEND, name, str(directory), str(begun), json.dumps(values)],
+        env=store | offline | path,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", READ)
+def test_steps_arrive_and_a_resumed_run_goes_on_in_the_same_curve(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    send(name, run, 0, {1: 0.25, 2: 9.0})
+    send(name, run, 1, {2: 0.5, 3: 0.75})  # from the checkpoint of step 1
+    assert READ[name](run) == pytest.approx(STEPS)
+
+
+def test_every_service_has_a_name_and_is_read_above() -> None:
+    assert set(SERVICES) == set(get_args(TrackerName)) == set(READ)
+
+
+# --- a service that fails ---------------------------------------------------------------------------------
+
+
+class Broken:
+    def __init__(self, run: TrackedRun) -> None: ...
+
+    def log(self, step: int, metrics) -> None:
+        raise ConnectionError(f"away\nat step {step}")
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+class Hanging(Broken):
+    ends = threading.Event()
+
+    def log(self, step: int, metrics) -> None:
+        self.ends.wait(60)
+
+
+class Recording(Broken):
+    seen: ClassVar[list] = []
+
+    def log(self, step: int, metrics) -> None:
+        self.seen.append((step, metrics))
+
+    def close(self, *, failed: bool) -> None:
+        self.seen.append(failed)
+
+
+def run_in(directory: Path) -> TrackedRun:
+    return TrackedRun(directory, "0123456789ab", {}, 0)
+
+
+def test_one_that_raises_is_said_once_and_the_others_go_on(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(sender, "SERVICES", {"wandb": Broken, "trackio": Recording})
+    Recording.seen = []
+    notes: list[tuple[str, str]] = []
+    with tracked(["wandb", "trackio"], run_in(tmp_path), lambda *note: notes.append(note)) as send:
+        send(1, {"loss": 1.0})
+        send(2, {"loss": 2.0})
+    assert notes == [("wandb", "ConnectionError: away")]
+    assert Recording.seen == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), False]
+    assert capsys.readouterr().err == "mcore-rl: wandb gets no more of this run: ConnectionError: away\n"
+
+
+def test_one_that_hangs_is_left_behind(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sender, "SERVICES", {"mlflow": Hanging})
+    monkeypatch.setattr(sender, "CLOSE_SECONDS", 0.2)
+    notes: list[tuple[str, str]] = []
+    with tracked(["mlflow"], run_in(tmp_path), lambda *note: notes.append(note)) as send:
+        send(1, {"loss": 1.0})
+    Hanging.ends.set()
+    assert notes == [("mlflow", "has not taken everything within 0.2 s")]
+
+
+def test_a_run_that_fails_is_told_as_failed(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sender, "SERVICES", {"wandb": Recording})
+    Recording.seen = []
+    with pytest.raises(KeyError), tracked(["wandb"], run_in(tmp_path), lambda *_: None):
+        raise KeyError
+    assert Recording.seen == [True]
+
+
+def test_only_finite_numbers_are_sent() -> None:
+    assert numbers_of({"a": 1, "b": float("nan"), "c": "text", "d": True}) == {"a": 1.0, "d": 1.0}
+
+
+def test_what_is_missing_is_said_with_its_remedy(monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        check_trackers(("mlflow",))
+    monkeypatch.setattr("mcore_rl.trackers.services.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb not installed here; pip install 'mcore-rl\[wandb\]'"):
+        check_trackers(("wandb",))
