@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo import losses
-from mcore_rl.algo.advantages import sequence_mean
+from mcore_rl.algo.advantages import sequence_mean, sequence_sum
 from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.algo.readings import readings
 from mcore_rl.algo.rows import Rows
 from mcore_rl.errors import NumericsError
 from mcore_rl.rewards.outcome import turn_ends
@@ -222,13 +223,16 @@ def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> t
         )
     )
     rows = Rows.of(own, -own, old=old, rollout=rollout, advantage=advantage, reference=reference)
-    means = {
-        "sequence_log_ratio": sequence_mean(own - old, sequence, len(segments))[sequence],
-        "sequence_rollout_log_ratio": sequence_mean(own - rollout, sequence, len(segments))[sequence],
-    }
+
+    def sums(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(f(values, sequence, len(segments))[sequence] for f in (sequence_sum, sequence_mean))  # type: ignore
+
     algorithm = recorded.algorithm
+    marked = recorded.fields.get("marked")
+    chosen = None if marked is None else torch.from_numpy(np.concatenate(list(marked))) > 0  # type: ignore
+    extras = readings(algorithm.loss, rows, algorithm.loss_params, sums, marked=chosen)
     token = algorithm.loss(
-        replace(rows, sequence_tokens=segments[sequence].float(), extras={**rows.extras, **means}),
+        replace(rows, sequence_tokens=segments[sequence].float(), extras={**rows.extras, **extras}),
         **algorithm.loss_params,
     )
     known = {name: metric.values for name, metric in token.metrics.items()}
