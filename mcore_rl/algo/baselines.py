@@ -48,7 +48,8 @@ def length_weighted(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -
 def max_likelihood(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
     """(R - group mean) / group mean: MaxRL, arXiv 2602.02710; 0 where the mean is not positive.
 
-    For rewards of 0 and 1, the gradient of the log of the success rate, up to the order of the group's size.
+    For rewards of 0 and 1 it is the gradient of the log of the success rate, whose series it takes up to the
+    order of the group's size less one.
     """
     mean = statistics.mean
     scaled = (rewards.double() - mean) / torch.where(mean > 0, mean, 1.0)

@@ -41,22 +41,30 @@ def params_without_effect(algorithm: Algorithm, given: Mapping[str, object]) -> 
             f"{place}.kl_estimator: the gradient of k1 in the loss is 0 in expectation, whatever the KL; "
             "set k2, k3 or k1_iw"
         )
-    for key in ("kl_estimator", "kl_cap"):
-        if key in given and not algorithm.kl_in_loss:
-            yield f"{place}.{key}: has no effect because kl_in_loss is 0; remove it, or set kl_in_loss"
-    if "whiten_ddof" in given and not algorithm.whiten:
-        yield f"{place}.whiten_ddof: has no effect because nothing is whitened; remove it, or set whiten"
-    if "gae_steps" in given and not algorithm.per_token:
-        yield f"{place}.gae_steps: has no effect on one advantage per sample; remove it"
-    if "kl_horizon" in given and algorithm.kl_target is None:
-        yield f"{place}.kl_horizon: has no effect because there is no kl_target; remove it, or set kl_target"
-    if algorithm.advantage is best_of_group:
-        for key in given.keys() & {"eps_low", "dual_clip"}:
-            yield f"{place}.{key}: has no effect because no advantage is negative; remove it"
+    needless = _needless(algorithm)
+    for key in given:
+        if key in needless:
+            yield f"{place}.{key}: has no effect because {needless[key]}"
     if algorithm.advantage is group_normalized:
         for key, why in _of_normalized(algorithm).items():
             if key in given:
                 yield f"{place}.{key}: has no effect because {why}; remove it"
+
+
+def _needless(algorithm: Algorithm) -> dict[str, str]:
+    """Parameters that change nothing -> why, and what to do."""
+    found: dict[str, str] = {}
+    if not algorithm.kl_in_loss:
+        found |= dict.fromkeys(("kl_estimator", "kl_cap"), "kl_in_loss is 0; remove it, or set kl_in_loss")
+    if algorithm.kl_target is None:
+        found["kl_horizon"] = "there is no kl_target; remove it, or set kl_target"
+    if not algorithm.whiten:
+        found["whiten_ddof"] = "nothing is whitened; remove it, or set whiten"
+    if not algorithm.per_token:
+        found["gae_steps"] = "a sample has one advantage; remove it"
+    if algorithm.advantage is best_of_group:
+        found |= dict.fromkeys(("eps_low", "dual_clip"), "no advantage is negative; remove it")
+    return found
 
 
 def _of_normalized(algorithm: Algorithm) -> dict[str, str]:
