@@ -68,7 +68,7 @@ class Algorithm:
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
     positive_nll: float = 0.0
-    """coefficient of -log_prob, mean over tokens of samples of positive reward (arXiv 2504.05118 eq. 11)"""
+    """coefficient of -log_prob, mean over tokens of samples of positive reward (VAPO, arXiv 2504.05118)"""
     correction: CorrectionName = "none"
     """importance correction for the sampling engine against the old policy: a key of CORRECTIONS"""
     correction_low: float | None = None

@@ -30,7 +30,7 @@ def leave_one_out_normalized(
 
 
 def length_weighted(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
-    """R minus the mean reward of its group, each weighted by its length: OPO, arXiv 2505.23585 eq. 6.
+    """R minus the mean reward of its group, each weighted by its length: OPO, arXiv 2505.23585.
 
     0 in a constant group, and where nothing of the group is trained.
     """
@@ -76,7 +76,7 @@ def best_of_group(
 def pass_at_k(
     rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, k: int = 2
 ) -> Float[Tensor, " N"]:
-    """The advantage of pass@k, over all groups of k that could have been drawn: arXiv 2508.10751 eqs. 11-14.
+    """The advantage of pass@k, over all groups of k that could have been drawn: arXiv 2508.10751.
 
     A sample passes where its reward is positive. With W of G that fail, m = 1 - C(W, k) / C(G, k) and
     s = sqrt(m (1 - m)): (1 - m) / s for what passes, (1 - m - C(W - 1, k - 1) / C(G - 1, k - 1)) / s else.

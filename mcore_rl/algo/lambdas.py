@@ -31,7 +31,7 @@ def gae_by_length(
     length_factor: float = 0.05,
     lam_critic: float = 1.0,
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """`gae` with lambda 1 - 1 / (length_factor l) for a response of l tokens: VAPO, arXiv 2504.05118 eq. 7.
+    """`gae` with lambda 1 - 1 / (length_factor l) for a response of l tokens: VAPO, arXiv 2504.05118.
 
     At least 0: a response of fewer than 1 / length_factor tokens has one-step advantages.
     """

@@ -29,7 +29,7 @@ def dppo_tv(
     """-sg[min(r, cap)] A log_prob, 0 where p - mu > tv_high (A > 0) or mu - p > tv_low: DPPO, 2602.04879.
 
     p and mu are the token's probabilities now and under the policy that sampled, r = p / mu, and |p - mu|
-    their binary total variation (section 5). `drift` adds drift (log r)^2 (Kimi K2.5, 2602.02276). Clipped:
+    their binary total variation. `drift` adds drift (log r)^2 (Kimi K2.5, 2602.02276). Clipped:
     masked.
     """
     gap = rows.log_prob.detach().exp() - rows.rollout.exp()
@@ -70,7 +70,7 @@ def far_tokens(
 ) -> Bool[Tensor, " R"]:
     """The tokens of largest (old - rollout)^2, as many as must go for the mean of the others to be small.
 
-    M2PO, arXiv 2510.01161 algorithm 1: the mean of what is left is at most `second_moment`. Tokens of equal
+    M2PO, arXiv 2510.01161: the mean of what is left is at most `second_moment`. Tokens of equal
     distance go together, so that their order does not matter.
     """
     square = (old - rollout).square()
@@ -84,7 +84,7 @@ def far_tokens(
 
 @marks(far_tokens)
 def m2po(rows: Rows, *, second_moment: float = 0.04) -> TokenLoss:
-    """-A r, 0 for the marked tokens: M2PO, arXiv 2510.01161 eq. 5; r to the policy that sampled.
+    """-A r, 0 for the marked tokens: M2PO, arXiv 2510.01161; r to the policy that sampled.
 
     The mark is that of `far_tokens`, over the whole rollout before its first update (the paper: over each
     mini-batch). Clipped: masked.
@@ -95,14 +95,14 @@ def m2po(rows: Rows, *, second_moment: float = 0.04) -> TokenLoss:
 
 
 def covariance(advantage: Float[Tensor, " R"], log_prob: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """(A - mean A)(log_prob - mean log_prob): a token's share in the loss of entropy, 2505.22617 eq. 9."""
+    """(A - mean A)(log_prob - mean log_prob): a token's share in the loss of entropy, 2505.22617."""
     return (advantage - advantage.mean()) * (log_prob - log_prob.mean())
 
 
 def largest_covariance(
     advantage: Float[Tensor, " R"], old: Float[Tensor, " R"], rollout: Float[Tensor, " R"], *, fraction: float
 ) -> Bool[Tensor, " R"]:
-    """The `fraction` of tokens with the largest covariance, at least one: KL-Cov, arXiv 2505.22617 eq. 12."""
+    """The `fraction` of tokens with the largest covariance, at least one: KL-Cov, arXiv 2505.22617."""
     found = torch.zeros(len(old), dtype=torch.bool)
     if len(old):
         count = max(1, int(fraction * len(old)))
@@ -112,7 +112,7 @@ def largest_covariance(
 
 @marks(largest_covariance)
 def kl_cov(rows: Rows, *, fraction: float = 0.002, penalty: float = 1.0) -> TokenLoss:
-    """-A r, plus penalty |d| on the marked tokens: KL-Cov, arXiv 2505.22617 eq. 13.
+    """-A r, plus penalty |d| on the marked tokens: KL-Cov, arXiv 2505.22617.
 
     The covariance is that of the whole rollout before its first update. Clipped: penalised.
     """
@@ -130,7 +130,7 @@ def drawn_covariance(
     cov_low: float,
     cov_high: float,
 ) -> Bool[Tensor, " R"]:
-    """`fraction` of all tokens, drawn among those of a covariance in (cov_low, cov_high): Clip-Cov, eq. 10.
+    """`fraction` of all tokens, drawn among those of a covariance in (cov_low, cov_high): Clip-Cov.
 
     The draw is seeded by the number of tokens: every rank draws the same.
     """
@@ -153,7 +153,7 @@ def clip_cov(
     cov_low: float = 1.0,
     cov_high: float = 5.0,
 ) -> TokenLoss:
-    """PPO's loss, 0 for the marked tokens: Clip-Cov, arXiv 2505.22617 eq. 11. Clipped: cut or marked."""
+    """PPO's loss, 0 for the marked tokens: Clip-Cov, arXiv 2505.22617. Clipped: cut or marked."""
     clip = clipped_surrogate(log_ratio(rows.log_prob, rows.old), rows.advantage, eps_low, eps_high)
     cut = clip.metrics["clip/fraction"].values | rows.marked  # type: ignore[operator]
     ratio = clip.metrics["ratio/mean"].values
@@ -162,7 +162,7 @@ def clip_cov(
 
 
 def dro(rows: Rows, *, tau: float = 1.0) -> TokenLoss:
-    """-A log_prob + tau d^2 / 2: Direct Reward Optimisation, arXiv 2405.19107 eq. 6, by token as in verl.
+    """-A log_prob + tau d^2 / 2: Direct Reward Optimisation, arXiv 2405.19107, by token as in verl.
 
     d/dlog_prob = -A + tau d, linear in how far the policy has gone. Clipped: that has turned the sign.
     """

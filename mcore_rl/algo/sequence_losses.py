@@ -54,7 +54,7 @@ def clipped_log_ratio(rows: Rows, *, clip_low: float, clip_high: float) -> Float
 
 @reads(clipped=clipped_log_ratio)
 def gmpo(rows: Rows, *, clip_low: float = 0.4, clip_high: float = 0.4) -> TokenLoss:
-    """-A exp(mean_t of the clipped d): the geometric mean of GMPO, arXiv 2507.20673 eq. 4 and section 3.3.
+    """-A exp(mean_t of the clipped d): the geometric mean of GMPO, arXiv 2507.20673.
 
     The bounds are those of log r, by default of (e^-0.4, e^0.4) as in the paper. d/dlog_prob = -A times that
     mean where the token's d is not clipped, 0 where it is; 1/n of the sequence comes with the aggregation.
@@ -86,7 +86,7 @@ def vespo(
 
 @reads("sequence_rollout_log_ratio_sum")
 def topr(rows: Rows, *, cap: float = 1.0) -> TokenLoss:
-    """-A log_prob where A > 0, -sg[min(W, cap)] A log_prob where A < 0: TOPR, arXiv 2503.14286 eq. 8.
+    """-A log_prob where A > 0, -sg[min(W, cap)] A log_prob where A < 0: TOPR, arXiv 2503.14286.
 
     W is the product of the ratios to the policy that sampled, over the whole sequence: what is rewarded is
     learnt as in supervised training, and what is punished is left once it has become unlikely. Clipped: the

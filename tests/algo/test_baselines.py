@@ -92,7 +92,7 @@ def test_maxrl_divides_by_the_mean() -> None:
 
 
 def test_maxrl_is_the_gradient_of_the_log_of_the_success_rate() -> None:
-    """2602.02710: log p = -sum_k (1 - p)^k / k, whose gradient is sum_k (1 - p)^(k - 1), here up to k = n - 1.
+    """2602.02710: log p = -sum_k (1 - p)^k / k has the gradient sum_k (1 - p)^(k - 1), here up to k = n - 1.
 
     Enumerated over all answers of n samples: E[sum A grad log chance] / n.
     """
@@ -174,7 +174,7 @@ def test_the_critic_may_have_a_lambda_of_its_own() -> None:
 
 
 def test_lambda_follows_from_the_length() -> None:
-    """2504.05118 eq. 7, with 1 / 0.8 tokens as the shortest that looks ahead at all."""
+    """2504.05118, with 1 / 0.8 tokens as the shortest that looks ahead at all."""
     rewards, values, cuts = flat()
     advantages, returns = gae_by_length(rewards, values, cuts, gamma=0.9, length_factor=0.8, lam_critic=1.0)
     lams = [max(0.0, 1 - 1 / (0.8 * len(x))) if x else 0.0 for x in REWARDS]

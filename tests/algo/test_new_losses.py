@@ -108,7 +108,7 @@ SPREADS = (0.05, 0.6)
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_gmpo_is_the_geometric_mean_of_clipped_ratios(spread: float) -> None:
-    """2507.20673 eq. 4: (prod_t min(r^s, clip(r)^s)^s)^(1/n) A with s the sign of A."""
+    """2507.20673: (prod_t min(r^s, clip(r)^s)^s)^(1/n) A with s the sign of A."""
     data = Data.drawn(spread)
 
     def reference(log_prob: list[list[float]]) -> float:
@@ -242,7 +242,7 @@ def test_the_binary_kl_is_that_of_two_coins() -> None:
 
 @pytest.mark.parametrize("limit", [1e-6, 0.01, 0.05, 10.0])
 def test_m2po_leaves_out_the_farthest_until_the_second_moment_is_small(limit: float) -> None:
-    """2510.01161 algorithm 1, one token after the other."""
+    """2510.01161, one token after the other."""
     data = Data.drawn(0.6)
     left = sorted(range(TOKENS), key=lambda i: (tokens(data)[i][1] - tokens(data)[i][2]) ** 2)
     while left and means([(tokens(data)[i][1] - tokens(data)[i][2]) ** 2 for i in left]) > limit:
@@ -267,7 +267,7 @@ def covariances(data: Data) -> list[float]:
 
 
 def test_kl_cov_penalises_the_tokens_of_largest_covariance() -> None:
-    """2505.22617 eqs. 12-13; 15 tokens, a fifth of which are 3."""
+    """2505.22617; 15 tokens, a fifth of which are 3."""
     data = Data.drawn(0.6)
     values = covariances(data)
     chosen = sorted(range(TOKENS), key=lambda i: -values[i])[:3]
@@ -283,7 +283,7 @@ def test_kl_cov_penalises_the_tokens_of_largest_covariance() -> None:
 
 
 def test_clip_cov_leaves_out_some_tokens_of_a_band_of_covariance() -> None:
-    """2505.22617 eqs. 10-11: which of the band are drawn is free, how many and from where is not."""
+    """2505.22617: which of the band are drawn is free, how many and from where is not."""
     data = Data.drawn(0.6)
     values = covariances(data)
     given = {"fraction": 0.15, "cov_low": 0.1, "cov_high": 0.9}

@@ -40,8 +40,20 @@ ADAM_EPS = 1e-2
 VALUE_CLIP = 0.2
 TRAJECTORIES = 2
 """groups whose samples have several segments"""
-OVERRIDES: Mapping[str, Mapping[str, float]] = {"gspo": {"eps_low": 0.02, "eps_high": 0.03}}
-"""Wider clips where the paper's are so narrow that rounding decides which side a sequence is on."""
+_WIDE = {"eps_low": 0.02, "eps_high": 0.03}
+OVERRIDES: Mapping[str, Mapping[str, object]] = {
+    "gspo": _WIDE,
+    "gspo-kept": {
+        **_WIDE,
+        "correction": "tis-token",
+        "correction_normalized": True,
+        "rejection": "token-k1:0.5..2, sequence-max-k2:0.6, sequence-mean-k3:0.2",
+    },
+    "kl-cov": {"fraction": 0.1},
+    "clip-cov": {"fraction": 0.1, "cov_low": 0.1},
+}
+"""Wider clips where the paper's are so narrow that rounding decides which side a sequence is on, a choice of
+more tokens where the paper's is one of thousands, and what gives a loss something to read."""
 _TWO_SIDED = (losses.ppo, losses.gspo)
 
 _DENSE = {
