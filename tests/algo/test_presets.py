@@ -1,4 +1,4 @@
-"""A preset gives the update of the trainer it is named after: weights of a small policy after 5 AdamW updates.
+"""A preset gives the update of the trainer it is named after: weights of a policy after 5 AdamW updates.
 
 Each trainer's update is written anew, padded and with masks as these have them, from its documentation and
 the papers: advantages, loss and aggregation. On the other side is the path of a run: advantages, packing,
@@ -276,7 +276,7 @@ def test_every_preset_is_compared_and_says_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("name", "params"),
     [
-        ("trl-grpo", {"eps": 1e-2}),
+        ("trl-grpo", {"eps": 0.1}),
         ("trl-grpo", {"correction": "none"}),
         ("verl-cispo", {"eps_low": 0.9}),
         ("nemo-grpo", {"kl_estimator": "k3"}),
