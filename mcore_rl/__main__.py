@@ -78,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md has them")
     add.set_defaults(command=config)
 
+    add = commands.add_parser(
+        "algorithms", help="every algorithm: its paper, loss and gradient, its other names"
+    )
+    add.add_argument("name", nargs="?", metavar="NAME", help="one of them, or a preset such as trl-grpo")
+    add.add_argument("--markdown", action="store_true", help="all of them, as docs/algorithms.md has them")
+    add.set_defaults(command=algorithms)
+
     add = commands.add_parser("serve", help="serve a Hugging Face model over the SGLang native API")
     add_options(add)
     add.set_defaults(command=run_server)
@@ -307,6 +314,16 @@ def config(arguments: argparse.Namespace, _: list[str]) -> int:
 
     text = as_markdown() if arguments.markdown else describe(arguments.sections)
     for line in text.removesuffix("\n").split("\n"):
+        print(printable(line))
+    return 0
+
+
+def algorithms(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl algorithms [NAME] [--markdown]`."""
+    from mcore_rl.algo.catalog import as_markdown, describe
+
+    text = as_markdown() if arguments.markdown else describe(arguments.name)
+    for line in text.split("\n"):
         print(printable(line))
     return 0
 

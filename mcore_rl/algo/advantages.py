@@ -76,6 +76,19 @@ class GroupStatistics(NamedTuple):
     """spread of all rewards"""
     centered: Spread
     """spread of all rewards after their group's mean is taken away"""
+    ids: tuple[Hashable, ...] = ()
+    """[N] whose group it is"""
+    lengths: Float[Tensor, " N"] = torch.zeros(0)
+    """trained tokens of each sample, where a rollout batch says them"""
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The samples of each sample's group."""
+        found: dict[Hashable, list[int]] = defaultdict(list)
+        for sample, group_id in enumerate(self.ids):
+            found[group_id].append(sample)
+        shared = {group_id: tuple(samples) for group_id, samples in found.items()}
+        return tuple(shared[group_id] for group_id in self.ids)
 
     @property
     def mean(self) -> Float[Tensor, " N"]:
@@ -132,6 +145,7 @@ def group_statistics(group_ids: Sequence[Hashable], rewards: Sequence[Any]) -> G
         Spread.of([value for values in members.values() for value in values]),
         # rounding leaves constant groups a hair off 0: the exact test decides
         Spread.of(() if all(spread.constant for spread in spreads.values()) else centered),
+        tuple(group_ids),
     )
 
 
@@ -273,6 +287,17 @@ def gae(
     delta_t = R_t + gamma V_next - V_t, and V after the last row is 0. With values 0 and lam 1 the advantage
     is the discounted return, as REINFORCE++ (2501.03262) takes it.
     """
+    return estimate(rewards, values, offsets, gamma, lam)
+
+
+def estimate(
+    rewards: Float[Tensor, " R"],
+    values: Float[Tensor, " R"],
+    offsets: Int[Tensor, " N_plus_1"],
+    gamma: float,
+    lam: float | Float[Tensor, " N"],
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """`gae` (arXiv 1506.02438 eq. 16) with one lambda, or with one for each sequence."""
     lengths = offsets.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     steps = torch.arange(longest, device=offsets.device)
@@ -288,15 +313,17 @@ def gae(
     return advantages, advantages + values.detach().double()
 
 
-def whiten(values: Float[Tensor, "*shape"], tokens: Spread) -> Float[Tensor, "*shape"]:
-    """(x - mean) / sqrt(variance + 1e-8), by the mean and the variance (ddof 1) of `tokens`.
+def whiten(
+    values: Float[Tensor, "*shape"], tokens: Spread, *, ddof: Literal[0, 1] = 1
+) -> Float[Tensor, "*shape"]:
+    """(x - mean) / sqrt(variance + 1e-8), by the mean and the variance (over n - ddof) of `tokens`.
 
     `tokens` are all unmasked tokens of the global batch. Fewer than two give nothing to scale by, and the
     values come back as they are.
     """
     if tokens.size < 2:
         return values
-    return (values - tokens.mean) / (tokens.variance() + 1e-8) ** 0.5
+    return (values - tokens.mean) / (tokens.variance(ddof) + 1e-8) ** 0.5
 
 
 def offsets_of(lengths: Int[Tensor, " N"]) -> Int[Tensor, " N_plus_1"]:

@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mcore_rl.algo import advantages, losses
+from mcore_rl.algo import advantages, baselines, lambdas, losses, masked_losses, sequence_losses
+from mcore_rl.algo.corrections import Rule, parse_rules
 from mcore_rl.algo.losses import CORRECTIONS, Aggregation, Correction, CorrectionName, KLEstimator
-from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
+from mcore_rl.algo.presets import PRESETS
+from mcore_rl.algo.rows import OF_OLD, OF_SEQUENCES, Rows, TokenLoss, averaged_by, declared, marked_by
 from mcore_rl.errors import ConfigError
 from mcore_rl.functions import load_function
 from mcore_rl.terminal import quoted
@@ -61,21 +63,46 @@ class Algorithm:
     """coefficient of the KL term inside the same aggregation"""
     kl_estimator: KLEstimator = "k3"
     """estimator of the KL in the loss"""
+    kl_cap: float | None = None
+    """its largest value; what lies beyond has no gradient (losses.kl); None: none"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
+    positive_nll: float = 0.0
+    """coefficient of -log_prob, mean over tokens of samples of positive reward (VAPO, arXiv 2504.05118)"""
     correction: CorrectionName = "none"
     """importance correction for the sampling engine against the old policy: a key of CORRECTIONS"""
     correction_low: float | None = None
     """its lower bound; None: that of the entry"""
     correction_high: float | None = None
     """its upper bound; None: that of the entry"""
+    correction_normalized: bool = False
+    """the correction, rejection included, is divided by its mean over the tokens of the whole rollout"""
+    rejection: str = ""
+    """rules with commas between, of what has weight 0: see corrections.Rule"""
+    whiten_ddof: Literal[0, 1] = 1
+    """the variance that whitening divides by is that over n - whiten_ddof"""
+    gae_steps: Literal["token", "turn"] = "token"
+    """what is one step of GAE; only where `per_token`"""
+    off_policy: bool = False
+    """the loss has a ratio to the policy that sampled: it needs no correction"""
     params: Mapping[str, Param] = field(default_factory=dict)
     """keyword arguments of loss and advantage that differ from the functions' own defaults"""
 
     @property
     def compares(self) -> bool:
         """An advantage is the difference of a sample's reward to those of the same prompt."""
-        return self.advantage in (advantages.group_normalized, advantages.leave_one_out)
+        return self.advantage in (*_BY_PARTS, *_BY_GROUP)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What `rejection` says."""
+        return parse_rules(self.rejection)
+
+    @property
+    def needs_old(self) -> bool:
+        """Old log-probs of the whole rollout are needed before its first update."""
+        marked = marked_by(self.loss) is not None
+        return self.kl_in_reward != 0 or self.correction_normalized or marked
 
     @property
     def needs_reference(self) -> bool:
@@ -88,8 +115,9 @@ class Algorithm:
         Not where the loss declares that it reads a log-ratio of the whole sequence. `on_policy`: old
         log-probs are the current ones, and the mean log-ratio to them is 0.
         """
-        known = {"sequence_log_ratio"} if on_policy else set()
-        by_row = not declared(self.loss) & set(OF_SEQUENCES) - known
+        known = set(OF_OLD) if on_policy else set()
+        by_row = not declared(self.loss) & {*OF_SEQUENCES, *averaged_by(self.loss)} - known
+        by_row &= all(rule.reads == "token" for rule in self.rules)
         return by_row and (self.corrects is None or self.corrects.reads == "token")
 
     @property
@@ -115,6 +143,23 @@ class Algorithm:
     def advantage_params(self) -> dict[str, Param]:
         """Every keyword argument of the advantage, resolved."""
         return _resolve(self.advantage, self.params)
+
+
+_BY_PARTS = (advantages.group_normalized, advantages.leave_one_out, baselines.leave_one_out_normalized)
+"""advantages that compare the samples of a prompt, of any part of the reward"""
+_BY_GROUP = (
+    *(baselines.length_weighted, baselines.max_likelihood, baselines.best_of_group, baselines.pass_at_k),
+)
+"""advantages that compare them by the whole reward"""
+
+
+def _grouped(
+    loss: Callable[..., TokenLoss], aggregation: Aggregation = "token-mean", **changes: Any
+) -> Algorithm:
+    """GRPO's advantages with another loss."""
+    return Algorithm(
+        loss, **{"advantage": advantages.group_normalized, "aggregation": aggregation, **changes}
+    )
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -164,11 +209,41 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         kl_estimator="k3_iw",
         params={"std": "none"},
     ),
+    "gspo-kept": _grouped(sequence_losses.gspo_kept, "seq-mean-token-mean"),
+    "sapo-sequence": _grouped(sequence_losses.sapo_sequence, "seq-mean-token-mean"),
+    "gmpo": _grouped(sequence_losses.gmpo, "seq-mean-token-mean"),
+    "vespo": _grouped(sequence_losses.vespo, off_policy=True),
+    "topr": _grouped(sequence_losses.topr, "seq-mean-token-sum", off_policy=True, params={"std": "none"}),
+    "dppo-tv": _grouped(masked_losses.dppo_tv, off_policy=True),
+    "dppo-kl": _grouped(masked_losses.dppo_kl, off_policy=True),
+    "m2po": _grouped(masked_losses.m2po, off_policy=True),
+    "clip-cov": _grouped(masked_losses.clip_cov),
+    "kl-cov": _grouped(masked_losses.kl_cov),
+    "dro": _grouped(masked_losses.dro, params={"std": "none"}),
+    "grpo-loo": _grouped(losses.ppo, advantage=baselines.leave_one_out_normalized),
+    "maxrl": _grouped(losses.ppo, advantage=baselines.max_likelihood),
+    "opo": _grouped(losses.reinforce, advantage=baselines.length_weighted),
+    "passk": _grouped(losses.ppo, advantage=baselines.pass_at_k),
+    "passk-best": _grouped(losses.ppo, advantage=baselines.best_of_group),
+    "vc-ppo": Algorithm(
+        losses.ppo, lambdas.gae_two_lambdas, "token-mean", per_token=True, whiten=True, needs_critic=True
+    ),
+    "vapo": Algorithm(
+        losses.ppo,
+        lambdas.gae_by_length,
+        "token-mean",
+        per_token=True,
+        whiten=True,
+        needs_critic=True,
+        positive_nll=0.1,
+        params={"eps_high": 0.28},
+    ),
 }
 
 _SETTINGS = (
     *("aggregation", "decoupled", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef"),
     *("kl_target", "kl_horizon", "correction", "correction_low", "correction_high"),
+    *("kl_cap", "positive_nll", "correction_normalized", "rejection", "whiten_ddof", "gae_steps"),
 )
 
 _LARGEST = 1e6
@@ -180,6 +255,11 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "gamma": (0.0, 1.0),
     "lam": (0.0, 1.0),
     "alpha": (0.0, 1.0),
+    "lam_critic": (0.0, 1.0),
+    "length_factor": (1e-6, _LARGEST),
+    "fraction": (0.0, 1.0),
+    "k": (1, _LARGEST),
+    "kl_cap": (1e-6, _LARGEST),
     "kl_target": (1e-6, _LARGEST),
     "kl_horizon": (1.0, _LARGEST),
 }
@@ -196,14 +276,17 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
         ConfigError: unknown algorithm or name (with the nearest known one), a value of the wrong type or
             range, or a loss that cannot be loaded.
     """
-    if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm.name: {quoted(name)} is unknown{_suggest(name, ALGORITHMS)}")
-    algorithm = ALGORITHMS[name]
+    entry, preset = PRESETS[name].settings if name in PRESETS else (name, {})
+    if entry not in ALGORITHMS:
+        raise ConfigError(
+            f"algorithm.name: {quoted(name)} is unknown{_suggest(name, {**ALGORITHMS, **PRESETS})}"
+        )
+    algorithm, overrides = ALGORITHMS[entry], {**preset, **(overrides or {})}
     if loss is not None:
         algorithm = _with_loss(algorithm, loss)
     accepted = _accepted(algorithm)
     checked: dict[str, Any] = {}
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         if key not in accepted:
             raise ConfigError(
                 f"algorithm.params.{key}: {name} has no such parameter{_suggest(key, accepted)}"
@@ -222,13 +305,19 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
             "algorithm.params.kl_target: adapts the coefficient of the KL in the reward, which is 0; set "
             "kl_in_reward to what it begins with, or drop kl_target"
         )
-    if algorithm.decoupled and not algorithm.compares:
+    if algorithm.decoupled and algorithm.advantage not in _BY_PARTS:
         raise ConfigError(
             f"algorithm.params.decoupled: {name} does not compare the samples of a prompt, part by part or "
             "as a whole; drop it, or use gdpo"
         )
     _check_correction(algorithm)
     return algorithm
+
+
+def has_critic(name: str) -> bool:
+    """Whether the algorithm or preset `name` trains a critic; False for a name that is neither."""
+    entry = PRESETS[name].algorithm if name in PRESETS else name
+    return entry in ALGORITHMS and ALGORITHMS[entry].needs_critic
 
 
 def _with_loss(algorithm: Algorithm, name: str) -> Algorithm:
@@ -240,7 +329,7 @@ def _with_loss(algorithm: Algorithm, name: str) -> Algorithm:
             f"algorithm.loss: {name}: {taken[0]} is a parameter of every algorithm; give yours another name"
         )
     kept = {key: value for key, value in algorithm.params.items() if key in parameters(algorithm.advantage)}
-    return replace(algorithm, loss=own, params=kept)
+    return replace(algorithm, loss=own, params=kept, off_policy=False)
 
 
 def _check_complete(algorithm: Algorithm) -> None:
@@ -259,6 +348,15 @@ def _check_correction(algorithm: Algorithm) -> None:
             raise ConfigError(
                 f"{place}_{bound}: has no effect on correction {algorithm.correction!r}; remove it"
             )
+    corrected = entry is not None or algorithm.rules
+    if corrected and algorithm.off_policy:
+        key = place if entry is not None else "algorithm.params.rejection"
+        raise ConfigError(
+            f"{key}: the ratio of this loss is one to the policy that sampled, and would be corrected twice; "
+            "drop it"
+        )
+    if algorithm.correction_normalized and not corrected:
+        raise ConfigError(f"{place}_normalized: there is no correction; set one, or drop it")
     low, high = known.get("low", 0.0), known.get("high", 1.0)
     if not (isinstance(low, float) and isinstance(high, float) and low < high):
         raise ConfigError(f"{place}_low: {low} leaves nothing below correction_high = {high}; lower it")
@@ -273,13 +371,16 @@ def objective(
     kl_coef: float = 0.0,
     entropy: Float[Tensor, "*shape"] | float = 0.0,
     entropy_coef: float = 0.0,
+    likelihood: Float[Tensor, "*shape"] | float = 0.0,
 ) -> Float[Tensor, "*shape"]:
-    """correction * policy loss + kl_coef * kl - entropy_coef * entropy, per token; exactly 0 if not usable.
+    """correction * policy loss + kl_coef * kl - entropy_coef * entropy - likelihood * log_prob, per token.
 
-    Multiply by the aggregation weight and sum. The correction (losses.CORRECTIONS) acts on the policy term
-    only.
+    Exactly 0 if not usable. Multiply by the aggregation weight and sum. The correction (losses.CORRECTIONS)
+    acts on the policy term only.
     """
     loss = correction * policy.loss + kl_coef * kl - entropy_coef * entropy
+    if not isinstance(likelihood, float):
+        loss = loss - likelihood * rows.log_prob
     loss = torch.where(rows.usable, loss, 0.0)
     # a policy that is not finite itself is broken, and must be seen as such
     return torch.where(torch.isfinite(rows.log_prob), loss, rows.log_prob)

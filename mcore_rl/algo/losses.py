@@ -53,22 +53,22 @@ def ppo(
     eps_high > eps_low is DAPO's clip-higher (2503.14476 section 3.1). `dual_clip` c > 1 also bounds the loss
     at -A c where A < 0 (1912.09729), off by default. Clipped: the gradient is cut.
     """
-    return _clipped_surrogate(
-        log_ratio(rows.log_prob, rows.old), rows.advantage, eps_low, eps_high, dual_clip
-    )
+    return clipped_surrogate(log_ratio(rows.log_prob, rows.old), rows.advantage, eps_low, eps_high, dual_clip)
 
 
 @reads("sequence_log_ratio")
-def gspo(rows: Rows, *, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
+def gspo(
+    rows: Rows, *, eps_low: float = 3e-4, eps_high: float = 4e-4, dual_clip: float | None = None
+) -> TokenLoss:
     """PPO's clip of s_t = sg[s] e^(log_prob - sg[log_prob]): GSPO-token, arXiv 2507.18071 section 4.3.
 
     log s is the mean of d over the whole sequence. With one advantage per sequence it equals GSPO (eq. 5) in
     value and gradient; with one per token it is GSPO-token. The sequence's mean is a constant, so no
-    collective needs a backward pass.
+    collective needs a backward pass. `dual_clip` as in `ppo`.
     """
     slope = log_ratio(rows.log_prob, rows.old)
     mean = rows.sequence_log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return _clipped_surrogate(mean + (slope - slope.detach()), rows.advantage, eps_low, eps_high)
+    return clipped_surrogate(mean + (slope - slope.detach()), rows.advantage, eps_low, eps_high, dual_clip)
 
 
 def sapo(rows: Rows, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenLoss:
@@ -85,15 +85,16 @@ def sapo(rows: Rows, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenLos
     return TokenLoss(-rows.advantage * p * 4 / tau, ratio_metrics(ratio, gate < 0.5))
 
 
-def cispo(rows: Rows, *, eps_high: float = 0.28) -> TokenLoss:
-    """-sg[min(r, 1 + eps_high)] A log_prob: CISPO, arXiv 2506.13585 eq. 4-5.
+def cispo(rows: Rows, *, eps_high: float = 0.28, eps_low: float | None = None) -> TokenLoss:
+    """-sg[clip(r, 1 - eps_low, 1 + eps_high)] A log_prob: CISPO, arXiv 2506.13585 eq. 4-5.
 
-    eps_high is a distance from 1, not the absolute cap. Clipped: the weight is capped, and the gradient never
-    cut.
+    Both are distances from 1, not absolute bounds; without eps_low, as in the paper's runs, there is no lower
+    one. Clipped: the weight is at a bound, and the gradient never cut.
     """
     ratio = log_ratio(rows.log_prob, rows.old).exp().detach()
-    loss = -ratio.clamp(max=1 + eps_high) * rows.advantage * rows.log_prob
-    return TokenLoss(loss, ratio_metrics(ratio, ratio > 1 + eps_high))
+    low = 0.0 if eps_low is None else 1 - eps_low
+    loss = -ratio.clamp(min=low, max=1 + eps_high) * rows.advantage * rows.log_prob
+    return TokenLoss(loss, ratio_metrics(ratio, (ratio > 1 + eps_high) | (ratio < low)))
 
 
 def reinforce(rows: Rows) -> TokenLoss:
@@ -130,14 +131,14 @@ def ratio_metrics(ratio: Float[Tensor, "*shape"], clipped: Bool[Tensor, "*shape"
     }
 
 
-def _clipped_surrogate(
+def clipped_surrogate(
     log_r: Float[Tensor, "*shape"],
     advantage: Float[Tensor, "*shape"],
     eps_low: float,
     eps_high: float,
     dual_clip: float | None = None,
 ) -> TokenLoss:
-    """-A r, with r frozen at the bound where the clip acts: PPO's eq. 7 as its two branches."""
+    """-A r, with r frozen at the bound where the clip acts: PPO's eq. 7 (1707.06347) as its two branches."""
     ratio = log_r.exp()
     value = ratio.detach()
     cut = ((advantage > 0) & (value > 1 + eps_high)) | ((advantage < 0) & (value < 1 - eps_low))
@@ -148,7 +149,7 @@ def _clipped_surrogate(
     return TokenLoss(-advantage * used, ratio_metrics(value, cut))
 
 
-KLEstimator = Literal["k1", "k2", "k3", "k1_iw", "k2_iw", "k3_iw"]
+KLEstimator = Literal["k1", "k2", "k3", "abs", "k3_straight", "k3_score", "k1_iw", "k2_iw", "k3_iw"]
 
 
 def kl(
@@ -156,6 +157,8 @@ def kl(
     log_prob: Float[Tensor, "*shape"],
     ref_log_prob: Float[Tensor, "*shape"],
     old_log_prob: Float[Tensor, "*shape"] | None = None,
+    *,
+    cap: float | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Per-token KL(policy || reference), differentiable in log_prob; 0 where the reference is not finite.
 
@@ -165,14 +168,20 @@ def kl(
         k1 = -x             unbiased value; as a loss its gradient has mean 0: use it in the reward
         k2 = x^2 / 2        biased value, unbiased gradient on-policy
         k3 = e^x - x - 1    unbiased value; its gradient is that of the forward KL(ref || policy)
+        abs = |x|           not a KL; its gradient is that of twice the total variation
+        k3_straight         the value of k3 with the gradient of k2 (verl's "k3+")
+        k3_score            k3 e^(log_prob - sg[log_prob]), with the gradient through the sampling: unbiased
+                            on-policy (NeMo-RL's)
         *_iw = r k          times the importance ratio with its gradient; k3_iw (DeepSeek-V3.2, arXiv
                             2512.02556) is unbiased in value and gradient for any behaviour policy:
                             r (log_prob - ref)
 
-    Outputs are not clamped: a clamp on k3 has gradient 0 exactly on runaway tokens. Only exponents are
-    bounded.
+    Outputs are not clamped unless asked: a clamp on k3 has gradient 0 exactly on runaway tokens. Only
+    exponents are bounded.
 
     Args:
+        cap: the largest value of |k|, before an importance ratio; what lies beyond has no gradient, except
+            with k3_straight, whose gradient is that of k2 everywhere.
         old_log_prob: of the behaviour policy; only the `_iw` estimators read it.
 
     Raises:
@@ -184,12 +193,20 @@ def kl(
             value = -x
         case "k2":
             value = x.square() / 2
-        case "k3":
+        case "k3" | "k3_straight" | "k3_score":
             value = torch.expm1(bounded(x)) - x
+        case "abs":
+            value = x.abs()
         case _:
             raise ConfigError(
                 f"algorithm.kl_estimator: {estimator!r} is not one of {', '.join(get_args(KLEstimator))}"
             )
+    if cap is not None:
+        value = value.clamp(-cap, cap)
+    if estimator == "k3_straight":
+        return value.detach() + x.square() / 2 - (x.square() / 2).detach()
+    if estimator == "k3_score":
+        return value * (log_prob - log_prob.detach()).exp()
     if not estimator.endswith("_iw"):
         return value
     if old_log_prob is None:
@@ -216,12 +233,14 @@ def adaptive_kl_coefficient(
     return coefficient * (1.0 + error * samples / horizon)
 
 
-def truncate(log_weight: Float[Tensor, "*shape"], *, high: float = 2.0) -> Float[Tensor, "*shape"]:
-    """min(w, high): truncated importance sampling (TIS), Ionides 2008; Yao et al. 2025 for rollout engines.
+def truncate(
+    log_weight: Float[Tensor, "*shape"], *, low: float = 0.0, high: float = 2.0
+) -> Float[Tensor, "*shape"]:
+    """clip(w, low, high): truncated importance sampling (TIS), Ionides 2008; Yao et al. 2025 for engines.
 
     high = inf is the behaviour weight of decoupled PPO, arXiv 2110.00641.
     """
-    return _exp(log_weight).clamp(max=high)
+    return _exp(log_weight).clamp(min=low, max=high)
 
 
 def mask_outside(
@@ -275,7 +294,9 @@ CORRECTIONS: Mapping[CorrectionName, Correction] = {
 }
 
 
-Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum"
+]
 
 
 def aggregation_weight(
@@ -296,7 +317,7 @@ def aggregation_weight(
         aggregation: token-mean 1/tokens (DAPO, arXiv 2503.14476 section 3.3; LitePPO, 2508.08221);
             seq-mean-token-mean 1/(n_i sequences) (GRPO, 2402.03300 eq. 3; GSPO, 2507.18071 eq. 5; SAPO,
             2511.20347); seq-mean-token-sum 1/sequences (REINFORCE); seq-mean-token-sum-norm 1/(sequences
-            max_length) (Dr. GRPO, 2503.20783).
+            max_length) (Dr. GRPO, 2503.20783); token-sum 1 (verl).
         sequence_tokens: n_i, scored tokens of the WHOLE sequence the token belongs to (not of its CP shard).
         tokens: scored tokens of the whole optimizer step.
         sequences: sequences of the whole optimizer step. All of them by default, fully masked ones included,
@@ -316,6 +337,8 @@ def aggregation_weight(
             return torch.full_like(sequence_tokens, 1.0 / max(sequences, 1))
         case "seq-mean-token-sum-norm":
             return torch.full_like(sequence_tokens, 1.0 / (max(sequences, 1) * max_length))
+        case "token-sum":
+            return torch.ones_like(sequence_tokens)
     raise ConfigError(
         f"algorithm.aggregation: {aggregation!r} is unknown; use one of {', '.join(get_args(Aggregation))}"
     )

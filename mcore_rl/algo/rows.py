@@ -7,6 +7,9 @@ that row alone, and from what it reads of the row's whole sequence; its keyword-
     @reads("sequence_log_ratio")
     def loss(rows: Rows, *, eps: float = 0.2) -> TokenLoss: ...
 
+    @reads(drift=a_function)  # of the rows and the loss's parameters: rows.mean_of("drift") of the sequence
+    @marks(a_choice)          # of the whole rollout batch, before its first update: rows.marked
+
 Nothing else can be read: an undeclared field raises. So the library knows, without being told by a flag,
 which models must score and whether any part of a micro-batch can be asked alone (the head's fused mode).
 """
@@ -17,7 +20,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,8 +29,13 @@ from torch import Tensor
 from mcore_rl.algo.metrics import Metric
 from mcore_rl.errors import ConfigError
 
-OF_SEQUENCES = ("sequence_log_ratio", "sequence_rollout_log_ratio")
+OF_SEQUENCES = (
+    *("sequence_log_ratio", "sequence_log_ratio_sum", "sequence_kept_log_ratio"),
+    *("sequence_rollout_log_ratio", "sequence_rollout_log_ratio_sum"),
+)
 """declared fields that need every row of a sequence"""
+OF_OLD = OF_SEQUENCES[:3]
+"""those of them that are 0 where the old policy is the current one"""
 DECLARED = (*OF_SEQUENCES, "reference")
 
 F = TypeVar("F", bound=Callable[..., "TokenLoss"])
@@ -42,24 +50,57 @@ class TokenLoss(NamedTuple):
     """name -> metric, named as people read it in metrics.jsonl"""
 
 
-def reads(*names: str) -> Callable[[F], F]:
-    """Declare which of DECLARED a loss reads. Raises ConfigError for another name."""
+def reads(*names: str, **own: Callable[..., Tensor]) -> Callable[[F], F]:
+    """Declare which of DECLARED a loss reads, and of which values it reads the mean over a sequence.
+
+    Each of `own` is a function (rows, **params) -> [R] whose keyword-only parameters are some of the loss's.
+    Raises ConfigError for another name.
+    """
     for name in names:
         if name not in DECLARED:
             raise ConfigError(f"@reads({name!r}): not one of {', '.join(DECLARED)}; other fields need none")
 
     def declare(loss: F) -> F:
-        vars(loss)["reads"] = frozenset(names)
+        vars(loss)["reads"] = frozenset(names) | frozenset(own)
+        vars(loss)["averages"] = own
         return loss
 
     return declare
 
 
+def marks(choice: Callable[..., Tensor]) -> Callable[[F], F]:
+    """Declare which rows a loss treats otherwise, chosen among all rows of a rollout before its first update.
+
+    `choice(advantage, old, rollout, **params)` gets float64 numbers of all rows [R] that are usable, the same
+    on every rank, and returns bool [R]; its keyword-only parameters are some of the loss's.
+    """
+
+    def declare(loss: F) -> F:
+        vars(loss)["marks"] = choice
+        return loss
+
+    return declare
+
+
+def marked_by(loss: Callable[..., TokenLoss]) -> Callable[..., Tensor] | None:
+    """Return what chooses the marked rows of `loss`; None where it reads no mark."""
+    return _of_loss(loss, "marks", None)
+
+
+def averaged_by(loss: Callable[..., TokenLoss]) -> Mapping[str, Callable[..., Tensor]]:
+    """Return the functions whose means over a sequence `loss` reads, by name."""
+    return _of_loss(loss, "averages", {})
+
+
+def _of_loss(loss: Callable[..., TokenLoss], name: str, otherwise: Any) -> Any:
+    while isinstance(loss, functools.partial) and not hasattr(loss, name):
+        loss = loss.func
+    return getattr(loss, name, otherwise)
+
+
 def declared(loss: Callable[..., TokenLoss]) -> frozenset[str]:
     """Return what `loss` declares to read; a partial of a loss reads what the loss does."""
-    if isinstance(loss, functools.partial) and not hasattr(loss, "reads"):
-        return declared(loss.func)
-    return getattr(loss, "reads", frozenset())
+    return _of_loss(loss, "reads", frozenset())
 
 
 @dataclass(frozen=True)
@@ -120,6 +161,34 @@ class Rows:
     def sequence_rollout_log_ratio(self) -> Float[Tensor, "*shape"]:
         """Mean of log_prob - rollout over the usable rows of the whole sequence; declared."""
         return self._declared("sequence_rollout_log_ratio")
+
+    @property
+    def sequence_log_ratio_sum(self) -> Float[Tensor, "*shape"]:
+        """Sum of log_prob - old over the usable rows of the whole sequence; declared."""
+        return self._declared("sequence_log_ratio_sum")
+
+    @property
+    def sequence_rollout_log_ratio_sum(self) -> Float[Tensor, "*shape"]:
+        """Sum of log_prob - rollout over the usable rows of the whole sequence; declared."""
+        return self._declared("sequence_rollout_log_ratio_sum")
+
+    @property
+    def sequence_kept_log_ratio(self) -> Float[Tensor, "*shape"]:
+        """Mean of log_prob - old over the usable rows that the correction keeps; declared."""
+        return self._declared("sequence_kept_log_ratio")
+
+    @property
+    def marked(self) -> Bool[Tensor, "*shape"]:
+        """Whether the row was chosen by what @marks names; none is where nobody chose."""
+        if "marked" not in self.extras:
+            raise ConfigError(
+                "the loss reads rows.marked without saying so; write @marks(choice) above the function"
+            )
+        return self.extras["marked"]
+
+    def mean_of(self, name: str) -> Float[Tensor, "*shape"]:
+        """Mean over the usable rows of the whole sequence of what @reads names `name`."""
+        return self._declared(name)
 
     def _declared(self, name: str) -> Tensor:
         if name not in self.extras:

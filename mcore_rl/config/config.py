@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.algo.algorithms import configure, has_critic
 from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment, wrong_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
@@ -281,7 +281,7 @@ def _against_algorithm(config: Config) -> Iterator[str]:
         yield str(error)
         return
     yield from params_without_effect(algorithm, config.algorithm.params)
-    if config.rollout.max_staleness and algorithm.corrects is None:
+    if config.rollout.max_staleness and not (algorithm.corrects or algorithm.rules or algorithm.off_policy):
         yield (
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
             'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
@@ -301,6 +301,12 @@ def _against_algorithm(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.params.kl_horizon: {algorithm.kl_horizon:g} is shorter than the {samples} samples of "
             "a step, over which the coefficient would jump; raise it"
+        )
+    of_pass = algorithm.advantage_params.get("k")
+    if algorithm.compares and isinstance(of_pass, int) and of_pass >= config.rollout.samples_per_prompt > 1:
+        yield (
+            f"algorithm.params.k: {of_pass} of {config.rollout.samples_per_prompt} samples of a prompt leave "
+            "nothing to compare, and every advantage is 0; lower it, or raise rollout.samples_per_prompt"
         )
     if algorithm.compares and config.rollout.samples_per_prompt == 1:
         yield (
@@ -380,7 +386,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     what = f'run.kind is "{config.run.kind}", which' if other else name
     if config.run.kind == "preference":
         what = f'preference.loss is "{config.preference.loss}", which'
-    if other or name not in ALGORITHMS or not ALGORITHMS[name].needs_critic:
+    if other or not has_critic(name):
         keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
         unused |= dict.fromkeys(keys, f"{what} has no critic")
     elif not config.critic.warmup_rollouts:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from mcore_rl.algo import losses
+from mcore_rl.algo import losses, masked_losses, sequence_losses
 from mcore_rl.algo.advantages import group_normalized
 from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.baselines import best_of_group
+from mcore_rl.algo.rows import TokenLoss
 from mcore_rl.config.sections import RewardConfig
 from mcore_rl.terminal import joined, short
 
-_BOUNDS = ("eps_low", "eps_high", "dual_clip", "tau_pos", "tau_neg")
-_BOUNDED = (losses.ppo, losses.gspo, losses.sapo, losses.cispo, losses.deepseek_masked)
-"""losses of the importance ratio, which such parameters bound"""
+_CLIP = ("eps_low", "eps_high", "dual_clip")
+_BOUNDS: Mapping[Callable[..., TokenLoss], tuple[str, ...]] = {
+    losses.ppo: _CLIP,
+    losses.gspo: _CLIP,
+    losses.cispo: _CLIP,
+    losses.deepseek_masked: _CLIP,
+    losses.sapo: ("tau_pos", "tau_neg"),
+    sequence_losses.gspo_kept: _CLIP,
+    sequence_losses.sapo_sequence: ("tau_pos", "tau_neg"),
+    sequence_losses.gmpo: ("clip_low", "clip_high"),
+    masked_losses.clip_cov: _CLIP,
+    masked_losses.kl_cov: ("fraction", "penalty"),
+    masked_losses.dro: ("tau",),
+}
+"""losses of the ratio to the old policy -> parameters that do nothing where it is 1"""
 
 
 def params_without_effect(algorithm: Algorithm, given: Mapping[str, object]) -> Iterator[str]:
@@ -27,14 +41,30 @@ def params_without_effect(algorithm: Algorithm, given: Mapping[str, object]) -> 
             f"{place}.kl_estimator: the gradient of k1 in the loss is 0 in expectation, whatever the KL; "
             "set k2, k3 or k1_iw"
         )
-    if "kl_estimator" in given and not algorithm.kl_in_loss:
-        yield f"{place}.kl_estimator: has no effect because kl_in_loss is 0; remove it, or set kl_in_loss"
-    if "kl_horizon" in given and algorithm.kl_target is None:
-        yield f"{place}.kl_horizon: has no effect because there is no kl_target; remove it, or set kl_target"
+    needless = _needless(algorithm)
+    for key in given:
+        if key in needless:
+            yield f"{place}.{key}: has no effect because {needless[key]}"
     if algorithm.advantage is group_normalized:
         for key, why in _of_normalized(algorithm).items():
             if key in given:
                 yield f"{place}.{key}: has no effect because {why}; remove it"
+
+
+def _needless(algorithm: Algorithm) -> dict[str, str]:
+    """Parameters that change nothing -> why, and what to do."""
+    found: dict[str, str] = {}
+    if not algorithm.kl_in_loss:
+        found |= dict.fromkeys(("kl_estimator", "kl_cap"), "kl_in_loss is 0; remove it, or set kl_in_loss")
+    if algorithm.kl_target is None:
+        found["kl_horizon"] = "there is no kl_target; remove it, or set kl_target"
+    if not algorithm.whiten:
+        found["whiten_ddof"] = "nothing is whitened; remove it, or set whiten"
+    if not algorithm.per_token:
+        found["gae_steps"] = "a sample has one advantage; remove it"
+    if algorithm.advantage is best_of_group:
+        found |= dict.fromkeys(("eps_low", "dual_clip"), "no advantage is negative; remove it")
+    return found
 
 
 def _of_normalized(algorithm: Algorithm) -> dict[str, str]:
@@ -74,8 +104,8 @@ def doubtful(
             f"algorithm.mini_batches: the loss has no importance ratio, and after the first of {updates} "
             "updates the samples are another policy's; set mini_batches = 1 and epochs = 1"
         )
-    bounds = [key for key in _BOUNDS if key in given]
-    if bounds and updates == 1 and algorithm.loss in _BOUNDED:
+    bounds = [key for key in _BOUNDS.get(algorithm.loss, ()) if key in given]
+    if bounds and updates == 1:
         yield (
             f"algorithm.params.{bounds[0]}: has no effect in the only update of a rollout, where every "
             "importance ratio is 1; set mini_batches or epochs higher, or remove it"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mcore_rl.algo.algorithms import ALGORITHMS
+from mcore_rl.algo.algorithms import has_critic
 from mcore_rl.config import Config, load_config, warnings
 from mcore_rl.doctor.finding import Finding, guarded, of_error
 from mcore_rl.doctor.gradient import check_gradient
@@ -128,4 +128,4 @@ def _checkpoint_bytes(config: Config) -> int:
 
 
 def _has_critic(config: Config) -> bool:
-    return config.algorithm.name in ALGORITHMS and ALGORITHMS[config.algorithm.name].needs_critic
+    return has_critic(config.algorithm.name)

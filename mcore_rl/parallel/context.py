@@ -46,6 +46,24 @@ def sequence_sums(
     return sums
 
 
+def sequence_maxima(
+    values: Float[Tensor, " R"],
+    sequence: Int[Tensor, " R"],
+    num_sequences: int,
+    group: dist.ProcessGroup | None,
+) -> Float[Tensor, " B"]:
+    """The largest of `values` of each sequence over the context-parallel `group`, at least 0.
+
+    Outside autograd.
+    As in `sequence_sums`, a rank without rows still joins the collective.
+    """
+    with torch.no_grad():
+        found = values.new_zeros(num_sequences).scatter_reduce_(0, sequence, values, "amax")
+        if group is not None and group.size() > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return found
+
+
 def gather_keys_values(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """[T_local, K, D] of every context-parallel rank -> [cp * T_local, K, D], rank after rank.
 

@@ -122,7 +122,7 @@ def work_of(
     pairs = config.run.kind == "reward_model" or (compared and config.preference.loss != "kto")
     answers = 2 if pairs else 1
     teachers = list(config.distill.teachers.values())
-    all_old = a.epochs > 1 or algorithm.kl_in_reward != 0
+    all_old = a.epochs > 1 or algorithm.needs_old
     return PlannedStep(
         samples=config.supervised.batch_size * answers
         if supervised

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,13 @@ from mcore_rl.algo.advantages import (
     whiten,
 )
 from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.corrections import Reads, correction_weight
+from mcore_rl.algo.lambdas import of_turns
 from mcore_rl.algo.losses import difference
+from mcore_rl.algo.readings import mark
+from mcore_rl.algo.rows import marked_by
 from mcore_rl.errors import NumericsError, RewardError
+from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.training.batch import RolloutBatch
 from mcore_rl.types import RewardPart, Sample
 
@@ -61,19 +66,28 @@ class Advantages:
 def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores = NO_SCORES) -> Advantages:
     """Per-sample advantages from group statistics, or per-token ones by `gae`; whitened where asked.
 
-    Rewards of turns enter token by token where the algorithm has token rewards, and by their sum elsewhere.
+    With them comes what else is known of all tokens of the rollout at once: which of them the loss marks, and
+    the scale of a correction that is normalised. Rewards of turns enter token by token where the algorithm
+    has token rewards, and by their sum elsewhere.
 
     Args:
-        scores: old log-probs of ALL samples where the algorithm has KL in its reward.
+        scores: old log-probs of ALL samples where the algorithm needs them (Algorithm.needs_old).
 
     Raises:
         RewardError: a reward is not a finite number, or lies at no token of its sample.
         NumericsError: a value is not.
     """
+    found = _of_rewards(batch, algorithm, scores)
+    return replace(found, fields={**found.fields, **_of_rollout(batch, algorithm, scores, found)})
+
+
+def _of_rewards(batch: RolloutBatch, algorithm: Algorithm, scores: Scores) -> Advantages:
+    """The advantages, what the critic learns from, and their metrics."""
     given = [sample.reward for sample in batch.samples]
     statistics = group_statistics(batch.group_ids, given)
     rewards = torch.tensor(given, dtype=torch.float64)
     lengths = [sample.trained_tokens for sample in batch.samples]
+    statistics = statistics._replace(lengths=torch.tensor(lengths, dtype=torch.float64))
     offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
     fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
     if algorithm.values_prompts:
@@ -85,7 +99,7 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
             else algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
         )
         if algorithm.whiten:
-            advantages = _whitened(advantages, spread(advantages, offsets))
+            advantages = _whitened(advantages, spread(advantages, offsets), algorithm)
         return Advantages({**fields, "advantage": advantages.tolist()})
     values = _values(scores) if algorithm.needs_critic else torch.zeros(int(offsets[-1]), dtype=torch.float64)
     old, ref = _kl_terms(scores, algorithm, offsets)
@@ -93,9 +107,12 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
     at_end = torch.where(by_turn, 0.0, rewards)
     per_token = token_rewards(at_end, old, ref, offsets, kl_coef=algorithm.kl_in_reward)
     per_token = add_turn_rewards(per_token, *_turn_rows(batch, offsets))
-    advantages, returns = algorithm.advantage(per_token, values, offsets, **algorithm.advantage_params)
+    if algorithm.gae_steps == "turn":
+        advantages, returns = _by_turns(batch, algorithm, per_token, values)
+    else:
+        advantages, returns = algorithm.advantage(per_token, values, offsets, **algorithm.advantage_params)
     if algorithm.whiten:
-        advantages = _whitened(advantages, advantages)
+        advantages = _whitened(advantages, advantages, algorithm)
     fields["advantage"] = _split(advantages, offsets)
     beta = algorithm.kl_in_reward
     metrics = kl_metrics(old, ref, beta, samples=len(lengths)) if beta else {}
@@ -117,7 +134,7 @@ def _of_valued_prompts(
     params = algorithm.advantage_params
     advantages, returns = algorithm.advantage(batch.group_ids, rewards, values, **params)
     if algorithm.whiten:
-        advantages = _whitened(advantages, spread(advantages, offsets))
+        advantages = _whitened(advantages, spread(advantages, offsets), algorithm)
     valued = {"old_value": values.tolist(), "return": returns.tolist()}
     found = {**fields, **valued, "advantage": advantages.tolist()}
     return Advantages(found, value_metrics(values, returns))
@@ -185,9 +202,75 @@ def _turn_rows(batch: RolloutBatch, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, dtype=torch.int64), torch.tensor(given, dtype=torch.float64)
 
 
-def _whitened(advantages: Tensor, rows: Tensor) -> Tensor:
+def _whitened(advantages: Tensor, rows: Tensor, algorithm: Algorithm) -> Tensor:
     """Whiten the advantages of samples or tokens by those of all tokens, `rows` [R]."""
-    return whiten(advantages, Spread.of_rows(rows))
+    return whiten(advantages, Spread.of_rows(rows), ddof=algorithm.whiten_ddof)
+
+
+def _by_turns(
+    batch: RolloutBatch, algorithm: Algorithm, rewards: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """GAE whose steps are turns: a turn's reward is that of its tokens, its value that of its first token.
+
+    Every token of a turn has the turn's advantage and return.
+    """
+    ends = [torch.tensor(turn_ends(sample), dtype=torch.int64) + 1 for sample in batch.samples]
+    turns = offsets_of(torch.tensor([len(its) for its in ends], dtype=torch.int64))
+    tokens = torch.cat(
+        [torch.zeros(0, dtype=torch.int64), *(its.diff(prepend=its.new_zeros(1)) for its in ends)]
+    )
+    cuts = offsets_of(tokens)
+    turn = torch.arange(len(tokens)).repeat_interleave(tokens)
+    of_turn = rewards.new_zeros(len(tokens)).index_add(0, turn, rewards)
+    found = algorithm.advantage(of_turn, values[cuts[:-1]], turns, **algorithm.advantage_params)
+    return of_turns(found, tokens)
+
+
+def _of_rollout(
+    batch: RolloutBatch, algorithm: Algorithm, scores: Scores, found: Advantages
+) -> dict[str, Sequence[Any]]:
+    """`marked` and `correction_scale`, where the algorithm has a use for them; the same on every rank."""
+    marks, scales = marked_by(algorithm.loss) is not None, algorithm.correction_normalized
+    if not marks and not scales:
+        return {}
+    lengths = [sample.trained_tokens for sample in batch.samples]
+    offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+    old = _join([scores.old_log_probs[i] for i in range(len(lengths))])
+    rollout = _join([np.asarray(sample.log_probs) for sample in batch.samples])
+    fields: dict[str, Sequence[Any]] = {}
+    if marks:
+        each = zip(found.fields["advantage"], lengths, strict=True)
+        advantage = _join([np.broadcast_to(np.asarray(one, np.float64), (n,)) for one, n in each])
+        chosen = mark(algorithm.loss, algorithm.loss_params, advantage, old, rollout)
+        fields["marked"] = _split(chosen.double(), offsets)
+    if scales:
+        mean = _mean_correction(batch, algorithm, old, rollout)
+        fields["correction_scale"] = [1.0 / mean if mean > 0 else 1.0] * len(lengths)
+    return fields
+
+
+def _mean_correction(batch: RolloutBatch, algorithm: Algorithm, old: Tensor, rollout: Tensor) -> float:
+    """The mean of the correction over all usable tokens; what it reads of a sequence is that of a segment."""
+    counts = torch.tensor([len(s.log_probs) for sample in batch.samples for s in sample.segments])
+    sequence = torch.arange(len(counts)).repeat_interleave(counts)
+    usable = torch.isfinite(old) & torch.isfinite(rollout)
+    if not usable.any():
+        return 0.0
+
+    def reduce(values: Tensor, reads: Reads) -> Tensor:
+        among = torch.where(usable, values, 0.0)
+        if reads == "sequence-max":
+            return among.new_zeros(len(counts)).scatter_reduce(0, sequence, among, "amax")[sequence]
+        total = among.new_zeros(len(counts)).index_add(0, sequence, among)
+        if reads == "sequence-mean":
+            total /= (
+                usable.double().new_zeros(len(counts)).index_add(0, sequence, usable.double()).clamp(min=1)
+            )
+        return total[sequence]
+
+    old, rollout = torch.where(usable, old, 0.0), torch.where(usable, rollout, 0.0)
+    weight = correction_weight(algorithm.corrects, algorithm.rules, old, rollout, reduce)
+    return weight[usable].mean().item()
 
 
 def _values(scores: Scores) -> Tensor:

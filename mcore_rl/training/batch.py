@@ -85,8 +85,9 @@ def pack_mini_batch(
 
     Each row carries its `weight` (aggregation weight with the mini-batch's GLOBAL denominators, in which a
     sample counts once, however many segments it has), the server's `rollout_log_prob`, the number of its
-    `sample`, `sequence_tokens` (how many of its segment are scored), and `fields`: by name what has an entry
-    for each member. Segments of one sample may be packed on several replicas.
+    `sample`, `sequence_tokens` (how many of its segment are scored), `nll_weight` where positive samples are
+    learnt by likelihood too, and `fields`: by name what has an entry for each member. Segments of one sample
+    may be packed on several replicas.
 
     Where truncated samples are filtered out, these have no rows: their tokens are in no denominator, while
     they themselves count among the samples, so that the others do not weigh more for it.
@@ -108,6 +109,10 @@ def pack_mini_batch(
         "rollout_log_prob": [segment.log_probs for sample in samples for segment in sample.segments],
         "sample": by_segment(kept, samples),
     }
+    if algorithm.positive_nll:
+        learnt = [sample.trained_tokens * ((sample.reward or 0.0) > 0) for sample in samples]
+        each = [float(count > 0) / max(sum(learnt), 1) for count in learnt]
+        rows["nll_weight"] = by_segment(each, samples)
     rows |= {name: by_segment([values[i] for i in kept], samples) for name, values in fields.items()}
     return pack_share(sequences, rows, shape, mesh)
 

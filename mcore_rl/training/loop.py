@@ -196,7 +196,7 @@ def score(
     """One forward pass of each model that the algorithm asks, before the rollout's first update.
 
     The first mini-batch needs no old log-probs on its first visit: the policy is the old one, so the ratio is
-    1 by construction. A KL in the reward needs them of all samples.
+    1 by construction. A KL in the reward, and what is chosen among all tokens, need them of all samples.
 
     Args:
         known: the old log-probs of all samples, where they were taken already.
@@ -206,7 +206,7 @@ def score(
     sequences = [replace(sequence, experts=None) for sequence in token_sequences(samples)]
     old = known
     if not known:
-        all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.kl_in_reward != 0
+        all_of_them = run.trainer.config.algorithm.epochs > 1 or run.algorithm.needs_old
         members = np.concatenate([np.zeros(0, np.int64), *(parts if all_of_them else parts[1:])]).tolist()
         later = [samples[i] for i in members]
         sequences_of_later = token_sequences(later)

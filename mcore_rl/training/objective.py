@@ -10,13 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.algo.algorithms import Algorithm, objective
+from mcore_rl.algo.corrections import Reads, correction_weight
 from mcore_rl.algo.losses import bounded, kl, value_loss, weighted_sum
 from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile, gradient_scale_sums
-from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, declared
+from mcore_rl.algo.readings import readings
+from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import NON_FINITE
 from mcore_rl.metric_names import meaning_of
-from mcore_rl.parallel.context import sequence_sums
+from mcore_rl.parallel.context import sequence_maxima, sequence_sums
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.metrics import EffectiveSampleSize, HeadGradient, HeadRatio, LossTotal, Scale
 from mcore_rl.types import PackedBatch
@@ -31,8 +33,10 @@ class PolicyObjective:
 
     Fields of a row: `advantage`, `weight` (aggregation weight with the optimizer step's global denominators),
     `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, `old_log_prob` except in a
-    rollout's first mini-batch (ratio 1 by construction), and `age` (weight versions since the row was
-    sampled) where samples may be older than the weights in training.
+    rollout's first mini-batch (ratio 1 by construction), `age` (weight versions since the row was sampled)
+    where samples may be older than the weights in training, and where the algorithm asks for it `marked`
+    (rows.marks), `correction_scale` (one over the mean correction) and `nll_weight` (one over the tokens of
+    positive samples, or 0).
     """
 
     algorithm: Algorithm
@@ -47,9 +51,9 @@ class PolicyObjective:
         """Return the sum of weight * loss over this rank's rows, and the parts of the metrics."""
         fields = batch.fields
         rows = self._rows(batch, head)
-        token = self.algorithm.loss(self._for_loss(batch, rows), **self.algorithm.loss_params)
-        check_answer(token, rows)
         correction = self._correction(batch, rows)
+        token = self.algorithm.loss(self._for_loss(batch, rows, correction), **self.algorithm.loss_params)
+        check_answer(token, rows)
         loss = objective(
             rows,
             token,
@@ -59,6 +63,7 @@ class PolicyObjective:
             # 0 times the entropy would have the head compute the gradient of it
             entropy=rows.entropy if self.algorithm.entropy_coef else 0.0,
             entropy_coef=self.algorithm.entropy_coef,
+            likelihood=self._likelihood(fields),
         )
         metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
         if isinstance(correction, Tensor):
@@ -84,36 +89,54 @@ class PolicyObjective:
             sequence_tokens=fields.get("sequence_tokens"),
         )
 
-    def _for_loss(self, batch: PackedBatch, rows: Rows) -> Rows:
+    def _for_loss(self, batch: PackedBatch, rows: Rows, correction: Tensor | float) -> Rows:
         """The rows with what the loss declared, and nothing beside it."""
-        names = declared(self.algorithm.loss)
-        extras = {name: value for name, value in rows.extras.items() if name in names}
-        for name in names & set(OF_SEQUENCES):
-            other = rows.old if name == "sequence_log_ratio" else rows.rollout
-            extras[name] = self._sequence(batch, rows, rows.log_prob.detach() - other)[1]
+        extras = readings(
+            self.algorithm.loss,
+            rows,
+            self.algorithm.loss_params,
+            lambda values, among: self._sequence(batch, values, among),
+            kept=correction != 0 if isinstance(correction, Tensor) else None,
+            marked=batch.fields["marked"] > 0 if "marked" in batch.fields else None,
+        )
         return replace(rows, extras=extras)
+
+    def _likelihood(self, fields: Mapping[str, Tensor]) -> Tensor | float:
+        """[R] what -log_prob is multiplied by, beside the policy term; 0 where no sample is learnt by it."""
+        if self.algorithm.positive_nll == 0:
+            return 0.0
+        weight = fields["weight"]
+        ratio = torch.where(weight != 0, fields["nll_weight"] / weight, 0.0)
+        return self.algorithm.positive_nll * ratio
 
     def _kl(self, rows: Rows) -> Tensor | float:
         if self.algorithm.kl_in_loss == 0:
             return 0.0
-        return kl(self.algorithm.kl_estimator, rows.log_prob, rows.reference, rows.old)
+        used = self.algorithm
+        return kl(used.kl_estimator, rows.log_prob, rows.reference, rows.old, cap=used.kl_cap)
 
     def _correction(self, batch: PackedBatch, rows: Rows) -> Tensor | float:
         """[R] weights of the policy term; 1 where none is asked."""
-        used = self.algorithm.corrects
-        if used is None:
+        used, rules = self.algorithm.corrects, self.algorithm.rules
+        if used is None and not rules:
             return 1.0
-        log_weight = rows.old - rows.rollout
-        if used.reads != "token":
-            total, mean = self._sequence(batch, rows, log_weight)
-            log_weight = total if used.reads == "sequence-sum" else mean
-        return used.weight(log_weight, **used.params)
 
-    def _sequence(self, batch: PackedBatch, rows: Rows, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[R] sum and mean of `values` over the usable rows of the whole sequence of each row."""
+        def reduce(values: Tensor, reads: Reads) -> Tensor:
+            if reads == "sequence-max":
+                among = torch.where(rows.usable, values, 0.0)
+                largest = sequence_maxima(among, batch.sequence, batch.num_sequences, self.cp)
+                return largest[batch.sequence]
+            total, mean = self._sequence(batch, values, rows.usable)
+            return total if reads == "sequence-sum" else mean
+
+        weight = correction_weight(used, rules, rows.old, rows.rollout, reduce)
+        return weight * batch.fields["correction_scale"] if self.algorithm.correction_normalized else weight
+
+    def _sequence(self, batch: PackedBatch, values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        """[R] sum and mean of `values` over the rows `among` those of the whole sequence of each row."""
         if self.rowwise(batch):  # a log-ratio to itself, and the rows may be a part of their sequence
             return torch.zeros_like(values), torch.zeros_like(values)
-        both = torch.stack([torch.where(rows.usable, values, 0.0), rows.usable.to(values.dtype)])
+        both = torch.stack([torch.where(among, values, 0.0), among.to(values.dtype)])
         total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
         return total[batch.sequence], (total / count.clamp(min=1))[batch.sequence]
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 import mcore_rl.algo
 from mcore_rl.algo import algorithms, losses
-from mcore_rl.algo.advantages import group_statistics, sequence_mean
+from mcore_rl.algo.advantages import group_statistics, sequence_mean, sequence_sum
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm, configure, objective
 from mcore_rl.algo.losses import aggregation_weight, kl, weighted_sum
-from mcore_rl.algo.rows import OF_SEQUENCES, Rows
+from mcore_rl.algo.readings import readings
+from mcore_rl.algo.rows import Rows
 from mcore_rl.errors import ConfigError
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -64,7 +65,7 @@ def test_overrides_reach_loss_advantage_and_settings() -> None:
     ("name", "overrides", "message"),
     [
         ("gpso", {}, "'gpso' is unknown; did you mean 'gspo'"),
-        ("zzz", {}, "known: cispo, dapo"),
+        ("zzz", {}, "known: cispo, clip-cov"),
         (
             "gspo",
             {"epz_low": 1e-3},
@@ -140,8 +141,14 @@ def loss_and_gradient(algorithm: Algorithm, data: Rollout, sequences: list[int])
         rollout=data.old[rows],
         advantage=data.advantage[rows],
     )
-    mean = sequence_mean(log_prob.detach() - packed.old, position, len(sequences))[position]
-    packed = dataclasses.replace(packed, extras=dict.fromkeys(OF_SEQUENCES, mean))
+
+    def sums(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        total, mean = (f(values, position, len(sequences))[position] for f in (sequence_sum, sequence_mean))
+        return total, mean
+
+    marked = torch.arange(len(data.old))[rows] % 3 == 0
+    extras = readings(algorithm.loss, packed, algorithm.loss_params, sums, marked=marked)
+    packed = dataclasses.replace(packed, extras=extras)
     token = algorithm.loss(packed, **algorithm.loss_params)
     divergence = kl(algorithm.kl_estimator, log_prob, data.ref[rows], data.old[rows])
     total = weighted_sum(objective(packed, token, kl=divergence, kl_coef=0.1), data.weight[rows])
@@ -183,7 +190,7 @@ def test_the_first_step_on_policy_is_the_policy_gradient(name: str) -> None:
     algorithm = configure(name)
     log_prob = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64).requires_grad_()
     advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    token = algorithm.loss(on_policy(log_prob, advantage), **algorithm.loss_params)
+    token = algorithm.loss(on_policy(algorithm, log_prob, advantage), **algorithm.loss_params)
     torch.testing.assert_close(torch.autograd.grad(token.loss.sum(), log_prob)[0], -advantage)
     assert token.metrics["ratio/mean"].values.tolist() == [1, 1, 1]
     assert not token.metrics["clip/fraction"].values.any()
@@ -194,16 +201,18 @@ def test_the_first_step_on_policy_is_the_policy_gradient(name: str) -> None:
 def test_losses_take_any_shape(name: str, shape: tuple[int, ...]) -> None:
     algorithm = configure(name)
     x = torch.zeros(shape)
-    token = algorithm.loss(on_policy(x, x), **algorithm.loss_params)
+    token = algorithm.loss(on_policy(algorithm, x, x), **algorithm.loss_params)
     assert token.loss.shape == shape
     assert {metric.values.shape for metric in token.metrics.values()} == {shape}
     every = torch.ones(shape, dtype=torch.bool)
     assert all(metric.part(every).dtype == torch.float64 for metric in token.metrics.values())
 
 
-def on_policy(log_prob: Tensor, advantage: Tensor) -> Rows:
+def on_policy(algorithm: Algorithm, log_prob: Tensor, advantage: Tensor) -> Rows:
     rows = Rows.of(log_prob, log_prob.detach(), advantage=advantage)
-    return dataclasses.replace(rows, extras=dict.fromkeys(OF_SEQUENCES, torch.zeros_like(rows.old)))
+    none = torch.zeros_like(rows.old)
+    extras = readings(algorithm.loss, rows, algorithm.loss_params, lambda values, among: (none, none))
+    return dataclasses.replace(rows, extras=extras)
 
 
 def test_adding_an_algorithm_is_one_entry_and_one_function(monkeypatch: pytest.MonkeyPatch) -> None:

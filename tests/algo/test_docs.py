@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 import mcore_rl.algo
+from mcore_rl.__main__ import main
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm
+from mcore_rl.algo.catalog import FORMULAS, KNOWN, as_markdown
+from mcore_rl.algo.presets import PRESETS
 from mcore_rl.algo.rows import DECLARED, Rows
 from mcore_rl.verify.golden.command import _case_names
 from mcore_rl.verify.golden.inputs import load
@@ -23,7 +26,12 @@ MODULES = {
     for m in pkgutil.iter_modules(mcore_rl.algo.__path__)
 }
 GOLDEN_CASES = {f"{file}/{name}" for file, name in _case_names(load(ROOT / "tests" / "golden"))}
-PLUMBING = {"algorithms.configure", "algorithms.parameters", "rows.declared"}
+PLUMBING = {
+    *("algorithms.configure", "algorithms.parameters", "algorithms.has_critic"),
+    *("rows.declared", "rows.marked_by", "rows.averaged_by"),
+    *("readings.readings", "readings.mark", "readings.shared"),
+    *("catalog.rows", "catalog.preset_rows", "catalog.as_markdown", "catalog.describe"),
+}
 """public functions that are not mathematics"""
 
 
@@ -43,7 +51,7 @@ def tables(page: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
 def missing_functions(page: str) -> set[str]:
     """`module.name` in backticks that mcore_rl.algo does not have."""
     named = re.findall(rf"`((?:{'|'.join(MODULES)})\.(?!py\b)\w+)`", page)
-    fields = {f"rows.{name}" for name in (*Rows.__dataclass_fields__, *DECLARED)}
+    fields = {f"rows.{name}" for name in (*Rows.__dataclass_fields__, *dir(Rows), *DECLARED)}
     return {n for n in named if not hasattr(MODULES[n.split(".")[0]], n.split(".")[1]) and n not in fields}
 
 
@@ -90,6 +98,26 @@ def test_every_formula_has_a_function() -> None:
     rows = tables(PAGE)[("formula", "function", "paper", "golden case")]
     assert len(rows) > 30
     assert all(re.fullmatch(r"(`\w+\.\w+`\s*)+", row["function"]) for row in rows)
+
+
+def test_the_tables_of_other_names_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_markdown() in PAGE
+    assert main(["algorithms", "--markdown"]) == 0
+    assert capsys.readouterr().out == as_markdown() + "\n"
+    assert set(KNOWN) == set(ALGORITHMS)
+    assert {algorithm.loss.__name__ for algorithm in ALGORITHMS.values()} == set(FORMULAS)
+
+
+def test_the_command_says_all_of_one_algorithm_or_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["algorithms", "trl-cispo"]) == 0
+    shown = capsys.readouterr().out
+    assert "correction=mis-sequence" in shown
+    assert "2506.13585" in shown, "and of what it is a preset of"
+    assert main(["algorithms"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert {line.split(" ")[0] for line in listed} >= {*ALGORITHMS, *PRESETS}
+    assert main(["algorithms", "trl-crispo"]) == 2
+    assert "did you mean 'trl-cispo'" in capsys.readouterr().err
 
 
 def test_the_table_of_algorithms_is_ALGORITHMS() -> None:

@@ -169,7 +169,7 @@ PLANTED: list[tuple[str, Any, str, Any, str]] = [
     ("std over n", advantages.Spread, "std", std_over_n, "advantages/grpo_ddof1_eps1e-6"),
     ("constant unseen", advantages.Spread, "of", NEVER_CONSTANT, "advantages/dynamic_sampling_keep"),
     ("no leave-one-out", advantages, "leave_one_out", no_std, "advantages/rloo"),
-    ("clip on both sides", losses, "_clipped_surrogate", clip_both_sides, "policy_losses/dapo"),
+    ("clip on both sides", losses, "clipped_surrogate", clip_both_sides, "policy_losses/dapo"),
     ("no ratio", losses, "cispo", unmoved_old, "policy_losses/cispo"),
     ("GSPO per token", losses, "gspo", token_ratio, "policy_losses/gspo"),
     ("one tau", losses, "sapo", one_tau, "policy_losses/sapo"),

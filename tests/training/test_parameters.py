@@ -28,7 +28,7 @@ from mcore_rl.training.objective import PolicyObjective
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, VersionSpan
 
 LENGTHS = (3, 5, 2, 4)
-REWARDS = ((1.0, 0.0, 0.25, 0.0), (0.0, 1.0, 1.0, 0.5))
+REWARDS = ((1.0, 0.0, 0.25, 0.0), (0.0, 1.0, 0.75, 0.5))
 OTHER: Mapping[str, tuple[object, ...]] = {
     "aggregation": ("seq-mean-token-sum", "token-mean"),
     "std": ("none", "group", "batch"),
@@ -47,7 +47,33 @@ OTHER: Mapping[str, tuple[object, ...]] = {
     "kl_horizon": (20.0,),
     "alpha": (0.9,),
     "kl_in_loss": (0.5,),
-    "kl_estimator": ("k1", "k2", "k1_iw"),
+    "kl_estimator": ("k1", "k2", "k1_iw", "abs", "k3_straight", "k3_score"),
+    "kl_cap": (0.001,),
+    "positive_nll": (0.5,),
+    "rejection": ("token-k1:0.99..1.01", "sequence-max-k2:0.0001"),
+    "whiten_ddof": (0,),
+    "gae_steps": ("turn",),
+    "clip_low": (0.05,),
+    "clip_high": (0.05,),
+    "k_pos": (5.0,),
+    "k_neg": (5.0,),
+    "lambda_pos": (0.5,),
+    "lambda_neg": (0.5,),
+    "cap": (0.9,),
+    "tv_low": (1e-5,),
+    "tv_high": (1e-5,),
+    "kl_low": (1e-9,),
+    "kl_high": (1e-9,),
+    "drift": (0.5,),
+    "second_moment": (1e-5,),
+    "fraction": (0.3,),
+    "penalty": (0.1,),
+    "cov_low": (0.2,),
+    "cov_high": (0.2,),
+    "tau": (3.0,),
+    "k": (3,),
+    "lam_critic": (0.5,),
+    "length_factor": (0.5,),
     "entropy_coef": (0.1,),
     "correction": ("mis-token", "geometric"),
     "correction_low": (0.9999,),
@@ -58,11 +84,17 @@ NEEDS: Mapping[str, Mapping[str, object]] = {
     "correction_low": {"correction": "mis-token"},
     "correction_high": {"correction": "tis-token"},
     "kl_estimator": {"kl_in_loss": 0.1},
+    "kl_cap": {"kl_in_loss": 0.1},
+    "correction_normalized": {"correction": "tis-token"},
     "kl_horizon": {"kl_target": 0.02},
 }
 """what gives a parameter a meaning; each is refused without it, which is tried too"""
 OF_LATER_ROLLOUTS = ("kl_target", "kl_horizon")
 """parameters that act on the next rollout"""
+OF_CRITIC = ("lam_critic",)
+"""parameters that act on what the critic learns from alone"""
+BESIDE: Mapping[str, Mapping[str, object]] = {"clip-cov": {"cov_low": 0.01, "fraction": 0.5}}
+"""what makes an algorithm act on this little rollout at all"""
 
 
 def sample(group: int, number: int) -> Sample:
@@ -103,7 +135,7 @@ def of_samples(what: int) -> list[np.ndarray]:
 
 
 def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dict[str, float]]:
-    """By each token's log-prob, mini-batch after mini-batch; and what was measured.
+    """By each token's log-prob, in each mini-batch, then the critic's returns; and what was measured.
 
     A coefficient of the KL is adapted between the two, as if they were of two rollouts.
     """
@@ -132,7 +164,8 @@ def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dic
         (of_rows,) = torch.autograd.grad(loss, log_prob)
         found.append(of_rows)
         parts.append(measured)
-    return torch.cat(found), read(Gathered(parts)._parts, 2)
+    returns = np.concatenate([np.zeros(0), *map(np.atleast_1d, later.fields.get("return", ()))])
+    return torch.cat([*found, torch.from_numpy(returns)]), read(Gathered(parts)._parts, 2)
 
 
 def is_refused(name: str, params: Mapping[str, object]) -> bool:
@@ -152,16 +185,16 @@ def test_a_parameter_changes_the_gradient_or_is_refused_or_warned_of(name: str) 
     first = sum(s.trained_tokens for s in batch().samples[0:8:2])
     for key in _accepted(ALGORITHMS[name]):
         values = OTHER.get(key) or (not getattr(ALGORITHMS[name], key),)
-        context = NEEDS.get(key, {})
+        context = {**BESIDE.get(name, {}), **NEEDS.get(key, {})}
         given = [{**context, key: value} for value in values if not is_refused(name, {**context, key: value})]
-        assert not context or is_refused(name, {key: values[0]}), f"{key} has no meaning alone"
+        assert key not in NEEDS or is_refused(name, {key: values[0]}), f"{key} has no meaning alone"
         if is_refused(name, context):
             assert not given
             continue
         usual, changed = gradient(name, context)[0], [gradient(name, params)[0] for params in given]
         assert not given or not all(same(one, usual) for one in changed), f"{key} changes nothing"
         assert given or is_refused(name, {**context, key: values[0]})
-        if key in OF_LATER_ROLLOUTS:
+        if key in (*OF_LATER_ROLLOUTS, *OF_CRITIC):
             continue
         silent = given and all(same(one[:first], usual[:first]) for one in changed)
         assert bool(silent) == bool(given and warned(name, given[0])), (
@@ -175,14 +208,20 @@ def warned(name: str, params: Mapping[str, object]) -> bool:
     return any(what.startswith("algorithm.params") for what in said)
 
 
-SILENT = {("rloo", "clip/fraction"), ("reinforce", "clip/fraction")}
+SILENT = {(name, "clip/fraction") for name in ("rloo", "reinforce", "opo")}
 """metrics that are 0 whatever happens, and why: a loss that is never clipped says so"""
+NARROW: dict[str, dict[str, float]] = {
+    "sapo": {"tau_pos": 9.0, "tau_neg": 9.0},
+    "sapo-sequence": {"tau_pos": 40.0, "tau_neg": 40.0},
+    "vespo": {"k_pos": 50.0, "lambda_pos": 50.0, "k_neg": 50.0, "lambda_neg": 50.0},
+    "m2po": {"second_moment": 1e-5},
+}
+"""parameters with which the clip or gate acts on this little rollout"""
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_metric_is_always_zero(name: str) -> None:
     wide = {key: 1e-5 for key in ("eps_low", "eps_high") if key in _accepted(ALGORITHMS[name])}
-    wide |= {"tau_pos": 9.0, "tau_neg": 9.0} if name == "sapo" else {}
-    _, measured = gradient(name, wide)
+    _, measured = gradient(name, wide | NARROW.get(name, {}))
     zero = {(name, key) for key, value in measured.items() if value == 0}
     assert zero - {(name, "masked/fraction")} == SILENT & {(name, "clip/fraction")}

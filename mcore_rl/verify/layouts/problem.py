@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo import losses
-from mcore_rl.algo.advantages import sequence_mean
+from mcore_rl.algo.advantages import sequence_mean, sequence_sum
 from mcore_rl.algo.algorithms import Algorithm, configure
+from mcore_rl.algo.readings import readings
 from mcore_rl.algo.rows import Rows
 from mcore_rl.errors import NumericsError
 from mcore_rl.rewards.outcome import turn_ends
@@ -39,8 +40,20 @@ ADAM_EPS = 1e-2
 VALUE_CLIP = 0.2
 TRAJECTORIES = 2
 """groups whose samples have several segments"""
-OVERRIDES: Mapping[str, Mapping[str, float]] = {"gspo": {"eps_low": 0.02, "eps_high": 0.03}}
-"""Wider clips where the paper's are so narrow that rounding decides which side a sequence is on."""
+_WIDE = {"eps_low": 0.02, "eps_high": 0.03}
+OVERRIDES: Mapping[str, Mapping[str, object]] = {
+    "gspo": _WIDE,
+    "gspo-kept": {
+        **_WIDE,
+        "correction": "tis-token",
+        "correction_normalized": True,
+        "rejection": "token-k1:0.5..2, sequence-max-k2:0.6, sequence-mean-k3:0.2",
+    },
+    "kl-cov": {"fraction": 0.1},
+    "clip-cov": {"fraction": 0.1, "cov_low": 0.1},
+}
+"""Wider clips where the paper's are so narrow that rounding decides which side a sequence is on, a choice of
+more tokens where the paper's is one of thousands, and what gives a loss something to read."""
 _TWO_SIDED = (losses.ppo, losses.gspo)
 
 _DENSE = {
@@ -222,13 +235,16 @@ def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> t
         )
     )
     rows = Rows.of(own, -own, old=old, rollout=rollout, advantage=advantage, reference=reference)
-    means = {
-        "sequence_log_ratio": sequence_mean(own - old, sequence, len(segments))[sequence],
-        "sequence_rollout_log_ratio": sequence_mean(own - rollout, sequence, len(segments))[sequence],
-    }
+
+    def sums(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(f(values, sequence, len(segments))[sequence] for f in (sequence_sum, sequence_mean))  # type: ignore
+
     algorithm = recorded.algorithm
+    marked = recorded.fields.get("marked")
+    chosen = None if marked is None else torch.from_numpy(np.concatenate(list(marked))) > 0  # type: ignore
+    extras = readings(algorithm.loss, rows, algorithm.loss_params, sums, marked=chosen)
     token = algorithm.loss(
-        replace(rows, sequence_tokens=segments[sequence].float(), extras={**rows.extras, **means}),
+        replace(rows, sequence_tokens=segments[sequence].float(), extras={**rows.extras, **extras}),
         **algorithm.loss_params,
     )
     known = {name: metric.values for name, metric in token.metrics.items()}

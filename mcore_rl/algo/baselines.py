@@ -1,0 +1,99 @@
+"""Advantages per sample by other baselines than the mean of the group; `advantages` says what all share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mcore_rl.algo.advantages import GroupStatistics, leave_one_out
+
+
+def leave_one_out_normalized(
+    rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, eps: float = 1e-6
+) -> Float[Tensor, " N"]:
+    """(R - mean) / (std + eps) of the OTHERS of its group, std over n - 1; undivided where they are equal.
+
+    NeMo-RL's default for GRPO; the baseline is RLOO's (arXiv 2402.14740 eq. 8). From the group's spread: the
+    others' sum of squares is S - (R - m)^2 G / (G - 1).
+    """
+    size = statistics.size
+    gap = rewards.double() - statistics.mean
+    sums = torch.tensor([group.sum_squares for group in statistics.groups], dtype=torch.float64)
+    square = sums - gap.square() * size / (size - 1).clamp(min=1)
+    # what rounding leaves of others that are equal is no spread
+    variance = torch.where(square > 1e-12 * sums, square, 0.0) / (size - 2).clamp(min=1)
+    difference = leave_one_out(rewards, statistics)
+    return torch.where(variance > 0, difference / (variance.sqrt() + eps), difference)
+
+
+def length_weighted(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
+    """R minus the mean reward of its group, each weighted by its length: OPO, arXiv 2505.23585.
+
+    0 in a constant group, and where nothing of the group is trained.
+    """
+    members = statistics.members
+    found = torch.zeros(len(members), dtype=torch.float64)
+    for samples in set(members):
+        own, lengths = rewards[list(samples)].double(), statistics.lengths[list(samples)].double()
+        total = math.fsum(lengths.tolist())
+        if total > 0:
+            baseline = math.fsum((own * lengths).tolist()) / total
+            found[list(samples)] = own - baseline
+    return torch.where(statistics.constant, 0.0, found)
+
+
+def max_likelihood(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
+    """(R - group mean) / group mean: MaxRL, arXiv 2602.02710; 0 where the mean is not positive.
+
+    For rewards of 0 and 1 it is the gradient of the log of the success rate, whose series it takes up to the
+    order of the group's size less one.
+    """
+    mean = statistics.mean
+    scaled = (rewards.double() - mean) / torch.where(mean > 0, mean, 1.0)
+    return torch.where(statistics.constant | (mean <= 0), 0.0, scaled)
+
+
+def best_of_group(
+    rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, eps: float = 1e-6
+) -> Float[Tensor, " N"]:
+    """(R - the second largest) / (std + eps) for the best of its group, 0 for the others.
+
+    verl's `grpo_passk`, arXiv 2503.19595. Where several share the largest reward, all are 0.
+    """
+    members, std = statistics.members, statistics.std()
+    found = torch.zeros(len(members), dtype=torch.float64)
+    for samples in set(members):
+        if len(samples) > 1:
+            first, second = rewards[list(samples)].double().topk(2).values.tolist()
+            best = samples[int(rewards[list(samples)].argmax())]
+            found[best] = (first - second) / (std[best] + eps)
+    return found
+
+
+def pass_at_k(
+    rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, k: int = 2
+) -> Float[Tensor, " N"]:
+    """The advantage of pass@k, over all groups of k that could have been drawn: arXiv 2508.10751.
+
+    A sample passes where its reward is positive. With W of G that fail, m = 1 - C(W, k) / C(G, k) and
+    s = sqrt(m (1 - m)): (1 - m) / s for what passes, (1 - m - C(W - 1, k - 1) / C(G - 1, k - 1)) / s else.
+    0 in a group that has lost samples and has no more than k: nothing could be compared.
+    """
+    members = statistics.members
+    found = torch.zeros(len(members), dtype=torch.float64)
+    for samples in set(members):
+        size = len(samples)
+        if size <= k:
+            continue
+        fails = sum(rewards[sample].item() <= 0 for sample in samples)
+        mean = 1 - math.comb(fails, k) / math.comb(size, k)
+        spread = math.sqrt(mean * (1 - mean))
+        if spread > 0:
+            failed = math.comb(fails - 1, k - 1) / math.comb(size - 1, k - 1)
+            for sample in samples:
+                passes = rewards[sample].item() > 0
+                found[sample] = (1 - mean - (0.0 if passes else failed)) / spread
+    return found

@@ -1,0 +1,190 @@
+"""Other baselines and lambdas beside their papers' formulas, one group and token after another."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics as stats
+
+import pytest
+import torch
+
+from mcore_rl.algo.advantages import GroupStatistics, gae, group_statistics, offsets_of, whiten
+from mcore_rl.algo.advantages import Spread as Measured
+from mcore_rl.algo.baselines import (
+    best_of_group,
+    leave_one_out_normalized,
+    length_weighted,
+    max_likelihood,
+    pass_at_k,
+)
+from mcore_rl.algo.lambdas import gae_by_length, gae_two_lambdas
+
+GROUPS = {
+    "a": [1.0, 0.0, 0.25, 0.0, 0.0],
+    "b": [1.0, 1.0, 1.0],
+    "c": [0.0, 1.0],
+    "d": [0.4],
+    "e": [2.0, 0.0, 0.0],
+}
+LENGTHS = {"a": [3, 9, 1, 4, 0], "b": [1, 2, 3], "c": [5, 1], "d": [7], "e": [1, 1, 6]}
+
+
+def batch() -> tuple[list[tuple[str, int]], torch.Tensor, GroupStatistics]:
+    """Samples of all groups, interleaved as they may come."""
+    order = sorted(
+        ((g, i) for g, its in GROUPS.items() for i in range(len(its))), key=lambda one: (one[1], one[0])
+    )
+    rewards = torch.tensor([GROUPS[g][i] for g, i in order], dtype=torch.float64)
+    found = group_statistics([g for g, _ in order], rewards.tolist())
+    lengths = torch.tensor([LENGTHS[g][i] for g, i in order], dtype=torch.float64)
+    return order, rewards, found._replace(lengths=lengths)
+
+
+def check(found: torch.Tensor, expected: dict[str, list[float]]) -> None:
+    order, _, _ = batch()
+    wanted = torch.tensor([expected[g][i] for g, i in order], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found.abs().max() > 0.1
+
+
+def test_leave_one_out_with_the_std_of_the_others() -> None:
+    """NeMo-RL: mean and std (n - 1) of the others; not divided where these are equal, 0 for one alone."""
+    _, rewards, found = batch()
+    expected = {}
+    for group, its in GROUPS.items():
+        expected[group] = []
+        for i, reward in enumerate(its):
+            others = its[:i] + its[i + 1 :]
+            gap = reward - stats.mean(others) if others else 0.0
+            std = stats.stdev(others) if len(others) > 1 and max(others) != min(others) else 0.0
+            expected[group].append(gap / (std + 1e-6) if std else gap)
+    check(leave_one_out_normalized(rewards, found), expected)
+
+
+def test_opo_weighs_the_baseline_by_length() -> None:
+    """2505.23585: b = sum l R / sum l; nothing to learn from a constant group."""
+    _, rewards, found = batch()
+    expected = {}
+    for group, its in GROUPS.items():
+        lengths = LENGTHS[group]
+        baseline = sum(n * r for n, r in zip(lengths, its, strict=True)) / sum(lengths)
+        expected[group] = [r - baseline if len(set(its)) > 1 else 0.0 for r in its]
+    check(length_weighted(rewards, found), expected)
+    same = found._replace(lengths=torch.ones_like(rewards))
+    equal = {g: [r - stats.mean(its) if len(set(its)) > 1 else 0.0 for r in its] for g, its in GROUPS.items()}
+    check(length_weighted(rewards, same), equal)
+    with pytest.raises(AssertionError):  # the control
+        check(length_weighted(rewards, found), equal)
+
+
+def test_maxrl_divides_by_the_mean() -> None:
+    _, rewards, found = batch()
+    expected = {
+        g: [(r - stats.mean(its)) / stats.mean(its) if len(set(its)) > 1 else 0.0 for r in its]
+        for g, its in GROUPS.items()
+    }
+    check(max_likelihood(rewards, found), expected)
+    nothing = torch.tensor([-1.0, 0.5])
+    assert max_likelihood(nothing, group_statistics("xx", nothing.tolist())).tolist() == [0, 0], (
+        "a mean below 0"
+    )
+
+
+def test_maxrl_is_the_gradient_of_the_log_of_the_success_rate() -> None:
+    """2602.02710: log p = -sum_k (1 - p)^k / k has the gradient sum_k (1 - p)^(k - 1), here up to k = n - 1.
+
+    Enumerated over all answers of n samples: E[sum A grad log chance] / n.
+    """
+    p, n = 0.3, 3
+    total = 0.0
+    for passes in itertools.product((0.0, 1.0), repeat=n):
+        chance = math.prod(p if x else 1 - p for x in passes)
+        given = torch.tensor(passes, dtype=torch.float64)
+        advantage = max_likelihood(given, group_statistics([0] * n, list(passes)))
+        score = given / p - (1 - given) / (1 - p)  # d log chance / dp
+        total += chance * (advantage * score).sum().item() / n
+    assert total == pytest.approx(sum((1 - p) ** (k - 1) for k in range(1, n)), rel=1e-12)
+
+
+def test_the_best_of_a_group_alone() -> None:
+    _, rewards, found = batch()
+    expected = {}
+    for group, its in GROUPS.items():
+        expected[group] = [0.0] * len(its)
+        first, *rest = sorted(its, reverse=True)
+        if rest and first > rest[0]:
+            expected[group][its.index(first)] = (first - rest[0]) / (stats.stdev(its) + 1e-6)
+    check(best_of_group(rewards, found), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_pass_at_k_is_the_mean_over_all_groups_of_k(k: int) -> None:
+    """2508.10751 by enumeration: a subset's A is normalised, a sample's the mean of its."""
+    _, rewards, found = batch()
+    expected = {}
+    for group, its in GROUPS.items():
+        expected[group] = [0.0] * len(its)
+        if len(its) <= k:
+            continue
+        subsets = list(itertools.combinations(range(len(its)), k))
+        reward = {s: float(any(its[i] > 0 for i in s)) for s in subsets}
+        mean = stats.mean(reward.values())
+        std = math.sqrt(mean * (1 - mean))
+        if std:
+            for i in range(len(its)):
+                expected[group][i] = stats.mean((reward[s] - mean) / std for s in subsets if i in s)
+    check(pass_at_k(rewards, found, k=k), expected)
+
+
+REWARDS = [[0.1, 0.0, 1.0], [], [0.5], [0.0, -0.2, 0.0, 2.0]]
+VALUES = [[0.3, 0.2, 0.7], [], [0.1], [0.5, -0.4, 0.3, 0.9]]
+
+
+def one_by_one(gamma: float, lams: list[float]) -> list[float]:
+    """Advantages by the definition: sum_l (gamma lam)^l delta_(t + l)."""
+    found = []
+    for rewards, values, lam in zip(REWARDS, VALUES, lams, strict=True):
+        after = [*values[1:], 0.0][: len(values)]
+        delta = [r + gamma * n - v for r, v, n in zip(rewards, values, after, strict=True)]
+        found += [
+            sum((gamma * lam) ** (j - t) * delta[j] for j in range(t, len(delta))) for t in range(len(delta))
+        ]
+    return found
+
+
+def flat() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    cuts = offsets_of(torch.tensor([len(x) for x in REWARDS]))
+    rewards, values = (torch.tensor([x for part in its for x in part]).double() for its in (REWARDS, VALUES))
+    return rewards, values, cuts
+
+
+def test_the_critic_may_have_a_lambda_of_its_own() -> None:
+    rewards, values, cuts = flat()
+    advantages, returns = gae_two_lambdas(rewards, values, cuts, gamma=0.9, lam=0.5, lam_critic=0.8)
+    torch.testing.assert_close(
+        advantages, torch.tensor(one_by_one(0.9, [0.5] * 4)).double(), rtol=0, atol=1e-7
+    )
+    torch.testing.assert_close(
+        returns - values, torch.tensor(one_by_one(0.9, [0.8] * 4)).double(), rtol=0, atol=1e-7
+    )
+    assert torch.equal(
+        gae_two_lambdas(rewards, values, cuts, lam=1.0)[1], gae(rewards, values, cuts, lam=1.0)[1]
+    )
+
+
+def test_lambda_follows_from_the_length() -> None:
+    """2504.05118, with 1 / 0.8 tokens as the shortest that looks ahead at all."""
+    rewards, values, cuts = flat()
+    advantages, returns = gae_by_length(rewards, values, cuts, gamma=0.9, length_factor=0.8, lam_critic=1.0)
+    lams = [max(0.0, 1 - 1 / (0.8 * len(x))) if x else 0.0 for x in REWARDS]
+    assert lams[2] == 0 < lams[0] < lams[3]
+    torch.testing.assert_close(advantages, torch.tensor(one_by_one(0.9, lams)).double(), rtol=0, atol=1e-7)
+    assert torch.equal(returns, gae(rewards, values, cuts, gamma=0.9, lam=1.0)[1])
+
+
+def test_whitening_over_n_or_n_minus_1() -> None:
+    values = torch.tensor([0.5, -1.0, 2.0, 0.25], dtype=torch.float64)
+    for ddof, variance in ((0, stats.pvariance(values.tolist())), (1, stats.variance(values.tolist()))):
+        found = whiten(values, Measured.of_rows(values), ddof=ddof)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, (values - values.mean()) / math.sqrt(variance + 1e-8))
