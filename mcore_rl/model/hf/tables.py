@@ -116,6 +116,12 @@ _OUTPUT = Rule(
     axis=1,
     fp8=True,
 )
+_OUTPUT_BIAS = Rule(
+    f"{_LAYER}self_attention.linear_proj.bias",
+    (f"{_HF_LAYER}self_attn.o_proj.bias",),
+    ("hidden",),
+    needs="output_bias",
+)
 _ENDS = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab hidden",), "vocab", 0),
     _norm("decoder.final_layernorm", "model.norm"),
@@ -129,8 +135,27 @@ _WHOLE_QK_NORM = tuple(
     _norm(f"{_LAYER}self_attention.{name}_norm", f"{_HF_LAYER}self_attn.{name[0]}_norm", side, axis=0)
     for name, side in (("query", "queries"), ("key", "keys"))
 )
-_BACKBONE = (*_ENDS, _INPUT_NORM, _QKV, _QKV_BIAS, _OUTPUT, _MLP_NORM, *_QK_NORM)
+_ATTENTION = (_QKV, _QKV_BIAS, _OUTPUT, _OUTPUT_BIAS)
+_BACKBONE = (*_ENDS, _INPUT_NORM, *_ATTENTION, _MLP_NORM, *_QK_NORM)
 _MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "mlp", "dense", (1, 1))
+_MLP_BIAS = (
+    Rule(
+        f"{_LAYER}mlp.linear_fc1.bias",
+        (f"{_HF_LAYER}mlp.gate_proj.bias", f"{_HF_LAYER}mlp.up_proj.bias"),
+        ("mlp", "mlp"),
+        "stack",
+        1,
+        "dense",
+        needs="mlp_bias",
+    ),
+    Rule(
+        f"{_LAYER}mlp.linear_fc2.bias",
+        (f"{_HF_LAYER}mlp.down_proj.bias",),
+        ("hidden",),
+        layers="dense",
+        needs="mlp_bias",
+    ),
+)
 _JOINED_MLP = (_joined(_MLP[0], f"{_HF_LAYER}mlp.gate_up_proj.weight"), _MLP[1])
 
 
@@ -184,19 +209,33 @@ _ROUTER_BIAS = Rule(
     layers="sparse",
 )
 _PLAIN = _BACKBONE + _MLP
+_BIASED = _PLAIN + _MLP_BIAS
 _MIXTURE = _PLAIN + _experts()
 _POST_NORMS = _output_norms("post_attention_layernorm", "post_feedforward_layernorm")
 _SANDWICH = _output_norms("post_self_attn_layernorm", "post_mlp_layernorm")
+_OLMO = (*_ENDS, *_ATTENTION, *_WHOLE_QK_NORM, *_POST_NORMS, *_MLP)
+_GEMMA = (
+    *_ENDS,
+    _INPUT_NORM,
+    *_ATTENTION,
+    *_QK_NORM,
+    _norm(f"{_LAYER}pre_mlp_layernorm", f"{_HF_LAYER}pre_feedforward_layernorm"),
+    *_POST_NORMS,
+    *_MLP,
+)
 TABLES: dict[str, tuple[Rule, ...]] = {
-    "llama": _PLAIN,
+    "llama": _BIASED,
     "mistral": _PLAIN,
     "mixtral": _BACKBONE + _experts("block_sparse_moe", ("w1", "w3", "w2")),
     "qwen2": _PLAIN,
     "qwen2_moe": (*_MIXTURE, *_shared_expert("shared_expert"), _SHARED_GATE),
     "qwen3": _PLAIN,
     "qwen3_moe": _MIXTURE,
-    "olmo2": (*_ENDS, _QKV, _OUTPUT, *_WHOLE_QK_NORM, *_POST_NORMS, *_MLP),
-    "granite": _PLAIN,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "granite": _BIASED,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "phi3": (
         *_ENDS,
         _INPUT_NORM,
@@ -205,7 +244,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
         _MLP_NORM,
         *_JOINED_MLP,
     ),
-    "smollm3": _PLAIN,
+    "smollm3": _BIASED,
     "glm4": (*_BACKBONE, *_SANDWICH, *_JOINED_MLP),
     "glm4_moe": (*_MIXTURE, *_shared_expert("shared_experts"), _ROUTER_BIAS),
 }
