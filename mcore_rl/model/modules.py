@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -90,8 +91,28 @@ def biased(linear: Any) -> Any:
         def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
             super().__init__(*args, bias=True, **kwargs)
 
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output, bias = super().forward(*args, **kwargs)
+            # Megatron adds the bias of an expert in place, which autograd forbids for what a collective over
+            # one rank answers with: its input itself.
+            in_place = getattr(self, "is_expert", False) and output._is_view()
+            return output.clone() if in_place else output, bias
+
     Biased.__name__ = Biased.__qualname__ = f"Biased{linear.__name__}"
     return Biased
+
+
+class BiasedMixture(MoELayer):
+    """A mixture of experts whose router adds a bias to its logits; Megatron ties that to other biases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what MoELayer takes."""
+        super().__init__(*args, **kwargs)
+        router: Any = self.router
+        bias: Any = nn.Parameter(torch.zeros_like(router.weight[:, 0]))
+        # Summed over the tensor-parallel ranks: each routes its part of the sequence.
+        bias.sequence_parallel = self.config.sequence_parallel
+        router.bias = bias
 
 
 @dataclass(frozen=True)

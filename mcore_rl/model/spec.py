@@ -27,9 +27,9 @@ from megatron.core.transformer.transformer_layer import (
 
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
-from mcore_rl.model.activations import ACTIVATIONS
+from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
-from mcore_rl.model.modules import ExtendedAttention, ResidualAdd, Turn, biased
+from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import ReplayedLayer
@@ -146,7 +146,6 @@ def transformer_config(
         ffn_hidden_size=arch.intermediate
         or arch.hidden,  # Megatron wants one; without dense layers no MLP has it
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[arch.activation],
         normalization="RMSNorm",
         layernorm_zero_centered_gamma=arch.centered_norms,
         window_size=(arch.windows.size - 1, 0) if arch.windows.size else None,
@@ -184,8 +183,9 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_gpu and arch.activation == "silu",
         bias_dropout_fusion=on_gpu,
+        softmax_type="learnable" if arch.sinks else "vanilla",
+        **activation_settings(arch, on_gpu=on_gpu),
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),
         **RECOMPUTE[recompute],
@@ -281,7 +281,7 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, laye
             self_attention=_attention(config, arch, parts, layer, fused=fused),
             self_attn_bda=add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=IdentityOp if fused and not sparse else norm,
-            mlp=_mixture(parts) if sparse else _mlp(arch, parts, fused=fused),
+            mlp=_mixture(arch, parts) if sparse else _mlp(arch, parts, fused=fused),
             mlp_bda=add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=names,
         ),
@@ -332,11 +332,14 @@ def _mlp(arch: Architecture, parts: Parts, *, fused: bool) -> Any:
     return versions.mlp_module(MLPSubmodules(linear_fc1=first, linear_fc2=second))
 
 
-def _mixture(parts: Parts) -> ModuleSpec:
-    linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
+def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
+    with_biases = arch.experts is not None and arch.experts.biased
+    column, row = (biased(linear) if with_biases else linear for linear in (parts.column, parts.row))
+    linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    kind = BiasedMixture if with_biases else MoELayer
+    return ModuleSpec(module=kind, submodules=MoESubmodules(experts=experts, shared_experts=shared))
 
 
 def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:

@@ -111,6 +111,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        DENSE
+        | SMALL
+        | WINDOW
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 24,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.4,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "granite": ("GraniteConfig", WIDE | GRANITE | {"tie_word_embeddings": True}),
     "phi3": ("Phi3Config", WIDE | {"pad_token_id": None}),
     "phi3_longrope": (

@@ -40,13 +40,15 @@ def test_what_transformers_writes_is_read(family: str) -> None:
     assert arch.tied is (family in ("llama", "qwen2_tied", "granite", "gemma2", "gemma3"))
     assert arch.qkv_bias is (family.startswith(("qwen2", "glm4")) or family in BIASED)
     assert arch.output_bias is (family in BIASED)
-    assert (arch.windows.size > 0) is (family.endswith("window") or family.startswith(("gemma", "olmo3")))
+    assert (arch.windows.size > 0) is (
+        family.endswith("window") or family.startswith(("gemma", "olmo3", "gpt"))
+    )
     assert arch.qk_norm is (family.startswith("qwen3") or family in ("glm4_moe", "gemma3"))
-    assert (arch.experts is not None) is family.endswith(("moe", "mixtral"))
+    assert (arch.experts is not None) is family.endswith(("moe", "mixtral", "gpt_oss"))
     assert arch.head_dim == 8
 
 
-BIASED = ("llama_biased", "qwen3_window")
+BIASED = ("llama_biased", "qwen3_window", "gpt_oss")
 """with a bias on the output projection"""
 REFUSED = [
     ("mistral", {"mlp_bias": True}, "mlp_bias = true: no supported field of 'mistral'"),

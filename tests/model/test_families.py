@@ -21,6 +21,7 @@ from mcore_rl.model import build
 from mcore_rl.model.build import build_logits, build_policy
 from mcore_rl.model.hf.architecture import positions_of, read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.stacked import joined
 from mcore_rl.model.hf.torch_dist import place
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.rotary import rotary_frequencies
@@ -186,7 +187,9 @@ def test_logits_gradients_and_weights_are_those_of_transformers(
     assert differences([answer.rows for answer in answers], expected) <= ATOL
     stages = count_policy(arch, Layout.parse(where))
     assert [answer.parameters for answer in answers] == [stages[answer.stage].total for answer in answers]
-    check_gradients({n: g for answer in answers for n, g in answer.gradients.items()}, expected.gradients)
+    check_gradients(
+        joined({n: g for answer in answers for n, g in answer.gradients.items()}), expected.gradients
+    )
     mapping = ParameterMap(arch, arch.vocab)
     places = [place(entry, mapping) for entry in mapping.entries()]
     held = set().union(*(answer.saved for answer in answers))

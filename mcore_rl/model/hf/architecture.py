@@ -81,6 +81,12 @@ class Architecture:
     """the weights of norms are stored less 1"""
     activation: str = "silu"
     """of the gate in an MLP: key of model.activations"""
+    gate_limit: float | None = None
+    """the gate is at most this, before its activation; what it multiplies lies within it on both sides"""
+    gate_slope: float = 1.0
+    """of the sigmoid in the activation of a gate with a limit"""
+    sinks: bool = False
+    """a score of every head that takes part in the softmax, without a value"""
     predicting_layers: int = field(default=0, compare=False)
     """layers behind the last one that a checkpoint may have, and that have no part in this model"""
 
@@ -201,6 +207,9 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
         mlp_bias=hf.get("mlp_bias", False),
         centered_norms=family.centered_norms,
         activation=family.activation,
+        gate_limit=hf.get("swiglu_limit"),
+        gate_slope=float(hf.get("swiglu_alpha", 1.0)),
+        sinks=family.sinks,
         input_norms=family.input_norms,
         output_norms=family.output_norms,
         init_std=hf.get("initializer_range", 0.02),
@@ -218,6 +227,8 @@ def _rotaries(hf: dict[str, Any], family: Family, head_dim: int, where: str) -> 
     def read(fields: dict[str, Any], theta: float) -> Rotary:
         return read_rotary(fields, head_dim, where, theta=theta, partial=family.partial, kinds=family.ropes)
 
+    if family.rope and not hf.keys() & {"rope_parameters", "rope_scaling"}:
+        hf = hf | {"rope_parameters": family.rope}
     if family.local_theta is None:
         return read(hf, family.theta), None
     full, local = two_ropes(hf, where, family.theta, family.local_theta)

@@ -48,6 +48,10 @@ class Family:
     """embeddings are multiplied by the root of the hidden size, rounded to the model's type"""
     activation: str = "silu"
     """of the gate in an MLP: key of model.activations"""
+    sinks: bool = False
+    """a score of every head that takes part in the softmax, without a value"""
+    rope: dict[str, Any] = field(default_factory=dict)
+    """what it takes for absent rotary parameters; empty for rope_type default"""
     own_keys: bool = False
     """without num_key_value_heads every head has its own keys and values; else the field must be there"""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -177,6 +181,34 @@ FAMILIES: dict[str, Family] = {
         reads=_GEMMA.reads - {"attn_logit_softcapping"} | {"sliding_window_pattern", "rope_local_base_freq"},
         only=_GEMMA.only | {"attn_logit_softcapping": None},  # transformers reads over it
         harmless=_GEMMA.harmless | {"_sliding_window_pattern"},
+    ),
+    "gpt_oss": Family(
+        sparse=True,
+        theta=150000.0,
+        window="even",
+        output_bias=True,
+        sinks=True,
+        activation="clamped",
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        names={"intermediate_size": "moe_intermediate_size", "experts_per_token": "num_experts_per_tok"},
+        reads=_BIAS | {"sliding_window", "swiglu_alpha", "swiglu_limit"},
+        harmless=_AUXILIARY | {"initial_context_length"},
+        defaults={
+            "attention_bias": True,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
     ),
     "phi3": Family(
         own_keys=True,

@@ -43,6 +43,8 @@ def sides(arch: Architecture) -> dict[str, int]:
         "expert_mlp": arch.experts.intermediate if arch.experts else 0,
         "shared_mlp": arch.experts.shared if arch.experts else 0,
         "experts": arch.experts.count if arch.experts else 0,
+        "gate_up": 2 * arch.experts.intermediate if arch.experts else 0,
+        "heads": arch.heads,
     }
 
 
@@ -195,6 +197,38 @@ def _shared_expert(hf: str) -> tuple[Rule, ...]:
     return tuple(replace(rule, needs="has_shared_expert") for rule in rules)
 
 
+def _of_expert(megatron: str, hf: str, shape: str, merge: str = "single") -> Rule:
+    """A parameter of an expert that a stacked tensor has (hf.stacked)."""
+    return Rule(
+        f"{_LAYER}mlp.experts.local_experts.{{expert}}.{megatron}",
+        (f"{_HF_LAYER}mlp.experts.{hf}[{{expert}}]",),
+        (shape,),
+        merge,
+        layers="sparse",
+    )
+
+
+_STACKED_EXPERTS = (
+    _of_expert("linear_fc1.weight", "gate_up_proj", "hidden gate_up", "interleaved"),
+    _of_expert("linear_fc1.bias", "gate_up_proj_bias", "gate_up", "interleaved"),
+    _of_expert("linear_fc2.weight", "down_proj", "expert_mlp hidden", "transposed"),
+    _of_expert("linear_fc2.bias", "down_proj_bias", "hidden"),
+)
+_BIASED_ROUTER = (
+    Rule(
+        f"{_LAYER}mlp.router.weight",
+        (f"{_HF_LAYER}mlp.router.weight",),
+        ("experts hidden",),
+        layers="sparse",
+    ),
+    Rule(f"{_LAYER}mlp.router.bias", (f"{_HF_LAYER}mlp.router.bias",), ("experts",), layers="sparse"),
+)
+_SINKS = Rule(
+    f"{_LAYER}self_attention.core_attention.softmax_offset",
+    (f"{_HF_LAYER}self_attn.sinks",),
+    ("heads",),
+    axis=0,
+)
 _SHARED_GATE = Rule(
     f"{_LAYER}mlp.shared_experts.gate_weight",
     (f"{_HF_LAYER}mlp.shared_expert_gate.weight",),
@@ -236,6 +270,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
     "granite": _BIASED,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "gpt_oss": (*_BACKBONE, _SINKS, *_BIASED_ROUTER, *_STACKED_EXPERTS),
     "phi3": (
         *_ENDS,
         _INPUT_NORM,
