@@ -197,9 +197,9 @@ FAMILIES: dict[str, Family] = {
             "truncate": False,
             "original_max_position_embeddings": 4096,
         },
-        names={"intermediate_size": "moe_intermediate_size", "experts_per_token": "num_experts_per_tok"},
+        names={"intermediate_size": "moe_intermediate_size"},
         reads=_BIAS | {"sliding_window", "swiglu_alpha", "swiglu_limit"},
-        harmless=_AUXILIARY | {"initial_context_length"},
+        harmless=_AUXILIARY | {"initial_context_length", "experts_per_token"},
         defaults={
             "attention_bias": True,
             "head_dim": 64,
