@@ -10,6 +10,7 @@ this tensor-parallel rank, D channels per head.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcore_rl.parallel.context import gather_keys_values
 
@@ -100,6 +102,10 @@ class KeyLayout:
     """[B, 1, L_local, L_whole] True where the query may see the key"""
     longest: int
     """L_whole"""
+
+
+ROWS = 512
+"""queries of a sequence whose scores are there at once, where attention is plain matrix products"""
 
 
 def _padding_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -202,8 +208,19 @@ class PackedAttention(nn.Module):
         """q [B, L, N, D], k and v [B, S, K, D], visible [B or 1, 1, L, S] -> [B, N, L, D]."""
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         per_key = q.shape[2] // k.shape[2]
+        q = q.transpose(1, 2)
         k, v = (x.transpose(1, 2).repeat_interleave(per_key, dim=1) for x in (k, v))
-        scores = q.transpose(1, 2) @ k.transpose(2, 3)
+        if q.shape[2] <= ROWS:
+            return self._block(q, k, v, visible, scale)
+        # The scores of some queries at a time, which the backward pass computes again: all of them at once
+        # would be heads x L^2 numbers, several times.
+        blocks = zip(q.split(ROWS, 2), visible.split(ROWS, 2), strict=True)
+        attend: Any = partial(checkpoint, self._block, use_reentrant=False)
+        return torch.cat([attend(some, k, v, seen, scale) for some, seen in blocks], 2)
+
+    def _block(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """q [B, N, l, D], k and v [B, N, S, D], visible [B or 1, 1, l, S] -> [B, N, l, D]."""
+        scores = q @ k.transpose(2, 3)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
         if self.cap is not None:
             scores = self.cap * torch.tanh(scores / self.cap)

@@ -58,6 +58,7 @@ from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
+from mcore_rl.training.stacked import check_transport
 from mcore_rl.training.trainer import Attempt, Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -79,7 +80,10 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     """
     layout = layout_of(config, world_size())
     layout.check(world_size())
-    check_layout(read_architecture(config.model.path), layout)
+    arch = read_architecture(config.model.path)
+    check_layout(arch, layout)
+    if config.samples_responses:
+        check_transport(arch, config)
     timeout = collective_timeout(config.train.step_timeout)
     with process_group(timeout):
         mesh = build_mesh(layout, timeout=timeout)

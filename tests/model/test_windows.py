@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mcore_rl.model import build
+from mcore_rl.model import build, portable
 from mcore_rl.model.hf.architecture import Architecture, architecture_of
 from mcore_rl.model.hf.rope import Linear, Yarn
+from mcore_rl.model.hf.stacked import joined
 from mcore_rl.model.hf.windows import NO_WINDOWS
 from mcore_rl.model.portable import PackedAttention, PackedLayout
 from mcore_rl.parallel.mesh import Mesh
@@ -22,7 +25,7 @@ from mcore_rl.parallel.pool import Pool
 from tests.model.conftest import save
 from tests.model.families import FAMILIES
 from tests.model.support import at_layout
-from tests.model.test_families import ATOL, Rows, differences, expected_of, logits
+from tests.model.test_families import ATOL, Rows, check_gradients, computed, differences, expected_of, logits
 
 # --- what config.json says --------------------------------------------------------------------------------
 
@@ -173,11 +176,13 @@ def defined(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | No
     return out
 
 
+@pytest.mark.parametrize("rows", [512, 2])
 @pytest.mark.parametrize(("window", "cap", "sinks"), [(3, None, False), (None, 0.7, False), (2, 0.7, True)])
-def test_attention_is_its_definition(window: int | None, cap: float | None, sinks: bool) -> None:
+def test_attention_is_its_definition(
+    monkeypatch, window: int | None, cap: float | None, sinks: bool, rows: int
+) -> None:
     """Two packed sequences in float64, and the gradients of queries, keys, values and sinks."""
-    from types import SimpleNamespace
-
+    monkeypatch.setattr(portable, "ROWS", rows)
     config: Any = SimpleNamespace(
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
@@ -217,3 +222,49 @@ def test_attention_is_its_definition(window: int | None, cap: float | None, sink
 
 def test_a_model_without_windows_has_none() -> None:
     assert NO_WINDOWS.of(3) is None
+
+
+# --- other flags, at products of layouts ------------------------------------------------------------------
+
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma2": ("tp2cp2", "gemma2", {"attention_bias": True, "attn_logit_softcapping": None}),
+    "gemma3": ("pp2cp2", "gemma3", {"final_logit_softcapping": None, "tie_word_embeddings": False}),
+    "gpt_oss": ("tp2+spcp2", "gpt_oss", {"attention_bias": False, "sliding_window": 1}),
+    "gpt_oss_ep": ("cp2ep2dp2", "gpt_oss", {"num_key_value_heads": 8, "swiglu_limit": 7.0}),
+    "olmo3": ("tp2cp2", "olmo3", {"sliding_window": 40}),
+    "olmo2": ("tp2pp2", "olmo2", {"attention_bias": True, "initializer_range": 0.2}),
+    "smollm3": (
+        "pp2cp2",
+        "smollm3",
+        # a bias of keys that are not turned has no gradient: a softmax does not see it
+        {"use_sliding_window": True, "sliding_window": 6, "mlp_bias": True},
+    ),
+    "phi3": ("tp2pp2", "phi3", {"sliding_window": 4}),
+    "granite": ("tp2+spcp2", "granite", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3_moe": (
+        "tp2+spep2dp2",
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 3, "attention_bias": True},
+    ),
+}
+"""layout of 4 ranks, the tiny model that is changed, and its other flags"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_flags_at_products_of_layouts(pool4: Pool, name: str, tmp_path: Path) -> None:
+    layout, family, fields = VARIANTS[name]
+    kind, settings = FAMILIES[family]
+    config = getattr(transformers, kind)(**settings | fields)
+    save(transformers.AutoModelForCausalLM.from_config, config, tmp_path / "fp32")
+    expected = expected_of(tmp_path)
+    answers = at_layout(pool4, layout, computed, tmp_path, tmp_path / "out", ("fp32",))
+    assert differences([answer.rows for answer in answers], expected) <= ATOL
+    found = joined({n: g for answer in answers for n, g in answer.gradients.items()})
+    check_gradients(found, expected.gradients)
+    exported: dict[str, Tensor] = {}
+    for file in (tmp_path / "out" / "fp32").glob("*.safetensors"):
+        exported |= load_file(file)
+    original = load_file(tmp_path / "fp32" / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in original.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.stacked import is_piece
 
 
 @dataclass(frozen=True)
@@ -289,3 +290,8 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 def rules_of(arch: Architecture) -> tuple[Rule, ...]:
     """The rules of a model's parameters."""
     return tuple(rule for rule in TABLES[arch.family] if not rule.needs or getattr(arch, rule.needs))
+
+
+def is_stacked(arch: Architecture) -> bool:
+    """Whether an HF tensor holds a matrix of every expert of a layer (hf.stacked)."""
+    return any(is_piece(name.format(layer=0, expert=0)) for rule in rules_of(arch) for name in rule.hf)
