@@ -23,6 +23,7 @@ from mcore_rl.model.hf.files import (
     write_side_files,
 )
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.stacked import ordered, whole_of
 from mcore_rl.model.hf.torch_dist import CRITIC, holds_classifier, torch_dist_reader, torch_dist_types
 from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
@@ -70,7 +71,7 @@ def write_hf(
             for name, tensor in tensors(forms):
                 writer.write(name, tensor)
                 progress.add(tensor.nbytes)
-                weight_map[name] = file
+                weight_map[whole_of(name)] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
     quantization = encoding.config(mapping)
@@ -125,14 +126,14 @@ class _Encoded:
 
 
 def _shards(forms: dict[str, Form], limit: int) -> list[dict[str, Form]]:
-    """In order, into files of at most `limit` bytes."""
+    """In order, into files of at most `limit` bytes; all pieces of a tensor into one."""
     shards: list[dict[str, Form]] = [{}]
     held = 0
-    for name, (shape, dtype) in forms.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
+    for names in ordered(forms).values():
+        size = sum(torch.Size(forms[name][0]).numel() * forms[name][1].itemsize for name in names)
         if shards[-1] and held + size > limit:
             shards.append({})
             held = 0
-        shards[-1][name] = (shape, dtype)
+        shards[-1] |= {name: forms[name] for name in names}
         held += size
     return shards

@@ -92,7 +92,7 @@ def write_torch_dist(
     for left in (unread(source), left_out(source, arch)):
         if left:
             print(printable(f"warning: {left}"), file=sys.stderr, flush=True)
-    types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source).items()}
+    types = {name: HF_DTYPES[tensor.type] for name, tensor in hf_tensors(source, mapping).items()}
     entries = mapping.entries()
     placed = {_index(where): (entry, where) for entry in entries for where in [place(entry, mapping)]}
     plans = [

@@ -14,6 +14,7 @@ from mcore_rl.checkpoint import manifest
 from mcore_rl.errors import McoreRLError, NumericsError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.stacked import whole_of
 from mcore_rl.model.weights_io import reader
 from mcore_rl.terminal import CommandParser, printable
 
@@ -48,7 +49,10 @@ def verify_checkpoint(
         raise NumericsError(f"{directory}: not finite: {infinite}")
     if different:
         raise NumericsError(f"{directory} differs from {against} in {different}")
-    return {"tensors": len(names), "equal_to": None if against is None else str(against)}
+    return {
+        "tensors": len({whole_of(name) for name in names}),
+        "equal_to": None if against is None else str(against),
+    }
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

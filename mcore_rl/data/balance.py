@@ -37,6 +37,10 @@ class ModelShape:
     """Mean over the layers of the intermediate size one token passes through (MoE: active experts only)."""
     experts: float = 0.0
     """Mean over the layers of the router's width; 0 for a dense model."""
+    windowed: int = 0
+    """Layers in which a token sees the last `window` tokens only."""
+    window: int = 0
+    """Its own is one of them."""
 
 
 def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
@@ -89,8 +93,9 @@ def forward_flops(
 ) -> npt.NDArray[np.float64]:
     """Forward floating-point operations of each sequence, two per multiply-add; backward costs twice that.
 
-    Grouped-query attention projections, the causal half of the attention matrix, the three SwiGLU matrices of
-    the active experts, and the head on the scored tokens only.
+    Grouped-query attention projections, the causal half of the attention matrix, in layers with a window
+    its band of that half, the three SwiGLU matrices of the active experts, and the head on the scored tokens
+    only.
 
     Args:
         lengths: [N] tokens per sequence, prompt and response.
@@ -101,8 +106,11 @@ def forward_flops(
     query_width = shape.heads * shape.head_dim
     projections = 2 * shape.hidden * (2 * query_width + 2 * shape.kv_heads * shape.head_dim)
     mlp = 6 * shape.hidden * shape.ffn + 2 * shape.hidden * shape.experts
-    attention = 2 * query_width * s * s
-    return shape.layers * (s * (projections + mlp) + attention) + 2 * shape.hidden * shape.vocab * rows
+    full = 2 * query_width * s * s
+    ahead = np.maximum(s - shape.window, 0)  # the triangle of what lies before the windows
+    saved = 2 * query_width * ahead * ahead * shape.windowed
+    layers = shape.layers * (s * (projections + mlp) + full) - saved
+    return layers + 2 * shape.hidden * shape.vocab * rows
 
 
 def balance(costs: npt.ArrayLike, ranks: int) -> list[list[int]]:

@@ -28,6 +28,7 @@ from mcore_rl.training.data import check_batch, describe_beginning, describe_dro
 from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
+from mcore_rl.training.stacked import check_transport
 from mcore_rl.training.teachers import check_teachers
 from mcore_rl.weight_files import unread
 
@@ -83,7 +84,10 @@ def _layout(config: Config, gpus: int) -> Iterable[Finding]:
     p = config.parallel
     replica = p.tensor * p.pipeline * p.context
     layout = layout_of(config, replica * (p.data or 1))
-    check_layout(read_architecture(config.model.path), layout)
+    arch = read_architecture(config.model.path)
+    check_layout(arch, layout)
+    if config.samples_responses:
+        check_transport(arch, config)
     yield Finding("layout", "ok", f"legal for this model; one replica takes {replica} ranks")
     if gpus and replica > gpus:
         yield Finding("layout", "note", f"this machine has {gpus} GPUs: start on several nodes with torchrun")

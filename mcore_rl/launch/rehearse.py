@@ -201,7 +201,10 @@ def shrink_model(hf: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]
         tiny["mlp_only_layers"] = [layer for layer in hf["mlp_only_layers"] if layer < layers]
     for name in ("layer_types", "no_rope_layers"):
         if hf.get(name):
-            tiny[name] = hf[name][:layers]
+            tiny[name] = hf[name][-layers:]  # of both kinds, as a rule
+    # Windows that the rehearsal's few tokens fill, in some of its few layers.
+    most = {"sliding_window": 8, "max_window_layers": layers // 2, "sliding_window_pattern": 2}
+    tiny |= {name: min(hf[name], limit) for name, limit in most.items() if hf.get(name)}
     if "first_k_dense_replace" in hf:
         tiny["first_k_dense_replace"] = min(1, hf["first_k_dense_replace"])
     if (hf.get("topk_group") or 1) < (hf.get("n_group") or 1):

@@ -258,4 +258,6 @@ def _build_chunk(
     )
     model.arch = mapping.arch
     model.rotary_pos_emb.inv_freq = rotary_frequencies(mapping.arch.rotary).to(platform.device())
+    if mapping.arch.local_rotary is not None:
+        model.local_frequencies = rotary_frequencies(mapping.arch.local_rotary).to(platform.device())
     return model.to(platform.device())

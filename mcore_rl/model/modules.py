@@ -6,6 +6,8 @@ Legend: T local packed tokens, N query or key heads of this tensor-parallel rank
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -57,7 +60,7 @@ class WholeNorm(nn.Module):
 class ResidualAdd(nn.Module):
     """Adds what attention or the MLP answers with to the residual stream, normalized or scaled before.
 
-    Stands where Megatron has a function that adds bias and residual; there are no biases and no dropout.
+    Stands where Megatron has a function that adds bias and residual; there is no dropout.
     """
 
     def __init__(self, config: TransformerConfig, norm: Any | None, scale: float) -> None:
@@ -71,28 +74,72 @@ class ResidualAdd(nn.Module):
         return self._add
 
     def _add(self, answer: Any, residual: Tensor, dropout: float) -> Tensor:
-        """(output [T or T/tp, 1, H], None), residual of the same shape -> their sum."""
-        output = answer[0]
+        """(output [T or T/tp, 1, H], bias [H] or None), residual of the same shape -> their sum."""
+        output, bias = answer
+        if bias is not None:
+            output = output + bias
         if self.norm is not None:
             output = self.norm(output)
         return residual + (output if self.scale == 1.0 else output * self.scale)
 
 
+@cache
+def biased(linear: Any) -> Any:
+    """The linear layer `linear` with a bias, whatever Megatron asks for: it has one flag for all of them."""
+
+    class Biased(linear):
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output, bias = super().forward(*args, **kwargs)
+            # Megatron adds the bias of an expert in place, which autograd forbids for what a collective over
+            # one rank answers with: its input itself.
+            in_place = getattr(self, "is_expert", False) and output._is_view()
+            return output.clone() if in_place else output, bias
+
+    Biased.__name__ = Biased.__qualname__ = f"Biased{linear.__name__}"
+    return Biased
+
+
+class BiasedMixture(MoELayer):
+    """A mixture of experts whose router adds a bias to its logits; Megatron ties that to other biases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what MoELayer takes."""
+        super().__init__(*args, **kwargs)
+        router: Any = self.router
+        bias: Any = nn.Parameter(torch.zeros_like(router.weight[:, 0]))
+        # Summed over the tensor-parallel ranks: each routes its part of the sequence.
+        bias.sequence_parallel = self.config.sequence_parallel
+        router.bias = bias
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a layer turns its queries and keys, beyond what Megatron's rotary embedding does."""
+
+    channels: int
+    """of a head that are turned, its first ones"""
+    scale: float
+    """they are multiplied by it"""
+    table: int | None
+    """which of the rotary tables that come with the tokens; None where there is one"""
+
+
 class ExtendedAttention(SelfAttention):
-    """Attention with norms of all heads together, or whose turned channels are multiplied by a constant.
+    """Attention with norms of all heads together, or with a rotary embedding of its own.
 
     Megatron sums the gradients of what it calls q_layernorm and k_layernorm over the tensor-parallel ranks:
     right for a norm of every head, of which all ranks have a copy, and wrong for the shards of these.
     """
 
-    def __init__(
-        self, *args: Any, whole_norm: bool, turned_channels: int, rotation_scale: float, **kwargs: Any
-    ) -> None:
-        """Take what SelfAttention takes; the first `turned_channels` of a head are those that are turned."""
+    def __init__(self, *args: Any, whole_norm: bool, turn: Turn, **kwargs: Any) -> None:
+        """Take what SelfAttention takes."""
         super().__init__(*args, **kwargs)
         factors = torch.ones(self.hidden_size_per_attention_head)
-        factors[:turned_channels] = rotation_scale
-        self.scaled = rotation_scale != 1.0
+        factors[: turn.channels] = turn.scale
+        self.turn = turn
         self.rotation_scale: Tensor
         self.register_buffer("rotation_scale", factors, persistent=False)
         widths = (self.query_projection_size, self.kv_projection_size)
@@ -100,11 +147,17 @@ class ExtendedAttention(SelfAttention):
             WholeNorm(self.config, width) if whole_norm else nn.Identity() for width in widths
         )
 
+    def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        """As SelfAttention; several rotary tables come as one tensor, one after the other."""
+        if rotary_pos_emb is not None and self.turn.table is not None:
+            rotary_pos_emb = rotary_pos_emb[self.turn.table]
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Query and key are multiplied before they are turned, which is the same as after it."""
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         query, key = self.query_norm(query), self.key_norm(key)
-        if self.scaled:
+        if self.turn.scale != 1.0:
             factors = self.rotation_scale.to(query.dtype)
             query, key = query * factors, key * factors
         return query, key, *rest

@@ -23,6 +23,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.tables import Rule
+from mcore_rl.model.rotary import rotary_table
 from mcore_rl.parallel.head import Call, HeadOutput, RowLoss, head_loss, log_prob_entropy
 from mcore_rl.parallel.head.divergence import Against, DivergenceLoss, divergence_loss, divergences
 
@@ -63,9 +64,12 @@ class LogProbHead(ColumnParallelLinear):
         return head
 
     def forward(  # type: ignore[override]  # only `PolicyModel.head` calls it
-        self, hidden: Tensor, weight: Tensor | None = None, *, scored: Scored
+        self, hidden: Tensor, weight: Tensor | None = None, *, scored: Scored, cap: float | None
     ) -> HeadOutput | Tensor:
-        """hidden [T or T/tp, 1, H] -> log-prob and entropy or divergence [R], or a scalar: parallel.head."""
+        """hidden [T or T/tp, 1, H] -> log-prob and entropy or divergence [R], or a scalar: parallel.head.
+
+        `cap`: the model's bound of its logits, None where it has none.
+        """
         states, weight = hidden.squeeze(1), cast(Tensor, self.weight) if weight is None else weight
         call = Call.of(
             weight,
@@ -75,6 +79,7 @@ class LogProbHead(ColumnParallelLinear):
             group=cast(dist.ProcessGroup, self.tp_group),
             vocab_size=self.vocab_size,
             sequence_parallel=self.sequence_parallel,
+            cap=cap,
         )
         if scored.against is not None:
             return _compared(states, weight, call, scored.against, scored.loss)
@@ -101,6 +106,8 @@ class PackedGPT(GPTModel):
     """
 
     arch: Architecture
+    local_frequencies: Tensor | None = None
+    """[channels / 2] of the rotary embedding of layers with a window, where it is one of their own"""
 
     def head(self, hidden: Tensor, scored: Scored) -> HeadOutput | Tensor:
         """hidden [T or T/tp, 1, H] of the last stage -> what the scored rows get, [R] each."""
@@ -110,16 +117,24 @@ class PackedGPT(GPTModel):
         prepared = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
         )
-        hidden, scale = prepared[0], self.arch.scales.embedding
-        if hidden is not None and scale != 1.0:
-            hidden = hidden * scale
+        hidden, scales = prepared[0], self.arch.scales
+        if hidden is not None and scales.embedding != 1.0:
+            constant = scales.embedding
+            hidden = hidden * (
+                torch.tensor(constant, dtype=hidden.dtype).item() if scales.rounded else constant
+            )
         self._check_length(packed_seq_params)
-        table = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
-        return hidden, table.index_select(0, packed_seq_params.position_ids), *prepared[2:]
+        positions = packed_seq_params.position_ids
+        table = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True).index_select(
+            0, positions
+        )
+        if self.local_frequencies is not None:
+            table = torch.stack([table, rotary_table(positions, self.local_frequencies)])
+        return hidden, table, *prepared[2:]
 
     def _check_length(self, layout: Any) -> None:
         """Raises ConfigError for positions at which the model computes something else than is built here."""
-        longest = self.arch.rotary.longest
+        longest = self.arch.longest
         if longest is not None and int(layout.position_ids.max()) >= longest:
             raise ConfigError(
                 f"a sequence of more than {longest} tokens: beyond its original length, the model's rotary "
@@ -148,7 +163,9 @@ class LogitsModel(PackedGPT):
         )
         logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=True)
         logits = logits.squeeze(1).index_select(0, scored.rows)[:, : self.live_vocab]
-        return logits / self.arch.scales.logits
+        logits = logits / self.arch.scales.logits
+        cap = self.arch.scales.logits_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class PolicyModel(PackedGPT):
@@ -167,9 +184,15 @@ class PolicyModel(PackedGPT):
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
-        if self.arch.scales.logits != 1.0:  # a constant divisor of the logits is a temperature
-            scored = replace(scored, temperature=scored.temperature * self.arch.scales.logits)
-        return self.output_layer(hidden, weight=weight, scored=scored)
+        divisor = self.arch.scales.logits
+        if divisor != 1.0:  # a constant divisor of the logits is a temperature
+            scored = replace(scored, temperature=scored.temperature * divisor)
+        if scored.against is not None and scored.against.teacher.divisor != divisor:
+            teacher = scored.against.teacher
+            states = teacher.hidden * (divisor / teacher.divisor)  # both are divided by the student's
+            scored = replace(scored, against=scored.against._replace(teacher=teacher._replace(hidden=states)))
+        cap = self.arch.scales.logits_cap
+        return self.output_layer(hidden, weight=weight, scored=scored, cap=cap)
 
     @property
     def lm_head(self) -> Tensor:

@@ -9,16 +9,23 @@ this tensor-parallel rank, D channels per head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcore_rl.parallel.context import gather_keys_values
 
@@ -41,6 +48,8 @@ class PackedLayout(PackedSeqParams):
     """[B+1] int32 boundaries of the whole sequences, all context-parallel shares together"""
     keys: KeyLayout | None = None
     """set under context parallelism, where keys come from all ranks of the group"""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """what `visible` has answered: layers ask for the same"""
     experts: Tensor | None = None
     """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
 
@@ -68,6 +77,20 @@ class PackedLayout(PackedSeqParams):
             experts=experts,
         )
 
+    def visible(self, window: int | None) -> Tensor:
+        """[B or 1, 1, L, L_whole] True where a query sees the key: it, and the `window` - 1 before it."""
+        if window not in self.masks:
+            if self.keys is not None:
+                seen = self.keys.mask
+            else:
+                length = self.to_padded.shape[1]
+                seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.to_padded.device).tril()
+            if window is not None:
+                position = seen.sum(-1, keepdim=True) - 1  # of the query: it sees all up to itself
+                seen = seen & (torch.arange(seen.shape[-1], device=seen.device) > position - window)
+            self.masks[window] = seen
+        return self.masks[window]
+
 
 @dataclass
 class KeyLayout:
@@ -79,6 +102,10 @@ class KeyLayout:
     """[B, 1, L_local, L_whole] True where the query may see the key"""
     longest: int
     """L_whole"""
+
+
+ROWS = 512
+"""queries of a sequence whose scores are there at once, where attention is plain matrix products"""
 
 
 def _padding_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -96,21 +123,31 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.centered = eps, config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Megatron sums such a weight's gradient over tensor-parallel ranks: each saw part of the sequence.
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]; scaled in x's precision after the norm, as transformers does."""
+        """[..., hidden] -> [..., hidden]; scaled as transformers does: in x's precision after the norm.
+
+        A weight that is stored less 1 (Gemma) is scaled with before the rounding.
+        """
         wide = x if x.dtype == torch.float64 else x.float()
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        normed = F.rms_norm(wide, wide.shape[-1:], eps=self.eps)
+        if self.centered:
+            return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+        return self.weight * normed.to(x.dtype)
 
 
 class PackedAttention(nn.Module):
     """Causal grouped-query attention over packed sequences: pad to [B, L], torch's fused kernel, unpad.
 
     Padding at the end of a sequence is harmless: a causal query never sees what follows it.
+
+    With a window, a query sees the last tokens only. Scores can be capped before the softmax (Gemma 2, arXiv
+    2408.00118 section 2), and a query can attend to a sink, one learnt score a head without a value (gpt-oss,
+    arXiv 2508.10925 section 2.3): no kernel of torch has these two, so that they are plain matrix products.
     """
 
     def __init__(
@@ -120,10 +157,19 @@ class PackedAttention(nn.Module):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        cap: float | None = None,
         **_unused,
     ) -> None:
+        """`cap`: scores s become cap tanh(s / cap); None for scores as they are."""
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.cap = softmax_scale, cap
+        which: Any = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, which, layer_number)
+        self.window = config.window_size[0] + 1 if windowed and config.window_size else None
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.register_parameter("softmax_offset", None)
+        if config.softmax_type == "learnable":
+            self.softmax_offset = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
 
     def forward(
         self,
@@ -137,15 +183,18 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D]."""
         layout = packed_seq_params
-        q = _pad(query.squeeze(1), layout.to_padded)
-        if layout.keys is None:
-            k, v = (_pad(x.squeeze(1), layout.to_padded) for x in (key, value))
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        places = layout.to_padded
+        if layout.keys is not None:
+            k, v = gather_keys_values(k, v)
+            places = layout.keys.to_padded
+        q, k, v = _pad(q, layout.to_padded), _pad(k, places), _pad(v, places)
+        if self.cap is not None or self.softmax_offset is not None:
+            out = self._attend_by_scores(q, k, v, layout.visible(self.window))
+        elif layout.keys is None and self.window is None:
             out = self._attend(q, k, v, is_causal=True)
         else:
-            k, v = (
-                _pad(x, layout.keys.to_padded) for x in gather_keys_values(key.squeeze(1), value.squeeze(1))
-            )
-            out = self._attend(q, k, v, attn_mask=layout.keys.mask)
+            out = self._attend(q, k, v, attn_mask=layout.visible(self.window))
         flat = out.transpose(1, 2).flatten(0, 1).index_select(0, layout.from_padded)
         return flat.flatten(1).unsqueeze(1)
 
@@ -153,6 +202,43 @@ class PackedAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(
             q, k, v, scale=self.softmax_scale, enable_gqa=k.shape[1] != q.shape[1], **mask
+        )
+
+    def _attend_by_scores(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """q [B, L, N, D], k and v [B, S, K, D], visible [B or 1, 1, L, S] -> [B, N, L, D]."""
+        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        per_key = q.shape[2] // k.shape[2]
+        q = q.transpose(1, 2)
+        k, v = (x.transpose(1, 2).repeat_interleave(per_key, dim=1) for x in (k, v))
+        if q.shape[2] <= ROWS:
+            return self._block(q, k, v, visible, scale)
+        # The scores of some queries at a time, which the backward pass computes again: all of them at once
+        # would be heads x L^2 numbers, several times.
+        blocks = zip(q.split(ROWS, 2), visible.split(ROWS, 2), strict=True)
+        attend: Any = partial(checkpoint, self._block, use_reentrant=False)
+        return torch.cat([attend(some, k, v, seen, scale) for some, seen in blocks], 2)
+
+    def _block(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+        """q [B, N, l, D], k and v [B, N, S, D], visible [B or 1, 1, l, S] -> [B, N, l, D]."""
+        scores = q @ k.transpose(2, 3)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if self.softmax_offset is None:
+            return scores.softmax(-1).to(v.dtype) @ v
+        sinks = self.softmax_offset.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        """Describe the sinks as Megatron's modules do: the heads of a rank are a shard."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=cast(Any, parallel_state.get_tensor_model_parallel_group()),
+            dp_cp_group=metadata["dp_cp_group"],
         )
 
 

@@ -27,6 +27,12 @@ def rotary_frequencies(rotary: Rotary) -> Tensor:
             return frequencies
 
 
+def rotary_table(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """[T] positions and [channels / 2] -> [T, 1, 1, channels] angles, halves of a head against each other."""
+    angles = torch.outer(positions.to(frequencies.dtype), frequencies)
+    return torch.cat((angles, angles), dim=-1)[:, None, None]
+
+
 def _llama3(frequencies: Tensor, scaling: Llama3) -> Tensor:
     """Slow pairs `factor` times slower, fast ones as they were, a linear blend in turns per context between.
 

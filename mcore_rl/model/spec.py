@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -28,9 +27,10 @@ from megatron.core.transformer.transformer_layer import (
 
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
+from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
-from mcore_rl.model.modules import ExtendedAttention, ResidualAdd
-from mcore_rl.model.portable import PORTABLE, Parts
+from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
+from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import ReplayedLayer
 from mcore_rl.parallel.mesh import Layout
@@ -146,8 +146,10 @@ def transformer_config(
         ffn_hidden_size=arch.intermediate
         or arch.hidden,  # Megatron wants one; without dense layers no MLP has it
         gated_linear_unit=True,
-        activation_func=F.silu,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=arch.centered_norms,
+        window_size=(arch.windows.size - 1, 0) if arch.windows.size else None,
+        window_attn_skip_freq=[int(windowed) for windowed in arch.windows.layers] or None,
         layernorm_epsilon=arch.norm_eps,
         qk_layernorm=arch.qk_norm,
         softmax_scale=arch.scales.attention,
@@ -181,8 +183,9 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
+        softmax_type="learnable" if arch.sinks else "vanilla",
+        **activation_settings(arch, on_gpu=on_gpu),
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),
         **RECOMPUTE[recompute],
@@ -257,12 +260,16 @@ def block_spec(
     parts = parts_of(config)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(config, arch, parts, sparse=arch.is_sparse(first + i)) for i in range(count)]
+    layers = [layer_spec(config, arch, parts, first + i) for i in range(count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.norm)
 
 
-def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, *, sparse: bool) -> ModuleSpec:
-    """One layer. A mixture of experts keeps its norm apart: the router reads the normalized states too."""
+def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, layer: int) -> ModuleSpec:
+    """Layer `layer`, from 0.
+
+    A mixture of experts keeps its norm apart: the router reads the normalized states too.
+    """
+    sparse = arch.is_sparse(layer)
     fused = arch.input_norms and parts.norm_column is not None
     names = {} if fused else _ATTENTION_NORM if sparse else _ATTENTION_NORM | _MLP_NORM
     norm = parts.norm if arch.input_norms else IdentityOp
@@ -271,46 +278,68 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, *, s
         module=ReplayedLayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
-            self_attention=_attention(arch, parts, parts.norm_column if fused else None),
+            self_attention=_attention(config, arch, parts, layer, fused=fused),
             self_attn_bda=add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=IdentityOp if fused and not sparse else norm,
-            mlp=_mixture(parts) if sparse else _mlp(parts, parts.norm_column if fused else None),
+            mlp=_mixture(arch, parts) if sparse else _mlp(arch, parts, fused=fused),
             mlp_bda=add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=names,
         ),
     )
 
 
-def _attention(arch: Architecture, parts: Parts, norm_column: Any) -> ModuleSpec:
+def _attention(
+    config: TransformerConfig, arch: Architecture, parts: Parts, layer: int, *, fused: bool
+) -> ModuleSpec:
     norm = parts.norm if arch.qk_norm else IdentityOp
-    extension = {
-        "whole_norm": arch.whole_qk_norm,
-        "turned_channels": arch.rotary.channels,
-        "rotation_scale": arch.rotary.scale,
-    }
-    extended = arch.whole_qk_norm or arch.rotary.scale != 1.0
+    projection: Any = parts.norm_column if fused else parts.column
+    rotary = arch.rotary_of(layer)
+    table = None if arch.local_rotary is None else int(rotary is arch.local_rotary)
+    turn = Turn(rotary.channels, rotary.scale, table)
+    extended = arch.whole_qk_norm or turn.scale != 1.0 or table is not None
     return ModuleSpec(
         module=ExtendedAttention if extended else SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal} | (extension if extended else {}),
+        params={"attn_mask_type": AttnMaskType.causal}
+        | ({"whole_norm": arch.whole_qk_norm, "turn": turn} if extended else {}),
         submodules=SelfAttentionSubmodules(
-            linear_qkv=norm_column or parts.column,
-            core_attention=parts.attention,
-            linear_proj=parts.row,
+            linear_qkv=projection,
+            core_attention=_core_attention(config, arch, parts),
+            linear_proj=biased(parts.row) if arch.output_bias else parts.row,
             q_layernorm=norm,
             k_layernorm=norm,
         ),
     )
 
 
-def _mlp(parts: Parts, norm_column: Any) -> Any:
-    return versions.mlp_module(MLPSubmodules(linear_fc1=norm_column or parts.column, linear_fc2=parts.row))
+def _core_attention(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:
+    """What turns queries, keys and values into outputs.
+
+    Transformer Engine has no cap of scores, and neither windows nor sinks with its ring of keys: the portable
+    one stands in for these.
+    """
+    cap = arch.scales.attention_cap
+    if cap is not None:
+        return ModuleSpec(module=PackedAttention, params={"cap": cap})
+    apart = config.context_parallel_size > 1 and arch.windows.size > 0
+    return PackedAttention if apart or config.softmax_type != "vanilla" else parts.attention
 
 
-def _mixture(parts: Parts) -> ModuleSpec:
-    linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
+def _mlp(arch: Architecture, parts: Parts, *, fused: bool) -> Any:
+    first: Any = parts.norm_column if fused else parts.column
+    second = parts.row
+    if arch.mlp_bias:
+        first, second = biased(first), biased(second)
+    return versions.mlp_module(MLPSubmodules(linear_fc1=first, linear_fc2=second))
+
+
+def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
+    with_biases = arch.experts is not None and arch.experts.biased
+    column, row = (biased(linear) if with_biases else linear for linear in (parts.column, parts.row))
+    linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    kind = BiasedMixture if with_biases else MoELayer
+    return ModuleSpec(module=kind, submodules=MoESubmodules(experts=experts, shared_experts=shared))
 
 
 def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:

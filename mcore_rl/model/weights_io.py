@@ -122,6 +122,8 @@ def _mark(parameter: Any, entry: ParameterEntry) -> None:
         # Reduced over the ranks that hold the same experts. Megatron says so only at EP > 1; at TP > 1 alone
         # the experts of the tensor-parallel ranks, which see different tokens, would drift apart.
         parameter.allreduce = False
+        # Megatron marks the bias of a row-parallel layer as if every rank had the same expert.
+        parameter.sequence_parallel = False
     if entry.rule.axis is not None or entry.is_expert:
         # Without it every shard but the first is taken for a duplicate: the gradient norm, and with it
         # clipping, is silently too small under TP.

@@ -95,9 +95,17 @@ def generate_seconds(
     copies = max(1, fleet.gpus // fleet.tensor)
     weights = 2 * parameters * work.longest_response * work.segments / fleet.tensor
     r, p = work.response_tokens, work.prompt_tokens
-    cache = kv_bytes_per_token(shape) * (p * r + r * r / 2) * work.sequences / copies / fleet.tensor
+    cache = kv_bytes_per_token(shape) * _tokens_read(shape, p, r) * work.sequences / copies / fleet.tensor
     arithmetic = work.forward_flops(shape) / (fleet.gpus * PEAK_FLOPS)
     return (weights + cache) / PEAK_BYTES / efficiency + arithmetic / efficiency
+
+
+def _tokens_read(shape: ModelShape, prompt: float, response: float) -> float:
+    """Cached tokens that the response's steps read, as a mean over the layers; windows end what they see."""
+    everything = prompt * response + response * response / 2
+    grown = min(max(shape.window - prompt, 0.0), response)  # steps until the window is full
+    near = prompt * grown + grown * grown / 2 + shape.window * (response - grown)
+    return everything + (near - everything) * shape.windowed / shape.layers
 
 
 def publish_seconds(parameters: int, precision: str) -> dict[str, float]:

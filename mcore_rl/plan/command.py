@@ -9,9 +9,8 @@ from math import ceil, inf
 from pathlib import Path
 
 from mcore_rl.config import Config, load_config
-from mcore_rl.data.balance import model_shape
 from mcore_rl.errors import ConfigError, LayoutError
-from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.plan.clock import SERVER_GPUS, SamplingServers
 from mcore_rl.plan.count import count_policy, distinct
@@ -21,6 +20,7 @@ from mcore_rl.plan.show import table, to_json
 from mcore_rl.plan.work import work_of
 from mcore_rl.terminal import printable
 from mcore_rl.training.setup import layout_of
+from mcore_rl.training.shape import shape_of
 
 
 def plan(
@@ -62,7 +62,7 @@ def plan(
         segments=segments,
     )
     colocated = colocated or config.residency.servers == "released"
-    arch, shape = read_architecture(config.model.path), model_shape(read_hf_config(config.model.path))
+    arch, shape = read_architecture(config.model.path), shape_of(config.model.path)
     layout = configured_layout(config, gpus)
     work = work_of(
         config,

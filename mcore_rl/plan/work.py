@@ -11,11 +11,12 @@ import numpy as np
 
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config import Config
-from mcore_rl.data.balance import ModelShape, forward_flops, model_shape
-from mcore_rl.model.hf.architecture import Architecture, read_architecture, read_hf_config
+from mcore_rl.data.balance import ModelShape, forward_flops
+from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 from mcore_rl.training.setup import fp8_of
+from mcore_rl.training.shape import shape_of
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def work_of(
 
 def _flops_of(path: Path) -> float:
     """FLOPs of a forward pass over one token without context and without the head."""
-    shape = model_shape(read_hf_config(path))
+    shape = shape_of(path)
     return float(forward_flops(np.array([1.0]), shape, np.array([0.0]))[0])
 
 

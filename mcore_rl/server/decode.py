@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mcore_rl.server.kv_cache import SlotCache
+from mcore_rl.server.windows import layer_windows, within
 
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 """classes of transformers that compute what `Decoder` does"""
@@ -84,13 +85,17 @@ class Decoder:
         self.norm = _norm(inner.norm)
         self.head = _linear(model.lm_head)
         self.head_dim: int = inner.layers[0].self_attn.head_dim
+        self.windows = layer_windows(model)
 
     def __call__(self, tokens: Tensor, positions: Tensor, seen: Tensor, cache: SlotCache) -> Tensor:
         """tokens [R] at positions [R] that see `seen` [R, width] of the cache rows -> logits [R, V]."""
         hidden = F.embedding(tokens, self.embedding)
         cos, sin = self.rotary(hidden[:, None], positions[:, None])
-        mask = seen[:, None, None, :]
-        for layer, slot in zip(self.layers, cache.slots, strict=True):
+        masks: dict[int | None, Tensor] = {None: seen[:, None, None, :]}
+        for size in filter(None, set(self.windows)):
+            near = within(size, positions[:, None], seen.shape[-1])
+            masks[size] = masks[None] & near[:, None]
+        for layer, window, slot in zip(self.layers, self.windows, cache.slots, strict=True):
             x = layer.attention_norm(hidden)
             query, key, value = (self._heads(project(x)) for project in (layer.query, layer.key, layer.value))
             if layer.query_norm is not None and layer.key_norm is not None:
@@ -99,7 +104,8 @@ class Decoder:
             keys, values = slot.update(key[:, :, None], value[:, :, None])
             # The query heads of a key/value head are rows of one product: no key is repeated.
             grouped = query.view(len(tokens), key.shape[1], -1, self.head_dim)
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=layer.scale)
+            mask, scale = masks[window], layer.scale
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
             hidden = hidden + layer.output(out.reshape(len(tokens), -1))
             x = layer.mlp_norm(hidden)
             hidden = hidden + layer.down(F.silu(layer.gate(x)) * layer.up(x))

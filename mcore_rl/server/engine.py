@@ -25,6 +25,7 @@ from mcore_rl.server.kv_cache import SlotCache
 from mcore_rl.server.routing import routed_experts
 from mcore_rl.server.sampling import sample
 from mcore_rl.server.sequence import Details, RunningSequences, Sequence, build_rows
+from mcore_rl.server.windows import Masks
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -43,6 +44,7 @@ class Engine:
         self.model = model
         self.decoder = build_decoder(model)
         """None: the model's own forward decodes"""
+        self.masks = Masks(model)
         self.cache = cache
         self.max_running = max_running
         self.vocab_size: int = model.config.get_text_config().vocab_size
@@ -187,12 +189,15 @@ class Engine:
             return
         prompts = [group[0].tokens[:-1] for group in chunk]
         ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self.model.device)
+        places = torch.arange(width, device=ids.device)
         self.cache.at_prefill(slice(first_row, first_row + len(chunk)), width)
         logits = self.model(
             input_ids=ids,
             # Padding lies behind every real token, so that the causal mask alone hides it.
-            attention_mask=torch.ones(1, 1, width, width, dtype=torch.bool, device=ids.device).tril(),
-            position_ids=torch.arange(width, device=ids.device).expand(len(chunk), width),
+            attention_mask=self.masks.of(
+                torch.ones(1, 1, width, width, dtype=torch.bool, device=ids.device).tril(), places
+            ),
+            position_ids=places.expand(len(chunk), width),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=0 if wants else 1,
@@ -241,7 +246,7 @@ class Engine:
             return self.decoder(rows.token, rows.position, seen, self.cache).float()
         output = self.model(
             input_ids=rows.token[:, None],
-            attention_mask=seen[:, None, None, :],
+            attention_mask=self.masks.of(seen[:, None, None, :], rows.position[:, None, None]),
             position_ids=rows.position[:, None],
             past_key_values=self.cache,
             use_cache=True,

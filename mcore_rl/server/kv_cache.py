@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from mcore_rl.errors import ConfigError
 
+_KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""layers that cache nothing but the keys and values of tokens"""
 _LENGTH_STEP = 32
 """Lengths are rounded up to this, so that small changes of the longest sequence move nothing."""
 
@@ -124,17 +126,18 @@ class SlotCache(Cache):
 def build_cache(model: PreTrainedModel, tokens: int | None) -> SlotCache:
     """A cache for `model` on its device, holding `tokens` tokens (None: what fits in 1 GiB, at most 262144).
 
-    Layer shapes come from a forward over one token, so any full-attention decoder works.
-    Raises ConfigError for sliding-window, linear-attention or other special caches.
+    Layer shapes come from a forward over one token, so any decoder works whose layers cache keys and values
+    of their own; layers with a sliding window keep all tokens, and see the last ones (server.windows).
+    Raises ConfigError for linear-attention or other special caches.
     """
     device = model.device
     cache = model(
         input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True
     ).past_key_values
-    special = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+    special = {type(layer).__name__ for layer in cache.layers if type(layer) not in _KINDS}
     if special:
         raise ConfigError(
-            f"{model.config.model_type}: the embedded server has full-attention layers only, this model has "
+            f"{model.config.model_type}: the embedded server caches keys and values only, this model has "
             f"{sorted(special)}; serve it with SGLang"
         )
     pairs = [(layer.keys, layer.values) for layer in cache.layers]

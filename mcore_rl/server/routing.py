@@ -46,5 +46,8 @@ def _layers(model: PreTrainedModel) -> Any:
 
 def _gates(model: PreTrainedModel) -> dict[int, Any]:
     """Layer -> its router."""
-    found = ((i, getattr(layer.mlp, "gate", None)) for i, layer in enumerate(_layers(model)))
+    found = (
+        (i, getattr(layer.mlp, "gate", getattr(layer.mlp, "router", None)))
+        for i, layer in enumerate(_layers(model))
+    )
     return {i: gate for i, gate in found if gate is not None}

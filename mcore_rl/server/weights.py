@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mcore_rl.errors import CheckpointError, ConfigError
@@ -83,7 +83,7 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=_attention_of(directory),
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
@@ -94,6 +94,13 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
     model, report = loaded
     _check_report(directory, report)
     return model.to(device).eval().requires_grad_(False), shapes
+
+
+def _attention_of(directory: Path) -> str:
+    """torch's fused kernel, or plain products where the model's attention has more than it: caps, sinks."""
+    kind = type(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    return "eager" if model is not None and not model._supports_sdpa else "sdpa"
 
 
 def _check_report(directory: Path, report: Mapping[str, object]) -> None:

@@ -20,14 +20,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mcore_rl.checkpoint import Saved, seed_rng
 from mcore_rl.config import Config
-from mcore_rl.data.balance import forward_flops, model_shape
+from mcore_rl.data.balance import forward_flops
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers, append_event
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
@@ -59,6 +59,8 @@ from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
 from mcore_rl.training.rundir import held_once, identity_of
+from mcore_rl.training.shape import shape_of
+from mcore_rl.training.stacked import check_transport
 from mcore_rl.training.trainer import Attempt, Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -80,7 +82,10 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     """
     layout = layout_of(config, world_size())
     layout.check(world_size())
-    check_layout(read_architecture(config.model.path), layout)
+    arch = read_architecture(config.model.path)
+    check_layout(arch, layout)
+    if config.samples_responses:
+        check_transport(arch, config)
     timeout = collective_timeout(config.train.step_timeout)
     with process_group(timeout):
         mesh = build_mesh(layout, timeout=timeout)
@@ -344,7 +349,7 @@ def batching_of(config: Config, mesh: Mesh) -> Batching:
         mini_batches=config.algorithm.mini_batches,
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         max_new_tokens=config.longest_response,
-        cost=partial(forward_flops, shape=model_shape(read_hf_config(config.model.path))),
+        cost=partial(forward_flops, shape=shape_of(config.model.path)),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
         overlong_filter=config.algorithm.overlong_filter,
     )

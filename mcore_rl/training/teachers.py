@@ -89,8 +89,11 @@ def against(model: Model, batches: Sequence[PackedBatch], divergence: Divergence
     found = forward(model, batches, 1.0, states=True)
     if not model.mesh.is_last_stage:
         return [None] * len(batches)
-    weight = head_of(model)
-    return [Against(Teacher(states.to(weight.dtype), weight), divergence) for _, states in found]
+    weight, scales = head_of(model), model.arch.scales
+    return [
+        Against(Teacher(states.to(weight.dtype), weight, scales.logits_cap, scales.logits), divergence)
+        for _, states in found
+    ]
 
 
 def head_of(model: Model) -> Tensor:

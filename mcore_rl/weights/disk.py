@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -25,11 +25,12 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.hf.files import (
     EMBEDDING,
     INDEX,
-    Form,
     SafetensorsWriter,
+    StackedWriter,
     checkpoint_files,
     write_side_files,
 )
+from mcore_rl.model.hf.stacked import Form, in_files, is_piece, whole_of
 from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
@@ -51,6 +52,8 @@ from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 from mcore_rl.weights.follow import announce, states, wait_for_followers
 from mcore_rl.weights.transport import nobody
 
+STACKED = "model-experts.safetensors"
+"""the file of an export that all ranks write the pieces of stacked tensors to"""
 _REMEDY = "name another directory (publish.dir or run.dir of a run)"
 
 
@@ -83,7 +86,7 @@ class Disk:
         target = self._directory.resolve() / version
         export(model, target, encoding=self._encoding)
         forms = encoded_forms(model.mapping, self._encoding, torch.float32)
-        expected = {name: shape for name, (shape, _) in forms.items()}
+        expected = in_files({name: shape for name, (shape, _) in forms.items()})
         failed = on_main(model.mesh, lambda: publish_directory(fleet, target, version, expected))
         fleet.status = on_main(model.mesh, lambda: fleet.status)
         fleet.version = version
@@ -182,13 +185,12 @@ def export(
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     plan = plan_of(what, bucket_bytes)
-    names = {
-        owner: f"model-{i + 1:05d}-of-{len(plan.owners):05d}.safetensors"
-        for i, owner in enumerate(plan.owners)
-    }
-    on_main(mesh, lambda: _begin(directory, partial, kind))
+    owners = [owner for owner in plan.owners if _forms(plan.of(owner), pieces=False)]
+    names = {owner: f"model-{i + 1:05d}-of-{len(owners):05d}.safetensors" for i, owner in enumerate(owners)}
+    stacked = _forms(plan.buckets, pieces=True)
+    on_main(mesh, lambda: _begin(directory, partial, kind, stacked))
     try:
-        _write_files(what, plan, {owner: partial / name for owner, name in names.items()}, open_file)
+        _write_files(what, plan, partial, names, open_file)
         on_main(mesh, lambda: _write_side_files(model, encoding, plan, names, partial))
         on_main(mesh, lambda: _put_in_place(partial, directory, kind))
     except Exception:
@@ -197,7 +199,15 @@ def export(
         raise
 
 
-def _write_files(what: Export, plan: ExportPlan, paths: Mapping[int, Path], open_file: OpenFile) -> None:
+def _forms(buckets: Iterable[Bucket], *, pieces: bool) -> dict[str, Form]:
+    """The tensors of `buckets` that are pieces of stacked ones (hf.stacked), or those that are none."""
+    slots = (slot for bucket in buckets for slot in bucket.slots)
+    return {slot.name: (slot.shape, slot.dtype) for slot in slots if is_piece(slot.name) is pieces}
+
+
+def _write_files(
+    what: Export, plan: ExportPlan, partial: Path, names: Mapping[int, str], open_file: OpenFile
+) -> None:
     """Write every owner's file, in turns within a tensor-parallel group; collective over all ranks.
 
     What can fail before a turn, fails on every rank before any rank waits for another one's shards.
@@ -209,35 +219,52 @@ def _write_files(what: Export, plan: ExportPlan, paths: Mapping[int, Path], open
     with ExitStack() as file:
         if mesh.rank in turns:
             try:
-                channel = _opened(what, plan, paths[mesh.rank], open_file, file)
+                channel = _opened(what, plan, partial, names.get(mesh.rank), open_file, file)
             except Exception as caught:  # whatever it is: the other ranks would wait for this one
                 error = caught
         raise_everywhere(mesh, error)
         for owner in turns:
             try:
-                with _reported(paths[owner]), file if owner == mesh.rank else nullcontext():
+                with (
+                    _reported(partial / names.get(owner, STACKED)),
+                    file if owner == mesh.rank else nullcontext(),
+                ):
                     take_turn(what, plan, owner, channel if owner == mesh.rank else None)
             except Exception as caught:  # raised on every rank, once no rank waits for this one's shards
                 error = error or caught
     raise_everywhere(mesh, error)
 
 
-def _opened(what: Export, plan: ExportPlan, path: Path, open_file: OpenFile, file: ExitStack) -> _FileChannel:
-    """The channel into this rank's file, which is closed with `file`."""
+def _opened(
+    what: Export,
+    plan: ExportPlan,
+    partial: Path,
+    name: str | None,
+    open_file: OpenFile,
+    file: ExitStack,
+) -> _FileChannel:
+    """The channel into this rank's file, and into the one of all ranks' pieces; closed with `file`."""
     buckets = plan.of(what.mesh.rank)
-    forms = {slot.name: (slot.shape, slot.dtype) for bucket in buckets for slot in bucket.slots}
     device = next(iter(what.tensors.values())).device
-    with _reported(path):
-        opened = file.enter_context(open_file(path, forms))
-    return _FileChannel(opened, max(bucket.nbytes for bucket in buckets), len(buckets), device)
+    files: dict[bool, TensorFile] = {}
+    if name is not None:
+        with _reported(partial / name):
+            files[False] = file.enter_context(open_file(partial / name, _forms(buckets, pieces=False)))
+    if _forms(buckets, pieces=True):
+        with _reported(partial / STACKED):
+            stacked = _forms(plan.buckets, pieces=True)
+            files[True] = file.enter_context(StackedWriter(partial / STACKED, stacked))
+    return _FileChannel(files, max(bucket.nbytes for bucket in buckets), len(buckets), device)
 
 
 class _FileChannel:
-    """The channel into one file."""
+    """The channel into this rank's files: False, of whole tensors; True, of pieces."""
 
-    def __init__(self, file: TensorFile, nbytes: int, count: int, device: torch.device) -> None:
+    def __init__(
+        self, files: Mapping[bool, TensorFile], nbytes: int, count: int, device: torch.device
+    ) -> None:
         self.failed: dict[str, str] = {}
-        self._file = file
+        self._files = files
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(min(2, count))]
 
     def buffer(self, number: int) -> Tensor:
@@ -246,23 +273,32 @@ class _FileChannel:
     def send(self, bucket: Bucket, number: int, *, last: bool) -> None:
         data = self.buffer(number)
         for slot in bucket.slots:
-            self._file.write(slot.name, view(data, slot).cpu())
+            self._files[is_piece(slot.name)].write(slot.name, view(data, slot).cpu())
 
     def close(self) -> None: ...
 
 
-def _begin(directory: Path, partial: Path, kind: Kind) -> None:
-    """Make an empty directory to write to; and nothing that somebody else wrote will have to go for it."""
+def _begin(directory: Path, partial: Path, kind: Kind, stacked: Mapping[str, Form]) -> None:
+    """Make a directory to write to, empty but for the file of pieces, if there are any.
+
+    Nothing that somebody else wrote will have to go for it.
+    """
     check_free(directory, _REMEDY, kind=kind)
     with _reported(partial):
         make(partial, _REMEDY, kind=kind)
+        if stacked:
+            StackedWriter.begin(partial / STACKED, stacked)
 
 
 def _write_side_files(
     model: Model, encoding: Encoding, plan: ExportPlan, names: Mapping[int, str], partial: Path
 ) -> None:
     """Write the index, config.json and the tokenizer."""
-    weight_map = {slot.name: names[bucket.owner] for bucket in plan.buckets for slot in bucket.slots}
+    weight_map = {
+        whole_of(slot.name): STACKED if is_piece(slot.name) else names[bucket.owner]
+        for bucket in plan.buckets
+        for slot in bucket.slots
+    }
     with _reported(partial):
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=1))

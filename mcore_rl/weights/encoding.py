@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcore_rl.errors import NumericsError
-from mcore_rl.model.hf.files import Form
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.stacked import Form, whole_of
 from mcore_rl.model.hf.tables import Rule
 
 BLOCK = 128
@@ -100,10 +100,12 @@ class Fp8Encoding(PlainEncoding):
     def config(self, mapping: ParameterMap) -> dict[str, Any] | None:
         """The form of the weights, for SGLang and transformers, and which linear layers do not have it."""
         others = sorted(
-            name.removesuffix(".weight")
-            for entry in mapping.entries()
-            for name, shape in zip(entry.hf, mapping.shapes(entry.rule), strict=True)
-            if entry.layer is not None and len(shape) == 2 and not entry.rule.fp8
+            {
+                whole_of(name).removesuffix(".weight")
+                for entry in mapping.entries()
+                for name, shape in zip(entry.hf, mapping.shapes(entry.rule), strict=True)
+                if entry.layer is not None and len(shape) == 2 and not entry.rule.fp8
+            }
         )
         return {
             "quant_method": "fp8",

@@ -11,7 +11,7 @@ from tests.model.conftest import save
 from tests.model.families import FAMILIES
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3_moe"])
+@pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3_moe", "gpt_oss"])
 def source(request, tmp_path_factory) -> Path:
     return make(request.param, tmp_path_factory.mktemp(request.param) / "hf")
 

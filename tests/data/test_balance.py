@@ -1,6 +1,7 @@
 """Balance over ranks: real FLOPs, the promised ratios, and the same answer on every rank."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -140,6 +141,16 @@ def test_a_cost_that_is_no_cost_is_refused(cost):
 def test_no_ranks():
     with pytest.raises(LayoutError, match="0 ranks"):
         balance([1.0], 0)
+
+
+def test_a_window_cuts_a_triangle_off_the_causal_half() -> None:
+    """Counted pair by pair; the continuous form, which is used, is off by half a pair per token."""
+    shape = ModelShape(layers=4, hidden=4, heads=2, kv_heads=1, head_dim=2, vocab=5, ffn=8)
+    near = replace(shape, windowed=3, window=100)
+    pairs = sum(max(0, query + 1 - 100) for query in range(1000))  # that 3 layers do not compute
+    saved = forward_flops([1000], shape)[0] - forward_flops([1000], near)[0]
+    assert saved == pytest.approx(3 * pairs * 4 * shape.heads * shape.head_dim, rel=2e-3)
+    assert forward_flops([100], near) == forward_flops([100], shape)
 
 
 def test_a_shape_can_be_given_by_hand():

@@ -30,7 +30,9 @@ def save(kind, config, directory: Path, seed: int = 0) -> Path:
     model = kind(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):  # all ones or zeros: one not loaded would not be seen
+            if "norm" in name or name.endswith(
+                ("bias", "sinks")
+            ):  # all ones or zeros: one not loaded would not be seen
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -63,18 +63,68 @@ GLM_MOE: dict[str, Any] = {
     "use_qk_norm": True,
     "attention_bias": True,
 }
+WINDOW = {"sliding_window": 5}
+"""shorter than the sequences of the tests and than their halves, that context parallelism makes"""
+BIASED = {"attention_bias": True, "mlp_bias": True}
+GEMMA: dict[str, Any] = {
+    "query_pre_attn_scalar": 24,
+    "final_logit_softcapping": 2.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+}
+TWO_ROPES = {"sliding_attention": THETA | {"rope_type": "default"}, "full_attention": YARN}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", DENSE | SMALL | {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama_biased": ("LlamaConfig", DENSE | SMALL | BIASED),
     "mistral": ("MistralConfig", DENSE | SMALL | {"sliding_window": None}),
+    "mistral_window": ("MistralConfig", DENSE | SMALL | WINDOW),
     "mixtral": ("MixtralConfig", MIXTRAL | SMALL),
     "qwen2": ("Qwen2Config", WIDE),
     "qwen2_tied": ("Qwen2Config", WIDE | {"tie_word_embeddings": True}),
     "qwen2_yarn": ("Qwen2Config", WIDE | {"rope_parameters": YARN}),
     "qwen2_moe": ("Qwen2MoeConfig", SHARED),
     "qwen3": ("Qwen3Config", DENSE | SMALL),
+    "qwen3_window": (
+        "Qwen3Config",
+        DENSE | SMALL | WINDOW | {"use_sliding_window": True, "max_window_layers": 1, "attention_bias": True},
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", MOE | SMALL),
     "olmo2": ("Olmo2Config", WIDE | {"pad_token_id": None}),
+    "olmo3": (
+        "Olmo3Config",
+        WIDE | WINDOW | {"rope_parameters": TWO_ROPES, "num_hidden_layers": 4, "pad_token_id": None},
+    ),
+    "gemma2": ("Gemma2Config", DENSE | SMALL | GEMMA | WINDOW | {"attn_logit_softcapping": 1.5}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        DENSE
+        | SMALL
+        | GEMMA
+        | WINDOW
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": THETA | {"rope_type": "default"},
+            },
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        DENSE
+        | SMALL
+        | WINDOW
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 24,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.4,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "granite": ("GraniteConfig", WIDE | GRANITE | {"tie_word_embeddings": True}),
     "phi3": ("Phi3Config", WIDE | {"pad_token_id": None}),
     "phi3_longrope": (

@@ -37,27 +37,46 @@ VALID = {family: hf_config(family) for family in FAMILIES}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_read(family: str) -> None:
     arch = architecture_of(hf_config(family))
-    assert arch.tied is (family in ("llama", "qwen2_tied", "granite"))
-    assert arch.qkv_bias is family.startswith(("qwen2", "glm4"))
-    assert arch.qk_norm is (family.startswith("qwen3") or family == "glm4_moe")
-    assert (arch.experts is not None) is family.endswith(("moe", "mixtral"))
+    assert arch.tied is (family in ("llama", "qwen2_tied", "granite", "gemma2", "gemma3"))
+    assert arch.qkv_bias is (family.startswith(("qwen2", "glm4")) or family in BIASED)
+    assert arch.output_bias is (family in BIASED)
+    assert (arch.windows.size > 0) is (
+        family.endswith("window") or family.startswith(("gemma", "olmo3", "gpt"))
+    )
+    assert arch.qk_norm is (family.startswith("qwen3") or family in ("glm4_moe", "gemma3"))
+    assert (arch.experts is not None) is family.endswith(("moe", "mixtral", "gpt_oss"))
     assert arch.head_dim == 8
 
 
+BIASED = ("llama_biased", "qwen3_window", "gpt_oss")
+"""with a bias on the output projection"""
 REFUSED = [
-    ("llama", {"attention_bias": True}, "attention_bias = true is not supported, only false"),
-    ("llama", {"mlp_bias": True}, "mlp_bias = true is not supported, only false"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias = true: no supported field of 'mistral'"),
     ("llama", {"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported, only 0.0"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: no supported field"),
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0: no supported field"),
     ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}: no supported field'),
     ("llama", {"auto_map": {"a": "b"}}, 'auto_map = {"a": "b"}: no supported field'),
-    ("mistral", {"sliding_window": 4096}, "sliding_window = 4096 is not supported, only null"),
-    ("mistral", {"sliding_window": "absent"}, "sliding_window = 4096 is not supported, only null"),
-    ("qwen2", {"use_sliding_window": True}, "use_sliding_window = true is not supported, only false"),
-    ("qwen2", {"layer_types": ["sliding_attention"]}, "layer_types ['sliding_attention'] are not supported"),
-    ("qwen3", {"attention_bias": True}, "attention_bias = true"),
+    ("llama", {"sliding_window": 4096}, "sliding_window = 4096: no supported field of 'llama'"),
+    ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "['sliding_attention'] are not supp"),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "contradict sliding_window = null"),
+    ("mistral_window", {"layer_types": ["full_attention"] * 2}, "contradict sliding_window = 5"),
+    ("mistral", {"sliding_window": 0}, "sliding_window = 0 is not supported"),
+    (
+        "qwen2",
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 5},
+        "sliding_attention, and use_sliding_window = false",
+    ),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types ['chunked_attention'] are not supp"),
+    ("gemma2", {"sliding_window": None}, "names sliding_attention, and sliding_window = null"),
+    ("gemma2", {"sliding_window": None, "layer_types": None}, "sliding_window = null is not supported"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not supported"),
+    ("gemma2", {"hidden_activation": "gelu"}, 'hidden_activation = "gelu" is not supported'),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported, only null"),
+    ("gemma3", {"rope_parameters": LLAMA3}, "is one object for full_attention and one for sliding_attention"),
+    ("gemma3", {"rope_theta": 5e5}, "rope_parameters contradicts rope_scaling or rope_theta"),
+    ("olmo3", {"rope_theta": 1e4, "rope_parameters": None}, "only 500000.0: transformers takes it for full"),
     (
         "qwen3_moe",
         {"shared_expert_intermediate_size": 8},
@@ -83,7 +102,6 @@ REFUSED = [
         {"partial_rotary_factor": 0.5, "rope_parameters": HALF_TURNED | {"partial_rotary_factor": 1.0}},
         "partial_rotary_factor = 0.5 contradicts",
     ),
-    ("phi3", {"sliding_window": 2047}, "sliding_window = 2047 is not supported, only null"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 of num_experts = 4"),
     ("smollm3", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers names 3 layers, num_hidden_layers is 2"),
     ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob = false is not supported with a sigmoid router"),

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from mcore_rl.checkpoint.pieces import model_pieces
 from mcore_rl.data.packing import TokenSequence
+from mcore_rl.errors import ConfigError
 from mcore_rl.model import build
 from mcore_rl.model.build import build_logits, build_policy
-from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.architecture import positions_of, read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.stacked import joined
 from mcore_rl.model.hf.torch_dist import place
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.rotary import rotary_frequencies
@@ -33,7 +35,7 @@ from mcore_rl.types import PackedBatch
 from mcore_rl.weights.buckets import gather
 from mcore_rl.weights.disk import export
 from tests.model.conftest import save
-from tests.model.families import FAMILIES, SMALL, WIDE
+from tests.model.families import FAMILIES, SMALL, THETA, WIDE
 from tests.model.support import DENSE, VOCAB, at_layout, shape_at
 from tests.model.test_policy import NegativeLogLikelihood
 
@@ -185,7 +187,9 @@ def test_logits_gradients_and_weights_are_those_of_transformers(
     assert differences([answer.rows for answer in answers], expected) <= ATOL
     stages = count_policy(arch, Layout.parse(where))
     assert [answer.parameters for answer in answers] == [stages[answer.stage].total for answer in answers]
-    check_gradients({n: g for answer in answers for n, g in answer.gradients.items()}, expected.gradients)
+    check_gradients(
+        joined({n: g for answer in answers for n, g in answer.gradients.items()}), expected.gradients
+    )
     mapping = ParameterMap(arch, arch.vocab)
     places = [place(entry, mapping) for entry in mapping.entries()]
     held = set().union(*(answer.saved for answer in answers))
@@ -258,3 +262,42 @@ def test_more_ranks_than_key_heads(pool4: Pool, name: str, tmp_path: Path) -> No
     exported = load_file(next((tmp_path / "out" / "fp32").glob("*.safetensors")))
     for key, tensor in load_file(tmp_path / "fp32" / "model.safetensors").items():
         assert torch.equal(exported[key], tensor), key
+
+
+DYNAMIC = DENSE | SMALL | {"rope_parameters": THETA | {"rope_type": "dynamic", "factor": 2.0}}
+SHORT = {
+    "longrope": (FAMILIES["phi3_longrope"], 64),
+    "dynamic": (("LlamaConfig", DYNAMIC | {"max_position_embeddings": 40}), 40),
+}
+"""rope type -> a model, and the tokens up to which its frequencies do not depend on the sequence's length"""
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_sequence_beyond_what_is_exact_is_refused(pool1: Pool, kind: str, tmp_path: Path) -> None:
+    """One of the limit's length gives numbers, one token more an error that names limit and remedy."""
+    (config, settings), limit = SHORT[kind]
+    save(
+        transformers.AutoModelForCausalLM.from_config,
+        getattr(transformers, config)(**settings),
+        tmp_path / "fp32",
+    )
+    assert positions_of(tmp_path / "fp32") == limit
+    (said,) = at_layout(pool1, "tp1", refusals, tmp_path / "fp32", (limit, limit + 1))
+    assert said[0] == ""
+    assert said[1].startswith(f"a sequence of more than {limit} tokens: beyond its original length")
+    assert said[1].endswith("lower rollout.max_new_tokens or data.max_prompt_tokens")
+
+
+def refusals(mesh: Mesh, directory: Path, lengths: tuple[int, ...]) -> list[str]:
+    """What is said of a sequence of each length; "" where it is scored."""
+    model = build_policy(directory, mesh)
+    said = []
+    for length in lengths:
+        sequence = TokenSequence([1], [2] * (length - 1))
+        batches = pack_share([sequence], {}, shape_at(mesh, 128), mesh)
+        try:
+            forward(model, batches, 1.0)
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+    return said

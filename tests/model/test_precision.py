@@ -99,7 +99,7 @@ def modules(spec: Any) -> dict[str, Any]:
     attention = s.self_attention.submodules
     return {
         "norms": (s.input_layernorm, s.pre_mlp_layernorm, attention.q_layernorm),
-        "attention": attention.core_attention,
+        "attention": getattr(attention.core_attention, "module", attention.core_attention),
         "column": (attention.linear_qkv, linears.linear_fc1),
         "row": (attention.linear_proj, linears.linear_fc2),
     }
@@ -111,11 +111,11 @@ def test_without_a_gpu_layers_are_portable_and_fp8_is_refused(family: str, tmp_p
     arch = architecture(family, tmp_path)
     for precision in ("fp32", "bf16"):
         config = transformer_config(arch, Layout(), precision)
-        spec = layer_spec(config, arch, parts_of(config), sparse=arch.is_sparse(0))
+        spec = layer_spec(config, arch, parts_of(config), 0)
         found = modules(spec)
         assert found["attention"] is PackedAttention
-        assert found["column"] == (ColumnParallelLinear,) * 2
-        assert found["row"] == (RowParallelLinear,) * 2
+        assert all(issubclass(linear, ColumnParallelLinear) for linear in found["column"])
+        assert all(issubclass(linear, RowParallelLinear) for linear in found["row"])
         assert found["norms"][:2] == ((RMSNorm if arch.input_norms else IdentityOp),) * 2
         assert (found["norms"][2] is RMSNorm) is arch.qk_norm
     config.fp8, config.fp8_recipe = "hybrid", "blockwise"
@@ -228,7 +228,7 @@ def test_its_layers_are_megatrons_own_but_for_the_attention(sparse: bool, tmp_pa
 
     family = "qwen3_moe" if sparse else "qwen3"
     config, arch = config_of(family, tmp_path, Fp8()), architecture(family, tmp_path)
-    ours = modules(layer_spec(config, arch, PARTS, sparse=sparse))
+    ours = modules(layer_spec(config, arch, PARTS, 0))
     theirs = modules(
         get_gpt_layer_with_transformer_engine_spec(num_experts=4 if sparse else None, qk_layernorm=True)
     )
@@ -236,5 +236,5 @@ def test_its_layers_are_megatrons_own_but_for_the_attention(sparse: bool, tmp_pa
     assert not getattr(config, "fused_residual_rmsnorm", False)  # by 0.19.2
     theirs["norms"] = tuple(TENorm if "WithResidual" in norm.__name__ else norm for norm in theirs["norms"])
     assert ours == theirs
-    portable = modules(layer_spec(config, arch, PORTABLE, sparse=sparse))
+    portable = modules(layer_spec(config, arch, PORTABLE, 0))
     assert portable["column"] != theirs["column"]  # it can fail

@@ -35,18 +35,19 @@ class Tile:
         self.others = other
         self.a, self.b = torch.randn(2, count, generator=g, dtype=torch.float64)
         self.entropy = "e" in options
+        self.cap = 4.0 if "c" in options else None
 
     def run(self, kernels, dtype: torch.dtype) -> list[Tensor]:
         """The four statistics, and the gradient with the terms that follow from float64."""
         logits = self.logits.double() if dtype == torch.float64 else self.logits
-        stats = kernels.shard_statistics(logits, self.local, self.scale)
-        exact = rows.shard_statistics(self.logits.double(), self.local, self.scale)
+        stats = kernels.shard_statistics(logits, self.local, self.scale, self.cap)
+        exact = rows.shard_statistics(self.logits.double(), self.local, self.scale, self.cap)
         _, entropy, top, log_total = rows.merge_statistics(torch.cat([exact[None], self.others]), self.scale)
         terms = RowTerms(*(x.to(dtype) for x in (top, log_total, entropy, self.a)), None)
         if self.entropy:
             terms = terms._replace(grad_entropy=self.b.to(dtype))
         out = torch.full_like(logits, torch.nan, dtype=dtype)
-        kernels.logit_gradient(logits, self.local, terms, self.scale, out)
+        kernels.logit_gradient(logits, self.local, terms, self.scale, out, self.cap)
         return [*stats, out]
 
     def error(self, got: list[Tensor]) -> float:
@@ -64,10 +65,10 @@ class Tile:
 
 def tiles() -> dict[str, float]:
     """Case -> error of both kernels."""
-    dtypes, offsets, options = (torch.float32, torch.bfloat16), (0.0, 1e4, -1e4), ("", "e")
+    dtypes, offsets, options = (torch.float32, torch.bfloat16), (0.0, 1e4, -1e4), ("", "e", "ec")
     cases = [(3, 71, *others) for others in itertools.product(dtypes, offsets, options)]
     edges = ((0, 71), (1, 1), (2, 0), (3, 32))
-    cases += [(*shape, torch.float32, 0.0, chosen) for shape in edges for chosen in ("", "e")]
+    cases += [(*shape, torch.float32, 0.0, chosen) for shape in edges for chosen in ("", "e", "ec")]
     found = {}
     for case in cases:
         tile = Tile(*case)
@@ -78,11 +79,13 @@ def tiles() -> dict[str, float]:
 def controls() -> dict[str, float]:
     """What is changed -> error, which must be far from none."""
     found = {}
-    for name in ("temperature", "target", "entropy"):
+    for name in ("temperature", "target", "entropy", "cap"):
         tile = Tile(3, 71, torch.float32, 0.0, "e")
         got = tile.run(triton_rows, torch.float32)
         if name == "temperature":
             tile.scale *= 1.001
+        elif name == "cap":
+            tile.cap = 8.0
         elif name == "target":
             tile.local[2] = 1 + tile.local[2] % 70
         else:

@@ -33,16 +33,23 @@ class Problem(NamedTuple):
     """[R, H'] and [V, H']"""
     coefficient: Tensor
     """[R] of each row's divergence in the loss"""
+    cap: float | None = None
 
 
-def problem(rows: int, vocab: int, scale: float, seed: int) -> Problem:
+def problem(
+    rows: int,
+    vocab: int,
+    scale: float,
+    seed: int,
+    caps: tuple[float | None, float | None] = (None, None),
+) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    teacher = Teacher(scale * normal(rows, 6), normal(vocab, 6))
-    return Problem(scale * normal(rows, 4), normal(vocab, 4), teacher, normal(rows))
+    teacher = Teacher(scale * normal(rows, 6), normal(vocab, 6), caps[1])
+    return Problem(scale * normal(rows, 4), normal(vocab, 4), teacher, normal(rows), caps[0])
 
 
 problems = st.builds(
@@ -51,6 +58,7 @@ problems = st.builds(
     vocab=st.integers(1, 23),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     seed=st.integers(0, 10**6),
+    caps=st.sampled_from([(None, None), (2.0, None), (None, 3.0), (2.0, 3.0)]),
 )
 tilings = st.builds(
     lambda tile, waves, chunks, columns: Tiling(tile, tile * waves, tile * waves * chunks, columns),
@@ -70,11 +78,17 @@ def defined(kind: str, p: Tensor, q: Tensor) -> Tensor:
     return 0.3 * (q * (q / mixture).log()).sum(-1) + 0.7 * (p * (p / mixture).log()).sum(-1)
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def dense(case: Problem, kind: str) -> list[Tensor]:
     """Divergences, dL/dhidden and dL/dweight by autograd through the probabilities."""
     hidden, weight = (x.double().clone().requires_grad_() for x in case[:2])
-    student = (hidden @ weight.T / TEMPERATURE).softmax(-1)
-    teacher = (case.teacher.hidden.double() @ case.teacher.weight.double().T / TEMPERATURE).softmax(-1)
+    teacher = case.teacher
+    student = (capped(hidden @ weight.T, case.cap) / TEMPERATURE).softmax(-1)
+    of_teacher = capped(teacher.hidden.double() @ teacher.weight.double().T, teacher.cap)
+    teacher = (of_teacher / TEMPERATURE).softmax(-1)
     value = defined(kind, student, teacher)
     return [value.detach(), *torch.autograd.grad((case.coefficient * value).sum(), (hidden, weight))]
 
@@ -82,7 +96,8 @@ def dense(case: Problem, kind: str) -> list[Tensor]:
 def ours(case: Problem, kind: str, **options) -> list[Tensor]:
     """Compute the same, with a loss that is seen times 3."""
     hidden, weight = (x.clone().requires_grad_() for x in case[:2])
-    call = Call.of(weight, torch.zeros(len(case.coefficient), dtype=torch.int64), TEMPERATURE, **options)
+    targets = torch.zeros(len(case.coefficient), dtype=torch.int64)
+    call = Call.of(weight, targets, TEMPERATURE, cap=case.cap, **options)
     seen: list[Tensor] = []
 
     def loss(rows: slice, value: Tensor) -> Tensor:
@@ -124,7 +139,7 @@ def test_one_shard_equals_the_definition(kind: str, case: Problem, tiling: Tilin
 def test_far_apart_models_give_finite_numbers(kind: str) -> None:
     """Probabilities underflow, log-probs do not."""
     case = problem(9, 23, 1e3, seed=0)
-    case = Problem(case.hidden.float(), case.weight.float(), Teacher(*(x.float() for x in case.teacher)),
+    case = Problem(case.hidden.float(), case.weight.float(), Teacher(*(x.float() for x in case.teacher[:2])),
                    case.coefficient.float())  # fmt: skip
     assert all(bool(x.isfinite().all()) for x in ours(case, kind))
 
@@ -143,7 +158,7 @@ def test_a_student_that_is_its_teacher_has_divergence_and_gradient_zero(kind: st
 def test_bf16_within_two_percent(kind: str, rows: int) -> None:
     """A CPU's GEMM rounds logits and gradients to bf16."""
     case = problem(rows, 1000, 0.3, seed=rows)
-    case = Problem(*(x.bfloat16() for x in case[:2]), Teacher(*(x.bfloat16() for x in case.teacher)),  # type: ignore[arg-type]
+    case = Problem(*(x.bfloat16() for x in case[:2]), Teacher(*(x.bfloat16() for x in case.teacher[:2])),  # type: ignore[arg-type]
                    case.coefficient.float())  # fmt: skip
     got, expected = ours(case, kind, tiling=Tiling(16, 32, 64, 300)), dense(case, kind)
     for one, other in zip(got, expected, strict=True):
@@ -205,6 +220,7 @@ def test_four_gemms_of_each_row_and_nothing_for_the_teachers_gradient(monkeypatc
 CASES = [(rows, vocab) for rows in (0, 1, 7) for vocab in (1, 3, 8, 13)]
 """vocabularies of 1 and 3 leave the second shard of 2 rows empty, or half empty"""
 TOKENS = 8
+CAPS = (2.0, 3.0)
 
 
 def picked(rows: int) -> Tensor:
@@ -226,14 +242,14 @@ def shard_of(case: Problem, sequence_parallel: bool) -> Problem:
         whole[picked(len(hidden))] = hidden
         return whole.chunk(2)[rank] if sequence_parallel else whole
 
-    teacher = Teacher(placed(case.teacher.hidden), rows_of(case.teacher.weight))
-    return Problem(placed(case.hidden), rows_of(case.weight), teacher, case.coefficient)
+    teacher = Teacher(placed(case.teacher.hidden), rows_of(case.teacher.weight), case.teacher.cap)
+    return Problem(placed(case.hidden), rows_of(case.weight), teacher, case.coefficient, case.cap)
 
 
 def sharded(sequence_parallel: bool) -> list[list[Tensor]]:
     return [
         ours(
-            shard_of(problem(rows, vocab, 3.0, seed=rows + vocab), sequence_parallel),
+            shard_of(problem(rows, vocab, 3.0, rows + vocab, CAPS), sequence_parallel),
             kind,
             group=dist.group.WORLD,
             vocab_size=vocab,
@@ -252,7 +268,7 @@ def test_two_shards_equal_the_definition(pool2: Pool, sequence_parallel: bool) -
     for rows, vocab in CASES:
         for kind in KINDS:
             first, second = next(answers)
-            case = problem(rows, vocab, 3.0, seed=rows + vocab)
+            case = problem(rows, vocab, 3.0, rows + vocab, CAPS)
             weight_gradient = torch.cat([first[2], second[2]])
             assert not weight_gradient[vocab:].any()
             whole = torch.cat([first[1], second[1]]) if sequence_parallel else first[1]

@@ -36,13 +36,13 @@ def interpreted() -> dict[str, dict[str, float]]:
 def test_interpreted_they_equal_torch(interpreted) -> None:
     """Statistics and gradients: no row and no column, blocks cut short, logits around 1e4."""
     errors = interpreted["tiles"]
-    assert len(errors) == 2 * 3 * 2 + 4 * 2
+    assert len(errors) == 2 * 3 * 3 + 4 * 3
     assert {case: error for case, error in errors.items() if error > FLOAT32_BOUND} == {}
 
 
 def test_the_comparison_sees_a_difference(interpreted) -> None:
-    """Negative control: another temperature, target or loss."""
-    assert len(interpreted["controls"]) == 3
+    """Negative control: another temperature, target, loss or cap."""
+    assert len(interpreted["controls"]) == 4
     assert min(interpreted["controls"].values()) > 100 * FLOAT32_BOUND
 
 
@@ -71,8 +71,15 @@ def resource_usage(name: str, types: dict[str, str], directory: Path) -> str:
     from mcore_rl.parallel.head import triton_rows
 
     kernel = getattr(triton_rows, name)
-    constants = {"has_slope": True, "block": triton_rows.BLOCK}
-    known = {"logits": "*fp32", "scale": "fp32", "local": "*i64", "live": "i32", "row_stride": "i64"}
+    constants = {"has_slope": True, "is_capped": True, "block": triton_rows.BLOCK}
+    known = {
+        "logits": "*fp32",
+        "scale": "fp32",
+        "cap": "fp32",
+        "local": "*i64",
+        "live": "i32",
+        "row_stride": "i64",
+    }
     known |= types
     source = ASTSource(
         kernel,

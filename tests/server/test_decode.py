@@ -32,7 +32,7 @@ LLAMA_3_ROPE = {
 }
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, rope_parameters=LLAMA_3_ROPE, attention_bias=True, mlp_bias=True),
-    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=7),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
 }
 LIMITS = Limits(20, 0, 1.0, 1.0, 0.0, 0, frozenset())

@@ -17,7 +17,8 @@ from mcore_rl.model.hf.experts import Experts, check_experts, read_experts
 from mcore_rl.model.hf.families import FAMILIES, PREDICTING, Family, is_known, only_values
 from mcore_rl.model.hf.fields import KINDS, check_kinds, shown
 from mcore_rl.model.hf.rope import Rotary, read_rotary
-from mcore_rl.terminal import joined, listed, short
+from mcore_rl.model.hf.windows import NO_WINDOWS, Windows, read_windows, two_ropes
+from mcore_rl.terminal import joined, short
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Scales:
     """of query times key; None for 1 / sqrt(head_dim)"""
     logits: float = 1.0
     """divides them"""
+    rounded: bool = False
+    """the constant of the embedding is rounded to the model's type"""
+    attention_cap: float | None = None
+    """scores s of attention become cap tanh(s / cap)"""
+    logits_cap: float | None = None
+    """the same of logits"""
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,39 @@ class Architecture:
     unturned_layers: frozenset[int] = frozenset()
     """layers without rotary embedding, from 0"""
     scales: Scales = Scales()
+    windows: Windows = NO_WINDOWS
+    local_rotary: Rotary | None = None
+    """that of layers with a window, where it is another one"""
+    output_bias: bool = False
+    """of attention's output projection"""
+    mlp_bias: bool = False
+    centered_norms: bool = False
+    """the weights of norms are stored less 1"""
+    activation: str = "silu"
+    """of the gate in an MLP: key of model.activations"""
+    gate_limit: float | None = None
+    """the gate is at most this, before its activation; what it multiplies lies within it on both sides"""
+    gate_slope: float = 1.0
+    """of the sigmoid in the activation of a gate with a limit"""
+    sinks: bool = False
+    """a score of every head that takes part in the softmax, without a value"""
     predicting_layers: int = field(default=0, compare=False)
     """layers behind the last one that a checkpoint may have, and that have no part in this model"""
 
     def is_sparse(self, layer: int) -> bool:
         """True where the MLP of `layer` (from 0) is a mixture of experts."""
         return self.experts is not None and self.experts.sparse_layers[layer]
+
+    def rotary_of(self, layer: int) -> Rotary:
+        """How `layer` (from 0) turns queries and keys, if it does."""
+        windowed = self.windows.of(layer) is not None
+        return self.local_rotary if self.local_rotary is not None and windowed else self.rotary
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a sequence up to which this is what the model computes; None for any length."""
+        ropes = [self.rotary] + ([self.local_rotary] if self.local_rotary is not None else [])
+        return min((rope.longest for rope in ropes if rope.longest is not None), default=None)
 
     @property
     def has_shared_expert(self) -> bool:
@@ -110,7 +144,7 @@ def read_architecture(path: Path) -> Architecture:
 
 def positions_of(path: Path) -> int | None:
     """Tokens that a sequence of the model in `path` may have; None where config.json does not tell."""
-    limits = (read_hf_config(path).get("max_position_embeddings"), read_architecture(path).rotary.longest)
+    limits = (read_hf_config(path).get("max_position_embeddings"), read_architecture(path).longest)
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -132,7 +166,6 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
     hf = _renamed(hf, family, where)
     # From here on null is as good as absent: every field has its type or none.
     hf = {name: value for name, value in hf.items() if value is not None}
-    _check_layer_types(hf, where)
     try:
         arch = _read(hf, family, where)
     except KeyError as error:
@@ -152,7 +185,8 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
             f"{where}: head_dim = {head_dim} is odd or 0, and rotary embeddings turn pairs; correct "
             "head_dim, or hidden_size where it is hidden_size / num_attention_heads"
         )
-    rotary = read_rotary(hf, head_dim, where, theta=family.theta, partial=family.partial, kinds=family.ropes)
+    rotary, local = _rotaries(hf, family, head_dim, where)
+    attention_bias = hf.get("attention_bias", False)
     return Architecture(
         family=hf["model_type"],
         layers=hf["num_hidden_layers"],
@@ -163,23 +197,56 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
         intermediate=0 if "intermediate_size" in family.names else hf["intermediate_size"],
         vocab=hf["vocab_size"],
         rotary=replace(rotary, interleaved=family.interleaved),
+        local_rotary=None if local == rotary else local,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),
         qk_norm=family.qk_norm or hf.get("use_qk_norm", False),
         whole_qk_norm=family.whole_qk_norm,
-        qkv_bias=family.qkv_bias or hf.get("attention_bias", False),
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=family.output_bias and attention_bias,
+        mlp_bias=hf.get("mlp_bias", False),
+        centered_norms=family.centered_norms,
+        activation=family.activation,
+        gate_limit=hf.get("swiglu_limit"),
+        gate_slope=float(hf.get("swiglu_alpha", 1.0)),
+        sinks=family.sinks,
         input_norms=family.input_norms,
         output_norms=family.output_norms,
         init_std=hf.get("initializer_range", 0.02),
         experts=read_experts(hf, where, sigmoid=family.sigmoid) if family.sparse else None,
         unturned_layers=_unturned_layers(hf, where) if "no_rope_layers" in family.reads else frozenset(),
-        scales=Scales(
-            embedding=float(hf.get("embedding_multiplier", 1.0)),
-            residual=float(hf.get("residual_multiplier", 1.0)),
-            attention=hf.get("attention_multiplier"),
-            logits=float(hf.get("logits_scaling", 1.0)),
-        ),
+        scales=_scales(hf, family),
+        windows=read_windows(hf, family.window, where, switched="use_sliding_window" in family.reads),
         predicting_layers=max((hf.get(name, 0) for name in PREDICTING), default=0),
+    )
+
+
+def _rotaries(hf: dict[str, Any], family: Family, head_dim: int, where: str) -> tuple[Rotary, Rotary | None]:
+    """The rotary embedding of layers without a window, and that of the others where the family has two."""
+
+    def read(fields: dict[str, Any], theta: float) -> Rotary:
+        return read_rotary(fields, head_dim, where, theta=theta, partial=family.partial, kinds=family.ropes)
+
+    if family.rope and not hf.keys() & {"rope_parameters", "rope_scaling"}:
+        hf = hf | {"rope_parameters": family.rope}
+    if family.local_theta is None:
+        return read(hf, family.theta), None
+    full, local = two_ropes(hf, where, family.theta, family.local_theta)
+    return read(full, family.theta), read(local, family.local_theta)
+
+
+def _scales(hf: dict[str, Any], family: Family) -> Scales:
+    query = hf.get("query_pre_attn_scalar")
+    return Scales(
+        embedding=hf["hidden_size"] ** 0.5
+        if family.root_embedding
+        else float(hf.get("embedding_multiplier", 1.0)),
+        rounded=family.root_embedding,
+        residual=float(hf.get("residual_multiplier", 1.0)),
+        attention=hf.get("attention_multiplier") if query is None else query**-0.5,
+        attention_cap=hf.get("attn_logit_softcapping"),
+        logits=float(hf.get("logits_scaling", 1.0)),
+        logits_cap=hf.get("final_logit_softcapping"),
     )
 
 
@@ -210,7 +277,7 @@ def _unturned_layers(hf: dict[str, Any], where: str) -> frozenset[int]:
 
 def _refuse_unknown(hf: dict[str, Any], family: Family, where: str) -> None:
     for name, value in only_values(family).items():
-        if hf.get(name, value) != value:
+        if hf.get(name, value) != value and (hf[name] is not None or value is not False):
             raise ConfigError(f"{where}: {name} = {shown(hf[name])} is not supported, only {shown(value)}")
     others = {n: hf[n] for n in sorted(hf) if hf[n] is not None and not is_known(n, family)}
     if others:
@@ -218,18 +285,6 @@ def _refuse_unknown(hf: dict[str, Any], family: Family, where: str) -> None:
         raise ConfigError(
             f"{where}: {fields}: no supported field of {hf['model_type']!r}; take it out if it does not "
             "change what the model computes"
-        )
-
-
-def _check_layer_types(hf: dict[str, Any], where: str) -> None:
-    kinds = hf.get("layer_types", [])
-    windows = sorted(set(kinds) - {"full_attention"})
-    if windows:
-        raise ConfigError(f"{where}: layer_types {listed(windows)} are not supported, only full_attention")
-    if kinds and len(kinds) != hf.get("num_hidden_layers", len(kinds)):
-        raise ConfigError(
-            f"{where}: layer_types names {len(kinds)} layers, num_hidden_layers is "
-            f"{hf['num_hidden_layers']}; correct the one that is wrong"
         )
 
 

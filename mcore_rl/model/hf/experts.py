@@ -32,6 +32,8 @@ class Experts:
     """hidden size of an MLP beside the experts that reads every token; 0 for none"""
     shared_gate: bool = False
     """what it adds is weighed by a sigmoid of the token"""
+    biased: bool = False
+    """the router and both matrices of an expert have a bias"""
 
 
 def read_experts(hf: Mapping[str, Any], where: str, *, sigmoid: bool) -> Experts:
@@ -44,8 +46,8 @@ def read_experts(hf: Mapping[str, Any], where: str, *, sigmoid: bool) -> Experts
         "num_experts", hf.get("num_local_experts")
     ):
         raise ConfigError(f"{where}: num_experts contradicts num_local_experts; keep one")
-    # Mixtral has no such field: its weights always sum to 1.
-    always = "norm_topk_prob" not in hf and hf["model_type"] == "mixtral"
+    # These have no such field: their weights always sum to 1.
+    always = "norm_topk_prob" not in hf and hf["model_type"] in ("mixtral", "gpt_oss")
     groups = hf.get("n_group", 1)
     return Experts(
         count=hf["num_experts" if "num_local_experts" not in hf else "num_local_experts"],
@@ -59,6 +61,7 @@ def read_experts(hf: Mapping[str, Any], where: str, *, sigmoid: bool) -> Experts
         scale=float(hf.get("routed_scaling_factor", 1.0)),
         shared=_shared(hf),
         shared_gate="shared_expert_intermediate_size" in hf,
+        biased=hf["model_type"] == "gpt_oss",
     )
 
 

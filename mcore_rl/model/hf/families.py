@@ -7,7 +7,7 @@ does not change what the model computes. Values that transformers assumes for ab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -36,6 +36,22 @@ class Family:
     """the same of partial_rotary_factor; None: heads are turned whole"""
     ropes: tuple[str, ...] = ()
     """rope types that it has; every one where none are told"""
+    local_theta: float | None = None
+    """what it takes for an absent theta of layers with a window, where those turn by numbers of their own"""
+    window: str = ""
+    """which layers have a sliding window: key of hf.windows.PATTERNS; "" for a family without windows"""
+    output_bias: bool = False
+    """attention_bias means one on the output projection as well"""
+    centered_norms: bool = False
+    """the weights of norms are stored less 1"""
+    root_embedding: bool = False
+    """embeddings are multiplied by the root of the hidden size, rounded to the model's type"""
+    activation: str = "silu"
+    """of the gate in an MLP: key of model.activations"""
+    sinks: bool = False
+    """a score of every head that takes part in the softmax, without a value"""
+    rope: dict[str, Any] = field(default_factory=dict)
+    """what it takes for absent rotary parameters; empty for rope_type default"""
     own_keys: bool = False
     """without num_key_value_heads every head has its own keys and values; else the field must be there"""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -50,9 +66,10 @@ class Family:
     """what transformers takes where the field is absent, as far as it differs from what is read here"""
 
 
-_NO_WINDOW = {"use_sliding_window": False}
-_WINDOW = frozenset({"sliding_window", "max_window_layers"})
-_NO_BIAS = {"attention_bias": False}
+_SWITCHED = frozenset({"use_sliding_window", "sliding_window"})
+_WINDOW = _SWITCHED | {"max_window_layers"}
+_BIASES = frozenset({"attention_bias", "mlp_bias"})
+_BIAS = frozenset({"attention_bias"})
 _AUXILIARY = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 """losses and noise of the router's pretraining; they have no part in the model's answer"""
 _QWEN_EXPERTS = frozenset({"norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"})
@@ -64,67 +81,151 @@ _SIGMOID_DEFAULTS = {"norm_topk_prob": True, "n_shared_experts": 1}
 PREDICTING = frozenset({"num_nextn_predict_layers", "num_mtp_layers"})
 """fields that count the layers behind the last one, which predict later tokens"""
 _GLM = {"head_dim": 128}
+_GELU = "gelu_pytorch_tanh"
+_GEMMA = Family(
+    centered_norms=True,
+    root_embedding=True,
+    output_norms=True,
+    output_bias=True,
+    activation="gelu_tanh",
+    reads=_BIAS
+    | {"sliding_window", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"},
+    only={"hidden_activation": _GELU, "hidden_act": _GELU, "use_bidirectional_attention": False},
+    harmless=frozenset({"cache_implementation"}),
+    defaults={
+        "head_dim": 256,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+)
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        own_keys=True, only=_NO_BIAS | {"mlp_bias": False}, harmless=frozenset({"pretraining_tp"})
-    ),
-    "mistral": Family(only={"sliding_window": None}, defaults={"sliding_window": 4096}),
+    "llama": Family(own_keys=True, output_bias=True, reads=_BIASES, harmless=frozenset({"pretraining_tp"})),
+    "mistral": Family(window="all", reads=frozenset({"sliding_window"}), defaults={"sliding_window": 4096}),
     "mixtral": Family(
         own_keys=True,
         sparse=True,
         theta=1e6,
-        only={"sliding_window": None},
+        window="all",
+        reads=frozenset({"sliding_window"}),
         names={"intermediate_size": "moe_intermediate_size"},
         defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
         harmless=_AUXILIARY,
     ),
-    "qwen2": Family(qkv_bias=True, only=_NO_WINDOW, harmless=_WINDOW),
+    "qwen2": Family(qkv_bias=True, window="later", reads=_WINDOW, defaults={"sliding_window": 4096}),
     "qwen2_moe": Family(
         qkv_bias=True,
         sparse=True,
-        reads=_QWEN_EXPERTS | {"shared_expert_intermediate_size"},
-        only=_NO_WINDOW | {"qkv_bias": True},
-        harmless=_WINDOW | _AUXILIARY,
-        defaults={"shared_expert_intermediate_size": 5632},
+        window="earlier even",
+        reads=_QWEN_EXPERTS | _WINDOW | {"shared_expert_intermediate_size"},
+        only={"qkv_bias": True},
+        harmless=_AUXILIARY,
+        defaults={"shared_expert_intermediate_size": 5632, "sliding_window": 4096},
     ),
-    "qwen3": Family(qk_norm=True, only=_NO_WINDOW | _NO_BIAS, harmless=_WINDOW, defaults={"head_dim": 128}),
+    "qwen3": Family(
+        qk_norm=True,
+        window="later",
+        output_bias=True,
+        reads=_WINDOW | _BIAS,
+        defaults={"head_dim": 128, "sliding_window": 4096},
+    ),
     "qwen3_moe": Family(
         qk_norm=True,
         sparse=True,
-        reads=_QWEN_EXPERTS,
-        only=_NO_WINDOW | _NO_BIAS,
-        harmless=_WINDOW | _AUXILIARY,
+        window="all",
+        output_bias=True,
+        reads=_QWEN_EXPERTS | _SWITCHED | _BIAS,
+        harmless=_AUXILIARY | {"max_window_layers"},
+        defaults={"sliding_window": 4096},
     ),
     "olmo2": Family(
         own_keys=True,
         whole_qk_norm=True,
         input_norms=False,
         output_norms=True,
-        only=_NO_BIAS,
+        output_bias=True,
+        reads=_BIAS,
         defaults={"rms_norm_eps": 1e-5},
+    ),
+    "olmo3": Family(
+        own_keys=True,
+        whole_qk_norm=True,
+        input_norms=False,
+        output_norms=True,
+        output_bias=True,
+        window="three of four",
+        theta=500000.0,
+        local_theta=500000.0,
+        reads=_BIAS | {"sliding_window"},
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
     ),
     "granite": Family(
         own_keys=True,
-        only=_NO_BIAS | {"mlp_bias": False},
-        reads=frozenset(
-            {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
-        ),
+        output_bias=True,
+        reads=_BIASES
+        | {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"},
         defaults={"attention_multiplier": 1.0},
+    ),
+    "gemma2": replace(
+        _GEMMA,
+        window="even",
+        defaults=_GEMMA.defaults | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    ),
+    "gemma3_text": replace(
+        _GEMMA,
+        window="by pattern",
+        qk_norm=True,
+        theta=1e6,
+        local_theta=1e4,
+        reads=_GEMMA.reads - {"attn_logit_softcapping"} | {"sliding_window_pattern", "rope_local_base_freq"},
+        only=_GEMMA.only | {"attn_logit_softcapping": None},  # transformers reads over it
+        harmless=_GEMMA.harmless | {"_sliding_window_pattern"},
+    ),
+    "gpt_oss": Family(
+        sparse=True,
+        theta=150000.0,
+        window="even",
+        output_bias=True,
+        sinks=True,
+        activation="clamped",
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        names={"intermediate_size": "moe_intermediate_size"},
+        reads=_BIAS | {"sliding_window", "swiglu_alpha", "swiglu_limit"},
+        harmless=_AUXILIARY | {"initial_context_length", "experts_per_token"},
+        defaults={
+            "attention_bias": True,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
     ),
     "phi3": Family(
         own_keys=True,
         partial=1.0,
         ropes=("default", "longrope"),
-        only={"sliding_window": None, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-        reads=frozenset({"original_max_position_embeddings"}),
+        window="all",
+        only={"embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        reads=frozenset({"original_max_position_embeddings", "sliding_window"}),
         defaults={"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
     "smollm3": Family(
         own_keys=True,
         theta=2e6,
-        only=_NO_WINDOW | _NO_BIAS | {"mlp_bias": False},
-        reads=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
-        harmless=_WINDOW,
+        window="unturned",
+        output_bias=True,
+        reads=_BIASES | _SWITCHED | {"no_rope_layers", "no_rope_layer_interval"},
+        harmless=frozenset({"max_window_layers"}),
         defaults={"no_rope_layer_interval": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
     "glm4": Family(

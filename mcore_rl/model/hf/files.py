@@ -19,6 +19,7 @@ from mcore_rl.model.hf.architecture import Architecture, read_json_object
 from mcore_rl.model.hf.families import PREDICTING
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
+from mcore_rl.model.hf.stacked import Form, is_piece, ordered, wholes_of
 from mcore_rl.model.hf.stored import StoredTensor, open_safetensors, stored_tensors
 from mcore_rl.terminal import listed, short
 from mcore_rl.weight_files import INDEX, weight_files
@@ -41,8 +42,6 @@ SIDE_FILES = (
 so that they load the directory as they load the one that the run began with."""
 
 _NAMES = {dtype: name for name, dtype in HF_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
-Form = tuple[tuple[int, ...], torch.dtype]
-"""shape and type of a tensor"""
 
 
 def checkpoint_files(directory: Path) -> dict[str, Path]:
@@ -84,7 +83,7 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     Raises:
         ConfigError: lists every tensor that is missing, unexpected, or of a wrong shape or type.
     """
-    stored = hf_tensors(directory)
+    stored = hf_tensors(directory, table)
     pair = ("lm_head.weight", "model.embed_tokens.weight")
     if (
         table.arch.tied
@@ -100,10 +99,11 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
     return lambda name: stored[name].read()
 
 
-def hf_tensors(directory: Path) -> dict[str, StoredTensor]:
+def hf_tensors(directory: Path, table: ParameterMap) -> dict[str, StoredTensor]:
     """HF tensor name -> where it lies, rotary frequencies left out; raises as `checkpoint_files`."""
     files = checkpoint_files(directory)
-    return stored_tensors({name: file for name, file in files.items() if not name.endswith(_COMPUTED)})
+    kept = {name: file for name, file in files.items() if not name.endswith(_COMPUTED)}
+    return stored_tensors(kept, wholes_of(table.hf_shapes()))
 
 
 def left_out(directory: Path, arch: Architecture) -> str:
@@ -207,6 +207,39 @@ def write_side_files(
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+class StackedWriter:
+    """A file of stacked tensors (hf.stacked) to which several processes write, each pieces of its own."""
+
+    def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
+        """Open what `begin` made of the same `forms`."""
+        self._forms = dict(forms)
+        _, self._begins, _ = safetensors_layout(forms)
+        self._file = path.open("r+b")
+
+    @staticmethod
+    def begin(path: Path, forms: Mapping[str, Form]) -> None:
+        """Make the file, in its whole length. Raises OSError where there is no room."""
+        header, _, length = safetensors_layout(forms)
+        with path.open("xb") as file:
+            file.write(header)
+            file.truncate(length)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One piece of `forms`, on the CPU. Raises OSError where there is no room."""
+        if (tuple(tensor.shape), tensor.dtype) != self._forms[name]:
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: not the piece to come")
+        self._file.seek(self._begins[name])
+        self._file.write(tensor_bytes(tensor))
+
+    def __enter__(self) -> StackedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
 def _as_classifier(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of config.json that make transformers read one label, at the last token but padding."""
     names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config["architectures"]]
@@ -224,14 +257,19 @@ def safetensors_layout(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]
 
     The format is 8 bytes of header length, a JSON header (name: type, shape, place), and the tensors' bytes.
     The widest types come first, so that every tensor begins at a multiple of its type's size, as readers
-    want it.
+    want it. Of a tensor that `forms` has in pieces (hf.stacked) all must be there.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
-    for name, (shape, dtype) in sorted(forms.items(), key=lambda item: -item[1][1].itemsize):
-        begins[name], end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    order = ordered(forms)
+    for name in sorted(order, key=lambda name: -forms[order[name][0]][1].itemsize):
+        shape, dtype = forms[order[name][0]]
+        first = end
+        for part in order[name]:  # itself, or the pieces that it is made of
+            begins[part], end = end, end + prod(shape) * dtype.itemsize
+        shape = (len(order[name]), *shape) if is_piece(order[name][0]) else shape
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text

@@ -10,6 +10,8 @@ all of it).
 | vocab    | the HF tensor, rows padded with zeros            | the same                         |
 | stack    | [2, rows, ...]: gate, up                         | gate rows of the rank, then up   |
 | qkv      | [kv groups, queries per group + 2, head dim, ...] | per group: queries, key, value   |
+| interleaved | [2, rows, ...] of [..., rows x 2] with gate and up in turns | gate rows, then up   |
+| transposed  | [rows, columns] of [columns, rows]            | the same                         |
 
 With more tensor-parallel ranks than kv groups, the rows of qkv are cut as they lie, through groups; Megatron
 gathers what the ranks computed and takes the heads of its own.
@@ -133,6 +135,13 @@ class ParameterMap:
             return list(hf)
         return list(hf[0].split([shape[0] for shape in self.piece_shapes(rule)]))
 
+    def shape(self, rule: Rule) -> tuple[int, ...]:
+        """The shape of the parameter of one rank that has all of it, without padding."""
+        parts = self.shapes(rule)
+        if rule.merge in ("interleaved", "transposed"):
+            return parts[0][::-1]
+        return (sum(part[0] for part in parts), *parts[0][1:])
+
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every HF tensor that a checkpoint of this model must hold, with its shape."""
         return {
@@ -229,25 +238,33 @@ class ParameterMap:
         merge = entry.rule.merge
         if merge == "stack":
             return list(shard.view(2, -1, *shard.shape[1:]))
+        if merge == "interleaved":
+            return [shard.view(2, -1, *shard.shape[1:]).transpose(0, 1).flatten(0, 1).t()]
+        if merge == "transposed":
+            return [shard.t()]
         if merge == "qkv":
             groups = shard.view(self.arch.kv_heads // size, -1, self.arch.head_dim, *shard.shape[1:])
             return list(groups.split([self.arch.heads // self.arch.kv_heads, 1, 1], dim=1))
         return [shard]
 
-    # --- the four arrangements ---
+    # --- the arrangements ---
 
     def _merge(self, merge: str, hf: list[Tensor]) -> Tensor:
         if merge == "vocab":
             return torch.nn.functional.pad(hf[0], (0, 0, 0, self.vocab_rows - hf[0].shape[0]))
         if merge == "stack":
             return torch.stack(hf)
+        if merge == "interleaved":
+            return hf[0].t().unflatten(0, (-1, 2)).transpose(0, 1)
+        if merge == "transposed":
+            return hf[0].t()
         if merge == "qkv":
             groups = self.arch.kv_heads
             return torch.cat([x.view(groups, -1, self.arch.head_dim, *x.shape[1:]) for x in hf], dim=1)
         return hf[0]
 
     def _flatten(self, merge: str, view: Tensor) -> Tensor:
-        if merge == "stack":
+        if merge in ("stack", "interleaved"):
             return view.flatten(0, 1)
         return view.flatten(0, 2) if merge == "qkv" else view
 

@@ -8,8 +8,8 @@ not to write the published form, which has a tensor for each expert and projecti
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.stacked import piece
 
 _FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _MOST_EXPERTS = 2**12
@@ -43,13 +44,19 @@ class StoredTensor:
             return tensors.get_slice(self.name)[self.part] if self.part else tensors.get_tensor(self.name)
 
 
-def stored_tensors(files: Mapping[str, Path]) -> dict[str, StoredTensor]:
-    """HF name -> where it lies, of the tensors `files` (name -> file), experts by their published names."""
+def stored_tensors(files: Mapping[str, Path], stacked: Collection[str] = ()) -> dict[str, StoredTensor]:
+    """HF name -> where it lies, of the tensors `files` (name -> file), experts by their published names.
+
+    Those of `stacked` go by the names of their pieces (hf.stacked).
+    """
     stored: dict[str, StoredTensor] = {}
     for name, file in files.items():
         with open_safetensors(file) as tensors:
             found = tensors.get_slice(name)
             whole = StoredTensor(file, name, tuple(found.get_shape()), found.get_dtype())
+        if name in stacked:
+            stored |= _pieces(whole)
+            continue
         fused = _FUSED.fullmatch(name)
         parts = dict(_experts(fused["experts"], fused["kind"], whole)) if fused else {name: whole}
         both = sorted(parts.keys() & stored.keys())
@@ -57,6 +64,16 @@ def stored_tensors(files: Mapping[str, Path]) -> dict[str, StoredTensor]:
             raise ConfigError(f"{both[0]} is in {stored[both[0]].file}, and in {name} of {file}; remove one")
         stored |= parts
     return stored
+
+
+def _pieces(whole: StoredTensor) -> dict[str, StoredTensor]:
+    """The pieces of a stacked tensor; itself if it cannot be one."""
+    if not whole.shape or whole.shape[0] > _MOST_EXPERTS:
+        return {whole.name: whole}
+    return {
+        piece(whole.name, number): replace(whole, shape=whole.shape[1:], part=(number,))
+        for number in range(whole.shape[0])
+    }
 
 
 def _experts(experts: str, kind: str, whole: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.stacked import is_piece
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def sides(arch: Architecture) -> dict[str, int]:
         "expert_mlp": arch.experts.intermediate if arch.experts else 0,
         "shared_mlp": arch.experts.shared if arch.experts else 0,
         "experts": arch.experts.count if arch.experts else 0,
+        "gate_up": 2 * arch.experts.intermediate if arch.experts else 0,
+        "heads": arch.heads,
     }
 
 
@@ -116,6 +119,12 @@ _OUTPUT = Rule(
     axis=1,
     fp8=True,
 )
+_OUTPUT_BIAS = Rule(
+    f"{_LAYER}self_attention.linear_proj.bias",
+    (f"{_HF_LAYER}self_attn.o_proj.bias",),
+    ("hidden",),
+    needs="output_bias",
+)
 _ENDS = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab hidden",), "vocab", 0),
     _norm("decoder.final_layernorm", "model.norm"),
@@ -129,8 +138,27 @@ _WHOLE_QK_NORM = tuple(
     _norm(f"{_LAYER}self_attention.{name}_norm", f"{_HF_LAYER}self_attn.{name[0]}_norm", side, axis=0)
     for name, side in (("query", "queries"), ("key", "keys"))
 )
-_BACKBONE = (*_ENDS, _INPUT_NORM, _QKV, _QKV_BIAS, _OUTPUT, _MLP_NORM, *_QK_NORM)
+_ATTENTION = (_QKV, _QKV_BIAS, _OUTPUT, _OUTPUT_BIAS)
+_BACKBONE = (*_ENDS, _INPUT_NORM, *_ATTENTION, _MLP_NORM, *_QK_NORM)
 _MLP = _mlp_rules(f"{_LAYER}mlp", f"{_HF_LAYER}mlp", "mlp", "dense", (1, 1))
+_MLP_BIAS = (
+    Rule(
+        f"{_LAYER}mlp.linear_fc1.bias",
+        (f"{_HF_LAYER}mlp.gate_proj.bias", f"{_HF_LAYER}mlp.up_proj.bias"),
+        ("mlp", "mlp"),
+        "stack",
+        1,
+        "dense",
+        needs="mlp_bias",
+    ),
+    Rule(
+        f"{_LAYER}mlp.linear_fc2.bias",
+        (f"{_HF_LAYER}mlp.down_proj.bias",),
+        ("hidden",),
+        layers="dense",
+        needs="mlp_bias",
+    ),
+)
 _JOINED_MLP = (_joined(_MLP[0], f"{_HF_LAYER}mlp.gate_up_proj.weight"), _MLP[1])
 
 
@@ -170,6 +198,38 @@ def _shared_expert(hf: str) -> tuple[Rule, ...]:
     return tuple(replace(rule, needs="has_shared_expert") for rule in rules)
 
 
+def _of_expert(megatron: str, hf: str, shape: str, merge: str = "single") -> Rule:
+    """A parameter of an expert that a stacked tensor has (hf.stacked)."""
+    return Rule(
+        f"{_LAYER}mlp.experts.local_experts.{{expert}}.{megatron}",
+        (f"{_HF_LAYER}mlp.experts.{hf}[{{expert}}]",),
+        (shape,),
+        merge,
+        layers="sparse",
+    )
+
+
+_STACKED_EXPERTS = (
+    _of_expert("linear_fc1.weight", "gate_up_proj", "hidden gate_up", "interleaved"),
+    _of_expert("linear_fc1.bias", "gate_up_proj_bias", "gate_up", "interleaved"),
+    _of_expert("linear_fc2.weight", "down_proj", "expert_mlp hidden", "transposed"),
+    _of_expert("linear_fc2.bias", "down_proj_bias", "hidden"),
+)
+_BIASED_ROUTER = (
+    Rule(
+        f"{_LAYER}mlp.router.weight",
+        (f"{_HF_LAYER}mlp.router.weight",),
+        ("experts hidden",),
+        layers="sparse",
+    ),
+    Rule(f"{_LAYER}mlp.router.bias", (f"{_HF_LAYER}mlp.router.bias",), ("experts",), layers="sparse"),
+)
+_SINKS = Rule(
+    f"{_LAYER}self_attention.core_attention.softmax_offset",
+    (f"{_HF_LAYER}self_attn.sinks",),
+    ("heads",),
+    axis=0,
+)
 _SHARED_GATE = Rule(
     f"{_LAYER}mlp.shared_experts.gate_weight",
     (f"{_HF_LAYER}mlp.shared_expert_gate.weight",),
@@ -184,19 +244,34 @@ _ROUTER_BIAS = Rule(
     layers="sparse",
 )
 _PLAIN = _BACKBONE + _MLP
+_BIASED = _PLAIN + _MLP_BIAS
 _MIXTURE = _PLAIN + _experts()
 _POST_NORMS = _output_norms("post_attention_layernorm", "post_feedforward_layernorm")
 _SANDWICH = _output_norms("post_self_attn_layernorm", "post_mlp_layernorm")
+_OLMO = (*_ENDS, *_ATTENTION, *_WHOLE_QK_NORM, *_POST_NORMS, *_MLP)
+_GEMMA = (
+    *_ENDS,
+    _INPUT_NORM,
+    *_ATTENTION,
+    *_QK_NORM,
+    _norm(f"{_LAYER}pre_mlp_layernorm", f"{_HF_LAYER}pre_feedforward_layernorm"),
+    *_POST_NORMS,
+    *_MLP,
+)
 TABLES: dict[str, tuple[Rule, ...]] = {
-    "llama": _PLAIN,
+    "llama": _BIASED,
     "mistral": _PLAIN,
     "mixtral": _BACKBONE + _experts("block_sparse_moe", ("w1", "w3", "w2")),
     "qwen2": _PLAIN,
     "qwen2_moe": (*_MIXTURE, *_shared_expert("shared_expert"), _SHARED_GATE),
     "qwen3": _PLAIN,
     "qwen3_moe": _MIXTURE,
-    "olmo2": (*_ENDS, _QKV, _OUTPUT, *_WHOLE_QK_NORM, *_POST_NORMS, *_MLP),
-    "granite": _PLAIN,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "granite": _BIASED,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt_oss": (*_BACKBONE, _SINKS, *_BIASED_ROUTER, *_STACKED_EXPERTS),
     "phi3": (
         *_ENDS,
         _INPUT_NORM,
@@ -205,7 +280,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
         _MLP_NORM,
         *_JOINED_MLP,
     ),
-    "smollm3": _PLAIN,
+    "smollm3": _BIASED,
     "glm4": (*_BACKBONE, *_SANDWICH, *_JOINED_MLP),
     "glm4_moe": (*_MIXTURE, *_shared_expert("shared_experts"), _ROUTER_BIAS),
 }
@@ -215,3 +290,8 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 def rules_of(arch: Architecture) -> tuple[Rule, ...]:
     """The rules of a model's parameters."""
     return tuple(rule for rule in TABLES[arch.family] if not rule.needs or getattr(arch, rule.needs))
+
+
+def is_stacked(arch: Architecture) -> bool:
+    """Whether an HF tensor holds a matrix of every expert of a layer (hf.stacked)."""
+    return any(is_piece(name.format(layer=0, expert=0)) for rule in rules_of(arch) for name in rule.hf)

@@ -47,7 +47,7 @@ class Place:
 
 def place(entry: ParameterEntry, mapping: ParameterMap) -> Place:
     """Where a parameter of the whole model (one rank's, without padding of the vocabulary) lies."""
-    shape = _shape(entry, mapping)
+    shape = mapping.shape(entry.rule)
     key = entry.megatron
     if entry.is_expert and mapping.arch.experts is not None:
         head, _, tail = key.partition(".local_experts.")
@@ -59,11 +59,6 @@ def place(entry: ParameterEntry, mapping: ParameterMap) -> Place:
     if entry.layer is not None and not mapping.arch.is_sparse(entry.layer):
         key = key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
     return Place(key, shape, (0,) * len(shape), shape)
-
-
-def _shape(entry: ParameterEntry, mapping: ParameterMap) -> tuple[int, ...]:
-    parts = mapping.shapes(entry.rule)
-    return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def holds_torch_dist(directory: Path) -> bool:

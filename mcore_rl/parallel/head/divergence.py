@@ -31,7 +31,13 @@ from mcore_rl.parallel.head.passes import (
     statistics_of,
     weight_grad,
 )
-from mcore_rl.parallel.head.rows import BLOCK_ELEMENTS, accumulate_dtype, merge_statistics
+from mcore_rl.parallel.head.rows import (
+    BLOCK_ELEMENTS,
+    accumulate_dtype,
+    cap_slope,
+    capped_,
+    merge_statistics,
+)
 
 GPU_BLOCK_ELEMENTS = 1 << 24
 """elements of a block on a GPU: 64 MiB in float32, a few of them at once"""
@@ -68,6 +74,10 @@ class Teacher(NamedTuple):
     """[T_local, H'] placed as the student's"""
     weight: Tensor
     """[V_local, H'] the same tokens as the student's shard, before padding"""
+    cap: float | None = None
+    """the teacher's bound of its logits; see `Call.cap`, which is the student's"""
+    divisor: float = 1.0
+    """a constant that divides its logits; whoever knows the student's divides `hidden` by their ratio"""
 
 
 class Against(NamedTuple):
@@ -84,11 +94,14 @@ class _Normalized(NamedTuple):
     """[C] the largest logit"""
     log_total: Tensor
     """[C] log S"""
+    cap: float | None
+    """of the logits"""
 
     def log_probs(self, logits: Tensor, block: slice, scale: float) -> Tensor:
         """[c, L] of a block of the rows; a new tensor, at least float32."""
         top, log_total = self.top[block, None], self.log_total[block, None]
-        return (logits[block] - top).mul_(scale).sub_(log_total)
+        z = logits[block] if self.cap is None else capped_(logits[block].to(top.dtype, copy=True), self.cap)
+        return (z - top).mul_(scale).sub_(log_total)
 
 
 def divergences(
@@ -138,14 +151,16 @@ class _DivergenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher: Teacher, call: Call, divergence: Divergence, loss):
         _check_same_tokens(weight, teacher, call)
-        ctx.save_for_backward(hidden, weight, *teacher)
+        ctx.save_for_backward(hidden, weight, teacher.hidden, teacher.weight)
+        ctx.teacher_cap = teacher.cap
         ctx.call, ctx.divergence, ctx.loss, ctx.tokens = call, divergence, loss, len(hidden)
         return hidden.new_zeros((), dtype=accumulate_dtype(hidden.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, *of_teacher = ctx.saved_tensors
-        pair = _Pair(hidden, weight, Teacher(*of_teacher), ctx.call, ctx.divergence)
+        teacher = Teacher(of_teacher[0], of_teacher[1], ctx.teacher_cap)
+        pair = _Pair(hidden, weight, teacher, ctx.call, ctx.divergence)
 
         def differentiate(rows: slice, logits: Tensor, out: Tensor) -> None:
             found = pair.compare(rows, logits)
@@ -170,6 +185,7 @@ class _Pair:
         _check_same_tokens(weight, teacher, call)
         self.call = call._replace(tiling=_of_two(call.tiling))
         self.divergence = divergence
+        self.teacher_call = self.call._replace(cap=teacher.cap)
         self.live, self.teacher_live = weight[: call.shard.live], teacher.weight[: call.shard.live]
         self.scored = scored_hidden(hidden, call)
         self.teacher_scored = scored_hidden(teacher.hidden.detach(), call)
@@ -178,10 +194,13 @@ class _Pair:
         """The divergence of `rows` from the student's logits: one GEMM and two collectives."""
         call, group = self.call, self.call.shard.group
         of_teacher = logits_of(self.teacher_scored, self.teacher_live, call, rows)
-        both = torch.stack([statistics_of(x, call, rows) for x in (logits, of_teacher)], 1)
+        calls = (call, self.teacher_call)
+        pair = zip((logits, of_teacher), calls, strict=True)
+        both = torch.stack([statistics_of(x, of_model, rows) for x, of_model in pair], 1)
         gathered = gather_statistics(both.flatten(1), group).unflatten(2, both.shape[1:])
         student, teacher = (
-            _Normalized(*merge_statistics(gathered[:, :, model], call.scale)[2:]) for model in (0, 1)
+            _Normalized(*merge_statistics(gathered[:, :, model], call.scale)[2:], calls[model].cap)
+            for model in (0, 1)
         )
         found = _Compared(call.scale, self.divergence, logits, of_teacher, student, teacher)
         local = torch.cat([self.divergence.sums(log_p, log_q) for _, log_p, log_q in found.blocks()], 1)
@@ -219,6 +238,10 @@ class _Compared:
         factor = weight * self.scale
         for block, log_p, log_q in self.blocks():
             slope = self.divergence.logit_gradient(log_p, log_q, self.sums[:, block])
+            cap = self.student.cap
+            if cap is not None:
+                capped = capped_(self.logits[block].to(slope.dtype, copy=True), cap)
+                slope = slope * cap_slope(capped, cap)
             out[block] = slope.mul_(factor[block, None])
 
 

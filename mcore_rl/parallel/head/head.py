@@ -65,9 +65,13 @@ def dense_log_prob_entropy(
     weight: Float[Tensor, "V H"],
     targets: Int[Tensor, " R"],
     temperature: float = 1.0,
+    cap: float | None = None,
 ) -> HeadOutput:
     """The reference on one rank, for tests: materialises [R, V] logits and leaves the rest to autograd."""
-    log_p = torch.log_softmax((hidden @ weight.T) / temperature, dim=-1)
+    logits = hidden @ weight.T
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
     log_prob = log_p.gather(-1, targets[:, None]).squeeze(-1)
     return HeadOutput(log_prob, -(log_p.exp() * log_p).sum(-1))
 
@@ -167,7 +171,8 @@ def _backward(ctx, scored, weight, terms) -> tuple[Tensor | None, Tensor | None]
 
     def differentiate(rows: slice, logits: Tensor, out: Tensor) -> None:
         kernels = row_kernels(logits.device, logits.dtype)
-        kernels.logit_gradient(logits, ctx.call.local(rows), terms(rows, logits), ctx.call.scale, out)
+        call, found = ctx.call, terms(rows, logits)
+        kernels.logit_gradient(logits, call.local(rows), found, call.scale, out, call.cap)
 
     hidden_grad, total = gradients(
         scored, weight, ctx.call, differentiate, begin if need_hidden else None, need_weight

@@ -104,6 +104,8 @@ class Call(NamedTuple):
     sequence_parallel: bool
     """hidden states are split over the group"""
     tiling: Tiling
+    cap: float | None = None
+    """the model's logits are cap tanh(l / cap) of the products l; None where they are the products"""
 
     @classmethod
     def of(
@@ -117,6 +119,7 @@ class Call(NamedTuple):
         vocab_size: int | None = None,
         sequence_parallel: bool = False,
         tiling: Tiling | None = None,
+        cap: float | None = None,
     ) -> Call:
         """A call that scores `targets` with the lm_head shard `weight`.
 
@@ -129,10 +132,11 @@ class Call(NamedTuple):
             vocab_size: tokens without padding; default: all rows of all shards.
             sequence_parallel: hidden states are gathered over the group, their gradient reduce-scattered.
             tiling: rows worked on at once; default: by size, dtype and device.
+            cap: the model's bound of its logits, before the temperature; positive.
         """
         shard = VocabShard.of(weight.shape[0], vocab_size, group)
         tiling = tiling or Tiling.of(weight.shape[0], weight.dtype, weight.device)
-        return cls(targets, 1.0 / temperature, rows, shard, sequence_parallel, tiling)
+        return cls(targets, 1.0 / temperature, rows, shard, sequence_parallel, tiling, cap)
 
     def local(self, rows: slice) -> Tensor:
         """The targets of some rows, as rows of this shard."""
@@ -208,7 +212,7 @@ def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slic
     for columns in parts(slice(0, call.shard.live), call.tiling.columns) or [slice(0, 0)]:
         local, logits = call.local(rows) - columns.start, logits_of(columns)
         kernels = row_kernels(logits.device, logits.dtype)
-        found.append(kernels.shard_statistics(logits, local, call.scale))
+        found.append(kernels.shard_statistics(logits, local, call.scale, call.cap))
     return combined(torch.stack(found), call.scale) if len(found) > 1 else found[0]
 
 

@@ -7,6 +7,9 @@ largest logit of the whole row and S = sum e^((l - M) / t) over the whole vocabu
 
     log p = (l - M) / t - log S
 
+Where the model caps its logits, l is cap tanh(l' / cap) of the products l' that the GEMM gives: the kernels
+get those, and give the gradient in them, dL/dl' = dL/dl (1 - (l / cap)^2).
+
 The maximum is subtracted first, from the logits as they are: what is left is small and exact, however large
 the logits were.
 """
@@ -46,7 +49,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def shard_statistics(
-    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: float
+    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: float, cap: float | None = None
 ) -> Float[Tensor, "4 C"]:
     """(m, s, u, l_y) of each row: max l, sum e^z, sum z e^z with z = scale (l - m), target logit if owned.
 
@@ -61,10 +64,10 @@ def shard_statistics(
         return stats
     z, e = _scratch(logits)
     for block in _blocks(logits):
-        _block_statistics(logits[block], scale, z, e, stats[:, block])
+        _block_statistics(logits[block], scale, cap, z, e, stats[:, block])
     owned = (local >= 0) & (local < live)
-    target = logits.gather(1, local.clamp(0, live - 1)[:, None]).squeeze(1)
-    stats[3] = torch.where(owned, target, 0)
+    target = logits.gather(1, local.clamp(0, live - 1)[:, None]).squeeze(1).to(stats.dtype)
+    stats[3] = torch.where(owned, target if cap is None else capped_(target, cap), 0)
     return stats
 
 
@@ -74,6 +77,7 @@ def logit_gradient(
     terms: RowTerms,
     scale: float,
     out: Float[Tensor, "C L"],
+    cap: float | None = None,
 ) -> None:
     """out = dL/dlogits = scale (a (onehot - p) - b p (log p + entropy)); `out` may be `logits` itself.
 
@@ -88,15 +92,22 @@ def logit_gradient(
     z, e = _scratch(logits)
     for block in _blocks(logits):
         n = block.stop - block.start
+        steepness = None
+        if cap is None:
+            torch.sub(logits[block], terms.top[block, None], out=z[:n])
+        else:
+            steepness = cap_slope(capped_(z[:n].copy_(logits[block]), cap), cap)
+            z[:n].sub_(terms.top[block, None])
         grad = _block_gradient(
-            torch.sub(logits[block], terms.top[block, None], out=z[:n]),
+            z[:n],
             e[:n],
             scale,
             terms.log_total[block, None],
             level[block, None],
             None if slope is None else slope[block, None],
         )
-        out[block] = grad.scatter_add_(1, place[block], at_target[block])
+        grad.scatter_add_(1, place[block], at_target[block])
+        out[block] = grad if steepness is None else grad.mul_(steepness)
 
 
 def coefficients(
@@ -136,10 +147,22 @@ def combined(stats: Float[Tensor, "parts 4 C"], scale: float) -> Float[Tensor, "
     return torch.stack([top, (weight * s).sum(0), weighted, target.sum(0)])
 
 
-def _block_statistics(logits, scale, z, e, stats) -> None:
+def capped_(logits: Tensor, cap: float) -> Tensor:
+    """cap tanh(logits / cap), in the place of the logits."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+def cap_slope(capped: Tensor, cap: float) -> Tensor:
+    """The derivative of capped logits in those before the cap; a new tensor."""
+    return capped.div(cap).square_().neg_().add_(1)
+
+
+def _block_statistics(logits, scale, cap, z, e, stats) -> None:
     """Write m, s and u of a few rows to `stats` [4, rows]; z and e are room for them."""
     z, e = z[: len(logits)], e[: len(logits)]
-    if logits.dtype != z.dtype:
+    if cap is not None:
+        logits = capped_(z.copy_(logits), cap)
+    elif logits.dtype != z.dtype:
         logits = z.copy_(logits)
     torch.amax(logits, 1, out=stats[0])
     torch.sub(logits, stats[0, :, None], out=z)

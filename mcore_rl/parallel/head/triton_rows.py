@@ -24,14 +24,14 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 def shard_statistics(
-    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: float
+    logits: Float[Tensor, "C L"], local: Int[Tensor, " C"], scale: float, cap: float | None = None
 ) -> Float[Tensor, "4 C"]:
     """Compute the same as `rows.shard_statistics`."""
     rows, live = logits.shape
     stats = logits.new_empty(4, rows, dtype=torch.float32)
     if rows:
         _statistics[(rows,)](
-            stats, *_matrix(logits), local, scale, rows, live,
+            stats, *_matrix(logits), local, scale, cap or 1.0, rows, live, cap is not None,
             block=_block(live), num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return stats
@@ -43,6 +43,7 @@ def logit_gradient(
     terms: RowTerms,
     scale: float,
     out: Float[Tensor, "C L"],
+    cap: float | None = None,
 ) -> None:
     """Compute the same as `rows.logit_gradient`."""
     rows, live = logits.shape
@@ -51,16 +52,16 @@ def logit_gradient(
     a, level, slope = coefficients(terms, scale)
     block = _block(live)
     _gradient[(rows, triton.cdiv(live, block))](
-        *_matrix(out), *_matrix(logits), local, scale,
+        *_matrix(out), *_matrix(logits), local, scale, cap or 1.0,
         terms.top, terms.log_total, a, level, level if slope is None else slope,
-        live, slope is not None, block=block, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        live, slope is not None, cap is not None, block=block, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 
 @triton.jit
 @no_type_check
 def _statistics(
-    stats, logits, row_stride, local, scale, rows, live, block: tl.constexpr,
+    stats, logits, row_stride, local, scale, cap, rows, live, is_capped: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Sum one row block after block; what was summed is rescaled where a block has a larger maximum."""
     row = tl.program_id(0).to(tl.int64)
@@ -72,6 +73,8 @@ def _statistics(
         columns = start + tl.arange(0, block)
         inside = columns < live
         x = _load(logits + row * row_stride, columns, inside)
+        if is_capped:
+            x = tl.where(x == float("-inf"), x, _capped(x, cap))
         largest = tl.maximum(m, tl.max(x, 0))
         origin = tl.where(largest == float("-inf"), 0.0, largest)
         shift = tl.where(m == float("-inf"), 0.0, (m - origin) * rate)
@@ -86,26 +89,45 @@ def _statistics(
     tl.store(stats + row, m)
     tl.store(stats + rows + row, s)
     tl.store(stats + 2 * rows + row, u * LN_2)
-    tl.store(stats + 3 * rows + row, tl.load(logits + row * row_stride + target, owned, 0.0).to(tl.float32))
+    own = tl.load(logits + row * row_stride + target, owned, 0.0).to(tl.float32)
+    if is_capped:
+        own = _capped(own, cap)
+    tl.store(stats + 3 * rows + row, own)
 
 
 @triton.jit
 @no_type_check
 def _gradient(
-    out, out_stride, logits, row_stride, local, scale, top, log_total, a, level, slope,
-    live, has_slope: tl.constexpr, block: tl.constexpr,
+    out, out_stride, logits, row_stride, local, scale, cap, top, log_total, a, level, slope,
+    live, has_slope: tl.constexpr, is_capped: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Write p (level + slope log p), and add `a` at the target, in one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < live
     x = _load(logits + row * row_stride, columns, inside)
+    if is_capped:
+        x = tl.where(x == float("-inf"), x, _capped(x, cap))
     z = ((x - tl.load(top + row)) * scale - tl.load(log_total + row)) / LN_2
     factor = tl.load(level + row)
     if has_slope:
         factor += tl.load(slope + row) * tl.where(x == float("-inf"), 0.0, z) * LN_2
     grad = tl.exp2(z) * factor + tl.where(columns == tl.load(local + row), tl.load(a + row), 0.0)
+    if is_capped:
+        grad *= 1.0 - (x / cap) * (x / cap)
     tl.store(out + row * out_stride + columns, grad, inside)
+
+
+@triton.jit
+@no_type_check
+def _capped(x, cap):
+    """Compute cap tanh(x / cap); by its series where the quotient of exponentials would cancel."""
+    y = x / cap
+    e = tl.exp2(tl.abs(y) * -2.0 / LN_2)
+    far = (1.0 - e) / (1.0 + e)
+    square = y * y
+    near = y * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    return cap * tl.where(tl.abs(y) < 0.125, near, tl.where(y < 0, -far, far))
 
 
 @triton.jit

@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.data.balance import forward_flops, model_shape
+from mcore_rl.data.balance import forward_flops
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.model.weights_io import global_parameters
@@ -34,6 +33,7 @@ from mcore_rl.training.batch import (
 from mcore_rl.training.critic import groups_of, pack_prompts
 from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
+from mcore_rl.training.shape import shape_of
 from mcore_rl.training.teachers import Teachers
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify.layouts import problem
@@ -254,7 +254,7 @@ def _whole_state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str)
 
 
 def _shape(model_dir: Path, mesh: Mesh) -> Batching:
-    numbers = model_shape(read_hf_config(model_dir))
+    numbers = shape_of(model_dir)
     return Batching(
         mini_batches=1,
         tokens_per_micro_batch=problem.TOKENS_PER_MICRO_BATCH,
