@@ -43,6 +43,8 @@ class PackedLayout(PackedSeqParams):
     """set under context parallelism, where keys come from all ranks of the group"""
     experts: Tensor | None = None
     """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
+    angles: Tensor | None = None
+    """[T, 1, 1, channels] that latent attention turns by; every layer sets it for itself"""
 
     @classmethod
     def of(
@@ -107,6 +109,22 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+class ReplicatedLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank has whole, without bias."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **_unused: Any
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        # As for a norm: each rank saw part of the tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[..., input] -> [..., output], and no bias, as Megatron's layers answer."""
+        return F.linear(x, self.weight), None
+
+
 class PackedAttention(nn.Module):
     """Causal grouped-query attention over packed sequences: pad to [B, L], torch's fused kernel, unpad.
 
@@ -135,7 +153,7 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedLayout,
         **_unused,
     ) -> Tensor:
-        """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D]."""
+        """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D], D that of the values."""
         layout = packed_seq_params
         q = _pad(query.squeeze(1), layout.to_padded)
         if layout.keys is None:
@@ -170,9 +188,13 @@ class Parts:
     column: Any
     """column-parallel linear layer"""
     row: Any
+    replicated: Any
+    """linear layer that every tensor-parallel rank has whole"""
     norm_column: Any | None
     """one joined with the norm before it; None where they are apart"""
 
 
-PORTABLE = Parts(RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, None)
+PORTABLE = Parts(
+    RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, norm_column=None
+)
 """run anywhere, in float32, float64 or bf16"""

@@ -5,6 +5,7 @@ Layers are Megatron's, built of Transformer Engine's modules or of portable ones
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -29,10 +31,11 @@ from megatron.core.transformer.transformer_layer import (
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
 from mcore_rl.model.hf.architecture import Architecture, Experts
+from mcore_rl.model.latent import CHECKPOINT_NAMES, latent_attention, latent_settings
 from mcore_rl.model.modules import ExtendedAttention, ResidualAdd
 from mcore_rl.model.portable import PORTABLE, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
-from mcore_rl.model.routing import ReplayedLayer
+from mcore_rl.model.routing import GroupRouter, ReplayedLayer, needs_own_router
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
@@ -137,7 +140,8 @@ def transformer_config(
         raise ConfigError(NEEDS_ENGINE)  # Megatron compares versions with one that is absent: a TypeError
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[precision]
-    return TransformerConfig(
+    kind = TransformerConfig if arch.latent is None else MLATransformerConfig
+    return kind(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         num_attention_heads=arch.heads,
@@ -151,7 +155,7 @@ def transformer_config(
         layernorm_epsilon=arch.norm_eps,
         qk_layernorm=arch.qk_norm,
         softmax_scale=arch.scales.attention,
-        rotary_interleaved=arch.rotary.interleaved,
+        rotary_interleaved=arch.rotary.interleaved and arch.latent is None,  # latent attention turns itself
         no_rope_freq=[int(layer in arch.unturned_layers) for layer in range(arch.layers)]
         if arch.unturned_layers
         else None,
@@ -183,6 +187,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
+        **latent_settings(arch),
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),
         **RECOMPUTE[recompute],
@@ -264,17 +269,20 @@ def block_spec(
 def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, *, sparse: bool) -> ModuleSpec:
     """One layer. A mixture of experts keeps its norm apart: the router reads the normalized states too."""
     fused = arch.input_norms and parts.norm_column is not None
-    names = {} if fused else _ATTENTION_NORM if sparse else _ATTENTION_NORM | _MLP_NORM
+    names = CHECKPOINT_NAMES if arch.latent else {} if fused else _ATTENTION_NORM
+    if not (fused or sparse):
+        names = names | _MLP_NORM
     norm = parts.norm if arch.input_norms else IdentityOp
     add = _residual_add(config, arch, parts)
     return ModuleSpec(
         module=ReplayedLayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else norm,
+            # Two linear layers read the input of latent attention.
+            input_layernorm=IdentityOp if fused and arch.latent is None else norm,
             self_attention=_attention(arch, parts, parts.norm_column if fused else None),
             self_attn_bda=add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=IdentityOp if fused and not sparse else norm,
-            mlp=_mixture(parts) if sparse else _mlp(parts, parts.norm_column if fused else None),
+            mlp=_mixture(arch, parts) if sparse else _mlp(parts, parts.norm_column if fused else None),
             mlp_bda=add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=names,
         ),
@@ -282,6 +290,8 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, *, s
 
 
 def _attention(arch: Architecture, parts: Parts, norm_column: Any) -> ModuleSpec:
+    if arch.latent is not None:
+        return latent_attention(arch, parts)
     norm = parts.norm if arch.qk_norm else IdentityOp
     extension = {
         "whole_norm": arch.whole_qk_norm,
@@ -306,11 +316,15 @@ def _mlp(parts: Parts, norm_column: Any) -> Any:
     return versions.mlp_module(MLPSubmodules(linear_fc1=norm_column or parts.column, linear_fc2=parts.row))
 
 
-def _mixture(parts: Parts) -> ModuleSpec:
+def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    router: Any = TopKRouter
+    if arch.experts is not None and needs_own_router(arch.experts):
+        router = partial(GroupRouter, experts=arch.experts)
+    submodules = MoESubmodules(experts=experts, shared_experts=shared, router=router)
+    return ModuleSpec(module=MoELayer, submodules=submodules)
 
 
 def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:

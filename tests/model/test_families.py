@@ -39,7 +39,7 @@ from tests.model.test_policy import NegativeLogLikelihood
 
 ATOL = 1e-5
 RTOL = 1e-5
-OF_ANOTHER_ROPE = {"qwen2_yarn", "phi3_longrope"}
+OF_ANOTHER_ROPE = {"qwen2_yarn", "phi3_longrope", "deepseek_v2_groups", "deepseek_v3_halves"}
 UNTRAINED = "e_score_correction_bias"
 """chosen by, and moved by no gradient"""
 LENGTHS = (40, 3, 17, 9)

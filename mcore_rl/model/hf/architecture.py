@@ -16,6 +16,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.experts import Experts, check_experts, read_experts
 from mcore_rl.model.hf.families import FAMILIES, PREDICTING, Family, is_known, only_values
 from mcore_rl.model.hf.fields import KINDS, check_kinds, shown
+from mcore_rl.model.hf.latent import Latent, read_latent
 from mcore_rl.model.hf.rope import Rotary, read_rotary
 from mcore_rl.terminal import joined, listed, short
 
@@ -43,6 +44,7 @@ class Architecture:
     heads: int
     kv_heads: int
     head_dim: int
+    """channels of a head's query and key"""
     intermediate: int
     """hidden size of the MLP in dense layers; 0 where all layers are mixtures"""
     vocab: int
@@ -64,6 +66,8 @@ class Architecture:
     unturned_layers: frozenset[int] = frozenset()
     """layers without rotary embedding, from 0"""
     scales: Scales = Scales()
+    latent: Latent | None = None
+    """keys and values come from a small vector of the token"""
     predicting_layers: int = field(default=0, compare=False)
     """layers behind the last one that a checkpoint may have, and that have no part in this model"""
 
@@ -75,6 +79,21 @@ class Architecture:
     def has_shared_expert(self) -> bool:
         """True where an MLP beside the experts reads every token."""
         return self.experts is not None and self.experts.shared > 0
+
+    @property
+    def has_query_latent(self) -> bool:
+        """True where queries come from a small vector of the token too."""
+        return self.latent is not None and self.latent.query_rank is not None
+
+    @property
+    def has_whole_query(self) -> bool:
+        """True where, with latent attention, queries come from the hidden state."""
+        return self.latent is not None and self.latent.query_rank is None
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's value."""
+        return self.head_dim if self.latent is None else self.latent.value
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -146,7 +165,8 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
 
 def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
     heads = hf["num_attention_heads"]
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    latent = read_latent(hf, where) if family.latent else None
+    head_dim = latent.turned if latent else hf.get("head_dim") or hf["hidden_size"] // heads
     if head_dim % 2 or head_dim < 1:
         raise ConfigError(
             f"{where}: head_dim = {head_dim} is odd or 0, and rotary embeddings turn pairs; correct "
@@ -159,10 +179,10 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
         hidden=hf["hidden_size"],
         heads=heads,
         kv_heads=hf.get("num_key_value_heads", heads) if family.own_keys else hf["num_key_value_heads"],
-        head_dim=head_dim,
+        head_dim=latent.head if latent else head_dim,
         intermediate=0 if "intermediate_size" in family.names else hf["intermediate_size"],
         vocab=hf["vocab_size"],
-        rotary=replace(rotary, interleaved=family.interleaved),
+        rotary=replace(rotary, interleaved=hf.get("rope_interleave", family.interleaved)),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),
         qk_norm=family.qk_norm or hf.get("use_qk_norm", False),
@@ -179,6 +199,7 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
             attention=hf.get("attention_multiplier"),
             logits=float(hf.get("logits_scaling", 1.0)),
         ),
+        latent=latent,
         predicting_layers=max((hf.get(name, 0) for name in PREDICTING), default=0),
     )
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mcore_rl.model.hf import latent
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,6 +28,8 @@ class Family:
     """RMSNorm of what attention and the MLP add to the residual stream"""
     interleaved: bool = False
     """rotary embeddings turn neighbours, instead of one channel of each half"""
+    latent: bool = False
+    """latent attention: keys and values come from a small vector of the token"""
     sparse: bool = False
     """some layers are mixtures of experts"""
     sigmoid: bool = False
@@ -64,6 +68,18 @@ _SIGMOID_DEFAULTS = {"norm_topk_prob": True, "n_shared_experts": 1}
 PREDICTING = frozenset({"num_nextn_predict_layers", "num_mtp_layers"})
 """fields that count the layers behind the last one, which predict later tokens"""
 _GLM = {"head_dim": 128}
+_DEEPSEEK_HARMLESS = frozenset(
+    # losses of the pretraining, how its own program spread the experts, and code that is never run
+    {"aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "auto_map", "output_router_logits"}
+)
+_DEEPSEEK_NAMES = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
+_LATENT_DEFAULTS = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         own_keys=True, only=_NO_BIAS | {"mlp_bias": False}, harmless=frozenset({"pretraining_tp"})
@@ -142,6 +158,36 @@ FAMILIES: dict[str, Family] = {
         reads=_SIGMOID_EXPERTS | PREDICTING | {"attention_bias", "use_qk_norm"},
         harmless=_AUXILIARY,
         defaults=_SIGMOID_DEFAULTS | {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5},
+    ),
+    "deepseek_v2": Family(
+        own_keys=True,
+        latent=True,
+        sparse=True,
+        interleaved=True,
+        names=_DEEPSEEK_NAMES,
+        only=_NO_BIAS
+        | {"mlp_bias": False, "scoring_func": "softmax", "moe_layer_freq": 1, "norm_topk_prob": False},
+        reads=latent.FIELDS | _SIGMOID_EXPERTS - {"norm_topk_prob"} | {"topk_method"},
+        harmless=_DEEPSEEK_HARMLESS,
+        defaults=_LATENT_DEFAULTS
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407}
+        | {"topk_method": "greedy"},
+    ),
+    "deepseek_v3": Family(
+        own_keys=True,
+        latent=True,
+        sparse=True,
+        sigmoid=True,
+        interleaved=True,
+        names=_DEEPSEEK_NAMES,
+        only=_NO_BIAS | {"scoring_func": "sigmoid", "moe_layer_freq": 1, "topk_method": "noaux_tc"},
+        reads=latent.FIELDS | _SIGMOID_EXPERTS | PREDICTING | {"rope_interleave"},
+        harmless=_DEEPSEEK_HARMLESS,
+        defaults=_LATENT_DEFAULTS
+        | _SIGMOID_DEFAULTS
+        | {"num_key_value_heads": 128, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8}
+        | {"topk_group": 4, "first_k_dense_replace": 3, "moe_intermediate_size": 2048}
+        | {"routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
     ),
 }
 """model_type -> what it means"""
