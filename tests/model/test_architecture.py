@@ -52,7 +52,11 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: no supported field"),
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0: no supported field"),
-    ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}: no supported field'),
+    (
+        "llama",
+        {"quantization_config": {"bits": 4}},
+        'quantization_config = {"activation_scheme": null, "bits": 4',
+    ),
     ("llama", {"auto_map": {"a": "b"}}, 'auto_map = {"a": "b"}: no supported field'),
     ("mistral", {"sliding_window": 4096}, "sliding_window = 4096 is not supported, only null"),
     ("mistral", {"sliding_window": "absent"}, "sliding_window = 4096 is not supported, only null"),

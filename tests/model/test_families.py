@@ -201,6 +201,20 @@ def test_logits_gradients_and_weights_are_those_of_transformers(
             assert torch.equal(exported[name], tensor), name
 
 
+PRODUCTS = ("tp2cp2+sp", "tp2ep4dp2+sp", "pp2cp2ep2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", PRODUCTS)
+@pytest.mark.parametrize("family", ["deepseek_v3"], scope="session", indirect=True)
+def test_latent_attention_at_products_of_layouts(
+    pool4: Pool, directory: Path, expected: Expected, layout: str, tmp_path: Path
+) -> None:
+    answers = at_layout(pool4, layout, computed, directory, tmp_path, ("fp32",))
+    assert differences([answer.rows for answer in answers], expected) <= ATOL
+    check_gradients({n: g for answer in answers for n, g in answer.gradients.items()}, expected.gradients)
+
+
 def check_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Every tensor's, relative to its largest entry, or to a millionth of the largest of all."""
     trained = {name: g for name, g in wanted.items() if not name.endswith(UNTRAINED)}

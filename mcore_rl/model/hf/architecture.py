@@ -13,6 +13,7 @@ from typing import Any
 
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.blocks import read_quantized
 from mcore_rl.model.hf.experts import Experts, check_experts, read_experts
 from mcore_rl.model.hf.families import FAMILIES, PREDICTING, Family, is_known, only_values
 from mcore_rl.model.hf.fields import KINDS, check_kinds, shown
@@ -68,6 +69,8 @@ class Architecture:
     scales: Scales = Scales()
     latent: Latent | None = None
     """keys and values come from a small vector of the token"""
+    quantized: str | None = field(default=None, compare=False)
+    """the type that weights in FP8 are read in, as safetensors writes it; None where none are in FP8"""
     predicting_layers: int = field(default=0, compare=False)
     """layers behind the last one that a checkpoint may have, and that have no part in this model"""
 
@@ -200,6 +203,7 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
             logits=float(hf.get("logits_scaling", 1.0)),
         ),
         latent=latent,
+        quantized=read_quantized(hf, where),
         predicting_layers=max((hf.get(name, 0) for name in PREDICTING), default=0),
     )
 

@@ -207,7 +207,7 @@ _ONLY = {
 _READ = """
     model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim
     intermediate_size vocab_size rms_norm_eps tie_word_embeddings initializer_range layer_types
-    rope_theta rope_scaling rope_parameters partial_rotary_factor
+    rope_theta rope_scaling rope_parameters partial_rotary_factor quantization_config
 """
 _READ_EXPERTS = "num_experts num_local_experts num_experts_per_tok moe_intermediate_size"
 _HARMLESS = """

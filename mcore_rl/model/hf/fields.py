@@ -123,6 +123,7 @@ KINDS: Mapping[str, Kind] = {
     "v_head_dim": _size,
     "rope_interleave": _flag,
     "topk_method": _text,
+    "quantization_config": _object,
     # These change nothing here, but servers read them, and some of the checks before a run.
     "max_position_embeddings": _whole(1, 2**40, optional=True),
     "torch_dtype": _text,
