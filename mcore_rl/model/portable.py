@@ -169,9 +169,13 @@ class PackedAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(
+        width = v.shape[-1]
+        if width < k.shape[-1]:  # with unequal widths torch would keep the whole matrix of weights
+            v = F.pad(v, (0, k.shape[-1] - width))
+        out = F.scaled_dot_product_attention(
             q, k, v, scale=self.softmax_scale, enable_gqa=k.shape[1] != q.shape[1], **mask
         )
+        return out[..., :width]
 
 
 def _pad(x: Tensor, index: Tensor) -> Tensor:

@@ -95,7 +95,10 @@ def generate_seconds(
     copies = max(1, fleet.gpus // fleet.tensor)
     weights = 2 * parameters * work.longest_response * work.segments / fleet.tensor
     r, p = work.response_tokens, work.prompt_tokens
-    cache = kv_bytes_per_token(shape) * (p * r + r * r / 2) * work.sequences / copies / fleet.tensor
+    cut = (
+        fleet.tensor if shape.latent is None else 1
+    )  # heads are cut, and each of them reads the whole latents
+    cache = kv_bytes_per_token(shape) * (p * r + r * r / 2) * work.sequences / copies / cut
     arithmetic = work.forward_flops(shape) / (fleet.gpus * PEAK_FLOPS)
     return (weights + cache) / PEAK_BYTES / efficiency + arithmetic / efficiency
 

@@ -98,6 +98,11 @@ class Architecture:
         """Channels of a head's value."""
         return self.head_dim if self.latent is None else self.latent.value
 
+    @property
+    def cached(self) -> int:
+        """Numbers of a token in a layer that later tokens need: what a server keeps."""
+        return 2 * self.kv_heads * self.head_dim if self.latent is None else self.latent.cached
+
 
 def read_hf_config(path: Path) -> dict[str, Any]:
     """The dictionary in `path`/config.json; ConfigError when it is missing or not JSON."""

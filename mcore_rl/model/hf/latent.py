@@ -42,7 +42,7 @@ class Latent:
 
     @property
     def cached(self) -> int:
-        """Numbers of a token in a layer that later tokens need: what a server keeps."""
+        """The latent and the turned key."""
         return self.rank + self.turned
 
 
