@@ -13,6 +13,7 @@ from typing import Any
 
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
+from mcore_rl.kindred import KINDRED
 from mcore_rl.model.hf.blocks import read_quantized
 from mcore_rl.model.hf.experts import Experts, check_experts, read_experts
 from mcore_rl.model.hf.families import FAMILIES, PREDICTING, Family, is_known, only_values
@@ -148,7 +149,8 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
         ConfigError: as read_architecture.
     """
     kind = hf.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    hf = hf | {"model_type": KINDRED.get(str(kind), kind)}
+    family = FAMILIES.get(hf["model_type"]) if isinstance(kind, str) else None
     if family is None:
         raise ConfigError(
             f"{where}: model_type {shown(kind)} is not supported; supported: {', '.join(FAMILIES)}"
