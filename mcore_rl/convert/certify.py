@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import NumericsError
+from mcore_rl.kindred import known_config
 from mcore_rl.model import platform
 from mcore_rl.model.build import build_logits
-from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import spawn
@@ -68,7 +69,10 @@ def _by_transformers(directory: Path, rows: list[list[int]]) -> Tensor:
     """[tokens but each sequence's last, vocabulary]"""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    known = known_config(read_hf_config(directory))
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, **known, dtype=torch.float32, trust_remote_code=False
+    )
     torch.nn.Module.to(model, platform.device())  # transformers annotates its own `to` wrongly
     with torch.no_grad():
         logits = [model(torch.tensor([row], device=model.device)).logits[0, :-1] for row in rows]

@@ -16,6 +16,7 @@ from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
 from mcore_rl.directories import files_in
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.torch_dist import CRITIC, holds_classifier
 from mcore_rl.terminal import printable
 from mcore_rl.weights.encoding import ENCODINGS
@@ -36,6 +37,12 @@ def hf_to_mcore(
     Raises:
         ConfigError, CheckpointError, NumericsError: nothing is left at `target`.
     """
+
+    if certified and read_architecture(source).quantized is not None:
+        raise ConfigError(
+            f"--certify asks for equal logits, and {source} has weights in FP8, which are rounded as "
+            "they are multiplied out; convert it without"
+        )
 
     def write(directory: Path) -> ConversionProgress:
         return write_torch_dist(source, directory, tensor=tensor, pipeline=pipeline)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.errors import ConfigError
-from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.architecture import read_architecture, read_json_object
 from mcore_rl.model.hf.files import check_side_files, hf_reader, hf_tensors, left_out, side_files
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.torch_dist import Place, place
@@ -149,3 +149,6 @@ def _write_side_files(source: Path, directory: Path) -> None:
     for name, path in side_files(source).items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)
+    fields = read_json_object(directory / "config.json")
+    if fields.pop("quantization_config", None) is not None:  # the weights beside it are multiplied out
+        (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

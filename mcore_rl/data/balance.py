@@ -41,6 +41,38 @@ class ModelShape:
     """Layers in which a token sees the last `window` tokens only."""
     window: int = 0
     """Its own is one of them."""
+    latent: LatentShape | None = None
+    """Keys and values come from a small vector of the token."""
+
+    @property
+    def attention_weights(self) -> int:
+        """Parameters of a layer's attention."""
+        if self.latent is None:
+            return 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        queries, keys_values = (self.heads * width for width in (self.head_dim, self.latent.key_and_value))
+        rank = self.latent.query_rank
+        asked = self.hidden * queries if rank is None else rank * (self.hidden + queries)
+        made = self.hidden * self.cached + self.latent.rank * keys_values
+        return asked + made + self.hidden * self.heads * self.latent.value
+
+    @property
+    def cached(self) -> int:
+        """Numbers of a token in a layer that a server keeps."""
+        if self.latent is None:
+            return 2 * self.kv_heads * self.head_dim
+        return self.latent.rank + self.latent.turned
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """The widths of latent attention (model.hf.latent)."""
+
+    query_rank: int | None
+    rank: int
+    turned: int
+    key_and_value: int
+    """channels of a head's key that are not turned, and of its value"""
+    value: int
 
 
 def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
@@ -52,6 +84,8 @@ def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     try:
         layers, heads = int(hf_config["num_hidden_layers"]), int(hf_config["num_attention_heads"])
         sparse = _sparse_layers(hf_config)
+        latent = _latent_shape(hf_config) if get("kv_lora_rank") else None
+        head_dim = hf_config["qk_nope_head_dim"] + latent.turned if latent else get("head_dim")
         dense_width = hf_config["intermediate_size"]
         sparse_width = get("shared_expert_intermediate_size") or 0
         if sparse:
@@ -62,15 +96,27 @@ def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
             hidden=int(hf_config["hidden_size"]),
             heads=heads,
             kv_heads=int(get("num_key_value_heads") or heads),
-            head_dim=int(get("head_dim") or hf_config["hidden_size"] // heads),
+            head_dim=int(head_dim or hf_config["hidden_size"] // heads),
             vocab=int(hf_config["vocab_size"]),
             ffn=((layers - sparse) * dense_width + sparse * sparse_width) / layers,
             experts=_num_experts(hf_config) * sparse / layers,
+            latent=latent,
         )
     except KeyError as error:
         raise ConfigError(
             f"config.json: {error.args[0]} is missing, and the cost of a sequence depends on it; add it"
         ) from None
+
+
+def _latent_shape(hf_config: Mapping[str, Any]) -> LatentShape:
+    plain, value = hf_config["qk_nope_head_dim"], hf_config["v_head_dim"]
+    return LatentShape(
+        query_rank=hf_config.get("q_lora_rank"),
+        rank=hf_config["kv_lora_rank"],
+        turned=hf_config["qk_rope_head_dim"],
+        key_and_value=plain + value,
+        value=value,
+    )
 
 
 def _num_experts(hf_config: Mapping[str, Any]) -> int:
@@ -93,9 +139,9 @@ def forward_flops(
 ) -> npt.NDArray[np.float64]:
     """Forward floating-point operations of each sequence, two per multiply-add; backward costs twice that.
 
-    Grouped-query attention projections, the causal half of the attention matrix, in layers with a window
-    its band of that half, the three SwiGLU matrices of the active experts, and the head on the scored tokens
-    only.
+    The projections of attention, grouped-query or latent, the causal half of the attention matrix, in layers
+    with a window its band of that half, the three SwiGLU matrices of the active experts, and the head on the
+    scored tokens only.
 
     Args:
         lengths: [N] tokens per sequence, prompt and response.
@@ -103,12 +149,13 @@ def forward_flops(
     """
     s = np.asarray(lengths, np.float64)
     rows = s if scored is None else np.asarray(scored, np.float64)
-    query_width = shape.heads * shape.head_dim
-    projections = 2 * shape.hidden * (2 * query_width + 2 * shape.kv_heads * shape.head_dim)
+    value_dim = shape.head_dim if shape.latent is None else shape.latent.value
+    projections = 2 * shape.attention_weights
     mlp = 6 * shape.hidden * shape.ffn + 2 * shape.hidden * shape.experts
-    full = 2 * query_width * s * s
+    each = shape.heads * (shape.head_dim + value_dim)
+    full = each * s * s
     ahead = np.maximum(s - shape.window, 0)  # the triangle of what lies before the windows
-    saved = 2 * query_width * ahead * ahead * shape.windowed
+    saved = each * ahead * ahead * shape.windowed
     layers = shape.layers * (s * (projections + mlp) + full) - saved
     return layers + 2 * shape.hidden * shape.vocab * rows
 

@@ -9,6 +9,7 @@ from typing import Any
 from mcore_rl.config import Config
 from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import EXIT_RETRYABLE
+from mcore_rl.kindred import KINDRED
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import check_server_info
@@ -46,7 +47,7 @@ def _server(config: Config, url: str) -> Iterable[Finding]:
     ready, server, model = call(client, ask)
     check_server_info(url, server, experts=config.rollout.routing_replay)
     kind = read_hf_config(config.model.path).get("model_type")
-    if model.get("model_type", kind) != kind:
+    if model.get("model_type", kind) not in (kind, KINDRED.get(str(kind))):
         yield Finding(
             "server",
             "error",

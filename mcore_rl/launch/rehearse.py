@@ -34,6 +34,17 @@ PROCESSES = 8
 LOCK = ".mcore_rl.rehearsal.lock"
 _REMEDY = "set run.dir to another directory"
 _WAIT_SECONDS = 60.0
+_LATENT_SIZES = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "qk_head_dim": 24,
+}
+"""of a model with latent attention"""
 _VOCABULARY = ("<|endoftext|>", "<eos>", *"0123456789+=")
 """pads with the token that transformers adds to every tokenizer of a Qwen2 model that lacks it"""
 
@@ -196,7 +207,12 @@ def shrink_model(hf: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]
         "torch_dtype": "float32",
         "dtype": "float32",
     }
+    if hf.get("kv_lora_rank"):
+        sizes |= _LATENT_SIZES
     tiny = hf | {name: value for name, value in sizes.items() if name in hf or name == "pad_token_id"}
+    tiny.pop("quantization_config", None)  # the tiny weights are plain
+    if hf.get("q_lora_rank", 0) is None:
+        tiny["q_lora_rank"] = None
     if "mlp_only_layers" in hf:
         tiny["mlp_only_layers"] = [layer for layer in hf["mlp_only_layers"] if layer < layers]
     for name in ("layer_types", "no_rope_layers"):

@@ -257,6 +257,13 @@ def _build_chunk(
         vp_stage=stage if virtual else None,
     )
     model.arch = mapping.arch
+    if mapping.arch.latent is not None:  # Megatron has a table in every layer then
+        model.rotary_pos_emb = RotaryEmbedding(
+            mapping.arch.latent.turned,
+            rotary_percent=1.0,
+            rotary_interleaved=mapping.arch.rotary.interleaved,
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
     model.rotary_pos_emb.inv_freq = rotary_frequencies(mapping.arch.rotary).to(platform.device())
     if mapping.arch.local_rotary is not None:
         model.local_frequencies = rotary_frequencies(mapping.arch.local_rotary).to(platform.device())

@@ -6,6 +6,7 @@ from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
+    TELinear,
     TENorm,
     TERowParallelLinear,
 )
@@ -60,5 +61,6 @@ PARTS = Parts(
     attention=PackedEngineAttention,
     column=TEColumnParallelLinear,
     row=TERowParallelLinear,
+    replicated=TELinear,
     norm_column=TELayerNormColumnParallelLinear,
 )

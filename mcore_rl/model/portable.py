@@ -52,6 +52,8 @@ class PackedLayout(PackedSeqParams):
     """what `visible` has answered: layers ask for the same"""
     experts: Tensor | None = None
     """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
+    angles: Tensor | None = None
+    """[T, 1, 1, channels] that latent attention turns by; every layer sets it for itself"""
 
     @classmethod
     def of(
@@ -140,6 +142,22 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class ReplicatedLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank has whole, without bias."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **_unused: Any
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        # As for a norm: each rank saw part of the tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[..., input] -> [..., output], and no bias, as Megatron's layers answer."""
+        return F.linear(x, self.weight), None
+
+
 class PackedAttention(nn.Module):
     """Causal grouped-query attention over packed sequences: pad to [B, L], torch's fused kernel, unpad.
 
@@ -181,7 +199,7 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedLayout,
         **_unused,
     ) -> Tensor:
-        """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D]."""
+        """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D], D that of the values."""
         layout = packed_seq_params
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         places = layout.to_padded
@@ -200,9 +218,13 @@ class PackedAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(
+        width = v.shape[-1]
+        if width < k.shape[-1]:  # with unequal widths torch would keep the whole matrix of weights
+            v = F.pad(v, (0, k.shape[-1] - width))
+        out = F.scaled_dot_product_attention(
             q, k, v, scale=self.softmax_scale, enable_gqa=k.shape[1] != q.shape[1], **mask
         )
+        return out[..., :width]
 
     def _attend_by_scores(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """q [B, L, N, D], k and v [B, S, K, D], visible [B or 1, 1, L, S] -> [B, N, L, D]."""
@@ -256,9 +278,13 @@ class Parts:
     column: Any
     """column-parallel linear layer"""
     row: Any
+    replicated: Any
+    """linear layer that every tensor-parallel rank has whole"""
     norm_column: Any | None
     """one joined with the norm before it; None where they are apart"""
 
 
-PORTABLE = Parts(RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, None)
+PORTABLE = Parts(
+    RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, norm_column=None
+)
 """run anywhere, in float32, float64 or bf16"""

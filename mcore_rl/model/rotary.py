@@ -10,6 +10,20 @@ from torch import Tensor
 from mcore_rl.model.hf.rope import Linear, Llama3, LongRope, Rotary, Yarn
 
 
+def turn(x: Tensor, angles: Tensor, *, interleaved: bool, scale: float = 1.0) -> Tensor:
+    """x [T, 1, N, R], angles [T, 1, 1, R] of Megatron's table -> the same, its pairs turned and scaled.
+
+    A pair are neighbours where `interleaved`, else one channel of each half; so the table has it.
+    """
+    cosines, sines = ((f(angles) * scale).to(x.dtype) for f in (torch.cos, torch.sin))
+    if interleaved:
+        across = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        across = torch.cat((-second, first), dim=-1)
+    return x * cosines + across * sines
+
+
 def rotary_frequencies(rotary: Rotary) -> Tensor:
     """[channels / 2] float32: radians per position of each pair of channels (arXiv 2104.09864)."""
     exponents = torch.arange(0, rotary.channels, 2, dtype=torch.float32) / rotary.channels

@@ -11,8 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from mcore_rl.model.hf.experts import Experts
 
 
 class Replayed:
@@ -33,6 +36,51 @@ class Replayed:
             _, own = compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
             chosen = torch.where(self.experts < 0, own, self.experts)
         return scores.gather(1, chosen), chosen
+
+
+def needs_own_router(experts: Experts) -> bool:
+    """Whether Megatron's router would choose or weigh otherwise than the model.
+
+    It judges a group by so many scores as a token has experts of it, and divides sigmoids by their sum.
+    """
+    limited = experts.groups_per_token < experts.groups
+    otherwise_judged = limited and experts.per_token // experts.groups_per_token != experts.judged_by
+    return otherwise_judged or (experts.sigmoid and not experts.normalized and experts.per_token > 1)
+
+
+class GroupRouter(TopKRouter):
+    """Megatron's router with the choice of DeepSeek-V2 and V3 written out (arXiv 2405.04434, 2412.19437)."""
+
+    def __init__(self, *args: Any, experts: Experts, **kwargs: Any) -> None:
+        """Take what TopKRouter takes."""
+        super().__init__(*args, **kwargs)
+        self.experts = experts
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [..., experts] -> weights and choice [T, experts]."""
+        logits = logits.view(-1, self.experts.count)
+        scores = logits.sigmoid() if self.experts.sigmoid else logits.softmax(dim=-1)
+        chosen = self._choose(scores.detach())
+        weights = scores.gather(1, chosen)
+        if self.experts.normalized:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * self.experts.scale
+        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+        self._apply_expert_bias(routing_map, padding_mask=padding_mask)
+        return torch.zeros_like(logits).scatter(1, chosen, weights), routing_map
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Scores [T, experts] -> experts [T, K], of the best groups only; the replayed ones where told."""
+        if self.expert_bias is not None:
+            scores = scores + self.expert_bias
+        grouped = scores.view(len(scores), self.experts.groups, -1)
+        best = grouped.topk(self.experts.judged_by, dim=-1).values.sum(dim=-1)
+        groups = best.topk(self.experts.groups_per_token, dim=-1).indices
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, groups, True)
+        scores = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+        own = scores.topk(self.experts.per_token, dim=-1).indices
+        replayed: Any = self.router_replay
+        return own if replayed is None else torch.where(replayed.experts < 0, own, replayed.experts)
 
 
 class ReplayedLayer(TransformerLayer):

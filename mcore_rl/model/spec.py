@@ -5,6 +5,7 @@ Layers are Megatron's, built of Transformer Engine's modules or of portable ones
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -29,10 +31,11 @@ from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
 from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
+from mcore_rl.model.latent import CHECKPOINT_NAMES, latent_attention, latent_settings
 from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
-from mcore_rl.model.routing import ReplayedLayer
+from mcore_rl.model.routing import GroupRouter, ReplayedLayer, needs_own_router
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
@@ -137,7 +140,8 @@ def transformer_config(
         raise ConfigError(NEEDS_ENGINE)  # Megatron compares versions with one that is absent: a TypeError
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[precision]
-    return TransformerConfig(
+    kind = TransformerConfig if arch.latent is None else MLATransformerConfig
+    return kind(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         num_attention_heads=arch.heads,
@@ -153,7 +157,7 @@ def transformer_config(
         layernorm_epsilon=arch.norm_eps,
         qk_layernorm=arch.qk_norm,
         softmax_scale=arch.scales.attention,
-        rotary_interleaved=arch.rotary.interleaved,
+        rotary_interleaved=arch.rotary.interleaved and arch.latent is None,  # latent attention turns itself
         no_rope_freq=[int(layer in arch.unturned_layers) for layer in range(arch.layers)]
         if arch.unturned_layers
         else None,
@@ -186,6 +190,7 @@ def transformer_config(
         bias_dropout_fusion=on_gpu,
         softmax_type="learnable" if arch.sinks else "vanilla",
         **activation_settings(arch, on_gpu=on_gpu),
+        **latent_settings(arch),
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),
         **RECOMPUTE[recompute],
@@ -271,13 +276,16 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, laye
     """
     sparse = arch.is_sparse(layer)
     fused = arch.input_norms and parts.norm_column is not None
-    names = {} if fused else _ATTENTION_NORM if sparse else _ATTENTION_NORM | _MLP_NORM
+    names = CHECKPOINT_NAMES if arch.latent else {} if fused else _ATTENTION_NORM
+    if not (fused or sparse):
+        names = names | _MLP_NORM
     norm = parts.norm if arch.input_norms else IdentityOp
     add = _residual_add(config, arch, parts)
     return ModuleSpec(
         module=ReplayedLayer if sparse else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else norm,
+            # Two linear layers read the input of latent attention.
+            input_layernorm=IdentityOp if fused and arch.latent is None else norm,
             self_attention=_attention(config, arch, parts, layer, fused=fused),
             self_attn_bda=add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=IdentityOp if fused and not sparse else norm,
@@ -291,6 +299,8 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, laye
 def _attention(
     config: TransformerConfig, arch: Architecture, parts: Parts, layer: int, *, fused: bool
 ) -> ModuleSpec:
+    if arch.latent is not None:
+        return latent_attention(arch, parts)
     norm = parts.norm if arch.qk_norm else IdentityOp
     projection: Any = parts.norm_column if fused else parts.column
     rotary = arch.rotary_of(layer)
@@ -339,7 +349,11 @@ def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
     kind = BiasedMixture if with_biases else MoELayer
-    return ModuleSpec(module=kind, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    router: Any = TopKRouter
+    if arch.experts is not None and needs_own_router(arch.experts):
+        router = partial(GroupRouter, experts=arch.experts)
+    submodules = MoESubmodules(experts=experts, shared_experts=shared, router=router)
+    return ModuleSpec(module=kind, submodules=submodules)
 
 
 def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:

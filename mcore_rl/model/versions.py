@@ -60,6 +60,13 @@ def name_te_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def tell_te_absent() -> None:
+    """Let latent attention know that Transformer Engine is absent, where it is."""
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    engine: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
+    latent.HAVE_TE = engine.HAVE_TE
+
+
 ANNOUNCEMENTS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not",
@@ -81,6 +88,7 @@ def _says_more(beginning: str, record: logging.LogRecord) -> bool:
 def install() -> None:
     """Meet, once in a process, the differences that no other module calls a function of this one for."""
     name_te_gemm()
+    tell_te_absent()
     drop_announcements()
 
 
@@ -107,6 +115,12 @@ DIFFERENCES = (
         name_te_gemm,
         "0.16.1",
         "imports the router's te_general_gemm with Transformer Engine and reads it without: NameError",
+    ),
+    VersionDifference(
+        tell_te_absent,
+        "0.16.1",
+        "takes what stands for Transformer Engine's classes for the classes, and asks whether a layer of "
+        "latent attention is one: TypeError. 0.19.2 asks whether it is there",
     ),
     VersionDifference(
         mlp_module,

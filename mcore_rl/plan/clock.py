@@ -95,7 +95,9 @@ def generate_seconds(
     copies = max(1, fleet.gpus // fleet.tensor)
     weights = 2 * parameters * work.longest_response * work.segments / fleet.tensor
     r, p = work.response_tokens, work.prompt_tokens
-    cache = kv_bytes_per_token(shape) * _tokens_read(shape, p, r) * work.sequences / copies / fleet.tensor
+    # Heads are cut, and each of them reads the whole of the latents.
+    cut = fleet.tensor if shape.latent is None else 1
+    cache = kv_bytes_per_token(shape) * _tokens_read(shape, p, r) * work.sequences / copies / cut
     arithmetic = work.forward_flops(shape) / (fleet.gpus * PEAK_FLOPS)
     return (weights + cache) / PEAK_BYTES / efficiency + arithmetic / efficiency
 

@@ -264,12 +264,7 @@ def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer:
     """Bytes per token of this rank that autograd keeps of one layer without recompute."""
     size = weight_bytes(work.precision)
     hidden = arch.hidden / _sequence(layout)
-    query, key = (heads * arch.head_dim / layout.tensor for heads in (arch.heads, arch.kv_heads))
-    attention = size * (query + 2 * key)  # padded copies of query, key and value
-    attention += size * 2 * query  # what attention answers with, padded and packed
-    attention += size * 4 * arch.head_dim  # sines and cosines of the rotation, for queries and for keys
-    if arch.qk_norm or arch.whole_qk_norm:
-        attention += (query + key) * (4 + size)  # the fp32 input and the normalized
+    attention = _attention_of_layer(arch, layout, work.precision)
     norms = (2 * arch.input_norms + 2 * arch.output_norms) * _norm(hidden, work.precision)
     width = arch.intermediate
     mlp = 0.0
@@ -278,6 +273,20 @@ def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer:
         mlp = _experts_of_layer(arch.experts, arch.hidden, hidden_tokens=1 / layout.tensor, size=size)
     mlp += size * _SWIGLU * width / layout.tensor
     return norms + attention + mlp
+
+
+def _attention_of_layer(arch: Architecture, layout: Layout, precision: str) -> float:
+    size = weight_bytes(precision)
+    query, key = (heads * arch.head_dim / layout.tensor for heads in (arch.heads, arch.kv_heads))
+    kept = size * (query + 2 * key)  # padded copies, a narrower value's as wide as a key's
+    # What attention answers with, padded and packed.
+    kept += size * (query + arch.heads * arch.value_dim / layout.tensor)
+    if arch.qk_norm or arch.whole_qk_norm:
+        kept += (query + key) * (4 + size)  # the fp32 input and the normalized
+    if arch.latent is None:
+        return kept + size * 4 * arch.head_dim  # sines and cosines of the rotation, of queries and of keys
+    latents = (arch.latent.rank + (arch.latent.query_rank or 0)) / _sequence(layout)
+    return kept + size * 4 * arch.latent.turned + _norm(latents, precision)
 
 
 def _experts_of_layer(experts: Experts, hidden: int, hidden_tokens: float, size: int) -> float:
@@ -336,10 +345,12 @@ def _server_weights(policy: Sequence[StageCount], layout: Layout) -> float:
 
 
 def kv_bytes_per_token(arch: Architecture | ModelShape) -> float:
-    """bf16 keys and values of one token in all layers."""
-    return 2 * 2 * arch.layers * arch.kv_heads * arch.head_dim
+    """bf16 keys and values of one token in all layers, or the latents that they are made of."""
+    return 2 * arch.layers * arch.cached
 
 
 def _kv_cache(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     length = work.prompt_tokens + work.response_tokens
-    return SERVER_MEMORY_SHARE * work.samples * length * kv_bytes_per_token(arch) / layout.world_size
+    copies = 1 if arch.latent is None else layout.tensor  # every GPU of a server needs the whole latents
+    kept = work.samples * length * kv_bytes_per_token(arch) * copies
+    return SERVER_MEMORY_SHARE * kept / layout.world_size

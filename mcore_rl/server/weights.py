@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from mcore_rl import strict_json
 from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.kindred import known_config
 from mcore_rl.terminal import short
 from mcore_rl.weight_files import weight_files
 
@@ -80,8 +82,10 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
     shapes = checkpoint_shapes(directory)
     transformers_logging.disable_progress_bar()
     try:
+        hf = strict_json.parse((directory / "config.json").read_bytes())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
+            **known_config(hf if isinstance(hf, dict) else {}),
             dtype=torch.float32,
             attn_implementation=_attention_of(directory),
             use_safetensors=True,

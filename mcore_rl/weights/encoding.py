@@ -22,15 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcore_rl.errors import NumericsError
+from mcore_rl.model.hf.blocks import SCALE
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.stacked import Form, whole_of
+from mcore_rl.model.hf.stored import BLOCK
 from mcore_rl.model.hf.tables import Rule
 
-BLOCK = 128
 LARGEST = 448.0
 """largest number of e4m3"""
-SCALE = "_scale_inv"
-"""what a scale's name ends with, after that of its weight"""
 _SMALLEST = torch.finfo(torch.float32).tiny
 """scale of a block of zeros, or of numbers so small that theirs would not be a normal number"""
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -165,10 +164,3 @@ def _quantize(weight: Tensor, out: Tensor, scale: Tensor) -> None:
     scale.copy_((blocks.abs().amax(dim=(1, 3)) / LARGEST).clamp(min=_SMALLEST))
     scaled = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).view(padded.shape)
     out.copy_(scaled[:rows, :columns])
-
-
-def dequantize_blocks(weight: Tensor, scale: Tensor) -> Tensor:
-    """[rows, columns] in float32, by the scales of its blocks."""
-    rows, columns = weight.shape
-    spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return weight.float() * spread

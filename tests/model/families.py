@@ -74,6 +74,25 @@ GEMMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 TWO_ROPES = {"sliding_attention": THETA | {"rope_type": "default"}, "full_attention": YARN}
+LATENT = {name: value for name, value in WIDE.items() if name != "num_key_value_heads"} | {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 12,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+}
+DEEPSEEK = LATENT | {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", DENSE | SMALL | {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -134,4 +153,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", WIDE | {"no_rope_layers": [1, 0], "pad_token_id": None}),
     "glm4": ("Glm4Config", DENSE | SMALL | GLM4),
     "glm4_moe": ("Glm4MoeConfig", DENSE | SMALL | GLM4 | GLM_MOE),
+    "deepseek_v2": ("DeepseekV2Config", DEEPSEEK),
+    "deepseek_v2_groups": (
+        "DeepseekV2Config",
+        DEEPSEEK
+        | {"topk_method": "group_limited_greedy", "q_lora_rank": 10, "rope_parameters": DEEPSEEK_YARN},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        DEEPSEEK | {"q_lora_rank": 10, "rms_norm_eps": 1e-5, "rope_parameters": DEEPSEEK_YARN},
+    ),
+    "deepseek_v3_halves": (
+        "DeepseekV3Config",
+        DEEPSEEK | {"rope_interleave": False, "norm_topk_prob": False, "topk_group": 3},
+    ),
 }

@@ -44,8 +44,9 @@ def test_what_transformers_writes_is_read(family: str) -> None:
         family.endswith("window") or family.startswith(("gemma", "olmo3", "gpt"))
     )
     assert arch.qk_norm is (family.startswith("qwen3") or family in ("glm4_moe", "gemma3"))
-    assert (arch.experts is not None) is family.endswith(("moe", "mixtral", "gpt_oss"))
-    assert arch.head_dim == 8
+    assert (arch.experts is not None) is ("num_experts_per_tok" in FAMILIES[family][1])
+    assert arch.head_dim == (16 if arch.latent else 8)
+    assert (arch.latent is not None) is family.startswith("deepseek")
 
 
 BIASED = ("llama_biased", "qwen3_window", "gpt_oss")
@@ -56,7 +57,11 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: no supported field"),
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0: no supported field"),
-    ("llama", {"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}: no supported field'),
+    (
+        "llama",
+        {"quantization_config": {"bits": 4}},
+        'quantization_config = {"activation_scheme": null, "bits": 4',
+    ),
     ("llama", {"auto_map": {"a": "b"}}, 'auto_map = {"a": "b"}: no supported field'),
     ("llama", {"sliding_window": 4096}, "sliding_window = 4096: no supported field of 'llama'"),
     ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "['sliding_attention'] are not supp"),
@@ -89,7 +94,7 @@ REFUSED = [
     ("qwen3", {"head_dim": 7}, "head_dim = 7 is odd"),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported"),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "['high_freq_factor', 'low_freq_factor']"),
-    ("qwen2", {"rope_parameters": YARN | {"beta_fast": 0.5}}, "'yarn' needs beta_fast > beta_slow"),
+    ("qwen2", {"rope_parameters": YARN | {"beta_fast": 0.5}}, "'yarn' needs beta_fast >= beta_slow"),
     ("qwen2", {"rope_parameters": YARN | {"short_factor": [1.0]}}, "['short_factor'] are not supported with"),
     (
         "llama",
@@ -104,9 +109,24 @@ REFUSED = [
     ),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 of num_experts = 4"),
     ("smollm3", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers names 3 layers, num_hidden_layers is 2"),
-    ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob = false is not supported with a sigmoid router"),
     ("glm4_moe", {"topk_group": 1}, "do not leave num_experts_per_tok = 4 of 8"),
-    ("glm4_moe", {"topk_group": 3}, "topk_group = 3 with num_experts_per_tok = 4 is not supported"),
+    (
+        "glm4_moe",
+        {"n_group": 8, "topk_group": 4},
+        "makes groups of 1 experts, and a group is judged by its 2",
+    ),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = true is not supported, only false"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc' is not supported, only greedy"),
+    ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" is not supported, only "noaux_tc"'),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias = true is not supported, only false"),
+    (
+        "deepseek_v3",
+        {"num_key_value_heads": 4},
+        "num_key_value_heads = 4 contradicts num_attention_heads = 8",
+    ),
+    ("deepseek_v3", {"qk_head_dim": 15}, "qk_head_dim = 15 contradicts qk_nope_head_dim + qk_rope_head_dim"),
+    ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7 is odd"),
+    ("llama", {"kv_lora_rank": 8}, "kv_lora_rank = 8: no supported field of 'llama'"),
     ("glm4_moe", {"num_experts": 4}, "contradicts another name of num_experts"),
     ("llama", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ("llama", {"rope_parameters": LLAMA3 | {"beta_fast": 1}}, "['beta_fast'] are not supported with"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mcore_rl.model import spec
-from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.parameters import canonical
 from mcore_rl.model.spec import transformer_config
 from mcore_rl.model.weights_io import global_parameters
@@ -71,31 +71,40 @@ def unequal(directory: Path, exported: Path) -> list[str]:
     return [name for name, tensor in original.items() if not torch.equal(found[name], tensor)]
 
 
-ATTENTION = {
-    "linear_qkv": "TELayerNormColumnParallelLinear",
-    "core_attention": "PackedEngineAttention",
-    "linear_proj": "TERowParallelLinear",
-}
-DENSE_MLP = {"linear_fc1": "TELayerNormColumnParallelLinear", "linear_fc2": "TERowParallelLinear"}
-EXPERT = {"linear_fc1": "TEColumnParallelLinear", "linear_fc2": "TERowParallelLinear"}
+NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+FUSED, COLUMN, ROW = "TELayerNormColumnParallelLinear", "TEColumnParallelLinear", "TERowParallelLinear"
 
 
-def check_layers(found: dict[str, str], family: str) -> None:
+def attention_parts(arch: Architecture) -> dict[str, str]:
+    """Module of attention -> its class."""
+    parts = {"core_attention": "PackedEngineAttention", "linear_proj": ROW}
+    if arch.latent is None:
+        return parts | {"linear_qkv": FUSED if arch.input_norms else COLUMN}
+    parts |= {"linear_kv_down_proj": "TELinear", "kv_layernorm": "RMSNorm", "linear_kv_up_proj": COLUMN}
+    if arch.latent.query_rank is None:
+        return parts | {"linear_q_proj": COLUMN}
+    return parts | {"linear_q_down_proj": "TELinear", "q_layernorm": "RMSNorm", "linear_q_up_proj": COLUMN}
+
+
+def check_layers(found: dict[str, str], arch: Architecture) -> None:
     """Every layer is of Transformer Engine's modules; the lm_head is Megatron's own, under our class."""
     last = {name: kind.rsplit(".", 1)[-1] for name, kind in found.items()}
-    for layer in range(2):
+    for layer in range(arch.layers):
         here = f"decoder.layers.{layer}."
-        assert {part: last[f"{here}self_attention.{part}"] for part in ATTENTION} == ATTENTION
-        sparse = family == "qwen3_moe" and layer == 0
+        attention = attention_parts(arch)
+        assert {part: last[f"{here}self_attention.{part}"] for part in attention} == attention
+        sparse = arch.is_sparse(layer)
+        joined = arch.input_norms and not sparse
         where = f"{here}mlp.experts.local_experts.3." if sparse else f"{here}mlp."
-        linears = EXPERT if sparse else DENSE_MLP
+        linears = {"linear_fc1": FUSED if joined else COLUMN, "linear_fc2": ROW}
         assert {part: last[where + part] for part in linears} == linears
-        assert last[f"{here}input_layernorm"] == "IdentityOp"
-        norm = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
-        assert (found[f"{here}pre_mlp_layernorm"] == norm) is sparse
-        if family.startswith("qwen3"):
-            assert found[f"{here}self_attention.q_layernorm"] == norm
-    assert found["decoder.final_layernorm"] == norm
+        assert (found[f"{here}input_layernorm"] == NORM) is (arch.latent is not None)
+        assert (found[f"{here}pre_mlp_layernorm"] == NORM) is (sparse and arch.input_norms)
+        if arch.qk_norm:
+            assert found[f"{here}self_attention.q_layernorm"] == NORM
+        if arch.output_norms:
+            assert found[f"{here}mlp_bda.norm"] == NORM
+    assert found["decoder.final_layernorm"] == NORM
     assert last["output_layer"] == "LogProbHead"
     assert not any(kind.startswith("mcore_rl.model.portable") for kind in found.values())
 
@@ -106,15 +115,20 @@ def test_weights_go_through_its_names_bitwise(
 ) -> None:
     (found,) = at_layout(pool1, "tp1", described, directory, recipe, tmp_path / "exported")
     assert found["fp8"] == (("hybrid", recipe) if recipe else (None, None))
-    check_layers(found["kinds"], family)
+    arch = read_architecture(directory)
+    check_layers(found["kinds"], arch)
     assert sorted(found["canonical"]) == sorted(found["entries"])
     assert [canonical(name) for name in found["names"]] == found["canonical"]
     fused = [name for name in found["names"] if ".layer_norm_weight" in name]
-    assert len(fused) == (3 if family == "qwen3_moe" else 4)  # of two layers, two each; one before a router
+    # None before a router, and none before latent attention, which two linear layers read.
+    joined = sum((arch.latent is None) + (not arch.is_sparse(layer)) for layer in range(arch.layers))
+    assert len(fused) == joined * arch.input_norms
     assert unequal(directory, tmp_path / "exported") == []
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2"], scope="session", indirect=True)
+@pytest.mark.parametrize(
+    "family", ["qwen3", "qwen3_moe", "qwen2", "deepseek_v3"], scope="session", indirect=True
+)
 def test_at_two_tensor_parallel_ranks_too(pool2: Pool, family: str, directory: Path, tmp_path: Path) -> None:
     at_layout(pool2, "tp2+sp", described, directory, "blockwise", tmp_path / "exported")
     assert unequal(directory, tmp_path / "exported") == []

@@ -41,7 +41,7 @@ from tests.model.test_policy import NegativeLogLikelihood
 
 ATOL = 1e-5
 RTOL = 1e-5
-OF_ANOTHER_ROPE = {"qwen2_yarn", "phi3_longrope"}
+OF_ANOTHER_ROPE = {"qwen2_yarn", "phi3_longrope", "deepseek_v2_groups", "deepseek_v3_halves"}
 UNTRAINED = "e_score_correction_bias"
 """chosen by, and moved by no gradient"""
 LENGTHS = (40, 3, 17, 9)
@@ -203,6 +203,20 @@ def test_logits_gradients_and_weights_are_those_of_transformers(
         for name, tensor in original.items():
             assert exported[name].dtype == tensor.dtype, name
             assert torch.equal(exported[name], tensor), name
+
+
+PRODUCTS = ("tp2cp2+sp", "tp2ep4dp2+sp", "pp2cp2ep2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", PRODUCTS)
+@pytest.mark.parametrize("family", ["deepseek_v3"], scope="session", indirect=True)
+def test_latent_attention_at_products_of_layouts(
+    pool4: Pool, directory: Path, expected: Expected, layout: str, tmp_path: Path
+) -> None:
+    answers = at_layout(pool4, layout, computed, directory, tmp_path, ("fp32",))
+    assert differences([answer.rows for answer in answers], expected) <= ATOL
+    check_gradients({n: g for answer in answers for n, g in answer.gradients.items()}, expected.gradients)
 
 
 def check_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

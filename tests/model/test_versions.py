@@ -8,13 +8,18 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import transformers
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import platform, versions
+from mcore_rl.model.build import build_policy
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
+from tests.model.conftest import save
+from tests.model.families import FAMILIES
 from tests.model.removal import Outcome, nothing, outcome
 from tests.model.support import at_layout
 from tests.model.test_policy import gradient_norm
@@ -52,6 +57,7 @@ def test_the_pinned_versions_are_the_supported_ones(file: str) -> None:
 PLAIN = {
     "mark_shard": lambda parameter, dim: None,
     "name_te_gemm": lambda: None,
+    "tell_te_absent": lambda: None,
     "mlp_module": lambda linears: ModuleSpec(module=MLP, submodules=linears),
     "drop_announcements": lambda: None,
 }
@@ -77,7 +83,7 @@ def needed_here(name: str) -> bool:
 def test_every_difference_is_listed_once() -> None:
     assert [one.met_by.__name__ for one in versions.DIFFERENCES] == list(PLAIN)
     assert {one.version for one in versions.DIFFERENCES} == set(versions.SUPPORTED)
-    assert PLAIN.keys() == SYMPTOMS.keys() | {"mark_shard"}
+    assert PLAIN.keys() == SYMPTOMS.keys() | {"mark_shard", "tell_te_absent"}
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +109,26 @@ def test_without_marks_the_gradient_norm_is_too_small(pool1: Pool, pool2: Pool, 
     (alone,) = at_layout(pool1, "tp1", gradient_norm, dense_dir)
     without = at_layout(pool2, "tp2", norm_without, dense_dir, "mark_shard")
     assert (without[0] < 0.99 * alone) == needed_here("mark_shard")
+
+
+def test_without_being_told_that_the_engine_is_absent_latent_attention_is_not_built(
+    pool1: Pool, tmp_path: Path
+) -> None:
+    kind, settings = FAMILIES["deepseek_v3"]
+    config = getattr(transformers, kind)(**settings)
+    directory = save(transformers.AutoModelForCausalLM.from_config, config, tmp_path / "hf")
+    (words,) = at_layout(pool1, "tp1", words_of_a_latent_build, directory)
+    assert ("isinstance() arg 2 must be a type" in words) == needed_here("tell_te_absent")
+
+
+def words_of_a_latent_build(mesh: Mesh, directory: Path) -> str:
+    """What building says where Megatron takes Transformer Engine for present, as 0.16.1 does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "tell_te_absent", PLAIN["tell_te_absent"])
+        if INSTALLED == "0.16.1":
+            patch.setattr(multi_latent_attention, "HAVE_TE", True)
+        try:
+            build_policy(directory, mesh)
+        except TypeError as error:
+            return str(error)
+    return ""

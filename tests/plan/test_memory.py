@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.data.balance import model_shape
+from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.plan.memory import stage_memory
+from mcore_rl.plan.memory import kv_bytes_per_token, stage_memory
 from mcore_rl.plan.work import PlannedStep
 from tests.plan.measure import measure
 
@@ -29,6 +30,18 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
+}
+
+
+LATENT = {name: value for name, value in CONFIG.items() if name != "head_dim"} | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 96,
+    "q_lora_rank": 160,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 4,  # experts have activations that depend on the router
 }
 
 
@@ -68,9 +81,39 @@ def test_the_buckets_of_a_sender_are_counted(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    return written(CONFIG, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def latent_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(LATENT, tmp_path_factory.mktemp("latent"))
+
+
+def written(config: dict, path: Path) -> Path:
+    (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def test_a_server_keeps_latents_whole_on_each_of_its_gpus(directory: Path, latent_directory: Path) -> None:
+    plain, latent = read_architecture(directory), read_architecture(latent_directory)
+    assert kv_bytes_per_token(plain) == 2 * 4 * 2 * 4 * 32
+    assert kv_bytes_per_token(latent) == 2 * 4 * (96 + 16)
+    for arch, path in ((plain, directory), (latent, latent_directory)):
+        assert kv_bytes_per_token(model_shape(read_hf_config(path))) == kv_bytes_per_token(arch)
+    colocated = replace(work("bf16", "none"), colocated=True)
+    whole, cut = (stage_memory(latent, Layout(tensor=n, sequence=n > 1), colocated)[0] for n in (1, 2))
+    assert whole.kv_cache == cut.kv_cache > 0
+    halved = stage_memory(plain, Layout(tensor=2), colocated)[0]
+    assert halved.kv_cache == stage_memory(plain, Layout(), colocated)[0].kv_cache / 2
+
+
+@pytest.mark.slow
+def test_a_step_with_latent_attention_takes_what_the_plan_says(pool1: Pool, latent_directory: Path) -> None:
+    (measured,) = pool1.run(measure, latent_directory, "bf16", "none", LENGTH, COUNT)
+    (planned,) = stage_memory(read_architecture(latent_directory), Layout(), work("bf16", "none"))
+    for component in ("weights", "gradients", "optimizer"):
+        assert getattr(planned, component) == measured[component], component
+    assert planned.step == pytest.approx(measured["step"], rel=WITHIN)
 
 
 @pytest.mark.slow

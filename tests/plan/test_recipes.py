@@ -43,7 +43,7 @@ def planned(recipe: Path, capsys: pytest.CaptureFixture[str], **options) -> dict
 def test_all_are_here() -> None:
     names = {path.stem for path in RECIPES}
     assert names >= {f"{name}_70b" for name in ("gspo", "ppo", "grpo", "sapo", "liteppo")}
-    assert names >= {"gspo_8b", "gspo_30b_a3b", "ppo_8b"}
+    assert names >= {"gspo_8b", "gspo_30b_a3b", "ppo_8b", "gspo_deepseek_v3", "gspo_glm_4_5"}
     kinds = ("sft", "reward_model", "dpo", "distill")
     assert names >= {f"{name}_{size}" for name in kinds for size in ("8b", "70b")}
 

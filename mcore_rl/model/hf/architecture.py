@@ -13,9 +13,12 @@ from typing import Any
 
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
+from mcore_rl.kindred import KINDRED
+from mcore_rl.model.hf.blocks import read_quantized
 from mcore_rl.model.hf.experts import Experts, check_experts, read_experts
 from mcore_rl.model.hf.families import FAMILIES, PREDICTING, Family, is_known, only_values
 from mcore_rl.model.hf.fields import KINDS, check_kinds, shown
+from mcore_rl.model.hf.latent import Latent, read_latent
 from mcore_rl.model.hf.rope import Rotary, read_rotary
 from mcore_rl.model.hf.windows import NO_WINDOWS, Windows, read_windows, two_ropes
 from mcore_rl.terminal import joined, short
@@ -50,6 +53,7 @@ class Architecture:
     heads: int
     kv_heads: int
     head_dim: int
+    """channels of a head's query and key"""
     intermediate: int
     """hidden size of the MLP in dense layers; 0 where all layers are mixtures"""
     vocab: int
@@ -87,6 +91,10 @@ class Architecture:
     """of the sigmoid in the activation of a gate with a limit"""
     sinks: bool = False
     """a score of every head that takes part in the softmax, without a value"""
+    latent: Latent | None = None
+    """keys and values come from a small vector of the token"""
+    quantized: str | None = field(default=None, compare=False)
+    """the type that weights in FP8 are read in, as safetensors writes it; None where none are in FP8"""
     predicting_layers: int = field(default=0, compare=False)
     """layers behind the last one that a checkpoint may have, and that have no part in this model"""
 
@@ -109,6 +117,26 @@ class Architecture:
     def has_shared_expert(self) -> bool:
         """True where an MLP beside the experts reads every token."""
         return self.experts is not None and self.experts.shared > 0
+
+    @property
+    def has_query_latent(self) -> bool:
+        """True where queries come from a small vector of the token too."""
+        return self.latent is not None and self.latent.query_rank is not None
+
+    @property
+    def has_whole_query(self) -> bool:
+        """True where, with latent attention, queries come from the hidden state."""
+        return self.latent is not None and self.latent.query_rank is None
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's value."""
+        return self.head_dim if self.latent is None else self.latent.value
+
+    @property
+    def cached(self) -> int:
+        """Numbers of a token in a layer that later tokens need: what a server keeps."""
+        return 2 * self.kv_heads * self.head_dim if self.latent is None else self.latent.cached
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -155,7 +183,8 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
         ConfigError: as read_architecture.
     """
     kind = hf.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    hf = hf | {"model_type": KINDRED.get(str(kind), kind)}
+    family = FAMILIES.get(hf["model_type"]) if isinstance(kind, str) else None
     if family is None:
         raise ConfigError(
             f"{where}: model_type {shown(kind)} is not supported; supported: {', '.join(FAMILIES)}"
@@ -179,7 +208,8 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
 
 def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
     heads = hf["num_attention_heads"]
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    latent = read_latent(hf, where) if family.latent else None
+    head_dim = latent.turned if latent else hf.get("head_dim") or hf["hidden_size"] // heads
     if head_dim % 2 or head_dim < 1:
         raise ConfigError(
             f"{where}: head_dim = {head_dim} is odd or 0, and rotary embeddings turn pairs; correct "
@@ -193,10 +223,10 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
         hidden=hf["hidden_size"],
         heads=heads,
         kv_heads=hf.get("num_key_value_heads", heads) if family.own_keys else hf["num_key_value_heads"],
-        head_dim=head_dim,
+        head_dim=latent.head if latent else head_dim,
         intermediate=0 if "intermediate_size" in family.names else hf["intermediate_size"],
         vocab=hf["vocab_size"],
-        rotary=replace(rotary, interleaved=family.interleaved),
+        rotary=replace(rotary, interleaved=hf.get("rope_interleave", family.interleaved)),
         local_rotary=None if local == rotary else local,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),
@@ -217,6 +247,8 @@ def _read(hf: dict[str, Any], family: Family, where: str) -> Architecture:
         unturned_layers=_unturned_layers(hf, where) if "no_rope_layers" in family.reads else frozenset(),
         scales=_scales(hf, family),
         windows=read_windows(hf, family.window, where, switched="use_sliding_window" in family.reads),
+        latent=latent,
+        quantized=read_quantized(hf, where),
         predicting_layers=max((hf.get(name, 0) for name in PREDICTING), default=0),
     )
 

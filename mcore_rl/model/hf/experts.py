@@ -25,7 +25,9 @@ class Experts:
     """scores are sigmoids, and experts are chosen by score plus a bias of their own; else softmax alone"""
     groups: int = 1
     groups_per_token: int = 1
-    """a token's experts are of the best so many groups, judged by the sum of a group's two best scores"""
+    """a token's experts are of the best so many groups"""
+    judged_by: int = 2
+    """a group is judged by the sum of so many of its best scores"""
     scale: float = 1.0
     """of the weights of a token's experts"""
     shared: int = 0
@@ -48,7 +50,13 @@ def read_experts(hf: Mapping[str, Any], where: str, *, sigmoid: bool) -> Experts
         raise ConfigError(f"{where}: num_experts contradicts num_local_experts; keep one")
     # These have no such field: their weights always sum to 1.
     always = "norm_topk_prob" not in hf and hf["model_type"] in ("mixtral", "gpt_oss")
-    groups = hf.get("n_group", 1)
+    # DeepSeek-V2 tells whether it has groups apart from how many.
+    method = hf.get("topk_method")
+    if not sigmoid and method not in (None, "greedy", "group_limited_greedy"):
+        raise ConfigError(
+            f"{where}: topk_method = {method!r} is not supported, only greedy and group_limited_greedy"
+        )
+    groups = 1 if method == "greedy" else hf.get("n_group", 1)
     return Experts(
         count=hf["num_experts" if "num_local_experts" not in hf else "num_local_experts"],
         per_token=hf["num_experts_per_tok"],
@@ -58,6 +66,7 @@ def read_experts(hf: Mapping[str, Any], where: str, *, sigmoid: bool) -> Experts
         sigmoid=sigmoid,
         groups=groups,
         groups_per_token=min(hf.get("topk_group", 1), groups),
+        judged_by=2 if sigmoid else 1,
         scale=float(hf.get("routed_scaling_factor", 1.0)),
         shared=_shared(hf),
         shared_gate="shared_expert_intermediate_size" in hf,
@@ -81,7 +90,7 @@ def _shared(hf: Mapping[str, Any]) -> int:
 
 
 def check_experts(experts: Experts, where: str) -> None:
-    """Raises ConfigError for numbers that contradict each other, or that Megatron-Core's router has not."""
+    """Raises ConfigError for numbers that contradict each other, or that no router is built of."""
     if experts.per_token > experts.count:
         raise ConfigError(
             f"{where}: num_experts_per_tok = {experts.per_token} of num_experts = {experts.count}; correct "
@@ -94,11 +103,6 @@ def check_experts(experts: Experts, where: str) -> None:
             "that the router would get no gradient, and Megatron-Core has no such router; take a model with "
             "2 or more experts per token, or with norm_topk_prob = false"
         )
-    if experts.sigmoid and not experts.normalized and experts.per_token > 1:
-        raise ConfigError(
-            f"{where}: norm_topk_prob = false is not supported with a sigmoid router, only true: "
-            "Megatron-Core's divides the weights of a token's experts by their sum"
-        )
     _check_groups(experts, where)
 
 
@@ -110,9 +114,9 @@ def _check_groups(experts: Experts, where: str) -> None:
             f"{where}: n_group = {experts.groups} and topk_group = {experts.groups_per_token} do not leave "
             f"num_experts_per_tok = {experts.per_token} of {experts.count} experts; correct the wrong one"
         )
-    if experts.groups_per_token < experts.groups and experts.per_token // experts.groups_per_token != 2:
+    size = experts.count // experts.groups
+    if experts.groups > 1 and size < experts.judged_by:
         raise ConfigError(
-            f"{where}: topk_group = {experts.groups_per_token} with num_experts_per_tok = "
-            f"{experts.per_token} is not supported, only half of it: Megatron-Core judges a group by so many "
-            "scores as a token has experts of it, the model by two"
+            f"{where}: n_group = {experts.groups} makes groups of {size} experts, and a group is judged by "
+            f"its {experts.judged_by} best; correct n_group or n_routed_experts"
         )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mcore_rl.model.hf import latent
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,6 +28,8 @@ class Family:
     """RMSNorm of what attention and the MLP add to the residual stream"""
     interleaved: bool = False
     """rotary embeddings turn neighbours, instead of one channel of each half"""
+    latent: bool = False
+    """latent attention: keys and values come from a small vector of the token"""
     sparse: bool = False
     """some layers are mixtures of experts"""
     sigmoid: bool = False
@@ -70,6 +74,7 @@ _SWITCHED = frozenset({"use_sliding_window", "sliding_window"})
 _WINDOW = _SWITCHED | {"max_window_layers"}
 _BIASES = frozenset({"attention_bias", "mlp_bias"})
 _BIAS = frozenset({"attention_bias"})
+_NO_BIAS = {"attention_bias": False}
 _AUXILIARY = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 """losses and noise of the router's pretraining; they have no part in the model's answer"""
 _QWEN_EXPERTS = frozenset({"norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"})
@@ -100,6 +105,18 @@ _GEMMA = Family(
         "tie_word_embeddings": True,
     },
 )
+_DEEPSEEK_HARMLESS = frozenset(
+    # losses of the pretraining, how its own program spread the experts, and code that is never run
+    {"aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "auto_map", "output_router_logits"}
+)
+_DEEPSEEK_NAMES = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
+_LATENT_DEFAULTS = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family(own_keys=True, output_bias=True, reads=_BIASES, harmless=frozenset({"pretraining_tp"})),
     "mistral": Family(window="all", reads=frozenset({"sliding_window"}), defaults={"sliding_window": 4096}),
@@ -244,6 +261,36 @@ FAMILIES: dict[str, Family] = {
         harmless=_AUXILIARY,
         defaults=_SIGMOID_DEFAULTS | {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5},
     ),
+    "deepseek_v2": Family(
+        own_keys=True,
+        latent=True,
+        sparse=True,
+        interleaved=True,
+        names=_DEEPSEEK_NAMES,
+        only=_NO_BIAS
+        | {"mlp_bias": False, "scoring_func": "softmax", "moe_layer_freq": 1, "norm_topk_prob": False},
+        reads=latent.FIELDS | _SIGMOID_EXPERTS - {"norm_topk_prob"} | {"topk_method"},
+        harmless=_DEEPSEEK_HARMLESS,
+        defaults=_LATENT_DEFAULTS
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407}
+        | {"topk_method": "greedy"},
+    ),
+    "deepseek_v3": Family(
+        own_keys=True,
+        latent=True,
+        sparse=True,
+        sigmoid=True,
+        interleaved=True,
+        names=_DEEPSEEK_NAMES,
+        only=_NO_BIAS | {"scoring_func": "sigmoid", "moe_layer_freq": 1, "topk_method": "noaux_tc"},
+        reads=latent.FIELDS | _SIGMOID_EXPERTS | PREDICTING | {"rope_interleave"},
+        harmless=_DEEPSEEK_HARMLESS,
+        defaults=_LATENT_DEFAULTS
+        | _SIGMOID_DEFAULTS
+        | {"num_key_value_heads": 128, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8}
+        | {"topk_group": 4, "first_k_dense_replace": 3, "moe_intermediate_size": 2048}
+        | {"routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
+    ),
 }
 """model_type -> what it means"""
 
@@ -262,7 +309,7 @@ _ONLY = {
 _READ = """
     model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim
     intermediate_size vocab_size rms_norm_eps tie_word_embeddings initializer_range layer_types
-    rope_theta rope_scaling rope_parameters partial_rotary_factor
+    rope_theta rope_scaling rope_parameters partial_rotary_factor quantization_config
 """
 _READ_EXPERTS = "num_experts num_local_experts num_experts_per_tok moe_intermediate_size"
 _HARMLESS = """

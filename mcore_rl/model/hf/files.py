@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import Architecture, read_json_object
+from mcore_rl.model.hf.blocks import multiplied_out
 from mcore_rl.model.hf.families import PREDICTING
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
@@ -100,10 +101,15 @@ def hf_reader(directory: Path, table: ParameterMap) -> Callable[[str], Tensor]:
 
 
 def hf_tensors(directory: Path, table: ParameterMap) -> dict[str, StoredTensor]:
-    """HF tensor name -> where it lies, rotary frequencies left out; raises as `checkpoint_files`."""
+    """HF tensor name -> where it lies, rotary frequencies left out; raises as `checkpoint_files`.
+
+    Matrices in FP8 are multiplied out when they are read, where config.json tells of them.
+    """
     files = checkpoint_files(directory)
     kept = {name: file for name, file in files.items() if not name.endswith(_COMPUTED)}
-    return stored_tensors(kept, wholes_of(table.hf_shapes()))
+    stored = stored_tensors(kept, wholes_of(table.hf_shapes()))
+    quantized = table.arch.quantized
+    return stored if quantized is None else multiplied_out(stored, quantized, str(directory))
 
 
 def left_out(directory: Path, arch: Architecture) -> str:
@@ -190,7 +196,7 @@ def write_side_files(
 
     config.json tells the type of the weights beside it, `dtype`, whatever it told before: a reader that goes
     by config.json would round them, or take twice the memory. Layers that predict later tokens are not among
-    the weights, and config.json says so. `quantization` becomes part of it.
+    the weights, and config.json says so. `quantization` becomes part of it, in place of what the source told.
     `classifier`: the weights are those of a sequence classifier with one label, whatever it was before.
     """
     for name, content in files.items():
@@ -202,6 +208,7 @@ def write_side_files(
     config |= dict.fromkeys(PREDICTING & config.keys(), 0)
     if classifier:
         config |= _as_classifier(config)
+    config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.stored import TYPES
 from mcore_rl.model.hf.tables import Rule, rules_of, sides
 
 FUSED = (
@@ -41,7 +42,7 @@ FUSED = (
 """Transformer Engine's name -> that of the portable spec: it joins a norm with the linear layer that follows,
 and the experts of a rank into one grouped linear layer with a numbered weight each"""
 
-HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HF_DTYPES = TYPES
 """types of weights, as safetensors writes them; others are quantized weights, which need their scales"""
 
 NUMBER = re.compile(r"(?<=decoder\.layers\.)(?P<layer>\d+)|(?<=\.local_experts\.)(?P<expert>\d+)")

@@ -44,6 +44,8 @@ class Yarn:
     original_positions: int
     whole_pairs: bool
     """the bounds of the blend are rounded outwards to whole pairs"""
+    strength: float = 0.0
+    """of the temperature that latent attention has in all channels (mscale_all_dim); 0 for none"""
 
 
 @dataclass(frozen=True)
@@ -222,9 +224,10 @@ def _linear(rope: Mapping[str, Any], channels: int, where: str) -> Linear:
 
 def _yarn(rope: Mapping[str, Any], channels: int, where: str) -> Yarn:
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    if fast <= slow or rope["rope_theta"] <= 1:
-        raise ConfigError(f"{where}: rope_type 'yarn' needs beta_fast > beta_slow and rope_theta > 1")
-    return Yarn(float(rope["factor"]), fast, slow, rope[_ORIGINAL], rope.get("truncate", True))
+    if fast < slow or rope["rope_theta"] <= 1:
+        raise ConfigError(f"{where}: rope_type 'yarn' needs beta_fast >= beta_slow and rope_theta > 1")
+    whole, strength = rope.get("truncate", True), float(rope.get("mscale_all_dim", 0.0))
+    return Yarn(float(rope["factor"]), fast, slow, rope[_ORIGINAL], whole, strength)
 
 
 def _longrope(rope: Mapping[str, Any], channels: int, where: str) -> LongRope:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,8 +21,12 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.stacked import piece
 
 _FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
+BLOCK = 128
+"""rows and columns of a matrix in FP8 that share a scale"""
 _MOST_EXPERTS = 2**12
 """a damaged file of no bytes may claim any number of them"""
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""types of weights, as safetensors writes them"""
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -37,11 +42,23 @@ class StoredTensor:
     """as safetensors writes it"""
     part: tuple[Any, ...] = field(default=(), repr=False)
     """index of the part; () for the whole"""
+    scale: StoredTensor | None = None
+    """of a matrix in FP8, whose `type` is then that of the product"""
 
     def read(self) -> Tensor:
         """The tensor, on the CPU; no more of the file is read."""
         with open_safetensors(self.file) as tensors:
-            return tensors.get_slice(self.name)[self.part] if self.part else tensors.get_tensor(self.name)
+            found = tensors.get_slice(self.name)[self.part] if self.part else tensors.get_tensor(self.name)
+        return (
+            found if self.scale is None else dequantize_blocks(found, self.scale.read()).to(TYPES[self.type])
+        )
+
+
+def dequantize_blocks(weight: Tensor, scale: Tensor) -> Tensor:
+    """[rows, columns] in float32, by the scales of its blocks."""
+    rows, columns = weight.shape
+    spread = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return weight.float() * spread
 
 
 def stored_tensors(files: Mapping[str, Path], stacked: Collection[str] = ()) -> dict[str, StoredTensor]:

@@ -46,6 +46,19 @@ def sides(arch: Architecture) -> dict[str, int]:
         "experts": arch.experts.count if arch.experts else 0,
         "gate_up": 2 * arch.experts.intermediate if arch.experts else 0,
         "heads": arch.heads,
+        **_latent_sides(arch),
+    }
+
+
+def _latent_sides(arch: Architecture) -> dict[str, int]:
+    if arch.latent is None:
+        return {}
+    return {
+        "query_latent": arch.latent.query_rank or 0,
+        "latent": arch.latent.rank,
+        "latent_and_key": arch.latent.cached,
+        "keys_values": arch.heads * (arch.latent.plain + arch.latent.value),
+        "values": arch.heads * arch.latent.value,
     }
 
 
@@ -243,10 +256,48 @@ _ROUTER_BIAS = Rule(
     ("experts",),
     layers="sparse",
 )
+
+
+def _latent_linear(megatron: str, hf: str, shape: str, axis: int | None, needs: str = "") -> Rule:
+    return Rule(
+        f"{_LAYER}self_attention.{megatron}.weight",
+        (f"{_HF_LAYER}self_attn.{hf}.weight",),
+        (shape,),
+        axis=axis,
+        needs=needs,
+        fp8=True,
+    )
+
+
+def _latent_norm(name: str, side: str, needs: str = "") -> Rule:
+    hf = f"{_HF_LAYER}self_attn.{name}_a_layernorm"
+    return _norm(f"{_LAYER}self_attention.{name}_layernorm", hf, side, needs)
+
+
+# Every tensor-parallel rank makes the latents whole, and its own heads of them.
+_LATENT_ATTENTION = (
+    _latent_linear("linear_q_proj", "q_proj", "queries hidden", 0, "has_whole_query"),
+    _latent_linear("linear_q_down_proj", "q_a_proj", "query_latent hidden", None, "has_query_latent"),
+    _latent_norm("q", "query_latent", "has_query_latent"),
+    _latent_linear("linear_q_up_proj", "q_b_proj", "queries query_latent", 0, "has_query_latent"),
+    _latent_linear("linear_kv_down_proj", "kv_a_proj_with_mqa", "latent_and_key hidden", None),
+    _latent_norm("kv", "latent"),
+    _latent_linear("linear_kv_up_proj", "kv_b_proj", "keys_values latent", 0),
+    _latent_linear("linear_proj", "o_proj", "hidden values", 1),
+)
 _PLAIN = _BACKBONE + _MLP
 _BIASED = _PLAIN + _MLP_BIAS
 _MIXTURE = _PLAIN + _experts()
 _POST_NORMS = _output_norms("post_attention_layernorm", "post_feedforward_layernorm")
+_LATENT_MIXTURE = (
+    *_ENDS,
+    _INPUT_NORM,
+    *_LATENT_ATTENTION,
+    _MLP_NORM,
+    *_MLP,
+    *_experts(),
+    *_shared_expert("shared_experts"),
+)
 _SANDWICH = _output_norms("post_self_attn_layernorm", "post_mlp_layernorm")
 _OLMO = (*_ENDS, *_ATTENTION, *_WHOLE_QK_NORM, *_POST_NORMS, *_MLP)
 _GEMMA = (
@@ -283,6 +334,8 @@ TABLES: dict[str, tuple[Rule, ...]] = {
     "smollm3": _BIASED,
     "glm4": (*_BACKBONE, *_SANDWICH, *_JOINED_MLP),
     "glm4_moe": (*_MIXTURE, *_shared_expert("shared_experts"), _ROUTER_BIAS),
+    "deepseek_v2": _LATENT_MIXTURE,
+    "deepseek_v3": (*_LATENT_MIXTURE, _ROUTER_BIAS),
 }
 """family -> rules"""
 

@@ -8,6 +8,7 @@ first axis.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,7 +56,10 @@ def place(entry: ParameterEntry, mapping: ParameterMap) -> Place:
         count = mapping.arch.experts.count
         zeros = (0,) * len(shape)
         return Place(f"{head}.experts.{rest}", (count, *shape), (int(number), *zeros), (1, *shape))
-    key = key.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    if mapping.arch.latent is None:
+        key = key.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    else:
+        key = re.sub(r"\b(q|kv)_layernorm\.", r"linear_\1_up_proj.layer_norm_", key)
     if entry.layer is not None and not mapping.arch.is_sparse(entry.layer):
         key = key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
     return Place(key, shape, (0,) * len(shape), shape)
