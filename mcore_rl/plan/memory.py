@@ -18,10 +18,10 @@ from mcore_rl.data.balance import ModelShape
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.experts import Experts
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.residency import NEEDED, PHASES
-from mcore_rl.model.spec import DTYPES, padded_vocab
+from mcore_rl.model.layouts import DTYPES, padded_vocab
+from mcore_rl.model.phases import NEEDED, PHASES
 from mcore_rl.parallel.head.passes import Tiling
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
 from mcore_rl.plan.work import PlannedStep
 from mcore_rl.precision import ITEM_BYTES

@@ -23,11 +23,12 @@ from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.head.divergence import Against, Divergence
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.batch import Batching, build_batch, pack_share, token_sequences
+from mcore_rl.training.layout import layout_of
 from mcore_rl.training.metrics import Gathered, LossTotal, read, sample_metrics
 from mcore_rl.training.model_passes import Update
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.session import Metrics, Session, sequences_of, start_model, start_session
-from mcore_rl.training.setup import layout_of, world_size
+from mcore_rl.training.setup import world_size
 from mcore_rl.training.teachers import Teachers, check_teachers, start_teachers
 from mcore_rl.types import PackedBatch, Sample
 

@@ -18,12 +18,13 @@ from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import checkpoint_files
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
+from mcore_rl.model.layouts import check_layout, padded_vocab
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
-from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import pack_share
 from mcore_rl.types import PackedBatch

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mcore_rl.model import platform
 from mcore_rl.parallel.context import gather_keys_values, local_tokens, sequence_sums, zigzag_positions
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import PlannedStep
