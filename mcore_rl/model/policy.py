@@ -119,7 +119,7 @@ class PackedGPT(GPTModel):
     def _check_length(self, layout: Any) -> None:
         """Raises ConfigError for positions at which the model computes something else than is built here."""
         longest = self.arch.rotary.longest
-        if longest is not None and int(layout.position_ids.max()) >= longest:
+        if longest is not None and layout.max_seqlen_q > longest:
             raise ConfigError(
                 f"a sequence of more than {longest} tokens: beyond its original length, the model's rotary "
                 "embedding depends on the length of the sequence, which servers and training see "

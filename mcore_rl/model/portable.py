@@ -10,6 +10,7 @@ this tensor-parallel rank, D channels per head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,23 +21,22 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mcore_rl.parallel.context import gather_keys_values
+from mcore_rl.parallel.context import gather_keys_values, gathered_places
 
 
 @dataclass(kw_only=True)
 class PackedLayout(PackedSeqParams):
-    """How the packed tokens of one micro-batch lie; computed once, used by every layer.
+    """How the packed tokens of one micro-batch lie.
 
     `qkv_format` is "sbhd" on purpose: rotary embeddings are indexed by `position_ids` (one gather) instead of
-    Megatron's loop over sequences, and this attention reads the boundaries itself.
+    Megatron's loop over sequences, and both attentions read the boundaries themselves. What only the portable
+    one reads is made when its first layer asks, on the device, and goes with the micro-batch.
     """
 
     position_ids: Tensor
     """[T] position of every local token in its own sequence"""
-    to_padded: Tensor
-    """[B, L] index into the local tokens; T (one past the end) where a sequence is shorter"""
-    from_padded: Tensor
-    """[T] index into the flattened [B * L]"""
+    padding: Padding
+    """of the local tokens"""
     boundaries: Tensor
     """[B+1] int32 boundaries of the whole sequences, all context-parallel shares together"""
     keys: KeyLayout | None = None
@@ -48,47 +48,92 @@ class PackedLayout(PackedSeqParams):
     def of(
         cls,
         position_ids: Tensor,
-        cu_seqlens: Tensor,
-        keys: KeyLayout | None = None,
-        boundaries: Tensor | None = None,
+        boundaries: Tensor,
+        longest: int,
+        *,
+        context: int = 1,
         experts: Tensor | None = None,
     ) -> PackedLayout:
-        """From the local tokens' positions [T] and boundaries [B+1]; `boundaries` where CP is not 1."""
-        to_padded, from_padded, longest = _padding_index(cu_seqlens.to(torch.int64))
-        whole = longest if keys is None else keys.longest
+        """From the local tokens' positions [T]; no tensor is read here, so that a GPU need not be waited for.
+
+        Args:
+            boundaries: [B+1] of the whole sequences.
+            longest: tokens of the longest of them.
+            context: ranks that hold a share of each.
+        """
+        tokens = len(position_ids)
+        whole = Padding(boundaries, longest, tokens * context)
+        local = whole if context == 1 else Padding(boundaries // context, longest // context, tokens)
         return cls(
             qkv_format="sbhd",
-            max_seqlen_q=whole,
-            max_seqlen_kv=whole,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
             position_ids=position_ids,
-            to_padded=to_padded,
-            from_padded=from_padded,
-            boundaries=cu_seqlens if boundaries is None else boundaries,
-            keys=keys,
+            padding=local,
+            boundaries=boundaries,
+            keys=None if context == 1 else KeyLayout(whole, local, position_ids, context),
             experts=experts,
         )
+
+
+@dataclass
+class Padding:
+    """From packed tokens to [B, L] and back."""
+
+    boundaries: Tensor
+    """[B+1]"""
+    longest: int
+    """L"""
+    tokens: int
+    """T"""
+
+    @cached_property
+    def to_padded(self) -> Tensor:
+        """[B, L] index into the tokens; T (one past the end) where a sequence is shorter."""
+        starts, ends = self.boundaries[:-1, None].long(), self.boundaries[1:, None].long()
+        index = starts + torch.arange(self.longest, device=starts.device)
+        return torch.where(index < ends, index, self.tokens)
+
+    @cached_property
+    def from_padded(self) -> Tensor:
+        """[T] index into the flattened [B * L]."""
+        boundaries = self.boundaries.long()
+        token = torch.arange(self.tokens, device=boundaries.device)
+        sequence = torch.bucketize(token, boundaries[1:], right=True)
+        return sequence * self.longest + token - boundaries[sequence]
 
 
 @dataclass
 class KeyLayout:
     """Where the keys and values of whole sequences lie after the context-parallel all-gather."""
 
-    to_padded: Tensor
-    """[B, L_whole] index into the gathered tokens, in sequence order; their number where padded"""
-    mask: Tensor
-    """[B, 1, L_local, L_whole] True where the query may see the key"""
-    longest: int
-    """L_whole"""
+    whole: Padding
+    local: Padding
+    position_ids: Tensor
+    """[T] of this rank's tokens"""
+    size: int
+    """ranks of the group"""
+    kept: Tensor | None = None
+    """what `mask` has made"""
 
+    @cached_property
+    def to_padded(self) -> Tensor:
+        """[B, L_whole] index into the gathered tokens, in sequence order; their number where padded."""
+        place = gathered_places(self.whole.boundaries, self.size, self.whole.tokens)
+        return F.pad(place, (0, 1), value=self.whole.tokens)[self.whole.to_padded]
 
-def _padding_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, int]:
-    """[B+1] boundaries -> ([B, L] gather index, [T] scatter index, L)."""
-    lengths = cu_seqlens.diff()
-    total, longest = int(cu_seqlens[-1]), int(lengths.max())
-    slots = torch.arange(longest, device=cu_seqlens.device)
-    inside = slots < lengths[:, None]
-    to_padded = torch.where(inside, cu_seqlens[:-1, None] + slots, total)
-    return to_padded, inside.flatten().nonzero().squeeze(1), longest
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[B, 1, L_local, L_whole] 0 where the query may see the key, else -inf; of all layers the same one.
+
+        It is what torch makes of a mask of bools in every layer anew, to keep it until the backward pass.
+        """
+        if self.kept is None or self.kept.dtype != dtype:
+            # padding sees everything: it is never read
+            positions = F.pad(self.position_ids, (0, 1), value=self.whole.longest)[self.local.to_padded]
+            hidden = positions[:, None, :, None] < torch.arange(self.whole.longest, device=positions.device)
+            self.kept = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.kept.masked_fill_(hidden, -torch.inf)
+        return self.kept
 
 
 class RMSNorm(nn.Module):
@@ -137,16 +182,17 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D]."""
         layout = packed_seq_params
-        q = _pad(query.squeeze(1), layout.to_padded)
+        to_padded = layout.padding.to_padded
+        q = _pad(query.squeeze(1), to_padded)
         if layout.keys is None:
-            k, v = (_pad(x.squeeze(1), layout.to_padded) for x in (key, value))
+            k, v = (_pad(x.squeeze(1), to_padded) for x in (key, value))
             out = self._attend(q, k, v, is_causal=True)
         else:
             k, v = (
                 _pad(x, layout.keys.to_padded) for x in gather_keys_values(key.squeeze(1), value.squeeze(1))
             )
-            out = self._attend(q, k, v, attn_mask=layout.keys.mask)
-        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, layout.from_padded)
+            out = self._attend(q, k, v, attn_mask=layout.keys.mask(q.dtype))
+        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, layout.padding.from_padded)
         return flat.flatten(1).unsqueeze(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:

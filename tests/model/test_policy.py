@@ -199,7 +199,7 @@ class NegativeLogLikelihood:
 
     def __call__(self, batch: PackedBatch, head: HeadOutput):
         total = -head.log_prob.sum()
-        return total, {"loss": total, "rows": torch.tensor(head.log_prob.numel())}
+        return total, lambda: {"loss": total, "rows": torch.tensor(head.log_prob.numel())}
 
 
 def batches_at(mesh: Mesh) -> list[PackedBatch]:
@@ -263,7 +263,7 @@ def test_metrics_do_not_share_memory_with_the_loss(name: str) -> None:
     """The schedule divides the loss in place, after the metrics were taken."""
     total = torch.tensor(6.0, requires_grad=True).clone()
     scaled, count, (metrics,) = step._scaled_loss(
-        lambda batch, output: (total, {"loss": total}), None, 4, torch.zeros(3)
+        lambda batch, output: (total, lambda: {"loss": total}), None, 4, torch.zeros(3)
     )
     assert (scaled.item(), count.item()) == (24.0, 1)
     with torch.no_grad():

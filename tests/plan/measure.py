@@ -50,8 +50,8 @@ class SumOfLogProbs:
     def rowwise(self, batch: PackedBatch) -> bool:
         return False
 
-    def __call__(self, batch: PackedBatch, output) -> tuple[Tensor, dict[str, Tensor]]:
-        return output.log_prob.sum(), {}
+    def __call__(self, batch: PackedBatch, output) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        return output.log_prob.sum(), dict
 
 
 def _bytes(tensor: Tensor) -> int:
