@@ -28,7 +28,8 @@ import torch.distributed as dist
 from mcore_rl.checkpoint import Checkpoints
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.model import platform
-from mcore_rl.parallel.mesh import Layout, build_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh
 
 MATRIX = (4096, 4096)
 LIMITS = {"background / memcpy": 1.6, "background / foreground": 0.1}

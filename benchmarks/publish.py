@@ -30,7 +30,8 @@ import torch
 
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.mesh import Layout, build_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.processes import LocalServer, SGLang

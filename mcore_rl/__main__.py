@@ -232,9 +232,10 @@ def _names(text: str) -> tuple[str, ...]:
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--rollouts DIR] [--replay DUMP] [--key value ...]`."""
     from mcore_rl.config import load_config
+
+    config = load_config(arguments.config, overrides)  # a mistake in it is said before torch is imported
     from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 
-    config = load_config(arguments.config, overrides)
     _check_flags(arguments)
     if arguments.rehearse:
         from mcore_rl.launch.rehearse import rehearse
@@ -267,9 +268,10 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl rollout CONFIG.toml [--section.key value ...]`; started again, it goes on."""
     from mcore_rl.config import load_config
     from mcore_rl.errors import ConfigError
-    from mcore_rl.launch.start import run_alone
 
     config = load_config(arguments.config, overrides)
+    from mcore_rl.launch.start import run_alone
+
     if config.run.kind != "rl":
         raise ConfigError(f'rollout: run.kind = "{config.run.kind}" has no rollouts alone; set "rl"')
     return run_alone(config)

@@ -24,7 +24,16 @@ from mcore_rl.algo import advantages, baselines, lambdas, losses, masked_losses,
 from mcore_rl.algo.corrections import Rule, parse_rules
 from mcore_rl.algo.losses import CORRECTIONS, Aggregation, Correction, CorrectionName, KLEstimator
 from mcore_rl.algo.presets import PRESETS
-from mcore_rl.algo.rows import OF_OLD, OF_SEQUENCES, Rows, TokenLoss, averaged_by, declared, marked_by
+from mcore_rl.algo.rows import (
+    OF_OLD,
+    OF_SEQUENCES,
+    Rows,
+    TokenLoss,
+    averaged_by,
+    declared,
+    finite,
+    marked_by,
+)
 from mcore_rl.errors import ConfigError
 from mcore_rl.functions import load_function
 from mcore_rl.terminal import quoted
@@ -378,12 +387,21 @@ def objective(
     Exactly 0 if not usable. Multiply by the aggregation weight and sum. The correction (losses.CORRECTIONS)
     acts on the policy term only.
     """
-    loss = correction * policy.loss + kl_coef * kl - entropy_coef * entropy
-    if not isinstance(likelihood, float):
+    # each term is a kernel or two on a GPU, and is left out where it changes nothing
+    loss = policy.loss if _is(correction, 1.0) else correction * policy.loss
+    if not _is(kl, 0.0):
+        loss = loss + kl_coef * kl
+    if not _is(entropy, 0.0):
+        loss = loss - entropy_coef * entropy
+    if not _is(likelihood, 0.0):
         loss = loss - likelihood * rows.log_prob
     loss = torch.where(rows.usable, loss, 0.0)
     # a policy that is not finite itself is broken, and must be seen as such
-    return torch.where(torch.isfinite(rows.log_prob), loss, rows.log_prob)
+    return torch.where(finite(rows.log_prob.detach()), loss, rows.log_prob)
+
+
+def _is(value: Tensor | float, neutral: float) -> bool:
+    return not isinstance(value, Tensor) and value == neutral
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

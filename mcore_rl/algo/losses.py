@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mcore_rl.algo.metrics import Max, Mean, Metric, Min
-from mcore_rl.algo.rows import Rows, TokenLoss, reads
+from mcore_rl.algo.rows import Rows, TokenLoss, finite, reads
 from mcore_rl.errors import ConfigError
 
 LOG_RATIO_BOUND = 20.0
@@ -37,7 +37,7 @@ def bounded(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def difference(log_prob: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log_prob - other`, unbounded; 0 without gradient where `other` is not finite (a masked token)."""
-    return torch.where(torch.isfinite(other), log_prob - other, 0.0)
+    return torch.where(finite(other), log_prob - other, 0.0)
 
 
 def log_ratio(log_prob: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

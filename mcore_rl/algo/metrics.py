@@ -8,12 +8,14 @@ ranks, so that no layout and no packing changes the number.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mcore_rl.errors import NumericsError
@@ -22,6 +24,12 @@ MAGNITUDES = torch.logspace(-8, 2, 201, dtype=torch.float64)
 """bin edges of `Quantile`, 20 per decade: any layout reads the same quantile off them"""
 _SINGLE = 100
 """rows from which on one of them alone does not make a quantile"""
+
+
+@cache
+def _edges(device: torch.device) -> Tensor:
+    """MAGNITUDES where they are needed; copied once."""
+    return MAGNITUDES.to(device)
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,10 @@ class Quantile(Metric):
 
     def reduce_rows(self, values: Tensor, rows: Tensor) -> Tensor:
         """See Metric.reduce_rows."""
-        magnitudes = values.abs().clamp(1e-8, 99.0).cpu().reshape(-1)
-        return torch.histogram(magnitudes, MAGNITUDES, weight=rows.double().cpu().reshape(-1)).hist
+        magnitudes = values.abs().clamp(1e-8, 99.0).reshape(-1)
+        bins = torch.bucketize(magnitudes, _edges(values.device), right=True) - 1
+        counts = values.new_zeros(len(MAGNITUDES)).index_add(0, bins, rows.double().reshape(-1))
+        return counts[:-1]  # what is no number has no magnitude: it is behind the last edge
 
     def value(self, total: Tensor) -> float | None:
         """See Metric.value."""
@@ -173,6 +183,53 @@ class Total(Metric):
     def read(self, name: str, total: Tensor, updates: int) -> dict[str, float]:
         """Return the mean over optimizer steps."""
         return {name: total.item() / updates}
+
+
+def parts_of(
+    metrics: Mapping[str, Metric], usable: Bool[Tensor, "*shape"], everything: Bool[Tensor, "*shape"]
+) -> dict[Key, Tensor]:
+    """The parts of all `metrics`, each `Metric.part`; those that are reduced alike are reduced together.
+
+    Args:
+        everything: true at every row, for metrics that are `of_all_rows`.
+    """
+    alike: dict[Any, list[str]] = {}
+    for name, metric in metrics.items():
+        own = type(metric).part is not Metric.part
+        alike.setdefault(name if own else type(metric).reduce_rows, []).append(name)
+    found = {}
+    for reduce, names in alike.items():
+        some = [metrics[name] for name in names]
+        rows = [everything if metric.of_all_rows else usable for metric in some]
+        if reduce not in _TOGETHER:
+            parts: Iterable[Tensor] = [one.part(its) for one, its in zip(some, rows, strict=True)]
+        else:
+            values = torch.stack([cast(Tensor, metric.values).detach() for metric in some]).double()
+            among = [its if m.among is None else its & m.among for m, its in zip(some, rows, strict=True)]
+            parts = _TOGETHER[reduce](values.flatten(1), torch.stack(among).flatten(1))
+        found |= dict(zip(names, parts, strict=True))
+    return {Key(name, metric.kind): found[name] for name, metric in metrics.items()}
+
+
+def _means(values: Tensor, rows: Tensor) -> Iterable[Tensor]:
+    return torch.stack([torch.where(rows, values, 0.0).sum(1), rows.sum(1).double()], 1)
+
+
+def _maxima(values: Tensor, rows: Tensor) -> Iterable[Tensor]:
+    seen = torch.where(rows, values, -torch.inf)
+    return seen.amax(1) if seen.shape[1] else seen.new_full((len(seen),), -torch.inf)
+
+
+def _totals(values: Tensor, rows: Tensor) -> Iterable[Tensor]:
+    return torch.where(rows, values, 0.0).sum(1)
+
+
+_TOGETHER: Mapping[Any, Callable[[Tensor, Tensor], Iterable[Tensor]]] = {
+    Mean.reduce_rows: _means,
+    Max.reduce_rows: _maxima,
+    Total.reduce_rows: _totals,
+}
+"""`reduce_rows` of one metric -> that of values [K, R] of K metrics, each of its own rows (bool)"""
 
 
 def quantile_rank(fraction: float, rows: float) -> float:
@@ -238,7 +295,8 @@ def gradient_scale_sums(
     Args:
         coefficient: dloss/dlog_prob of the per-token loss, before the aggregation weight.
     """
-    log_p, spread, a, c = (x.detach().double() for x in (log_prob, entropy, advantage, coefficient))
+    given = (log_prob, entropy, advantage, coefficient)
+    log_p, spread, a, c = torch.stack([x.detach() for x in given]).double()
     surprise = -torch.expm1(log_p)
     terms = [c.abs() * surprise, a.abs() * -torch.expm1(-spread), surprise, -log_p, torch.ones_like(log_p)]
     return torch.stack(terms).sum(1)

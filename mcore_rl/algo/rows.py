@@ -103,6 +103,11 @@ def declared(loss: Callable[..., TokenLoss]) -> frozenset[str]:
     return _of_loss(loss, "reads", frozenset())
 
 
+def finite(values: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """`torch.isfinite`, whose four kernels it does with two; for rows, where launching them is what costs."""
+    return (values - values) == 0
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a loss may read of some rows. Everything but log_prob and entropy is a constant, and finite.
@@ -140,10 +145,12 @@ class Rows:
     ) -> Rows:
         """Take what was recorded, whatever is in it; default: what the policy itself says now."""
         current = log_prob.detach()
-        given = [current if x is None else x.detach() for x in (old, rollout, reference)]
-        recorded = [torch.isfinite(x) for x in (old, rollout, reference) if x is not None]
-        usable = torch.stack([torch.ones_like(current, dtype=torch.bool), *recorded]).all(0)
-        old, rollout, ref = (torch.where(usable, x, current) for x in given)
+        recorded = [finite(x.detach()) for x in (old, rollout, reference) if x is not None]
+        usable = functools.reduce(torch.logical_and, recorded or [torch.ones_like(current, dtype=torch.bool)])
+        old, rollout, ref = (
+            current if x is None else torch.where(usable, x.detach(), current)
+            for x in (old, rollout, reference)
+        )
         extras = {} if reference is None else {"reference": ref}
         return cls(log_prob, entropy, old, rollout, advantage, usable, sequence_tokens, extras)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from mcore_rl.algo.algorithms import configure, has_critic
-from mcore_rl.config.effects import doubtful, params_without_effect, wrong_rewards
 from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment, wrong_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
+from mcore_rl.config.rewards import wrong_rewards
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
     AlgorithmConfig,
@@ -31,7 +31,6 @@ from mcore_rl.config.sections import (
     TrainConfig,
 )
 from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
-from mcore_rl.errors import ConfigError
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
 
@@ -119,7 +118,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if p999 is not None and largest is not None and p999 > largest:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if config.run.kind == "rl":
-        yield from _against_algorithm(config)
+        yield from _effects().wrong_algorithm(config.algorithm, config.rollout)
     of_kind = (config.preference, config.distill, config.supervised, config.residency.reference)
     yield from wrong_of_kind(config.run.kind, *of_kind)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)
@@ -271,50 +270,6 @@ def _of_quantized(config: Config) -> Iterator[str]:
         yield 'publish.quantize: SGLang computes beside FP8 weights in bf16; set model.precision = "bf16"'
 
 
-def _against_algorithm(config: Config) -> Iterator[str]:
-    if config.algorithm.name == "sft":
-        yield 'algorithm.name: "sft" is a kind of run; set run.kind = "sft", and drop algorithm.name'
-        return
-    try:
-        algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
-    except ConfigError as error:
-        yield str(error)
-        return
-    yield from params_without_effect(algorithm, config.algorithm.params)
-    if config.rollout.max_staleness and not (algorithm.corrects or algorithm.rules or algorithm.off_policy):
-        yield (
-            "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
-            'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
-        )
-    if config.rollout.dynamic_sampling and not algorithm.compares:
-        yield (
-            f"rollout.dynamic_sampling: {config.algorithm.name} does not compare the samples of a prompt, "
-            "and learns from equal rewards too; drop it"
-        )
-    if config.rollout.dynamic_sampling == 1:
-        yield (
-            "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
-            "ends the run; set 2 or more, or 0"
-        )
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    if algorithm.kl_target is not None and algorithm.kl_horizon < samples:
-        yield (
-            f"algorithm.params.kl_horizon: {algorithm.kl_horizon:g} is shorter than the {samples} samples of "
-            "a step, over which the coefficient would jump; raise it"
-        )
-    of_pass = algorithm.advantage_params.get("k")
-    if algorithm.compares and isinstance(of_pass, int) and of_pass >= config.rollout.samples_per_prompt > 1:
-        yield (
-            f"algorithm.params.k: {of_pass} of {config.rollout.samples_per_prompt} samples of a prompt leave "
-            "nothing to compare, and every advantage is 0; lower it, or raise rollout.samples_per_prompt"
-        )
-    if algorithm.compares and config.rollout.samples_per_prompt == 1:
-        yield (
-            f"rollout.samples_per_prompt: {config.algorithm.name} compares the samples of a prompt, and "
-            "with one every advantage is 0; set 2 or more"
-        )
-
-
 def warnings(config: Config) -> list[str]:
     """`key: what` for settings that are allowed and hardly meant."""
     rates = {"optimizer.lr": config.optimizer.lr}
@@ -322,10 +277,10 @@ def warnings(config: Config) -> list[str]:
     if config.run.kind != "rl":
         found = [f"{key}: 0, so that nothing is learned" for key, rate in rates.items() if rate == 0]
         return [*found, *_never_due(config)]
-    algorithm = configure(a.name, a.params, a.loss)
+    algorithm = _effects().configure(a.name, a.params, a.loss)
     rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
     updates, stale = a.mini_batches * a.epochs, config.rollout.max_staleness > 0
-    found = doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates)
+    found = _effects().doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates)
     return [*found, *_of_critic(config, updates), *_never_due(config)]
 
 
@@ -360,12 +315,14 @@ def _never_due(config: Config) -> Iterator[str]:
 def _needs_reference(config: Config) -> bool:
     if config.run.kind != "rl":
         return config.run.kind == "preference" and config.preference.loss != "orpo"
-    try:
-        return configure(
-            config.algorithm.name, config.algorithm.params, config.algorithm.loss
-        ).needs_reference
-    except ConfigError:  # _against_algorithm says what is wrong
-        return False
+    return _effects().needs_reference(config.algorithm)
+
+
+def _effects() -> ModuleType:
+    """What reads the algorithms; imported when every key is known to be right, since it imports torch."""
+    from mcore_rl.config import effects
+
+    return effects
 
 
 _OF_FUNCTION = ("function", "functions", "workers", "timeout", "memory", "max_void", "weights")
@@ -386,7 +343,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
     what = f'run.kind is "{config.run.kind}", which' if other else name
     if config.run.kind == "preference":
         what = f'preference.loss is "{config.preference.loss}", which'
-    if other or not has_critic(name):
+    if other or not _effects().needs_critic(name):
         keys = [f"critic.{key}" for key in CriticConfig.model_fields] + ["residency.critic"]
         unused |= dict.fromkeys(keys, f"{what} has no critic")
     elif not config.critic.warmup_rollouts:

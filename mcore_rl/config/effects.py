@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 from mcore_rl.algo import losses, masked_losses, sequence_losses
 from mcore_rl.algo.advantages import group_normalized
-from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.algorithms import Algorithm, configure, has_critic
 from mcore_rl.algo.baselines import best_of_group
 from mcore_rl.algo.rows import TokenLoss
-from mcore_rl.config.sections import RewardConfig
-from mcore_rl.terminal import joined, short
+from mcore_rl.config.sections import AlgorithmConfig, RolloutConfig
+from mcore_rl.errors import ConfigError
 
 _CLIP = ("eps_low", "eps_high", "dual_clip")
 _BOUNDS: Mapping[Callable[..., TokenLoss], tuple[str, ...]] = {
@@ -117,18 +117,59 @@ def doubtful(
         )
 
 
-def wrong_rewards(reward: RewardConfig) -> Iterator[str]:
-    """`reward.key: what, remedy` for tables of reward functions and weights that cannot be meant."""
-    for name, one in reward.functions.items():
-        for field, values in one.when.items():
-            if not values:
-                yield f"reward.functions.{name}.when: {short(field)} has no value to be; name one"
-    for part in reward.weights if reward.functions else ():
-        name, _, of_function = part.partition("/")
-        if part in reward.functions:
-            yield f"reward.weights: {part} is a function, not a part; set reward.functions.{part}.weight"
-        elif name not in reward.functions or not of_function:
-            yield (
-                f"reward.weights: {short(part)} is no part of the functions {joined(reward.functions)}; "
-                "their parts are called NAME/part"
-            )
+def wrong_algorithm(chosen: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:
+    """`section.key: what, remedy` for what the algorithm of an RL run cannot go together with."""
+    if chosen.name == "sft":
+        yield 'algorithm.name: "sft" is a kind of run; set run.kind = "sft", and drop algorithm.name'
+        return
+    try:
+        algorithm = configure(chosen.name, chosen.params, chosen.loss)
+    except ConfigError as error:
+        yield str(error)
+        return
+    yield from params_without_effect(algorithm, chosen.params)
+    if rollout.max_staleness and not (algorithm.corrects or algorithm.rules or algorithm.off_policy):
+        yield (
+            "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "
+            'them; set algorithm.params.correction = "tis-token" (or another one), or max_staleness = 0'
+        )
+    if rollout.dynamic_sampling and not algorithm.compares:
+        yield (
+            f"rollout.dynamic_sampling: {chosen.name} does not compare the samples of a prompt, "
+            "and learns from equal rewards too; drop it"
+        )
+    if rollout.dynamic_sampling == 1:
+        yield (
+            "rollout.dynamic_sampling: with 1 a step may replace no group, and the first without a signal "
+            "ends the run; set 2 or more, or 0"
+        )
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    if algorithm.kl_target is not None and algorithm.kl_horizon < samples:
+        yield (
+            f"algorithm.params.kl_horizon: {algorithm.kl_horizon:g} is shorter than the {samples} samples of "
+            "a step, over which the coefficient would jump; raise it"
+        )
+    of_pass = algorithm.advantage_params.get("k")
+    if algorithm.compares and isinstance(of_pass, int) and of_pass >= rollout.samples_per_prompt > 1:
+        yield (
+            f"algorithm.params.k: {of_pass} of {rollout.samples_per_prompt} samples of a prompt leave "
+            "nothing to compare, and every advantage is 0; lower it, or raise rollout.samples_per_prompt"
+        )
+    if algorithm.compares and rollout.samples_per_prompt == 1:
+        yield (
+            f"rollout.samples_per_prompt: {chosen.name} compares the samples of a prompt, and "
+            "with one every advantage is 0; set 2 or more"
+        )
+
+
+def needs_reference(chosen: AlgorithmConfig) -> bool:
+    """The algorithm asks a frozen model; False where `wrong_algorithm` says that it is wrong."""
+    try:
+        return configure(chosen.name, chosen.params, chosen.loss).needs_reference
+    except ConfigError:
+        return False
+
+
+def needs_critic(name: str) -> bool:
+    """The algorithm, or preset, of that name trains a critic."""
+    return has_critic(name)

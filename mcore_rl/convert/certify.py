@@ -16,7 +16,8 @@ from mcore_rl.model import platform
 from mcore_rl.model.build import build_logits
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.step import forward
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.training.batch import Batching, align_of, pack_share
 

@@ -22,10 +22,9 @@ from mcore_rl.model.hf.files import (
     read_side_files,
     write_side_files,
 )
-from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
 from mcore_rl.model.hf.stacked import ordered, whole_of
 from mcore_rl.model.hf.torch_dist import CRITIC, holds_classifier, torch_dist_reader, torch_dist_types
-from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
 

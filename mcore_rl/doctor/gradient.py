@@ -11,7 +11,8 @@ from mcore_rl.doctor.finding import Finding
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.probe import check_gradient_scale
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 
 SECONDS = 120.0

@@ -21,13 +21,14 @@ from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import left_out
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.spec import check_layout, padded_vocab
+from mcore_rl.model.layouts import check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
-from mcore_rl.training.setup import layout_of, load_tokenizer, read_prompts
+from mcore_rl.training.layout import layout_of
+from mcore_rl.training.setup import load_tokenizer, read_prompts
 from mcore_rl.training.stacked import check_transport
 from mcore_rl.training.teachers import check_teachers
 from mcore_rl.weight_files import unread

@@ -14,15 +14,16 @@ from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding
 from mcore_rl.errors import RewardError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.policy import CriticParameterMap
-from mcore_rl.model.spec import check_classifier_layout, padded_vocab
+from mcore_rl.model.hf.parameters import CriticParameterMap
+from mcore_rl.model.layouts import check_classifier_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import RewardFunction, load_rewards
 from mcore_rl.terminal import joined
 from mcore_rl.training.assemble import check_same_tokens
 from mcore_rl.training.assemble_rollouts import reward_pool
+from mcore_rl.training.layout import layout_of
 from mcore_rl.training.rewards import check_weights, reward_functions, reward_title
-from mcore_rl.training.setup import layout_of, load_tokenizer
+from mcore_rl.training.setup import load_tokenizer
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 _EACH = 8

@@ -23,11 +23,12 @@ from mcore_rl.directories import locked, make
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
-from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.policy import CriticParameterMap, with_value_head
+from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
+from mcore_rl.model.policy import with_value_head
 from mcore_rl.model.weights_io import hf_reader, random_reader
 from mcore_rl.terminal import printable
-from mcore_rl.training.setup import layout_of, world_size
+from mcore_rl.training.layout import layout_of
+from mcore_rl.training.setup import world_size
 
 STEPS = 3
 PROCESSES = 8

@@ -29,12 +29,12 @@ from mcore_rl.training.faults.dump import alone, from_json
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
 from mcore_rl.training.faults.watchdog import collective_timeout
+from mcore_rl.training.layout import layout_of
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.preference import loss_of
 from mcore_rl.training.reward_model import TOTAL
 from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.setup import (
-    layout_of,
     model_settings,
     process_group,
     trained_ddp,

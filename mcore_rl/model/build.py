@@ -25,24 +25,12 @@ from torch import Tensor
 from mcore_rl.model import platform, weights_io
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import left_out, read_side_files
-from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
 from mcore_rl.model.hf.torch_dist import holds_torch_dist
-from mcore_rl.model.policy import (
-    CriticModel,
-    CriticParameterMap,
-    LogitsModel,
-    PackedGPT,
-    PolicyModel,
-    with_value_head,
-)
+from mcore_rl.model.layouts import check_classifier_layout, check_layout, padded_vocab
+from mcore_rl.model.policy import CriticModel, LogitsModel, PackedGPT, PolicyModel, with_value_head
 from mcore_rl.model.rotary import rotary_frequencies
-from mcore_rl.model.spec import (
-    block_spec,
-    check_classifier_layout,
-    check_layout,
-    padded_vocab,
-    transformer_config,
-)
+from mcore_rl.model.spec import block_spec, transformer_config
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 from mcore_rl.terminal import printable

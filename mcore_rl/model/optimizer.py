@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from mcore_rl.errors import NumericsError
 from mcore_rl.model.build import Model
-from mcore_rl.model.spec import DTYPES
+from mcore_rl.model.layouts import DTYPES
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
 

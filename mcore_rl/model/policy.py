@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.hf.tables import Rule
+from mcore_rl.model.hf.parameters import VALUE_HEAD
 from mcore_rl.model.rotary import rotary_table
 from mcore_rl.parallel.head import Call, HeadOutput, RowLoss, head_loss, log_prob_entropy
 from mcore_rl.parallel.head.divergence import Against, DivergenceLoss, divergence_loss, divergences
@@ -202,10 +201,6 @@ class PolicyModel(PackedGPT):
         return cast(Tensor, self.output_layer.weight)
 
 
-VALUE_HEAD = Rule("value_head.weight", ("score.weight",), ("one hidden",))
-"""[1, H]; the HF name is that of transformers' sequence classifiers."""
-
-
 class ValueHead(nn.Module):
     """Hidden state -> value: one linear output without bias, at least float32 whatever the model's precision.
 
@@ -249,16 +244,6 @@ class CriticModel(PackedGPT):
     def head(self, hidden: Tensor, scored: Scored) -> Tensor:
         """Values [R], from the hidden states that the policy scores the same tokens from."""
         return self.value_head(hidden, scored.rows)
-
-
-class CriticParameterMap(ParameterMap):
-    """The policy's table with the value head in place of the output layer."""
-
-    def __init__(self, arch: Architecture, vocab_rows: int) -> None:
-        """Take what ParameterMap takes."""
-        super().__init__(arch, vocab_rows)
-        del self._rules["output_layer.weight"]
-        self._rules[VALUE_HEAD.megatron] = VALUE_HEAD
 
 
 def with_value_head(

@@ -10,7 +10,7 @@ this tensor-parallel rank, D channels per head.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -27,29 +27,28 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mcore_rl.parallel.context import gather_keys_values
+from mcore_rl.parallel.context import gather_keys_values, gathered_places
 
 
 @dataclass(kw_only=True)
 class PackedLayout(PackedSeqParams):
-    """How the packed tokens of one micro-batch lie; computed once, used by every layer.
+    """How the packed tokens of one micro-batch lie.
 
     `qkv_format` is "sbhd" on purpose: rotary embeddings are indexed by `position_ids` (one gather) instead of
-    Megatron's loop over sequences, and this attention reads the boundaries itself.
+    Megatron's loop over sequences, and both attentions read the boundaries themselves. What only the portable
+    one reads is made when its first layer asks, on the device, and goes with the micro-batch.
     """
 
     position_ids: Tensor
     """[T] position of every local token in its own sequence"""
-    to_padded: Tensor
-    """[B, L] index into the local tokens; T (one past the end) where a sequence is shorter"""
-    from_padded: Tensor
-    """[T] index into the flattened [B * L]"""
+    padding: Padding
+    """of the local tokens"""
     boundaries: Tensor
     """[B+1] int32 boundaries of the whole sequences, all context-parallel shares together"""
     keys: KeyLayout | None = None
     """set under context parallelism, where keys come from all ranks of the group"""
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """what `visible` has answered: layers ask for the same"""
+    masks: dict[tuple[int | None, torch.dtype | None], Tensor] = field(default_factory=dict)
+    """what `visible` and `mask` have answered: layers ask for the same"""
     experts: Tensor | None = None
     """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
     angles: Tensor | None = None
@@ -59,65 +58,116 @@ class PackedLayout(PackedSeqParams):
     def of(
         cls,
         position_ids: Tensor,
-        cu_seqlens: Tensor,
-        keys: KeyLayout | None = None,
-        boundaries: Tensor | None = None,
+        boundaries: Tensor,
+        longest: int,
+        *,
+        context: int = 1,
         experts: Tensor | None = None,
     ) -> PackedLayout:
-        """From the local tokens' positions [T] and boundaries [B+1]; `boundaries` where CP is not 1."""
-        to_padded, from_padded, longest = _padding_index(cu_seqlens.to(torch.int64))
-        whole = longest if keys is None else keys.longest
+        """From the local tokens' positions [T]; no tensor is read here, so that a GPU need not be waited for.
+
+        Args:
+            boundaries: [B+1] of the whole sequences.
+            longest: tokens of the longest of them.
+            context: ranks that hold a share of each.
+        """
+        tokens = len(position_ids)
+        whole = Padding(boundaries, longest, tokens * context)
+        local = whole if context == 1 else Padding(boundaries // context, longest // context, tokens)
         return cls(
             qkv_format="sbhd",
-            max_seqlen_q=whole,
-            max_seqlen_kv=whole,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
             position_ids=position_ids,
-            to_padded=to_padded,
-            from_padded=from_padded,
-            boundaries=cu_seqlens if boundaries is None else boundaries,
-            keys=keys,
+            padding=local,
+            boundaries=boundaries,
+            keys=None if context == 1 else KeyLayout(whole, local, position_ids, context),
             experts=experts,
         )
 
     def visible(self, window: int | None) -> Tensor:
         """[B or 1, 1, L, L_whole] True where a query sees the key: it, and the `window` - 1 before it."""
-        if window not in self.masks:
-            if self.keys is not None:
-                seen = self.keys.mask
-            else:
-                length = self.to_padded.shape[1]
-                seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.to_padded.device).tril()
-            if window is not None:
-                position = seen.sum(-1, keepdim=True) - 1  # of the query: it sees all up to itself
-                seen = seen & (torch.arange(seen.shape[-1], device=seen.device) > position - window)
-            self.masks[window] = seen
-        return self.masks[window]
+        key = (window, None)
+        if key not in self.masks:
+            self.masks[key] = self._visible(window)
+        return self.masks[key]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The same as 0 where the query sees the key, else -inf.
+
+        It is what torch makes of a mask of bools in every layer anew, to keep it until the backward pass.
+        """
+        key = (window, dtype)
+        if key not in self.masks:
+            seen = self._visible(window)
+            self.masks[key] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+                ~seen, -torch.inf
+            )
+        return self.masks[key]
+
+    def _visible(self, window: int | None) -> Tensor:
+        device = self.position_ids.device
+        if self.keys is None:
+            queries, longest = torch.arange(self.padding.longest, device=device)[None], self.padding.longest
+        else:
+            queries, longest = self.keys.positions, self.keys.whole.longest
+        position, column = queries[:, None, :, None], torch.arange(longest, device=device)
+        seen = column <= position
+        return seen if window is None else seen & (column > position - window)
+
+
+@dataclass
+class Padding:
+    """From packed tokens to [B, L] and back."""
+
+    boundaries: Tensor
+    """[B+1]"""
+    longest: int
+    """L"""
+    tokens: int
+    """T"""
+
+    @cached_property
+    def to_padded(self) -> Tensor:
+        """[B, L] index into the tokens; T (one past the end) where a sequence is shorter."""
+        starts, ends = self.boundaries[:-1, None].long(), self.boundaries[1:, None].long()
+        index = starts + torch.arange(self.longest, device=starts.device)
+        return torch.where(index < ends, index, self.tokens)
+
+    @cached_property
+    def from_padded(self) -> Tensor:
+        """[T] index into the flattened [B * L]."""
+        boundaries = self.boundaries.long()
+        token = torch.arange(self.tokens, device=boundaries.device)
+        sequence = torch.bucketize(token, boundaries[1:], right=True)
+        return sequence * self.longest + token - boundaries[sequence]
 
 
 @dataclass
 class KeyLayout:
     """Where the keys and values of whole sequences lie after the context-parallel all-gather."""
 
-    to_padded: Tensor
-    """[B, L_whole] index into the gathered tokens, in sequence order; their number where padded"""
-    mask: Tensor
-    """[B, 1, L_local, L_whole] True where the query may see the key"""
-    longest: int
-    """L_whole"""
+    whole: Padding
+    local: Padding
+    position_ids: Tensor
+    """[T] of this rank's tokens"""
+    size: int
+    """ranks of the group"""
+
+    @cached_property
+    def to_padded(self) -> Tensor:
+        """[B, L_whole] index into the gathered tokens, in sequence order; their number where padded."""
+        place = gathered_places(self.whole.boundaries, self.size, self.whole.tokens)
+        return F.pad(place, (0, 1), value=self.whole.tokens)[self.whole.to_padded]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[B, L_local] position of each query in its whole sequence; of padding the last one."""
+        return F.pad(self.position_ids, (0, 1), value=self.whole.longest - 1)[self.local.to_padded]
 
 
 ROWS = 512
 """queries of a sequence whose scores are there at once, where attention is plain matrix products"""
-
-
-def _padding_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, int]:
-    """[B+1] boundaries -> ([B, L] gather index, [T] scatter index, L)."""
-    lengths = cu_seqlens.diff()
-    total, longest = int(cu_seqlens[-1]), int(lengths.max())
-    slots = torch.arange(longest, device=cu_seqlens.device)
-    inside = slots < lengths[:, None]
-    to_padded = torch.where(inside, cu_seqlens[:-1, None] + slots, total)
-    return to_padded, inside.flatten().nonzero().squeeze(1), longest
 
 
 class RMSNorm(nn.Module):
@@ -202,18 +252,18 @@ class PackedAttention(nn.Module):
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D], D that of the values."""
         layout = packed_seq_params
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        places = layout.to_padded
+        here = places = layout.padding.to_padded
         if layout.keys is not None:
             k, v = gather_keys_values(k, v)
             places = layout.keys.to_padded
-        q, k, v = _pad(q, layout.to_padded), _pad(k, places), _pad(v, places)
+        q, k, v = _pad(q, here), _pad(k, places), _pad(v, places)
         if self.cap is not None or self.softmax_offset is not None:
             out = self._attend_by_scores(q, k, v, layout.visible(self.window))
         elif layout.keys is None and self.window is None:
             out = self._attend(q, k, v, is_causal=True)
         else:
-            out = self._attend(q, k, v, attn_mask=layout.visible(self.window))
-        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, layout.from_padded)
+            out = self._attend(q, k, v, attn_mask=layout.mask(self.window, q.dtype))
+        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, layout.padding.from_padded)
         return flat.flatten(1).unsqueeze(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:

@@ -1,7 +1,6 @@
-"""What is on the device in which phase of a step; the rest waits in host memory.
+"""What waits in host memory while a step does not need it, by `phases.NEEDED`.
 
-NEEDED is the one table: training enters its phases by it (`Residency.during`), and the plan counts memory by
-it. A tensor that waits keeps its place: only the bytes of its storage leave and come back, so every view of
+A tensor that waits keeps its place: only the bytes of its storage leave and come back, so every view of
 them (of Megatron's gradient and parameter buffers, of the optimizer) stays what it was, bit for bit.
 """
 
@@ -16,33 +15,7 @@ from torch import Tensor
 
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
-
-NEEDED: dict[str, frozenset[str]] = {
-    "reference": frozenset({"reference"}),
-    "reward_model": frozenset({"rewards"}),
-    "teacher": frozenset({"teacher"}),
-    "critic": frozenset({"values", "critic", "critic step", "save"}),
-    "critic_optimizer": frozenset({"critic step", "save"}),
-    "optimizer": frozenset({"policy step", "save"}),
-    "server_weights": frozenset({"publish", "rewards"}),
-    "kv_cache": frozenset({"publish", "rewards"}),
-}
-"""part that may wait -> the phases that it is on the device for. `critic`: its weights and gradients. The
-last two are of servers on the trainer's GPUs (training/servers.py)"""
-
-PHASES = (
-    "publish",
-    "rewards",
-    "reference",
-    "teacher",
-    "values",
-    "policy",
-    "policy step",
-    "critic",
-    "critic step",
-    "save",
-)
-"""what a step consists of: scoring, forward and backward of a model, its optimizer's update, a checkpoint"""
+from mcore_rl.model.phases import NEEDED
 
 
 class ResidentPart(Protocol):

@@ -27,25 +27,18 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.errors import ConfigError
 from mcore_rl.model import versions
 from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
 from mcore_rl.model.latent import CHECKPOINT_NAMES, latent_attention, latent_settings
+from mcore_rl.model.layouts import DTYPES
 from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import GroupRouter, ReplayedLayer, needs_own_router
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
-
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp8": torch.bfloat16,  # of all that is no GEMM of a layer: arXiv 2209.05433
-    "fp64": torch.float64,
-}
-"""precision -> parameter dtype. fp64 is for verification only."""
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -53,75 +46,6 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 """which activations the backward pass computes again: none, those of attention, those of every layer"""
-
-
-def check_classifier_layout(arch: Architecture, layout: Layout, key: str) -> None:
-    """Check the layout of the model that `key` of the config names, which is cut as the policy is."""
-    try:
-        check_layout(arch, layout)
-    except LayoutError as error:
-        raise LayoutError(f"{key} is cut as the policy is: {error}") from error
-
-
-def check_layout(arch: Architecture, layout: Layout) -> None:
-    """Raise LayoutError, naming the number that does not divide, before any process group exists."""
-    layout.check()
-    _check_experts(arch, layout)
-    stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    rules = (
-        (arch.heads, layout.tensor, "attention heads", "parallel.tensor"),
-        (arch.intermediate, layout.tensor, "intermediate size", "parallel.tensor"),
-        (
-            arch.experts.shared if arch.experts else 0,
-            layout.tensor,
-            "shared expert's size",
-            "parallel.tensor",
-        ),
-        (arch.layers, stages, "layers", "parallel.pipeline x parallel.virtual_pipeline"),
-        (arch.experts.count if arch.experts else 1, layout.expert, "experts", "parallel.expert"),
-    )
-    for number, degree, what, key in rules:
-        if number % degree:
-            legal = [d for d in range(1, number + 1) if number % d == 0]
-            raise LayoutError(f"{key} = {degree} does not divide the model's {number} {what}; legal: {legal}")
-    _check_key_heads(arch, layout.tensor)
-
-
-def _check_key_heads(arch: Architecture, tensor: int) -> None:
-    """Each rank has whole key heads, or the ranks of a head are equally many and compute it all."""
-    heads = arch.kv_heads
-    if heads % tensor == 0:
-        return
-    rows = (arch.heads + 2 * heads) * arch.head_dim
-    if arch.whole_qk_norm:
-        why = "whose norm is of all of them together"
-    elif tensor % heads or rows % tensor:
-        why = f"and is no multiple of them that divides the {rows} rows of query, key and value"
-    else:
-        return
-    legal = [d for d in range(1, heads + 1) if heads % d == 0]
-    raise LayoutError(
-        f"parallel.tensor = {tensor} does not divide the model's {heads} key/value heads, {why}; "
-        f"legal: {legal}"
-    )
-
-
-def _check_experts(arch: Architecture, layout: Layout) -> None:
-    if arch.experts is None and layout.expert > 1:
-        raise LayoutError(
-            f"parallel.expert = {layout.expert}, but a {arch.family} model has no experts; set it to 1"
-        )
-    if arch.experts is not None and layout.tensor > 1 and not layout.sequence:
-        raise LayoutError(
-            "experts with tensor parallelism need sequence parallelism, or every rank would send them all "
-            "tokens; set parallel.sequence = true"
-        )
-
-
-def padded_vocab(arch: Architecture, tensor: int, align: int = 1) -> int:
-    """Vocabulary rows including padding: a multiple of `align` on every tensor-parallel rank."""
-    unit = tensor * align
-    return -(-arch.vocab // unit) * unit
 
 
 def transformer_config(

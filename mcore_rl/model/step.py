@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from itertools import tee
+from typing import Any, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,21 +16,27 @@ from torch import Tensor
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model
 from mcore_rl.model.policy import Scored
-from mcore_rl.model.portable import KeyLayout, PackedLayout
+from mcore_rl.model.portable import PackedLayout
 from mcore_rl.parallel.context import local_tokens
 from mcore_rl.parallel.head import HeadOutput, RowLoss
 from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.types import PackedBatch
 
+T = TypeVar("T")
+
+Measure = Callable[[], Mapping[Any, Tensor]]
+"""what a loss measured, by whatever keys; it may be left uncalled"""
+
 
 class Loss(Protocol):
     """The sum over rows of weight * loss. Weights carry 1 / global count, so that nobody divides again."""
 
-    def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Mapping[Any, Tensor]]:
+    def __call__(self, batch: PackedBatch, output: Any, /) -> tuple[Tensor, Measure]:
         """(this rank's rows of a micro-batch; on them a HeadOutput, or a critic's values or divergences [R]).
 
-        Returns the sum of w * l over those rows, and what it measured, by whatever keys.
+        Returns the sum of w * l over those rows, and what measures it; that is called once for every
+        micro-batch, with all of its rows, however often a part of them was asked.
         """
         ...
 
@@ -97,8 +105,7 @@ def forward_backward(
     Args:
         against: per micro-batch, what a student is compared with; a row-wise loss is then told divergences.
 
-    Returns the metric sums of every call of `loss`, on the last pipeline stage, nothing elsewhere. There is
-    one per micro-batch at least.
+    Returns what `loss` measured of every micro-batch, on the last pipeline stage, nothing elsewhere.
     """
     scale = loss_scale(len(batches), model.mesh)
 
@@ -113,17 +120,36 @@ def forward_backward(
 
 
 class _InParts:
-    """A row-wise loss as the head asks it: by some rows of a micro-batch at a time."""
+    """A row-wise loss as the head asks it: by some rows of a micro-batch at a time, in order.
+
+    It is measured once, of all rows, when the last of them have been asked: measured by parts, every part
+    would launch as many kernels as the whole.
+    """
 
     def __init__(self, loss: Loss, batch: PackedBatch) -> None:
         self.loss, self.batch = loss, batch
         self.metrics: list[Mapping[Any, Tensor]] = []
-        """the metrics of each call, in order; the backward pass fills it"""
+        """what was measured; the backward pass fills it"""
+        self._asked: list[Any] = []
 
     def __call__(self, rows: slice, head: Any) -> Tensor:
-        total, metrics = self.loss(_some_rows(self.batch, rows), head)
-        self.metrics.append({name: value.detach() for name, value in metrics.items()})
+        count = len(self.batch.rows)
+        total, measure = self.loss(_some_rows(self.batch, rows), head)
+        if rows.stop == count:
+            if self._asked:
+                measure = self.loss(self.batch, _joined([*self._asked, head]))[1]
+            self.metrics.append({name: value.detach() for name, value in measure().items()})
+        self._asked.append(head)
         return total
+
+
+def _joined(heads: Sequence[Any]) -> Any:
+    """What the head said of parts of a micro-batch, as of all its rows; leaves, as the parts are."""
+    if isinstance(heads[0], Tensor):
+        return torch.cat([head.detach() for head in heads]).requires_grad_()
+    return HeadOutput(
+        *(torch.cat([x.detach() for x in part]).requires_grad_() for part in zip(*heads, strict=True))
+    )
 
 
 def _some_rows(batch: PackedBatch, rows: slice) -> PackedBatch:
@@ -141,21 +167,26 @@ def loss_scale(num_microbatches: int, mesh: Mesh) -> int:
     return num_microbatches * mesh.layout.data * mesh.layout.context
 
 
+_ONE = torch.tensor(1)
+"""the number of tokens that the schedule is told of; on the host, once"""
+
+
 def _output(output) -> HeadOutput | Tensor:
     """What the last stage answered; Megatron's bf16 wrapper turns named tuples into plain ones."""
     return output if isinstance(output, Tensor) else HeadOutput(*output)
 
 
 def _scaled_loss(loss: Loss, batch: PackedBatch, scale: int, output):
-    total, metrics = loss(batch, _output(output))
+    total, measure = loss(batch, _output(output))
+    metrics = {name: value.detach().clone() for name, value in measure().items()}
     # Token count 1: with `calculate_per_token_loss` off, the schedule divides by max(count, 1) and by M only.
     # It divides in place: metrics must not alias the loss.
-    return total * scale, torch.tensor(1), [{name: value.detach().clone() for name, value in metrics.items()}]
+    return total * scale, _ONE, [metrics]
 
 
 def _scaled_head_loss(metrics: list, scale: int, output: Tensor):
     """Scale the head's own scalar, and with it the gradient that it will receive."""
-    return output * scale, torch.tensor(1), metrics
+    return output * scale, _ONE, metrics
 
 
 OfBatch = Callable[[LocalBatch], tuple[RowLoss | None, Callable]]
@@ -174,7 +205,9 @@ class _Asked:
 
 def _run(model: Model, batches, asked: _Asked, of_batch: OfBatch, **schedule):
     local = [localize(batch, model.mesh, platform.device()) for batch in batches]
-    pairs = list(zip(local, asked.against or [None] * len(local), strict=True))
+    pairs = deque(zip(local, asked.against or [None] * len(local), strict=True))
+    count, hint = len(local), local[0].packed.tokens.numel()
+    del local  # a micro-batch, and what attention makes for it, goes when it has been through
 
     def step(iterator, chunk):
         batch, against = next(iterator)
@@ -192,27 +225,38 @@ def _run(model: Model, batches, asked: _Asked, of_batch: OfBatch, **schedule):
 
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=[iter(pairs) for _ in model.chunks],
+        data_iterator=list(tee(_taken(pairs), len(model.chunks))),
         model=list(model.chunks),
-        num_microbatches=len(local),
-        seq_length=local[0].packed.tokens.numel(),  # a hint: lengths vary and are exchanged by the stages
+        num_microbatches=count,
+        seq_length=hint,  # lengths vary and are exchanged by the stages
         micro_batch_size=1,
         **schedule,
     )
 
 
+def _taken(pairs: deque[T]) -> Iterator[T]:
+    while pairs:
+        yield pairs.popleft()
+
+
 def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch:
-    """This context-parallel rank's share of a micro-batch, moved to `device`."""
+    """This context-parallel rank's share of a micro-batch, on its way to `device`: nobody waits for it."""
     size = mesh.layout.context
-    if size == 1:
-        packed = _to(batch, device)
-        experts = _local_experts(packed.experts, mesh)
-        return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, experts=experts))
-    mine = local_tokens(batch.cu_seqlens, size, mesh.cp_rank)
+    longest = int(batch.cu_seqlens.diff().max())
+    packed = _to(batch if size == 1 else _share(batch, size, mesh.cp_rank), device)
+    boundaries = packed.cu_seqlens if size == 1 else _sent(batch.cu_seqlens, device)
+    experts = _local_experts(packed.experts, mesh)
+    layout = PackedLayout.of(packed.position_ids, boundaries, longest, context=size, experts=experts)
+    return LocalBatch(packed, layout)
+
+
+def _share(batch: PackedBatch, size: int, rank: int) -> PackedBatch:
+    """The tokens and rows of one of `size` context-parallel ranks."""
+    mine = local_tokens(batch.cu_seqlens, size, rank)
     position = torch.full((batch.tokens.numel(),), -1, dtype=torch.int64)
     position[mine] = torch.arange(mine.numel())
     owned = position[batch.rows] >= 0
-    packed = replace(
+    return replace(
         batch,
         tokens=batch.tokens[mine],
         position_ids=batch.position_ids[mine],
@@ -223,11 +267,6 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
         fields={name: value[owned] for name, value in batch.fields.items()},
         experts=None if batch.experts is None else batch.experts[mine],
     )
-    keys = _key_layout(batch.cu_seqlens.to(torch.int64), packed, size)
-    packed = _to(packed, device)
-    keys = KeyLayout(keys.to_padded.to(device), keys.mask.to(device), keys.longest)
-    rest = keys, batch.cu_seqlens.to(device), _local_experts(packed.experts, mesh)
-    return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, *rest))
 
 
 def _local_experts(experts: Tensor | None, mesh: Mesh) -> Tensor | None:
@@ -237,28 +276,18 @@ def _local_experts(experts: Tensor | None, mesh: Mesh) -> Tensor | None:
     return experts.chunk(mesh.layout.tensor)[mesh.tp_rank]
 
 
-def _key_layout(cu_seqlens: Tensor, local: PackedBatch, size: int) -> KeyLayout:
-    """Where whole sequences' keys lie among the gathered tokens (rank after rank), and who may see them."""
-    gathered = torch.cat([local_tokens(cu_seqlens, size, rank) for rank in range(size)])
-    place = torch.empty_like(gathered)
-    place[gathered] = torch.arange(gathered.numel())  # packed index -> gathered index
-    whole = PackedLayout.of(local.position_ids, cu_seqlens)
-    to_padded = torch.cat([place, torch.tensor([gathered.numel()])])[whole.to_padded]
-    longest = int(whole.to_padded.shape[1])  # type: ignore[union-attr]  # `of` fills it
-    index = PackedLayout.of(local.position_ids, local.cu_seqlens).to_padded
-    # padding sees everything: it is never read
-    query_position = torch.cat([local.position_ids, torch.tensor([longest])])[index]
-    mask = query_position[:, None, :, None] >= torch.arange(longest)
-    return KeyLayout(to_padded, mask, longest)
-
-
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
     if device.type == "cpu":
         return batch
     moved = {
-        n: getattr(batch, n).to(device)
-        for n in ("tokens", "position_ids", "cu_seqlens", "rows", "targets", "sequence")
+        name: _sent(getattr(batch, name), device)
+        for name in ("tokens", "position_ids", "cu_seqlens", "rows", "targets", "sequence")
     }
-    experts = None if batch.experts is None else batch.experts.to(device)
-    fields = {n: v.to(device) for n, v in batch.fields.items()}
+    experts = None if batch.experts is None else _sent(batch.experts, device)
+    fields = {name: _sent(value, device) for name, value in batch.fields.items()}
     return replace(batch, **moved, fields=fields, experts=experts)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that is still under way: pinned memory is read by the device on its own."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -29,6 +29,22 @@ def local_tokens(cu_seqlens: Int[Tensor, " boundaries"], size: int, rank: int) -
     return torch.cat([start + zigzag_positions(stop - start, size, rank) for start, stop in pairwise(bounds)])
 
 
+def gathered_places(cu_seqlens: Int[Tensor, " boundaries"], size: int, tokens: int) -> Int[Tensor, " tokens"]:
+    """Where each of `tokens` packed tokens lies when every rank's `local_tokens` are gathered, rank by rank.
+
+    Computed where `cu_seqlens` is, without reading it on the host.
+    """
+    boundaries = cu_seqlens.long()
+    token = torch.arange(tokens, device=boundaries.device)
+    sequence = torch.bucketize(token, boundaries[1:], right=True)
+    start = boundaries[sequence]
+    chunk = (boundaries[sequence + 1] - start) // (2 * size)
+    number = (token - start) // chunk
+    second = number >= size
+    rank = torch.where(second, 2 * size - 1 - number, number)
+    return rank * (tokens // size) + start // size + second * chunk + (token - start) % chunk
+
+
 def sequence_sums(
     values: Float[Tensor, "K R"],
     sequence: Int[Tensor, " R"],

@@ -54,14 +54,14 @@ def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
 
 def gather_ranks(mesh: Mesh, value: T) -> list[T]:
     """The `value` of every rank in order, on every rank; collective."""
-    values = [value] * mesh.layout.world_size
+    values = [value] * mesh.world.size()
     dist.all_gather_object(values, value, group=mesh.world)
     return values
 
 
 def raise_everywhere(mesh: Mesh, error: Exception | None) -> None:
     """Collective: if any rank passes an error, all raise the first by rank, its type kept, `shared` set."""
-    errors: list[Exception | None] = [None] * mesh.layout.world_size
+    errors: list[Exception | None] = [None] * mesh.world.size()
     dist.all_gather_object(errors, _portable(error), group=mesh.world)
     for rank, other in enumerate(errors):
         if other is not None:
@@ -154,7 +154,7 @@ def reduce_maxima(mesh: Mesh, maxima: Mapping[K, torch.Tensor]) -> dict[K, torch
 
 def _reduce(mesh: Mesh, values: Mapping[K, torch.Tensor], op, neutral: float) -> dict[K, torch.Tensor]:
     mine = {name: tuple(value.shape) for name, value in values.items()} if mesh.owns_metrics else None
-    shapes: list[dict[K, tuple[int, ...]] | None] = [None] * mesh.layout.world_size
+    shapes: list[dict[K, tuple[int, ...]] | None] = [None] * mesh.world.size()
     dist.all_gather_object(shapes, mine, group=mesh.world)
     known = next(shape for shape in shapes if shape is not None)
     flat = torch.full(

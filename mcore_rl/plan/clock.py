@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from mcore_rl.data.balance import ModelShape
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.memory import kv_bytes_per_token, weight_bytes
 from mcore_rl.plan.work import PlannedStep
 

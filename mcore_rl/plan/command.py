@@ -11,7 +11,7 @@ from pathlib import Path
 from mcore_rl.config import Config, load_config
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import SERVER_GPUS, SamplingServers
 from mcore_rl.plan.count import count_policy, distinct
 from mcore_rl.plan.memory import GIB
@@ -19,7 +19,7 @@ from mcore_rl.plan.search import ENOUGH_SPARE, LayoutPlan, PlanInputs, evaluate,
 from mcore_rl.plan.show import table, to_json
 from mcore_rl.plan.work import work_of
 from mcore_rl.terminal import printable
-from mcore_rl.training.setup import layout_of
+from mcore_rl.training.layout import layout_of
 from mcore_rl.training.shape import shape_of
 
 

@@ -14,10 +14,9 @@ from functools import lru_cache
 from math import prod
 
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
-from mcore_rl.model.policy import CriticParameterMap
-from mcore_rl.model.spec import padded_vocab
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterEntry, ParameterMap
+from mcore_rl.model.layouts import padded_vocab
+from mcore_rl.parallel.layout import Layout
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 

@@ -18,10 +18,10 @@ from mcore_rl.data.balance import ModelShape
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.experts import Experts
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.residency import NEEDED, PHASES
-from mcore_rl.model.spec import DTYPES, padded_vocab
+from mcore_rl.model.layouts import DTYPES, padded_vocab
+from mcore_rl.model.phases import NEEDED, PHASES
 from mcore_rl.parallel.head.passes import Tiling
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
 from mcore_rl.plan.work import PlannedStep
 from mcore_rl.precision import ITEM_BYTES
@@ -58,6 +58,8 @@ class RankMemory:
     """last stage: those output layers, and the hidden states of a step's tokens"""
     activations: float = 0
     """kept from forward to backward"""
+    masks: float = 0
+    """of what is kept, who sees whom under context parallelism: read by the portable attention alone"""
     layer_backward: float = 0
     """while one layer is in its backward pass"""
     head: float = 0
@@ -76,11 +78,12 @@ class RankMemory:
     @property
     def step(self) -> float:
         """At most during forward and backward: the head and the layers take turns."""
-        return self.activations + max(self.layer_backward, self.head)
+        return self.activations + self.masks + max(self.layer_backward, self.head)
 
     def at(self, phase: str) -> float:
         """At most during one of residency.PHASES."""
-        scoring = max(self.layer_backward, self.head)  # no more than that: a layer or the head, forward only
+        # no more than that: a layer or the head, forward only, and one micro-batch's mask
+        scoring = self.masks + max(self.layer_backward, self.head)
         working = {"policy": self.step, "critic": self.critic_step, "publish": self.publish}
         working |= dict.fromkeys(("rewards", "reference", "teacher", "values"), scoring)
         state = sum(
@@ -121,6 +124,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
                 **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
                 teacher_said=_heads(layout, work, stage) + _states(layout, work, stage),
                 activations=kept_bytes(arch, layout, work, stage),
+                masks=mask_bytes(layout, work, stage),
                 layer_backward=backward_bytes(arch, layout, work, stage),
                 head=head_bytes(arch, layout, work) * (stage == layout.pipeline - 1 and not work.value_head),
                 critic_step=_critic_step(layout, work, stage),
@@ -198,7 +202,7 @@ def _critic_step(layout: Layout, work: PlannedStep, stage: int) -> float:
     """What the critic keeps from forward to backward, and one of its layers in the backward pass."""
     if work.critic is None:
         return 0.0
-    kept = kept_bytes(work.critic, layout, work, stage)
+    kept = kept_bytes(work.critic, layout, work, stage) + mask_bytes(layout, work, stage)
     return kept + backward_bytes(work.critic, layout, work, stage)
 
 
@@ -249,6 +253,19 @@ def _in_flight(layout: Layout, work: PlannedStep, stage: int) -> float:
     # Megatron's interleaved schedule: warm-up chunks of this stage, and the one at work.
     chunks = 2 * (layout.pipeline - stage - 1) + (virtual - 1) * layout.pipeline + 1
     return min(available * virtual, chunks) / virtual
+
+
+def mask_bytes(layout: Layout, work: PlannedStep, stage: int) -> float:
+    """Masks of the micro-batches in flight: fp32 runs the portable attention, which takes one under CP.
+
+    [B, L / cp, L] in fp32, for every micro-batch, of all its layers the same one. In bf16 and FP8 the plan
+    is for Transformer Engine, whose attention reads the boundaries alone.
+    """
+    if layout.context == 1 or work.precision != "fp32":
+        return 0.0
+    length = work.prompt_tokens + work.response_tokens
+    chunks = _in_flight(layout, work, stage) * (layout.virtual_pipeline or 1)
+    return 4 * _tokens(layout, work) * length * min(work.micro_batches(layout), chunks)
 
 
 def _sequence(layout: Layout) -> int:
@@ -314,7 +331,7 @@ def head_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     tiling = Tiling.of(local, DTYPES["fp32" if size == 4 else "bf16"], torch.device("cuda"))
     hidden = arch.hidden * size * (2 * tokens * (_sequence(layout) > 1) + 2 * scored)
     # logits in fp32; in bf16 their gradient lies apart
-    tiles = local * (4 * min(tiling.wave, scored) + (0 if size == 4 else size) * min(tiling.chunk, scored))
+    tiles = local * (4 * min(tiling.wave, scored) + (0 if size == 4 else size) * min(tiling.wave, scored))
     product = local * arch.hidden * (0 if size == 4 else 4)  # fp32 main_grad takes an fp32 product directly
     return hidden + tiles + product + _norm(arch.hidden / _sequence(layout), work.precision) * tokens
 

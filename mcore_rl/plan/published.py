@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcore_rl.data.balance import ModelShape
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
 from mcore_rl.plan.work import PlannedStep
 from mcore_rl.terminal import printable

@@ -9,8 +9,8 @@ from itertools import product
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.errors import LayoutError
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.spec import check_classifier_layout, check_layout
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.model.layouts import check_classifier_layout, check_layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
 from mcore_rl.plan.memory import RankMemory, stage_memory

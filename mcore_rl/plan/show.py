@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import publish_seconds
 from mcore_rl.plan.memory import GIB, RankMemory
 from mcore_rl.plan.search import ENOUGH_SPARE, LayoutPlan, PlanInputs

@@ -13,9 +13,9 @@ from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config import Config
 from mcore_rl.data.balance import ModelShape, forward_flops
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
-from mcore_rl.training.setup import fp8_of
+from mcore_rl.training.layout import fp8_of
 from mcore_rl.training.shape import shape_of
 
 

@@ -270,7 +270,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
 
 
 def _any_rank(mesh: Mesh, flag: bool) -> bool:
-    flags = [False] * mesh.layout.world_size
+    flags = [False] * mesh.world.size()
     dist.all_gather_object(flags, flag, group=mesh.world)
     return any(flags)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcore_rl.algo.distillation import ForwardKL, JensenShannon, ReverseKL, sampled_reverse_kl
 from mcore_rl.algo.losses import weighted_sum
-from mcore_rl.algo.metrics import Key, Mean, Metric
+from mcore_rl.algo.metrics import Key, Mean, Metric, parts_of
 from mcore_rl.config import Config
 from mcore_rl.config.rows import DistillConfig
 from mcore_rl.data.examples import Example
@@ -23,11 +23,12 @@ from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.head.divergence import Against, Divergence
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.batch import Batching, build_batch, pack_share, token_sequences
+from mcore_rl.training.layout import layout_of
 from mcore_rl.training.metrics import Gathered, LossTotal, read, sample_metrics
 from mcore_rl.training.model_passes import Update
 from mcore_rl.training.objective import Parts
 from mcore_rl.training.session import Metrics, Session, sequences_of, start_model, start_session
-from mcore_rl.training.setup import layout_of, world_size
+from mcore_rl.training.setup import world_size
 from mcore_rl.training.teachers import Teachers, check_teachers, start_teachers
 from mcore_rl.types import PackedBatch, Sample
 
@@ -207,9 +208,9 @@ class DivergenceObjective:
         """Always."""
         return True
 
-    def __call__(self, batch: PackedBatch, divergence: Tensor) -> tuple[Tensor, Parts]:
+    def __call__(self, batch: PackedBatch, divergence: Tensor) -> tuple[Tensor, Callable[[], Parts]]:
         """Return the sum of weight * divergence over this rank's rows; weight = 1 / tokens of the step."""
-        return weighted_sum(divergence, batch.fields["weight"]), _parts(batch, divergence, {})
+        return weighted_sum(divergence, batch.fields["weight"]), partial(_parts, batch, divergence, {})
 
 
 class SampledObjective:
@@ -219,15 +220,14 @@ class SampledObjective:
         """Always."""
         return True
 
-    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Parts]:
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Callable[[], Parts]]:
         """Return the sum of weight * (log p - log q) over this rank's rows, as a loss."""
         loss = sampled_reverse_kl(head.log_prob, batch.fields["teacher_log_prob"])
-        return weighted_sum(loss, batch.fields["weight"]), _parts(
-            batch, loss, {"entropy": Mean(head.entropy)}
-        )
+        measured = partial(_parts, batch, loss, {"entropy": Mean(head.entropy)})
+        return weighted_sum(loss, batch.fields["weight"]), measured
 
 
 def _parts(batch: PackedBatch, loss: Tensor, more: Mapping[str, Metric]) -> Parts:
     metrics = {"loss/policy": LossTotal(batch.fields["weight"] * loss.detach()), **more}
     everything = torch.ones_like(loss, dtype=torch.bool)
-    return {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
+    return parts_of(metrics, everything, everything)

@@ -77,12 +77,15 @@ def read(totals: Mapping[Key, Tensor], updates: int) -> dict[str, float]:
     return found
 
 
-def loss_is_finite(parts: Mapping[Key, Tensor]) -> bool:
-    """Whether every sum of one call is finite that its objective made of its own loss.
+def losses_are_finite(micro_batches: Iterable[Mapping[Key, Tensor]]) -> bool:
+    """Whether every sum is finite that an objective made of its own loss; a GPU is waited for once.
 
     What a loss measures beside it may be anything.
     """
-    return all(bool(value.isfinite()) for key, value in parts.items() if isinstance(key.kind, LossTotal))
+    own = [
+        value for parts in micro_batches for key, value in parts.items() if isinstance(key.kind, LossTotal)
+    ]
+    return not own or bool(torch.stack(own).isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def throughput(work: Work, times: Mapping[str, float], mesh: Mesh) -> dict[str, 
     """
     peaks = gather_ranks(mesh, peak_memory_gib())
     peak_flops, train = peak_flops_of_device(), times["time/train"]
-    busy = train * mesh.layout.world_size
+    busy = train * mesh.world.size()
     return {
         "throughput/tokens_per_second": work.tokens / times["time/step"],
         "throughput/train_tokens_per_second": work.tokens * work.passes / train,

@@ -20,7 +20,7 @@ from mcore_rl.model.residency import Residency
 from mcore_rl.model.step import Loss, forward, forward_backward
 from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.training.batch import Batching, pack_share
-from mcore_rl.training.metrics import loss_is_finite
+from mcore_rl.training.metrics import losses_are_finite
 from mcore_rl.types import PackedBatch
 
 
@@ -64,7 +64,7 @@ def run_update(
         sums = forward_backward(
             optimizer.model, update.batches, update.objective, update.temperature, against=update.against
         )
-        finite = all(loss_is_finite(one) for one in sums)
+        finite = losses_are_finite(sums)
         try:
             with residency.during(f"{update.phase} step"):
                 return sums, optimizer.step(finite=finite)
@@ -97,8 +97,9 @@ def _score(
     numbers = [np.arange(start, stop) for start, stop in pairwise(bounds)]
     batches = pack_share(sequences, {"number": numbers}, shape, model.mesh)
     scored = torch.zeros(int(bounds[-1]))
-    for batch, output in forward(model, batches, temperature):
-        if model.mesh.owns_metrics:
-            scored[batch.fields["number"].cpu()] = pick(output).float().cpu()
+    answers = forward(model, batches, temperature)
+    if model.mesh.owns_metrics:
+        number = torch.cat([batch.fields["number"] for batch, _ in answers])
+        scored[number.cpu()] = torch.cat([pick(output).float() for _, output in answers]).cpu()
     dist.all_reduce(scored, group=model.mesh.world)  # every row was written by one rank, the others add 0
     return np.split(scored.numpy(), bounds[1:-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from mcore_rl.algo.algorithms import Algorithm, objective
 from mcore_rl.algo.corrections import Reads, correction_weight
 from mcore_rl.algo.losses import bounded, kl, value_loss, weighted_sum
-from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile, gradient_scale_sums
+from mcore_rl.algo.metrics import Key, Max, Mean, Metric, Quantile, gradient_scale_sums, parts_of
 from mcore_rl.algo.readings import readings
 from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import ConfigError
@@ -47,8 +47,8 @@ class PolicyObjective:
         """Say what the algorithm says; see `Loss`."""
         return self.algorithm.rowwise(on_policy="old_log_prob" not in batch.fields)
 
-    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Parts]:
-        """Return the sum of weight * loss over this rank's rows, and the parts of the metrics."""
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Callable[[], Parts]]:
+        """Return the sum of weight * loss over this rank's rows, and what gives the parts of the metrics."""
         fields = batch.fields
         rows = self._rows(batch, head)
         correction = self._correction(batch, rows)
@@ -65,16 +65,16 @@ class PolicyObjective:
             entropy_coef=self.algorithm.entropy_coef,
             likelihood=self._likelihood(fields),
         )
-        metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
-        if isinstance(correction, Tensor):
-            metrics["correction/mean"] = Mean(correction)
-        if taken := metrics.keys() & token.metrics.keys():  # those that are not logged by this name, too
-            raise ConfigError(f"the loss logs {min(taken)!r}, which every run logs; give it another name")
-        everything, usable = torch.ones_like(rows.usable), rows.usable
-        return weighted_sum(loss, fields["weight"]), {
-            Key(name, metric.kind): metric.part(everything if metric.of_all_rows else usable)
-            for name, metric in {**metrics, **token.metrics}.items()
-        }
+
+        def measure() -> Parts:
+            metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
+            if isinstance(correction, Tensor):
+                metrics["correction/mean"] = Mean(correction)
+            if taken := metrics.keys() & token.metrics.keys():  # those that are not logged by this name, too
+                raise ConfigError(f"the loss logs {min(taken)!r}, which every run logs; give it another name")
+            return parts_of({**metrics, **token.metrics}, rows.usable, torch.ones_like(rows.usable))
+
+        return weighted_sum(loss, fields["weight"]), measure
 
     def _rows(self, batch: PackedBatch, head: HeadOutput) -> Rows:
         """Everything that was recorded for these rows, the reference's log-prob where there is one."""
@@ -135,7 +135,7 @@ class PolicyObjective:
     def _sequence(self, batch: PackedBatch, values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """[R] sum and mean of `values` over the rows `among` those of the whole sequence of each row."""
         if self.rowwise(batch):  # a log-ratio to itself, and the rows may be a part of their sequence
-            return torch.zeros_like(values), torch.zeros_like(values)
+            return (zeros := torch.zeros_like(values)), zeros
         both = torch.stack([torch.where(among, values, 0.0), among.to(values.dtype)])
         total, count = sequence_sums(both, batch.sequence, batch.num_sequences, self.cp)
         return total[batch.sequence], (total / count.clamp(min=1))[batch.sequence]
@@ -203,7 +203,7 @@ def _metrics(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str
         "entropy": Mean(rows.entropy),
         "kl/rollout": Mean(kl("k3", rows.rollout.double(), log_prob)),
         "mismatch/max_abs": Max(gap.abs(), now),
-        "mismatch/p999": Quantile(gap.abs(), now, fraction=0.999),
+        "mismatch/p999": Quantile(gap, now, fraction=0.999),
         "behaviour/k1": Mean(-behaviour),
         "behaviour/k3": Mean(sampled - 1 - behaviour),
         "behaviour/ess": EffectiveSampleSize(sampled),
@@ -244,17 +244,20 @@ class ValueObjective:
         """No: a critic answers with values, not through the head."""
         return False
 
-    def __call__(self, batch: PackedBatch, values: Tensor) -> tuple[Tensor, Parts]:
-        """Return the sum of coef * weight * loss over this rank's rows of `values` [R], and the metrics."""
+    def __call__(self, batch: PackedBatch, values: Tensor) -> tuple[Tensor, Callable[[], Parts]]:
+        """Return the sum of coef * weight * loss over this rank's rows of `values` [R], and its metrics."""
         fields = batch.fields
         token = value_loss(values, fields["old_value"], fields["return"], clip=self.clip)
         weight = fields["weight"]
-        weighted = torch.where(weight != 0, weight * token.loss.detach(), 0.0)
-        metrics: dict[str, Metric] = {
-            "loss/value": LossTotal(weighted),
-            "loss/scale": Scale(weighted.abs()),
-            "value/clip_fraction": Mean(token.clipped),
-        }
-        everything = torch.ones_like(token.clipped)
-        parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
-        return self.coef * weighted_sum(token.loss, weight), parts
+
+        def measure() -> Parts:
+            weighted = torch.where(weight != 0, weight * token.loss.detach(), 0.0)
+            metrics: dict[str, Metric] = {
+                "loss/value": LossTotal(weighted),
+                "loss/scale": Scale(weighted.abs()),
+                "value/clip_fraction": Mean(token.clipped),
+            }
+            everything = torch.ones_like(token.clipped)
+            return parts_of(metrics, everything, everything)
+
+        return self.coef * weighted_sum(token.loss, weight), measure

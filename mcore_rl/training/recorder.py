@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_rl.dumps.trained import TrainedTokens
-from mcore_rl.model.step import Loss
+from mcore_rl.model.step import Loss, Measure
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.types import PackedBatch, Sample
 
@@ -31,6 +31,7 @@ class Recorder:
         self.ids = [sample.id for sample in samples]
         self.ends = np.cumsum([sample.trained_tokens for sample in samples]).tolist()
         self._old, self._now = (torch.full((self.ends[-1],), torch.nan) for _ in range(2))
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def fields(self) -> Mapping[str, Sequence[np.ndarray]]:
@@ -39,10 +40,9 @@ class Recorder:
 
     def keep(self, batch: PackedBatch, log_prob: Tensor) -> None:
         """Log-probs [r] of the rows of (a part of) a micro-batch; of two visits, the later one stays."""
-        rows, now = batch.fields[ROW].long().cpu(), log_prob.detach().float().cpu()  # no rows have no type
-        old = batch.fields.get("old_log_prob")
-        self._old[rows] = now if old is None else old.float().cpu()
-        self._now[rows] = now
+        now = log_prob.detach().float()
+        old = batch.fields.get("old_log_prob", now)
+        self._kept.append((batch.fields[ROW].long(), old.float(), now))  # no rows have no type
 
     def tokens(self, mesh: Mesh, advantages: Sequence[Any]) -> TrainedTokens:
         """The tokens of all ranks; collective.
@@ -50,6 +50,10 @@ class Recorder:
         Args:
             advantages: [N] of one number or [m_i] numbers.
         """
+        for rows, *kept in self._kept:  # at the end of a step, since a GPU is waited for
+            for place, values in zip((self._old, self._now), kept, strict=True):
+                place[rows.cpu()] = values.cpu()
+        self._kept.clear()
         both = torch.stack([self._old, self._now])
         known = ~both.isnan() if mesh.owns_metrics else torch.zeros_like(both, dtype=torch.bool)
         # one of the ranks that own metrics has met a row, and the others add nothing
@@ -72,7 +76,12 @@ class RecordedObjective:
         """Say what the objective says."""
         return self.objective.rowwise(batch)
 
-    def __call__(self, batch: PackedBatch, head: Any) -> tuple[Tensor, Mapping[Any, Tensor]]:
+    def __call__(self, batch: PackedBatch, head: Any) -> tuple[Tensor, Measure]:
         """Answer what the objective answers."""
-        self.recorder.keep(batch, head.log_prob)
-        return self.objective(batch, head)
+        total, measure = self.objective(batch, head)
+
+        def keep_and_measure() -> Mapping[Any, Tensor]:
+            self.recorder.keep(batch, head.log_prob)
+            return measure()
+
+        return total, keep_and_measure

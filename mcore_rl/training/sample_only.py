@@ -22,7 +22,8 @@ from mcore_rl.errors import ConfigError, NothingToDo, RolloutError
 from mcore_rl.log import Progress, StepLog, Timers
 from mcore_rl.model import platform
 from mcore_rl.model.residency import Residency
-from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_rewards
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ class SequenceObjective:
         """No: the derivative at a row follows from the whole sequence, and from the other of its pair."""
         return False
 
-    def __call__(self, batch: PackedBatch, output: HeadOutput | Tensor) -> tuple[Tensor, Parts]:
+    def __call__(self, batch: PackedBatch, output: HeadOutput | Tensor) -> tuple[Tensor, Callable[[], Parts]]:
         """Return the rows' log-probs (or scores) times their coefficients, and the parts of the metrics."""
         values = output if isinstance(output, Tensor) else output.log_prob
         found = self._whole(batch, values.detach().double())
@@ -45,13 +46,19 @@ class SequenceObjective:
         with torch.enable_grad():
             loss = self.loss(replace(found, value=leaf))
             (slope,) = torch.autograd.grad(loss.weighted.sum() + 0 * leaf.sum(), leaf)
+        total = (slope[batch.sequence].to(values.dtype) * values).sum()
+        return total, partial(self._parts, output, loss)
+
+    def _parts(self, output: HeadOutput | Tensor, loss: SequenceLoss) -> Parts:
+        """What is logged of one micro-batch."""
+        values = output if isinstance(output, Tensor) else output.log_prob
         counts = self.cp is None or self.cp.rank() == 0  # every rank of the group has all units
         units = torch.full(loss.weighted.shape, counts, dtype=torch.bool, device=values.device)
         parts = parts_of(loss, self.total, units)
         if not isinstance(output, Tensor):
             entropy = Mean(output.entropy)
             parts[Key("entropy", entropy.kind)] = entropy.part(torch.ones_like(values, dtype=torch.bool))
-        return (slope[batch.sequence].to(values.dtype) * values).sum(), parts
+        return parts
 
     def _whole(self, batch: PackedBatch, values: Tensor) -> Sequences:
         """[B] what the loss reads, over all ranks that hold a part of these sequences."""

@@ -29,14 +29,14 @@ from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import check_side_files
+from mcore_rl.model.layouts import check_layout
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
-from mcore_rl.model.spec import check_layout
 from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
-from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
-from mcore_rl.precision import Fp8, token_multiple
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
+from mcore_rl.precision import token_multiple
 from mcore_rl.trackers.sender import Send, tracked
 from mcore_rl.trackers.services import TrackedRun
 from mcore_rl.training.bad_rows import noting_bad_rows, read_bad_rows
@@ -58,6 +58,7 @@ from mcore_rl.training.data import (
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
+from mcore_rl.training.layout import fp8_of, layout_of
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -221,21 +222,6 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout that [parallel] asks for; `data` unset takes what the world size leaves."""
-    p = config.parallel
-    replica = p.tensor * p.pipeline * p.context
-    return Layout(
-        tensor=p.tensor,
-        sequence=p.sequence,
-        pipeline=p.pipeline,
-        virtual_pipeline=p.virtual_pipeline,
-        context=p.context,
-        expert=p.expert,
-        data=p.data or max(1, world_size // replica),
-    )
-
-
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the model directory `path`, checked against the model's vocabulary.
 
@@ -288,12 +274,6 @@ def read_prompts(
         response=response_of(config, sampled),
         whole=whole,
     )
-
-
-def fp8_of(config: Config) -> Fp8:
-    """What [model] says of FP8."""
-    m = config.model
-    return Fp8(m.fp8_recipe, m.fp8_param_gather, m.fp8_first_last_bf16)
 
 
 def model_settings(config: Config) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from mcore_rl.algo.losses import weighted_sum
-from mcore_rl.algo.metrics import Key, Mean, check_surprise, gradient_scale, gradient_scale_sums
+from mcore_rl.algo.metrics import Key, Mean, check_surprise, gradient_scale, gradient_scale_sums, parts_of
 from mcore_rl.algo.preference import sft
 from mcore_rl.config import Config
 from mcore_rl.data.examples import Example
@@ -90,13 +90,16 @@ class NegativeLogLikelihood:
         """Always."""
         return True
 
-    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Parts]:
+    def __call__(self, batch: PackedBatch, head: HeadOutput) -> tuple[Tensor, Callable[[], Parts]]:
         """Return the sum of -weight * log p over this rank's rows; weight = 1 / tokens of the whole step."""
         loss = sft(head.log_prob)
-        weighted = batch.fields["weight"] * loss.detach()
-        one = torch.ones_like(loss)
-        scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
-        metrics = {"loss/policy": LossTotal(weighted), "entropy": Mean(head.entropy)}
-        everything = torch.ones_like(loss, dtype=torch.bool)
-        parts = {Key(name, metric.kind): metric.part(everything) for name, metric in metrics.items()}
-        return weighted_sum(loss, batch.fields["weight"]), {**parts, HEAD: scale}
+
+        def measure() -> Parts:
+            weighted = batch.fields["weight"] * loss.detach()
+            one = torch.ones_like(loss)
+            scale = gradient_scale_sums(head.log_prob, head.entropy, one, -one)
+            metrics = {"loss/policy": LossTotal(weighted), "entropy": Mean(head.entropy)}
+            everything = torch.ones_like(loss, dtype=torch.bool)
+            return {**parts_of(metrics, everything, everything), HEAD: scale}
+
+        return weighted_sum(loss, batch.fields["weight"]), measure

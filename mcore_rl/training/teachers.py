@@ -15,18 +15,20 @@ from mcore_rl.data.examples import Example
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.layouts import check_layout
 from mcore_rl.model.policy import PolicyModel
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, weights_of
-from mcore_rl.model.spec import check_layout
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.head.divergence import Against, Divergence, Teacher
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import Fp8
 from mcore_rl.terminal import joined, quoted
 from mcore_rl.training.batch import Batching
+from mcore_rl.training.layout import fp8_of
 from mcore_rl.training.model_passes import log_probs
 from mcore_rl.training.session import sequences_of
-from mcore_rl.training.setup import fp8_of, load_tokenizer
+from mcore_rl.training.setup import load_tokenizer
 from mcore_rl.types import PackedBatch
 
 

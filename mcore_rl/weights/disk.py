@@ -30,8 +30,8 @@ from mcore_rl.model.hf.files import (
     checkpoint_files,
     write_side_files,
 )
+from mcore_rl.model.hf.parameters import CriticParameterMap
 from mcore_rl.model.hf.stacked import Form, in_files, is_piece, whole_of
-from mcore_rl.model.policy import CriticParameterMap
 from mcore_rl.parallel.control import on_main, raise_everywhere
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each

@@ -25,7 +25,8 @@ from mcore_rl.checkpoint import Checkpoints, find
 from mcore_rl.checkpoint.directory import CheckpointDirectory
 from mcore_rl.errors import CheckpointError
 from mcore_rl.model import platform
-from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh, build_mesh
 from tests.checkpoint.support import step_in, tensors
 
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove"}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mcore_rl.checkpoint import count_updates, find, set_updates
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from tests.checkpoint.support import build, open_at, pieces, stored, train, weights
 from tests.model.support import at_layout
 

@@ -10,7 +10,8 @@ import torch
 
 from mcore_rl.model import platform
 from mcore_rl.model.precision import engine_is_importable
-from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from tests.model.conftest import save
 
 SIZES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("engine")
 def layout(boundaries: tuple[int, ...]) -> PackedLayout:
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
     positions = torch.cat([torch.arange(n, device="cuda") for n in cu_seqlens.diff().tolist()])
-    return PackedLayout.of(positions, cu_seqlens)
+    longest = max(b - a for a, b in pairwise(boundaries))
+    return PackedLayout.of(positions, cu_seqlens, longest)
 
 
 def states(dtype: torch.dtype) -> list[Tensor]:

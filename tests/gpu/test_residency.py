@@ -13,7 +13,8 @@ from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.residency import Offloaded, Swapped, state_of, storages, weights_of
 from mcore_rl.model.step import forward_backward
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.plan.memory import stage_memory
 from tests.plan.measure import SumOfLogProbs
 from tests.plan.test_memory import work

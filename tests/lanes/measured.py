@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.verify.layouts.case import Case
 from mcore_rl.verify.layouts.measure import measure
 from mcore_rl.verify.layouts.worlds import Pools

@@ -16,7 +16,8 @@ from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, to_toml
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.launch.replay import _replay, replay_dump
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.training.faults.dump import from_json, to_json
 from mcore_rl.training.loop import learn
 from mcore_rl.types import PackedBatch

@@ -20,9 +20,10 @@ import torch
 from mcore_rl.model import build, platform, weights_io
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.layouts import padded_vocab
 from mcore_rl.model.policy import PolicyModel
 from mcore_rl.model.precision import engine_is_importable
-from mcore_rl.model.spec import padded_vocab, transformer_config
+from mcore_rl.model.spec import transformer_config
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import Fp8
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_policy
-from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import Batching, align_of
 from mcore_rl.training.model_passes import log_probs

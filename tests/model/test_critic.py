@@ -21,7 +21,8 @@ from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.policy import ValueHead
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.mesh import Layout, Mesh, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.training.batch import Batching, align_of, pack_share
 from mcore_rl.training.metrics import Gathered, read
 from mcore_rl.training.model_passes import values

@@ -27,7 +27,8 @@ from mcore_rl.model.optimizer import ddp_config
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.step import forward, forward_backward
 from mcore_rl.model.weights_io import global_weights
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.count import count_policy
 from mcore_rl.training.batch import pack_share

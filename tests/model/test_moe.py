@@ -13,9 +13,10 @@ from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.spec import check_layout, padded_vocab
+from mcore_rl.model.layouts import check_layout, padded_vocab
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.weights.disk import export as export_files
 from tests.model.support import at_layout, expected_log_probs, scored_log_probs, sequences

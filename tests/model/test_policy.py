@@ -18,12 +18,13 @@ from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import checkpoint_files
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
+from mcore_rl.model.layouts import check_layout, padded_vocab
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
-from mcore_rl.model.spec import check_layout, padded_vocab
 from mcore_rl.model.step import forward_backward
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import pack_share
 from mcore_rl.types import PackedBatch
@@ -198,7 +199,7 @@ class NegativeLogLikelihood:
 
     def __call__(self, batch: PackedBatch, head: HeadOutput):
         total = -head.log_prob.sum()
-        return total, {"loss": total, "rows": torch.tensor(head.log_prob.numel())}
+        return total, lambda: {"loss": total, "rows": torch.tensor(head.log_prob.numel())}
 
 
 def batches_at(mesh: Mesh) -> list[PackedBatch]:
@@ -262,7 +263,7 @@ def test_metrics_do_not_share_memory_with_the_loss(name: str) -> None:
     """The schedule divides the loss in place, after the metrics were taken."""
     total = torch.tensor(6.0, requires_grad=True).clone()
     scaled, count, (metrics,) = step._scaled_loss(
-        lambda batch, output: (total, {"loss": total}), None, 4, torch.zeros(3)
+        lambda batch, output: (total, lambda: {"loss": total}), None, 4, torch.zeros(3)
     )
     assert (scaled.item(), count.item()) == (24.0, 1)
     with torch.no_grad():

@@ -20,11 +20,12 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model import precision as here
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.parameters import ParameterMap, canonical
+from mcore_rl.model.layouts import DTYPES, padded_vocab
 from mcore_rl.model.portable import PORTABLE, PackedAttention, RMSNorm
 from mcore_rl.model.precision import check_fp8, takes_transformer_engine
-from mcore_rl.model.spec import DTYPES, layer_spec, padded_vocab, parts_of, transformer_config
+from mcore_rl.model.spec import layer_spec, parts_of, transformer_config
 from mcore_rl.parallel.context import local_tokens
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import ITEM_BYTES, RECIPES, Fp8, RecipeName, packed_multiple, token_multiple
 from tests.model.families import FAMILIES
 

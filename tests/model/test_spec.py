@@ -6,7 +6,7 @@ import pytest
 
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.spec import transformer_config
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.verify.layouts import problem
 
 

@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_rl.model import platform
-from mcore_rl.parallel.context import gather_keys_values, local_tokens, sequence_sums, zigzag_positions
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.context import (
+    gather_keys_values,
+    gathered_places,
+    local_tokens,
+    sequence_sums,
+    zigzag_positions,
+)
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 
 
@@ -43,6 +50,8 @@ def test_packed_tokens_are_split_sequence_by_sequence(size: int, chunks: list[in
             mine = part[local[i] : local[i + 1]]
             assert mine.min() >= cu_seqlens[i]
             assert mine.max() < cu_seqlens[i + 1]
+    places = gathered_places(cu_seqlens, size, int(cu_seqlens[-1]))
+    assert torch.equal(torch.cat(parts)[places], torch.arange(len(places)))
 
 
 # --- over ranks -------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 from mcore_rl.errors import DataError
 from mcore_rl.model import platform
 from mcore_rl.parallel.control import from_buffers, gather_replicas, on_leads, on_main, to_buffers
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 
 

@@ -65,9 +65,11 @@ problems = st.builds(
     cap=st.sampled_from([None, 0.5, 30.0]),
 )
 tilings = st.builds(
-    lambda tile, waves, chunks, columns: Tiling(tile, tile * waves, tile * waves * chunks, columns),
-    *(st.integers(1, 4) for _ in range(3)),
+    lambda tile, tiles, columns, apart: Tiling(tile, tile * tiles, columns, apart),
+    st.integers(1, 4),
+    st.integers(1, 6),
     st.integers(1, 30),
+    st.booleans(),
 )
 
 
@@ -182,7 +184,7 @@ def relative_errors(got: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 @MODES
 @pytest.mark.parametrize("offset", [0.0, 100.0, -1e4, 1e4])
-@pytest.mark.parametrize("tiling", [None, Tiling(8, 8, 16, 37)])
+@pytest.mark.parametrize("tiling", [None, Tiling(8, 16, 37)])
 def test_float32_does_not_cancel(mode, offset: float, tiling: Tiling | None) -> None:
     """dL/dweight is dL/dlogits here; dL/dhidden = sum of dL/dlogits x weight, whose terms are 1e4 apart."""
     case = exact_logits(offset)
@@ -197,7 +199,7 @@ def test_float32_does_not_cancel(mode, offset: float, tiling: Tiling | None) -> 
 def test_bf16_adds_nothing_to_the_rounding_of_its_logits(mode, offset: float) -> None:
     """Statistics are float32: of logits that bf16 holds exactly (64 apart here), they are exact to 1e-6."""
     case = exact_logits(offset, torch.bfloat16)
-    got, expected = mode(case, tiling=Tiling(8, 8, 16, 37)), dense(in_float64(case))
+    got, expected = mode(case, tiling=Tiling(8, 16, 37)), dense(in_float64(case))
     *errors, _, weight_error = relative_errors(got, expected)
     assert max(errors) < 1e-6
     assert weight_error < 2e-2
@@ -218,7 +220,7 @@ def test_bf16_within_two_percent(mode, rows: int) -> None:
     case = problem(rows, 1000, 64, 0.1, seed=rows)
     case = Problem(*(x.bfloat16() if i < 2 else x for i, x in enumerate(case)))  # type: ignore[union-attr]
     case = case._replace(a=case.a.float(), b=case.b.float())
-    got = mode(case, tiling=Tiling(16, 32, 64, 300))
+    got = mode(case, tiling=Tiling(16, 64, 300))
     assert [x.dtype for x in got] == [torch.float32] * 2 + [torch.bfloat16] * 2
     expected = dense(in_float64(case))
     assert max(relative_errors(got[:2], expected[:2])) < 2e-2
@@ -232,7 +234,7 @@ def test_log_probs_are_those_of_scoring_bit_by_bit(dtype: torch.dtype) -> None:
     case = problem(300, 5000, 64, 0.2, seed=0)
     case = case._replace(hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
     case = case._replace(a=case.a.float(), b=case.b.float())
-    tiling = Tiling(32, 128, 256, 1500)
+    tiling = Tiling(32, 256, 1500)
     with torch.no_grad():
         call = Call.of(case.weight, case.targets, case.temperature, tiling=tiling)
         scored = log_prob_entropy(case.hidden, case.weight, call)
@@ -303,12 +305,13 @@ def test_nothing_is_computed_for_what_needs_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("rows", "dtype", "device", "tiling"),
     [
-        (16032, torch.bfloat16, "cuda", (1024, 1024, 4096, 16032)),
-        (151936, torch.bfloat16, "cuda", (512, 512, 512, 151936)),
-        (32768, torch.float32, "cpu", (512, 512, 512, 8192)),
-        (32768, torch.bfloat16, "cpu", (1024, 1024, 1024, 8192)),
-        (50, torch.float32, "cpu", (1024, 1024, 1024, 4096)),
-        (10**7, torch.float64, "cpu", (16, 16, 16, 131072)),
+        (16032, torch.bfloat16, "cuda", (1024, 4096, 16032, True)),
+        (16032, torch.float32, "cuda", (1024, 1024, 16032, False)),
+        (151936, torch.bfloat16, "cuda", (512, 512, 151936, True)),
+        (32768, torch.float32, "cpu", (512, 512, 8192, False)),
+        (32768, torch.bfloat16, "cpu", (1024, 1024, 8192, False)),
+        (50, torch.float32, "cpu", (1024, 1024, 4096, False)),
+        (10**7, torch.float64, "cpu", (16, 16, 131072, False)),
     ],
 )
 def test_tiles_are_bounded(rows: int, dtype: torch.dtype, device: str, tiling: tuple) -> None:
@@ -351,7 +354,8 @@ def sharded(mode, sequence_parallel: bool) -> list[list[Tensor]]:
         if sequence_parallel:
             mine = mine._replace(hidden=mine.hidden.chunk(2)[dist.get_rank()])
         settings = {"group": dist.group.WORLD, "vocab_size": vocab, "rows": picked(rows)}
-        results.append(mode(mine, tiling=Tiling(2, 2, 4, 3), sequence_parallel=sequence_parallel, **settings))
+        tiling = Tiling(2, 4, 3, apart=rows % 2 == 1)
+        results.append(mode(mine, tiling=tiling, sequence_parallel=sequence_parallel, **settings))
     return results
 
 
@@ -380,7 +384,7 @@ COLLECTIVES = dict.fromkeys(("all_reduce", "broadcast"), 0) | dict.fromkeys(
 """name -> position of what this rank sends"""
 
 
-def collectives(mode, rows: int, sequence_parallel: bool) -> list[tuple[str, int]]:
+def collectives(mode, rows: int, sequence_parallel: bool, apart: bool = False) -> list[tuple[str, int]]:
     """(name, bytes this rank sends) of every collective, and "dW" of every product, in order."""
     done: list[tuple[str, int]] = []
 
@@ -404,7 +408,7 @@ def collectives(mode, rows: int, sequence_parallel: bool) -> list[tuple[str, int
             group=dist.group.WORLD,
             rows=picked(rows),
             sequence_parallel=sequence_parallel,
-            tiling=Tiling(2, 4, 4, 3),
+            tiling=Tiling(2, 4, 3, apart),
         )
     return done
 
@@ -433,6 +437,19 @@ def test_fused_mode_has_one_per_wave_and_one_for_the_hidden_gradient(pool2: Pool
         ("dW", 3 * 4 * 4),
     ]
     assert pool2.run(collectives, fused, 7, False) == [expected] * 2
+
+
+def test_where_gradients_lie_apart_a_wave_is_exchanged_beside_the_products_of_the_one_before(
+    pool2: Pool,
+) -> None:
+    expected = [
+        ("all_gather_into_tensor", 16 * 4),
+        ("all_gather_into_tensor", 16 * 3),
+        ("dW", 4 * 4 * 4),
+        ("all_reduce", 7 * 4 * 4),
+        ("dW", 3 * 4 * 4),
+    ]
+    assert pool2.run(collectives, fused, 7, False, True) == [expected] * 2
 
 
 @MODES

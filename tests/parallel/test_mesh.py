@@ -7,7 +7,8 @@ from dataclasses import asdict
 import pytest
 
 from mcore_rl.errors import LayoutError
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 
 

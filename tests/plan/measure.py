@@ -14,7 +14,8 @@ from mcore_rl.model import platform
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.types import PackedBatch
 
 
@@ -49,8 +50,8 @@ class SumOfLogProbs:
     def rowwise(self, batch: PackedBatch) -> bool:
         return False
 
-    def __call__(self, batch: PackedBatch, output) -> tuple[Tensor, dict[str, Tensor]]:
-        return output.log_prob.sum(), {}
+    def __call__(self, batch: PackedBatch, output) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        return output.log_prob.sum(), dict
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -25,11 +25,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mcore_rl.model import build, platform
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.policy import CriticModel, CriticParameterMap, PolicyModel
-from mcore_rl.model.spec import padded_vocab, transformer_config
+from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
+from mcore_rl.model.layouts import padded_vocab
+from mcore_rl.model.policy import CriticModel, PolicyModel
+from mcore_rl.model.spec import transformer_config
 from mcore_rl.model.weights_io import global_weights
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 
 
 def built_ranks(directory: Path, layout: Layout, *, every: bool) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import LINKS, Seconds, publish_seconds
 from mcore_rl.plan.published import LLAMA_70B, OTHERS, rows
 from tests.sources import ROOT

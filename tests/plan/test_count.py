@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.count import StageCount, count_critic, count_policy, distinct, layers_of
 from tests.sources import ROOT
 

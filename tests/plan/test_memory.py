@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mcore_rl.data.balance import model_shape
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.model.portable import PackedLayout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import kv_bytes_per_token, stage_memory
 from mcore_rl.plan.work import PlannedStep
@@ -20,7 +22,7 @@ LENGTH, COUNT = 256, 8
 WITHIN = 0.1
 CONFIG = {
     "model_type": "qwen3",
-    "vocab_size": 2048,
+    "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_hidden_layers": 4,
@@ -130,3 +132,18 @@ def test_a_step_takes_what_the_plan_says(
     assert planned.step == pytest.approx(measured["step"], rel=WITHIN)
     (shorter,) = stage_memory(arch, Layout(), work(precision, recompute, length=0.7 * LENGTH))
     assert shorter.step != pytest.approx(measured["step"], rel=WITHIN)  # it can fail
+
+
+def test_the_masks_of_context_parallelism_are_counted_where_they_are_read(directory: Path) -> None:
+    """What one micro-batch's mask takes, and none before attention asks for it."""
+    arch, layout = read_architecture(directory), Layout.parse("cp2")
+    boundaries = torch.arange(COUNT + 1) * LENGTH
+    made = PackedLayout.of(torch.zeros(COUNT * LENGTH // 2, dtype=torch.int64), boundaries, LENGTH, context=2)
+    assert made.keys is not None
+    assert made.keys.kept is None
+    (planned,) = stage_memory(arch, layout, work("fp32", "none"))
+    assert planned.masks == made.mask(None, torch.float32).nbytes
+    assert made.mask(None, torch.float32) is made.mask(None, torch.float32)
+    (by_engine,) = stage_memory(arch, layout, work("bf16", "none"))
+    (alone,) = stage_memory(arch, Layout(), work("fp32", "none"))
+    assert by_engine.masks == alone.masks == 0

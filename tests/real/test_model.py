@@ -17,9 +17,10 @@ from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import LayoutError
 from mcore_rl.model.build import build_logits
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.spec import check_layout
+from mcore_rl.model.layouts import check_layout
 from mcore_rl.model.step import forward
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool, spawn
 from mcore_rl.training.batch import pack_share
 from tests.model.support import at_layout, shape_at, with_mesh

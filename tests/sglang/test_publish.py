@@ -15,7 +15,8 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model.build import build_policy
 from mcore_rl.parallel.control import on_main
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.processes import LocalServer

@@ -15,10 +15,9 @@ from mcore_rl.config import Config, load_config
 from mcore_rl.convert.command import mcore_to_hf
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.policy import CriticParameterMap
+from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
 from mcore_rl.model.weights_io import global_parameters, hf_reader
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.checkpoint import end_step
 from mcore_rl.training.critic import groups_of, pack_prompts, values_of

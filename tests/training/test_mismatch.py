@@ -16,7 +16,7 @@ from mcore_rl.algo.metrics import Quantile
 from mcore_rl.config import Config
 from mcore_rl.errors import EXIT_RETRYABLE, MismatchError
 from mcore_rl.log import read_metrics
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.precision import FP32_TOLERANCES, tolerances
 from mcore_rl.training.batch import RolloutBatch, sampled_with, token_sequences

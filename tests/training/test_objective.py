@@ -32,7 +32,9 @@ def objective_of_rows(
     """(loss, parts by name and as they are read, log-probs, advantages) of one sequence of four rows."""
     rows, log_prob = rows_of(old, rollout, age)
     advantage = rows.fields["advantage"]
-    loss, parts = PolicyObjective(configure(name, params), None)(rows, HeadOutput(log_prob, torch.ones(4)))
+    objective = PolicyObjective(configure(name, params), None)
+    loss, measure = objective(rows, HeadOutput(log_prob, torch.ones(4)))
+    parts = measure()
     return (
         loss,
         {key.name: part for key, part in parts.items()} | {"read": read(parts, 1)},
@@ -121,11 +123,13 @@ def test_rowwise_losses_are_those_whose_parts_add_up(name: str, on_policy: bool)
     objective = PolicyObjective(
         configure(name, {"eps_low": 0.9, "eps_high": 0.9} if name == "gspo" else {}), None
     )
-    whole, sums = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    whole, measure = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    sums = measure()
     parts = [
         objective(_some_rows(batch, rows), HeadOutput(log_prob[rows], torch.ones(4)[rows]))
         for rows in (slice(0, 1), slice(1, 3), slice(3, 4), slice(0, 0))
     ]
+    of_parts = [measure() for _, measure in parts]
     added = torch.stack([part for part, _ in parts]).sum()
     same = torch.allclose(
         torch.stack([*torch.autograd.grad(whole, log_prob)]),
@@ -135,7 +139,7 @@ def test_rowwise_losses_are_those_whose_parts_add_up(name: str, on_policy: bool)
     if objective.rowwise(batch):
         assert same
         torch.testing.assert_close(added, whole)
-        torch.testing.assert_close(Gathered(one for _, one in parts)._parts[HEAD], sums[HEAD])
+        torch.testing.assert_close(Gathered(of_parts)._parts[HEAD], sums[HEAD])
     elif name == "gspo":
         assert not same
 
@@ -221,7 +225,8 @@ def test_a_token_whose_rollout_log_prob_is_not_finite_is_not_trained_on(
     broken[1] = bad
     objective = PolicyObjective(configure(name, {**params, **wide}), None)
     batch, log_prob = rows_of(old, rollout=broken)
-    loss, parts = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    loss, measure = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    parts = measure()
     (gradient,) = torch.autograd.grad(loss, log_prob)
     assert gradient[1] == 0
     assert torch.isfinite(loss)

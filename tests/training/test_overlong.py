@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mcore_rl.algo.algorithms import configure
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import Batching, build_batch, pack_mini_batch
 from mcore_rl.training.recorder import Recorder

@@ -19,7 +19,8 @@ from mcore_rl.algo.algorithms import ALGORITHMS, _accepted, configure
 from mcore_rl.config.effects import doubtful, params_without_effect
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.batch import Batching, RolloutBatch, build_batch, pack_mini_batch
 from mcore_rl.training.kl_control import KLControl

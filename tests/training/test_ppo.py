@@ -20,7 +20,8 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.metric_names import meaning_of
 from mcore_rl.model.residency import Residency
 from mcore_rl.model.weights_io import global_parameters
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.rollout.reply import ANY_VOCABULARY
 from mcore_rl.training.assemble import build_models, build_run, waiting_parts

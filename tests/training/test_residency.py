@@ -15,15 +15,9 @@ from mcore_rl.config import Config
 from mcore_rl.config.state import ResidencyConfig as Where
 from mcore_rl.metric_names import MEASURED
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.residency import (
-    NEEDED,
-    PHASES,
-    Offloaded,
-    state_of,
-    storages,
-    weights_of,
-)
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.model.phases import NEEDED, PHASES
+from mcore_rl.model.residency import Offloaded, state_of, storages, weights_of
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of

@@ -18,7 +18,7 @@ from mcore_rl.checkpoint.rng import rng_state, set_rng_state
 from mcore_rl.config import Config
 from mcore_rl.errors import DataError
 from mcore_rl.log import read_metrics
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.training.checkpoint import end_step, pieces, run_document
 from mcore_rl.training.loop import learn
 from mcore_rl.training.run import Run

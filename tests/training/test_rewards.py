@@ -19,7 +19,7 @@ from mcore_rl.doctor.inputs import check_inputs
 from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import storages, weights_of
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.plan.memory import stage_memory
 from mcore_rl.plan.work import work_of

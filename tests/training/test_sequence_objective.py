@@ -87,7 +87,8 @@ def test_the_rows_have_the_gradient_of_the_whole(case: str) -> None:
     rng = torch.Generator().manual_seed(0)
     log_prob = -torch.rand(len(batch.rows), generator=rng, dtype=torch.float64).requires_grad_() - 0.1
     log_prob = log_prob.detach().requires_grad_()
-    total, parts = SequenceObjective(loss, None)(batch, HeadOutput(log_prob, -log_prob.detach()))
+    total, measure = SequenceObjective(loss, None)(batch, HeadOutput(log_prob, -log_prob.detach()))
+    parts = measure()
     (found,) = torch.autograd.grad(total, log_prob)
     expected = dense(loss, log_prob, batch, reference)
     (wanted,) = torch.autograd.grad(expected, log_prob)
@@ -103,7 +104,8 @@ def test_a_rank_without_work_has_a_gradient_of_nothing() -> None:
         nothing = {name: values[:0] for name, values in batch.fields.items()}
         empty = replace(pack([], [], {}), fields=nothing)
         none = torch.zeros(0, requires_grad=True)
-        total, parts = SequenceObjective(loss, None)(empty, HeadOutput(none, none.detach()))
+        total, measure = SequenceObjective(loss, None)(empty, HeadOutput(none, none.detach()))
+        parts = measure()
         total.backward()
         assert total.item() == 0
         assert all(part.isfinite().all() for part in parts.values())

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.errors import RewardError
-from mcore_rl.parallel.mesh import Layout, build_mesh, destroy_mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import build_batch

@@ -12,7 +12,8 @@ import torch
 
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.parallel.mesh import Layout, Mesh
+from mcore_rl.parallel.layout import Layout
+from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.training import batch as batches
 from mcore_rl.training.advantage import Scores, compute_advantages

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mcore_rl.errors import ConfigError, LayoutError, NumericsError
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.verify.layouts import problem
 from mcore_rl.verify.layouts.case import ALL, SMALL, Case
 from mcore_rl.verify.layouts.compare import Errors, compare, parameter_error, relative_error, summary

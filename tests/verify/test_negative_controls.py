@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.model import build, policy, step, weights_io
-from mcore_rl.parallel import context
+from mcore_rl.model import build, policy, portable, step, weights_io
 from mcore_rl.parallel.head import divergence, head
 from mcore_rl.parallel.head import passes as head_passes
 from mcore_rl.training import distill, model_passes, objective, sequence_objective
@@ -52,8 +51,8 @@ def mean_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
         equal = replace(
             batch, fields={**batch.fields, "weight": torch.ones_like(batch.fields["weight"]) / count}
         )
-        total, metrics = loss(equal, output)
-        return total, torch.tensor(1), [{name: value.detach().clone() for name, value in metrics.items()}]
+        total, measure = loss(equal, output)
+        return total, torch.tensor(1), [{name: value.detach().clone() for name, value in measure().items()}]
 
     patch.setattr(step, "_scaled_loss", scaled)
     patch.setattr(objective.PolicyObjective, "rowwise", lambda self, batch: False)
@@ -102,17 +101,15 @@ def interleaving_trap(patch: pytest.MonkeyPatch) -> None:
 
 def keys_in_plain_order(patch: pytest.MonkeyPatch) -> None:
     """Keys are looked up as if every rank held one contiguous part, while tokens are split in zig-zag."""
-    original = step._key_layout
 
-    def contiguous(length: int, size: int, rank: int) -> Tensor:
-        return torch.arange(length).chunk(size)[rank]
+    def contiguous(cu_seqlens: Tensor, size: int, tokens: int) -> Tensor:
+        token = torch.arange(tokens)
+        sequence = torch.bucketize(token, cu_seqlens[1:].long(), right=True)
+        start, end = cu_seqlens[sequence].long(), cu_seqlens[sequence + 1].long()
+        share = (end - start) // size
+        return (token - start) // share * (tokens // size) + start // size + (token - start) % share
 
-    def misplaced(*args):
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(context, "zigzag_positions", contiguous)
-            return original(*args)
-
-    patch.setattr(step, "_key_layout", misplaced)
+    patch.setattr(portable, "gathered_places", contiguous)
 
 
 def unmarked_shards(patch: pytest.MonkeyPatch) -> None:

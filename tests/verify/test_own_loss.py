@@ -12,7 +12,7 @@ from mcore_rl.__main__ import build_parser
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.errors import ConfigError, McoreRLError, NumericsError
 from mcore_rl.parallel.head import HeadOutput
-from mcore_rl.training.metrics import loss_is_finite, read
+from mcore_rl.training.metrics import losses_are_finite, read
 from mcore_rl.training.objective import PolicyObjective
 from mcore_rl.verify.layouts import command
 from mcore_rl.verify.layouts.differences import check_loss
@@ -72,10 +72,9 @@ def test_an_undeclared_field_raises_in_training_too_from_the_first_mini_batch_on
 @pytest.mark.parametrize(("loss", "name"), [("known", "entropy"), ("hidden", "loss/scale")])
 def test_a_metric_that_every_run_logs_has_its_name_to_itself(loss: str, name: str) -> None:
     batch, log_prob = rows_of(None)
+    objective = PolicyObjective(configure("grpo", loss=f"tests.losses.wrong:{loss}"), None)
     with pytest.raises(ConfigError, match=f"'{name}', which every run logs; give it another name"):
-        PolicyObjective(configure("grpo", loss=f"tests.losses.wrong:{loss}"), None)(
-            batch, HeadOutput(log_prob, torch.ones(4))
-        )
+        objective(batch, HeadOutput(log_prob, torch.ones(4)))[1]()
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["its metric", "the policy"])
@@ -84,9 +83,9 @@ def test_only_the_loss_itself_must_be_finite_not_what_it_measures(broken: bool) 
     if broken:  # the control
         log_prob = torch.where(torch.arange(4) == 2, torch.nan, log_prob)
     objective = PolicyObjective(configure("grpo", loss="tests.losses.wrong:broken_total"), None)
-    _, parts = objective(batch, HeadOutput(log_prob, torch.ones(4)))
+    parts = objective(batch, HeadOutput(log_prob, torch.ones(4)))[1]()
     assert math.isnan(read(parts, 1)["own/total"])
-    assert loss_is_finite(parts) == (not broken)
+    assert losses_are_finite([parts]) == (not broken)
 
 
 @pytest.mark.parametrize(

@@ -286,3 +286,17 @@ def canonical(name: str) -> str:
     for pattern, replacement in FUSED:
         name = pattern.sub(replacement, name)
     return name
+
+
+VALUE_HEAD = Rule("value_head.weight", ("score.weight",), ("one hidden",))
+"""[1, H]; the HF name is that of transformers' sequence classifiers."""
+
+
+class CriticParameterMap(ParameterMap):
+    """The policy's table with the value head in place of the output layer."""
+
+    def __init__(self, arch: Architecture, vocab_rows: int) -> None:
+        """Take what ParameterMap takes."""
+        super().__init__(arch, vocab_rows)
+        del self._rules["output_layer.weight"]
+        self._rules[VALUE_HEAD.megatron] = VALUE_HEAD

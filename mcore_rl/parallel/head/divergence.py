@@ -162,9 +162,13 @@ class _DivergenceLoss(torch.autograd.Function):
         teacher = Teacher(of_teacher[0], of_teacher[1], ctx.teacher_cap)
         pair = _Pair(hidden, weight, teacher, ctx.call, ctx.divergence)
 
-        def differentiate(rows: slice, logits: Tensor, out: Tensor) -> None:
+        def differentiate(rows: slice, logits: Tensor) -> Callable[[Tensor], None]:
             found = pair.compare(rows, logits)
-            found.write_gradient(_derivative(ctx.loss, rows, found.value) * grad, out)
+
+            def write(out: Tensor) -> None:
+                found.write_gradient(_derivative(ctx.loss, rows, found.value) * grad, out)
+
+            return write
 
         def begin(grad_rows: Tensor) -> Callable[[], Tensor]:
             return begin_reduction(grad_rows, ctx.tokens, pair.call)
@@ -255,8 +259,8 @@ def _derivative(loss: DivergenceLoss, rows: slice, value: Tensor) -> Tensor:
 
 def _of_two(tiling: Tiling) -> Tiling:
     """Half the rows at once, since the logits of two models are alive; the GEMMs' columns stay."""
-    tile, wave = max(1, tiling.tile // 2), max(1, tiling.tile // 2) * (tiling.wave // tiling.tile)
-    return tiling._replace(tile=tile, wave=wave, chunk=wave * (tiling.chunk // tiling.wave))
+    tile = max(1, tiling.tile // 2)
+    return tiling._replace(tile=tile, wave=tile * (tiling.wave // tiling.tile))
 
 
 def _check_same_tokens(weight: Tensor, teacher: Teacher, call: Call) -> None:

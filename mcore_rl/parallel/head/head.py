@@ -30,16 +30,18 @@ from torch import Tensor
 
 from mcore_rl.parallel.head.passes import (
     Call,
+    Differentiate,
+    begin_gather,
     begin_reduction,
+    gather_statistics,
     gradients,
-    merged,
     row_kernels,
     scored_hidden,
     statistics,
     statistics_of,
     weight_grad,
 )
-from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype
+from mcore_rl.parallel.head.rows import RowTerms, accumulate_dtype, merge_statistics
 
 
 class HeadOutput(NamedTuple):
@@ -118,9 +120,8 @@ class _LogProbEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, call: Call):
         ctx.set_materialize_grads(False)
         scored = scored_hidden(hidden, call)
-        log_prob, entropy, top, log_total = merged(
-            statistics(scored, weight, call), call, slice(0, len(scored))
-        )
+        gathered = gather_statistics(statistics(scored, weight, call), call.shard.group)
+        log_prob, entropy, top, log_total = merge_statistics(gathered, call.scale)
         ctx.save_for_backward(scored, weight, top, log_total, entropy)
         ctx.call, ctx.tokens = call, len(hidden)
         return log_prob, entropy
@@ -130,11 +131,12 @@ class _LogProbEntropy(torch.autograd.Function):
         scored, weight, top, log_total, entropy = ctx.saved_tensors
         grad_log_prob = torch.zeros_like(top) if grad_log_prob is None else grad_log_prob
 
-        def terms(rows: slice, logits: Tensor) -> RowTerms:
+        def differentiate(rows: slice, logits: Tensor) -> Callable[[Tensor], None]:
             slope = None if grad_entropy is None else grad_entropy[rows]
-            return RowTerms(top[rows], log_total[rows], entropy[rows], grad_log_prob[rows], slope)
+            terms = RowTerms(top[rows], log_total[rows], entropy[rows], grad_log_prob[rows], slope)
+            return lambda out: _write_gradient(logits, ctx.call, rows, terms, out)
 
-        return *_backward(ctx, scored, weight, terms), None
+        return *_backward(ctx, scored, weight, differentiate), None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -152,32 +154,38 @@ class _HeadLoss(torch.autograd.Function):
         call, loss = ctx.call, ctx.loss
         scored = scored_hidden(hidden, call)
 
-        def terms(rows: slice, logits: Tensor) -> RowTerms:
-            log_prob, entropy, top, log_total = merged(statistics_of(logits, call, rows), call, rows)
-            a, b = _derivatives(loss, rows, HeadOutput(log_prob, entropy))
-            return RowTerms(top, log_total, entropy, a * grad, None if b is None else b * grad)
+        def differentiate(rows: slice, logits: Tensor) -> Callable[[Tensor], None]:
+            gathered = begin_gather(statistics_of(logits, call, rows), call.shard.group)
+
+            def write(out: Tensor) -> None:
+                log_prob, entropy, top, log_total = merge_statistics(gathered(), call.scale)
+                a, b = _derivatives(loss, rows, HeadOutput(log_prob, entropy))
+                terms = RowTerms(top, log_total, entropy, a * grad, None if b is None else b * grad)
+                _write_gradient(logits, call, rows, terms, out)
+
+            return write
 
         if len(scored) == 0:
             none = scored.new_zeros(0, dtype=grad.dtype)
             _derivatives(loss, slice(0, 0), HeadOutput(none, none.clone()))
-        return *_backward(ctx, scored, weight, terms), None, None
+        return *_backward(ctx, scored, weight, differentiate), None, None
 
 
-def _backward(ctx, scored, weight, terms) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx, scored, weight, differentiate: Differentiate) -> tuple[Tensor | None, Tensor | None]:
     need_hidden, need_weight = ctx.needs_input_grad[:2]
 
     def begin(grad_rows: Tensor) -> Callable[[], Tensor]:
         return begin_reduction(grad_rows, ctx.tokens, ctx.call)
 
-    def differentiate(rows: slice, logits: Tensor, out: Tensor) -> None:
-        kernels = row_kernels(logits.device, logits.dtype)
-        call, found = ctx.call, terms(rows, logits)
-        kernels.logit_gradient(logits, call.local(rows), found, call.scale, out, call.cap)
-
     hidden_grad, total = gradients(
         scored, weight, ctx.call, differentiate, begin if need_hidden else None, need_weight
     )
     return hidden_grad, weight_grad(weight, total)
+
+
+def _write_gradient(logits: Tensor, call: Call, rows: slice, terms: RowTerms, out: Tensor) -> None:
+    kernels = row_kernels(logits.device, logits.dtype)
+    kernels.logit_gradient(logits, call.local(rows), terms, call.scale, out, call.cap)
 
 
 def _derivatives(loss: RowLoss, rows: slice, head: HeadOutput) -> tuple[Tensor, Tensor | None]:

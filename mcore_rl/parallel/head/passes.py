@@ -16,23 +16,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_rl.parallel.head.rows import accumulate_dtype, combined, merge_statistics
+from mcore_rl.parallel.head.rows import accumulate_dtype, combined
 
 MIB = 1 << 20
 MAX_ROWS = 1024
 
 
 class Tiling(NamedTuple):
-    """Row counts, each a multiple of the one before it (the last ones may be cut short)."""
+    """Row counts, the second a multiple of the first (the last ones may be cut short), and columns."""
 
     tile: int
     """rows of one GEMM for logits; the same in every pass, so that old and current log-probs round alike"""
     wave: int
-    """whose logits are alive between their statistics and their gradient"""
-    chunk: int
-    """rows of one GEMM each for the gradient in hidden states and weight"""
+    """whose logits are alive between their statistics and their gradient, of which a loss is asked at once,
+    and that have one GEMM each for the gradient in hidden states and weight"""
     columns: int
     """vocabulary rows of one GEMM for logits, the same in every pass as well"""
+    apart: bool = False
+    """the gradient in the logits lies beside them and does not take their place, so that a wave's statistics
+    are exchanged while the GEMMs of the wave before it run"""
 
     @classmethod
     def of(cls, vocab_rows: int, dtype: torch.dtype, device: torch.device) -> Tiling:
@@ -41,17 +43,19 @@ class Tiling(NamedTuple):
         On a CPU logits have the dtype of the GEMM and their gradient takes their place: 64 MiB of them to
         differentiate, 16 to score. Rows are what a GEMM wants more of, since each tile of rows reads the
         whole weight again, so logits are cut along the vocabulary as well.
-        On a GPU 16-bit inputs give fp32 logits, at most 320 MiB of them, and 16-bit gradients, at most 160
-        MiB: 1024 and 4096 rows at 16032 (a 128256-token vocabulary on 8 ranks), 64 and 125 MiB.
+        On a GPU 16-bit inputs give fp32 logits, at most 320 MiB of them, and 16-bit gradients, half of that:
+        4096 rows of 16032 (a 128256-token vocabulary on 8 ranks) take 250 and 125 MiB. A wave has as many
+        rows as fit, up to four tiles: what a wave launches besides its GEMMs is the same for any number.
         """
         if device.type == "cpu":
             rows = _rows(64 * MIB, vocab_rows * dtype.itemsize)
-            return cls(rows, rows, rows, 16 * MIB // (rows * dtype.itemsize))
-        tile = _rows(320 * MIB, vocab_rows * accumulate_dtype(dtype).itemsize)
+            return cls(rows, rows, 16 * MIB // (rows * dtype.itemsize))
+        row_bytes = vocab_rows * accumulate_dtype(dtype).itemsize
+        tile = _rows(320 * MIB, row_bytes)
         if in_place(dtype, device):
-            return cls(tile, tile, tile, vocab_rows)
-        fitting = 160 * MIB // (vocab_rows * dtype.itemsize) // tile
-        return cls(tile, tile, tile * max(1, min(4, fitting)), vocab_rows)
+            return cls(tile, tile, vocab_rows)
+        fitting = 320 * MIB // row_bytes // tile
+        return cls(tile, tile * max(1, min(4, fitting)), vocab_rows, apart=True)
 
 
 def in_place(dtype: torch.dtype, device: torch.device) -> bool:
@@ -216,16 +220,14 @@ def _row_statistics(logits_of: Callable[[slice], Tensor], call: Call, rows: slic
     return combined(torch.stack(found), call.scale) if len(found) > 1 else found[0]
 
 
-def merged(stats: Tensor, call: Call, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_prob, entropy, M and log S of `rows`, from this shard's statistics of them: one collective."""
-    return merge_statistics(gather_statistics(stats, call.shard.group), call.scale)
+Differentiate = Callable[[slice, Tensor], Callable[[Tensor], None]]
 
 
 def gradients(
     hidden: Tensor,
     weight: Tensor,
     call: Call,
-    differentiate: Callable[[slice, Tensor, Tensor], None],
+    differentiate: Differentiate,
     begin: Callable[[Tensor], Callable[[], Tensor]] | None,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -233,8 +235,9 @@ def gradients(
 
     Args:
         hidden: [R, H] scored rows.
-        differentiate: (rows, their logits, room) writes dL/dlogits of the rows into the room, which may be
-            the logits' own; called for each wave, in order.
+        differentiate: (rows, their logits) begins what other ranks take part in and returns what writes
+            dL/dlogits of the rows, once, into a room that may be the logits' own; called for each wave, in
+            order.
         begin: starts the reduction of dL/dhidden [R, H], which runs beside the last GEMM for the weight; None
             where no gradient in the hidden states is wanted.
     """
@@ -243,22 +246,31 @@ def gradients(
     finish = None if begin is None or len(hidden) else begin(hidden)
     accumulator = _weight_accumulator(weight) if need_weight else None
     everything = slice(0, len(hidden))
-    room = hidden.new_empty(min(tiling.chunk, len(hidden)), len(live))
-    apart = None
-    if not in_place(hidden.dtype, hidden.device):
-        apart = _room(hidden, min(tiling.wave, len(hidden)), len(live))
-    for chunk in parts(everything, tiling.chunk):
-        dlogits = room[: chunk.stop - chunk.start]
-        for wave in parts(chunk, tiling.wave):
-            out = dlogits[wave.start - chunk.start : wave.stop - chunk.start]
-            logits = out if apart is None else apart[: len(out)]
-            _write_logits(hidden, live, call, wave, logits)
-            differentiate(wave, logits, out)
+    room = hidden.new_empty(min(tiling.wave, len(hidden)), len(live))
+    apart = _room(hidden, len(room), len(live)) if tiling.apart else room
+
+    def multiply(wave: slice) -> None:
+        nonlocal finish
+        dlogits = room[: wave.stop - wave.start]
         if grad_hidden is not None and begin is not None:
-            torch.mm(dlogits, live, out=grad_hidden[chunk])
-            finish = begin(grad_hidden) if chunk.stop == everything.stop else finish
+            torch.mm(dlogits, live, out=grad_hidden[wave])
+            finish = begin(grad_hidden) if wave.stop == everything.stop else finish
         if accumulator is not None:
-            _add_product(accumulator[: len(live)], dlogits, hidden[chunk])
+            _add_product(accumulator[: len(live)], dlogits, hidden[wave])
+
+    before = None
+    for wave in parts(everything, tiling.wave):
+        logits = apart[: wave.stop - wave.start]
+        _write_logits(hidden, live, call, wave, logits)
+        write = differentiate(wave, logits)
+        if before is not None and tiling.apart:
+            multiply(before)
+        write(room[: len(logits)])
+        if not tiling.apart:
+            multiply(wave)
+        before = wave
+    if before is not None and tiling.apart:
+        multiply(before)
     return (None if finish is None else finish()), accumulator
 
 
@@ -294,11 +306,21 @@ def _logits(hidden: Tensor, live: Tensor, out: Tensor) -> Tensor:
 
 def gather_statistics(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[S, C] -> [ranks, S, C], in one collective; none where C, equal in the group, is 0."""
+    return begin_gather(stats, group)()
+
+
+def begin_gather(stats: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Start `gather_statistics`; the answer waits for it."""
     if group is None or stats.shape[1] == 0:
-        return stats[None]
+        return lambda: stats[None]
     gathered = stats.new_empty(group.size() * len(stats), stats.shape[1])
-    dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group)
-    return gathered.view(group.size(), len(stats), -1)
+    work = dist.all_gather_into_tensor(gathered, stats.contiguous(), group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()  # type: ignore[union-attr]  # async_op gives a handle
+        return gathered.view(group.size(), len(stats), -1)
+
+    return finish
 
 
 def _weight_accumulator(weight: Tensor) -> Tensor:

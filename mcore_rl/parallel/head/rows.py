@@ -58,9 +58,9 @@ def shard_statistics(
     entry has m = -inf, s = u = 0.
     """
     rows, live = logits.shape
-    stats = logits.new_zeros(4, rows, dtype=accumulate_dtype(logits.dtype))
-    stats[0] = -torch.inf
+    stats = logits.new_empty(4, rows, dtype=accumulate_dtype(logits.dtype))
     if live == 0:
+        stats.zero_()[0] = -torch.inf
         return stats
     z, e = _scratch(logits)
     for block in _blocks(logits):
@@ -139,6 +139,8 @@ def combined(stats: Float[Tensor, "parts 4 C"], scale: float) -> Float[Tensor, "
     M = max m_r;  d_r = scale (m_r - M);  S = sum e^d_r s_r;  U = sum e^d_r (u_r + d_r s_r). A part without a
     live entry has m = -inf, s = u = 0 and is left out: -inf * 0 is NaN.
     """
+    if len(stats) == 1:
+        return stats[0]
     m, s, u, target = stats.unbind(1)
     top = m.amax(0)
     shift = torch.where(s > 0, (m - top) * scale, 0)

@@ -19,7 +19,7 @@ from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.head.divergence import Against
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout import experts as routing
-from mcore_rl.training.metrics import loss_is_finite
+from mcore_rl.training.metrics import losses_are_finite
 from mcore_rl.training.model_passes import Update
 from mcore_rl.types import PackedBatch
 
@@ -94,7 +94,7 @@ def _is_broken_alone(update: Update, batch: PackedBatch, against: Against | None
         sums = forward_backward(model, batches, update.objective, update.temperature, against=others)
     finally:
         model.config.finalize_model_grads_func = reduce
-    return not (all(loss_is_finite(one) for one in sums) and gradients_are_finite(model))
+    return not (losses_are_finite(sums) and gradients_are_finite(model))
 
 
 def alone(batch: PackedBatch, mesh: Mesh) -> list[PackedBatch]:

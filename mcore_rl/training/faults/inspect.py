@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mcore_rl.model.build import Model
-from mcore_rl.model.step import Loss
+from mcore_rl.model.step import Loss, Measure
 from mcore_rl.parallel.context import local_tokens
 from mcore_rl.types import PackedBatch
 
@@ -157,11 +157,11 @@ class _Observed:
     def rowwise(self, batch: PackedBatch) -> bool:
         return self.loss.rowwise(batch)
 
-    def __call__(self, batch: PackedBatch, output: Any) -> tuple[Tensor, Mapping[Any, Tensor]]:
+    def __call__(self, batch: PackedBatch, output: Any) -> tuple[Tensor, Measure]:
         self.inspector.look_at(batch, output)
-        total, metrics = self.loss(batch, output)
+        total, measure = self.loss(batch, output)
         self.inspector.look_at_loss(total)
-        return total, metrics
+        return total, measure
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

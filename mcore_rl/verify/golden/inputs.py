@@ -218,7 +218,7 @@ class GoldenInputs:
             self.scalar("temperature"),
             group=self.group,
             vocab_size=len(weight),
-            tiling=Tiling(rows, rows, rows, len(weight)),
+            tiling=Tiling(rows, rows, len(weight)),
         )
         return hidden.clone().requires_grad_(), shard, call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcore_rl.errors import LayoutError
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 
 _VARIANTS: dict[str, dict[str, object]] = {
     "tied": {"model": "tied"},

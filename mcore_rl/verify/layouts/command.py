@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from mcore_rl.algo.algorithms import configure
 from mcore_rl.errors import LayoutError
 from mcore_rl.launch.start import under_torchrun
-from mcore_rl.parallel.mesh import Layout
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.terminal import printable
 from mcore_rl.verify.layouts.case import ALL, SMALL, Case
 from mcore_rl.verify.layouts.compare import LIMITS, Errors, compare, summary
