@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from mcore_rl import strict_json
@@ -83,11 +88,12 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
     transformers_logging.disable_progress_bar()
     try:
         hf = strict_json.parse((directory / "config.json").read_bytes())
+        known = known_config(hf if isinstance(hf, dict) else {})
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            **known_config(hf if isinstance(hf, dict) else {}),
+            **known,
             dtype=torch.float32,
-            attn_implementation=_attention_of(directory),
+            attn_implementation=_attention_of(directory, known.get("config")),
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
@@ -100,10 +106,11 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
     return model.to(device).eval().requires_grad_(False), shapes
 
 
-def _attention_of(directory: Path) -> str:
+def _attention_of(directory: Path, config: PretrainedConfig | None) -> str:
     """torch's fused kernel, or plain products where the model's attention has more than it: caps, sinks."""
-    kind = type(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    if config is None:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "eager" if model is not None and not model._supports_sdpa else "sdpa"
 
 

@@ -92,17 +92,24 @@ def inside(spec: Any) -> Any:
     return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
 
 
+def _plain(part: Any) -> Any:
+    """The class of a part, with or without arguments of its own."""
+    return getattr(part, "module", getattr(part, "func", part))
+
+
 def modules(spec: Any) -> dict[str, Any]:
     """The modules of one layer, by part."""
     s = spec.submodules
     mlp = inside(s.mlp)
     linears = inside(mlp.experts) if hasattr(mlp, "experts") else mlp
     attention = s.self_attention.submodules
+    latent = hasattr(attention, "linear_kv_up_proj")
+    projection = attention.linear_kv_up_proj if latent else attention.linear_qkv
     return {
-        "norms": (s.input_layernorm, s.pre_mlp_layernorm, attention.q_layernorm),
-        "attention": getattr(attention.core_attention, "module", attention.core_attention),
-        "column": (attention.linear_qkv, linears.linear_fc1),
-        "row": (attention.linear_proj, linears.linear_fc2),
+        "norms": (s.input_layernorm, s.pre_mlp_layernorm, None if latent else attention.q_layernorm),
+        "attention": _plain(attention.core_attention),
+        "column": (_plain(projection), linears.linear_fc1),
+        "row": (_plain(attention.linear_proj), linears.linear_fc2),
     }
 
 

@@ -205,7 +205,7 @@ def test_attention_is_its_definition(
         attention.softmax_offset.data.copy_(sink)
         leaves.append(sink)
     bounds = torch.tensor([0, 7, 12], dtype=torch.int32)
-    layout = PackedLayout.of(torch.cat([torch.arange(7), torch.arange(5)]), bounds)
+    layout = PackedLayout.of(torch.cat([torch.arange(7), torch.arange(5)]), bounds, 7)
     got = attention(*(x[:, None] for x in (q, k, v)), packed_seq_params=layout)[:, 0]
     parts = [defined(q[a:b], k[a:b], v[a:b], window, cap, sink) for a, b in ((0, 7), (7, 12))]
     expected = torch.cat(parts).flatten(1)
