@@ -46,7 +46,7 @@ class Rule:
         """
         place = f"algorithm.params.rejection: {text!r}"
         name, _, bound = text.partition(":")
-        reads = next((r for r in READS if name.startswith(f"{r}-")), None)
+        reads: Reads | None = next((r for r in READS if name.startswith(f"{r}-")), None)
         distance = "" if reads is None else name.removeprefix(f"{reads}-")
         if reads is None or distance not in DISTANCES:
             raise ConfigError(

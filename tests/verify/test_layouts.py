@@ -39,6 +39,11 @@ def test_the_main_layouts_agree_with_one_rank(worlds: SharedPools) -> None:
     assert_all_agree(worlds, REQUIRED, ("gspo",))
 
 
+def test_what_a_loss_may_read_beside_its_rows(worlds: SharedPools) -> None:
+    """Means of its own, what was chosen of the whole rollout, and rules by what is left of a sequence."""
+    assert_all_agree(worlds, ("cp2",), ("gmpo", "kl-cov", "gspo-kept"))
+
+
 def test_ppo_and_its_critic(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("ep2",), ("ppo",))
 
