@@ -8,6 +8,7 @@ each token or of the whole sequence. Several hold together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -71,6 +72,7 @@ class Rule:
         return (values >= self.low) & (values <= self.high)
 
 
+@functools.cache
 def parse_rules(text: str) -> tuple[Rule, ...]:
     """Rules with commas between them; none where the text is empty."""
     return tuple(Rule.parse(part.strip()) for part in text.split(",")) if text.strip() else ()
