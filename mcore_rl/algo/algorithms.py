@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mcore_rl.algo import advantages, baselines, lambdas, losses, masked_losses, sequence_losses
-from mcore_rl.algo.corrections import Rule, parse_rules
+from mcore_rl.algo.corrections import Rejection, parse_rules
 from mcore_rl.algo.losses import CORRECTIONS, Aggregation, Correction, CorrectionName, KLEstimator
 from mcore_rl.algo.presets import PRESETS
 from mcore_rl.algo.rows import (
@@ -87,7 +87,7 @@ class Algorithm:
     correction_normalized: bool = False
     """the correction, rejection included, is divided by its mean over the tokens of the whole rollout"""
     rejection: str = ""
-    """rules with commas between, of what has weight 0: see corrections.Rule"""
+    """rules with commas between, of what has weight 0: see corrections.Rejection"""
     whiten_ddof: Literal[0, 1] = 1
     """the variance that whitening divides by is that over n - whiten_ddof"""
     gae_steps: Literal["token", "turn"] = "token"
@@ -103,7 +103,7 @@ class Algorithm:
         return self.advantage in (*_BY_PARTS, *_BY_GROUP)
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
+    def rules(self) -> tuple[Rejection, ...]:
         """What `rejection` says."""
         return parse_rules(self.rejection)
 

@@ -39,7 +39,7 @@ FORMULAS: Mapping[str, tuple[str, str]] = {
 """policy loss -> (per token, d loss / d log_prob)"""
 
 
-class Known(NamedTuple):
+class Origin(NamedTuple):
     """Where an algorithm comes from, and what it is called elsewhere."""
 
     source: str
@@ -53,24 +53,24 @@ class Known(NamedTuple):
 
 _GROUP_OF_TRL = "TRL: eps 1e-4"
 _K3 = "NeMo-RL: leave-one-out, k3 0.01; TRL: token-mean, eps 1e-4; verl: dual clip 3, token-mean"
-KNOWN: Mapping[str, Known] = {
-    "ppo": Known(
+KNOWN: Mapping[str, Origin] = {
+    "ppo": Origin(
         "1707.06347 eq. 7", "gae", "ppo", "adv gae", "PPOTrainer", differs="verl: lam 1, dual clip 3, no KL"
     ),
-    "grpo": Known(
+    "grpo": Origin(
         "2402.03300 eq. 3", "grpo", "grpo", "grpo", 'loss_type="grpo"', "grpo", _K3 + "; prime-rl: DPPO"
     ),
-    "gdpo": Known(
+    "gdpo": Origin(
         "2601.05242 eqs. 4-7", "gdpo", "", "adv gdpo", "normalize_then_sum", differs="verl: whitens tokens"
     ),
-    "drgrpo": Known(
+    "drgrpo": Origin(
         "2503.20783", "norm_adv_by_std_in_grpo=False", trl='loss_type="dr_grpo"', differs="TRL: std group"
     ),
-    "dapo": Known("2503.14476", "recipe/dapo", "--eps-clip-high", "ratio_clip_max", 'loss_type="dapo"'),
-    "gspo": Known("2507.18071 eq. 5", "gspo", "gspo", "sequence_level_importance_ratios", "sequence level"),
-    "sapo": Known("2511.20347", "sapo", trl='loss_type="sapo"', differs=_GROUP_OF_TRL),
-    "liteppo": Known("2508.08221 eq. 6", trl='scale_rewards="batch"', differs=_GROUP_OF_TRL),
-    "cispo": Known(
+    "dapo": Origin("2503.14476", "recipe/dapo", "--eps-clip-high", "ratio_clip_max", 'loss_type="dapo"'),
+    "gspo": Origin("2507.18071 eq. 5", "gspo", "gspo", "sequence_level_importance_ratios", "sequence level"),
+    "sapo": Origin("2511.20347", "sapo", trl='loss_type="sapo"', differs=_GROUP_OF_TRL),
+    "liteppo": Origin("2508.08221 eq. 6", trl='scale_rewards="batch"', differs=_GROUP_OF_TRL),
+    "cispo": Origin(
         "2506.13585 eqs. 4-5",
         "cispo",
         "cispo",
@@ -78,41 +78,41 @@ KNOWN: Mapping[str, Known] = {
         'loss_type="cispo"',
         differs="verl: eps_low 0.2; TRL: 1 + eps",
     ),
-    "rloo": Known("2402.14740 eq. 8", "rloo", "", "leave_one_out", "RLOOTrainer"),
-    "reinforce": Known("Williams 1992", "gpg", "", "disable_ppo_ratio", "", "rl"),
-    "reinforce++": Known(
+    "rloo": Origin("2402.14740 eq. 8", "rloo", "", "leave_one_out", "RLOOTrainer"),
+    "reinforce": Origin("Williams 1992", "gpg", "", "disable_ppo_ratio", "", "rl"),
+    "reinforce++": Origin(
         "2501.03262",
         "reinforce_plus_plus",
         "reinforce_plus_plus",
         "reinforce_plus_plus",
         differs="NeMo-RL: over n",
     ),
-    "reinforce++-baseline": Known(
+    "reinforce++-baseline": Origin(
         "2501.03262", "reinforce_plus_plus_baseline", "reinforce_plus_plus_baseline", "minus_baseline"
     ),
-    "hybrid-grpo": Known("2502.01652, changed"),
-    "hybrid-grpo-shared": Known("2502.01652"),
-    "dsv32": Known(
+    "hybrid-grpo": Origin("2502.01652, changed"),
+    "hybrid-grpo-shared": Origin("2502.01652"),
+    "dsv32": Origin(
         "2512.02556 eq. 9", slime="--use-opsm", trl="off_policy_mask_threshold", differs="slime: delta 1e-4"
     ),
-    "gspo-kept": Known("2507.18071"),
-    "sapo-sequence": Known("2511.20347, 2507.18071", trl='sapo, importance_sampling_level="sequence"'),
-    "gmpo": Known("2507.20673", "geo_mean", differs="verl: clip 0.2"),
-    "vespo": Known("2602.10693 section 3.4", trl='loss_type="vespo"', differs=_GROUP_OF_TRL),
-    "topr": Known("2503.14286"),
-    "dppo-tv": Known("2602.04879", "dppo_tv", prime_rl='loss "default"', differs="verl: to the old policy"),
-    "dppo-kl": Known("2602.04879", "dppo_kl", differs="verl: 0.2, to the old policy"),
-    "m2po": Known("2510.01161", differs="AReaL (m2_threshold): per micro-batch"),
-    "clip-cov": Known("2505.22617", "clip_cov", differs="verl: per micro-batch"),
-    "kl-cov": Known("2505.22617", "kl_cov", differs="verl: per micro-batch, 0.0002"),
-    "dro": Known("2405.19107", "dro", differs="verl: dro_beta must be set"),
-    "grpo-loo": Known("2402.14740 eq. 8", nemo_rl="grpo", differs="NeMo-RL: k3 0.01"),
-    "maxrl": Known("2602.02710", prime_rl="max_rl", differs="prime-rl: DPPO"),
-    "opo": Known("2505.23585", "opo"),
-    "passk": Known("2508.10751"),
-    "passk-best": Known("2503.19595", "grpo_passk"),
-    "vc-ppo": Known("2503.01491"),
-    "vapo": Known("2504.05118", differs="AReaL: by length too"),
+    "gspo-kept": Origin("2507.18071"),
+    "sapo-sequence": Origin("2511.20347, 2507.18071", trl='sapo, importance_sampling_level="sequence"'),
+    "gmpo": Origin("2507.20673", "geo_mean", differs="verl: clip 0.2"),
+    "vespo": Origin("2602.10693 section 3.4", trl='loss_type="vespo"', differs=_GROUP_OF_TRL),
+    "topr": Origin("2503.14286"),
+    "dppo-tv": Origin("2602.04879", "dppo_tv", prime_rl='loss "default"', differs="verl: to the old policy"),
+    "dppo-kl": Origin("2602.04879", "dppo_kl", differs="verl: 0.2, to the old policy"),
+    "m2po": Origin("2510.01161", differs="AReaL (m2_threshold): per micro-batch"),
+    "clip-cov": Origin("2505.22617", "clip_cov", differs="verl: per micro-batch"),
+    "kl-cov": Origin("2505.22617", "kl_cov", differs="verl: per micro-batch, 0.0002"),
+    "dro": Origin("2405.19107", "dro", differs="verl: dro_beta must be set"),
+    "grpo-loo": Origin("2402.14740 eq. 8", nemo_rl="grpo", differs="NeMo-RL: k3 0.01"),
+    "maxrl": Origin("2602.02710", prime_rl="max_rl", differs="prime-rl: DPPO"),
+    "opo": Origin("2505.23585", "opo"),
+    "passk": Origin("2508.10751"),
+    "passk-best": Origin("2503.19595", "grpo_passk"),
+    "vc-ppo": Origin("2503.01491"),
+    "vapo": Origin("2504.05118", differs="AReaL: by length too"),
 }
 OTHERS = ("verl", "slime", "nemo_rl", "trl", "prime_rl")
 

@@ -8,6 +8,7 @@ each token or of the whole sequence. Several hold together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +30,7 @@ _FORM = "READS-DISTANCE:BOUND, such as token-k1:0.5..2 or sequence-max-k2:1.5"
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rejection:
     """What is rejected: a token, or all of a sequence, whose `distance` is outside the bounds."""
 
     reads: Reads
@@ -38,7 +39,7 @@ class Rule:
     high: float
 
     @classmethod
-    def parse(cls, text: str) -> Rule:
+    def parse(cls, text: str) -> Rejection:
         """`READS-DISTANCE:BOUND`; of k1 the bound is LOW..HIGH, and one of the weight e^k1.
 
         Raises:
@@ -71,13 +72,14 @@ class Rule:
         return (values >= self.low) & (values <= self.high)
 
 
-def parse_rules(text: str) -> tuple[Rule, ...]:
+@functools.cache
+def parse_rules(text: str) -> tuple[Rejection, ...]:
     """Rules with commas between them; none where the text is empty."""
-    return tuple(Rule.parse(part.strip()) for part in text.split(",")) if text.strip() else ()
+    return tuple(Rejection.parse(part.strip()) for part in text.split(",")) if text.strip() else ()
 
 
 def distance(name: str, old: Float[Tensor, " R"], rollout: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """Of the old policy from the one that sampled, token by token, with w = e^(old - rollout).
+    """How far the old policy is from the one that sampled, by token, with w = e^(old - rollout).
 
     k1 = log w, k2 = (log w)^2 / 2, k3 = w - 1 - log w (an unbiased KL(rollout || old)), and binary-kl the
     larger of both KLs of "this token or another" (KPop, Ring 2026).
@@ -95,7 +97,7 @@ def distance(name: str, old: Float[Tensor, " R"], rollout: Float[Tensor, " R"]) 
 
 def correction_weight(
     used: Correction | None,
-    rules: tuple[Rule, ...],
+    rules: tuple[Rejection, ...],
     old: Float[Tensor, " R"],
     rollout: Float[Tensor, " R"],
     reduce: Reduce,

@@ -106,7 +106,12 @@ def reinforce(rows: Rows) -> TokenLoss:
 
 @reads("sequence_rollout_log_ratio")
 def deepseek_masked(
-    rows: Rows, *, eps_low: float = 0.2, eps_high: float = 0.2, delta: float = 0.1
+    rows: Rows,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float = 0.1,
 ) -> TokenLoss:
     """PPO's loss times the off-policy sequence mask M of DeepSeek-V3.2, arXiv 2512.02556 eq. 9.
 
@@ -115,7 +120,7 @@ def deepseek_masked(
     behaviour policy is the one that sampled, which covers staleness and engine mismatch. Clipped: cut or
     masked.
     """
-    clip = ppo(rows, eps_low=eps_low, eps_high=eps_high)
+    clip = ppo(rows, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip)
     masked = (rows.advantage < 0) & (-rows.sequence_rollout_log_ratio > delta)
     cut = Mean(clip.metrics["clip/fraction"].values | masked)  # type: ignore[operator]
     return TokenLoss(torch.where(masked, 0.0, clip.loss), {**clip.metrics, "clip/fraction": cut})

@@ -149,12 +149,14 @@ def clip_cov(
     *,
     eps_low: float = 0.2,
     eps_high: float = 0.2,
+    dual_clip: float | None = None,
     fraction: float = 0.0002,
     cov_low: float = 1.0,
     cov_high: float = 5.0,
 ) -> TokenLoss:
     """PPO's loss, 0 for the marked tokens: Clip-Cov, arXiv 2505.22617. Clipped: cut or marked."""
-    clip = clipped_surrogate(log_ratio(rows.log_prob, rows.old), rows.advantage, eps_low, eps_high)
+    log_r = log_ratio(rows.log_prob, rows.old)
+    clip = clipped_surrogate(log_r, rows.advantage, eps_low, eps_high, dual_clip)
     cut = clip.metrics["clip/fraction"].values | rows.marked  # type: ignore[operator]
     ratio = clip.metrics["ratio/mean"].values
     assert ratio is not None

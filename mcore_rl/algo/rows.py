@@ -17,6 +17,7 @@ which models must score and whether any part of a micro-batch can be asked alone
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -59,8 +60,13 @@ def reads(*names: str, **own: Callable[..., Tensor]) -> Callable[[F], F]:
     for name in names:
         if name not in DECLARED:
             raise ConfigError(f"@reads({name!r}): not one of {', '.join(DECLARED)}; other fields need none")
+    for name in own:
+        if name in (*DECLARED, "marked"):
+            raise ConfigError(f"@reads({name}=...): is a field of rows already; give yours another name")
 
     def declare(loss: F) -> F:
+        for name, function in own.items():
+            _check_parameters(f"@reads({name}=...)", function, loss)
         vars(loss)["reads"] = frozenset(names) | frozenset(own)
         vars(loss)["averages"] = own
         return loss
@@ -76,10 +82,21 @@ def marks(choice: Callable[..., Tensor]) -> Callable[[F], F]:
     """
 
     def declare(loss: F) -> F:
+        _check_parameters("@marks", choice, loss)
         vars(loss)["marks"] = choice
         return loss
 
     return declare
+
+
+def _check_parameters(place: str, function: Callable[..., Tensor], loss: Callable[..., TokenLoss]) -> None:
+    """Raises ConfigError where the loss does not have what the function needs."""
+    known = inspect.signature(loss).parameters
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in known:
+            raise ConfigError(
+                f"{place}: needs {p.name}, which is no parameter of the loss; add it there, with its default"
+            )
 
 
 def marked_by(loss: Callable[..., TokenLoss]) -> Callable[..., Tensor] | None:

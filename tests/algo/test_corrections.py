@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo.algorithms import configure
-from mcore_rl.algo.corrections import Rule, correction_weight, distance, parse_rules
+from mcore_rl.algo.corrections import Rejection, correction_weight, distance, parse_rules
 from mcore_rl.algo.losses import kl, truncate
 from mcore_rl.errors import ConfigError
 
@@ -42,7 +42,7 @@ def of_token(name: str, old: float, rollout: float) -> float:
 def test_a_rule_rejects_what_lies_outside(name: str, reads: str) -> None:
     if (name, reads) == ("k1", "sequence-max"):
         with pytest.raises(ConfigError, match="k1 has a sign"):
-            Rule.parse("sequence-max-k1:0.5..2")
+            Rejection.parse("sequence-max-k1:0.5..2")
         return
     each = [
         [of_token(name, o, r) for o, r in zip(a, b, strict=True)] for a, b in zip(OLD, ROLLOUT, strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.algo.presets import PRESETS
+from mcore_rl.config.effects import params_without_effect
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.mesh import Layout, Mesh
 from mcore_rl.training.advantage import Scores, compute_advantages
@@ -271,6 +272,9 @@ def test_every_preset_is_compared_and_says_what_is_left() -> None:
     assert {*TRAINERS, *BY_ONE_UPDATE, *slime} == set(PRESETS)
     assert all(PRESETS[name].differs for name in BY_ONE_UPDATE | TO_OLD)
     assert configure("slime-gspo") == configure("gspo")
+    for name, preset in PRESETS.items():
+        assert list(params_without_effect(configure(name), preset.params)) == [], name
+    assert configure("trl-grpo", {"eps": 0.5}).advantage_params["eps"] == 0.5, "one's own number wins"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,18 @@ def test_the_main_layouts_agree_with_one_rank(worlds: SharedPools) -> None:
     assert_all_agree(worlds, REQUIRED, ("gspo",))
 
 
+def test_what_rules_leave_of_a_sequence(worlds: SharedPools) -> None:
+    """Sums, means and maxima over a sequence of which a rank has a part, and a weight of mean 1."""
+    assert_all_agree(worlds, ("cp2",), ("gspo-kept",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_a_loss_may_read_beside_its_rows(worlds: SharedPools) -> None:
+    """Means of its own, sums, and what was chosen of the whole rollout."""
+    assert_all_agree(worlds, ("cp2", "dp2:overlap"), ("gmpo", "topr", "kl-cov"))
+
+
 def test_ppo_and_its_critic(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("ep2",), ("ppo",))
 

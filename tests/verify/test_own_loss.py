@@ -10,12 +10,14 @@ import torch
 
 from mcore_rl.__main__ import build_parser
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
+from mcore_rl.algo.rows import Rows, TokenLoss, marks, reads
 from mcore_rl.errors import ConfigError, McoreRLError, NumericsError
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.metrics import losses_are_finite, read
 from mcore_rl.training.objective import PolicyObjective
 from mcore_rl.verify.layouts import command
 from mcore_rl.verify.layouts.differences import check_loss
+from tests.losses.readings import likeliest, squared
 from tests.training.test_objective import rows_of
 from tests.verify.conftest import SharedPools
 
@@ -27,7 +29,13 @@ def test_the_gradient_of_every_loss_is_that_of_its_value(name: str) -> None:
     check_loss(configure(name))
 
 
-@pytest.mark.parametrize("loss", [DPPO, "tests.losses.wrong:declared"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DPPO,
+        *(f"tests.losses.{one}" for one in ("wrong:declared", "readings:damped", "readings:unlikely_alone")),
+    ],
+)
 def test_a_loss_of_ones_own_that_keeps_the_contract_passes(loss: str) -> None:
     check_loss(configure("grpo", loss=loss))
 
@@ -123,6 +131,17 @@ def test_a_hint_that_can_be_resolved_counts_beside_one_that_cannot() -> None:
     loss = "tests.losses.unusual:optional"
     assert configure("grpo", {"delta": 2}, loss).loss_params == {"delta": 2.0}
     assert configure("grpo", {}, loss).loss_params == {"delta": None}
+
+
+def test_what_a_mean_or_a_mark_needs_must_be_a_parameter_of_the_loss() -> None:
+    def loss(rows: Rows) -> TokenLoss:
+        return TokenLoss(-rows.log_prob)
+
+    for declare in (reads(distance=squared), marks(likeliest)):
+        with pytest.raises(ConfigError, match="which is no parameter of the loss; add it there"):
+            declare(loss)
+    with pytest.raises(ConfigError, match="is a field of rows already"):
+        reads(reference=squared)
 
 
 def test_a_partial_reads_what_its_loss_declares() -> None:

@@ -1,0 +1,101 @@
+"""A short run of every algorithm on the tiny task, one seed: none collapses, and a control of rate 0 stays.
+
+    python -m benchmarks.learn_algorithms [NAME ...] [--steps 60] [--runs runs/learn] [--out benchmarks]
+
+Each begins with the warm start of benchmarks/learn.py and takes the settings of examples/grpo_tiny.toml, or
+of examples/ppo_tiny.toml where it trains a critic. It collapsed where its held-out accuracy ends below
+COLLAPSED of what the warm start has. A run that finished under RUNS with the same settings is not run again.
+Writes OUT/learn_algorithms_DATE.json; the exit code is 1 where one collapsed, or the control moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.learn import ACCURACY, ROOT, command, warm_start
+from mcore_rl.algo.algorithms import ALGORITHMS, has_critic
+from mcore_rl.log import read_metrics
+
+COLLAPSED = 0.7
+"""of the accuracy at the start: less at the end is a collapse"""
+CONTROL = "control"
+STILL = 0.06
+"""of accuracy that two draws of 1000 answers may differ by without any learning: four standard errors"""
+
+
+def learn(name: str, runs: Path, steps: int) -> list[tuple[int, float]]:
+    """(step, held-out accuracy) of a run by `name`; of GRPO with learning rate 0 for the control."""
+    run = runs / f"algorithm_{name}"
+    algorithm = "grpo" if name == CONTROL else name
+    example = ROOT / "examples" / ("ppo_tiny.toml" if has_critic(algorithm) else "grpo_tiny.toml")
+    flags: dict[str, object] = {
+        "model.path": warm_start(runs, 0),
+        "data.train": runs / "data" / "train.jsonl",
+        "data.eval": runs / "data" / "eval.jsonl",
+        "algorithm.name": algorithm,
+        "parallel.tensor": 1,
+        "rollout.threads": 1,
+        "run.dir": run,
+        "run.seed": 0,
+        "train.steps": steps,
+        "train.eval_every": max(1, steps // 3),
+    }
+    flags |= {"optimizer.lr": 0.0} if name == CONTROL else {}
+    flags |= {"algorithm.params": "{}"} if has_critic(algorithm) and algorithm != "ppo" else {}
+    given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    settings, finished = "\n".join([example.read_text(), *given]), run / "finished.txt"
+    if not finished.exists() or finished.read_text() != settings:
+        shutil.rmtree(run, ignore_errors=True)
+        command("-m", "mcore_rl", "train", str(example), *given)
+        finished.write_text(settings)
+    evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
+    return [(record["step"], record[ACCURACY]) for record in evaluated]
+
+
+def verdict(name: str, curve: Sequence[tuple[int, float]]) -> str:
+    """`ok`, or what went wrong."""
+    start, end = curve[0][1], curve[-1][1]
+    if name == CONTROL:
+        return "ok" if abs(end - start) <= STILL else "moved"
+    return "ok" if end >= COLLAPSED * start else "collapsed"
+
+
+def main() -> int:
+    """Run them, print a line each, and write the curves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="algorithms or presets; default: every algorithm"
+    )
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    a = parser.parse_args()
+    names = [*(a.names or ALGORITHMS), CONTROL]
+    warm_start(a.runs, 0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        curves = dict(zip(names, pool.map(lambda name: learn(name, a.runs, a.steps), names), strict=True))
+    verdicts = {name: verdict(name, curve) for name, curve in curves.items()}
+    for name, curve in curves.items():
+        print(f"{name:22} {' '.join(f'{accuracy:.3f}' for _, accuracy in curve)}  {verdicts[name]}")
+    today = datetime.date.today().isoformat()
+    record = {
+        "benchmark": f"held-out accuracy over {a.steps} steps of each algorithm, 1000 problems, one seed",
+        "date": today,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
+        "curves": {name: {"points": curve, "verdict": verdicts[name]} for name, curve in curves.items()},
+    }
+    (a.out / f"learn_algorithms_{today}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if set(verdicts.values()) == {"ok"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
