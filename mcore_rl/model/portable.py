@@ -43,6 +43,8 @@ class PackedLayout(PackedSeqParams):
     """set under context parallelism, where keys come from all ranks of the group"""
     experts: Tensor | None = None
     """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
+    live: Tensor | None = None
+    """[T, or T / TP under sequence parallelism] bool: False for padding; None where there is none"""
     angles: Tensor | None = None
     """[T, 1, 1, channels] that latent attention turns by; every layer sets it for itself"""
 

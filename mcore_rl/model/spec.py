@@ -17,7 +17,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -35,7 +34,7 @@ from mcore_rl.model.latent import CHECKPOINT_NAMES, latent_attention, latent_set
 from mcore_rl.model.modules import ExtendedAttention, ResidualAdd
 from mcore_rl.model.portable import PORTABLE, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
-from mcore_rl.model.routing import GroupRouter, ReplayedLayer, needs_own_router
+from mcore_rl.model.routing import CountingRouter, GroupRouter, ReplayedLayer, needs_own_router
 from mcore_rl.parallel.mesh import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
@@ -320,7 +319,7 @@ def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-    router: Any = TopKRouter
+    router: Any = CountingRouter
     if arch.experts is not None and needs_own_router(arch.experts):
         router = partial(GroupRouter, experts=arch.experts)
     submodules = MoESubmodules(experts=experts, shared_experts=shared, router=router)

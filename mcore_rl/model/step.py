@@ -174,6 +174,8 @@ class _Asked:
 
 def _run(model: Model, batches, asked: _Asked, of_batch: OfBatch, **schedule):
     local = [localize(batch, model.mesh, platform.device()) for batch in batches]
+    for one in local:
+        one.layout.live = _of_routers(one.packed.live, model.mesh)
     pairs = list(zip(local, asked.against or [None] * len(local), strict=True))
 
     def step(iterator, chunk):
@@ -206,7 +208,7 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
     size = mesh.layout.context
     if size == 1:
         packed = _to(batch, device)
-        experts = _local_experts(packed.experts, mesh)
+        experts = _of_routers(packed.experts, mesh)
         return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, experts=experts))
     mine = local_tokens(batch.cu_seqlens, size, mesh.cp_rank)
     position = torch.full((batch.tokens.numel(),), -1, dtype=torch.int64)
@@ -222,19 +224,20 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
         sequence=batch.sequence[owned],
         fields={name: value[owned] for name, value in batch.fields.items()},
         experts=None if batch.experts is None else batch.experts[mine],
+        live=None if batch.live is None else batch.live[mine],
     )
     keys = _key_layout(batch.cu_seqlens.to(torch.int64), packed, size)
     packed = _to(packed, device)
     keys = KeyLayout(keys.to_padded.to(device), keys.mask.to(device), keys.longest)
-    rest = keys, batch.cu_seqlens.to(device), _local_experts(packed.experts, mesh)
+    rest = keys, batch.cu_seqlens.to(device), _of_routers(packed.experts, mesh)
     return LocalBatch(packed, PackedLayout.of(packed.position_ids, packed.cu_seqlens, *rest))
 
 
-def _local_experts(experts: Tensor | None, mesh: Mesh) -> Tensor | None:
-    """The experts of the tokens whose states this rank's routers see: a part, under sequence parallelism."""
-    if experts is None or not mesh.layout.sequence:
-        return experts
-    return experts.chunk(mesh.layout.tensor)[mesh.tp_rank]
+def _of_routers(tokens: Tensor | None, mesh: Mesh) -> Tensor | None:
+    """[T, ...] of the tokens whose states this rank's routers see: a part, under sequence parallelism."""
+    if tokens is None or not mesh.layout.sequence:
+        return tokens
+    return tokens.chunk(mesh.layout.tensor)[mesh.tp_rank]
 
 
 def _key_layout(cu_seqlens: Tensor, local: PackedBatch, size: int) -> KeyLayout:
@@ -260,5 +263,6 @@ def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
         for n in ("tokens", "position_ids", "cu_seqlens", "rows", "targets", "sequence")
     }
     experts = None if batch.experts is None else batch.experts.to(device)
+    live = None if batch.live is None else batch.live.to(device)
     fields = {n: v.to(device) for n, v in batch.fields.items()}
-    return replace(batch, **moved, fields=fields, experts=experts)
+    return replace(batch, **moved, fields=fields, experts=experts, live=live)
