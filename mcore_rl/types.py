@@ -244,6 +244,8 @@ class PackedBatch:
     """name -> [R]: what the loss needs per row (advantage, old_log_prob, weight, ...)"""
     experts: torch.Tensor | None = None
     """[T, layers, K] int16 experts of every token, -1 where the router chooses; None: it always does"""
+    live: torch.Tensor | None = None
+    """[T] bool, False for padding; None: not told"""
 
     @property
     def num_sequences(self) -> int:

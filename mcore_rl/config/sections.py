@@ -427,6 +427,9 @@ class OptimizerConfig(Section):
     """After the warm-up: stay, or decay to 0 at the last optimizer step."""
     distributed: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
+    router_bias_rate: Annotated[float, Field(ge=0)] = 0.0
+    """What an optimizer step adds to a router's bias for an expert with fewer tokens than the mean, and takes
+    for one with more (DeepSeek-V3, GLM-4.5); 0 leaves the biases as they were loaded."""
 
 
 class CriticConfig(Section):

@@ -201,6 +201,7 @@ def pack(
         sequence=torch.from_numpy(sequence[keep]),
         fields={name: _field(name, values, members, scored, dtype) for name, values in fields.items()},
         experts=_experts(chosen, offsets.tolist(), int(ends[-1])),
+        live=torch.from_numpy(positions < np.repeat(lengths if chosen else [0], spans)),
     )
 
 

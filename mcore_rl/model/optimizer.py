@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from mcore_rl.errors import NumericsError
 from mcore_rl.model.build import Model
 from mcore_rl.model.layouts import DTYPES
+from mcore_rl.model.routing import forget_counts, move_biases
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
 
@@ -42,6 +43,8 @@ class Optimizer:
     megatron: MegatronOptimizer
     schedule: OptimizerParamScheduler
     model: Model
+    router_bias_rate: float = 0.0
+    """what a step moves routers' biases by; see routing.move_biases"""
 
     @property
     def learning_rate(self) -> float:
@@ -53,6 +56,7 @@ class Optimizer:
         for chunk in _trained(self.model):
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
+        forget_counts(self.model.unwrapped)
 
     def step(self, *, finite: bool = True) -> float:
         """Clip, update, advance the schedule. Returns the global gradient norm before clipping.
@@ -74,6 +78,8 @@ class Optimizer:
         self._clip(norm)
         if not self.megatron.step_with_ready_grads():
             raise NumericsError("Megatron's optimizer skipped the update although the gradient is finite")
+        if self.router_bias_rate:
+            move_biases(self.model.unwrapped, self.router_bias_rate)
         self.schedule.step(increment=1)
         return norm
 
@@ -106,12 +112,14 @@ def build_optimizer(
     decay_steps: int | None = None,
     decay: str = "constant",
     distributed: bool = True,
+    router_bias_rate: float = 0.0,
 ) -> Optimizer:
     """Megatron's optimizer over all chunks of `model`, whose DDP must agree on `distributed`.
 
     Args:
         kind: "adam", or "sgd" (momentum 0) for verification.
         decay: "constant", "linear" or "cosine" to 0 over `decay_steps` optimizer steps after `warmup_steps`.
+        router_bias_rate: see routing.move_biases; 0 leaves the biases as they are.
     """
     config = OptimizerConfig(
         optimizer=kind,
@@ -144,4 +152,4 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    return Optimizer(megatron, schedule, model)
+    return Optimizer(megatron, schedule, model, router_bias_rate)

@@ -51,6 +51,8 @@ class PackedLayout(PackedSeqParams):
     """what `visible` and `mask` have answered: layers ask for the same"""
     experts: Tensor | None = None
     """[T, or T / TP under sequence parallelism, layers, K] that tokens are sent to; see model.routing"""
+    live: Tensor | None = None
+    """[T, or T / TP under sequence parallelism] bool: False for padding; None where there is none"""
     angles: Tensor | None = None
     """[T, 1, 1, channels] that latent attention turns by; every layer sets it for itself"""
 

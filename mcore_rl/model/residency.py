@@ -16,6 +16,7 @@ from torch import Tensor
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.model.phases import NEEDED
+from mcore_rl.model.weights_io import global_weights
 
 
 class ResidentPart(Protocol):
@@ -121,7 +122,7 @@ class Swapped:
 
     def __init__(self, model: Model) -> None:
         """Copy the present weights."""
-        self._storages = storages(weights_of(model))
+        self._storages = storages(global_weights(model.unwrapped).values())  # routers' biases move too
         self._hosts = [host_buffer(storage.nbytes()) for storage in self._storages]
         self._others = [host_buffer(storage.nbytes()) for storage in self._storages]
         self._exchange(self._hosts, None)

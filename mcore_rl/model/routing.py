@@ -8,9 +8,12 @@ bookkeeping.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -48,7 +51,49 @@ def needs_own_router(experts: Experts) -> bool:
     return otherwise_judged or (experts.sigmoid and not experts.normalized and experts.per_token > 1)
 
 
-class GroupRouter(TopKRouter):
+class CountingRouter(TopKRouter):
+    """Megatron's router, whose counts of a bias's update leave padding out: it differs between layouts."""
+
+    live: Tensor | None = None
+    """[T] bool, of the micro-batch: False for padding; None: there is none"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what TopKRouter takes."""
+        super().__init__(*args, **kwargs)
+        if self.enable_expert_bias:
+            counts = torch.zeros(self.config.num_moe_experts or 0, dtype=torch.int64)
+            self.register_buffer("sent", counts, persistent=False)
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the tokens [experts] that a pass with gradients sends to each expert; once if recomputed."""
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            counted = routing_map if self.live is None else routing_map & self.live[:, None]
+            self.sent += counted.sum(dim=0)
+
+
+def forget_counts(chunks: Iterable[torch.nn.Module]) -> None:
+    """Before the first micro-batch of an optimizer step."""
+    for router in _biased(chunks):
+        router.sent.zero_()
+
+
+def move_biases(chunks: Iterable[torch.nn.Module], rate: float) -> None:
+    """Add `rate` to the bias of every expert that got fewer tokens than the mean, take it from one with more.
+
+    Tokens are those of the whole optimizer step on all ranks (arXiv 2408.15664, algorithm 1); collective.
+    """
+    group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    for router in _biased(chunks):
+        dist.all_reduce(router.sent, group=group)
+        router.expert_bias += rate * torch.sign(router.sent.sum() - router.sent * router.sent.numel())
+
+
+def _biased(chunks: Iterable[torch.nn.Module]) -> list[Any]:
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return [one for one in modules if isinstance(one, CountingRouter) and one.enable_expert_bias]
+
+
+class GroupRouter(CountingRouter):
     """Megatron's router with the choice of DeepSeek-V2 and V3 written out (arXiv 2405.04434, 2412.19437)."""
 
     def __init__(self, *args: Any, experts: Experts, **kwargs: Any) -> None:
@@ -91,6 +136,7 @@ class ReplayedLayer(TransformerLayer):
         experts: Tensor | None = packed_seq_params.experts
         mlp: Any = self.mlp
         router = mlp.router
+        router.live = packed_seq_params.live
         if experts is not None:
             router.router_replay = Replayed(experts[:, self.layer_number - 1].long())
         try:

@@ -16,7 +16,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -36,7 +35,7 @@ from mcore_rl.model.layouts import DTYPES
 from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
-from mcore_rl.model.routing import GroupRouter, ReplayedLayer, needs_own_router
+from mcore_rl.model.routing import CountingRouter, GroupRouter, ReplayedLayer, needs_own_router
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 
@@ -273,7 +272,7 @@ def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
     kind = BiasedMixture if with_biases else MoELayer
-    router: Any = TopKRouter
+    router: Any = CountingRouter
     if arch.experts is not None and needs_own_router(arch.experts):
         router = partial(GroupRouter, experts=arch.experts)
     submodules = MoESubmodules(experts=experts, shared_experts=shared, router=router)

@@ -245,8 +245,9 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
     longest = int(batch.cu_seqlens.diff().max())
     packed = _to(batch if size == 1 else _share(batch, size, mesh.cp_rank), device)
     boundaries = packed.cu_seqlens if size == 1 else _sent(batch.cu_seqlens, device)
-    experts = _local_experts(packed.experts, mesh)
+    experts = _of_routers(packed.experts, mesh)
     layout = PackedLayout.of(packed.position_ids, boundaries, longest, context=size, experts=experts)
+    layout.live = _of_routers(packed.live, mesh)
     return LocalBatch(packed, layout)
 
 
@@ -266,14 +267,15 @@ def _share(batch: PackedBatch, size: int, rank: int) -> PackedBatch:
         sequence=batch.sequence[owned],
         fields={name: value[owned] for name, value in batch.fields.items()},
         experts=None if batch.experts is None else batch.experts[mine],
+        live=None if batch.live is None else batch.live[mine],
     )
 
 
-def _local_experts(experts: Tensor | None, mesh: Mesh) -> Tensor | None:
-    """The experts of the tokens whose states this rank's routers see: a part, under sequence parallelism."""
-    if experts is None or not mesh.layout.sequence:
-        return experts
-    return experts.chunk(mesh.layout.tensor)[mesh.tp_rank]
+def _of_routers(tokens: Tensor | None, mesh: Mesh) -> Tensor | None:
+    """[T, ...] of the tokens whose states this rank's routers see: a part, under sequence parallelism."""
+    if tokens is None or not mesh.layout.sequence:
+        return tokens
+    return tokens.chunk(mesh.layout.tensor)[mesh.tp_rank]
 
 
 def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
@@ -284,8 +286,9 @@ def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
         for name in ("tokens", "position_ids", "cu_seqlens", "rows", "targets", "sequence")
     }
     experts = None if batch.experts is None else _sent(batch.experts, device)
+    live = None if batch.live is None else _sent(batch.live, device)
     fields = {name: _sent(value, device) for name, value in batch.fields.items()}
-    return replace(batch, **moved, fields=fields, experts=experts)
+    return replace(batch, **moved, fields=fields, experts=experts, live=live)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -106,7 +106,7 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
     return model.to(device).eval().requires_grad_(False), shapes
 
 
-def _attention_of(directory: Path, config: PretrainedConfig | None) -> str:
+def _attention_of(directory: Path, config: PreTrainedConfig | None) -> str:
     """torch's fused kernel, or plain products where the model's attention has more than it: caps, sinks."""
     if config is None:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -27,7 +27,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers, append_event
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
-from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.layouts import check_layout
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
@@ -165,6 +165,7 @@ def build_trainer(
         ddp=trained_ddp(config),
     )
     check_gradient_scale(policy)
+    check_router_biases(policy.arch, config.optimizer.router_bias_rate)
     resume_step = None if attempt.saved is None else sys.maxsize
     step_log = StepLog(config.run.dir, rank=mesh.rank, resume_step=resume_step, send=send)
     if mesh.is_main:
@@ -184,6 +185,14 @@ def build_trainer(
         step_log=step_log,
         progress=Progress(config.train.steps),
     )
+
+
+def check_router_biases(arch: Architecture, rate: float) -> None:
+    """Raises ConfigError where optimizer.router_bias_rate would move biases that the model does not have."""
+    if rate and not (arch.experts and arch.experts.sigmoid):
+        raise ConfigError(
+            f"optimizer.router_bias_rate = {rate}: a {arch.family} model has no router biases; set it to 0"
+        )
 
 
 def cursor_of(config: Config, prompts: PromptSet) -> PromptCursor:
@@ -310,6 +319,7 @@ def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = No
         decay_steps=steps - o.warmup_steps,
         decay=o.schedule,
         distributed=o.distributed,
+        router_bias_rate=o.router_bias_rate,
     )
 
 

@@ -34,6 +34,7 @@ from mcore_rl.weights.encoding import (
     quantize_blocks,
 )
 from tests.model.conftest import save
+from tests.model.families import DEEPSEEK
 from tests.model.support import DENSE, MOE, at_layout
 
 BIG = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -133,14 +134,19 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def in_bf16(directory: Path) -> dict[str, Tensor]:
-    """The model's weights, written back as bf16: what a trained model's export holds."""
-    weights = {name: tensor.bfloat16() for name, tensor in tensors_of(directory).items()}
+    """The model's weights, written back as bf16, biases of routers as they are: what an export holds."""
+    weights = {
+        name: tensor if "correction_bias" in name else tensor.bfloat16()
+        for name, tensor in tensors_of(directory).items()
+    }
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return weights
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments"), [("Qwen3Config", DENSE), ("Qwen3MoeConfig", MOE)], ids=["dense", "moe"]
+    ("kind", "arguments"),
+    [("Qwen3Config", DENSE), ("Qwen3MoeConfig", MOE), ("DeepseekV3Config", DEEPSEEK | {"q_lora_rank": 10})],
+    ids=["dense", "moe", "latent"],
 )
 def test_export_and_conversion_write_the_same(pool2: Pool, tmp_path: Path, kind: str, arguments) -> None:
     source = make(kind, arguments, tmp_path / "hf")
@@ -154,7 +160,7 @@ def test_export_and_conversion_write_the_same(pool2: Pool, tmp_path: Path, kind:
         assert converted[name].dtype == tensor.dtype, name
         assert torch.equal(converted[name].float(), tensor.float()), name
     for name, tensor in original.items():
-        if name.endswith("_proj.weight"):
+        if name.endswith(("_proj.weight", "_with_mqa.weight")):
             assert excess(tensor, published[name], published[name + SCALE]) <= 1
         else:
             assert torch.equal(published[name], tensor), name
@@ -162,8 +168,10 @@ def test_export_and_conversion_write_the_same(pool2: Pool, tmp_path: Path, kind:
         said = json.loads((tmp_path / directory / "config.json").read_text())["quantization_config"]
         assert (said["quant_method"], said["weight_block_size"]) == ("fp8", [128, 128])
         assert ("model.layers.0.mlp.gate" in said["modules_to_not_convert"]) is (kind == "Qwen3MoeConfig")
+        assert ("model.layers.1.mlp.gate" in said["modules_to_not_convert"]) is (kind == "DeepseekV3Config")
     arch = read_architecture(source)
-    forms = encoded_forms(ParameterMap(arch, arch.vocab), FP8, torch.bfloat16)
+    types = {name: tensor.dtype for name, tensor in original.items()}
+    forms = encoded_forms(ParameterMap(arch, arch.vocab), FP8, types)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in published.items()} == forms
     shapes = {name: shape for name, (shape, _) in forms.items()} | {"model.norm.weight_scale_inv": (1, 1)}
     with pytest.raises(WeightSyncError, match=r"1 tensors are not those of the model.*no server was told"):
