@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -100,19 +99,6 @@ def biased(linear: Any) -> Any:
 
     Biased.__name__ = Biased.__qualname__ = f"Biased{linear.__name__}"
     return Biased
-
-
-class BiasedMixture(MoELayer):
-    """A mixture of experts whose router adds a bias to its logits; Megatron ties that to other biases."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what MoELayer takes."""
-        super().__init__(*args, **kwargs)
-        router: Any = self.router
-        bias: Any = nn.Parameter(torch.zeros_like(router.weight[:, 0]))
-        # Summed over the tensor-parallel ranks: each routes its part of the sequence.
-        bias.sequence_parallel = self.config.sequence_parallel
-        router.bias = bias
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
 from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
-from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
+from mcore_rl.model.modules import ExtendedAttention, ResidualAdd, Turn, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import ReplayedLayer
@@ -276,6 +276,7 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, laye
     add = _residual_add(config, arch, parts)
     return ModuleSpec(
         module=ReplayedLayer if sparse else TransformerLayer,
+        params={"router_bias": arch.experts.biased} if sparse and arch.experts is not None else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=_attention(config, arch, parts, layer, fused=fused),
@@ -338,8 +339,7 @@ def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-    kind = BiasedMixture if with_biases else MoELayer
-    return ModuleSpec(module=kind, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
 
 
 def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:

@@ -166,6 +166,7 @@ def architecture_of(hf: dict[str, Any], where: str = "config.json") -> Architect
     hf = _renamed(hf, family, where)
     # From here on null is as good as absent: every field has its type or none.
     hf = {name: value for name, value in hf.items() if value is not None}
+    _check_quantization(hf.get("quantization_config"), where)
     try:
         arch = _read(hf, family, where)
     except KeyError as error:
@@ -285,6 +286,16 @@ def _refuse_unknown(hf: dict[str, Any], family: Family, where: str) -> None:
         raise ConfigError(
             f"{where}: {fields}: no supported field of {hf['model_type']!r}; take it out if it does not "
             "change what the model computes"
+        )
+
+
+def _check_quantization(told: dict[str, Any] | None, where: str) -> None:
+    """Raises ConfigError where the weights are stored in another form than model.hf.mxfp4 reads."""
+    method = None if told is None else told.get("quant_method")
+    if told is not None and method != "mxfp4":
+        raise ConfigError(
+            f'{where}: quantization_config of {shown(method)} is not supported, only of "mxfp4"; take the '
+            "model in bf16"
         )
 
 
