@@ -102,7 +102,7 @@ def biased(linear: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Turn:
+class LayerRotation:
     """How a layer turns its queries and keys, beyond what Megatron's rotary embedding does."""
 
     channels: int
@@ -120,7 +120,7 @@ class ExtendedAttention(SelfAttention):
     right for a norm of every head, of which all ranks have a copy, and wrong for the shards of these.
     """
 
-    def __init__(self, *args: Any, whole_norm: bool, turn: Turn, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, whole_norm: bool, turn: LayerRotation, **kwargs: Any) -> None:
         """Take what SelfAttention takes."""
         super().__init__(*args, **kwargs)
         factors = torch.ones(self.hidden_size_per_attention_head)
@@ -134,7 +134,7 @@ class ExtendedAttention(SelfAttention):
         )
 
     def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
-        """As SelfAttention; several rotary tables come as one tensor, one after the other."""
+        """Attend as SelfAttention does; several rotary tables come as one tensor, one after the other."""
         if rotary_pos_emb is not None and self.turn.table is not None:
             rotary_pos_emb = rotary_pos_emb[self.turn.table]
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)

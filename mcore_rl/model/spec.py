@@ -29,7 +29,7 @@ from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import versions
 from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
-from mcore_rl.model.modules import ExtendedAttention, ResidualAdd, Turn, biased
+from mcore_rl.model.modules import ExtendedAttention, LayerRotation, ResidualAdd, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import ReplayedLayer
@@ -296,7 +296,7 @@ def _attention(
     projection: Any = parts.norm_column if fused else parts.column
     rotary = arch.rotary_of(layer)
     table = None if arch.local_rotary is None else int(rotary is arch.local_rotary)
-    turn = Turn(rotary.channels, rotary.scale, table)
+    turn = LayerRotation(rotary.channels, rotary.scale, table)
     extended = arch.whole_qk_norm or turn.scale != 1.0 or table is not None
     return ModuleSpec(
         module=ExtendedAttention if extended else SelfAttention,

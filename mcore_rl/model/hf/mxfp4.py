@@ -1,8 +1,8 @@
 """Reads experts that are stored in MXFP4 (OCP Microscaling Formats v1.0, section 5): gpt-oss as published.
 
 A tensor NAME of [experts, columns, rows] lies in the files as NAME_blocks, uint8 [experts, rows, blocks, 16],
-and NAME_scales, uint8 [experts, rows, blocks]: 32 numbers of a row are a block, two in a byte, the first one in
-its low half; each is a number of 4 bits times 2 to the power of the block's scale less 127.
+and NAME_scales, uint8 [experts, rows, blocks]: 32 numbers of a row are a block, two in a byte, the first one
+in its low half; each is a number of 4 bits times 2 to the power of the block's scale less 127.
 """
 
 from __future__ import annotations
