@@ -50,9 +50,9 @@ def difference(url: str, directory: Path) -> float:
     """Largest difference of the log-probs of what the server samples from those of transformers."""
     asked: dict[str, Any] = {"input_ids": PROMPT, "return_logprob": True}
     asked["sampling_params"] = {"max_new_tokens": 12, "temperature": 1.0, "ignore_eos": True}
-    status, answer = http(url, "/generate", asked)
-    assert status == 200, answer
-    pairs = answer["meta_info"]["output_token_logprobs"]
+    reply = http(url, "/generate", asked)
+    assert reply.status == 200, reply.body
+    pairs = reply.body["meta_info"]["output_token_logprobs"]
     tokens = torch.tensor([*PROMPT, *(token for _, token, *_ in pairs)])
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
