@@ -24,6 +24,7 @@ from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
+from mcore_rl.model.hf.stacked import joined
 from mcore_rl.model.policy import with_value_head
 from mcore_rl.model.weights_io import hf_reader, random_reader
 from mcore_rl.terminal import printable
@@ -267,7 +268,8 @@ def _write_scored_by(
     arch = read_architecture(directory)
     mapping = table(arch, arch.vocab)
     read = with_value_head(random_reader(mapping, seed), arch, seed)
-    save_file({name: read(name) for name in mapping.hf_shapes()}, directory / "model.safetensors")
+    weights = joined({name: read(name) for name in mapping.hf_shapes()})
+    save_file(weights, directory / "model.safetensors")
 
 
 def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) -> Config:

@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -102,21 +101,8 @@ def biased(linear: Any) -> Any:
     return Biased
 
 
-class BiasedMixture(MoELayer):
-    """A mixture of experts whose router adds a bias to its logits; Megatron ties that to other biases."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what MoELayer takes."""
-        super().__init__(*args, **kwargs)
-        router: Any = self.router
-        bias: Any = nn.Parameter(torch.zeros_like(router.weight[:, 0]))
-        # Summed over the tensor-parallel ranks: each routes its part of the sequence.
-        bias.sequence_parallel = self.config.sequence_parallel
-        router.bias = bias
-
-
 @dataclass(frozen=True)
-class Turn:
+class LayerRotation:
     """How a layer turns its queries and keys, beyond what Megatron's rotary embedding does."""
 
     channels: int
@@ -134,7 +120,7 @@ class ExtendedAttention(SelfAttention):
     right for a norm of every head, of which all ranks have a copy, and wrong for the shards of these.
     """
 
-    def __init__(self, *args: Any, whole_norm: bool, turn: Turn, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, whole_norm: bool, turn: LayerRotation, **kwargs: Any) -> None:
         """Take what SelfAttention takes."""
         super().__init__(*args, **kwargs)
         factors = torch.ones(self.hidden_size_per_attention_head)
@@ -148,7 +134,7 @@ class ExtendedAttention(SelfAttention):
         )
 
     def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
-        """As SelfAttention; several rotary tables come as one tensor, one after the other."""
+        """Attend as SelfAttention does; several rotary tables come as one tensor, one after the other."""
         if rotary_pos_emb is not None and self.turn.table is not None:
             rotary_pos_emb = rotary_pos_emb[self.turn.table]
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)

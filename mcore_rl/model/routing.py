@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcore_rl.model.hf.experts import Experts
 
@@ -130,6 +130,16 @@ class GroupRouter(CountingRouter):
 
 class ReplayedLayer(TransformerLayer):
     """A layer with experts whose router takes the choice that comes with the micro-batch, if there is one."""
+
+    def __init__(self, *args: Any, router_bias: bool, **kwargs: Any) -> None:
+        """`router_bias`: one is added to the logits; Megatron ties it to the biases of all other layers."""
+        super().__init__(*args, **kwargs)
+        if router_bias:
+            mlp: Any = self.mlp
+            bias: Any = nn.Parameter(torch.zeros_like(mlp.router.weight[:, 0]))
+            # Summed over the tensor-parallel ranks: each routes its part of the sequence.
+            bias.sequence_parallel = self.config.sequence_parallel
+            mlp.router.bias = bias
 
     def forward(self, *args, packed_seq_params: Any, **kwargs) -> Any:
         """Run the layer as TransformerLayer does; `packed_seq_params` is a portable.PackedLayout."""

@@ -32,7 +32,7 @@ from mcore_rl.model.activations import activation_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
 from mcore_rl.model.latent import CHECKPOINT_NAMES, latent_attention, latent_settings
 from mcore_rl.model.layouts import DTYPES
-from mcore_rl.model.modules import BiasedMixture, ExtendedAttention, ResidualAdd, Turn, biased
+from mcore_rl.model.modules import ExtendedAttention, LayerRotation, ResidualAdd, biased
 from mcore_rl.model.portable import PORTABLE, PackedAttention, Parts
 from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importable, takes_transformer_engine
 from mcore_rl.model.routing import CountingRouter, GroupRouter, ReplayedLayer, needs_own_router
@@ -206,6 +206,7 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, laye
     add = _residual_add(config, arch, parts)
     return ModuleSpec(
         module=ReplayedLayer if sparse else TransformerLayer,
+        params={"router_bias": arch.experts.biased} if sparse and arch.experts is not None else {},
         submodules=TransformerLayerSubmodules(
             # Two linear layers read the input of latent attention.
             input_layernorm=IdentityOp if fused and arch.latent is None else norm,
@@ -228,7 +229,7 @@ def _attention(
     projection: Any = parts.norm_column if fused else parts.column
     rotary = arch.rotary_of(layer)
     table = None if arch.local_rotary is None else int(rotary is arch.local_rotary)
-    turn = Turn(rotary.channels, rotary.scale, table)
+    turn = LayerRotation(rotary.channels, rotary.scale, table)
     extended = arch.whole_qk_norm or turn.scale != 1.0 or table is not None
     return ModuleSpec(
         module=ExtendedAttention if extended else SelfAttention,
@@ -271,12 +272,11 @@ def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
-    kind = BiasedMixture if with_biases else MoELayer
     router: Any = CountingRouter
     if arch.experts is not None and needs_own_router(arch.experts):
         router = partial(GroupRouter, experts=arch.experts)
     submodules = MoESubmodules(experts=experts, shared_experts=shared, router=router)
-    return ModuleSpec(module=kind, submodules=submodules)
+    return ModuleSpec(module=MoELayer, submodules=submodules)
 
 
 def _residual_add(config: TransformerConfig, arch: Architecture, parts: Parts) -> Any:

@@ -17,6 +17,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model import versions
 from mcore_rl.model.hf.files import hf_reader
 from mcore_rl.model.hf.parameters import NUMBER, ParameterEntry, ParameterMap, canonical, numbers_in
+from mcore_rl.model.hf.stacked import whole_of
 from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.parallel.mesh import Mesh
 
@@ -75,7 +76,8 @@ def reader(directory: Path, mapping: ParameterMap) -> Callable[[str], Tensor]:
 def random_reader(mapping: ParameterMap, seed: int) -> Callable[[str], Tensor]:
     """Random HF tensors that depend on (seed, name) only, so that every layout starts from the same weights.
 
-    Norm weights are 1, biases 0, matrices normal with the config's standard deviation, drawn in float32.
+    Norm weights are 1, biases and sinks 0, matrices normal with the config's standard deviation, drawn in
+    float32.
     """
     shapes = mapping.hf_shapes()
     order = {name: i for i, name in enumerate(sorted(shapes))}
@@ -83,7 +85,9 @@ def random_reader(mapping: ParameterMap, seed: int) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         shape = shapes[name]
         if len(shape) == 1:
-            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+            added = whole_of(name).endswith(("bias", "sinks"))
+            one = not (added or mapping.arch.centered_norms)
+            return torch.ones(shape) if one else torch.zeros(shape)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
         return torch.randn(shape, generator=generator) * mapping.arch.init_std
 

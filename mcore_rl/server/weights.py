@@ -14,6 +14,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -110,7 +111,8 @@ def _attention_of(directory: Path, config: PreTrainedConfig | None) -> str:
     """torch's fused kernel, or plain products where the model's attention has more than it: caps, sinks."""
     if config is None:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind: Any = type(config)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     return "eager" if model is not None and not model._supports_sdpa else "sdpa"
 
 

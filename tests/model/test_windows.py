@@ -14,17 +14,23 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mcore_rl.algo.distillation import ReverseKL
+from mcore_rl.data.packing import TokenSequence
 from mcore_rl.model import build, portable
+from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import Architecture, architecture_of
 from mcore_rl.model.hf.rope import Linear, Yarn
 from mcore_rl.model.hf.stacked import joined
 from mcore_rl.model.hf.windows import NO_WINDOWS
 from mcore_rl.model.portable import PackedAttention, PackedLayout
+from mcore_rl.model.step import forward
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
+from mcore_rl.training.batch import pack_share
+from mcore_rl.training.teachers import against
 from tests.model.conftest import save
 from tests.model.families import FAMILIES
-from tests.model.support import at_layout
+from tests.model.support import at_layout, shape_at
 from tests.model.test_families import ATOL, Rows, check_gradients, computed, differences, expected_of, logits
 
 # --- what config.json says --------------------------------------------------------------------------------
@@ -268,3 +274,42 @@ def test_other_flags_at_products_of_layouts(pool4: Pool, name: str, tmp_path: Pa
     original = load_file(tmp_path / "fp32" / "model.safetensors")
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in original.items())
+
+
+# --- caps and constants of two models in a distillation ---------------------------------------------------
+
+
+def test_a_student_and_its_teacher_have_caps_and_divisors_of_their_own(pool1: Pool, tmp_path: Path) -> None:
+    """Reverse KL of whole models, each with its own logits, against transformers' probabilities."""
+    pairs = {
+        "gemma2": ({"final_logit_softcapping": 1.0}, {"final_logit_softcapping": 3.0}),
+        "granite": ({"logits_scaling": 2.5}, {"logits_scaling": 0.5}),
+    }
+    for family, changes in pairs.items():
+        kind, settings = FAMILIES[family]
+        models = []
+        for seed, (name, change) in enumerate(zip(("student", "teacher"), changes, strict=True)):
+            config = getattr(transformers, kind)(**settings | change)
+            place = tmp_path / family / name
+            models.append(save(transformers.AutoModelForCausalLM.from_config, config, place, seed))
+        (found,) = at_layout(pool1, "tp1", divergences_of, *models)
+        with torch.no_grad():
+            p, q = (expected_log_probs(directory) for directory in models)
+        expected = (p.exp() * (p - q)).sum(-1)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+ROW = [3, 17, 5, 41, 2, 9, 30, 11, 23, 7, 19, 44, 1, 6]
+TEMPERATURE = 0.8
+
+
+def expected_log_probs(directory: Path) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return (model(torch.tensor([ROW])).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
+
+
+def divergences_of(mesh: Mesh, student: Path, teacher: Path) -> Any:
+    batches = pack_share([TokenSequence(ROW[:1], ROW[1:])], {}, shape_at(mesh, 64), mesh)
+    said = against(build_policy(teacher, mesh), batches, ReverseKL())
+    ((_, found),) = forward(build_policy(student, mesh), batches, TEMPERATURE, against=said)
+    return found.numpy()

@@ -39,7 +39,7 @@ def read_quantized(hf: Mapping[str, Any], where: str) -> str | None:
         ConfigError: `quantization_config` tells of another form.
     """
     told = hf.get("quantization_config")
-    if told is None:
+    if told is None or told.get("quant_method") == "mxfp4":  # which model.hf.mxfp4 reads
         return None
     other = {
         name for name, value in _ONLY.items() if told.get(name, "e4m3" if name == "fmt" else None) != value
@@ -49,7 +49,7 @@ def read_quantized(hf: Mapping[str, Any], where: str) -> str | None:
         parts = {name: told.get(name) for name in sorted(other)}
         raise ConfigError(
             f"{where}: quantization_config = {shown(parts)} is not supported, only FP8 (e4m3) in blocks of "
-            f"{BLOCK} x {BLOCK}; take the weights in bfloat16"
+            f"{BLOCK} x {BLOCK}, and mxfp4; take the weights in bfloat16"
         )
     return _READ_AS.get(hf.get("dtype") or hf.get("torch_dtype") or "float32", "F32")
 

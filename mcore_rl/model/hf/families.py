@@ -215,7 +215,7 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 4096,
         },
         names={"intermediate_size": "moe_intermediate_size"},
-        reads=_BIAS | {"sliding_window", "swiglu_alpha", "swiglu_limit"},
+        reads=_BIAS | {"sliding_window", "swiglu_alpha", "swiglu_limit", "quantization_config"},
         harmless=_AUXILIARY | {"initial_context_length", "experts_per_token"},
         defaults={
             "attention_bias": True,

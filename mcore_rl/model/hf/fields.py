@@ -96,6 +96,7 @@ KINDS: Mapping[str, Kind] = {
     "attention_bias": _flag,
     "mlp_bias": _flag,
     "use_qk_norm": _flag,
+    "quantization_config": _object,
     "swiglu_alpha": _real(1e-6, 1e6),
     "swiglu_limit": _real(1e-6, 1e9),
     "sliding_window": _whole(0, 2**40, optional=True),
@@ -134,7 +135,6 @@ KINDS: Mapping[str, Kind] = {
     "v_head_dim": _size,
     "rope_interleave": _flag,
     "topk_method": _text,
-    "quantization_config": _object,
     # These change nothing here, but servers read them, and some of the checks before a run.
     "max_position_embeddings": _whole(1, 2**40, optional=True),
     "torch_dtype": _text,

@@ -19,6 +19,7 @@ from mcore_rl.model.hf.architecture import Architecture, read_json_object
 from mcore_rl.model.hf.blocks import multiplied_out
 from mcore_rl.model.hf.families import PREDICTING
 from mcore_rl.model.hf.fields import GENERATION_KINDS, check_kinds
+from mcore_rl.model.hf.mxfp4 import take_quantized
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterMap
 from mcore_rl.model.hf.stacked import Form, is_piece, ordered, wholes_of
 from mcore_rl.model.hf.stored import StoredTensor, open_safetensors, stored_tensors
@@ -107,7 +108,9 @@ def hf_tensors(directory: Path, table: ParameterMap) -> dict[str, StoredTensor]:
     """
     files = checkpoint_files(directory)
     kept = {name: file for name, file in files.items() if not name.endswith(_COMPUTED)}
-    stored = stored_tensors(kept, wholes_of(table.hf_shapes()))
+    stacked = wholes_of(table.hf_shapes())
+    stored = stored_tensors(kept, stacked)
+    take_quantized(stored, stacked)
     quantized = table.arch.quantized
     return stored if quantized is None else multiplied_out(stored, quantized, str(directory))
 
@@ -208,7 +211,7 @@ def write_side_files(
     config |= dict.fromkeys(PREDICTING & config.keys(), 0)
     if classifier:
         config |= _as_classifier(config)
-    config.pop("quantization_config", None)
+    config.pop("quantization_config", None)  # of the source, whose weights were read as plain numbers
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
