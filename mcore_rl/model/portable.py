@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,8 +148,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]; scaled in x's precision after the norm, as transformers does."""
+        return cast(Tensor, _ScaledNorm.apply(x, self.weight, self.eps))
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """weight * x / rms(x). It keeps x and a number a token, where autograd would keep x and two products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        normal = x.to(inverse.dtype) * inverse
+        weight_grad = (grad * normal.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        scaled = (grad * weight).to(inverse.dtype)
+        scaled = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
+        return (scaled * inverse).to(x.dtype), weight_grad, None
 
 
 class PackedAttention(nn.Module):

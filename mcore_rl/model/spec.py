@@ -105,7 +105,7 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=True,  # of a SwiGLU it keeps the input alone; on a CPU in plain torch
         bias_dropout_fusion=on_gpu,
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),
