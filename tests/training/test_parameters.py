@@ -129,10 +129,10 @@ def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dic
         (packed,) = pack_mini_batch(batch(), np.array(members), algorithm, shape, mesh, its)
         log_prob = packed.fields["now"].clone().requires_grad_()
         entropy = -log_prob * 0.5  # whatever it is: it follows from the logits too
-        loss, measured = PolicyObjective(algorithm, None)(packed, HeadOutput(log_prob, entropy))
+        loss, measure = PolicyObjective(algorithm, None)(packed, HeadOutput(log_prob, entropy))
+        parts.append(measure())
         (of_rows,) = torch.autograd.grad(loss, log_prob)
         found.append(of_rows)
-        parts.append(measured)
     return torch.cat(found), read(Gathered(parts)._parts, 2)
 
 
