@@ -197,7 +197,8 @@ def witness(run: Run, directory: Path) -> None:
     )
     optimizer.zero_grad()
     sums = forward_backward(policy, micro_batches, run.objective, run.trainer.temperature)
-    loss = torch.stack([one["loss"] for one in sums]).sum()
+    losses = [value for one in sums for key, value in one.items() if key.name == "loss/policy"]
+    loss = torch.stack(losses).sum()
     parameters = global_parameters(policy.unwrapped)
     mains = {name: cast(Any, parameter).main_grad for name, parameter in parameters.items()}
     gradient = {name: g.contiguous() for name, g in gather(mains, policy.mapping, policy.mesh).items()}
