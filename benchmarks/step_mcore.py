@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +134,7 @@ def config_of(task: dict[str, Any]) -> Config:
         {
             "run": {"dir": Path(task["run_dir"])},
             "model": {"path": Path(task["model"])},
-            "data": {"train": Path(task["prompts"]), "max_prompt_tokens": task["prompt_tokens"]},
+            "data": {"train": (Path(task["prompts"]),), "max_prompt_tokens": task["prompt_tokens"]},
             "reward": {"function": "benchmarks.step_mcore:reward"},
             "algorithm": {"name": "grpo", "mini_batches": 1},
             "optimizer": {"lr": task["lr"], "beta2": 0.999},
@@ -157,11 +158,12 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
         times = [clock()]
         batch = build_batch(run.generation.collect(step))
         times.append(clock())
-        learned = learn(run, batch, step).metrics
+        learned = learn(run, batch, step)
         times.append(clock())
-        published = run.publisher.publish(step, (whole_sequence(s) for s in batch.samples))
+        sampled = (whole_sequence(sample) for sample in batch.samples)
+        published = run.publisher.publish(step, sampled, learned.work.tokens)
         times.append(clock())
-        run.log(step, learned | published)
+        run.log(step, learned.metrics | published)
         end_step(run.trainer, run.contents, run.residency, step)
         times.append(clock())
         generate, train, sync, log = (b - a for a, b in pairwise(times))
@@ -171,6 +173,7 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
             "train": train + log,
             "publish": sync,
             "tokens": tokens,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "driver": train + log - megatron.take(),
         }
 
@@ -194,7 +197,8 @@ def witness(run: Run, directory: Path) -> None:
     )
     optimizer.zero_grad()
     sums = forward_backward(policy, micro_batches, run.objective, run.trainer.temperature)
-    loss = torch.stack([one["loss"] for one in sums]).sum()
+    losses = [value for one in sums for key, value in one.items() if key.name == "loss/policy"]
+    loss = torch.stack(losses).sum()
     parameters = global_parameters(policy.unwrapped)
     mains = {name: cast(Any, parameter).main_grad for name, parameter in parameters.items()}
     gradient = {name: g.contiguous() for name, g in gather(mains, policy.mapping, policy.mesh).items()}

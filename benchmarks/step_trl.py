@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from importlib.metadata import version
@@ -53,7 +54,9 @@ class Turns(TrainerCallback):
         """Answers and waits for the next line."""
         whole = cpu_seconds() - self._began
         times = {"generate": self.generate_seconds, "train": whole - self.generate_seconds}
-        print(json.dumps({**times, "publish": 0.0, "tokens": self.tokens}), file=self.answers)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        answer = {**times, "publish": 0.0, "tokens": self.tokens, "peak_mib": peak}
+        print(json.dumps(answer), file=self.answers)
         self._wait()
 
     def _wait(self) -> None:

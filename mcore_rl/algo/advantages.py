@@ -300,17 +300,18 @@ def estimate(
     """`gae` (arXiv 1506.02438 eq. 16) with one lambda, or with one for each sequence."""
     lengths = offsets.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
-    steps = torch.arange(longest, device=offsets.device)
-    live = steps < lengths[:, None]
-    padded_values = values.new_zeros(len(lengths), longest + 1, dtype=torch.float64)
-    padded_values[:, :-1][live] = values.detach().double()
-    delta = torch.zeros_like(padded_values)
-    delta[:, :-1][live] = rewards.double()
-    delta[:, :-1] += gamma * padded_values[:, 1:] - padded_values[:, :-1]
+    values = values.detach().double()
+    following = torch.cat([values[1:], values.new_zeros(1)])[: len(values)]
+    following[offsets[1:][lengths > 0] - 1] = 0.0
+    delta = rewards.double() + (gamma * following - values)
+    live = torch.arange(longest, device=offsets.device) < lengths[:, None]
+    # a step of all sequences lies together: strided, each of the thousands of steps would miss the cache
+    by_step = delta.new_zeros(longest, len(lengths))
+    by_step.T.masked_scatter_(live, delta)
     for t in range(longest - 2, -1, -1):
-        delta[:, t] += gamma * lam * delta[:, t + 1]
-    advantages = delta[:, :-1][live]
-    return advantages, advantages + values.detach().double()
+        by_step[t] += gamma * lam * by_step[t + 1]
+    advantages = by_step.T.masked_select(live)
+    return advantages, advantages + values
 
 
 def whiten(

@@ -482,6 +482,8 @@ class PublishConfig(Section):
     """Write them for the servers in FP8 blocks of 128 x 128; the trainer's own stay as they are."""
     probe_sequences: Count = 8
     """Sampled sequences whose log-probs are compared with the servers' after a publish, 4096 tokens each."""
+    probe_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Part of a step's tokens that these may be, 64 tokens in any case; 1 compares all of them."""
     tolerance_p999: Positive | None = FP32_TOLERANCES.p999
     """Largest difference of 99.9 % of a step's log-probs to the servers'; below fp32 unset: by the layers."""
     mismatch_action: Literal["warn", "stop", "drop"] = "warn"

@@ -26,10 +26,11 @@ def sloped_silu(x: Tensor, slope: float) -> Tensor:
 _BY_NAME: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh}
 
 
-def activation_settings(arch: Architecture, *, on_gpu: bool) -> dict[str, Any]:
+def activation_settings(arch: Architecture) -> dict[str, Any]:
     """The arguments of Megatron's TransformerConfig that say what an MLP does between its matrices.
 
-    Megatron fuses SiLU alone here: its fused GELU is the one by tanh, its other one that by erf.
+    Fused, an MLP keeps its input alone; on a CPU that is plain torch. Megatron fuses SiLU alone here: its fused
+    GELU is the one by tanh, its other one that by erf.
     """
     if arch.activation == "clamped":
         return {
@@ -40,5 +41,5 @@ def activation_settings(arch: Architecture, *, on_gpu: bool) -> dict[str, Any]:
         }
     return {
         "activation_func": _BY_NAME[arch.activation],
-        "bias_activation_fusion": on_gpu and arch.activation == "silu",
+        "bias_activation_fusion": arch.activation == "silu",
     }

@@ -57,7 +57,7 @@ def install() -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
-        for fix in FIXES:
+        for fix in (*FIXES, *SAVINGS):
             fix()
     _installed = True
 
@@ -187,6 +187,41 @@ def list_splits_on_host() -> None:
     dispatcher.maybe_move_tensor_to_cpu = move
 
 
+def skip_exchanges_of_one_rank() -> None:
+    """DDP's reduce-scatter and all-gather over one rank: gloo would copy all gradients through itself."""
+    buffers = _module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _between_ranks(getattr(buffers, name)))
+
+
+def _between_ranks(exchange):
+    def call(output, given, *, group, **options):
+        if group.size() > 1:
+            return exchange(output, given, group=group, **options)
+        if output.data_ptr() != given.data_ptr():  # a shard of one is the whole buffer itself
+            output.copy_(given)
+        return None
+
+    return call
+
+
+def differentiate_swiglu_in_place() -> None:
+    """The SwiGLU's backward pass, which a GPU has as one kernel: seven tensors of its width, one by one."""
+    _module("megatron.core.fusions.fused_bias_swiglu").swiglu_back = swiglu_gradient
+
+
+def swiglu_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """d(silu(gate) * up) [..., 2 * width] from its gradient [..., width]; no memory but for the answer."""
+    gate, up = gate_up.chunk(2, -1)
+    out = torch.empty_like(gate_up)
+    of_gate, of_up = out.chunk(2, -1)
+    torch.sigmoid(gate, out=of_up)
+    torch.sub(torch.ones((), dtype=out.dtype), of_up, out=of_gate)
+    of_gate.mul_(gate).add_(1).mul_(of_up).mul_(up).mul_(grad)  # silu' = s (1 + gate (1 - s))
+    of_up.mul_(gate).mul_(grad)
+    return out
+
+
 FIXES = (
     redirect_literal_devices,
     answer_current_device,
@@ -197,3 +232,6 @@ FIXES = (
     null_streams,
     list_splits_on_host,
 )
+
+SAVINGS = (skip_exchanges_of_one_rank, differentiate_swiglu_in_place)
+"""what a CPU need not do; without them the same numbers come later"""

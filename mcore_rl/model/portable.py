@@ -187,11 +187,31 @@ class RMSNorm(nn.Module):
 
         A weight that is stored less 1 (Gemma) is scaled with before the rounding.
         """
+        if not self.centered:
+            return cast(Tensor, _ScaledNorm.apply(x, self.weight, self.eps))
         wide = x if x.dtype == torch.float64 else x.float()
         normed = F.rms_norm(wide, wide.shape[-1:], eps=self.eps)
-        if self.centered:
-            return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
-        return self.weight * normed.to(x.dtype)
+        return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """weight * x / rms(x). It keeps x and a number a token, where autograd would keep x and two products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        normal = x.to(inverse.dtype) * inverse
+        weight_grad = (grad * normal.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        scaled = (grad * weight).to(inverse.dtype)
+        scaled = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
+        return (scaled * inverse).to(x.dtype), weight_grad, None
 
 
 class ReplicatedLinear(nn.Module):

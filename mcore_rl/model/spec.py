@@ -112,7 +112,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         softmax_type="learnable" if arch.sinks else "vanilla",
-        **activation_settings(arch, on_gpu=on_gpu),
+        **activation_settings(arch),
         **latent_settings(arch),
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),

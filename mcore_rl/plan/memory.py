@@ -36,8 +36,8 @@ OTHER = 3 * GIB
 """CUDA context, NCCL buffers and fragmentation of one rank: an allowance, not a measurement"""
 SERVER_MEMORY_SHARE = 0.5
 """share of the KV cache that all samples of a step would need at once; servers queue the rest"""
-_SWIGLU = 5
-"""widths that a SwiGLU keeps where no kernel fuses it: gate and up, silu(gate), up again, their product"""
+_SWIGLU = 3
+"""widths that a SwiGLU keeps: gate and up, and their product for the linear behind it"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RankMemory:
     host: float = 0
     """not on the GPU: in pinned host memory, what of the above is offloaded or swapped"""
     offloaded: frozenset[str] = frozenset()
-    """components that are on the GPU only in the phases of residency.NEEDED"""
+    """components that are on the GPU only in the phases of phases.NEEDED"""
 
     @property
     def step(self) -> float:
@@ -81,7 +81,7 @@ class RankMemory:
         return self.activations + self.masks + max(self.layer_backward, self.head)
 
     def at(self, phase: str) -> float:
-        """At most during one of residency.PHASES."""
+        """At most during one of phases.PHASES."""
         # no more than that: a layer or the head, forward only, and one micro-batch's mask
         scoring = self.masks + max(self.layer_backward, self.head)
         working = {"policy": self.step, "critic": self.critic_step, "publish": self.publish}
@@ -273,8 +273,8 @@ def _sequence(layout: Layout) -> int:
 
 
 def _norm(width: float, precision: str) -> float:
-    """Bytes per token that an RMSNorm over `width` keeps: its fp32 input, the normalized and the product."""
-    return width * (4 + 2 * weight_bytes(precision))
+    """Bytes per token that an RMSNorm over `width` keeps: its input, and the linear's behind it."""
+    return width * 2 * weight_bytes(precision)
 
 
 def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer: int) -> float:
@@ -299,7 +299,7 @@ def _attention_of_layer(arch: Architecture, layout: Layout, precision: str) -> f
     # What attention answers with, padded and packed.
     kept += size * (query + arch.heads * arch.value_dim / layout.tensor)
     if arch.qk_norm or arch.whole_qk_norm:
-        kept += (query + key) * (4 + size)  # the fp32 input and the normalized
+        kept += (query + key) * size  # the input
     if arch.latent is None:
         return kept + size * 4 * arch.head_dim  # sines and cosines of the rotation, of queries and of keys
     latents = (arch.latent.rank + (arch.latent.query_rank or 0)) / _sequence(layout)

@@ -55,7 +55,7 @@ class PlannedStep:
     """mean number of training sequences of a sample"""
     fp8: Fp8 = DEFAULT_FP8
     offloaded: frozenset[str] = frozenset()
-    """parts (residency.NEEDED) that leave the GPU"""
+    """parts (phases.NEEDED) that leave the GPU"""
     swapped: bool = False
     """the reference is the policy with its first weights"""
     value_head: bool = False

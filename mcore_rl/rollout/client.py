@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import aiohttp
+from pydantic_core import from_json
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
@@ -385,8 +386,8 @@ def _backoff(number: int) -> float:
 
 def _decode(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        return from_json(raw, cache_strings=False)  # a third of json.loads's time a token of a reply
+    except ValueError as error:
         if _is_page(raw):
             raise _TransientError(f"reply is not JSON but {_shown(raw)}", remedy=_STRANGER) from error
         raise _TransientError(f"reply is not JSON: {error}") from error

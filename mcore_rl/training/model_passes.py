@@ -43,7 +43,7 @@ class Update:
 
     @property
     def phase(self) -> str:
-        """Whose update it is, in residency.PHASES."""
+        """Whose update it is, in phases.PHASES."""
         return "critic" if self.kind == "critic" else "policy"
 
 

@@ -26,6 +26,8 @@ ServerScores = Mapping[str, list[list[float]]]
 """url -> [sequences][tokens - 1] log-probs of the probe"""
 PROBE_TOKENS = 4096
 """tokens of a sequence: other weights show at once, and a server holds logits for all that it scores"""
+LEAST_PROBE_TOKENS = 64
+"""of a step of any size: each token's log-prob depends on every weight but the other tokens' embeddings"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Publisher:
     generation: Generation
     """asks those that hold the version from then on"""
 
-    def publish(self, step: int, sequences: Iterable[Sequence[int]]) -> dict[str, float | str]:
+    def publish(
+        self, step: int, sequences: Iterable[Sequence[int]], trained: int | None = None
+    ) -> dict[str, float | str]:
         """Publish version `step` and compare log-probs of `sequences`, Megatron's against every server's.
 
         The same tokens are also scored by the servers BEFORE the update: `publish/stale_max_abs`, how far the
@@ -48,6 +52,10 @@ class Publisher:
         changed a server's own log-probs, says that it arrived. Servers that have released their memory hold
         no previous weights to compare. Collective.
 
+        Args:
+            trained: tokens of the step, of which publish.probe_share at most is compared; unset, all that
+                publish.probe_sequences gives.
+
         Raises:
             WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
             RolloutError: on every rank, when no server is left.
@@ -55,7 +63,9 @@ class Publisher:
         version, trainer, servers = str(step), self.trainer, self.servers
         self.generation.expect(version)
         with trainer.timers("publish"):
-            probe = probe_of(sequences, trainer.config.publish.probe_sequences)
+            settings = trainer.config.publish
+            room = None if trained is None else max(LEAST_PROBE_TOKENS, int(settings.probe_share * trained))
+            probe = probe_of(sequences, settings.probe_sequences, room)
             previous = step > 0 and not servers.fleet.released
             before = measure(trainer.mesh, servers, probe, f"{version}-before") if previous else {}
             lost = send(self.transport, trainer.policy, servers, version)
@@ -78,13 +88,19 @@ class Publisher:
         return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
 
 
-def probe_of(sequences: Iterable[Sequence[int]], count: int) -> list[Sequence[int]]:
+def probe_of(sequences: Iterable[Sequence[int]], count: int, room: int | None = None) -> list[Sequence[int]]:
     """What is compared: the first `count` sequences of two tokens or more, each up to PROBE_TOKENS.
 
-    Less their last token: a server that scores a full context has no room for the one it must sample.
+    Less their last token: a server that scores a full context has no room for the one it must sample. Beyond
+    `room` tokens in all nothing is taken; the sequence that reaches it is cut.
     """
-    cut = (s[: max(2, min(len(s) - 1, PROBE_TOKENS))] for s in sequences if len(s) > 1)
-    return list(islice(cut, count))
+    found: list[Sequence[int]] = []
+    for one in islice((s for s in sequences if len(s) > 1), count):
+        left = PROBE_TOKENS if room is None else min(PROBE_TOKENS, room - sum(map(len, found)))
+        if left < 2:
+            break
+        found.append(one[: max(2, min(len(one) - 1, left))])
+    return found
 
 
 def measure(mesh: Mesh, servers: Servers, probe: Sequence[Sequence[int]], tag: str) -> ServerScores:

@@ -118,7 +118,7 @@ def start_session(
 
     Args:
         frozen: prefix in checkpoints -> a model that only scores.
-        waiting: name in residency.NEEDED -> what waits in host memory.
+        waiting: name in phases.NEEDED -> what waits in host memory.
         held_out: the rows of data.validation, where they are read already.
     """
     config = trainer.config

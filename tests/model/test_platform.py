@@ -13,6 +13,7 @@ import torch
 
 from mcore_rl import before_megatron
 from mcore_rl.model import platform
+from mcore_rl.model.portable import _ScaledNorm
 from mcore_rl.parallel.pool import Pool
 from tests.model.removal import nothing, outcome
 
@@ -148,3 +149,33 @@ def test_without_a_fix_something_fails(fix: str, tmp_path: Path) -> None:
     ended = outcome(partial(remove, fix), NEEDS[fix], tmp_path)
     assert not ended.finished
     assert "Error" in ended.words
+
+
+def test_the_gradient_of_a_swiglu_is_that_of_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (20 * torch.randn(3, 5, 14, generator=generator, dtype=torch.float64)).requires_grad_()
+    gate, up = gate_up.chunk(2, -1)
+    out = torch.nn.functional.silu(gate) * up
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(out, gate_up, grad)
+    torch.testing.assert_close(platform.swiglu_gradient(grad, gate_up.detach()), expected, rtol=1e-12, atol=0)
+    single = platform.swiglu_gradient(grad.float(), gate_up.detach().float())
+    torch.testing.assert_close(single.double(), expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_and_its_gradients_are_those_of_autograd(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(4, 1, 32, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(32, generator=generator).to(dtype)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    found = _ScaledNorm.apply(*leaves, 1e-5)
+    wide = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = wide[1] * torch.nn.functional.rms_norm(wide[0], (32,), eps=1e-5)
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}[dtype]
+    gradients = torch.autograd.grad(expected, wide, grad.double())
+    given = (found, *torch.autograd.grad(found, leaves, grad))
+    for one, other in zip(given, (expected, *gradients), strict=True):
+        assert one.dtype == dtype
+        apart = (one.double() - other).detach().abs().max() / other.detach().abs().max()
+        assert float(apart) < limit

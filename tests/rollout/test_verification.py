@@ -23,6 +23,8 @@ def test_what_is_compared_is_bounded_and_leaves_a_server_room_for_a_token() -> N
     sequences = [[1], [1, 2], [1, 2, 3], list(range(9000)), [4, 5, 6]]
     assert [len(s) for s in probe_of(sequences, 3)] == [2, 2, 4096]
     assert probe_of(iter(sequences), 1) == [[1, 2]]
+    assert [len(s) for s in probe_of(sequences, 3, room=64)] == [2, 2, 60], "a part of a short step"
+    assert [len(s) for s in probe_of(sequences, 3, room=5)] == [2, 2], "and no sequence of one token"
 
 
 def test_a_sequence_that_a_server_aborted_is_not_scored(url: str) -> None:

@@ -161,10 +161,10 @@ def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dic
         (packed,) = pack_mini_batch(batch(), np.array(members), algorithm, shape, mesh, its)
         log_prob = packed.fields["now"].clone().requires_grad_()
         entropy = -log_prob * 0.5  # whatever it is: it follows from the logits too
-        loss, measured = PolicyObjective(algorithm, None)(packed, HeadOutput(log_prob, entropy))
+        loss, measure = PolicyObjective(algorithm, None)(packed, HeadOutput(log_prob, entropy))
+        parts.append(measure())
         (of_rows,) = torch.autograd.grad(loss, log_prob)
         found.append(of_rows)
-        parts.append(measured)
     returns = np.concatenate([np.zeros(0), *map(np.atleast_1d, later.fields.get("return", ()))])
     return torch.cat([*found, torch.from_numpy(returns)]), read(Gathered(parts)._parts, 2)
 
