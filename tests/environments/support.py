@@ -95,9 +95,10 @@ def policy_of(
     *,
     limits: RolloutLimits = LIMITS,
     response: Mapping[str, object] | None = RESPONSE,
+    rid: str = "p@1/0",
 ) -> Policy:
     """A policy in one rollout of `prompt`."""
-    request = Request([prompt.token_ids], [{"max_new_tokens": 64, "sampling_seed": 7}], ["p@1/0"])
+    request = Request([prompt.token_ids], [{"max_new_tokens": 64, "sampling_seed": 7}], [rid])
     return Policy(prompt, request, ask, ChatTemplate(tokenizer, response=response), limits)
 
 

@@ -21,6 +21,7 @@ from mcore_rl.environments.policy import Policy, RolloutLimits
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.reply import Reply
+from tests.environments.agents import FUNCTION, PARAMETERS, anthropic_client, openai_client, wander
 from tests.environments.support import (
     LIMITS,
     Scripted,
@@ -35,22 +36,8 @@ TOKENIZER = build_tokenizer()
 PROMPT = chat_prompt(TOKENIZER)
 ASK = [{"role": "user", "content": "2+2?"}]
 CALLS = '<call>add {"a":1,  "b":2}</call><call>add {"a":3,"b":4}</call><e>'
-PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
-FUNCTION = {"name": "add", "description": "Add.", "parameters": PARAMETERS}
 DIALOGUES = int(os.environ.get("GATEWAY_DIALOGUES", "24"))
 """1000 once per release: GATEWAY_DIALOGUES=1000 pytest tests/environments/test_gateway.py"""
-
-
-def openai_client(endpoint: Endpoint, http: Any = None) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url=endpoint.openai_url, api_key=endpoint.key, max_retries=0, http_client=http
-    )
-
-
-def anthropic_client(endpoint: Endpoint, http: Any = None) -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(
-        base_url=endpoint.url, api_key=endpoint.key, max_retries=0, http_client=http
-    )
 
 
 def served(server: Scripted, agent: Callable[[Endpoint], Awaitable[Any]]) -> Policy:
@@ -269,31 +256,6 @@ def test_a_client_that_leaves_and_a_rollout_that_ends_end_the_generation_and_tra
     asyncio.run(asyncio.wait_for(whole(), 60))
     assert (ended, policy.progress.generating) == (2, 0)
     assert policy.recorder.segments(PROMPT) == ()
-
-
-async def wander(endpoint: Endpoint, draw: random.Random, clients: tuple[Any, Any]) -> None:
-    """A dialogue as agents have them: it goes on, asks again, drops its beginning, calls sub-agents."""
-    histories: list[list[dict[str, Any]]] = [[*ASK]]
-    chat, claude = openai_client(endpoint, clients[0]), anthropic_client(endpoint, clients[1])
-    for _ in range(draw.randint(2, 6)):
-        history = draw.choice(histories)
-        match draw.choice(["on", "on", "on", "retry", "compact", "sub"]):
-            case "compact":
-                history = [{"role": "user", "content": "so far"}, *history[-2:]]
-            case "sub":
-                history = [{"role": "user", "content": f"task {draw.randint(0, 3)}"}]
-            case "retry":
-                history = history[: 1 + 2 * draw.randint(0, (len(history) - 1) // 2)]
-        if history[-1]["role"] == "assistant":
-            history = [*history, {"role": "user", "content": draw.choice(["go on", "why?"])}]
-        most = draw.randint(1, 12)
-        if draw.random() < 0.5:
-            said: Any = await chat.chat.completions.create(model="m", messages=history, max_tokens=most)  # type: ignore[arg-type]
-            text = said.choices[0].message.content or ""
-        else:
-            answer: Any = await claude.messages.create(model="m", messages=history, max_tokens=most)  # type: ignore[arg-type]
-            text = answer.content[0].text if answer.content else ""
-        histories.append([*history, {"role": "assistant", "content": text}])
 
 
 @pytest.mark.xdist_group("rollout")  # whose server it is, of a model with more tokens than the tokenizer
