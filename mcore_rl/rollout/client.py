@@ -136,8 +136,11 @@ class RolloutClient:
         *,
         prompt_log_probs: bool = False,
         experts: ExpertLayers | None = None,
+        session: str = "",
     ) -> list[Reply]:
         """One response per prompt, in one HTTP call; `sampling_params` and `rids` have one entry per prompt.
+
+        A `session` is the routing key of all requests that go on from each other.
 
         With `experts`, of the served model, replies say which of them every token was sent to.
 
@@ -160,6 +163,7 @@ class RolloutClient:
                 "return_logprob": True,
                 "logprob_start_len": 0 if prompt_log_probs else -1,
             } | ({} if experts is None else {"return_routed_experts": True})
+            body |= {"routing_key": session} if session else {}
             raw = await self._raw("POST", "/generate", body, most=2 * most)
             data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):

@@ -195,7 +195,11 @@ class Dispatch:
     async def _from(self, server: _Server, request: Request) -> list[Reply]:
         answer = asyncio.create_task(
             server.client.generate(
-                request.prompts, request.sampling_params, request.rids, experts=request.experts
+                request.prompts,
+                request.sampling_params,
+                request.rids,
+                experts=request.experts,
+                session=request.affinity,
             )
         )
         lost = asyncio.create_task(server.lost.wait())

@@ -110,6 +110,8 @@ class RawClient(RolloutClient):
         """request id, as it was asked for -> the server's output ids"""
         self.cached = 0
         """tokens of prompts that the server had"""
+        self.prompted = 0
+        """tokens of prompts"""
 
     async def _raw(self, method: str, path: str, *args: Any, **kwargs: Any) -> bytes:
         raw = await super()._raw(method, path, *args, **kwargs)
@@ -119,6 +121,7 @@ class RawClient(RolloutClient):
                     rid = one["meta_info"]["id"].rpartition("~")[0]
                     assert rid not in self.raw, "no request is answered twice"
                     self.raw[rid] = tuple(one["output_ids"])
+                    self.prompted += one["meta_info"]["prompt_tokens"]
                     self.cached += one["meta_info"]["cached_tokens"]
         return raw
 
