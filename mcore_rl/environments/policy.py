@@ -134,6 +134,11 @@ class Policy:
         self.progress.text, self.progress.finish_reason = turn.text, reply.finish_reason
         return turn
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The sampling parameters of every turn, in SGLang's names."""
+        return self._request.sampling_params[0]
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special token added. Raises DataError."""
         return self._template.encode(text)

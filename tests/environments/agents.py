@@ -152,6 +152,40 @@ async def openai_agent(endpoint: Endpoint, http: httpx2.AsyncClient, draw: rando
             messages.append({"role": "tool", "tool_call_id": call.id, "content": answer})
 
 
+async def responses_agent(endpoint: Endpoint, http: httpx2.AsyncClient, draw: random.Random) -> list[Any]:
+    """The same by responses, which go on by the last one's id or have everything in them. Its items."""
+    client = openai_client(endpoint, http)
+    tools: Any = [{"type": "function", **FUNCTION}]
+    items: list[Any] = [ASK]
+    new: list[Any] = [ASK]
+    last: str | None = None
+    while True:
+        asked: Any = {"model": "m", "tools": tools, "max_output_tokens": 64}
+        by_id = last is not None and draw.random() < 0.5
+        asked |= {"input": new, "previous_response_id": last} if by_id else {"input": items}
+        if draw.random() < 0.5:
+            said: Any = await client.responses.create(**asked)
+        else:
+            async with client.responses.stream(**asked) as events:
+                async for _ in events:
+                    pass
+                said = await events.get_final_response()
+        last = said.id
+        items += [item.model_dump(exclude_none=True, exclude={"parsed_arguments"}) for item in said.output]
+        calls = [item for item in said.output if item.type == "function_call"]
+        if said.status == "incomplete" or not calls:
+            return items
+        new = [
+            {
+                "type": "function_call_output",
+                "call_id": one.call_id,
+                "output": _add(json.loads(one.arguments)),
+            }
+            for one in calls
+        ]
+        items += new
+
+
 async def anthropic_agent(endpoint: Endpoint, http: httpx2.AsyncClient, draw: random.Random) -> list[Any]:
     """The same with the other package."""
     client = anthropic_client(endpoint, http)
@@ -201,13 +235,14 @@ async def wander(endpoint: Endpoint, draw: random.Random, clients: Sequence[Any]
 
 
 async def agents(endpoint: Endpoint, https: Sequence[httpx2.AsyncClient], draw: random.Random) -> int:
-    """One of each, and one that rewrites what was said, side by side as sub-agents of one rollout.
+    """One of each API, and one that rewrites what was said, side by side as sub-agents of one rollout.
 
     Returns the most calls that a turn of the first two had.
     """
-    *found, _ = await asyncio.gather(
+    *found, _, _ = await asyncio.gather(
         openai_agent(endpoint, https[0], random.Random(draw.random())),
         anthropic_agent(endpoint, https[1], random.Random(draw.random())),
+        responses_agent(endpoint, https[0], random.Random(draw.random())),
         wander(endpoint, random.Random(draw.random()), https),
     )
     calls = [len(message.get("tool_calls", [])) for message in found[0]]

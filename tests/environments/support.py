@@ -96,9 +96,11 @@ def policy_of(
     limits: RolloutLimits = LIMITS,
     response: Mapping[str, object] | None = RESPONSE,
     rid: str = "p@1/0",
+    sampling: Mapping[str, object] | None = None,
 ) -> Policy:
     """A policy in one rollout of `prompt`."""
-    request = Request([prompt.token_ids], [{"max_new_tokens": 64, "sampling_seed": 7}], [rid])
+    params = {"max_new_tokens": 64, "sampling_seed": 7, **(sampling or {})}
+    request = Request([prompt.token_ids], [params], [rid])
     return Policy(prompt, request, ask, ChatTemplate(tokenizer, response=response), limits)
 
 
