@@ -9,8 +9,9 @@ from operator import index
 from typing import Any
 
 from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
+from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
-from mcore_rl.errors import DataError
+from mcore_rl.errors import DataError, RolloutError
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import sample_seed
@@ -87,16 +88,23 @@ class Policy:
     Args:
         request: what asks for the first turn, with one prompt; later turns take over its parameters.
         ask: sends a request to a server.
+        parse: has a server read an answer, where the template says so.
     """
 
     def __init__(
-        self, prompt: Prompt, request: Request, ask: Ask, template: ChatTemplate, limits: RolloutLimits
+        self,
+        prompt: Prompt,
+        request: Request,
+        ask: Ask,
+        template: ChatTemplate,
+        limits: RolloutLimits,
+        parse: Parse | None = None,
     ) -> None:
         self.progress = RolloutState()
         self.recorder = TokenRecorder()
         self.dialogue = Dialogue(template, prompt)
         self._prompt, self._request, self._ask = prompt, request, ask
-        self._template, self._limits = template, limits
+        self._template, self._limits, self._parse = template, limits, parse
 
     async def generate(
         self,
@@ -130,7 +138,7 @@ class Policy:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
         reply = await self._sample(ids, max_new_tokens)
         self.recorder.add(ids, reply)
-        turn = self._read(ids, reply, asked)
+        turn = await self._read(ids, reply, asked)
         self.progress.text, self.progress.finish_reason = turn.text, reply.finish_reason
         return turn
 
@@ -183,13 +191,16 @@ class Policy:
             rid = f"{rid}#{turn}"
         return Request([ids], [params], [rid], affinity=self._request.rids[0])
 
-    def _read(self, ids: list[int], reply: Reply, asked: AskedTurn | None) -> Turn:
+    async def _read(self, ids: list[int], reply: Reply, asked: AskedTurn | None) -> Turn:
         template = self._template
         text, unparsed = template.decode(reply.token_ids), ""
         message: Mapping[str, Any] = {"role": "assistant", "content": text}
-        if asked is not None and template.response is not None:
+        if asked is not None and (template.response is not None or template.parsers is not None):
             try:
-                message = parse(template, asked, reply.token_ids)
+                message = await self._message(template, asked, reply)
+            except RolloutError as error:  # of servers that have no such parser, or are gone
+                self.progress.broken = error
+                raise
             except Exception as error:  # transformers raises what its parsers raise, for what a model wrote
                 unparsed = f"{type(error).__name__}: {error}"
         if asked is not None:
@@ -205,6 +216,12 @@ class Policy:
             tool_calls=tuple(calls),
             unparsed=unparsed,
         )
+
+    async def _message(self, template: ChatTemplate, asked: AskedTurn, reply: Reply) -> Mapping[str, Any]:
+        if template.parsers is None or self._parse is None:
+            return parse(template, asked, reply.token_ids)
+        said = reply.token_ids[:-1] if reply.finish_reason == "stop" else reply.token_ids
+        return await template.parsers.read(template.decode(said, special=True), asked.tools, self._parse)
 
 
 def parse(template: ChatTemplate, asked: AskedTurn, token_ids: Sequence[int]) -> Mapping[str, Any]:

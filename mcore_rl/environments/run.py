@@ -13,15 +13,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mcore_rl.environments.deadlines import Deadlines
 from mcore_rl.environments.dialogue import ChatTemplate
+from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.policy import AbortedError, Ask, LimitReached, Policy, RolloutLimits
 from mcore_rl.errors import BlockedLoopError, RewardError
 from mcore_rl.rewards.outcome import Void, read_outcome
@@ -30,6 +31,7 @@ from mcore_rl.rollout.reply import Reply
 from mcore_rl.terminal import printable, short
 from mcore_rl.types import Prompt, Sample, Segment
 
+T = TypeVar("T")
 _BEAT_SECONDS = 0.5
 _LEAST_BLOCKED_SECONDS = 10.0
 """a busy machine may keep a loop for seconds"""
@@ -82,8 +84,11 @@ class Environments:
         new, self._counted = self._rewritten - self._counted, self._rewritten
         return new
 
-    async def play(self, request: Request, ask: Ask) -> list[Sample]:
+    async def play(self, request: Request, ask: Ask, parse: Parse | None = None) -> list[Sample]:
         """The rollouts that `request` asks for, one for each of its ids; called on the loop of `ask`.
+
+        Args:
+            parse: has a server read an answer, on the same loop.
 
         Raises:
             RolloutError, RejectedError: what `ask` raises in one of them.
@@ -94,9 +99,15 @@ class Environments:
         home = asyncio.get_running_loop()
 
         async def far(one: Request) -> list[Reply]:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_ask(ask, one), home))
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_awaited(ask(one)), home))
 
-        played = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._group(request, far), self._loop))
+        async def far_parse(path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert parse is not None
+            work = asyncio.run_coroutine_threadsafe(_awaited(parse(path, body)), home)
+            return await asyncio.wrap_future(work)
+
+        group = self._group(request, far, None if parse is None else far_parse)
+        played = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(group, self._loop))
         most = max(_LEAST_BLOCKED_SECONDS, self._of.limits.turn_seconds)
         try:
             while not (await asyncio.wait({played}, timeout=most / 4))[0]:
@@ -130,7 +141,7 @@ class Environments:
             f"{seconds:g} s: {where}wait by `await` there, or call what waits by asyncio.to_thread"
         )
 
-    async def _group(self, request: Request, ask: Ask) -> list[Sample]:
+    async def _group(self, request: Request, ask: Ask, parse: Parse | None) -> list[Sample]:
         prompt = request.prompt
         assert prompt is not None, "an environment is asked for by a prompt"
         ones = [
@@ -139,13 +150,13 @@ class Environments:
         ]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._attempt(prompt, one, ask)) for one in ones]
+                tasks = [group.create_task(self._attempt(prompt, one, ask, parse)) for one in ones]
         except BaseExceptionGroup as errors:  # the first has ended the others
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _attempt(self, prompt: Prompt, request: Request, ask: Ask) -> Sample:
-        policy = Policy(prompt, request, ask, self._of.template, self._of.limits)
+    async def _attempt(self, prompt: Prompt, request: Request, ask: Ask, parse: Parse | None) -> Sample:
+        policy = Policy(prompt, request, ask, self._of.template, self._of.limits, parse)
         returned = await self._outcome(policy, prompt)
         if policy.progress.broken is not None:
             raise policy.progress.broken
@@ -235,8 +246,8 @@ def _is(error: BaseException, kind: type[Exception]) -> bool:
     return isinstance(error, kind) or (isinstance(error, BaseExceptionGroup) and error.split(kind)[1] is None)
 
 
-async def _ask(ask: Ask, request: Request) -> list[Reply]:
-    return await ask(request)
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 async def _cancel_all() -> None:

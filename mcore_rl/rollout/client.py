@@ -189,6 +189,20 @@ class RolloutClient:
         """Ends every request, whoever sent it; the partial output arrives as their reply."""
         await self._simple("POST", "/abort_request", {"rid": "", "abort_all": True})
 
+    async def parse(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a parser of the server, at `path`, makes of a text."""
+        try:
+            return _object(await self._simple("POST", path, body, retries=1), f"{self.url}{path}")
+        except RolloutError as error:
+            name = next((value for key, value in body.items() if key.endswith("_parser")), "")
+            what = (
+                f"{error}; SGLang's servers read texts by parsers of their own, and this one did not by "
+                f"{quoted(name)}: check environment.tool_call_parser and environment.reasoning_parser"
+            )
+            if isinstance(error, RejectedError):
+                raise RejectedError(what, error.status) from error
+            raise RolloutError(what) from error
+
     # -- weights ------------------------------------------------------------------------------------------
 
     async def update_weights_from_disk(self, path: str, version: str, *, flush_cache: bool = True) -> None:

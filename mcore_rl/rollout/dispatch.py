@@ -172,6 +172,21 @@ class Dispatch:
             finally:
                 server.load -= len(request.prompts)
 
+    async def parse(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a server's parser makes of a text; the first that answers is taken at its word.
+
+        Raises:
+            RejectedError: servers have no such path, as those of other programs than SGLang.
+            RolloutError: every server is lost, or none reads the text.
+        """
+        left = [server for server in self._servers if not server.lost.is_set()]
+        if not left:
+            raise no_server_left({server.client.url: server.why for server in self._servers})
+        for server in left[:-1]:
+            with suppress(RolloutError):
+                return await server.client.parse(path, body)
+        return await left[-1].client.parse(path, body)
+
     def _choose(self, request: Request) -> _Server:
         """Least load first, then this lead's own share of the servers, and those after it; among equals the
         same one for the same prompt, or of one affinity, whose prefix it has cached.

@@ -162,9 +162,16 @@ class Player(Protocol):
     """Makes samples that are no answers to a prompt but rollouts of an environment."""
 
     async def play(
-        self, request: Request, ask: Callable[[Request], Awaitable[list[Reply]]], /
+        self,
+        request: Request,
+        ask: Callable[[Request], Awaitable[list[Reply]]],
+        parse: Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]],
+        /,
     ) -> list[Sample]:
-        """One sample for each id of the request, by asking servers as often as it likes."""
+        """One sample for each id of the request, by asking servers as often as it likes.
+
+        `parse` sends a path and a body to a server that reads texts.
+        """
         ...
 
     def take_rewritten(self) -> int:
@@ -343,7 +350,7 @@ class InFlight:
 
     async def _one_call(self, requests: Sequence[Request]) -> list[Replies]:
         if self._player is not None:
-            played = (self._player.play(one, self._dispatch.ask) for one in requests)
+            played = (self._player.play(one, self._dispatch.ask, self._dispatch.parse) for one in requests)
             return list(await asyncio.gather(*played))
         replies = iter(await self._dispatch.ask(join(requests)))
         return [list(islice(replies, len(request.rids))) for request in requests]
