@@ -58,5 +58,5 @@ async def check_agents(client: RawClient, count: int) -> None:
 def run_agents(url: str, count: int, *, api_key_env: str | None = None) -> RawClient:
     """Raises AssertionError; the client, with all that it was sent."""
     client = RawClient(url, timeout=120.0, vocabulary=CHAIN_VOCAB, api_key_env=api_key_env)
-    asyncio.run(asyncio.wait_for(check_agents(client, count), 900))
+    asyncio.run(asyncio.wait_for(check_agents(client, count), 120 + 3 * count))
     return client
