@@ -2,11 +2,12 @@
 
     python benchmarks/gateway.py [--sessions 512] [--turns 6] [--out benchmarks]
 
-One process serves all sessions, each a rollout of its own, with the calculator example's tokenizer and response
-template; what a server would sample is known beforehand and answered at once, so that none of the CPU time is a
-server's. Another process has a client of the `openai` package for each session, which all talk at the same time:
-every turn is a call, its answer sent with the whole history. Counted is the CPU time of either process, all
-threads, from the first request to the last, over the number of requests. Writes OUT/gateway_DATE.json.
+One process serves all sessions, each a rollout of its own, with the calculator example's tokenizer and
+response template; what a server would sample is known beforehand and answered at once, so that none of the
+CPU time is a server's. Another process has a client of the `openai` package for each session, which all
+talk at the same time: every turn is a call, its answer sent with the whole history. Counted is the CPU time
+of either process, all threads, from the first request to the last, over the number of requests. Writes
+OUT/gateway_DATE.json.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
 from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
+from mcore_rl.environments.sessions import SampledTurn, SessionKeeper
 from mcore_rl.errors import DataError, RolloutError
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
@@ -105,6 +106,8 @@ class Policy:
         self.dialogue = Dialogue(template, prompt)
         self._prompt, self._request, self._ask = prompt, request, ask
         self._template, self._limits, self._parse = template, limits, parse
+        self.keeper: SessionKeeper | None = None
+        """of an environment that can be restored"""
 
     async def generate(
         self,
@@ -136,11 +139,25 @@ class Policy:
             ids = asked.ids
         else:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
+        if self.keeper is not None:
+            self.keeper.keep(self.progress.turns)
         reply = await self._sample(ids, max_new_tokens)
         self.recorder.add(ids, reply)
         turn = await self._read(ids, reply, asked)
+        if self.keeper is not None:
+            self.keeper.turns.append(SampledTurn(ids, reply, asked, turn.message))
         self.progress.text, self.progress.finish_reason = turn.text, reply.finish_reason
         return turn
+
+    def resume(self, turns: Sequence[SampledTurn], asked: int) -> None:
+        """Go on behind these turns, of a rollout that had asked for so many."""
+        for one in turns:
+            self.recorder.add(one.ids, one.reply)
+            if one.asked is not None:
+                self.dialogue.answer(one.asked, one.message, one.reply.token_ids, one.reply.finish_reason)
+            self.progress.text = self._template.decode(one.reply.token_ids)
+            self.progress.finish_reason = one.reply.finish_reason
+        self.progress.turns = asked
 
     @property
     def sampling(self) -> Mapping[str, Any]:

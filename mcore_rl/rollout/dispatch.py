@@ -32,6 +32,8 @@ class Request:
     """experts of the served model, where its choice of them is asked for"""
     prompt: Prompt | None = None
     """whose ids `prompts` are, where all of them are of one"""
+    resumed: Mapping[str, Any] = field(default_factory=dict)
+    """of rollouts of an environment that go on after a crash, by their ids: what was saved of them"""
     affinity: str = ""
     """requests of one name go to one server, which has their prefix cached, where that has little to do"""
 
