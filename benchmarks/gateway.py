@@ -1,6 +1,6 @@
 """CPU time of the gateway for each request, besides the server's and the client's.
 
-    python benchmarks/gateway.py [--sessions 512] [--turns 6] [--out benchmarks]
+    python -m benchmarks.gateway [--sessions 512] [--turns 6] [--out benchmarks]
 
 One process serves all sessions, each a rollout of its own, with the calculator example's tokenizer and
 response template; what a server would sample is known beforehand and answered at once, so that none of the
@@ -95,7 +95,7 @@ async def serve(sessions: int, turns: int) -> dict[str, float]:
             policies.append(Policy(prompt, request, sampled, template, limits))
             endpoint = await stack.enter_async_context(serve_policy(policies[-1]))
             endpoints.append({"url": endpoint.openai_url, "key": endpoint.key})
-        command = [sys.executable, __file__, "--client", "--turns", str(turns)]
+        command = [sys.executable, "-m", "benchmarks.gateway", "--client", "--turns", str(turns)]
         client = await asyncio.create_subprocess_exec(
             *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
         )
