@@ -25,12 +25,22 @@ _OF_STEP = 0.9
 ParserName = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
 
 
+def _tables_of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Plain arguments, and tables of them, as other packages have. Raises ValueError."""
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            _tables_of_arguments({f"{name}.{key}": one for key, one in value.items()})
+        else:
+            plain_arguments({name: value})
+    return arguments
+
+
 class EnvironmentConfig(Section):
     """What a rollout is, where it is more than one response: turns, tools, a game."""
 
     function: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` that makes one rollout of a policy and a prompt; unset, one response is all of it."""
-    args: Annotated[dict[str, Any], AfterValidator(plain_arguments)] = Field(default={})
+    args: Annotated[dict[str, Any], AfterValidator(_tables_of_arguments)] = Field(default={})
     """Its keyword arguments."""
     max_turns: Count = 16
     """Responses of one rollout, at most."""

@@ -101,11 +101,8 @@ def _plain_params(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that resolved.toml can show to anyone, tables of them too. Raises ValueError."""
+    """Arguments that resolved.toml can show to anyone. Raises ValueError."""
     for name, value in arguments.items():
-        if isinstance(value, dict):
-            plain_arguments({f"{name}.{key}": one for key, one in value.items()})
-            continue
         for one in value if isinstance(value, list) else [value]:
             _plain_params({name: one})
             if isinstance(one, str) and re.match(r"https?://[^/\s]*@", one):

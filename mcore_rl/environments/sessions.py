@@ -12,29 +12,16 @@ turn until then. What was being sampled at that moment is asked again, under the
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mcore_rl.environments.dialogue import AskedTurn
-from mcore_rl.rewards.outcome import Returned
 from mcore_rl.rollout import experts as arrays
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.saved import reply_from_json, reply_to_json
-from mcore_rl.types import Prompt
-
-if TYPE_CHECKING:
-    from mcore_rl.environments.policy import Policy
-
-
-class Session(Protocol):
-    """One rollout of an environment that is a class; `state` and `restore` may both be absent."""
-
-    def rollout(self, policy: Policy, prompt: Prompt, /) -> Awaitable[Returned | None]:
-        """As the function of an environment."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class SessionClass:
         """Whether a session can say its state, and go on from one."""
         return hasattr(self.type, "state") and hasattr(self.type, "restore")
 
-    def begin(self) -> Session:
+    def begin(self) -> Any:
         """A new session. Raises whatever the user's constructor raises."""
         return self.type(**self.arguments)
 
@@ -84,7 +71,7 @@ class SampledTurn:
 
 @dataclass
 class SessionKeeper:
-    """Of a session that can be restored: its state when it last asked for a turn, and its turns."""
+    """The turns of a session that can be restored, and its state when it last asked for one."""
 
     state: Callable[[], Any]
     turns: list[SampledTurn]

@@ -79,7 +79,7 @@ class PrefixCache:
         self.used = 0
 
     def _forget_oldest(self) -> None:
-        """Of the session that waited longest, the branch that ended first."""
+        """Forget the branch that ended first, of the session that waited longest."""
         session = next(iter(self._sessions))
         branches = self._sessions[session]
         self.used -= len(branches.pop(0).tokens)
