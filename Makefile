@@ -16,6 +16,7 @@ LANE_READY := .venv-lane/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadgroup
 SGLANG := .venv-sglang
+VERIFIERS := .venv-verifiers
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet
 CORRECTNESS := not learn and not gpu and not sglang and not real
 REAL := runs/real
@@ -35,7 +36,7 @@ define build
 endef
 
 .PHONY: help setup setup-lane demo demo-sglang rlhf real real-sglang real-model test test-lane test-fast test-learn \
-	test-real test-sglang sglang-cpu lint format clean
+	test-real test-sglang sglang-cpu verifiers lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -119,6 +120,16 @@ $(SGLANG)/.ready: tests/sglang_cpu/requirements.txt
 	$(SGLANG_PIP) --no-deps -r $<
 	@printf '%s\nimport sglang_cpu_names\n' '$(CURDIR)/tests/sglang_cpu' > \
 		$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth
+	@touch $@
+
+verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it wants an older openai than the tests
+
+# Its own packages come first, and .venv's after them.
+$(VERIFIERS)/.ready: $(READY)
+	@test -x $(VERIFIERS)/bin/python || $(BIN)/python -m venv $(VERIFIERS)
+	$(VERIFIERS)/bin/python -m pip install --quiet verifiers==0.4.0 uv==0.13.9
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(VERIFIERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	@touch $@
 
 lint: $(READY)  ## ruff and the type checker

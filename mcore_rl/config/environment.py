@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, StringConstraints
 
 from mcore_rl.config.sections import (
     Count,
@@ -22,6 +22,17 @@ from mcore_rl.config.sections import (
 
 _OF_STEP = 0.9
 """share of train.step_timeout that a lead waits for the rollouts of a step"""
+ParserName = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
+
+
+def _tables_of_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Plain arguments, and tables of them, as other packages have. Raises ValueError."""
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            _tables_of_arguments({f"{name}.{key}": one for key, one in value.items()})
+        else:
+            plain_arguments({name: value})
+    return arguments
 
 
 class EnvironmentConfig(Section):
@@ -29,7 +40,7 @@ class EnvironmentConfig(Section):
 
     function: Annotated[str, AfterValidator(function_name)] | None = None
     """`module:function` that makes one rollout of a policy and a prompt; unset, one response is all of it."""
-    args: Annotated[dict[str, Any], AfterValidator(plain_arguments)] = Field(default={})
+    args: Annotated[dict[str, Any], AfterValidator(_tables_of_arguments)] = Field(default={})
     """Its keyword arguments."""
     max_turns: Count = 16
     """Responses of one rollout, at most."""
@@ -42,6 +53,11 @@ class EnvironmentConfig(Section):
     response_template: FilePath | None = None
     """JSON file that says how a message and its tool calls are read in a response (transformers'
     parse_response); unset, the tokenizer's own, or as text."""
+    tool_call_parser: ParserName | None = None
+    """SGLang's name of the parser of tool calls, such as qwen25, by which its servers read a response; unset,
+    the response template reads it."""
+    reasoning_parser: ParserName | None = None
+    """The same for reasoning, such as qwen3."""
 
 
 def wrong_environment(
@@ -63,6 +79,11 @@ def wrong_environment(
         yield (
             f"environment.timeout: a step waits {_OF_STEP * train.step_timeout:g} s for its rollouts (train."
             "step_timeout), and one that takes longer would end the run; lower it, or raise that"
+        )
+    if one.response_template is not None and (one.tool_call_parser or one.reasoning_parser):
+        yield (
+            "environment.response_template: and a parser of the servers, where a response is read once; drop "
+            "it, or environment.tool_call_parser and environment.reasoning_parser"
         )
     if reward.model is not None:
         yield (

@@ -208,9 +208,16 @@ def _environment(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterable
     if not is_read("tools", tokenizer):
         what = "the chat template has no word of tools: the model is not told of them"
         yield Finding("environment", "warning", what, "use a template that writes `tools`")
-    if e.response_template is None and getattr(tokenizer, "response_template", None) is None:
+    reads = (e.tool_call_parser, e.response_template, getattr(tokenizer, "response_template", None))
+    if all(one is None for one in reads):
         what = "the tokenizer has no response template: every response is text, and no tool is ever called"
-        yield Finding("environment", "warning", what, "name one as environment.response_template")
+        yield Finding(
+            "environment",
+            "warning",
+            what,
+            "name one as environment.response_template, or a parser of "
+            "SGLang's as environment.tool_call_parser",
+        )
     yield Finding("environment", "ok", f"{e.function} and {len(e.args['tools'])} tools are there")
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.data.chat import render
 from mcore_rl.data.reader import encode
+from mcore_rl.environments.parsers import ServerParsers
 from mcore_rl.types import Prompt
 
 ChatMessage = Mapping[str, Any]
@@ -36,6 +37,8 @@ class ChatTemplate:
     """what else the template is given"""
     response: Mapping[str, Any] | None = None
     """how transformers' parse_response reads an answer (a response template); None: as text alone"""
+    parsers: ServerParsers | None = None
+    """how the servers read it instead"""
 
     def tools_of(self, prompt: Prompt) -> Sequence[Any] | None:
         """The tools of a prompt's row, or those of the run."""

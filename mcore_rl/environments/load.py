@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from mcore_rl.environments.policy import Policy
+from mcore_rl.environments.sessions import SessionClass
 from mcore_rl.errors import ConfigError
 from mcore_rl.functions import find_function
 from mcore_rl.rewards.outcome import Returned
@@ -32,14 +33,16 @@ class EnvironmentFn(Protocol):
         ...
 
 
-def load_environment(name: str, arguments: Mapping[str, Any]) -> EnvironmentFn:
-    """The function that `module:function` names; its directory is on PYTHONPATH or the current one.
+def load_environment(name: str, arguments: Mapping[str, Any]) -> EnvironmentFn | SessionClass:
+    """The function or class that `module:function` names; its directory is on PYTHONPATH or the current one.
 
     Raises:
         ConfigError: it does not exist, its import fails, it is not async, or it cannot take a policy, a
             prompt and these arguments.
     """
     function: Callable[..., Any] = find_function(_KEY, name)
+    if inspect.isclass(function):
+        return _load_class(name, function, arguments)
     if not inspect.iscoroutinefunction(function):
         raise ConfigError(f"{_KEY}: {name} is no async function; write `async def` of policy and prompt")
     try:
@@ -48,6 +51,21 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> EnvironmentFn:
         what = f"{name} cannot be called with a policy, a prompt and these ({escaped(error)})"
         raise ConfigError(f"environment.args: {what}; name its keyword arguments") from None
     return partial(function, **arguments)
+
+
+def _load_class(name: str, found: type, arguments: Mapping[str, Any]) -> SessionClass:
+    if not inspect.iscoroutinefunction(getattr(found, "rollout", None)):
+        raise ConfigError(
+            f"{_KEY}: {name} has no async rollout; write `async def rollout(self, policy, prompt)`"
+        )
+    if hasattr(found, "state") != hasattr(found, "restore"):
+        raise ConfigError(f"{_KEY}: {name} has one of state and restore; write both, or neither")
+    try:
+        inspect.signature(found).bind(**arguments)
+    except TypeError as error:
+        what = f"{name} cannot be made of these ({escaped(error)})"
+        raise ConfigError(f"environment.args: {what}; name its keyword arguments") from None
+    return SessionClass(found, arguments)
 
 
 def load_response(path: Path | None, own: Any) -> Mapping[str, Any] | None:

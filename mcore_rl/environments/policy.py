@@ -9,8 +9,10 @@ from operator import index
 from typing import Any
 
 from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
+from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
-from mcore_rl.errors import DataError
+from mcore_rl.environments.sessions import SampledTurn, SessionKeeper
+from mcore_rl.errors import DataError, RolloutError
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import sample_seed
@@ -87,16 +89,25 @@ class Policy:
     Args:
         request: what asks for the first turn, with one prompt; later turns take over its parameters.
         ask: sends a request to a server.
+        parse: has a server read an answer, where the template says so.
     """
 
     def __init__(
-        self, prompt: Prompt, request: Request, ask: Ask, template: ChatTemplate, limits: RolloutLimits
+        self,
+        prompt: Prompt,
+        request: Request,
+        ask: Ask,
+        template: ChatTemplate,
+        limits: RolloutLimits,
+        parse: Parse | None = None,
     ) -> None:
         self.progress = RolloutState()
         self.recorder = TokenRecorder()
         self.dialogue = Dialogue(template, prompt)
         self._prompt, self._request, self._ask = prompt, request, ask
-        self._template, self._limits = template, limits
+        self._template, self._limits, self._parse = template, limits, parse
+        self.keeper: SessionKeeper | None = None
+        """of an environment that can be restored"""
 
     async def generate(
         self,
@@ -128,11 +139,30 @@ class Policy:
             ids = asked.ids
         else:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
+        if self.keeper is not None:
+            self.keeper.keep(self.progress.turns)
         reply = await self._sample(ids, max_new_tokens)
         self.recorder.add(ids, reply)
-        turn = self._read(ids, reply, asked)
+        turn = await self._read(ids, reply, asked)
+        if self.keeper is not None:
+            self.keeper.turns.append(SampledTurn(ids, reply, asked, turn.message))
         self.progress.text, self.progress.finish_reason = turn.text, reply.finish_reason
         return turn
+
+    def resume(self, turns: Sequence[SampledTurn], asked: int) -> None:
+        """Go on behind these turns, of a rollout that had asked for so many."""
+        for one in turns:
+            self.recorder.add(one.ids, one.reply)
+            if one.asked is not None:
+                self.dialogue.answer(one.asked, one.message, one.reply.token_ids, one.reply.finish_reason)
+            self.progress.text = self._template.decode(one.reply.token_ids)
+            self.progress.finish_reason = one.reply.finish_reason
+        self.progress.turns = asked
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The sampling parameters of every turn, in SGLang's names."""
+        return self._request.sampling_params[0]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special token added. Raises DataError."""
@@ -178,13 +208,16 @@ class Policy:
             rid = f"{rid}#{turn}"
         return Request([ids], [params], [rid], affinity=self._request.rids[0])
 
-    def _read(self, ids: list[int], reply: Reply, asked: AskedTurn | None) -> Turn:
+    async def _read(self, ids: list[int], reply: Reply, asked: AskedTurn | None) -> Turn:
         template = self._template
         text, unparsed = template.decode(reply.token_ids), ""
         message: Mapping[str, Any] = {"role": "assistant", "content": text}
-        if asked is not None and template.response is not None:
+        if asked is not None and (template.response is not None or template.parsers is not None):
             try:
-                message = parse(template, asked, reply.token_ids)
+                message = await self._message(template, asked, reply)
+            except RolloutError as error:  # of servers that have no such parser, or are gone
+                self.progress.broken = error
+                raise
             except Exception as error:  # transformers raises what its parsers raise, for what a model wrote
                 unparsed = f"{type(error).__name__}: {error}"
         if asked is not None:
@@ -200,6 +233,12 @@ class Policy:
             tool_calls=tuple(calls),
             unparsed=unparsed,
         )
+
+    async def _message(self, template: ChatTemplate, asked: AskedTurn, reply: Reply) -> Mapping[str, Any]:
+        if template.parsers is None or self._parse is None:
+            return parse(template, asked, reply.token_ids)
+        said = reply.token_ids[:-1] if reply.finish_reason == "stop" else reply.token_ids
+        return await template.parsers.read(template.decode(said, special=True), asked.tools, self._parse)
 
 
 def parse(template: ChatTemplate, asked: AskedTurn, token_ids: Sequence[int]) -> Mapping[str, Any]:

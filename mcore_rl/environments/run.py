@@ -13,23 +13,27 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mcore_rl.environments.deadlines import Deadlines
 from mcore_rl.environments.dialogue import ChatTemplate
+from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.policy import AbortedError, Ask, LimitReached, Policy, RolloutLimits
+from mcore_rl.environments.sessions import SampledTurn, SessionClass, SessionKeeper
 from mcore_rl.errors import BlockedLoopError, RewardError
 from mcore_rl.rewards.outcome import Void, read_outcome
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
+from mcore_rl.rollout.saved_samples import sample_from_json, sample_to_json
 from mcore_rl.terminal import printable, short
 from mcore_rl.types import Prompt, Sample, Segment
 
+T = TypeVar("T")
 _BEAT_SECONDS = 0.5
 _LEAST_BLOCKED_SECONDS = 10.0
 """a busy machine may keep a loop for seconds"""
@@ -45,7 +49,7 @@ class Environment:
 
     name: str
     """`module:function`, for messages"""
-    function: Callable[..., Any]
+    function: Callable[..., Any] | SessionClass
     """async, of a Policy and a Prompt; returns what a reward function may, or None"""
     template: ChatTemplate
     limits: RolloutLimits
@@ -64,6 +68,10 @@ class Environments:
         self._abandoned: set[asyncio.Task[Any]] = set()
         """that go on after they were cancelled"""
         self._rewritten = self._counted = 0
+        self._playing: dict[str, Policy] = {}
+        """by the id of the rollout"""
+        self._played: dict[str, Sample] = {}
+        """rollouts that have ended, of groups that have not"""
 
     def close(self) -> None:
         """End the thread, and with it all rollouts."""
@@ -82,8 +90,11 @@ class Environments:
         new, self._counted = self._rewritten - self._counted, self._rewritten
         return new
 
-    async def play(self, request: Request, ask: Ask) -> list[Sample]:
+    async def play(self, request: Request, ask: Ask, parse: Parse | None = None) -> list[Sample]:
         """The rollouts that `request` asks for, one for each of its ids; called on the loop of `ask`.
+
+        Args:
+            parse: has a server read an answer, on the same loop.
 
         Raises:
             RolloutError, RejectedError: what `ask` raises in one of them.
@@ -94,9 +105,15 @@ class Environments:
         home = asyncio.get_running_loop()
 
         async def far(one: Request) -> list[Reply]:
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_ask(ask, one), home))
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_awaited(ask(one)), home))
 
-        played = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._group(request, far), self._loop))
+        async def far_parse(path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+            assert parse is not None
+            work = asyncio.run_coroutine_threadsafe(_awaited(parse(path, body)), home)
+            return await asyncio.wrap_future(work)
+
+        group = self._group(request, far, None if parse is None else far_parse)
+        played = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(group, self._loop))
         most = max(_LEAST_BLOCKED_SECONDS, self._of.limits.turn_seconds)
         try:
             while not (await asyncio.wait({played}, timeout=most / 4))[0]:
@@ -105,6 +122,16 @@ class Environments:
             return played.result()
         finally:
             played.cancel()
+
+    async def states(self, ids: Sequence[str]) -> dict[str, Any]:
+        """What of these rollouts, of groups that have not ended, can be resumed later, as JSON.
+
+        Those that are absent begin again: their environment has no state, or has not asked for a turn.
+        """
+        if self._thread is None:
+            return {}
+        work = asyncio.run_coroutine_threadsafe(self._states(ids), self._loop)
+        return await asyncio.wait_for(asyncio.wrap_future(work), _CLOSE_SECONDS)
 
     # -- on the thread ------------------------------------------------------------------------------------
 
@@ -130,31 +157,68 @@ class Environments:
             f"{seconds:g} s: {where}wait by `await` there, or call what waits by asyncio.to_thread"
         )
 
-    async def _group(self, request: Request, ask: Ask) -> list[Sample]:
+    async def _group(self, request: Request, ask: Ask, parse: Parse | None) -> list[Sample]:
         prompt = request.prompt
         assert prompt is not None, "an environment is asked for by a prompt"
         ones = [
-            Request([ids], [params], [rid])
+            Request([ids], [params], [rid], resumed=request.resumed)
             for ids, params, rid in zip(request.prompts, request.sampling_params, request.rids, strict=True)
         ]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._attempt(prompt, one, ask)) for one in ones]
+                tasks = [group.create_task(self._attempt(prompt, one, ask, parse)) for one in ones]
         except BaseExceptionGroup as errors:  # the first has ended the others
             raise errors.exceptions[0] from None
+        finally:
+            for one in ones:
+                self._played.pop(one.rids[0], None)
         return [task.result() for task in tasks]
 
-    async def _attempt(self, prompt: Prompt, request: Request, ask: Ask) -> Sample:
-        policy = Policy(prompt, request, ask, self._of.template, self._of.limits)
-        returned = await self._outcome(policy, prompt)
+    async def _states(self, ids: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for id in ids:
+            if (sample := self._played.get(id)) is not None:
+                found[id] = {"sample": sample_to_json(sample)}
+            elif (policy := self._playing.get(id)) is not None and policy.keeper is not None:
+                kept = policy.keeper.to_json()
+                found |= {} if kept is None else {id: kept}
+        return found
+
+    async def _attempt(self, prompt: Prompt, request: Request, ask: Ask, parse: Parse | None) -> Sample:
+        id = request.rids[0]
+        saved = request.resumed.get(id)
+        if saved is not None and "sample" in saved:
+            self._played[id] = sample_from_json(saved["sample"], prompt)
+            return self._played[id]
+        policy = Policy(prompt, request, ask, self._of.template, self._of.limits, parse)
+        self._playing[id] = policy
+        try:
+            returned = await self._outcome(policy, prompt, saved)
+        finally:
+            del self._playing[id]
         if policy.progress.broken is not None:
             raise policy.progress.broken
         self._note_rewritten(policy.dialogue.rewritten, prompt)
-        return self._sample(policy, prompt, request.rids[0], returned)
+        self._played[id] = self._sample(policy, prompt, id, returned)
+        return self._played[id]
 
-    async def _outcome(self, policy: Policy, prompt: Prompt) -> Any:
+    def _function(self, policy: Policy, saved: Mapping[str, Any] | None) -> Callable[..., Any]:
+        """What plays this rollout: the function, or a session, from what was saved of it on."""
+        of = self._of.function
+        if not isinstance(of, SessionClass):
+            return of
+        session: Any = of.begin()
+        if of.restorable:
+            turns = [SampledTurn.from_json(one) for one in saved["turns"]] if saved is not None else []
+            if saved is not None:
+                session.restore(saved["state"])
+                policy.resume(turns, saved["asked"])
+            policy.keeper = SessionKeeper(session.state, turns)
+        return session.rollout
+
+    async def _outcome(self, policy: Policy, prompt: Prompt, saved: Mapping[str, Any] | None) -> Any:
         """What the function returned, or the Void that it came to."""
-        task = asyncio.create_task(_guarded(self._of.function, policy, prompt))
+        task = asyncio.create_task(_guarded(lambda: self._function(policy, saved), policy, prompt))
         deadlines = Deadlines(self._of.limits)
         policy.progress.changed = lambda: deadlines.turn(waiting=policy.progress.generating == 0)
         try:
@@ -215,10 +279,14 @@ def with_outcome(sample: Sample, returned: Any, weights: Mapping[str, float]) ->
     return replace(sample, void=True, failure=(short(returned.reason), short(why)))
 
 
-async def _guarded(function: Callable[..., Any], policy: Policy, prompt: Prompt) -> Any:
-    """What the function returns, or what its exception means; only a cancellation passes."""
+async def _guarded(function: Callable[[], Callable[..., Any]], policy: Policy, prompt: Prompt) -> Any:
+    """What the function returns, or what its exception means; only a cancellation passes.
+
+    Args:
+        function: makes it, which may be the user's code too.
+    """
     try:
-        return await function(policy, prompt)
+        return await function()(policy, prompt)
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # SystemExit too, which would end the thread
@@ -235,8 +303,8 @@ def _is(error: BaseException, kind: type[Exception]) -> bool:
     return isinstance(error, kind) or (isinstance(error, BaseExceptionGroup) and error.split(kind)[1] is None)
 
 
-async def _ask(ask: Ask, request: Request) -> list[Reply]:
-    return await ask(request)
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 async def _cancel_all() -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from mcore_rl.config import Config, load_config, to_toml, warnings
 from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
+from mcore_rl.environments import rehearsed
 from mcore_rl.errors import EXIT_DONE, LayoutError
 from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
@@ -300,6 +301,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "threads": 1,
             "dump": min(1, rollout.dump),
         },
+        "environment": _tiny_environment(config),
         "reward": {
             "function": "mcore_rl.rewards.exact:exact_match",
             "functions": {},
@@ -357,6 +359,21 @@ def _tiny_data(config: Config, problems: Path) -> dict[str, Any]:
         "last_assistant": "refuse",
         "max_prompt_tokens": 8,
         "curriculum": None,
+    }
+
+
+def _tiny_environment(config: Config) -> dict[str, Any]:
+    """[environment] of a rehearsal: a user's own wants other prompts, tools and programs."""
+    if config.environment.function is None:
+        return {}
+    return {
+        "function": f"{rehearsed.__name__}:{rehearsed.ask_again.__name__}",
+        "args": {},
+        "max_turns": rehearsed.TURNS,
+        "max_tokens": rehearsed.TOKENS,
+        "response_template": None,
+        "tool_call_parser": None,
+        "reasoning_parser": None,
     }
 
 

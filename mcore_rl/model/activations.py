@@ -29,8 +29,8 @@ _BY_NAME: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh
 def activation_settings(arch: Architecture) -> dict[str, Any]:
     """The arguments of Megatron's TransformerConfig that say what an MLP does between its matrices.
 
-    Fused, an MLP keeps its input alone; on a CPU that is plain torch. Megatron fuses SiLU alone here: its fused
-    GELU is the one by tanh, its other one that by erf.
+    Fused, an MLP keeps its input alone; on a CPU that is plain torch. Megatron fuses SiLU alone here: its
+    fused GELU is the one by tanh, its other one that by erf.
     """
     if arch.activation == "clamped":
         return {

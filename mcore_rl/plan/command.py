@@ -106,7 +106,11 @@ def _check_numbers(config: Config, **numbers: float | None) -> None:
     """Raises ConfigError for what no machine has, and for mean lengths beyond the config's limits."""
     limits = {
         "prompt_tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
-        "response_tokens": ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        "response_tokens": (
+            ("environment.max_tokens", config.environment.max_tokens)
+            if config.environment.function is not None
+            else ("rollout.max_new_tokens", config.rollout.max_new_tokens)
+        ),
     }
     for name, number in numbers.items():
         flag = f"--{name.replace('_', '-')}"

@@ -116,7 +116,10 @@ def work_of(
     critic = (config.critic.path or config.model.path) if rl and algorithm.needs_critic else None
     policy = _flops_of(config.model.path)
     prompt = config.data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
-    response = r.max_new_tokens if response_tokens is None else response_tokens
+    # of an environment's rollout, everything behind the prompt: responses and what was observed
+    plays = config.environment.function is not None
+    behind = config.environment.max_tokens - config.data.max_prompt_tokens if plays else r.max_new_tokens
+    response = behind if response_tokens is None else response_tokens
     # one that values prompts sees each of them once, and no response
     share = prompt / (prompt + response) / r.samples_per_prompt if algorithm.values_prompts else 1.0
     compared = config.run.kind == "preference"
@@ -130,8 +133,8 @@ def work_of(
         else r.prompts_per_step * r.samples_per_prompt,
         prompt_tokens=prompt,
         response_tokens=response,
-        longest_response=r.max_new_tokens,
-        longest=config.data.max_prompt_tokens + r.max_new_tokens,
+        longest_response=behind,
+        longest=config.data.max_prompt_tokens + behind,
         mini_batches=a.mini_batches if rl else 1,
         epochs=a.epochs if rl else 1,
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,

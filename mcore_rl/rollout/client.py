@@ -137,8 +137,11 @@ class RolloutClient:
         *,
         prompt_log_probs: bool = False,
         experts: ExpertLayers | None = None,
+        session: str = "",
     ) -> list[Reply]:
         """One response per prompt, in one HTTP call; `sampling_params` and `rids` have one entry per prompt.
+
+        A `session` is the routing key of all requests that go on from each other.
 
         With `experts`, of the served model, replies say which of them every token was sent to.
 
@@ -161,6 +164,7 @@ class RolloutClient:
                 "return_logprob": True,
                 "logprob_start_len": 0 if prompt_log_probs else -1,
             } | ({} if experts is None else {"return_routed_experts": True})
+            body |= {"routing_key": session} if session else {}
             raw = await self._raw("POST", "/generate", body, most=2 * most)
             data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):
@@ -185,6 +189,20 @@ class RolloutClient:
     async def abort_all(self) -> None:
         """Ends every request, whoever sent it; the partial output arrives as their reply."""
         await self._simple("POST", "/abort_request", {"rid": "", "abort_all": True})
+
+    async def parse(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a parser of the server, at `path`, makes of a text."""
+        try:
+            return _object(await self._simple("POST", path, body, retries=1), f"{self.url}{path}")
+        except RolloutError as error:
+            name = next((value for key, value in body.items() if key.endswith("_parser")), "")
+            what = (
+                f"{error}; SGLang's servers read texts by parsers of their own, and this one did not by "
+                f"{quoted(name)}: check environment.tool_call_parser and environment.reasoning_parser"
+            )
+            if isinstance(error, RejectedError):
+                raise RejectedError(what, error.status) from error
+            raise RolloutError(what) from error
 
     # -- weights ------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ class Request:
     """experts of the served model, where its choice of them is asked for"""
     prompt: Prompt | None = None
     """whose ids `prompts` are, where all of them are of one"""
+    resumed: Mapping[str, Any] = field(default_factory=dict)
+    """of rollouts of an environment that go on after a crash, by their ids: what was saved of them"""
     affinity: str = ""
     """requests of one name go to one server, which has their prefix cached, where that has little to do"""
 
@@ -172,6 +174,21 @@ class Dispatch:
             finally:
                 server.load -= len(request.prompts)
 
+    async def parse(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a server's parser makes of a text; the first that answers is taken at its word.
+
+        Raises:
+            RejectedError: servers have no such path, as those of other programs than SGLang.
+            RolloutError: every server is lost, or none reads the text.
+        """
+        left = [server for server in self._servers if not server.lost.is_set()]
+        if not left:
+            raise no_server_left({server.client.url: server.why for server in self._servers})
+        for server in left[:-1]:
+            with suppress(RolloutError):
+                return await server.client.parse(path, body)
+        return await left[-1].client.parse(path, body)
+
     def _choose(self, request: Request) -> _Server:
         """Least load first, then this lead's own share of the servers, and those after it; among equals the
         same one for the same prompt, or of one affinity, whose prefix it has cached.
@@ -195,7 +212,11 @@ class Dispatch:
     async def _from(self, server: _Server, request: Request) -> list[Reply]:
         answer = asyncio.create_task(
             server.client.generate(
-                request.prompts, request.sampling_params, request.rids, experts=request.experts
+                request.prompts,
+                request.sampling_params,
+                request.rids,
+                experts=request.experts,
+                session=request.affinity,
             )
         )
         lost = asyncio.create_task(server.lost.wait())

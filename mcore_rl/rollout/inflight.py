@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -162,9 +162,20 @@ class Player(Protocol):
     """Makes samples that are no answers to a prompt but rollouts of an environment."""
 
     async def play(
-        self, request: Request, ask: Callable[[Request], Awaitable[list[Reply]]], /
+        self,
+        request: Request,
+        ask: Callable[[Request], Awaitable[list[Reply]]],
+        parse: Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]],
+        /,
     ) -> list[Sample]:
-        """One sample for each id of the request, by asking servers as often as it likes."""
+        """One sample for each id of the request, by asking servers as often as it likes.
+
+        `parse` sends a path and a body to a server that reads texts.
+        """
+        ...
+
+    async def states(self, ids: Sequence[str], /) -> dict[str, Any]:
+        """What of these rollouts can be resumed later, as JSON, by their ids."""
         ...
 
     def take_rewritten(self) -> int:
@@ -186,6 +197,8 @@ class PendingGroup:
     request: Request
     replies: Replies | None = None
     """one per sample, once all have finished"""
+    played: Mapping[str, Any] = field(default_factory=dict)
+    """where they have not: what of rollouts of an environment can be resumed, by their ids"""
 
 
 class InFlight:
@@ -343,7 +356,7 @@ class InFlight:
 
     async def _one_call(self, requests: Sequence[Request]) -> list[Replies]:
         if self._player is not None:
-            played = (self._player.play(one, self._dispatch.ask) for one in requests)
+            played = (self._player.play(one, self._dispatch.ask, self._dispatch.parse) for one in requests)
             return list(await asyncio.gather(*played))
         replies = iter(await self._dispatch.ask(join(requests)))
         return [list(islice(replies, len(request.rids))) for request in requests]
@@ -393,9 +406,15 @@ class InFlight:
 
     async def _groups(self) -> list[PendingGroup]:
         in_flight = self._schedule.in_flight.items()
-        return [
+        groups = [
             PendingGroup(id, version, self._requests[id], self._replies.get(id)) for id, version in in_flight
         ]
+        if self._player is None:
+            return groups
+        ids = [id for group in groups if group.replies is None for id in group.request.rids]
+        states = await self._player.states(ids)
+        played = [{id: states[id] for id in group.request.rids if id in states} for group in groups]
+        return [replace(group, played=its) for group, its in zip(groups, played, strict=True)]
 
     async def _end(self) -> None:
         tasks = [*self._tasks.values(), *self._begun]

@@ -25,7 +25,8 @@ def group_to_json(group: PendingGroup) -> dict[str, Any]:
     """A group, with its replies where it has finished; what asks for it follows from its id."""
     to_json = lambda one: sample_to_json(one) if isinstance(one, Sample) else reply_to_json(one)  # noqa: E731
     replies = group.replies and [to_json(reply) for reply in group.replies]
-    return {"id": group.id, "version": group.version, "replies": replies}
+    played = {"played": dict(group.played)} if group.played else {}
+    return {"id": group.id, "version": group.version, "replies": replies} | played
 
 
 def step_of(saved: Mapping[str, Any]) -> int:
@@ -65,6 +66,11 @@ def kept_replies(
     return [reply_from_json(reply, routed=routed) for reply in replies]
 
 
+def kept_rollouts(saved: Mapping[str, Any], *, version: int, max_staleness: int) -> Mapping[str, Any]:
+    """What a saved group that had not finished keeps of its rollouts; nothing where it is too old."""
+    return {} if is_too_old(saved, version, max_staleness) else saved.get("played", {})
+
+
 def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers | None) -> None:
     """The rules of a server's reply, for a group of a checkpoint; every rank reads all of them.
 
@@ -75,6 +81,8 @@ def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers
         step_of(saved)
         if type(saved["version"]) is not int:
             raise ValueError("its version is no number")
+        for played in saved.get("played", {}).values():
+            _check_rollout(played, vocabulary)
         for reply in saved["replies"] or ():
             if is_sample(reply):
                 check_sample(reply, vocabulary)
@@ -91,6 +99,22 @@ def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers
             f"the checkpoint's sample in flight {short(saved.get('id'))} is none of this model "
             f"({short(error)}); go on from --resume previous, or from the model that it was sampled from"
         ).on_every_rank() from error
+
+
+def _check_rollout(saved: Mapping[str, Any], vocabulary: int) -> None:
+    """The same for a rollout that had begun."""
+    if "sample" in saved:
+        return check_sample(saved["sample"], vocabulary)
+    if type(saved["asked"]) is not int or len(saved["turns"]) > saved["asked"]:
+        raise ValueError("it has more turns than it asked for")
+    for turn in saved["turns"]:
+        reply = reply_from_json(turn["reply"], routed=False)
+        check_tokens(reply.token_ids, reply.log_probs, vocabulary)
+        check_spans(turn["reply"]["versions"], len(reply.token_ids))
+        ids = routing.from_json(turn["ids"]).tolist()
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError("a prompt that is none of the model's")
+    return None
 
 
 def is_too_old(saved: Mapping[str, Any], version: int, max_staleness: int) -> bool:

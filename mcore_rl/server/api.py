@@ -141,6 +141,7 @@ class Api:
             return web.Response(
                 status=400, text=f"Cache not flushed: {busy} requests are running or waiting.\n"
             )
+        await self._call(Engine.forget_prefixes)
         return web.Response(text="Cache flushed.\n")
 
     # -- weights ------------------------------------------------------------------------------------------
@@ -275,6 +276,7 @@ def _replace(engine: Engine, body: schema.UpdateFromDiskBody, shapes: Shapes) ->
             "nothing was changed. Send flush_cache=false, or pause with mode=retract."
         )
     replace_weights(engine.model, body.path, shapes)
+    engine.forget_prefixes()
     if body.weight_version is not None:
         engine.set_version(body.weight_version)
     return len(engine.running)

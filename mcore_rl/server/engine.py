@@ -2,7 +2,8 @@
 
 Every running sequence owns one row of the cache; the rows are always [0, R). Prompts are prefilled without
 their last token, which the next decode step feeds, so that sampling happens in one place. Equal prompts
-admitted together (the n samples of a group) are prefilled once. A retracted sequence is just a longer prompt.
+admitted together (the n samples of a group) are prefilled once; what goes on from a response of its session
+is prefilled from there. A retracted sequence is just a longer prompt.
 
 The seeded draw depends on (seed, output position) alone. The logits of a row depend on its neighbours only by
 the rounding of the matrix products (about 1e-6).
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from mcore_rl.errors import NumericsError
 from mcore_rl.server.decode import build_decoder
 from mcore_rl.server.kv_cache import SlotCache
+from mcore_rl.server.prefixes import PrefixCache
 from mcore_rl.server.routing import routed_experts
 from mcore_rl.server.sampling import sample
 from mcore_rl.server.sequence import Details, RunningSequences, Sequence, build_rows
@@ -53,6 +55,12 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.rows = build_rows([], model.device)
+        self.prefixes = PrefixCache(cache.capacity)
+        """of sessions, beside the cache"""
+        self.epoch = 0
+        """how often the weights, or their version, have changed"""
+        self.prefilled = 0
+        """tokens that went through prefill since the start"""
         self.moved = time.monotonic()
         """when a step, or a layer of a forward within it, was last begun or done"""
         for layers in model.modules():
@@ -116,9 +124,17 @@ class Engine:
         self.running, self.rows = [], build_rows([], self.model.device)
         self.waiting.clear()
 
+    def forget_prefixes(self) -> None:
+        """Nothing that was computed until now is used for another sequence."""
+        self.prefixes.clear()
+        self.epoch += 1
+        for sequence in self.waiting:
+            sequence.prefix, sequence.restored = None, 0
+
     def set_version(self, version: str) -> None:
         """Later tokens are sampled from weight version `version`."""
         self.version = version
+        self.forget_prefixes()
         for sequence, position in zip(self.running, self.rows.generated.tolist(), strict=True):
             sequence.mark(version, position)
 
@@ -138,12 +154,21 @@ class Engine:
                 break
             tokens = tuple(self.waiting[0].tokens)
             if tokens not in groups:
-                prefilled += len(tokens)
+                self._find_prefix(self.waiting[0])
+                prefilled += len(tokens) - self.waiting[0].restored
                 if groups and prefilled > _PREFILL_TOKENS:
                     break
             groups.setdefault(tokens, []).append(self.waiting.popleft())
             rows += 1
         return list(groups.values())
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        """What its session has of its tokens; none where log-probs of the prompt are wanted."""
+        sequence.prefix, sequence.restored = None, 0
+        if sequence.session and not _prefill_order([sequence])[0]:
+            found = self.prefixes.find(sequence.session, sequence.tokens[:-1])
+            sequence.prefix, sequence.restored = found
+            sequence.num_cached = min(sequence.restored, len(sequence.prompt) - 1)
 
     def _admit(self) -> None:
         groups = sorted(self._select(), key=_prefill_order)
@@ -165,16 +190,20 @@ class Engine:
             sequence.num_cached = len(sequence.prompt) - 1
         for sequence in order:
             sequence.mark(self.version, len(sequence.output_ids))
+            sequence.epoch = self.epoch
         self.running += order
         self.rows = self.rows.join(build_rows(order, self.model.device))
 
     def _chunks(self, groups: list[list[Sequence]]) -> Iterator[list[list[Sequence]]]:
-        """Splits groups in `_prefill_order` into bounded forwards; all or none of one want log-probs."""
+        """Splits groups in `_prefill_order` into bounded forwards.
+
+        All or none of one want log-probs, and all or none go on from a prefix.
+        """
         chunk: list[list[Sequence]] = []
         for group in groups:
-            wants, width = _prefill_order(group)
-            limit = _PREFILL_LOGITS // self.vocab_size if wants else _PREFILL_TOKENS
-            if chunk and (_prefill_order(chunk[0])[0] != wants or (len(chunk) + 1) * width > limit):
+            *kind, width = _prefill_order(group)
+            limit = _PREFILL_LOGITS // self.vocab_size if kind[0] else _PREFILL_TOKENS
+            if chunk and ([*_prefill_order(chunk[0])][:2] != kind or (len(chunk) + 1) * width > limit):
                 yield chunk
                 chunk = []
             chunk.append(group)
@@ -182,22 +211,41 @@ class Engine:
             yield chunk
 
     def _prefill(self, first_row: int, chunk: list[list[Sequence]]) -> None:
-        """Fills the cache rows from `first_row` on, one per group, with all tokens but the last."""
-        wants, longest = _prefill_order(chunk[-1])
+        """Fills the cache rows from `first_row` on, one per group, with all tokens but the last.
+
+        What a session had of them is copied; the forward holds the others.
+        """
+        wants, goes_on, longest = _prefill_order(chunk[-1])
+        heads, rows = [group[0] for group in chunk], slice(first_row, first_row + len(chunk))
+        for row, head in enumerate(heads, first_row):
+            if head.prefix is not None:
+                self.cache.fill(row, head.prefix.layers, head.restored)
+                head.prefix = None
         width = longest - 1
         if width == 0:
             return
-        prompts = [group[0].tokens[:-1] for group in chunk]
-        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self.model.device)
-        places = torch.arange(width, device=ids.device)
-        self.cache.at_prefill(slice(first_row, first_row + len(chunk)), width)
+        new = [head.tokens[head.restored : -1] for head in heads]
+        self.prefilled += sum(map(len, new))
+        device = self.model.device
+        ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in new], device=device)
+        starts = torch.tensor([head.restored for head in heads], device=device)
+        positions = starts[:, None] + torch.arange(width, device=device)
+        if goes_on:
+            # Padding may reach beyond the row: it is written where no token is yet.
+            positions = positions.clamp(max=self.cache.length - 1)
+            seen = int(positions.max()) + 1
+            self.cache.at_extend(rows, positions, seen)
+            visible = (torch.arange(seen, device=device) <= positions[:, :, None])[:, None]
+            places = positions[:, None]
+        else:
+            # Padding lies behind every real token, so that the causal mask alone hides it.
+            self.cache.at_prefill(rows, width)
+            visible = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
+            places = positions[:1, None]
         logits = self.model(
             input_ids=ids,
-            # Padding lies behind every real token, so that the causal mask alone hides it.
-            attention_mask=self.masks.of(
-                torch.ones(1, 1, width, width, dtype=torch.bool, device=ids.device).tril(), places
-            ),
-            position_ids=places.expand(len(chunk), width),
+            attention_mask=self.masks.of(visible, places),
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=0 if wants else 1,
@@ -227,7 +275,7 @@ class Engine:
         full = rows.generated >= rows.max_new
         leaving = (stopped | full).nonzero()[:, 0].tolist()
         by_length = full[leaving].tolist()
-        finished = self._leave(leaving)
+        finished = self._leave(leaving, keep=True)
         for sequence, at_limit in zip(finished, by_length, strict=True):
             reason = (
                 {"type": "length", "length": sequence.limits.max_new_tokens}
@@ -256,8 +304,11 @@ class Engine:
     # -- leaving ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _leave(self, leaving: list[int]) -> list[Sequence]:
-        """Takes rows (ascending) out of the batch, with their output; the rest stays compact."""
+    def _leave(self, leaving: list[int], *, keep: bool = False) -> list[Sequence]:
+        """Takes rows (ascending) out of the batch, with their output; the rest stays compact.
+
+        With `keep`, their sessions may go on from what was computed for them.
+        """
         if not leaving:
             return []
         gone = self.rows.take(torch.tensor(leaving, device=self.rows.token.device))
@@ -265,6 +316,9 @@ class Engine:
         columns = (gone.generated.tolist(), gone.output_ids.tolist(), gone.log_probs.tolist())
         for sequence, length, output_ids, log_probs in zip(left, *columns, strict=True):
             sequence.output_ids, sequence.log_probs = output_ids[:length], log_probs[:length]
+        if keep:
+            for row, sequence in zip(leaving, left, strict=True):
+                self._keep_prefix(row, sequence)
         kept, absent = len(self.running) - len(leaving), set(leaving)
         holes = [i for i in leaving if i < kept]
         movers = [i for i in range(kept, len(self.running)) if i not in absent]
@@ -277,6 +331,12 @@ class Engine:
         self.rows = self.rows.take(torch.tensor(order, dtype=torch.long, device=self.rows.token.device))
         return left
 
+    def _keep_prefix(self, row: int, sequence: Sequence) -> None:
+        """For the next turn of its session. The last token was sampled and never fed."""
+        known = len(sequence.tokens) - 1
+        if sequence.session and sequence.epoch == self.epoch and known <= self.prefixes.capacity:
+            self.prefixes.keep(sequence.session, sequence.tokens[:-1], self.cache.row(row, known))
+
     def _copy(self, source: list[int], target: list[int], width: int) -> None:
         device = self.model.device
         self.cache.copy_rows(torch.tensor(source, device=device), torch.tensor(target, device=device), width)
@@ -288,10 +348,14 @@ class Engine:
             sequence.experts = routed_experts(self.model, sequence.tokens)
 
 
-def _prefill_order(group: list[Sequence]) -> tuple[bool, int]:
-    """(whether prompt log-probs are wanted, length in tokens): groups of one forward are alike in both."""
+def _prefill_order(group: list[Sequence]) -> tuple[bool, bool, int]:
+    """(Whether prompt log-probs are wanted, whether it goes on from a prefix, tokens that are new).
+
+    Groups of one forward are alike in the first two, and of about one length.
+    """
     wants = any(s.wanted.prompt_from >= 0 and not s.prompt_log_probs for s in group)
-    return wants, len(group[0].tokens)
+    restored = group[0].restored
+    return wants, restored > 0, len(group[0].tokens) - restored
 
 
 def _score_prompt(logits: Tensor, group: list[Sequence]) -> None:

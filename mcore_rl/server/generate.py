@@ -85,7 +85,7 @@ def parse_generate(
         _check(prompt, param, wanted, limits)
         values += param.n * _values(prompt, param, wanted)
         _check_size(len(sequences) + param.n, values)
-        sequences += _sequences(prompt, rid, param, wanted, limits, seeds)
+        sequences += _sequences(prompt, rid, param, wanted, limits, seeds, request.routing_key or "")
     return GenerateRequest(sequences, batch or len(sequences) > 1)
 
 
@@ -184,6 +184,7 @@ def _sequences(
     wanted: Wanted,
     model: ModelLimits,
     seeds: random.Random,
+    session: str,
 ) -> list[Sequence]:
     stop_ids = frozenset() if params.ignore_eos else model.eos_ids | frozenset(params.stop_token_ids or ())
     limits = Limits(
@@ -198,4 +199,6 @@ def _sequences(
     seed = seeds.getrandbits(64) if params.sampling_seed is None else params.sampling_seed
     # As in SGLang the copies of n > 1 get ids of their own; the request's rid still aborts them all.
     ids = [rid] if params.n == 1 else [uuid.uuid4().hex for _ in range(params.n)]
-    return [Sequence(rid, id_, prompt, limits, copy_seed(seed, k), wanted) for k, id_ in enumerate(ids)]
+    return [
+        Sequence(rid, id_, prompt, limits, copy_seed(seed, k), wanted, session) for k, id_ in enumerate(ids)
+    ]

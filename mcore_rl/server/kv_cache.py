@@ -54,9 +54,9 @@ class _SlotLayer(CacheLayerMixin):
             self.key_rows[self.rows, :, : self.width] = key_states
             self.value_rows[self.rows, :, : self.width] = value_states
             return key_states, value_states
-        index = torch.arange(self.rows.stop, device=self.positions.device)
-        self.key_rows[index, :, self.positions] = key_states[:, :, 0]
-        self.value_rows[index, :, self.positions] = value_states[:, :, 0]
+        index = torch.arange(self.rows.start, self.rows.stop, device=self.positions.device)[:, None]
+        self.key_rows[index, :, self.positions] = key_states.transpose(1, 2)
+        self.value_rows[index, :, self.positions] = value_states.transpose(1, 2)
         return self.key_rows[self.rows, :, : self.width], self.value_rows[self.rows, :, : self.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -112,8 +112,25 @@ class SlotCache(Cache):
 
     def at_decode(self, positions: Int[Tensor, " R"], width: int) -> None:
         """The next forward holds a token of each of the first R rows, at `positions`, and sees [0, width)."""
+        self.at_extend(slice(0, len(positions)), positions[:, None], width)
+
+    def at_extend(self, rows: slice, positions: Int[Tensor, "n w"], width: int) -> None:
+        """The next forward holds w tokens of each of `rows`, at `positions`, and sees [0, width)."""
         for layer in self.slots:
-            layer.rows, layer.positions, layer.width = slice(0, len(positions)), positions, width
+            layer.rows, layer.positions, layer.width = rows, positions, width
+
+    def row(self, row: int, width: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of positions [0, width) of a row: keys and values of every layer."""
+        return [
+            (layer.key_rows[row, :, :width].clone(), layer.value_rows[row, :, :width].clone())
+            for layer in self.slots
+        ]
+
+    def fill(self, row: int, layers: list[tuple[Tensor, Tensor]], width: int) -> None:
+        """Write the first `width` positions of what `row` gave into a row."""
+        for layer, (keys, values) in zip(self.slots, layers, strict=True):
+            layer.key_rows[row, :, :width] = keys[:, :width]
+            layer.value_rows[row, :, :width] = values[:, :width]
 
     def copy_rows(self, source: Int[Tensor, " n"], target: Int[Tensor, " n"], width: int) -> None:
         """Positions [0, width) of the `source` rows are copied to the `target` rows."""
@@ -125,6 +142,8 @@ class SlotCache(Cache):
 @torch.inference_mode()
 def build_cache(model: PreTrainedModel, tokens: int | None) -> SlotCache:
     """A cache for `model` on its device, holding `tokens` tokens (None: what fits in 1 GiB, at most 262144).
+
+    Prefixes of sessions may take as much again (`prefixes.py`), which must fit too.
 
     Layer shapes come from a forward over one token, so any decoder works whose layers cache keys and values
     of their own; layers with a sliding window keep all tokens, and see the last ones (server.windows).
@@ -144,9 +163,10 @@ def build_cache(model: PreTrainedModel, tokens: int | None) -> SlotCache:
     token_bytes = sum(t.numel() * t.element_size() for pair in pairs for t in pair)
     capacity = min(1 << 18, (1 << 30) // token_bytes) if tokens is None else tokens
     room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
-    if capacity * token_bytes > room:
+    if 2 * capacity * token_bytes > room:
         raise ConfigError(
-            f"kv_tokens={capacity}: {capacity * token_bytes} bytes, and {device} has {room}; lower it"
+            f"kv_tokens={capacity}: {capacity * token_bytes} bytes, and as many for prefixes of sessions; "
+            f"{device} has {room}; lower it"
         )
     # Zeroed, not empty: masked positions still meet the softmax weight 0, and 0 x NaN would be NaN.
     return SlotCache([tuple(t.new_zeros(capacity, t.shape[1], t.shape[3]) for t in pair) for pair in pairs])  # type: ignore[misc]

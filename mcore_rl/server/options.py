@@ -28,7 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="decoded together (%(default)s)",
     )
     add("--max-length", type=int, metavar="N", help="longest prompt plus response, in tokens")
-    add("--kv-tokens", type=int, metavar="N", help="KV cache size in tokens (default: what fits in 1 GiB)")
+    add(
+        "--kv-tokens",
+        type=int,
+        metavar="N",
+        help="KV cache size in tokens, and again for what sessions keep (default: 1 GiB each)",
+    )
     add(
         "--random-seed",
         type=int,

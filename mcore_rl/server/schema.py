@@ -81,7 +81,7 @@ NEUTRAL_GENERATE: Mapping[str, tuple[object, ...]] = {
             "session_params",
             "lora_path",
         ),
-        *("custom_logit_processor", "routed_dp_rank", "data_parallel_rank", "routing_key", "conversation_id"),
+        *("custom_logit_processor", "routed_dp_rank", "data_parallel_rank", "conversation_id"),
         *(
             "priority",
             "extra_key",
@@ -208,6 +208,8 @@ class GenerateBody(_Body):
     top_logprobs_num: int | _Listed[int] = 0
     token_ids_logprob: _Listed[int] | _Listed[_Listed[int]] | None = None
     return_routed_experts: bool = False
+    routing_key: _Name | None = None
+    """The session whose turns these are: what was computed for one is not computed again for the next."""
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

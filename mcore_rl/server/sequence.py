@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mcore_rl.server.prefixes import Prefix
 from mcore_rl.server.sampling import Knobs, counter_uniform
 
 _COPY_SEED_STEP = 0x5851F42D4C957F2D
@@ -79,6 +80,8 @@ class Sequence:
     seed: int
     """int64"""
     wanted: Wanted = Wanted()
+    session: str = ""
+    """Responses of one name go on from each other's keys and values; empty: nothing is kept of it."""
     created: float = field(default_factory=time.monotonic)
 
     output_ids: list[int] = field(default_factory=list)
@@ -91,7 +94,12 @@ class Sequence:
     marks: list[tuple[str, int]] = field(default_factory=list)
     """(weight version, first output position sampled from it)"""
     num_cached: int = 0
-    """Prompt tokens whose keys and values came from another sequence of the same prompt."""
+    """Prompt tokens whose keys and values came from another sequence: of the same prompt or session."""
+    prefix: Prefix | None = None
+    """Where the first `restored` of its tokens are copied from when it is admitted."""
+    restored: int = 0
+    epoch: int = 0
+    """Of the weights that computed its keys and values, as the engine counts them."""
     num_retractions: int = 0
     finish_reason: dict[str, object] | None = None
     final_version: str = ""

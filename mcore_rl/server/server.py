@@ -67,7 +67,8 @@ def serve(
         device: cpu or cuda.
         max_running_requests: rows decoded together.
         max_length: longest prompt plus response, in tokens; at most what the model and kv_tokens allow.
-        kv_tokens: KV cache size in tokens; none: what fits in 1 GiB.
+        kv_tokens: KV cache size in tokens; none: what fits in 1 GiB. What sessions keep for their next turn
+            takes at most as much again.
         random_seed: seeds the draws of requests that bring no sampling_seed.
         max_body_mib: longest request body; none: what the token ids of max_running_requests prompts of
             max_length take, at most 8. A longer one can hold up /health for longer.

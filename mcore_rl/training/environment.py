@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from mcore_rl.config import Config
 from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.load import load_environment, load_response
+from mcore_rl.environments.parsers import ServerParsers
 from mcore_rl.environments.policy import RolloutLimits
 from mcore_rl.environments.run import Environment, Environments
 from mcore_rl.environments.tools import CALL_TOOLS, load_tools
@@ -41,12 +42,15 @@ def build_environments(config: Config, tokenizer: PreTrainedTokenizerBase) -> En
     if e.function is None:
         return None
     response = load_response(e.response_template, getattr(tokenizer, "response_template", None))
+    parsers = None
+    if e.tool_call_parser is not None or e.reasoning_parser is not None:
+        parsers = ServerParsers(e.tool_call_parser, e.reasoning_parser)
     rows = row_format(config, needs_label=False, trained=False)
     return Environments(
         Environment(
             name=e.function,
             function=load_environment(e.function, e.args),
-            template=ChatTemplate(tokenizer, rows.tools, config.data.chat_template_kwargs, response),
+            template=ChatTemplate(tokenizer, rows.tools, config.data.chat_template_kwargs, response, parsers),
             limits=RolloutLimits(e.max_turns, e.max_tokens, e.timeout, e.turn_timeout),
             weights=config.reward.weights,
         )

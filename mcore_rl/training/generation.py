@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, count
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +29,7 @@ from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.rollout.inflight import InFlight, PendingGroup, Queue, Replies
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
-from mcore_rl.rollout.saved import group_to_json, kept_replies, step_of
+from mcore_rl.rollout.saved import group_to_json, kept_replies, kept_rollouts, step_of
 from mcore_rl.training.dynamic_sampling import FilteredGroups, live_samples
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.requests import CALLS_PER_SERVER, RolloutSizes, Sampling
@@ -272,8 +274,11 @@ class Generation:
                     routed=routed,
                     played=self._prompt(saved["id"]) if self._sampling.plays else None,
                 )
-                asked = version if replies is None else saved["version"]
-                groups.append(self._pending(saved["id"], asked, replies))
+                played: Mapping[str, Any] = {}
+                if replies is None and self._sampling.plays:
+                    played = kept_rollouts(saved, version=version, max_staleness=bound)
+                asked = saved["version"] if played or replies is not None else version
+                groups.append(self._pending(saved["id"], asked, replies, played))
         if self._saved:
             on_leads(self._mesh, lambda: self._of_lead().add(groups, arrived=self._begin_scoring))
         self._saved = []
@@ -288,12 +293,18 @@ class Generation:
     def _prompt(self, group: str) -> Prompt:
         return self._source.prompts[prompt_of(group)]
 
-    def _pending(self, group: str, version: int, replies: Replies | None = None) -> PendingGroup:
+    def _pending(
+        self,
+        group: str,
+        version: int,
+        replies: Replies | None = None,
+        played: Mapping[str, Any] = MappingProxyType({}),
+    ) -> PendingGroup:
         s = self._sampling
         request = group_request(
             self._prompt(group), group, self.sizes.samples, s.params, seed=s.seed, experts=s.experts
         )
-        return PendingGroup(group, version, request, replies)
+        return PendingGroup(group, version, replace(request, resumed=played), replies)
 
 
 def prompt_of(group: str) -> str:

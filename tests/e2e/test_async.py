@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -149,7 +150,8 @@ def test_rollouts_of_several_turns_train_what_was_sampled_beside_training(
     directory, again = tmp_path / "run", tmp_path / "again"
     flags = [
         *(*served, "--train.steps", "3", "--checkpoint.every", "1", "--rollout.dump", "1"),
-        *("--environment.function", "tests.e2e.environments:asks_again", "--environment.args.turns", "3"),
+        *("--environment.function", "tests.e2e.environments:AsksAgain", "--environment.args.turns", "3"),
+        *("--environment.args.pause", "0.4"),
         *("--environment.max_tokens", "64", "--data.max_prompt_tokens", "32"),
     ]
     done = ranks.run(*gspo(task, directory, *flags))
@@ -170,6 +172,8 @@ def test_rollouts_of_several_turns_train_what_was_sampled_beside_training(
     assert len(saved) == PROMPTS
     finished = [sample for group in saved for sample in group["replies"] or ()]
     assert all(len(sample["segments"]) == 2 for sample in finished)
+    played = {id: one for group in saved for id, one in group.get("played", {}).items()}
+    begun = {id: one["turns"] for id, one in played.items() if "turns" in one}  # how many is the machine's
     shutil.copytree(directory, again)
     resumed = ranks.run(*gspo(task, again, *flags, "--resume", "previous"))
     assert resumed.returncode == 0, resumed.stderr
@@ -177,6 +181,13 @@ def test_rollouts_of_several_turns_train_what_was_sampled_beside_training(
     ids = [sorted(sample.id for sample in dumped(one, 3)) for one in (directory, again)]
     assert ids[0] == ids[1]
     trained = {sample.id: sample for sample in dumped(again, 3)}
+    for id, turns in begun.items():
+        tokens = np.concatenate([part.token_ids for part in trained[id].segments]).tolist()
+        for turn in turns:
+            said = from_json(turn["reply"]["token_ids"]).tolist()
+            assert any(tokens[at : at + len(said)] == said for at in range(len(tokens))), (
+                "it is sampled again"
+            )
     for sample in finished:
         tokens = [part.token_ids.tolist() for part in trained[sample["id"]].segments]
         assert tokens == [from_json(part["token_ids"]).tolist() for part in sample["segments"]]

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.environments.dialogue import ChatTemplate
+from mcore_rl.environments.parsers import Parse, ServerParsers
 from mcore_rl.environments.policy import Policy, RolloutLimits
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
@@ -95,10 +96,17 @@ def policy_of(
     *,
     limits: RolloutLimits = LIMITS,
     response: Mapping[str, object] | None = RESPONSE,
+    rid: str = "p@1/0",
+    sampling: Mapping[str, object] | None = None,
+    parsers: ServerParsers | None = None,
+    parse: Parse | None = None,
 ) -> Policy:
     """A policy in one rollout of `prompt`."""
-    request = Request([prompt.token_ids], [{"max_new_tokens": 64, "sampling_seed": 7}], ["p@1/0"])
-    return Policy(prompt, request, ask, ChatTemplate(tokenizer, response=response), limits)
+    params = {"max_new_tokens": 64, "sampling_seed": 7, **(sampling or {})}
+    request = Request([prompt.token_ids], [params], [rid])
+    return Policy(
+        prompt, request, ask, ChatTemplate(tokenizer, response=response, parsers=parsers), limits, parse
+    )
 
 
 def check_trained_once(segments: Sequence[Segment], log: Sequence[tuple[Sequence[int], Reply]]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -21,6 +22,7 @@ from mcore_rl.environments.policy import Policy, RolloutLimits
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.reply import Reply
+from tests.environments.agents import FUNCTION, PARAMETERS, anthropic_client, openai_client, wander
 from tests.environments.support import (
     LIMITS,
     Scripted,
@@ -35,22 +37,8 @@ TOKENIZER = build_tokenizer()
 PROMPT = chat_prompt(TOKENIZER)
 ASK = [{"role": "user", "content": "2+2?"}]
 CALLS = '<call>add {"a":1,  "b":2}</call><call>add {"a":3,"b":4}</call><e>'
-PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
-FUNCTION = {"name": "add", "description": "Add.", "parameters": PARAMETERS}
 DIALOGUES = int(os.environ.get("GATEWAY_DIALOGUES", "24"))
 """1000 once per release: GATEWAY_DIALOGUES=1000 pytest tests/environments/test_gateway.py"""
-
-
-def openai_client(endpoint: Endpoint, http: Any = None) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url=endpoint.openai_url, api_key=endpoint.key, max_retries=0, http_client=http
-    )
-
-
-def anthropic_client(endpoint: Endpoint, http: Any = None) -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(
-        base_url=endpoint.url, api_key=endpoint.key, max_retries=0, http_client=http
-    )
 
 
 def served(server: Scripted, agent: Callable[[Endpoint], Awaitable[Any]]) -> Policy:
@@ -183,10 +171,7 @@ def test_what_is_wrong_is_an_error_in_the_form_of_the_api_and_samples_nothing() 
                     await stranger.chat.completions.create(model="m", messages=ASK)  # type: ignore[arg-type]
                 for wrong in (
                     {"messages": []},
-                    {"messages": ASK, "n": 2},
-                    {"messages": ASK, "stop": ["x"]},
                     {"messages": ASK, "max_tokens": 0},
-                    {"messages": ASK, "tool_choice": "required"},
                     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
                     {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
                 ):
@@ -202,7 +187,7 @@ def test_what_is_wrong_is_an_error_in_the_form_of_the_api_and_samples_nothing() 
                 ) as reply:
                     assert reply.status == status
                     assert (await reply.json())["type"] == "error"
-            for path in ("/v1/responses", "/../v1/messages", "/v1/messages/%2e%2e", ""):
+            for path in ("/v1/embeddings", "/../v1/messages", "/v1/messages/%2e%2e", ""):
                 async with http.post(endpoint.url + path, headers=headers, data="{}") as reply:
                     assert reply.status in (401, 404)
         with pytest.raises(aiohttp.ClientConnectorError):
@@ -211,6 +196,75 @@ def test_what_is_wrong_is_an_error_in_the_form_of_the_api_and_samples_nothing() 
 
     asyncio.run(asyncio.wait_for(agent(), 60))
     assert server.asked == []
+
+
+ACTING = {
+    "chat": [
+        *({"temperature": 0.7}, {"temperature": True}, {"top_p": 0.9}, {"n": 2}, {"stop": ["x"]}),
+        *({"stop": "x"}, {"frequency_penalty": 0.1}, {"presence_penalty": -1}, {"logit_bias": {"3": 5}}),
+        *({"tool_choice": "required"}, {"top_logprobs": 3}, {"response_format": {"type": "json_object"}}),
+        *({"parallel_tool_calls": False}, {"reasoning_effort": "low"}, {"extra_body": {"top_k": 5}}),
+        *({"extra_body": {"repetition_penalty": 1.1}}, {"extra_body": {"chat_template_kwargs": {"a": 1}}}),
+    ],
+    "completions": [{"best_of": 2}, {"echo": True}, {"suffix": "x"}, {"stop": "x"}, {"temperature": 0}],
+    "responses": [
+        *(
+            {"temperature": 0.7},
+            {"reasoning": {"effort": "low"}},
+            {"truncation": "auto"},
+            {"background": True},
+        ),
+        *({"text": {"format": {"type": "json_object"}}}, {"previous_response_id": "resp_x"}),
+        *({"include": ["message.output_text.logprobs"]}, {"tools": [{"type": "web_search"}]}),
+    ],
+    "messages": [
+        *({"extra_body": {"temperature": 0.7}}, {"extra_body": {"top_k": 5}}, {"stop_sequences": ["x"]}),
+        *({"tool_choice": {"type": "any"}}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+        {"extra_body": {"top_p": 0.5}},
+    ],
+}
+HARMLESS = {
+    "chat": [{"temperature": 0.5}, {"seed": 3, "user": "x", "n": 1, "stop": None, "logit_bias": {}}],
+    "completions": [{"temperature": 0.5, "top_p": 1}],
+    "responses": [{"temperature": 0.5, "store": False, "include": ["reasoning.encrypted_content"]}],
+    "messages": [{"extra_body": {"temperature": 0.5, "metadata": {}}, "tool_choice": {"type": "auto"}}],
+}
+
+
+def test_a_parameter_that_would_act_is_refused_by_name_and_what_changes_nothing_is_taken() -> None:
+    """The run samples at temperature 0.5: an agent may say the same, and nothing else."""
+    server = Scripted(TOKENIZER, *["1<e>"] * 7)
+    policy = policy_of(TOKENIZER, PROMPT, server, sampling={"temperature": 0.5})
+
+    async def agent() -> None:
+        async with (
+            serve_policy(policy) as endpoint,
+            openai_client(endpoint) as chat,
+            anthropic_client(endpoint) as claude,
+        ):
+            asks: dict[str, Callable[..., Awaitable[Any]]] = {
+                "chat": partial(chat.chat.completions.create, model="m", messages=ASK),  # type: ignore[arg-type]
+                "completions": partial(chat.completions.create, model="m", prompt="2+2?"),
+                "responses": partial(chat.responses.create, model="m", input="2+2?"),
+                "messages": partial(claude.messages.create, model="m", max_tokens=9, messages=ASK),  # type: ignore[arg-type]
+            }
+            for api, ask in asks.items():
+                for wrong in ACTING[api]:
+                    name = next(iter(wrong.get("extra_body") or wrong))
+                    with pytest.raises((openai.BadRequestError, anthropic.BadRequestError), match=name):
+                        await ask(**wrong)
+            assert server.asked == []
+            for api, ask in asks.items():
+                for one in HARMLESS[api]:
+                    await ask(**one)
+        async with serve_policy(policy, ignored=["temperature"]) as endpoint, openai_client(endpoint) as chat:
+            await chat.chat.completions.create(model="m", messages=ASK, temperature=0)  # type: ignore[arg-type]
+            with pytest.raises(openai.BadRequestError, match="top_p"):
+                await chat.chat.completions.create(model="m", messages=ASK, temperature=0, top_p=0.5)  # type: ignore[arg-type]
+
+    asyncio.run(asyncio.wait_for(agent(), 60))
+    assert len(server.asked) == 6
+    assert {request.sampling_params[0]["temperature"] for request in server.asked} == {0.5}
 
 
 def test_a_rollout_without_turns_left_is_a_bad_request_that_is_not_tried_again() -> None:
@@ -269,31 +323,6 @@ def test_a_client_that_leaves_and_a_rollout_that_ends_end_the_generation_and_tra
     asyncio.run(asyncio.wait_for(whole(), 60))
     assert (ended, policy.progress.generating) == (2, 0)
     assert policy.recorder.segments(PROMPT) == ()
-
-
-async def wander(endpoint: Endpoint, draw: random.Random, clients: tuple[Any, Any]) -> None:
-    """A dialogue as agents have them: it goes on, asks again, drops its beginning, calls sub-agents."""
-    histories: list[list[dict[str, Any]]] = [[*ASK]]
-    chat, claude = openai_client(endpoint, clients[0]), anthropic_client(endpoint, clients[1])
-    for _ in range(draw.randint(2, 6)):
-        history = draw.choice(histories)
-        match draw.choice(["on", "on", "on", "retry", "compact", "sub"]):
-            case "compact":
-                history = [{"role": "user", "content": "so far"}, *history[-2:]]
-            case "sub":
-                history = [{"role": "user", "content": f"task {draw.randint(0, 3)}"}]
-            case "retry":
-                history = history[: 1 + 2 * draw.randint(0, (len(history) - 1) // 2)]
-        if history[-1]["role"] == "assistant":
-            history = [*history, {"role": "user", "content": draw.choice(["go on", "why?"])}]
-        most = draw.randint(1, 12)
-        if draw.random() < 0.5:
-            said: Any = await chat.chat.completions.create(model="m", messages=history, max_tokens=most)  # type: ignore[arg-type]
-            text = said.choices[0].message.content or ""
-        else:
-            answer: Any = await claude.messages.create(model="m", messages=history, max_tokens=most)  # type: ignore[arg-type]
-            text = answer.content[0].text if answer.content else ""
-        histories.append([*history, {"role": "assistant", "content": text}])
 
 
 @pytest.mark.xdist_group("rollout")  # whose server it is, of a model with more tokens than the tokenizer

@@ -11,14 +11,12 @@ from mcore_rl.environments.gateway.session import (
     GatewaySession,
     listed_objects,
     number,
-    refuse,
     text_of,
 )
 
 
 async def messages(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
     """The reply to /v1/messages. Raises ApiError."""
-    refuse(body, {"stop_sequences": ([],), "tool_choice": ({"type": "auto"}, {"type": "none"})})
     most = number(body, "max_tokens")
     if most is None:
         raise ApiError(400, "max_tokens: expected a positive integer")

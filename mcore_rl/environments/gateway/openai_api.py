@@ -1,7 +1,6 @@
 """OpenAI's chat completions and completions: requests to conversations, turns to replies and streams.
 
-Sampling parameters that a client sends (temperature, top_p, a seed) have no effect: the policy is sampled as
-it is trained.
+What a client asks for beside its conversation is checked before, in parameters.py.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ from mcore_rl.environments.gateway.session import (
     GatewaySession,
     listed_objects,
     number,
-    refuse,
     text_of,
 )
 from mcore_rl.environments.policy import Turn
 
-_UNUSUAL = {"n": (1,), "stop": ([],), "response_format": ({"type": "text"},), "echo": (False,)}
-_ROLES = {"developer": "system"}
+ROLES = {"developer": "system"}
 """role of the API -> of chat templates"""
 
 
 async def chat(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
     """The reply to /v1/chat/completions. Raises ApiError."""
-    refuse(body, {**_UNUSUAL, "tool_choice": ("auto", "none")})
     messages = [read_message(one) for one in listed_objects(body, "messages", needed=True)]
     tools = listed_objects(body, "tools") if body.get("tool_choice") != "none" else []
     turn = await session.answer(messages, tools, number(body, "max_completion_tokens", "max_tokens"))
@@ -52,7 +48,6 @@ async def chat(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, An
 
 async def complete(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
     """The reply to /v1/completions, whose prompt is text or token ids. Raises ApiError."""
-    refuse(body, {**_UNUSUAL, "best_of": (1,), "suffix": ("",)})
     prompt = body.get("prompt")
     if isinstance(prompt, str):
         ids = session.policy.encode(prompt)
@@ -63,7 +58,7 @@ async def complete(session: GatewaySession, body: Mapping[str, Any]) -> dict[str
     turn = await session.policy.generate(ids, max_new_tokens=number(body, "max_tokens"))
     choice: dict[str, Any] = {"index": 0, "text": turn.text, "finish_reason": turn.finish_reason}
     choice["logprobs"] = None
-    if body.get("logprobs") is not None:
+    if body.get("logprobs"):
         scores = _scores(session, turn)
         choice["logprobs"] = {
             "tokens": [one["token"] for one in scores],
@@ -78,16 +73,17 @@ def read_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(role, str):
         raise ApiError(400, "messages: expected a role in each")
     read: dict[str, Any] = {
-        "role": _ROLES.get(role, role),
+        "role": ROLES.get(role, role),
         "content": text_of(message.get("content"), "messages.content"),
     }
     read |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
     if calls := listed_objects(message, "tool_calls"):
-        read["tool_calls"] = [_read_call(call) for call in calls]
+        read["tool_calls"] = [read_call(call) for call in calls]
     return read
 
 
-def _read_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def read_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call as chat templates have it. Raises ApiError where it has no name, or no JSON object."""
     try:
         function = call["function"]
         arguments = json.loads(function["arguments"] or "{}")
@@ -128,7 +124,9 @@ def complete_events(reply: Mapping[str, Any], *, usage: bool) -> Iterator[Mappin
 
 def error_body(error: ApiError) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    return {"error": {"message": str(error), "type": error.kind, "param": None, "code": error.code or None}}
+    return {
+        "error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code or None}
+    }
 
 
 def _reply(

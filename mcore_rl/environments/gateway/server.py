@@ -16,14 +16,15 @@ import hmac
 import json
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from mcore_rl.environments.gateway import anthropic_api, openai_api
+from mcore_rl.environments.gateway import anthropic_api, openai_api, responses_api
+from mcore_rl.environments.gateway.parameters import check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
 from mcore_rl.environments.policy import AbortedError, LimitReached, Policy
 from mcore_rl.errors import McoreRLError
@@ -60,12 +61,12 @@ class _Gateway:
         self._port = 0
         self._lock = asyncio.Lock()
 
-    async def open(self, policy: Policy, model: str) -> tuple[str, Endpoint]:
+    async def open(self, policy: Policy, model: str, ignored: frozenset[str]) -> tuple[str, Endpoint]:
         async with self._lock:
             if self._runner is None:
                 await self._start()
             name = secrets.token_urlsafe(12)
-            self._sessions[name] = GatewaySession(policy, secrets.token_urlsafe(32), model)
+            self._sessions[name] = GatewaySession(policy, secrets.token_urlsafe(32), model, ignored)
             return name, Endpoint(f"http://{_HOST}:{self._port}/{name}", self._sessions[name].key)
 
     async def close(self, name: str) -> None:
@@ -82,6 +83,7 @@ class _Gateway:
             [
                 web.post("/{session}/v1/chat/completions", self._route(openai_api.chat, "chat")),
                 web.post("/{session}/v1/completions", self._route(openai_api.complete, "completions")),
+                web.post("/{session}/v1/responses", self._route(responses_api.respond, "responses")),
                 web.post("/{session}/v1/messages", self._route(anthropic_api.messages, "messages")),
                 web.get("/{session}/v1/models", self._models),
             ]
@@ -112,6 +114,7 @@ class _Gateway:
         async def handle(request: web.Request) -> web.StreamResponse:
             session = self._session(request)
             body = await _body(request)
+            check_parameters(kind, body, session.policy.sampling, session.ignored)
             streams = body.get("stream", False)
             if type(streams) is not bool:
                 raise ApiError(400, "stream: expected true or false")
@@ -137,14 +140,17 @@ _GATEWAYS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gateway] = weak
 
 
 @asynccontextmanager
-async def serve_policy(policy: Policy, *, model: str = "policy") -> AsyncIterator[Endpoint]:
+async def serve_policy(
+    policy: Policy, *, model: str = "policy", ignored: Collection[str] = ()
+) -> AsyncIterator[Endpoint]:
     """Reach the policy of a rollout by HTTP while the block lasts.
 
     Args:
         model: its name in replies; clients may ask for any.
+        ignored: parameters, such as `temperature`, that the agent cannot leave out and that have no effect.
     """
     gateway = _GATEWAYS.setdefault(asyncio.get_running_loop(), _Gateway())
-    name, endpoint = await gateway.open(policy, model)
+    name, endpoint = await gateway.open(policy, model, frozenset(ignored))
     try:
         yield endpoint
     finally:
@@ -190,8 +196,8 @@ async def _stream(
 
 
 def _events(kind: str, reply: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[str]:
-    if kind == "messages":
-        for event in anthropic_api.events(reply):
+    if kind in _EVENTS:
+        for event in _EVENTS[kind](reply):
             yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
         return
     options = body.get("stream_options")
@@ -219,4 +225,6 @@ async def _errors(
     return web.json_response(api.error_body(found), status=found.status)
 
 
+_EVENTS = {"messages": anthropic_api.events, "responses": responses_api.events}
+"""APIs whose streams name their events"""
 _KINDS = {404: "not_found_error", 413: "request_too_large"}

@@ -21,10 +21,15 @@ class ApiError(Exception):
     """A request that is answered with an error, in the form of its API."""
 
     def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", code: str = ""
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str = "",
+        param: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.code = status, kind, code
+        self.status, self.kind, self.code, self.param = status, kind, code, param
 
 
 @dataclass
@@ -34,10 +39,14 @@ class GatewaySession:
     policy: Policy
     key: str
     model: str
+    ignored: frozenset[str] = frozenset()
+    """parameters that have no effect by the environment's own word"""
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     """being answered; they end with the rollout"""
     calls: int = 0
     """tool calls that were given an id"""
+    responses: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    """conversations by the id of the response that they end with, for /v1/responses"""
     _answers: dict[bytes, Mapping[str, Any]] = field(default_factory=dict)
 
     async def answer(
@@ -103,10 +112,3 @@ def text_of(value: Any, place: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ApiError(400, f"{place}: expected text; the policy reads nothing else")
     return "".join(part["text"] for part in parts)
-
-
-def refuse(body: Mapping[str, Any], unusual: Mapping[str, Sequence[Any]]) -> None:
-    """Raises ApiError where a field has another value than those that change nothing."""
-    for name, harmless in unusual.items():
-        if body.get(name) is not None and body[name] not in harmless:
-            raise ApiError(400, f"{name}: not supported; leave it out", code="unsupported_parameter")

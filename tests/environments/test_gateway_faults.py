@@ -1,0 +1,236 @@
+"""What dies in mid-dialogue, and clients that mean harm: counted, refused or continued; nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import httpx2
+import psutil
+import pytest
+
+from mcore_rl.environments.dialogue import ChatTemplate
+from mcore_rl.environments.gateway import serve_policy, server
+from mcore_rl.environments.run import Environment, Environments
+from mcore_rl.rollout.dispatch import Dispatch, Request
+from mcore_rl.rollout.processes import Embedded, LocalServer
+from mcore_rl.rollout.reply import Reply
+from mcore_rl.types import Sample
+from tests.environments.agents import CHAIN_VOCAB, RawClient, agents, chain_tokenizer, save_chain
+from tests.environments.dialogues import LIMITS as LONG
+from tests.environments.support import (
+    LIMITS,
+    RESPONSE,
+    Scripted,
+    build_tokenizer,
+    chat_prompt,
+    check_trained_once,
+    policy_of,
+)
+
+TOKENIZER = build_tokenizer()
+PROMPT = chat_prompt(TOKENIZER)
+BODY = '{"model": "m", "messages": [{"role": "user", "content": "2+2?"}]}'
+AGENT = """
+import json, sys, urllib.request
+url, key = sys.argv[1:]
+messages = [{"role": "user", "content": "2+2?"}]
+while True:
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    asked = urllib.request.Request(url + "/chat/completions", body, {"Authorization": "Bearer " + key})
+    said = json.load(urllib.request.urlopen(asked))["choices"][0]["message"]
+    messages += [said, {"role": "user", "content": "go on"}]
+"""
+"""asks for ever; without a package, so that it starts at once"""
+
+
+async def runs_a_process(policy, prompt):
+    """An environment whose agent is a process."""
+    async with serve_policy(policy) as endpoint:
+        command = [sys.executable, "-S", "-c", AGENT, endpoint.openai_url, endpoint.key]
+        agent = await asyncio.create_subprocess_exec(*command)
+        try:
+            code = await agent.wait()
+        finally:
+            if agent.returncode is None:
+                agent.kill()
+                await agent.wait()
+        if code:
+            raise RuntimeError(f"the agent ended with {code}")
+    return 1.0
+
+
+def my_agents() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children(recursive=True) if AGENT in one.cmdline()]
+
+
+def play_until(act, *, timeout: float = 60.0) -> tuple[Sample, int]:
+    """A rollout of which `act` is told while its second turn is being sampled; how many requests ended so."""
+    asked = ended = 0
+
+    async def slow_second(request: Request) -> list[Reply]:
+        nonlocal asked, ended
+        asked += 1
+        if asked == 1:
+            return await Scripted(TOKENIZER, "4<e>")(request)
+        act()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended += 1
+        return []
+
+    async def whole() -> list[Sample]:
+        template = ChatTemplate(TOKENIZER, response=RESPONSE)
+        limits = LIMITS.__class__(8, 400, timeout, 60.0)
+        environments = Environments(Environment("m:f", runs_a_process, template, limits, {}))
+        params = [{"max_new_tokens": 8, "sampling_seed": 0}]
+        try:
+            request = Request([PROMPT.token_ids], params, ["p@1/0"], None, PROMPT)
+            return await environments.play(request, slow_second)
+        finally:
+            await asyncio.to_thread(environments.close)
+
+    (sample,) = asyncio.run(asyncio.wait_for(whole(), 90))
+    return sample, ended
+
+
+def test_an_agent_that_is_killed_in_mid_dialogue_is_one_void_sample_and_its_generation_ends() -> None:
+    sample, ended = play_until(lambda: [agent.send_signal(signal.SIGKILL) for agent in my_agents()])
+    assert sample.void
+    assert sample.failure is not None
+    assert sample.failure[0] == "raised"
+    assert "the agent ended with -9" in sample.failure[1]
+    assert (ended, my_agents()) == (1, [])
+
+
+def test_an_agent_whose_rollout_is_too_late_is_ended_with_it() -> None:
+    sample, ended = play_until(lambda: None, timeout=3.0)
+    assert sample.void
+    assert sample.failure is not None
+    assert sample.failure[0] == "timeout"
+    assert (ended, my_agents()) == (1, [])
+
+
+@pytest.fixture(scope="module")
+def two_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LocalServer]]:
+    root = tmp_path_factory.mktemp("two")
+    model = save_chain(root / "model")
+    with (
+        LocalServer(model, Embedded(threads=1), log_file=root / "0.log") as one,
+        LocalServer(model, Embedded(threads=1), log_file=root / "1.log") as two,
+    ):
+        yield [one, two]
+
+
+@pytest.mark.slow
+def test_dialogues_go_on_at_another_server_when_theirs_is_killed(two_servers: list[LocalServer]) -> None:
+    """Every reply that was taken is trained once, and none was taken twice."""
+    tokenizer = chain_tokenizer()
+    prompt = chat_prompt(tokenizer)
+    clients = [RawClient(one.url, timeout=60.0, retries=0, vocabulary=CHAIN_VOCAB) for one in two_servers]
+    killed = False
+
+    async def rollout(k: int, dispatch: Dispatch, https: list[httpx2.AsyncClient]) -> int:
+        log: list[tuple[list[int], Reply]] = []
+
+        async def logged(request: Request) -> list[Reply]:
+            nonlocal killed
+            (reply,) = await dispatch.ask(request)
+            log.append(([*request.prompts[0]], reply))
+            if not killed and len(clients[1].raw) >= 20:
+                killed = True
+                two_servers[1].kill()
+            return [reply]
+
+        policy = policy_of(tokenizer, prompt, logged, limits=LONG, rid=f"d{k}")
+        async with serve_policy(policy) as endpoint:
+            await agents(endpoint, https, random.Random(k))
+        check_trained_once(policy.recorder.segments(prompt), log)
+        return len(log)
+
+    async def whole() -> tuple[int, dict[str, str]]:
+        async with (
+            Dispatch(clients, version="default", health_timeout=60.0) as dispatch,
+            httpx2.AsyncClient(timeout=120) as one,
+            httpx2.AsyncClient(timeout=120) as two,
+        ):
+            counts = await asyncio.gather(*(rollout(k, dispatch, [one, two]) for k in range(12)))
+            return sum(counts), dispatch.lost
+
+    taken, lost = asyncio.run(asyncio.wait_for(whole(), 200))
+    assert killed
+    assert list(lost) == [two_servers[1].url]
+    assert taken <= len(clients[0].raw) + len(clients[1].raw)
+    assert len(clients[1].raw) >= 20
+
+
+def test_a_client_that_is_slow_large_or_strange_is_refused_and_others_are_answered(monkeypatch) -> None:
+    monkeypatch.setattr(server, "_BODY_SECONDS", 0.5)
+    said = Scripted(TOKENIZER, "4<e>")
+    policy = policy_of(TOKENIZER, PROMPT, said)
+
+    async def statuses() -> dict[str, int]:
+        found: dict[str, int] = {}
+        async with serve_policy(policy) as endpoint, aiohttp.ClientSession() as http:
+            url = f"{endpoint.openai_url}/chat/completions"
+            right = {"Authorization": f"Bearer {endpoint.key}"}
+
+            async def trickle():
+                for letter in BODY:
+                    yield letter.encode()
+                    await asyncio.sleep(0.2)
+
+            async def ask(name: str, data: Any, **headers: str) -> None:
+                async with http.post(url, data=data, headers=right | headers) as reply:
+                    found[name] = reply.status
+                    assert "error" in await reply.json() or reply.status == 200
+
+            slow = asyncio.create_task(ask("slow", trickle()))
+            await ask("in between", BODY)
+            bomb = gzip.compress(bytes(64 << 20))
+            assert len(bomb) < 1 << 17
+            await ask("bomb", bomb, **{"Content-Encoding": "gzip"})
+            await ask("surrogate", BODY.replace("2+2?", "\\ud800"))
+            await ask("deep", '{"messages": ' + "[" * 50_000)
+            await slow
+            for name, headers in (
+                ("no key", {}),
+                ("basic", {"Authorization": f"Basic {endpoint.key}"}),
+                ("in the query", {}),
+                ("strange key", {"x-api-key": "\u00e9"}),
+            ):
+                where = f"{url}?key={endpoint.key}" if name == "in the query" else url
+                async with http.post(where, data=BODY, headers=headers) as reply:
+                    found[name] = reply.status
+                    assert endpoint.key not in await reply.text()
+        return found
+
+    assert asyncio.run(asyncio.wait_for(statuses(), 60)) == {
+        "in between": 200,
+        "slow": 408,
+        "bomb": 413,
+        "surrogate": 400,
+        "deep": 400,
+        **dict.fromkeys(("no key", "basic", "in the query", "strange key"), 401),
+    }
+    assert len(said.asked) == 1
+
+
+def test_the_gateway_listens_on_this_machine_alone() -> None:
+    policy = policy_of(TOKENIZER, PROMPT, Scripted(TOKENIZER))
+
+    async def whole() -> list[str]:
+        async with serve_policy(policy) as endpoint:
+            port = int(endpoint.url.split(":")[2].split("/")[0])
+            found = psutil.Process(os.getpid()).net_connections("tcp")
+            return [one.laddr.ip for one in found if one.laddr.port == port and one.status == "LISTEN"]
+
+    assert asyncio.run(whole()) == ["127.0.0.1"]
