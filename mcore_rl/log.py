@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 from mcore_rl import strict_json
 from mcore_rl.directories import append_line, storage_error, write_whole
 from mcore_rl.errors import DataError
+from mcore_rl.terminal import printable
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -140,6 +142,12 @@ def _plain(key: str, value: Any) -> float | int | str | bool | None:
     raise TypeError(f"metric {key} is a {type(value).__name__}; log a number or a string")
 
 
+def tell(what: str, *, is_main: bool) -> None:
+    """Say to whoever waits what is being done where no step says it; on the main rank."""
+    if is_main:
+        print(printable(what), file=sys.stderr, flush=True)
+
+
 class Timers:
     """Seconds per phase of a step: `with timers("rollout"): ...`, then `timers.collect()` once per step.
 
@@ -174,7 +182,11 @@ class Timers:
 
 
 class Progress:
-    """Lines for people: `step 12/60  reward 0.71  loss 0.0021  1.9 s/step  time left 1:32`."""
+    """Lines for people: `step 12/60  reward 0.71  loss 0.0021  1.9 s/step  time left 1:32`.
+
+    What comes before the first step is no step, and neither is an evaluation: the pace is without them, and
+    the time left has the evaluations that are to come.
+    """
 
     SHOWN: Mapping[str, str] = {
         "reward/mean": "reward",
@@ -186,14 +198,19 @@ class Progress:
     }
     """Metric -> its short name in the line; those a step does not have are left out."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, eval_every: int = 0) -> None:
+        self._steps, self._eval_every = steps, eval_every
         self._recent: deque[float] = deque(maxlen=20)
+        self._evaluated: list[float] = []
+        """seconds of each evaluation"""
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """One step's line; the time left follows the mean of the last 20 values of `time/step`."""
-        self._recent.append(float(metrics["time/step"]))
-        pace = sum(self._recent) / len(self._recent)
+        """One step's line; the time left follows the mean of the last 20 steps."""
+        evaluation = float(metrics.get("time/eval", 0.0))
+        if evaluation:
+            self._evaluated.append(evaluation)
+        if step > 0:
+            self._recent.append(float(metrics["time/step"]) - evaluation)
         shown = [f"{name} {float(metrics[key]):.4g}" for key, name in self.SHOWN.items() if key in metrics]
         over_long = metrics.get("data/train/passed_over")
         shown += [] if over_long is None else [f"over-long {float(over_long):.0f}"]
@@ -202,8 +219,23 @@ class Progress:
             for key, value in metrics.items()
             if key.startswith(("eval/", "validation/")) and key.endswith(("/accuracy", "/reward", "/loss"))
         ]
-        left = f"time left {clock((self._steps - step) * pace)}"
-        return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, f"{pace:.1f} s/step", left])
+        return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, *self._pace(step)])
+
+    def _pace(self, step: int) -> list[str]:
+        if not self._recent:
+            return []
+        pace = sum(self._recent) / len(self._recent)
+        left = (self._steps - step) * pace
+        if self._evaluated:
+            left += self._evaluations_after(step) * sum(self._evaluated) / len(self._evaluated)
+        return [f"{pace:.1f} s/step", f"time left {clock(left)}"]
+
+    def _evaluations_after(self, step: int) -> int:
+        """How many are to come; the last step has one in any case."""
+        if step >= self._steps:
+            return 0
+        every = self._eval_every or self._steps
+        return -(-self._steps // every) - step // every
 
 
 def _of_how_many(key: str, metrics: Mapping[str, Any]) -> str:

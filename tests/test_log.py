@@ -175,5 +175,15 @@ def test_the_line_of_progress():
     )
 
 
+def test_what_comes_before_the_first_step_and_evaluations_are_no_pace():
+    progress = Progress(10, eval_every=4)
+    first = {"time/step": 100.0, "time/eval": 30.0}
+    assert progress.line(0, first) == "step 0/10"
+    # 9 steps of 2 s, and the evaluations after steps 4, 8 and 10
+    assert progress.line(1, {"time/step": 2.0}).endswith("2.0 s/step  time left 1:48")
+    assert progress.line(4, {"time/step": 32.0, "time/eval": 30.0}).endswith("2.0 s/step  time left 1:12")
+    assert progress.line(10, {"time/step": 32.0, "time/eval": 30.0}).endswith("time left 0:00")
+
+
 def test_clock():
     assert [clock(s) for s in (-1, 0.4, 59.6, 92, 7500)] == ["0:00", "0:00", "1:00", "1:32", "2:05:00"]

@@ -13,7 +13,7 @@ from mcore_rl.algo.algorithms import configure
 from mcore_rl.config import Config
 from mcore_rl.data.curriculum import Curriculum, load_curriculum
 from mcore_rl.errors import ConfigError
-from mcore_rl.log import StepLog, Timers
+from mcore_rl.log import StepLog, Timers, tell
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Residency
@@ -47,6 +47,9 @@ def start_servers(
     """The servers, ready, and how the policy's weights reach them; ended by `stack`. Collective."""
     weights_dir = published_to(config)
     transport = transport_of(config, weights_dir)
+    urls, launched = len(config.rollout.urls), config.rollout.servers
+    what = f"waiting for {urls} servers" if urls else f"starting {launched} {config.rollout.server} server"
+    tell(what + ("s ..." if not urls and launched > 1 else " ..."), is_main=policy.mesh.is_main)
     fleet = build_fleet(config, policy, weights_dir, stack)
     stack.callback(transport.close, fleet)
     shared = config.residency.servers == "released"

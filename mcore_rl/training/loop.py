@@ -13,8 +13,10 @@ import numpy as np
 from mcore_rl.algo.algorithms import Algorithm
 from mcore_rl.config import Config
 from mcore_rl.directories import write_whole
+from mcore_rl.log import tell
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.terminal import joined
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.assemble import start
 from mcore_rl.training.batch import (
@@ -39,6 +41,7 @@ from mcore_rl.training.metrics import StepMetrics, Work, rollout_metrics, work_o
 from mcore_rl.training.model_passes import Update, log_probs, run_update
 from mcore_rl.training.recorder import RecordedObjective, Recorder
 from mcore_rl.training.run import Learner
+from mcore_rl.training.rundir import published_to
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
 
 
@@ -50,13 +53,17 @@ def train(config: Config, resume: str | None = None) -> None:
         McoreRLError: the same on every rank, with the remedy in its message.
     """
     with start(config, resume) as run:
-        begun, evaluator = run.trainer.attempt.step, run.evaluator
+        begun, evaluator, is_main = run.trainer.attempt.step, run.evaluator, run.trainer.mesh.is_main
+        tell("publishing the weights to the servers, and comparing log-probs ...", is_main=is_main)
         published = run.publisher.publish(begun, run.trainer.probe_prompts())
         if begun == 0:
+            if evaluator.sets:
+                tell(f"evaluating {joined(one.name for one in evaluator.sets)} ...", is_main=is_main)
             counted = data_metrics("train", run.trainer.prompts) | held_out_metrics(evaluator.sets)
             run.log(0, published | counted | evaluator.after(0))
         else:
             evaluator.resume(begun)
+            run.trainer.timers.collect()  # what came before is no step
         for step in range(begun + 1, config.train.steps + 1):
             groups = run.generation.collect(step)
             save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
@@ -70,6 +77,15 @@ def train(config: Config, resume: str | None = None) -> None:
             held_out |= evaluator.after(step)
             run.log(step, learned.metrics | published | held_out, learned.work)
             end_step(run.trainer, run.contents, run.residency, step)
+        say_where(config, is_main=is_main)
+
+
+def say_where(config: Config, *, is_main: bool) -> None:
+    """Say where the trained model is, and what shows the run; on the main rank."""
+    where = f"{published_to(config)}/{config.train.steps}"
+    if config.publish.transport != "disk":
+        where = "the servers; `mcore-rl convert mcore-to-hf` makes one of a checkpoint"
+    tell(f"the model is in {where}; `mcore-rl report {config.run.dir}` shows the run", is_main=is_main)
 
 
 def save_samples(

@@ -17,6 +17,7 @@ from mcore_rl.algo.metrics import Key
 from mcore_rl.config import Config
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
+from mcore_rl.log import tell
 from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Residency, ResidentPart
 from mcore_rl.training.assemble_rollouts import Served, served
@@ -58,6 +59,7 @@ class Session:
             self.trainer.log(0, self._counted | self._validated(0, validate) | self.served.after(0))
         elif begun and config.distills_samples:
             self.served.publish(begun)
+        self.trainer.timers.collect()  # what came before is no step
         for step in range(begun + 1, config.train.steps + 1):
             yield step
             end_step(self.trainer, self.contents, self.residency, step)
@@ -85,7 +87,10 @@ class Session:
 
     def export(self) -> None:
         """Write the trained model to RUN_DIR/model."""
-        export(self.trainer.policy, self.trainer.config.run.dir / "model", kind="model")
+        config, is_main = self.trainer.config, self.trainer.mesh.is_main
+        export(self.trainer.policy, config.run.dir / "model", kind="model")
+        where = f"the model is in {config.run.dir}/model; `mcore-rl report {config.run.dir}` shows the run"
+        tell(where, is_main=is_main)
 
     @property
     def _counted(self) -> Metrics:

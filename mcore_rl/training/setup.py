@@ -24,7 +24,7 @@ from mcore_rl.data.balance import forward_flops
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
-from mcore_rl.log import Progress, StepLog, Timers, append_event
+from mcore_rl.log import Progress, StepLog, Timers, append_event, tell
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
@@ -37,6 +37,7 @@ from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
+from mcore_rl.terminal import joined
 from mcore_rl.trackers.sender import Send, tracked
 from mcore_rl.trackers.services import TrackedRun
 from mcore_rl.training.bad_rows import noting_bad_rows, read_bad_rows
@@ -153,10 +154,12 @@ def build_trainer(
     `send` is handed every step of the log.
     """
     seed_rng(config.run.seed)
+    tell(f"reading {joined(map(str, config.data.train))} ...", is_main=mesh.is_main)
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     check_batch(config, prompts)
     build = build_critic if config.run.kind == "reward_model" else build_policy
+    tell(f"building the model of {config.model.path} ...", is_main=mesh.is_main)
     policy = build(
         config.model.path,
         mesh,
@@ -183,7 +186,7 @@ def build_trainer(
         cursor=cursor_of(config, prompts),
         timers=Timers(),
         step_log=step_log,
-        progress=Progress(config.train.steps),
+        progress=Progress(config.train.steps, config.train.eval_every),
     )
 
 
