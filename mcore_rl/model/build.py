@@ -244,7 +244,7 @@ def _build_chunk(
         parallel_output=True,
         vp_stage=stage if virtual else None,
     )
-    model.arch = mapping.arch
+    model.arch, model.longest = mapping.arch, mapping.arch.longest
     if mapping.arch.latent is not None:  # Megatron has a table in every layer then
         model.rotary_pos_emb = RotaryEmbedding(
             mapping.arch.latent.turned,

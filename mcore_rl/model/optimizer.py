@@ -56,7 +56,8 @@ class Optimizer:
         for chunk in _trained(self.model):
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
-        forget_counts(self.model.unwrapped)
+        if self.router_bias_rate:
+            forget_counts(self.model.unwrapped)
 
     def step(self, *, finite: bool = True) -> float:
         """Clip, update, advance the schedule. Returns the global gradient norm before clipping.

@@ -105,6 +105,8 @@ class PackedGPT(GPTModel):
     """
 
     arch: Architecture
+    longest: int | None
+    """tokens of a sequence up to which this is what the model computes; None for any length"""
     local_frequencies: Tensor | None = None
     """[channels / 2] of the rotary embedding of layers with a window, where it is one of their own"""
 
@@ -133,7 +135,7 @@ class PackedGPT(GPTModel):
 
     def _check_length(self, layout: Any) -> None:
         """Raises ConfigError for positions at which the model computes something else than is built here."""
-        longest = self.arch.longest
+        longest = self.longest
         if longest is not None and int(layout.position_ids.max()) >= longest:
             raise ConfigError(
                 f"a sequence of more than {longest} tokens: beyond its original length, the model's rotary "

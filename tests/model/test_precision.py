@@ -104,7 +104,8 @@ def modules(spec: Any) -> dict[str, Any]:
     linears = inside(mlp.experts) if hasattr(mlp, "experts") else mlp
     attention = s.self_attention.submodules
     latent = hasattr(attention, "linear_kv_up_proj")
-    projection = attention.linear_kv_up_proj if latent else attention.linear_qkv
+    # Latent attention builds its projections itself.
+    projection = linears.linear_fc1 if latent else attention.linear_qkv
     return {
         "norms": (s.input_layernorm, s.pre_mlp_layernorm, None if latent else attention.q_layernorm),
         "attention": _plain(attention.core_attention),

@@ -61,7 +61,7 @@ def pieces_of(whole: str, blocks: StoredTensor, scales: StoredTensor) -> Iterato
         form = (32 * shape[2], shape[1])
         yield (
             piece(whole, number),
-            Mxfp4Piece(blocks.file, blocks.name, form, "BF16", (number,), of_scales),
+            Mxfp4Piece(blocks.file, blocks.name, form, "BF16", (number,), scales=of_scales),
         )
 
 
