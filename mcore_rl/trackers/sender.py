@@ -93,6 +93,7 @@ class _Sender:
             self._say(f"{type(error).__name__}: {error}")
 
     def _say(self, why: str) -> None:
-        first = printable(why).splitlines()[0][:300] if why else ""
-        print(f"mcore-rl: {self._name} gets no more of this run: {first}", file=sys.stderr, flush=True)
+        first = why.partition("\n")[0][:300]
+        said = f"mcore-rl: {self._name} gets no more of this run: {first}"
+        print(printable(said), file=sys.stderr, flush=True)
         self._note(self._name, first)
