@@ -145,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines = [json.dumps(one) + "\n" for one in rows(given.env, given.size)]
     except McoreRLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     given.out.write_text("".join(lines), encoding="utf-8")
-    print(f"{given.out}: {len(lines)} prompts")
+    print(printable(f"{given.out}: {len(lines)} prompts"))
     return 0
 
 
