@@ -29,7 +29,7 @@ from mcore_rl.environments.gateway import serve_policy
 from mcore_rl.environments.policy import Policy
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.rewards.outcome import Void
-from mcore_rl.terminal import escaped, short
+from mcore_rl.terminal import escaped, printable, short
 from mcore_rl.types import Prompt
 
 _KEY = "verifiers"
