@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.errors import ConfigError, McoreRLError
-from mcore_rl.terminal import escaped, short
+from mcore_rl.terminal import escaped, printable, short
 from mcore_rl.types import Sample
 
 _KEY = "reasoning_gym"
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = rows(given.name, size=given.size, seed=given.seed, config=given.config, system=given.system)
         lines = "".join(json.dumps(one) + "\n" for one in made)
     except McoreRLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     given.out.write_text(lines, encoding="utf-8")
     print(f"{given.out}: {given.size} prompts of {given.name}")
