@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     given.out.write_text(lines, encoding="utf-8")
-    print(f"{given.out}: {given.size} prompts of {given.name}")
+    print(printable(f"{given.out}: {given.size} prompts of {given.name}"))
     return 0
 
 
