@@ -39,7 +39,7 @@ _LATENT_SIZES = {
     "qk_head_dim": 24,
 }
 """of a model with latent attention"""
-_MOST = {"sliding_window": 8, "num_experts_per_tok": 2}
+_MOST = {"sliding_window": 8, "sliding_window_size": 8, "num_experts_per_tok": 2}
 """a window that the rehearsal's few tokens fill"""
 
 
