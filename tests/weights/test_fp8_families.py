@@ -12,13 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from mcore_rl.convert.command import hf_to_mcore, mcore_to_hf
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import architecture_of, read_architecture
 from mcore_rl.model.hf.files import hf_reader
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
 from mcore_rl.model.hf.stored import dequantize_blocks
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.weights.disk import export
 from mcore_rl.weights.encoding import FP8, SCALE
 from tests.model.families import FAMILIES
-from tests.model.support import DENSE
+from tests.model.support import DENSE, at_layout
 from tests.weights.test_encoding import excess, make, tensors_of
 
 READ_BACK = transformers.FineGrainedFP8Config(dequantize=True)
@@ -45,10 +49,24 @@ def logits(directory: Path, **settings) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+def publish(mesh: Mesh, source: Path, target: Path) -> None:
+    export(build_policy(source, mesh), target, encoding=FP8)
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_oss"])
-def test_every_matrix_of_attention_mlp_and_experts_is_rounded(family: str, tmp_path: Path) -> None:
+def test_every_matrix_of_attention_mlp_and_experts_is_rounded(
+    pool1: Pool, family: str, tmp_path: Path
+) -> None:
     source = make(*small(family), tmp_path / "hf")
     directory = converted(source, tmp_path)
+    at_layout(pool1, "tp1", publish, source, tmp_path / "published")
+    published = tensors_of(tmp_path / "published")
+    assert published.keys() == tensors_of(directory).keys()
+    for name, tensor in tensors_of(directory).items():
+        assert (published[name].dtype, published[name].float().tolist()) == (
+            tensor.dtype,
+            tensor.float().tolist(),
+        ), name
     original, written = tensors_of(source), tensors_of(directory)
     matrices = {name for name, x in original.items() if x.dim() == 2 and name.startswith("model.layers.")}
     routers = {name for name in matrices if name.endswith(("gate.weight", "shared_expert_gate.weight"))}
