@@ -19,7 +19,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.torch_dist import CRITIC, holds_classifier
 from mcore_rl.terminal import printable
-from mcore_rl.weights.encoding import ENCODINGS
+from mcore_rl.weights.encoding import ENCODINGS, check_encoding
 
 _MOST_SHARD_GB = 1e9
 """an exabyte in 10^9 bytes: no file system has larger files"""
@@ -82,6 +82,8 @@ def mcore_to_hf(
     if not 0 < shard_gb <= _MOST_SHARD_GB:
         raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0, at most {_MOST_SHARD_GB:g}")
     where = source if config is None else config
+    if quantize != "none":
+        check_encoding(read_architecture(where), quantize, "--quantize")
 
     def write(directory: Path) -> ConversionProgress:
         size, encoding = int(shard_gb * 1e9), ENCODINGS[quantize]

@@ -22,6 +22,7 @@ from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.environments import rehearsed
 from mcore_rl.errors import EXIT_DONE, LayoutError
+from mcore_rl.launch.shrink import shrink_model
 from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
@@ -37,17 +38,6 @@ PROCESSES = 8
 LOCK = ".mcore_rl.rehearsal.lock"
 _REMEDY = "set run.dir to another directory"
 _WAIT_SECONDS = 60.0
-_LATENT_SIZES = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "head_dim": 8,
-    "qk_head_dim": 24,
-}
-"""of a model with latent attention"""
 _VOCABULARY = ("<|endoftext|>", "<eos>", *"0123456789+=")
 """pads with the token that transformers adds to every tokenizer of a Qwen2 model that lacks it"""
 
@@ -131,8 +121,7 @@ def write_rehearsal(config: Config, processes: int) -> tuple[Path, Config]:
     directory = config.run.dir / "rehearsal"
     make(directory, _REMEDY, kind="rehearsal")
     parallel = shrink_parallel(config.parallel, processes)
-    model = shrink_model(read_hf_config(config.model.path), parallel)
-    _write_model(directory / "model", model)
+    _write_model(directory / "model", config.model.path, parallel)
     for name, source in (("reward_model", config.reward.model), ("critic", config.critic.path)):
         if source is not None:
             _write_scored_by(directory / name, source, parallel, config.run.seed, CriticParameterMap)
@@ -186,66 +175,9 @@ def shrink_parallel(parallel: ParallelConfig, processes: int) -> ParallelConfig:
     return parallel.model_copy(update=small)
 
 
-def shrink_model(hf: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]:
-    """config.json of a tiny model of the same family: every field that is not a size stays."""
-    layers = max(2, parallel.pipeline * (parallel.virtual_pipeline or 1))
-    sizes = {
-        "num_hidden_layers": layers,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": len(_VOCABULARY),
-        "num_experts": 4,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 64,
-        "n_routed_experts": 4,
-        "initializer_range": 0.125,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
-        "dtype": "float32",
-    }
-    if hf.get("kv_lora_rank"):
-        sizes |= _LATENT_SIZES
-    tiny = hf | {name: value for name, value in sizes.items() if name in hf or name == "pad_token_id"}
-    tiny.pop("quantization_config", None)  # the tiny weights are plain
-    if hf.get("q_lora_rank", 0) is None:
-        tiny["q_lora_rank"] = None
-    if "mlp_only_layers" in hf:
-        tiny["mlp_only_layers"] = [layer for layer in hf["mlp_only_layers"] if layer < layers]
-    for name in ("layer_types", "no_rope_layers"):
-        if hf.get(name):
-            tiny[name] = hf[name][-layers:]  # of both kinds, as a rule
-    # Windows that the rehearsal's few tokens fill, in some of its few layers.
-    most = {"sliding_window": 8, "max_window_layers": layers // 2, "sliding_window_pattern": 2}
-    tiny |= {name: min(hf[name], limit) for name, limit in most.items() if hf.get(name)}
-    if "first_k_dense_replace" in hf:
-        tiny["first_k_dense_replace"] = min(1, hf["first_k_dense_replace"])
-    if (hf.get("topk_group") or 1) < (hf.get("n_group") or 1):
-        tiny |= {"n_group": 2, "topk_group": 1}
-    for name in ("rope_parameters", "rope_scaling"):
-        tiny |= _fewer_pairs(name, tiny)
-    return tiny
-
-
-def _fewer_pairs(name: str, hf: dict[str, Any]) -> dict[str, Any]:
-    """LongRoPE has a number for each pair of channels."""
-    rope = hf.get(name)
-    if not isinstance(rope, dict) or "short_factor" not in rope:
-        return {}
-    share = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    pairs = int((hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]) * share) // 2
-    factors = {factor: (rope[factor] * pairs)[:pairs] for factor in ("short_factor", "long_factor")}
-    return {name: rope | factors}
-
-
-def _write_model(directory: Path, hf: dict[str, Any]) -> None:
-    """config.json and a tokenizer of single characters; the weights are random."""
+def _write_model(directory: Path, source: Path, parallel: ParallelConfig) -> None:
+    """config.json of a tiny `source`, and a tokenizer of single characters; the weights are random."""
+    hf = shrink_model(read_hf_config(source), parallel, len(_VOCABULARY), str(source / "config.json"))
     vocabulary = {token: index for index, token in enumerate(_VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -265,7 +197,7 @@ def _write_scored_by(
     Args:
         table: CriticParameterMap for a sequence classifier, ParameterMap for a teacher.
     """
-    _write_model(directory, shrink_model(read_hf_config(source), parallel))
+    _write_model(directory, source, parallel)
     arch = read_architecture(directory)
     mapping = table(arch, arch.vocab)
     read = with_value_head(random_reader(mapping, seed), arch, seed)

@@ -6,6 +6,7 @@ from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.tables import is_stacked
+from mcore_rl.weights.encoding import check_encoding
 
 
 def check_transport(arch: Architecture, config: Config) -> None:
@@ -19,8 +20,4 @@ def check_transport(arch: Architecture, config: Config) -> None:
             f"{what} is not supported with {arch.family!r}, whose files hold all experts of a layer in one "
             'tensor: set publish.transport = "disk", without publish.replica'
         )
-    if p.quantize != "none":
-        raise ConfigError(
-            f"publish.quantize = {p.quantize!r} is not supported with {arch.family!r}: no server reads its "
-            'experts in that form; set publish.quantize = "none"'
-        )
+    check_encoding(arch, p.quantize, "publish.quantize")

@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcore_rl.errors import NumericsError
+from mcore_rl.errors import ConfigError, NumericsError
+from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.blocks import SCALE
+from mcore_rl.model.hf.files import EMBEDDING
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.stacked import Form, whole_of
 from mcore_rl.model.hf.stored import BLOCK
-from mcore_rl.model.hf.tables import Rule
+from mcore_rl.model.hf.tables import Rule, is_stacked
 
 LARGEST = 448.0
 """largest number of e4m3"""
@@ -103,21 +105,31 @@ class Fp8Encoding(PlainEncoding):
                 whole_of(name).removesuffix(".weight")
                 for entry in mapping.entries()
                 for name, shape in zip(entry.hf, mapping.shapes(entry.rule), strict=True)
-                if entry.layer is not None and len(shape) == 2 and not entry.rule.fp8
+                if name != EMBEDDING and len(shape) == 2 and not entry.rule.fp8
             }
+            | {"lm_head"}
         )
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": ["lm_head", *others],
+            "modules_to_not_convert": others,
         }
 
 
 PLAIN, FP8 = PlainEncoding(), Fp8Encoding()
 ENCODINGS: dict[str, Encoding] = {"none": PLAIN, "fp8": FP8}
 """publish.quantize, and --quantize of the conversion -> encoding"""
+
+
+def check_encoding(arch: Architecture, quantize: str, key: str) -> None:
+    """Raises ConfigError where `quantize`, the value of `key`, has no form for the model's tensors."""
+    if quantize != "none" and is_stacked(arch):
+        raise ConfigError(
+            f"{key} = {quantize!r} is not supported with {arch.family!r}: no server reads its experts in "
+            f"that form; leave {key} out"
+        )
 
 
 def encoded_forms(

@@ -107,7 +107,7 @@ _GEMMA = Family(
 )
 _DEEPSEEK_HARMLESS = frozenset(
     # losses of the pretraining, how its own program spread the experts, and code that is never run
-    {"aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "auto_map", "output_router_logits"}
+    {"aux_loss_alpha", "seq_aux", "ep_size", "auto_map", "output_router_logits"}
 )
 _DEEPSEEK_NAMES = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
 _LATENT_DEFAULTS = {
@@ -118,7 +118,7 @@ _LATENT_DEFAULTS = {
     "v_head_dim": 128,
 }
 FAMILIES: dict[str, Family] = {
-    "llama": Family(own_keys=True, output_bias=True, reads=_BIASES, harmless=frozenset({"pretraining_tp"})),
+    "llama": Family(own_keys=True, output_bias=True, reads=_BIASES),
     "mistral": Family(window="all", reads=frozenset({"sliding_window"}), defaults={"sliding_window": 4096}),
     "mixtral": Family(
         own_keys=True,
@@ -187,6 +187,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": replace(
         _GEMMA,
         window="even",
+        names={"sliding_window_size": "sliding_window"},
         defaults=_GEMMA.defaults | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     ),
     "gemma3_text": replace(
@@ -232,8 +233,11 @@ FAMILIES: dict[str, Family] = {
         partial=1.0,
         ropes=("default", "longrope"),
         window="all",
-        only={"embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        only=_NO_BIAS
+        | {"mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
+        | {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
         reads=frozenset({"original_max_position_embeddings", "sliding_window"}),
+        harmless=frozenset({"auto_map"}),  # code of before transformers had the family, which is never run
         defaults={"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
     "smollm3": Family(
@@ -318,6 +322,7 @@ _HARMLESS = """
     tokenizer_class _name_or_path _attn_implementation attn_implementation _attn_implementation_autoset
     unk_token_id sep_token_id decoder_start_token_id _model_name_or_path _commit_hash finetuning_task
     task_specific_params prefix is_decoder torchscript use_bfloat16 tf_legacy_loss transformers.js_config
+    pretraining_tp
 """
 """how a library runs the model, where it came from, or which tokens it starts and ends with"""
 _GENERATION = """
