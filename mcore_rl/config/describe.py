@@ -104,6 +104,8 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         *first, last = (f'"{value}"' for value in arguments)
         return f"{', '.join(first)} or {last}" if first else last
+    if origin is tuple and get_origin(arguments[0]) is Literal:
+        return f"list of {kind_of(arguments[0])}"
     if origin is tuple:
         one, _, bounds = kind_of(arguments[0]).partition(" ")
         return f"list of {one}s {bounds}".strip()

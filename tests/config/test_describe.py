@@ -43,6 +43,8 @@ def test_an_unknown_section_names_the_nearest() -> None:
         (Annotated[float, Field(ge=0, lt=1)], "number >= 0 and < 1"),
         (Literal["a", "b", "c"], '"a", "b" or "c"'),
         (tuple[str, ...], "list of strings"),
+        (tuple[Annotated[int, Field(ge=1)], ...], "list of integers >= 1"),
+        (tuple[Literal["a", "b"], ...], 'list of "a" or "b"'),
         (int | None, "integer"),
     ],
 )
