@@ -7,6 +7,7 @@ not UTF-8, arrays nested deeper than the interpreter's stack, and integers of 43
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 MAX_DEPTH = 100
@@ -22,14 +23,21 @@ class JsonError(ValueError):
         """line of the text, from 1"""
 
 
-def parse(text: bytes, *, unique: bool = False) -> Any:
+def parse(text: bytes, *, unique: bool = False, finite: bool = False) -> Any:
     """The value that the UTF-8 `text` holds. Raises JsonError.
 
     Args:
         unique: a key that an object has twice is an error; else its last value counts.
+        finite: so is a number that is not finite, which could not be answered in JSON.
     """
+    number = _finite if finite else None
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique if unique else None,
+            parse_constant=number,
+            parse_float=number,
+        )
     except JsonError:
         raise
     except UnicodeDecodeError as error:
@@ -55,6 +63,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in found if names.count(name) > 1)
         raise JsonError(1, f"the key {twice[:60]!r} is there twice; keep one of them")
     return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(1, f"the number {text[:40]} is not finite; leave it out")
+    return value
 
 
 def _too_deep() -> JsonError:

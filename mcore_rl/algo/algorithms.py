@@ -461,25 +461,22 @@ def _checked(place: str, expected: Any, value: object) -> Any:
     """`value` if it is of the `expected` type and in range, whole numbers widened to float."""
     options = get_args(expected)
     if get_origin(expected) is Literal:
-        if value not in options:
+        if value not in options or isinstance(value, bool):
             raise ConfigError(f"{place}: {quoted(value)} is not one of {', '.join(map(str, options))}")
         return value
-    if expected is bool:
-        if not isinstance(value, bool):
-            raise ConfigError(f"{place}: {quoted(value)} is not true or false")
+    kinds = options or (expected,)
+    if any(kind in kinds and isinstance(value, kind) for kind in (bool, str, type(None))):
         return value
-    if value is None and type(None) in options:
-        return value
-    if expected is str and isinstance(value, str):
-        return value
+    if not {int, float} & set(kinds):
+        raise ConfigError(f"{place}: {quoted(value)} is not {'true or false' if bool in kinds else 'a text'}")
     low, high = _RANGES.get(place.rpartition(".")[2], (0.0, _LARGEST))
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-        if expected is not int:
+        if float in kinds:
             return float(value)
         if value == int(value):
             return int(value)
     raise ConfigError(
-        f"{place}: {quoted(value)} is not a {'whole ' * (expected is int)}number from {low:g} to {high:g}"
+        f"{place}: {quoted(value)} is not a {'whole ' * (float not in kinds)}number from {low:g} to {high:g}"
     )
 
 

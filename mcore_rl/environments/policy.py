@@ -13,6 +13,7 @@ from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
 from mcore_rl.environments.sessions import SampledTurn, SessionKeeper
 from mcore_rl.errors import DataError, RolloutError
+from mcore_rl.rollout.client import RejectedError
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.sampler import sample_seed
@@ -126,7 +127,7 @@ class Policy:
 
         Raises:
             LimitReached: there are no turns or tokens left.
-            DataError: the chat template fails on the messages.
+            DataError: the chat template fails on the messages, or the server refuses the ids.
             TypeError, ValueError: the prompt is neither ids nor messages, or empty.
         """
         if self.progress.closed:
@@ -141,7 +142,7 @@ class Policy:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
         if self.keeper is not None:
             self.keeper.keep(self.progress.turns)
-        reply = await self._sample(ids, max_new_tokens)
+        reply = await self._sample(ids, max_new_tokens, own=asked is None)
         self.recorder.add(ids, reply)
         turn = await self._read(ids, reply, asked)
         if self.keeper is not None:
@@ -172,7 +173,8 @@ class Policy:
         """The text of ids, special tokens included."""
         return self._template.decode(ids, special=True)
 
-    async def _sample(self, ids: list[int], most: int | None) -> Reply:
+    async def _sample(self, ids: list[int], most: int | None, *, own: bool) -> Reply:
+        """The reply after `ids`, which are the environment's `own` where no template wrote them."""
         request = self._next_request(ids, most)
         progress = self.progress
         progress.turns += 1
@@ -180,8 +182,10 @@ class Policy:
         progress.changed()
         try:
             (reply,) = await self._ask(request)
-        except Exception as error:  # no server answers: whatever the environment makes of it, the run ends
-            progress.broken = error
+        except Exception as error:
+            if own and isinstance(error, RejectedError):  # such as a token beyond the vocabulary
+                raise DataError(f"the server refuses the ids of a turn: {error}; correct them") from error
+            progress.broken = error  # no server answers: whatever the environment makes of it, the run ends
             raise
         finally:
             progress.generating -= 1

@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from mcore_rl.terminal import printable
@@ -53,8 +53,9 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():
         value = value.item() if getattr(value, "ndim", None) == 0 else value
-        if isinstance(value, int | float) and math.isfinite(value):
-            found[name] = float(value)
+        with suppress(OverflowError):  # a whole number may be larger than any float
+            if isinstance(value, int | float) and math.isfinite(value):
+                found[name] = float(value)
     return found
 
 

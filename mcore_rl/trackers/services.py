@@ -6,6 +6,7 @@ A resumed run goes on in the same curves. Steps that a checkpoint takes back are
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,8 +37,8 @@ class TrackedRun:
 
     @property
     def project(self) -> str:
-        """What its curves are beside: the runs of the directory that its own is in."""
-        return self.directory.resolve().parent.name or "mcore_rl"
+        """What its curves are beside: the runs of the directory that its own is in, as W&B allows names."""
+        return re.sub(r"[/\\#?%:]", "-", self.directory.resolve().parent.name)[:128] or "mcore_rl"
 
 
 class TrackingService(Protocol):
@@ -168,7 +169,7 @@ SERVICES: Mapping[str, Callable[[TrackedRun], TrackingService]] = {
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises ConfigError where a package is missing, or an address that a service cannot do without."""
-    missing = [name for name in names if find_spec(name) is None]
+    missing = [name for name in names if not _is_installed(name)]
     if missing:
         raise ConfigError(
             f"run.trackers: {joined(missing)} not installed here; pip install 'mcore-rl[{missing[0]}]', or "
@@ -179,3 +180,9 @@ def check_trackers(names: Sequence[str]) -> None:
             "run.trackers: mlflow needs the environment variable MLFLOW_TRACKING_URI, such as "
             "http://HOST:5000 or sqlite:///mlflow.db"
         )
+
+
+def _is_installed(name: str) -> bool:
+    """Not where Python finds no more than a directory of that name, such as the `wandb` that W&B leaves."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import os
 import random
 import signal
@@ -19,10 +20,11 @@ import pytest
 from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.gateway import serve_policy, server
 from mcore_rl.environments.run import Environment, Environments
+from mcore_rl.rollout.client import RejectedError
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.rollout.reply import Reply
-from mcore_rl.types import Sample
+from mcore_rl.types import Sample, VersionSpan
 from tests.environments.agents import CHAIN_VOCAB, RawClient, agents, chain_tokenizer, save_chain
 from tests.environments.dialogues import LIMITS as LONG
 from tests.environments.support import (
@@ -222,6 +224,55 @@ def test_a_client_that_is_slow_large_or_strange_is_refused_and_others_are_answer
         **dict.fromkeys(("no key", "basic", "in the query", "strange key"), 401),
     }
     assert len(said.asked) == 1
+
+
+def test_responses_that_are_asked_for_side_by_side_each_go_on_as_themselves() -> None:
+    """And what no client may send is refused in the form of the API; a token of no model ends no run."""
+    asked: list[Request] = []
+
+    async def ask(request: Request) -> list[Reply]:
+        asked.append(request)
+        await asyncio.sleep(0.02)
+        if max(request.prompts[0]) >= 1 << 20:
+            raise RejectedError("HTTP 400")
+        ids = tuple(TOKENIZER.encode("4<e>", add_special_tokens=False))
+        return [Reply(request.rids[0], ids, (-0.1, -0.1), (), "stop", (VersionSpan("0", 0, 2),))]
+
+    policy = policy_of(TOKENIZER, PROMPT, ask)
+    deep = '{"a": ' * 50_000
+    call = {"type": "function_call", "name": "f", "arguments": deep}
+    spoken = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}
+
+    async def whole() -> None:
+        async with serve_policy(policy) as endpoint, aiohttp.ClientSession() as http:
+            right = {"Authorization": f"Bearer {endpoint.key}"}
+
+            async def post(api: str, text: str | dict, status: int) -> Any:
+                body = text if isinstance(text, str) else json.dumps(text)
+                async with http.post(f"{endpoint.openai_url}/{api}", data=body, headers=right) as reply:
+                    assert reply.status == status, await reply.text()
+                    return await reply.json()
+
+            found = await asyncio.gather(*(post("responses", {"input": word}, 200) for word in ("aa", "bb")))
+            for reply, word in zip(found, ("aa", "bb"), strict=True):
+                await post("responses", {"input": "on", "previous_response_id": reply["id"]}, 200)
+                assert f"user:{word}<e>" in policy.decode(asked[-1].prompts[0])
+            count = len(asked)
+            for api, wrong in (
+                ("responses", {"input": [call]}),
+                ("chat/completions", {"messages": [spoken]}),
+                ("responses", {"input": "x", "previous_response_id": []}),
+                ("responses", '{"input": "x", "metadata": {"a": NaN}}'),
+                ("responses", '{"input": "x", "metadata": {"a": 1e999}}'),
+            ):
+                said = (await post(api, wrong, 400))["error"]["message"]
+                assert "Error" not in said, said
+            assert len(asked) == count
+            said = (await post("completions", {"prompt": [1 << 20]}, 400))["error"]["message"]
+            assert "refuses the ids" in said
+            assert policy.progress.broken is None
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
 
 
 def test_the_gateway_listens_on_this_machine_alone() -> None:

@@ -182,7 +182,10 @@ def test_a_run_that_fails_is_told_as_failed(monkeypatch, tmp_path: Path) -> None
 
 
 def test_only_finite_numbers_are_sent() -> None:
-    assert numbers_of({"a": 1, "b": float("nan"), "c": "text", "d": True}) == {"a": 1.0, "d": 1.0}
+    assert numbers_of({"a": 1, "b": float("nan"), "c": "text", "d": True, "e": 10**400}) == {
+        "a": 1.0,
+        "d": 1.0,
+    }
 
 
 def test_what_is_missing_is_said_with_its_remedy(monkeypatch) -> None:
@@ -192,3 +195,19 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch) -> None:
     monkeypatch.setattr("mcore_rl.trackers.services.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb not installed here; pip install 'mcore-rl\[wandb\]'"):
         check_trackers(("wandb",))
+
+
+def test_a_directory_of_the_name_is_no_package(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match="wandb not installed here"):
+        check_trackers(("wandb",))
+
+
+def test_the_project_of_an_odd_directory_is_one_that_wandb_takes(tmp_path: Path) -> None:
+    from wandb.sdk.wandb_settings import Settings
+
+    for odd in ("100%: a#b?", "\\", "x" * 200):
+        project = run_in(tmp_path / odd / "mine").project
+        assert Settings(project=project).project == project

@@ -37,7 +37,7 @@ async def messages(session: GatewaySession, body: Mapping[str, Any]) -> dict[str
         content.append({"type": "tool_use", "id": session.call_id(), **its})
     stop = "max_tokens" if turn.finish_reason == "length" else "end_turn"
     return {
-        "id": f"msg_{session.policy.progress.turns}",
+        "id": session.reply_id("msg_"),
         "type": "message",
         "role": "assistant",
         "model": session.model,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mcore_rl import strict_json
 from mcore_rl.environments.gateway.session import (
     ApiError,
     GatewaySession,
@@ -86,7 +87,10 @@ def read_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A tool call as chat templates have it. Raises ApiError where it has no name, or no JSON object."""
     try:
         function = call["function"]
-        arguments = json.loads(function["arguments"] or "{}")
+        text = function["arguments"] or "{}"
+        if not isinstance(text, str):
+            raise TypeError
+        arguments = strict_json.parse(text.encode(), finite=True)
         if not isinstance(function["name"], str) or not isinstance(arguments, dict):
             raise TypeError
     except (KeyError, TypeError, ValueError):
@@ -134,7 +138,7 @@ def _reply(
 ) -> dict[str, Any]:
     asked, said = len(turn.prompt_ids), len(turn.token_ids)
     return {
-        "id": f"{prefix}-{session.policy.progress.turns}-{time.time_ns():x}",
+        "id": session.reply_id(f"{prefix}-"),
         "object": kind,
         "created": int(time.time()),
         "model": session.model,

@@ -20,7 +20,7 @@ _TEXTS = ("input_text", "output_text", "text")
 async def respond(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
     """The reply to /v1/responses. Raises ApiError."""
     before = body.get("previous_response_id")
-    if before is not None and before not in session.responses:
+    if before is not None and not (isinstance(before, str) and before in session.responses):
         raise ApiError(400, "previous_response_id: no response of this rollout", param="previous_response_id")
     items = body.get("input")
     if isinstance(items, str):
@@ -34,7 +34,7 @@ async def respond(session: GatewaySession, body: Mapping[str, Any]) -> dict[str,
     none = body.get("tool_choice") == "none"
     tools = [] if none else [read_tool(one) for one in listed_objects(body, "tools")]
     turn = await session.answer([*said, *conversation], tools, number(body, "max_output_tokens"))
-    name = f"resp_{session.policy.progress.turns}"
+    name = session.reply_id("resp_")
     session.responses[name] = [*conversation, turn.message]
     return _reply(session, name, turn, body)
 

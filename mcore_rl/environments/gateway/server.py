@@ -23,6 +23,7 @@ from typing import Any
 
 from aiohttp import web
 
+from mcore_rl import strict_json
 from mcore_rl.environments.gateway import anthropic_api, openai_api, responses_api
 from mcore_rl.environments.gateway.parameters import check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
@@ -160,11 +161,13 @@ async def serve_policy(
 async def _body(request: web.Request) -> Mapping[str, Any]:
     try:
         async with asyncio.timeout(_BODY_SECONDS):
-            body = json.loads(await request.read())
+            data = await request.read()
     except TimeoutError:
         raise ApiError(408, f"the body took longer than {_BODY_SECONDS:g} s") from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is no JSON") from None
+    try:
+        body = strict_json.parse(data, finite=True)
+    except strict_json.JsonError as error:
+        raise ApiError(400, f"the body: {error}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
     return body

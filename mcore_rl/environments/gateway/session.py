@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,11 @@ class GatewaySession:
         """A new id of a tool call."""
         self.calls += 1
         return f"call_{self.calls}"
+
+    @staticmethod
+    def reply_id(prefix: str) -> str:
+        """A new id of a reply; a count would give replies that were asked for side by side the same."""
+        return prefix + uuid.uuid4().hex
 
 
 def _digest(before: bytes, message: Mapping[str, Any]) -> bytes:
