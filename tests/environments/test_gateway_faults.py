@@ -234,7 +234,7 @@ def test_responses_that_are_asked_for_side_by_side_each_go_on_as_themselves() ->
         asked.append(request)
         await asyncio.sleep(0.02)
         if max(request.prompts[0]) >= 1 << 20:
-            raise RejectedError("HTTP 400")
+            raise RejectedError("HTTP 400", 400)
         ids = tuple(TOKENIZER.encode("4<e>", add_special_tokens=False))
         return [Reply(request.rids[0], ids, (-0.1, -0.1), (), "stop", (VersionSpan("0", 0, 2),))]
 
