@@ -320,6 +320,7 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
             "as a whole; drop it, or use gdpo"
         )
     _check_correction(algorithm)
+    _check_marks(algorithm)
     return algorithm
 
 
@@ -346,6 +347,16 @@ def _check_complete(algorithm: Algorithm) -> None:
     for key, parameter in parameters(algorithm.loss).items():
         if parameter.default is parameter.empty and key not in algorithm.params:
             raise ConfigError(f"algorithm.params.{key}: the loss has no default for it; set it")
+
+
+def _check_marks(algorithm: Algorithm) -> None:
+    """Raises ConfigError for a range of covariances that no token can be in: nothing would be marked."""
+    low, high = (algorithm.loss_params.get(f"cov_{bound}") for bound in ("low", "high"))
+    if isinstance(low, float | int) and isinstance(high, float | int) and low >= high:
+        raise ConfigError(
+            f"algorithm.params.cov_low: {low} leaves no covariance below cov_high = {high}, and nothing "
+            "would be marked; lower it"
+        )
 
 
 def _check_correction(algorithm: Algorithm) -> None:

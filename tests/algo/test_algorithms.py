@@ -85,6 +85,7 @@ def test_overrides_reach_loss_advantage_and_settings() -> None:
         ("grpo", {"ddof": 2}, "2 is not one of 0, 1"),
         ("grpo", {"whiten": 1}, "1 is not true or false"),
         ("grpo", {"ddof": True}, "True is not one of 0, 1"),
+        ("clip-cov", {"cov_low": 5.0}, "leaves no covariance below cov_high"),
         ("grpo", {"rejection": 2}, "2 is not a text"),
         ("grpo", {"rejection": True}, "True is not a text"),
         ("grpo", {"aggregation": "mean"}, "'mean' is not one of token-mean, "),
