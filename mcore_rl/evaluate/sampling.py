@@ -40,8 +40,7 @@ def serving(config: Config, model: Path, tokenizer: PreTrainedTokenizerBase) -> 
     """Requests to servers that hold `model`: those of rollout.urls, or some that are started on it.
 
     Raises:
-        RolloutError: a server does not start, or has no usable answer.
-        WeightSyncError: a server does not load the model.
+        RolloutError: a server does not start, has no usable answer, or does not load the model.
     """
     r = config.rollout
     with ExitStack() as stack:

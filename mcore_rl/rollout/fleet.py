@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mcore_rl.errors import ConfigError, RolloutError
+from mcore_rl.errors import ConfigError, RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch
 from mcore_rl.rollout.processes import LocalServer
@@ -183,7 +183,11 @@ async def _empty(client: RolloutClient) -> None:
 async def on_each(
     clients: Sequence[RolloutClient], use: Callable[[RolloutClient], Awaitable[T]]
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """`use` on every server at once: (url -> result, url -> why it failed)."""
+    """`use` on every server at once: (url -> result, url -> why it failed).
+
+    A server that refuses weights is one that failed, whatever the others answer: its disk may be full, or not
+    the one that the others share.
+    """
 
     async def run(client: RolloutClient) -> T:
         async with client:
@@ -193,7 +197,7 @@ async def on_each(
     done: dict[str, T] = {}
     failed: dict[str, str] = {}
     for client, outcome in zip(clients, outcomes, strict=True):
-        if isinstance(outcome, RolloutError):
+        if isinstance(outcome, RolloutError | WeightSyncError):
             failed[client.url] = str(outcome)
         elif isinstance(outcome, BaseException):
             raise outcome

@@ -341,7 +341,7 @@ def publish_directory(
     those that failed (url -> why).
 
     Raises:
-        WeightSyncError: the directory holds other tensors, a server refuses them, or no server has them.
+        WeightSyncError: the directory holds other tensors, or no server has loaded them.
     """
     remedy = "Something else writes to this directory (publish.dir)"
     check_complete(_tensors_in(target), expected, str(target), remedy)

@@ -52,7 +52,7 @@ def publish_online(
     the caller counts as lost.
 
     Raises:
-        WeightSyncError: on every rank, when a server refuses the weights, or none is left that has them.
+        WeightSyncError: on every rank, when no server has loaded them.
         NumericsError: on every rank, when a weight cannot be encoded; the servers stay paused.
         ConfigError: on every rank, when a server cannot be updated so.
     """

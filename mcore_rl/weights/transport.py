@@ -25,7 +25,7 @@ class Transport(Protocol):
         Returns those that failed (url -> why), which the caller counts as lost.
 
         Raises:
-            WeightSyncError: on every rank, when a server refuses the weights, or none is left that has them.
+            WeightSyncError: on every rank, when no server has loaded them.
         """
         ...
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import Fleet
 from mcore_rl.training.publish import check_close, probe_of
 from mcore_rl.weights.broadcast import ServerGroup, _broadcast
+from mcore_rl.weights.disk import publish_directory
 from mcore_rl.weights.transport import nobody, server_log_probs
 from tests.rollout.proxy import body, damaged, proxy_beside
 from tests.rollout.support import VOCAB
@@ -44,6 +47,23 @@ def test_a_sequence_that_a_server_aborted_is_not_scored(url: str) -> None:
     assert [len(score) for score in scores[url]] == [2, 1]
     assert "aborted a sequence" in failed[between.url]
     assert between.url not in scores
+
+
+def test_a_server_that_refuses_a_version_is_lost_and_the_other_serves_it(fresh_url: str, dir_b: Path) -> None:
+    """HTTP 200 and success false, of one of two: its disk may be full. Where all refuse, the run ends."""
+    with safe_open(dir_b / "model.safetensors", framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    no = body(lambda raw: b'{"success": false, "message": "scripted"}')
+    with proxy_beside(fresh_url, no, no, path="/update_weights_from_disk") as seen:
+        both = Fleet([fresh_url, seen.url], vocabulary=VOCAB, timeout=60.0)
+        failed = publish_directory(both, dir_b, "7", shapes)
+        assert list(failed) == [seen.url]
+        assert "did not load version 7" in failed[seen.url]
+        assert "scripted" in failed[seen.url]
+        assert seen.calls[-1][0] == "/continue_generation", "it would stay paused"
+        with pytest.raises(WeightSyncError, match=r"no server has loaded version 7:\n.*scripted"):
+            publish_directory(Fleet([seen.url], vocabulary=VOCAB, timeout=60.0), dir_b, "7", shapes)
+        assert not seen.script, "the fault did not fire"
 
 
 def test_what_all_ranks_conclude_alike_is_said_by_one_before_it_closes_servers() -> None:
