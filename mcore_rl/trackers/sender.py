@@ -73,7 +73,8 @@ class _Sender:
             try:
                 return self._waiting.put_nowait(item)
             except queue.Full:
-                self._waiting.get()
+                with suppress(queue.Empty):  # the service has taken it meanwhile
+                    self._waiting.get_nowait()
 
     def end(self, *, failed: bool) -> None:
         self.put(failed)

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.time
 
 
 PROMPTS, EACH = 8, 4
+KEY = "canary-2f6a9c"
 
 
 def gspo(folder: Path, directory: Path, *flags: str) -> list[str]:
@@ -111,13 +112,17 @@ def test_a_server_that_ignores_new_weights_is_noticed(ranks: Ranks, folder: Path
 def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_process_behind(
     folder: Path, tmp_path
 ):
-    """One of two is killed while the run goes on, and returns through a publish; then Ctrl-C reaches all."""
-    arguments = gspo(folder, tmp_path, "--rollout.servers", "2", "--train.steps", "100000")
+    """One of two is killed while the run goes on, and returns through a publish; then Ctrl-C reaches all.
+
+    Nothing that the run wrote or said has the servers' key.
+    """
+    flags = ["--rollout.servers", "2", "--train.steps", "100000", "--rollout.api_key_env", "THE_KEY"]
+    arguments = gspo(folder, tmp_path, *flags)
     log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out,
-            start_new_session=True,
+            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT | {"THE_KEY": KEY}, stdout=out,
+            stderr=out, start_new_session=True,
         )  # fmt: skip
     try:
         _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
@@ -138,6 +143,9 @@ def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_pro
     steps = read_metrics(tmp_path / "metrics.jsonl")
     assert {step["samples"] for step in steps[1:]} == {PROMPTS * EACH}
     assert min(step["rollout/servers"] for step in steps) == 1, "the fault did not fire"
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(b"THE_KEY" in content for content in written.values()), "resolved.toml names the variable"
+    assert [path for path, content in written.items() if KEY.encode() in content] == []
     kinds = [event["kind"] for event in read_metrics(events)]
     assert kinds.index("server_lost") < kinds.index("server_returned")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from mcore_rl.checkpoint import find
 from mcore_rl.log import read_metrics
 from tests.e2e.conftest import run
 from tests.e2e.ranks import Ranks
@@ -127,6 +128,38 @@ def test_a_token_that_the_model_cannot_have_sampled_is_never_trained(
     assert "Traceback" not in done.stderr
     assert "step 1/" not in done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] in ([], [0])
+
+
+def test_what_was_saved_stays_whole_when_no_server_is_left(
+    ranks: Ranks, folder: Path, server_url: str, tmp_path: Path
+) -> None:
+    """Every server fails in the middle of step 2, of which nothing is trained."""
+    saved: dict[str, bytes] = {}
+
+    def gone(request: web.Request, raw: bytes) -> web.Response:
+        if b"@2/" not in raw:
+            return web.Response(body=raw, content_type="application/json")
+        if not saved:
+            saved.update(files_of(tmp_path / "checkpoints"))
+        return web.Response(status=502)
+
+    with proxy_beside(server_url, *[gone] * 10_000) as between:
+        places = ["--checkpoint.dir", str(tmp_path / "checkpoints"), "--checkpoint.every", "1"]
+        done = in_parallel(ranks, 2)(*gspo(folder, tmp_path / "run", between.url, *places))
+    assert done.returncode == 75, done.stderr
+    assert "no rollout server is left" in done.stderr
+    assert "HTTP 502" in done.stderr
+    assert saved, "the fault did not fire"
+    assert files_of(tmp_path / "checkpoints") == saved
+    assert find(tmp_path / "checkpoints", "latest").step == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Name -> content of all files of checkpoints."""
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.glob("step_*/**/*") if p.is_file()
+    }
 
 
 def test_samples_of_other_prompts_are_dropped_and_said(

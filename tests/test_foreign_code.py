@@ -1,0 +1,55 @@
+"""Code that lies beside a model is never run: not by the trainer, not by a server, not by a conversion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, PreTrainedTokenizerFast, dynamic_module_utils
+
+from mcore_rl.errors import McoreRLError
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.server.server import _load_tokenizer
+from mcore_rl.server.weights import load_model
+from mcore_rl.training.setup import load_tokenizer
+from tests.rollout.support import build_model, save_model
+
+CLASSES = {
+    "config.json": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"},
+    "tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model whose files ask for a class beside them, whose module leaves a file when it is imported."""
+    directory = save_model(tmp_path / "model", build_model(0))
+    tokenizer.save_pretrained(directory)
+    (directory / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(directory / 'ran')!r}).touch()\n"
+        "from transformers import LlamaConfig\nclass Evil(LlamaConfig):\n    pass\n"
+    )
+    for name, classes in CLASSES.items():
+        content = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(content | {"auto_map": classes}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "load", [load_tokenizer, _load_tokenizer, lambda model: load_model(model, "cpu"), read_architecture]
+)
+def test_code_beside_a_model_is_not_run(model: Path, load: Callable[[Path], Any]) -> None:
+    """Whether it is refused, or the part of it that needs no code is used."""
+    with suppress(McoreRLError):
+        load(model)
+    assert not (model / "ran").exists()
+
+
+def test_it_would_be_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    AutoConfig.from_pretrained(model, trust_remote_code=True)
+    assert (model / "ran").exists()
