@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PreTrainedTokenizerFast, dynamic_module_utils
 
+import mcore_rl
 from mcore_rl.errors import McoreRLError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.server.server import _load_tokenizer
@@ -47,6 +49,47 @@ def test_code_beside_a_model_is_not_run(model: Path, load: Callable[[Path], Any]
     with suppress(McoreRLError):
         load(model)
     assert not (model / "ran").exists()
+
+
+RUNS = frozenset({"eval", "exec", "__import__", "os.system", "os.popen", "marshal.loads"})
+"""what runs the text or bytes that it is given"""
+OUR_OWN = frozenset({"rewards/worker.py", "parallel/pool.py", "parallel/control.py"})
+"""read pickles, from a pipe to a process of the same run or a collective of its ranks"""
+
+
+def runners(source: str) -> list[str]:
+    """The calls that could run what was read."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name, said = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            unsafe = name == "torch.load" and said.get("weights_only") != "True"
+            if name in RUNS or name.startswith("pickle.load") or unsafe or said.get("shell") == "True":
+                found.append(name)
+            if said.get("trust_remote_code", "False") != "False":
+                found.append("trust_remote_code")
+    return found
+
+
+def test_nothing_is_run_that_was_read() -> None:
+    package = Path(mcore_rl.__file__).parent
+    found = {str(path.relative_to(package)): runners(path.read_text()) for path in package.rglob("*.py")}
+    assert {file: names for file, names in found.items() if names and file not in OUR_OWN} == {}
+    assert {name for file in OUR_OWN for name in found[file]} == {"pickle.loads"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval(text)",
+        "torch.load(path)",
+        "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=trusted)",
+        "pickle.load(file)",
+    ],
+)
+def test_a_line_that_would_run_it_is_seen(line: str) -> None:
+    assert runners(line)
 
 
 def test_it_would_be_seen(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
