@@ -36,7 +36,7 @@ define build
 endef
 
 .PHONY: help setup setup-lane demo demo-sglang rlhf real real-sglang real-model test test-lane test-fast test-learn \
-	test-real test-sglang sglang-cpu verifiers lint format clean
+	test-real test-sglang sglang-cpu soak verifiers lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -121,6 +121,11 @@ $(SGLANG)/.ready: tests/sglang_cpu/requirements.txt
 	@printf '%s\nimport sglang_cpu_names\n' '$(CURDIR)/tests/sglang_cpu' > \
 		$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth
 	@touch $@
+
+MINUTES ?= 60
+
+soak: $(READY)  ## harm runs at random for MINUTES (60) and compare them with runs that nothing disturbed
+	$(BIN)/python -m benchmarks.soak runs/soak/$$(date +%Y-%m-%dT%H-%M-%S) --minutes $(MINUTES)
 
 verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it wants an older openai than the tests
 

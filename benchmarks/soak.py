@@ -1,12 +1,15 @@
-"""Whether a run that is killed again and again ends as the run that nothing interrupted.
+"""Whether runs that are harmed at random, again and again, end as those that nothing disturbed.
 
-    python benchmarks/soak.py DIRECTORY [--steps 100] [--kills 12] [--seed 0] [--out FILE.json]
+    python -m benchmarks.soak DIRECTORY --minutes 60 [--seed 0] [--out FILE.json]   (make soak MINUTES=60)
 
-The demo (GSPO at TP=2 with the embedded server) runs twice in DIRECTORY. In the second run a process, drawn
-from the launcher, the ranks and the server, is killed with SIGKILL at steps that are drawn too, in the middle
-of whatever is going on; where that ends the run, `--resume` continues it. Fails unless metrics (but for
-times), tensors, random states and the place in the data are equal bit by bit, and no process and no
-half-written checkpoint is left.
+In rounds, until the minutes are over. A round draws a kind of run (supervised; GSPO with servers that it
+starts, or with one behind a network that can be torn; GSPO beside training) and harms it at steps that are
+drawn too (benchmarks/soak_harm.py): SIGKILL, SIGTERM, SIGSTOP of the launcher, a rank, the server or a worker
+of the reward, a full disk, a torn network. Where that ends the run, `--resume` continues it. Every harm has a
+witness. Fails unless, after each round, metrics (but for times), tensors, random states and the place in the
+data are bit by bit those of the run that nothing disturbed; where generation runs beside training, whose
+tokens depend on time, unless every step is there once, no token is older than the bound and all samples are
+accounted for. No process and no half-written checkpoint may be left.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,51 +35,198 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from mcore_rl.checkpoint import find
+from benchmarks.soak_harm import Cut, Target, harm, small_disk
+from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import MEASURED
+from mcore_rl.rollout.processes import Embedded, LocalServer
 
 ROOT = Path(__file__).parents[1]
 MCORE_RL = [sys.executable, "-m", "mcore_rl"]
 STALLED = 300.0
-"""Seconds without a further step after which a run counts as hung."""
+"""seconds without a further step after which a run counts as hung"""
+STEPS = 16
+HARMS = 4
+"""in a round"""
+RESTARTS = 30
+"""of one run; more mean that it does not get on"""
 
 
-def prepare(root: Path) -> None:
-    """The demo's problems, and a policy that answers some of them."""
-    data = root / "data"
-    subprocess.run([sys.executable, "examples/arithmetic.py", data, "--seed", "0"], cwd=ROOT, check=True)
-    start = ["examples/sft_tiny.toml", "--model.path", data / "model", "--run.dir", root / "warm_start"]
-    subprocess.run(
-        [*MCORE_RL, "train", *start, *files(root), "--train.steps", "100", "--train.eval_every", "0"],
-        cwd=ROOT,
-        check=True,
-    )
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run."""
+
+    name: str
+    config: str
+    flags: tuple[str, ...] = ()
+    exact: bool = True
+    """it ends bitwise as without harm"""
+    torn: bool = False
+    """its server is not its own, and the network to it can be torn"""
 
 
-def files(root: Path) -> list[Any]:
-    """The flags of [data]."""
-    return ["--data.train", root / "data/train.jsonl", "--data.eval", root / "data/eval.jsonl"]
+_RL = ("--rollout.prompts_per_step", "16", "--rollout.samples_per_prompt", "4", "--train.eval_every", "0")
+_STALE = ("--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token")
+KINDS = [
+    Kind(
+        "supervised", "examples/sft_tiny.toml", ("--supervised.batch_size", "16", "--train.eval_every", "0")
+    ),
+    Kind("gspo", "examples/gspo_tiny.toml", (*_RL, "--rollout.threads", "1")),
+    Kind("gspo over a network", "examples/gspo_tiny.toml", _RL, torn=True),
+    Kind(
+        "gspo beside generation",
+        "examples/gspo_tiny.toml",
+        (*_RL, *_STALE, "--rollout.threads", "1"),
+        exact=False,
+    ),
+]
 
 
-def start(root: Path, directory: Path, steps: int, *flags: str) -> subprocess.Popen[bytes]:
-    """A run of the demo, whose output is appended to a file beside its directory."""
-    demo = ["examples/gspo_tiny.toml", "--model.path", root / "warm_start/model", "--run.dir", directory]
-    small = ["--rollout.prompts_per_step", "16", "--rollout.threads", "1", "--train.eval_every", "0"]
-    saved = ["--train.steps", str(steps), "--checkpoint.every", "2", "--checkpoint.keep", "3"]
-    with directory.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [*MCORE_RL, "train", *map(str, [*demo, *files(root)]), *small, *saved, *flags],
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+class Soak:
+    """Rounds in one directory, which must not be there yet."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self._drawn = root, random.Random(seed)
+        self._whole: dict[str, Path] = {}
+        """name of a kind -> its run without harm, where there was one"""
+        root.mkdir(parents=True)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """The demo's problems, and a policy that answers some of them."""
+        data = self.root / "data"
+        command = [sys.executable, "examples/arithmetic.py", data, "--seed", "0"]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+        start = [
+            "examples/sft_tiny.toml",
+            "--model.path",
+            data / "model",
+            "--run.dir",
+            self.root / "warm_start",
+        ]
+        flags = ["--data.train", data / "train.jsonl", "--train.steps", "100", "--train.eval_every", "0"]
+        with (self.root / "warm_start.log").open("wb") as log:
+            command = [*MCORE_RL, "train", *start, *flags]
+            subprocess.run(command, cwd=ROOT, check=True, timeout=1800, stdout=log, stderr=log)
+
+    def round(self, number: int) -> dict[str, Any]:
+        """A run that is harmed, beside one that is not: what was done, and what came of it."""
+        kind = KINDS[number % len(KINDS)]
+        if kind.exact and kind.name not in self._whole:
+            self._whole[kind.name] = self._undisturbed(kind)
+        with small_disk(self.root / f"round_{number}", 512) as disk:
+            directory = self.root / f"round_{number}" / "run"
+            with self._way(kind, directory) as way:
+                harms = self._harmed(kind, directory, disk, way)
+            gone(directory)
+            shutil.copytree(
+                directory, self.root / f"round_{number}_end", ignore=shutil.ignore_patterns("*.distcp")
+            )
+            found = {"kind": kind.name, "harms": harms, "partial_checkpoints": partial(directory)}
+            if not committed(directory / "checkpoints") or steps_done(directory) < STEPS:
+                found["finished"] = False
+            elif kind.exact:
+                found |= compare(self._whole[kind.name], directory, STEPS)
+            else:
+                found |= accounted(directory)
+        return found
+
+    def _undisturbed(self, kind: Kind) -> Path:
+        directory = self.root / kind.name.replace(" ", "_") / "run"
+        directory.parent.mkdir()
+        with self._way(kind, directory) as way:
+            run = self._start(kind, directory, way)
+            wait(run, directory, None)
+        if run.returncode != 0:
+            raise SystemExit(f"the run without harm ended with {run.returncode}: {log_of(directory)}")
+        return directory
+
+    @contextmanager
+    def _way(self, kind: Kind, directory: Path) -> Iterator[Cut | None]:
+        """A server of nobody's run, and the network to it, where the kind asks for one."""
+        if not kind.torn:
+            yield None
+            return
+        log = log_of(directory).with_suffix(".server.log")
+        with LocalServer(self.root / "warm_start/model", Embedded(threads=1), log_file=log) as server:
+            way = Cut(server.url)
+            try:
+                yield way
+            finally:
+                way.close()
+
+    def _harmed(
+        self, kind: Kind, directory: Path, disk: Path | None, way: Cut | None
+    ) -> list[dict[str, Any]]:
+        drawn = self._drawn
+        run, restarts = self._start(kind, directory, way), 0
+        harms: list[dict[str, Any]] = []
+        due = sorted(drawn.sample(range(2, STEPS - 1), HARMS))
+        while True:
+            if wait(run, directory, due[0] if due else None):
+                time.sleep(drawn.uniform(0, 0.5))
+                done = steps_done(directory)
+                due = [step for step in due[1:] if step > done] or due[1:][-1:]
+                found = harm(Target(run, disk, way), drawn)
+                if found:
+                    harms.append({"step": done, **found})
+                continue
+            if run.returncode == 0:
+                return harms
+            if harms:
+                harms[-1].setdefault("exit_code", run.returncode)
+            restarts += 1
+            if restarts > RESTARTS:
+                raise SystemExit(f"{RESTARTS} restarts did not bring it to its end: {log_of(directory)}")
+            gone(directory)
+            run = self._start(kind, directory, way, "--resume")
+
+    def _start(self, kind: Kind, directory: Path, way: Cut | None, *resume: str) -> subprocess.Popen[bytes]:
+        """A run whose output is appended to a file beside its directory."""
+        data = self.root / "data"
+        model = data / "model" if kind.name == "supervised" else self.root / "warm_start/model"
+        flags = ["--model.path", model, "--data.train", data / "train.jsonl", "--run.dir", directory]
+        flags += [
+            "--optimizer.warmup_steps",
+            "0",
+            "--checkpoint.every",
+            "1",
+            "--checkpoint.keep",
+            "3",
+            "--train.step_timeout",
+            "30",
+        ]
+        if kind.name != "supervised":
+            flags += ["--data.eval", data / "eval.jsonl"]
+        if way is not None:
+            flags += ["--rollout.urls", json.dumps([way.url])]
+        with log_of(directory).open("ab") as log:
+            return subprocess.Popen(
+                [
+                    *MCORE_RL,
+                    "train",
+                    kind.config,
+                    *map(str, flags),
+                    *kind.flags,
+                    "--train.steps",
+                    str(STEPS),
+                    *resume,
+                ],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+
+
+def log_of(directory: Path) -> Path:
+    """What a run says; not on the disk that is filled."""
+    return directory.parent.parent / f"{directory.parent.name}_{directory.name}.log"
 
 
 def steps_done(directory: Path) -> int:
     """The last step in metrics.jsonl, which another process may be writing."""
-    with suppress(FileNotFoundError, IndexError):
+    with suppress(FileNotFoundError, IndexError, ValueError):
         return int(json.loads((directory / "metrics.jsonl").read_bytes().splitlines()[-1])["step"])
     return 0
 
@@ -88,40 +241,9 @@ def wait(run: subprocess.Popen[bytes], directory: Path, step: int | None) -> boo
         if done != last:
             last, since = done, time.monotonic()
         if time.monotonic() - since > STALLED:
-            raise SystemExit(f"no step after step {last} in {STALLED:.0f} s: {directory.with_suffix('.log')}")
+            raise SystemExit(f"no step after step {last} in {STALLED:.0f} s: {log_of(directory)}")
         time.sleep(0.02)
     return False
-
-
-def soak(root: Path, directory: Path, steps: int, kills: int, seed: int) -> list[dict[str, Any]]:
-    """The faults, with who was killed, when, and the exit code if the run ended of it."""
-    drawn = random.Random(seed)
-    run = start(root, directory, steps)
-    faults: list[dict[str, Any]] = []
-    for step in sorted(drawn.sample(range(2, steps - 2), kills)):
-        while not wait(run, directory, step):
-            faults[-1]["exit_code"] = run.returncode
-            if run.returncode == 0:
-                raise SystemExit(f"the run ended with 0 before step {step}")
-            gone(directory)
-            run = start(root, directory, steps, "--resume")
-        time.sleep(drawn.uniform(0, 1))
-        process = psutil.Process(run.pid)
-        victim = drawn.choice([process, *process.children(recursive=True)])
-        with suppress(psutil.NoSuchProcess):
-            faults.append({"step": steps_done(directory), "victim": role(victim)})
-            victim.kill()
-        time.sleep(1.0)
-    while wait(run, directory, None) or run.returncode != 0:
-        faults[-1]["exit_code"] = run.returncode
-        gone(directory)
-        run = start(root, directory, steps, "--resume")
-    return faults
-
-
-def role(process: psutil.Process) -> str:
-    """The command line of a process, short."""
-    return " ".join(process.cmdline()[1:5])
 
 
 def gone(directory: Path) -> None:
@@ -138,6 +260,23 @@ def named_by(process: psutil.Process) -> str:
     return " ".join(process.info["cmdline"] or [])
 
 
+def partial(directory: Path) -> list[str]:
+    """Half-written checkpoints that are left."""
+    return [path.name for path in (directory / "checkpoints").glob("*.partial*")]
+
+
+def accounted(directory: Path) -> dict[str, Any]:
+    """Whether every step is there once, every token young enough, and no sample lost or counted twice."""
+    lines = read_metrics(directory / "metrics.jsonl")
+    last = lines[-1]
+    parts = {key: last[key] for key in last if key.startswith("async/") and key != "async/asked"}
+    return {
+        "steps_once": [line["step"] for line in lines] == list(range(STEPS + 1)),
+        "young_enough": max(line.get("staleness/max", 0.0) for line in lines) <= 1.0,
+        "samples_equal": last["async/asked"] == sum(parts.values()),
+    }
+
+
 def compare(one: Path, other: Path, steps: int) -> dict[str, Any]:
     """What the two directories hold, and whether it is the same."""
     lines, tensors, documents = [], [], []
@@ -147,7 +286,6 @@ def compare(one: Path, other: Path, steps: int) -> dict[str, Any]:
         found = find(directory / "checkpoints", str(directory / f"checkpoints/step_{steps}"))
         documents.append({key: found.document[key] for key in ("updates", "state", "rng", "layout")})
         tensors.append(stored(found.path))
-    partial = [path.name for path in (other / "checkpoints").glob("*.partial*")]
     same = tensors[0].keys() == tensors[1].keys()
     return {
         "metric_lines": [len(each) for each in lines],
@@ -155,7 +293,6 @@ def compare(one: Path, other: Path, steps: int) -> dict[str, Any]:
         "tensors": len(tensors[0]),
         "tensors_equal": same and all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0]),
         "documents_equal": documents[0] == documents[1],
-        "partial_checkpoints": partial,
     }
 
 
@@ -171,33 +308,51 @@ def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def sound(round: dict[str, Any]) -> bool:
+    """Whether a round ended as it must, and every harm of it was done."""
+    verdicts = [value for value in round.values() if isinstance(value, bool)]
+    return (
+        all(verdicts) and not round["partial_checkpoints"] and all(one["witness"] for one in round["harms"])
+    )
+
+
 def main() -> int:
-    """Print the faults and the comparison as JSON; 1 if anything differs."""
+    """Write the rounds as JSON after each of them; 1 if anything is not as it must be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    root = given.directory.resolve()
-    root.mkdir(parents=True)
-    prepare(root)
-    whole = start(root, root / "whole", given.steps)
-    wait(whole, root / "whole", None)
-    if whole.returncode != 0:
-        raise SystemExit(f"the run without faults ended with {whole.returncode}: {root / 'whole.log'}")
-    faults = soak(root, root / "killed", given.steps, given.kills, given.seed)
-    gone(root / "killed")
-    result = compare(root / "whole", root / "killed", given.steps)
-    answer = {"date": date.today().isoformat(), "steps": given.steps, "faults": faults, **result}
+    began = time.monotonic()
+    soak = Soak(given.directory.resolve(), given.seed)
+    rounds: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {}
+    while not rounds or time.monotonic() - began < 60 * given.minutes:
+        rounds.append(soak.round(len(rounds)))
+        minutes = (time.monotonic() - began) / 60
+        done = [one for each in rounds for one in each["harms"]]
+        print(
+            f"round {len(rounds)} ({rounds[-1]['kind']}): {'sound' if sound(rounds[-1]) else 'NOT SOUND'}; "
+            f"{len(done)} harms in {minutes:.1f} of {given.minutes:g} minutes",
+            file=sys.stderr,
+            flush=True,
+        )
+        answer = {
+            "date": date.today().isoformat(),
+            "seed": given.seed,
+            "minutes": round(minutes, 1),
+            "rounds": rounds,
+        }
+        if given.out:
+            given.out.write_text(json.dumps(answer, indent=1) + "\n")
+        if not sound(rounds[-1]):
+            print(json.dumps(rounds[-1], indent=1))
+            return 1
     print(json.dumps(answer, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(answer, indent=1) + "\n")
-    equal = result["metrics_equal"] and result["tensors_equal"] and result["documents_equal"]
-    return 0 if equal and not result["partial_checkpoints"] and len(faults) == given.kills else 1
+    return 0
 
 
 if __name__ == "__main__":
