@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
 from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
+from mcore_rl.environments.live import LiveTurn
 from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
 from mcore_rl.environments.sessions import SampledTurn, SessionKeeper
@@ -116,6 +117,7 @@ class Policy:
         *,
         tools: Sequence[Any] | None = None,
         max_new_tokens: int | None = None,
+        live: LiveTurn | None = None,
     ) -> Turn:
         """The model's answer to token ids, or to messages as the chat template renders them.
 
@@ -124,9 +126,12 @@ class Policy:
         Args:
             tools: JSON schemas of what may be called; unset, those of the prompt's row or of data.tools.
             max_new_tokens: a lower limit than that of the run.
+            live: hears the answer while it is sampled, and may end it where it is: its finish reason is
+                then `length`.
 
         Raises:
             LimitReached: there are no turns or tokens left.
+            AbortedError: the server ended the response.
             DataError: the chat template fails on the messages, or the server refuses the ids.
             TypeError, ValueError: the prompt is neither ids nor messages, or empty.
         """
@@ -142,7 +147,9 @@ class Policy:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
         if self.keeper is not None:
             self.keeper.keep(self.progress.turns)
-        reply = await self._sample(ids, max_new_tokens, own=asked is None)
+        if live is not None:
+            live.begin(self._template, asked, len(ids))
+        reply = await self._sample(ids, max_new_tokens, own=asked is None, live=live)
         self.recorder.add(ids, reply)
         turn = await self._read(ids, reply, asked)
         if self.keeper is not None:
@@ -173,9 +180,13 @@ class Policy:
         """The text of ids, special tokens included."""
         return self._template.decode(ids, special=True)
 
-    async def _sample(self, ids: list[int], most: int | None, *, own: bool) -> Reply:
+    async def _sample(self, ids: list[int], most: int | None, *, own: bool, live: LiveTurn | None) -> Reply:
         """The reply after `ids`, which are the environment's `own` where no template wrote them."""
         request = self._next_request(ids, most)
+        stream = None
+        if live is not None:
+            stream = live.stream
+            request = replace(request, stream=stream)
         progress = self.progress
         progress.turns += 1
         progress.generating += 1
@@ -190,6 +201,11 @@ class Policy:
         finally:
             progress.generating -= 1
             progress.changed()
+        if stream is not None and stream.stopped and not stream.broken and reply.token_ids:
+            cut = reply.finish_reason == "abort"
+            return replace(reply, finish_reason="length") if cut else reply
+        if stream is not None and (stream.stopped or stream.broken):
+            raise AbortedError("the response was given up")
         if reply.finish_reason == "abort":
             progress.finish_reason = "abort"
             raise AbortedError("a server aborted the response")
