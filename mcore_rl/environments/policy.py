@@ -12,7 +12,7 @@ from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate,
 from mcore_rl.environments.live import LiveTurn
 from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
-from mcore_rl.environments.sessions import SampledTurn, SessionKeeper
+from mcore_rl.environments.sessions import SampledTurn, SessionKeeper, StateError
 from mcore_rl.errors import DataError, RolloutError
 from mcore_rl.rollout.client import RejectedError
 from mcore_rl.rollout.dispatch import Request
@@ -24,8 +24,15 @@ Ask = Callable[[Request], Awaitable[list[Reply]]]
 """sends a request to a server"""
 
 
+_AGE = "age"
+_TOO_OLD = "the rollout is older than rollout.max_staleness, and is cut (environment.outlived)"
+
+
 class LimitReached(Exception):
-    """The rollout has had all its turns or tokens. An environment may catch it, and say what it is worth."""
+    """The rollout has had all its turns or tokens, or is too old.
+
+    An environment may catch it, and say what it is worth.
+    """
 
 
 class AbortedError(Exception):
@@ -79,6 +86,8 @@ class RolloutState:
     """which was reached"""
     broken: BaseException | None = None
     """that no server answers, which ends the run"""
+    stateless: str = ""
+    """why the session cannot say its state"""
     generating: int = 0
     closed: bool = False
     changed: Callable[[], None] = field(default=lambda: None)
@@ -106,8 +115,10 @@ class Policy:
         self.progress = RolloutState()
         self.recorder = TokenRecorder()
         self.dialogue = Dialogue(template, prompt)
-        self._prompt, self._request, self._ask = prompt, request, ask
+        self.prompt = prompt
+        self._request, self._ask = request, ask
         self._template, self._limits, self._parse = template, limits, parse
+        self._asking: set[asyncio.Future[list[Reply]]] = set()
         self.keeper: SessionKeeper | None = None
         """of an environment that can be restored"""
 
@@ -132,6 +143,7 @@ class Policy:
         Raises:
             LimitReached: there are no turns or tokens left.
             AbortedError: the server ended the response.
+            StateError: the session's state() raises, or returns what cannot be kept.
             DataError: the chat template fails on the messages, or the server refuses the ids.
             TypeError, ValueError: the prompt is neither ids nor messages, or empty.
         """
@@ -140,13 +152,17 @@ class Policy:
         first = prompt[0] if len(prompt) else None
         asked = None
         if isinstance(first, Mapping):
-            its = self._template.tools_of(self._prompt) if tools is None else tools
+            its = self._template.tools_of(self.prompt) if tools is None else tools
             asked = self.dialogue.ask(prompt, its)  # type: ignore[arg-type]
             ids = asked.ids
         else:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
         if self.keeper is not None:
-            self.keeper.keep(self.progress.turns)
+            try:
+                self.keeper.keep(self.progress.turns)
+            except StateError as error:  # whatever the environment makes of it, its rollout is void
+                self.progress.stateless = str(error)
+                raise
         if live is not None:
             live.begin(self._template, asked, len(ids))
         reply = await self._sample(ids, max_new_tokens, own=asked is None, live=live)
@@ -166,6 +182,12 @@ class Policy:
             self.progress.text = self._template.decode(one.reply.token_ids)
             self.progress.finish_reason = one.reply.finish_reason
         self.progress.turns = asked
+
+    def cut(self) -> None:
+        """No further turn: the rollout has become too old. What is being sampled is given up."""
+        self.progress.limit = self.progress.limit or _AGE
+        for work in self._asking:
+            work.cancel()
 
     @property
     def sampling(self) -> Mapping[str, Any]:
@@ -191,14 +213,22 @@ class Policy:
         progress.turns += 1
         progress.generating += 1
         progress.changed()
+        work = asyncio.ensure_future(self._ask(request))
+        self._asking.add(work)
         try:
-            (reply,) = await self._ask(request)
+            (reply,) = await work
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if progress.limit == _AGE and not (task and task.cancelling()):
+                raise LimitReached(_TOO_OLD) from None
+            raise
         except Exception as error:
             if own and isinstance(error, RejectedError):  # such as a token beyond the vocabulary
                 raise DataError(f"the server refuses the ids of a turn: {error}; correct them") from error
             progress.broken = error  # no server answers: whatever the environment makes of it, the run ends
             raise
         finally:
+            self._asking.discard(work)
             progress.generating -= 1
             progress.changed()
         if stream is not None and stream.stopped and not stream.broken and reply.token_ids:
@@ -212,6 +242,8 @@ class Policy:
         return reply
 
     def _next_request(self, ids: list[int], most: int | None) -> Request:
+        if self.progress.limit == _AGE:
+            raise LimitReached(_TOO_OLD)
         if not ids or min(ids) < 0:
             raise ValueError("a prompt without tokens, or with a negative one; give ids, or messages")
         params, turn = dict(self._request.sampling_params[0]), self.progress.turns

@@ -20,6 +20,7 @@ import pytest
 from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.gateway import serve_policy, server
 from mcore_rl.environments.run import Environment, Environments
+from mcore_rl.environments.sessions import SessionKeeper
 from mcore_rl.rollout.client import RejectedError
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.processes import Embedded, LocalServer
@@ -285,3 +286,25 @@ def test_the_gateway_listens_on_this_machine_alone() -> None:
             return [one.laddr.ip for one in found if one.laddr.port == port and one.status == "LISTEN"]
 
     assert asyncio.run(whole()) == ["127.0.0.1"]
+
+
+def test_a_state_that_raises_is_the_rollouts_error_and_not_the_clients() -> None:
+    policy = policy_of(TOKENIZER, PROMPT, Scripted(TOKENIZER))
+
+    def state() -> None:
+        raise TypeError("of the environment")
+
+    policy.keeper = SessionKeeper(state, [])
+
+    async def whole() -> None:
+        async with serve_policy(policy) as endpoint, aiohttp.ClientSession() as http:
+            for stream in (False, True):
+                headers = {"Authorization": f"Bearer {endpoint.key}"}
+                body = json.loads(BODY) | {"stream": stream}
+                url = f"{endpoint.openai_url}/chat/completions"
+                async with http.post(url, headers=headers, json=body) as reply:
+                    assert reply.status == 500
+                    assert "of the environment" in (await reply.json())["error"]["message"]
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+    assert "of the environment" in policy.progress.stateless

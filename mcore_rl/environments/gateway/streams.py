@@ -18,6 +18,7 @@ from aiohttp import web
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
 from mcore_rl.environments.live import LiveTurn, Said
 from mcore_rl.environments.policy import AbortedError, LimitReached, Turn
+from mcore_rl.environments.sessions import StateError
 from mcore_rl.errors import McoreRLError
 
 _LEAVE_SECONDS = 3.0
@@ -159,6 +160,8 @@ async def guarded(answer: Awaitable[Turn]) -> Turn:
         raise ApiError(400, str(error), code="context_length_exceeded") from None
     except AbortedError as error:
         raise ApiError(503, str(error), kind="api_error") from None
+    except StateError as error:
+        raise ApiError(500, str(error), kind="api_error") from None
     except McoreRLError as error:
         status = 400 if isinstance(error, ValueError) else 503
         raise ApiError(status, str(error)) from None
