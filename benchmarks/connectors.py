@@ -2,9 +2,11 @@
 
     python -m benchmarks.connectors [--runs runs/connectors_benchmark] [--out benchmarks]
 
-The model is the calculator example's, tiny; a supervised warm start on reasoning-gym's own answers (sums of
-two digits) teaches it to answer by a number. Then examples/reasoning_gym_tiny.toml trains that task, and
-examples/verifiers_tiny.toml the taskset of the tests, for which `make verifiers` must have been run. A run
+The model is the calculator example's, tiny. Supervised warm starts teach it the form of an answer: on
+reasoning-gym's own answers (sums of two digits), and, for the four sums of the tests' taskset, on each of its
+four answers for each sum, so that one in four is right. Then examples/reasoning_gym_tiny.toml trains the one,
+and examples/verifiers_tiny.toml the other, for which `make verifiers` must have been run. The held-out sums
+are of another seed, and many are among those of training. A run
 that finished under RUNS is not run again. Writes OUT/connectors_DATE.json and a picture beside it.
 """
 
@@ -43,9 +45,17 @@ def gym_data(runs: Path) -> dict[str, Path]:
     return found
 
 
+def warm_start(run: Path, model: Path, data: Path, steps: int) -> Path:
+    """A supervised run on the labels of a prompt file."""
+    flags = ("--supervised.target", "label", "--train.steps", str(steps), "--data.max_prompt_tokens", "128")
+    paths = ("--model.path", str(model), "--data.train", str(data))
+    return trained(run, "calculator_sft", *paths, *flags)
+
+
 def verifiers_run(runs: Path, model: Path) -> Path:
     """The run of the package's environment, in the environment where it is installed."""
     data, run = runs / "verifiers.jsonl", runs / VERIFIERS
+    answers = runs / "verifiers_answers.jsonl"
     if seconds_of(run) is not None:
         return run
     env = os.environ | indexes()
@@ -53,6 +63,11 @@ def verifiers_run(runs: Path, model: Path) -> Path:
     env |= {"PATH": f"{BIN}:{env['PATH']}", "PYTHONPATH": path}
     write = [BIN / "python", "-m", "mcore_rl.environments.connectors.verifiers", ENV, data]
     subprocess.run(write, cwd=ROOT, env=env, check=True, timeout=RUN_SECONDS)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    guesses = [{**row, "id": f"{row['id']}-{n}", "label": str(n)} for row in rows for n in (4, 6, 8, 10)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in guesses))
+    warm = warm_start(runs / "verifiers_warm_start", model, answers, 80)
+    model = warm / "model"
     train = [BIN / "python", "-m", "mcore_rl", "train", "examples/verifiers_tiny.toml", "--run.dir", run]
     train += ["--model.path", model, "--model.random_init", "false", "--data.train", data]
     subprocess.run(train, cwd=ROOT, env=env, check=True, timeout=RUN_SECONDS)
@@ -66,7 +81,7 @@ def curve(run: Path) -> dict[str, Any]:
     evaluated = [record for record in records if ACCURACY in record]
     return {
         "steps": [record["step"] for record in steps],
-        "reward": [record["reward/mean"] for record in steps],
+        "reward": [round(record["reward/mean"], 4) for record in steps],
         "eval_steps": [record["step"] for record in evaluated],
         "accuracy": [record[ACCURACY] for record in evaluated],
         "mismatch_p999": max(record.get("mismatch/p999", 0.0) for record in records),
@@ -81,14 +96,13 @@ def measure(runs: Path) -> dict[str, Any]:
     if not model.exists():
         command("examples/calculator.py", str(runs / "data"))
     data = gym_data(runs)
-    train, held = ("--data.train", str(data["train"])), ("--data.eval", str(data["eval"]))
-    flags = ("--supervised.target", "label", "--train.steps", "150", "--data.max_prompt_tokens", "128")
-    warm = trained(runs / "warm_start", "calculator_sft", "--model.path", str(model), *train, *flags)
+    warm = warm_start(runs / "warm_start", model, data["train"], 150)
     flags = ("--model.path", str(warm / "model"), "--model.random_init", "false", "--train.eval_every", "10")
-    gym = trained(runs / GYM, "reasoning_gym_tiny", *flags, *train, *held)
+    flags += ("--data.train", str(data["train"]), "--data.eval", str(data["eval"]))
+    gym = trained(runs / GYM, "reasoning_gym_tiny", *flags)
     found = {GYM: curve(gym)}
     if BIN.exists():
-        found[VERIFIERS] = curve(verifiers_run(runs, warm / "model"))
+        found[VERIFIERS] = curve(verifiers_run(runs, model))
     return {
         "benchmark": "rewards of one config each: sums of reasoning-gym, and a taskset of verifiers",
         "date": datetime.date.today().isoformat(),

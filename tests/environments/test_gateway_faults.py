@@ -10,6 +10,9 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import aiohttp
@@ -120,6 +123,31 @@ def test_an_agent_whose_rollout_is_too_late_is_ended_with_it() -> None:
     assert sample.failure is not None
     assert sample.failure[0] == "timeout"
     assert (ended, my_agents()) == (1, [])
+
+
+def play_for_ever(told: Connection) -> None:
+    """What the process of a rank does: a rollout whose second turn never comes."""
+    play_until(lambda: told.send([agent.pid for agent in my_agents()]))
+
+
+def test_an_agent_ends_with_the_process_of_its_gateway() -> None:
+    """That is killed in mid-dialogue: its agents, processes of their own, are told by their connection."""
+    ours, theirs = Pipe()
+    rank = get_context("fork").Process(target=play_for_ever, args=(theirs,), daemon=True)
+    rank.start()
+    try:
+        assert ours.poll(60), "it has asked for the second turn"
+        (agent,) = map(psutil.Process, ours.recv())
+        assert agent.ppid() == rank.pid
+        assert rank.pid is not None
+        os.kill(rank.pid, signal.SIGKILL)
+        rank.join(10)
+        with suppress(psutil.NoSuchProcess):
+            agent.wait(20)
+    finally:
+        rank.kill()
+        rank.join(10)
+    assert not (agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE)
 
 
 @pytest.fixture(scope="module")
