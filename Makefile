@@ -17,6 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadgroup
 SGLANG := .venv-sglang
 VERIFIERS := .venv-verifiers
+OPENENV := .venv-openenv
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet
 CORRECTNESS := not learn and not gpu and not sglang and not real
 REAL := runs/real
@@ -36,7 +37,7 @@ define build
 endef
 
 .PHONY: help setup setup-lane demo demo-sglang rlhf real real-sglang real-model test test-lane test-fast test-learn \
-	test-real test-sglang sglang-cpu soak verifiers lint format clean
+	test-real test-sglang sglang-cpu soak verifiers openenv lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -126,16 +127,24 @@ MINUTES ?= 60
 
 soak: $(READY)  ## harm runs at random for MINUTES (60) and compare them with runs that nothing disturbed
 	$(BIN)/python -m benchmarks.soak runs/soak/$$(date +%Y-%m-%dT%H-%M-%S) --minutes $(MINUTES)
+# $(call beside,ENVIRONMENT,PACKAGES): an environment whose own packages come first, and .venv's after them
+define beside
+	@test -x $(1)/bin/python || $(BIN)/python -m venv $(1)
+	$(1)/bin/python -m pip install --quiet $(2)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@touch $@
+endef
 
 verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it wants an older openai than the tests
 
-# Its own packages come first, and .venv's after them.
 $(VERIFIERS)/.ready: $(READY)
-	@test -x $(VERIFIERS)/bin/python || $(BIN)/python -m venv $(VERIFIERS)
-	$(VERIFIERS)/bin/python -m pip install --quiet verifiers==0.4.0 uv==0.13.9
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-		$$($(VERIFIERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	@touch $@
+	$(call beside,$(VERIFIERS),verifiers==0.4.0 uv==0.13.9)
+
+openenv: $(OPENENV)/.ready  ## the package openenv-core, beside .venv, since it brings some 100 others
+
+$(OPENENV)/.ready: $(READY)
+	$(call beside,$(OPENENV),openenv-core==0.3.0)
 
 lint: $(READY)  ## ruff and the type checker
 	$(BIN)/ruff check

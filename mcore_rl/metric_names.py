@@ -37,6 +37,12 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "environment/turns": "Mean responses of a rollout, with `environment.function`.",
         "environment/segments": "Mean training sequences of a rollout: more than one where its context was "
         "rewritten, by the environment or by the chat template.",
+        "environment/too_old": "Tokens that were not trained since they were older than "
+        "`rollout.max_staleness`, with `environment.outlived` of cut or finish.",
+        "environment/resumed": "Rollouts in flight at the checkpoint, of groups that had not finished, that "
+        "went on or had ended; in the first record after a resume.",
+        "environment/begun_again": "Those that began again: their environment has no `state`, they were too "
+        "old, or the prompt of that id is another one now; in that record.",
         "environment/rewritten": "Turns whose earlier conversation the chat template wrote anew, so that "
         "they began another training sequence.",
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
@@ -50,6 +50,10 @@ class EnvironmentConfig(Section):
     """Seconds of one rollout; one that has not ended by then is void."""
     turn_timeout: Seconds = 60.0
     """Seconds that the environment may take between two responses; beyond, its rollout is void."""
+    outlived: Literal["drop", "cut", "finish"] = "drop"
+    """What becomes of a rollout that has not ended when its first tokens are too old for
+    rollout.max_staleness: dropped with its group; cut where it is, or finished, and trained on those of its
+    tokens that are not."""
     response_template: FilePath | None = None
     """JSON file that says how a message and its tool calls are read in a response (transformers'
     parse_response); unset, the tokenizer's own, or as text."""
@@ -84,6 +88,11 @@ def wrong_environment(
         yield (
             "environment.response_template: and a parser of the servers, where a response is read once; drop "
             "it, or environment.tool_call_parser and environment.reasoning_parser"
+        )
+    if one.outlived != "drop" and not (rollout.max_staleness and rollout.over_sampling):
+        yield (
+            "environment.outlived: no rollout becomes too old where a step waits for its oldest; set "
+            "rollout.max_staleness and rollout.over_sampling to 1 or more, or drop it"
         )
     if reward.model is not None:
         yield (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
 from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
+from mcore_rl.environments.live import LiveTurn
 from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
-from mcore_rl.environments.sessions import SampledTurn, SessionKeeper
+from mcore_rl.environments.sessions import SampledTurn, SessionKeeper, StateError
 from mcore_rl.errors import DataError, RolloutError
 from mcore_rl.rollout.client import RejectedError
 from mcore_rl.rollout.dispatch import Request
@@ -23,8 +24,15 @@ Ask = Callable[[Request], Awaitable[list[Reply]]]
 """sends a request to a server"""
 
 
+_AGE = "age"
+_TOO_OLD = "the rollout is older than rollout.max_staleness, and is cut (environment.outlived)"
+
+
 class LimitReached(Exception):
-    """The rollout has had all its turns or tokens. An environment may catch it, and say what it is worth."""
+    """The rollout has had all its turns or tokens, or is too old.
+
+    An environment may catch it, and say what it is worth.
+    """
 
 
 class AbortedError(Exception):
@@ -78,6 +86,8 @@ class RolloutState:
     """which was reached"""
     broken: BaseException | None = None
     """that no server answers, which ends the run"""
+    stateless: str = ""
+    """why the session cannot say its state"""
     generating: int = 0
     closed: bool = False
     changed: Callable[[], None] = field(default=lambda: None)
@@ -105,8 +115,10 @@ class Policy:
         self.progress = RolloutState()
         self.recorder = TokenRecorder()
         self.dialogue = Dialogue(template, prompt)
-        self._prompt, self._request, self._ask = prompt, request, ask
+        self.prompt = prompt
+        self._request, self._ask = request, ask
         self._template, self._limits, self._parse = template, limits, parse
+        self._asking: set[asyncio.Future[list[Reply]]] = set()
         self.keeper: SessionKeeper | None = None
         """of an environment that can be restored"""
 
@@ -116,6 +128,7 @@ class Policy:
         *,
         tools: Sequence[Any] | None = None,
         max_new_tokens: int | None = None,
+        live: LiveTurn | None = None,
     ) -> Turn:
         """The model's answer to token ids, or to messages as the chat template renders them.
 
@@ -124,9 +137,13 @@ class Policy:
         Args:
             tools: JSON schemas of what may be called; unset, those of the prompt's row or of data.tools.
             max_new_tokens: a lower limit than that of the run.
+            live: hears the answer while it is sampled, and may end it where it is: its finish reason is
+                then `length`.
 
         Raises:
             LimitReached: there are no turns or tokens left.
+            AbortedError: the server ended the response.
+            StateError: the session's state() raises, or returns what cannot be kept.
             DataError: the chat template fails on the messages, or the server refuses the ids.
             TypeError, ValueError: the prompt is neither ids nor messages, or empty.
         """
@@ -135,14 +152,20 @@ class Policy:
         first = prompt[0] if len(prompt) else None
         asked = None
         if isinstance(first, Mapping):
-            its = self._template.tools_of(self._prompt) if tools is None else tools
+            its = self._template.tools_of(self.prompt) if tools is None else tools
             asked = self.dialogue.ask(prompt, its)  # type: ignore[arg-type]
             ids = asked.ids
         else:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
         if self.keeper is not None:
-            self.keeper.keep(self.progress.turns)
-        reply = await self._sample(ids, max_new_tokens, own=asked is None)
+            try:
+                self.keeper.keep(self.progress.turns)
+            except StateError as error:  # whatever the environment makes of it, its rollout is void
+                self.progress.stateless = str(error)
+                raise
+        if live is not None:
+            live.begin(self._template, asked, len(ids))
+        reply = await self._sample(ids, max_new_tokens, own=asked is None, live=live)
         self.recorder.add(ids, reply)
         turn = await self._read(ids, reply, asked)
         if self.keeper is not None:
@@ -160,6 +183,12 @@ class Policy:
             self.progress.finish_reason = one.reply.finish_reason
         self.progress.turns = asked
 
+    def cut(self) -> None:
+        """No further turn: the rollout has become too old. What is being sampled is given up."""
+        self.progress.limit = self.progress.limit or _AGE
+        for work in self._asking:
+            work.cancel()
+
     @property
     def sampling(self) -> Mapping[str, Any]:
         """The sampling parameters of every turn, in SGLang's names."""
@@ -173,29 +202,48 @@ class Policy:
         """The text of ids, special tokens included."""
         return self._template.decode(ids, special=True)
 
-    async def _sample(self, ids: list[int], most: int | None, *, own: bool) -> Reply:
+    async def _sample(self, ids: list[int], most: int | None, *, own: bool, live: LiveTurn | None) -> Reply:
         """The reply after `ids`, which are the environment's `own` where no template wrote them."""
         request = self._next_request(ids, most)
+        stream = None
+        if live is not None:
+            stream = live.stream
+            request = replace(request, stream=stream)
         progress = self.progress
         progress.turns += 1
         progress.generating += 1
         progress.changed()
+        work = asyncio.ensure_future(self._ask(request))
+        self._asking.add(work)
         try:
-            (reply,) = await self._ask(request)
+            (reply,) = await work
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if progress.limit == _AGE and not (task and task.cancelling()):
+                raise LimitReached(_TOO_OLD) from None
+            raise
         except Exception as error:
             if own and isinstance(error, RejectedError):  # such as a token beyond the vocabulary
                 raise DataError(f"the server refuses the ids of a turn: {error}; correct them") from error
             progress.broken = error  # no server answers: whatever the environment makes of it, the run ends
             raise
         finally:
+            self._asking.discard(work)
             progress.generating -= 1
             progress.changed()
+        if stream is not None and stream.stopped and not stream.broken and reply.token_ids:
+            cut = reply.finish_reason == "abort"
+            return replace(reply, finish_reason="length") if cut else reply
+        if stream is not None and (stream.stopped or stream.broken):
+            raise AbortedError("the response was given up")
         if reply.finish_reason == "abort":
             progress.finish_reason = "abort"
             raise AbortedError("a server aborted the response")
         return reply
 
     def _next_request(self, ids: list[int], most: int | None) -> Request:
+        if self.progress.limit == _AGE:
+            raise LimitReached(_TOO_OLD)
         if not ids or min(ids) < 0:
             raise ValueError("a prompt without tokens, or with a negative one; give ids, or messages")
         params, turn = dict(self._request.sampling_params[0]), self.progress.turns

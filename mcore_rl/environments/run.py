@@ -24,11 +24,12 @@ from mcore_rl.environments.deadlines import Deadlines
 from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.policy import AbortedError, Ask, LimitReached, Policy, RolloutLimits
-from mcore_rl.environments.sessions import SampledTurn, SessionClass, SessionKeeper
+from mcore_rl.environments.sessions import SampledTurn, SessionClass, SessionKeeper, StateError
 from mcore_rl.errors import BlockedLoopError, RewardError
 from mcore_rl.rewards.outcome import Void, read_outcome
 from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
+from mcore_rl.rollout.saved import prompt_digest
 from mcore_rl.rollout.saved_samples import sample_from_json, sample_to_json
 from mcore_rl.terminal import printable, short
 from mcore_rl.types import Prompt, Sample, Segment
@@ -123,6 +124,12 @@ class Environments:
         finally:
             played.cancel()
 
+    async def cut(self, ids: Sequence[str]) -> None:
+        """End these rollouts where they are, as those that have had all their turns: they are too old."""
+        if self._thread is not None:
+            work = asyncio.run_coroutine_threadsafe(self._cut(ids), self._loop)
+            await asyncio.wait_for(asyncio.wrap_future(work), _CLOSE_SECONDS)
+
     async def states(self, ids: Sequence[str]) -> dict[str, Any]:
         """What of these rollouts, of groups that have not ended, can be resumed later, as JSON.
 
@@ -174,14 +181,19 @@ class Environments:
                 self._played.pop(one.rids[0], None)
         return [task.result() for task in tasks]
 
+    async def _cut(self, ids: Sequence[str]) -> None:
+        for id in ids:
+            if (policy := self._playing.get(id)) is not None:
+                policy.cut()
+
     async def _states(self, ids: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for id in ids:
             if (sample := self._played.get(id)) is not None:
-                found[id] = {"sample": sample_to_json(sample)}
+                found[id] = {"sample": sample_to_json(sample), "prompt": prompt_digest(sample.prompt)}
             elif (policy := self._playing.get(id)) is not None and policy.keeper is not None:
                 kept = policy.keeper.to_json()
-                found |= {} if kept is None else {id: kept}
+                found |= {} if kept is None else {id: kept | {"prompt": prompt_digest(policy.prompt)}}
         return found
 
     async def _attempt(self, prompt: Prompt, request: Request, ask: Ask, parse: Parse | None) -> Sample:
@@ -198,6 +210,8 @@ class Environments:
             del self._playing[id]
         if policy.progress.broken is not None:
             raise policy.progress.broken
+        if policy.progress.stateless:
+            returned = Void("state", policy.progress.stateless)
         self._note_rewritten(policy.dialogue.rewritten, prompt)
         self._played[id] = self._sample(policy, prompt, id, returned)
         return self._played[id]
@@ -211,7 +225,10 @@ class Environments:
         if of.restorable:
             turns = [SampledTurn.from_json(one) for one in saved["turns"]] if saved is not None else []
             if saved is not None:
-                session.restore(saved["state"])
+                try:
+                    session.restore(saved["state"])
+                except Exception as error:
+                    raise StateError(f"restore raised {type(error).__name__}: {error}") from error
                 policy.resume(turns, saved["asked"])
             policy.keeper = SessionKeeper(session.state, turns)
         return session.rollout
@@ -292,6 +309,8 @@ async def _guarded(function: Callable[[], Callable[..., Any]], policy: Policy, p
     except BaseException as error:  # SystemExit too, which would end the thread
         if _is(error, AbortedError):
             return AbortedError()
+        if isinstance(error, StateError):
+            return Void("restore", str(error))
         # A client of the gateway has an exception of its own for a rollout that has had all its turns.
         if policy.progress.limit or _is(error, LimitReached):
             return 0.0

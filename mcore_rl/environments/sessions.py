@@ -23,6 +23,13 @@ from mcore_rl.rollout import experts as arrays
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.saved import reply_from_json, reply_to_json
 
+_STATE_BYTES = 8 << 20
+"""of a state as JSON: a checkpoint holds one for every rollout in flight"""
+
+
+class StateError(Exception):
+    """A session cannot say its state, or cannot go on from one: its rollout is void."""
+
 
 @dataclass(frozen=True)
 class SessionClass:
@@ -79,8 +86,22 @@ class SessionKeeper:
     """its state, how many of `turns` there were, how many had been asked for"""
 
     def keep(self, asked: int) -> None:
-        """It asks for turn `asked`. Raises what its `state` raises, TypeError for what JSON has not."""
-        self.kept = json.loads(json.dumps(self.state())), len(self.turns), asked
+        """It asks for turn `asked`. Raises StateError where it cannot be kept."""
+        try:
+            found = self.state()
+            text = json.dumps(found, allow_nan=False)
+            strange = _strange_key(found)
+        except Exception as error:  # RecursionError and whatever the user's code raises
+            what = f"state(): {type(error).__name__}: {error}"
+            raise StateError(f"{what}; return objects, lists, texts and finite numbers") from error
+        if strange is not None:
+            raise StateError(f"state() returned an object with the key {strange}; JSON has texts alone")
+        if len(text) > _STATE_BYTES:
+            raise StateError(
+                f"state() returned {len(text)} characters of JSON, more than {_STATE_BYTES}; keep what is "
+                "large elsewhere, and its name in the state"
+            )
+        self.kept = json.loads(text), len(self.turns), asked
 
     def to_json(self) -> dict[str, Any] | None:
         """For a checkpoint; None before it has asked for a turn."""
@@ -88,3 +109,16 @@ class SessionKeeper:
             return None
         state, count, asked = self.kept
         return {"state": state, "asked": asked, "turns": [one.to_json() for one in self.turns[:count]]}
+
+
+def _strange_key(value: Any) -> str | None:
+    """A key of an object that is no text: JSON would make one of it, and restore would be given another."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if not isinstance(key, str):
+                return repr(key)[:80]
+            if (found := _strange_key(one)) is not None:
+                return found
+    elif isinstance(value, list | tuple):
+        return next((found for one in value if (found := _strange_key(one)) is not None), None)
+    return None

@@ -13,13 +13,14 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import aiohttp
 from pydantic_core import from_json
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
+from mcore_rl.rollout import streaming
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
 from mcore_rl.terminal import escaped, quoted
 from mcore_rl.types import ExpertLayers
@@ -138,8 +139,11 @@ class RolloutClient:
         prompt_log_probs: bool = False,
         experts: ExpertLayers | None = None,
         session: str = "",
+        stream: streaming.TokenStream | None = None,
     ) -> list[Reply]:
         """One response per prompt, in one HTTP call; `sampling_params` and `rids` have one entry per prompt.
+
+        A `stream` is told the tokens of the one response while they are sampled, and may end it.
 
         A `session` is the routing key of all requests that go on from each other.
 
@@ -165,6 +169,9 @@ class RolloutClient:
                 "logprob_start_len": 0 if prompt_log_probs else -1,
             } | ({} if experts is None else {"return_routed_experts": True})
             body |= {"routing_key": session} if session else {}
+            if stream is not None:
+                one = Asked(rids[0], sent[0], prompts[0], tokens[0], self.vocabulary, False, experts)
+                return [await self._streamed(body, one, stream, 2 * most)]
             raw = await self._raw("POST", "/generate", body, most=2 * most)
             data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):
@@ -177,6 +184,43 @@ class RolloutClient:
             return [parse_reply(item, one) for item, one in zip(data, asked, strict=True)]
 
         return await self._retrying("/generate", attempt) if prompts else []
+
+    async def _streamed(
+        self, body: Mapping[str, Any], asked: Asked, stream: streaming.TokenStream, most: int
+    ) -> Reply:
+        """One attempt of which `stream` is told; it ends early where that wants no more of it."""
+        (params,) = body["sampling_params"]
+        params = {**params, "stream_interval": streaming.interval(asked.most)}
+        body = {**body, "sampling_params": [params], "stream": True}
+        found, url = streaming.StreamedReply(asked), f"{self.url}/generate"
+        ending: asyncio.Task[None] | None = None
+        try:
+            async with self._opened.request("POST", url, json=body, allow_redirects=False) as response:
+                if response.status != 200:
+                    raw = await response.content.read(_MESSAGE_CHARS)
+                    self._raise_for(url, response.status, raw, response.headers.get("Retry-After", ""))
+                async for data in self._events(response, max(most, 1 << 16)):
+                    event = _decode(data)
+                    if error := streaming.error_of(event):
+                        self._raise_for(url, *error, "")
+                    ended = found.add(event)
+                    if not stream.tell(found.ids):
+                        stream.stop()
+                    if ended:
+                        return parse_reply(found.whole(), asked)
+                    if ending is None:  # from here on the server knows the request
+                        ending = asyncio.create_task(self._abort_when_stopped(stream, asked.sent))
+        finally:
+            if ending is not None:
+                ending.cancel()
+        raise _TransientError("the stream ended before its response")
+
+    def _events(self, response: aiohttp.ClientResponse, most: int) -> AsyncIterator[bytes]:
+        return streaming.read_events(response.content.iter_any(), most)
+
+    async def _abort_when_stopped(self, stream: streaming.TokenStream, rid: str) -> None:
+        await stream.wait_stopped()
+        await self._abort_quietly([rid])
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
         """Stops decoding; requests sent meanwhile wait for `resume`."""
@@ -330,15 +374,19 @@ class RolloutClient:
         raw = await self._raw(method, path, body)
         return _decode(raw) if raw else None
 
+    @property
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("RolloutClient is used outside of `async with`")
+        return self._session
+
     async def _raw(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, most: int = 0
     ) -> bytes:
         """One attempt: the body of a 200, of at most `most` bytes or a small reply's."""
         most = max(most, _SMALL_REPLY_BYTES) if self.max_reply_bytes is None else self.max_reply_bytes
-        if self._session is None:
-            raise RuntimeError("RolloutClient is used outside of `async with`")
         url = f"{self.url}{path}"
-        async with self._session.request(method, url, json=body, allow_redirects=False) as response:
+        async with self._opened.request(method, url, json=body, allow_redirects=False) as response:
             raw = bytearray()
             async for chunk in response.content.iter_chunked(1 << 16):
                 raw += chunk

@@ -13,6 +13,7 @@ from typing import Any
 
 from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
+from mcore_rl.rollout.streaming import TokenStream
 from mcore_rl.types import ExpertLayers, Prompt
 
 _SLACK = 4
@@ -36,6 +37,8 @@ class Request:
     """of rollouts of an environment that go on after a crash, by their ids: what was saved of them"""
     affinity: str = ""
     """requests of one name go to one server, which has their prefix cached, where that has little to do"""
+    stream: TokenStream | None = None
+    """who listens to the one response while it is sampled"""
 
 
 def join(requests: Sequence[Request]) -> Request:
@@ -217,6 +220,7 @@ class Dispatch:
                 request.rids,
                 experts=request.experts,
                 session=request.affinity,
+                stream=request.stream,
             )
         )
         lost = asyncio.create_task(server.lost.wait())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -37,11 +37,16 @@ class Schedule:
         extra: asked beyond those of the steps, so that a step need not wait for the slowest.
         max_staleness: versions that a trained token may be old. With 0 the groups of a step are asked in it,
             and none is in flight between two steps.
+        outlives: a group that has not finished may go on while its first tokens become too old to be trained,
+            since its later ones are not. One that has finished is discarded once its last token is too old.
     """
 
-    def __init__(self, *, extra: int, max_staleness: int) -> None:
+    def __init__(self, *, extra: int, max_staleness: int, outlives: bool = False) -> None:
         self.extra = extra
         self.max_staleness = max_staleness
+        self.outlives = outlives
+        self._newest: dict[str, int] = {}
+        """id of a group that has finished -> version that served then, where it is told"""
         self._asked: dict[str, int] = {}
         """id -> version that served when it was asked; oldest first"""
         self._finished: list[str] = []
@@ -56,9 +61,11 @@ class Schedule:
         """These are asked while `version` serves."""
         self._asked |= dict.fromkeys(ids, version)
 
-    def finish(self, group: str) -> None:
-        """All samples of this group have arrived."""
+    def finish(self, group: str, newest: int | None = None) -> None:
+        """All samples of this group have arrived, while version `newest` served."""
         self._finished.append(group)
+        if newest is not None:
+            self._newest[group] = newest
 
     def take(self, groups: int) -> tuple[str, ...] | None:
         """So many groups, in the order in which they were asked; None as long as too few have finished."""
@@ -77,15 +84,26 @@ class Schedule:
         finished = set(self._finished)
         discarded: dict[str, Discarded] = {
             group: "stale" if group in finished else "unfinished"
-            for group, version in self._asked.items()
-            if version < step - self.max_staleness
+            for group in self._older(step)
+            if not (self.outlives and self._lives(group, finished, step))
         }
         self._remove(discarded)
         return discarded
 
+    def outlived(self, step: int) -> list[str]:
+        """Groups that have not finished, and of which the first tokens are too old for step + 1."""
+        return [group for group in self._older(step) if group not in set(self._finished)]
+
+    def _older(self, step: int) -> list[str]:
+        return [group for group, version in self._asked.items() if version < step - self.max_staleness]
+
+    def _lives(self, group: str, finished: Collection[str], step: int) -> bool:
+        return group not in finished or self._newest.get(group, -1) >= step - self.max_staleness
+
     def _remove(self, groups: Iterable[str]) -> None:
         for group in groups:
             del self._asked[group]
+            self._newest.pop(group, None)
         self._finished = [group for group in self._finished if group in self._asked]
 
 
@@ -174,6 +192,10 @@ class Player(Protocol):
         """
         ...
 
+    async def cut(self, ids: Sequence[str], /) -> None:
+        """End these rollouts where they are: they are asked for no further turn."""
+        ...
+
     async def states(self, ids: Sequence[str], /) -> dict[str, Any]:
         """What of these rollouts can be resumed later, as JSON, by their ids."""
         ...
@@ -211,12 +233,20 @@ class InFlight:
         dispatch: not open yet.
         timeout: seconds for any call here; RolloutError after it.
         player: makes the samples, where there is an environment.
+        cuts: rollouts whose first tokens have become too old are ended where they are.
     """
 
     def __init__(
-        self, dispatch: Dispatch, schedule: Schedule, *, timeout: float, player: Player | None = None
+        self,
+        dispatch: Dispatch,
+        schedule: Schedule,
+        *,
+        timeout: float,
+        player: Player | None = None,
+        cuts: bool = False,
     ) -> None:
         self._dispatch, self._schedule, self._timeout, self._player = dispatch, schedule, timeout, player
+        self._cuts = cuts
         self._requests: dict[str, Request] = {}
         """of all groups in flight"""
         self._replies: dict[str, Replies] = {}
@@ -363,7 +393,7 @@ class InFlight:
 
     def _arrive(self, group: str, replies: Replies, arrived: Arrived) -> None:
         self._replies[group] = replies
-        self._schedule.finish(group)
+        self._schedule.finish(group, int(self._dispatch.version) if self._schedule.outlives else None)
         arrived(group, replies)
 
     async def _generate(self, groups: Sequence[PendingGroup], arrived: Arrived) -> None:
@@ -395,6 +425,9 @@ class InFlight:
             self._replies.pop(group, None)
             if group in self._tasks:
                 self._tasks[group].cancel()
+        if self._cuts and self._player is not None:
+            late = self._schedule.outlived(step)
+            await self._player.cut([id for group in late for id in self._requests[group].rids])
         return discarded
 
     async def _lost(self) -> dict[str, str]:

@@ -6,6 +6,8 @@ A sample in flight is a server's reply to a prompt, which becomes one segment, o
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -66,9 +68,23 @@ def kept_replies(
     return [reply_from_json(reply, routed=routed) for reply in replies]
 
 
-def kept_rollouts(saved: Mapping[str, Any], *, version: int, max_staleness: int) -> Mapping[str, Any]:
-    """What a saved group that had not finished keeps of its rollouts; nothing where it is too old."""
-    return {} if is_too_old(saved, version, max_staleness) else saved.get("played", {})
+def kept_rollouts(
+    saved: Mapping[str, Any], *, version: int, max_staleness: int, prompt: Prompt
+) -> Mapping[str, Any]:
+    """What a saved group that had not finished keeps of its rollouts.
+
+    Nothing where it is too old, or where its prompt is another one now, of the same id.
+    """
+    if is_too_old(saved, version, max_staleness):
+        return {}
+    of = prompt_digest(prompt)
+    return {id: one for id, one in saved.get("played", {}).items() if one.get("prompt", of) == of}
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """What a rollout was of: the prompt's tokens and its label."""
+    text = json.dumps([list(prompt.token_ids), prompt.label])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def check_group(saved: Mapping[str, Any], vocabulary: int, experts: ExpertLayers | None) -> None:

@@ -26,9 +26,10 @@ from mcore_rl.server import bodies, schema
 from mcore_rl.server.bodies import MalformedBodyError, encode, read_json
 from mcore_rl.server.engine import Engine
 from mcore_rl.server.generate import ModelLimits, parse_generate
-from mcore_rl.server.replies import generate_reply
+from mcore_rl.server.replies import generate_reply, streamed_reply
 from mcore_rl.server.schema import RequestError, reasons
 from mcore_rl.server.sequence import Sequence
+from mcore_rl.server.streams import Sampled, stream_generation
 from mcore_rl.server.weights import Shapes, combined_checksum, replace_weights, weight_checksums
 from mcore_rl.server.worker import Worker
 
@@ -104,9 +105,11 @@ class Api:
 
     # -- generation ---------------------------------------------------------------------------------------
 
-    async def generate(self, request: web.Request) -> web.Response:
+    async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request, self.bodies)
         generation = await self._aside(parse_generate, body, self.limits, self.tokenizer, self.seeds)
+        if generation.stream:
+            return await stream_generation(request, self.worker, generation, self._write_event)
         mine = set(generation.sequences)
         try:
             finished = await asyncio.wrap_future(self.worker.generate(generation.sequences))
@@ -119,6 +122,11 @@ class Api:
         replies = [generate_reply(sequence, self.tokenizer) for sequence in finished]
         text = encode(replies if batch else replies[0])
         return web.Response(body=text.encode(), content_type="application/json")
+
+    def _write_event(self, sequence: Sequence, sampled: Sampled) -> dict[str, Any]:
+        if sampled is None:
+            return generate_reply(sequence, self.tokenizer)
+        return streamed_reply(sequence, sampled, self.tokenizer)
 
     async def pause(self, request: web.Request) -> web.Response:
         body = await self._parse(request, schema.PauseBody)

@@ -89,6 +89,20 @@ class Engine:
             self._admit()
         return self._decode() if self.running else []
 
+    def sampled(self) -> list[tuple[Sequence, tuple[list[int], list[float]]]]:
+        """Of running sequences that are streamed and due: the ids and log-probs that they have until now."""
+        streamed = [i for i, sequence in enumerate(self.running) if sequence.wanted.stream_every]
+        if not streamed:
+            return []
+        counts = self.rows.generated.tolist()
+        due = [i for i in streamed if (counts[i] - 1) % self.running[i].wanted.stream_every == 0]
+        ids, scores = self.rows.output_ids, self.rows.log_probs
+        return [
+            (self.running[i], (ids[i, : counts[i]].tolist(), scores[i, : counts[i]].tolist()))
+            for i in due
+            if counts[i]
+        ]
+
     # -- control ------------------------------------------------------------------------------------------
 
     def pause(self, mode: PauseMode) -> list[Sequence]:

@@ -43,6 +43,8 @@ class GenerateRequest:
     """prompt-major: the n copies of a prompt are neighbours"""
     batch: bool
     """The reply is a list: a batch of prompts, or n > 1."""
+    stream: bool = False
+    """It is told while it is sampled."""
 
 
 def parse_generate(
@@ -77,7 +79,8 @@ def parse_generate(
     for prompt, rid, param, scored, start, top, shown in zip(
         prompts, rids, params, log_probs, starts, tops, ids, strict=True
     ):
-        hidden = Wanted(skip_special_tokens=param.skip_special_tokens)
+        every = (param.stream_interval or 1) if request.stream else 0
+        hidden = Wanted(skip_special_tokens=param.skip_special_tokens, stream_every=every)
         wanted = (
             replace(hidden, log_probs=True, prompt_from=start, top=top, token_ids=shown) if scored else hidden
         )
@@ -86,7 +89,7 @@ def parse_generate(
         values += param.n * _values(prompt, param, wanted)
         _check_size(len(sequences) + param.n, values)
         sequences += _sequences(prompt, rid, param, wanted, limits, seeds, request.routing_key or "")
-    return GenerateRequest(sequences, batch or len(sequences) > 1)
+    return GenerateRequest(sequences, batch or len(sequences) > 1, request.stream)
 
 
 def _prompts(

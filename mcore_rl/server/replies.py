@@ -24,6 +24,27 @@ def generate_reply(sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None
     return reply
 
 
+def streamed_reply(
+    sequence: Sequence, sampled: tuple[list[int], list[float]], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """What a sequence that is still sampled has until now; its weight versions are told at its end."""
+    ids, log_probs = sampled
+    meta: dict[str, Any] = {
+        "id": sequence.id,
+        "finish_reason": None,
+        "prompt_tokens": len(sequence.prompt),
+        "completion_tokens": len(ids),
+        "cached_tokens": sequence.num_cached,
+    }
+    if sequence.wanted.log_probs:
+        chosen = zip(log_probs, ids, strict=True)
+        meta["output_token_logprobs"] = [[value, token, None] for value, token in chosen]
+    reply: dict[str, Any] = {"output_ids": ids, "meta_info": meta}
+    if tokenizer is not None:
+        reply["text"] = tokenizer.decode(ids, skip_special_tokens=sequence.wanted.skip_special_tokens)
+    return reply
+
+
 def _meta(sequence: Sequence) -> dict[str, Any]:
     meta = {
         "id": sequence.id,

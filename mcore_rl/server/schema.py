@@ -57,10 +57,8 @@ NEUTRAL_SAMPLING: Mapping[str, tuple[object, ...]] = {
     "watermark": (None, False),
     "spaces_between_special_tokens": (True,),
     "no_stop_trim": (False,),
-    "stream_interval": (None, 1),
 }
 NEUTRAL_GENERATE: Mapping[str, tuple[object, ...]] = {
-    "stream": (False,),
     "return_text_in_logprobs": (False,),
     "return_sampling_mask": (False,),
     "sampling_logprobs_mode": (None, "selected"),
@@ -151,6 +149,8 @@ class SamplingParams(_Body):
     ignore_eos: bool = False
     """True: stop_token_ids are ignored too, as in SGLang."""
     skip_special_tokens: bool = True
+    stream_interval: int | None = None
+    """Tokens between two events of a stream, which begins with the first token; unset, 1."""
     sampling_seed: int | None = None
     """Copy k of n draws from its own stream derived from this seed."""
 
@@ -165,6 +165,8 @@ class SamplingParams(_Body):
             (0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p),
             (self.top_k == -1 or self.top_k >= 1, "top_k must be -1 (off) or at least 1", self.top_k),
             (0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p),
+            (self.stream_interval is None or self.stream_interval >= 1, "stream_interval must be at least 1",
+             self.stream_interval or 0),
             (1 <= self.n <= MAX_SEQUENCES, f"n must be in [1, {MAX_SEQUENCES}]", self.n),
         )  # fmt: skip
         for holds, rule, value in rules:
@@ -208,6 +210,8 @@ class GenerateBody(_Body):
     top_logprobs_num: int | _Listed[int] = 0
     token_ids_logprob: _Listed[int] | _Listed[_Listed[int]] | None = None
     return_routed_experts: bool = False
+    stream: bool = False
+    """Answer with server-sent events while it is sampled."""
     routing_key: _Name | None = None
     """The session whose turns these are: what was computed for one is not computed again for the next."""
 

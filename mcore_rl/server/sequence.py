@@ -54,6 +54,8 @@ class Wanted:
     skip_special_tokens: bool = True
     experts: bool = False
     """Which experts every token but the last is sent to."""
+    stream_every: int = 0
+    """Tokens between two states that are told while it is sampled; 0: none is."""
 
     @property
     def extras(self) -> bool:

@@ -16,6 +16,8 @@ from mcore_rl.server.schema import RequestError
 from mcore_rl.server.sequence import Sequence
 
 T = TypeVar("T")
+Tell = Callable[[Sequence, tuple[list[int], list[float]] | None], None]
+"""is told of a sequence, on the engine's thread: its ids and log-probs until now; None when it has ended"""
 _IDLE_SECONDS = 1.0
 
 
@@ -45,6 +47,7 @@ class _Ticket:
     sequences: list[Sequence]
     remaining: int
     future: Future[list[Sequence]]
+    tell: Tell | None = None
 
 
 class Worker:
@@ -69,10 +72,14 @@ class Worker:
         self._commands.put(_Command(lambda: run(self.engine), future, quiet))
         return future
 
-    def generate(self, sequences: list[Sequence]) -> Future[list[Sequence]]:
-        """Resolves to `sequences`, all finished; RequestError when one of their rids is in flight."""
+    def generate(self, sequences: list[Sequence], tell: Tell | None = None) -> Future[list[Sequence]]:
+        """Resolves to `sequences`, all finished; RequestError when one of their rids is in flight.
+
+        Args:
+            tell: of those that want to be streamed, while they are sampled, and when they have ended.
+        """
         future: Future[list[Sequence]] = Future()
-        accepted = self.call(lambda _: self._submit(sequences, future))
+        accepted = self.call(lambda _: self._submit(sequences, future, tell))
         accepted.add_done_callback(lambda done: _relay_error(done, future))
         return future
 
@@ -163,6 +170,7 @@ class Worker:
         self.engine.moved = time.monotonic()
         try:
             self._deliver(self.engine.step(admit=not self._held))
+            self._tell_running()
         except Exception as error:  # a failed forward costs the requests in flight, not the server
             self.engine.clear()
             for ticket in set(self._tickets.values()):
@@ -171,14 +179,20 @@ class Worker:
             self._tickets.clear()
             self.state = self._state()
 
-    def _submit(self, sequences: list[Sequence], future: Future[list[Sequence]]) -> None:
+    def _tell_running(self) -> None:
+        for sequence, sampled in self.engine.sampled():
+            ticket = self._tickets[sequence]
+            if ticket.tell is not None:
+                ticket.tell(sequence, sampled)
+
+    def _submit(self, sequences: list[Sequence], future: Future[list[Sequence]], tell: Tell | None) -> None:
         in_flight = {sequence.rid for sequence in self._tickets}
         for sequence in sequences:
             if sequence.rid in in_flight:
                 raise RequestError(
                     f"rid {sequence.rid!r} is already in flight; abort it first or choose another"
                 )
-        ticket = _Ticket(sequences, len(sequences), future)
+        ticket = _Ticket(sequences, len(sequences), future, tell)
         self._tickets |= dict.fromkeys(sequences, ticket)
         self.engine.submit(sequences)
 
@@ -187,6 +201,8 @@ class Worker:
         for sequence in finished:
             ticket = self._tickets.pop(sequence)
             ticket.remaining -= 1
+            if ticket.tell is not None:
+                ticket.tell(sequence, None)
             if not ticket.remaining and not ticket.future.done():
                 ticket.future.set_result(ticket.sequences)
         return len(finished)

@@ -175,6 +175,7 @@ def sizes_of(config: Config) -> RolloutSizes:
         samples=r.samples_per_prompt,
         extra=r.over_sampling,
         max_staleness=r.max_staleness,
+        outlived=config.environment.outlived,
         most_sampled=r.dynamic_sampling * r.prompts_per_step,
         by_parts=config.run.kind == "rl" and configure(a.name, a.params, a.loss).decoupled,
     )

@@ -35,6 +35,7 @@ from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.requests import CALLS_PER_SERVER, RolloutSizes, Sampling
 from mcore_rl.training.rewards import RewardSource
 from mcore_rl.training.servers import Servers
+from mcore_rl.training.stale_tokens import stale_tokens, without_stale_tokens
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
 
@@ -75,6 +76,10 @@ class Generation:
         self._saved: list[Mapping[str, Any]] = []
         """groups in flight of the checkpoint that the run continues from, until they are in flight again"""
         self._totals: Counter[str] = Counter()
+        self._too_old = 0
+        """tokens of this step that are not trained"""
+        self._resumed: dict[str, float] = {}
+        """what became of rollouts in flight, for the first step after a resume"""
         self._begun = False
         """the first `max_staleness` steps ahead were asked for; from then on a step asks for the newest"""
 
@@ -91,7 +96,7 @@ class Generation:
         filtered = FilteredGroups(self.sizes.groups, self.sizes.most_sampled, by_parts=self.sizes.by_parts)
         while filtered.missing:
             self._ask_for(step, filtered)
-            groups = self._take(filtered.missing)
+            groups = self._within_bound(self._take(filtered.missing), step)
             self._source.measure(groups)
             filtered.add(groups)
             if not any(group.samples for group in filtered.groups):
@@ -104,7 +109,8 @@ class Generation:
         self._count(filtered, self._discard(step))
         self._source.keep({prompt_of(group) for group in self._queue})
         if self.sizes.max_staleness:
-            self.metrics |= staleness_metrics([s for g in filtered.kept for s in g.samples], step - 1)
+            alive = [s for group in filtered.kept for s in group.samples if not s.void]
+            self.metrics |= staleness_metrics(alive, step - 1)
         return filtered.kept
 
     def _take(self, groups: int) -> list[Group]:
@@ -120,6 +126,14 @@ class Generation:
         taken, losses = gather_groups(self._mesh, self._source.prompts, work)
         self._queue.remove(group.id for group in taken)
         return self._complete(taken, losses)
+
+    def _within_bound(self, groups: list[Group], step: int) -> list[Group]:
+        """Without the tokens that are too old for `step`, where rollouts may outlive the bound."""
+        if self.sizes.outlived == "drop":
+            return groups
+        kept = [without_stale_tokens(group, step - 1 - self.sizes.max_staleness) for group in groups]
+        self._too_old += sum(stale_tokens(*pair) for pair in zip(groups, kept, strict=True))
+        return kept
 
     def _discard(self, step: int) -> Counter[str]:
         """How many groups are in flight no more since no later step could train them, by the reason."""
@@ -212,6 +226,11 @@ class Generation:
         if self._sampling.plays:
             rewritten = on_leads(self._mesh, lambda: self._of_lead().rewritten())
             self.metrics |= rollout_shapes(filtered.kept)
+            if self.sizes.outlived != "drop":
+                self.metrics["environment/too_old"] = float(self._too_old)
+            self._too_old = 0
+            self.metrics |= self._resumed
+            self._resumed = {}
             self.metrics["environment/rewritten"] = float(sum(gather_replicas(self._mesh, rewritten)))
         if self.sizes.max_staleness:
             self.metrics |= {f"async/{name}": float(count) for name, count in self._totals.items()}
@@ -276,12 +295,25 @@ class Generation:
                 )
                 played: Mapping[str, Any] = {}
                 if replies is None and self._sampling.plays:
-                    played = kept_rollouts(saved, version=version, max_staleness=bound)
+                    played = self._kept_rollouts(saved, version)
                 asked = saved["version"] if played or replies is not None else version
                 groups.append(self._pending(saved["id"], asked, replies, played))
         if self._saved:
+            if self._sampling.plays:
+                self._resumed = self._count_resumed(version)
             on_leads(self._mesh, lambda: self._of_lead().add(groups, arrived=self._begin_scoring))
         self._saved = []
+
+    def _kept_rollouts(self, saved: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+        prompt, bound = self._prompt(saved["id"]), self.sizes.max_staleness
+        return kept_rollouts(saved, version=version, max_staleness=bound, prompt=prompt)
+
+    def _count_resumed(self, version: int) -> dict[str, float]:
+        """Of all replicas: rollouts in flight that go on, or had ended, and those that begin again."""
+        unfinished = [saved for saved in self._saved if saved["replies"] is None]
+        resumed = sum(len(self._kept_rollouts(saved, version)) for saved in unfinished)
+        again = len(unfinished) * self.sizes.samples - resumed
+        return {"environment/resumed": float(resumed), "environment/begun_again": float(again)}
 
     # -- small things -------------------------------------------------------------------------------------
 

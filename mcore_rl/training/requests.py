@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mcore_rl.checkpoint import Saved
 from mcore_rl.data.cursor import share
@@ -36,6 +36,8 @@ class RolloutSizes:
     """versions that a trained token may be old"""
     most_sampled: int
     """groups that a step may sample to find those with a signal; 0: it trains any group"""
+    outlived: Literal["drop", "cut", "finish"]
+    """what becomes of a rollout of an environment whose first tokens are too old"""
     by_parts: bool
     """the algorithm compares each part of a reward by itself"""
 
@@ -71,8 +73,10 @@ def open_requests(
     if not mesh.is_replica_lead:
         return None
     extra = share_of(sizes.extra, mesh, mesh.dp_rank)
-    schedule = Schedule(extra=extra, max_staleness=sizes.max_staleness)
-    return InFlight(fleet.dispatch(mesh.dp_rank, mesh.layout.data), schedule, timeout=timeout, player=player)
+    outlives, cuts = sizes.outlived != "drop", sizes.outlived == "cut"
+    schedule = Schedule(extra=extra, max_staleness=sizes.max_staleness, outlives=outlives)
+    dispatch = fleet.dispatch(mesh.dp_rank, mesh.layout.data)
+    return InFlight(dispatch, schedule, timeout=timeout, player=player, cuts=cuts)
 
 
 def check_saved(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,10 @@ class RawClient(RolloutClient):
         super().__init__(*args, **kwargs)
         self.raw: dict[str, tuple[int, ...]] = {}
         """request id, as it was asked for -> the server's output ids"""
+        self.aborted: dict[str, tuple[int, ...]] = {}
+        """the same of responses that were ended"""
+        self.events: list[int] = []
+        """of each response that was streamed"""
         self.cached = 0
         """tokens of prompts that the server had"""
         self.prompted = 0
@@ -117,13 +121,28 @@ class RawClient(RolloutClient):
         raw = await super()._raw(method, path, *args, **kwargs)
         if path == "/generate":
             for one in json.loads(raw):
-                if one["meta_info"]["finish_reason"]["type"] != "abort":
-                    rid = one["meta_info"]["id"].rpartition("~")[0]
-                    assert rid not in self.raw, "no request is answered twice"
-                    self.raw[rid] = tuple(one["output_ids"])
-                    self.prompted += one["meta_info"]["prompt_tokens"]
-                    self.cached += one["meta_info"]["cached_tokens"]
+                self._keep(one)
         return raw
+
+    async def _events(self, response: Any, most: int) -> AsyncIterator[bytes]:
+        events = 0
+        async for data in super()._events(response, most):
+            events += 1
+            one = json.loads(data)
+            if (one.get("meta_info") or {}).get("finish_reason"):
+                self._keep(one)
+                self.events.append(events)
+            yield data
+
+    def _keep(self, one: Any) -> None:
+        rid = one["meta_info"]["id"].rpartition("~")[0]
+        if one["meta_info"]["finish_reason"]["type"] == "abort":
+            self.aborted[rid] = tuple(one["output_ids"])
+            return
+        assert rid not in self.raw, "no request is answered twice"
+        self.raw[rid] = tuple(one["output_ids"])
+        self.prompted += one["meta_info"]["prompt_tokens"]
+        self.cached += one["meta_info"]["cached_tokens"]
 
 
 def _add(arguments: Any) -> str:

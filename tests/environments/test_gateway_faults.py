@@ -10,6 +10,9 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import aiohttp
@@ -20,6 +23,7 @@ import pytest
 from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.gateway import serve_policy, server
 from mcore_rl.environments.run import Environment, Environments
+from mcore_rl.environments.sessions import SessionKeeper
 from mcore_rl.rollout.client import RejectedError
 from mcore_rl.rollout.dispatch import Dispatch, Request
 from mcore_rl.rollout.processes import Embedded, LocalServer
@@ -119,6 +123,31 @@ def test_an_agent_whose_rollout_is_too_late_is_ended_with_it() -> None:
     assert sample.failure is not None
     assert sample.failure[0] == "timeout"
     assert (ended, my_agents()) == (1, [])
+
+
+def play_for_ever(told: Connection) -> None:
+    """What the process of a rank does: a rollout whose second turn never comes."""
+    play_until(lambda: told.send([agent.pid for agent in my_agents()]))
+
+
+def test_an_agent_ends_with_the_process_of_its_gateway() -> None:
+    """That is killed in mid-dialogue: its agents, processes of their own, are told by their connection."""
+    ours, theirs = Pipe()
+    rank = get_context("fork").Process(target=play_for_ever, args=(theirs,), daemon=True)
+    rank.start()
+    try:
+        assert ours.poll(60), "it has asked for the second turn"
+        (agent,) = map(psutil.Process, ours.recv())
+        assert agent.ppid() == rank.pid
+        assert rank.pid is not None
+        os.kill(rank.pid, signal.SIGKILL)
+        rank.join(10)
+        with suppress(psutil.NoSuchProcess):
+            agent.wait(20)
+    finally:
+        rank.kill()
+        rank.join(10)
+    assert not (agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE)
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +314,25 @@ def test_the_gateway_listens_on_this_machine_alone() -> None:
             return [one.laddr.ip for one in found if one.laddr.port == port and one.status == "LISTEN"]
 
     assert asyncio.run(whole()) == ["127.0.0.1"]
+
+
+def test_a_state_that_raises_is_the_rollouts_error_and_not_the_clients() -> None:
+    policy = policy_of(TOKENIZER, PROMPT, Scripted(TOKENIZER))
+
+    def state() -> None:
+        raise TypeError("of the environment")
+
+    policy.keeper = SessionKeeper(state, [])
+
+    async def whole() -> None:
+        async with serve_policy(policy) as endpoint, aiohttp.ClientSession() as http:
+            for stream in (False, True):
+                headers = {"Authorization": f"Bearer {endpoint.key}"}
+                body = json.loads(BODY) | {"stream": stream}
+                url = f"{endpoint.openai_url}/chat/completions"
+                async with http.post(url, headers=headers, json=body) as reply:
+                    assert reply.status == 500
+                    assert "of the environment" in (await reply.json())["error"]["message"]
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+    assert "of the environment" in policy.progress.stateless

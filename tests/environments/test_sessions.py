@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,12 +129,12 @@ def test_rollouts_go_on_behind_their_last_turn_as_if_nothing_had_happened() -> N
     before = Log({"p@1/1": 2, "p@1/2": 0})
     saved = play(Counts, before, {}, crash=True)
     assert {id: sorted(one) for id, one in saved["played"].items()} == {
-        "p@1/0": ["sample"],
-        "p@1/1": ["asked", "state", "turns"],
-        "p@1/2": ["asked", "state", "turns"],
+        "p@1/0": ["prompt", "sample"],
+        "p@1/1": ["asked", "prompt", "state", "turns"],
+        "p@1/2": ["asked", "prompt", "state", "turns"],
     }
     after = Log({})
-    resumed = dict(kept_rollouts(saved, version=3, max_staleness=0))
+    resumed = dict(kept_rollouts(saved, version=3, max_staleness=0, prompt=PROMPT))
     samples: list[Sample] = play(Counts, after, resumed, crash=False)
     left = [name for name in alone.requests if name[:5] == "p@1/2" or name[:6] == "p@1/1#"]
     assert sorted(after.requests) == sorted(set(left) - {"p@1/1#1"}), "the third turn is asked again"
@@ -142,7 +144,11 @@ def test_rollouts_go_on_behind_their_last_turn_as_if_nothing_had_happened() -> N
         assert len(log) == TURNS
         assert (sample.reward, sample.text, len(sample.segments)) == (5.0, same.text, 1)
         assert sample.segments[0].token_ids.tolist() == same.segments[0].token_ids.tolist()
-    assert kept_rollouts(saved, version=5, max_staleness=1) == {}, "too old to be trained"
+    kept = partial(kept_rollouts, saved, max_staleness=1)
+    assert kept(version=5, prompt=PROMPT) == {}, "too old to be trained"
+    for other in (chat_prompt(TOKENIZER, "3+3?"), replace(PROMPT, label="5")):
+        assert kept(version=4, prompt=other) == {}, "another prompt, of the same id"
+    assert len(kept(version=4, prompt=PROMPT)) == 3
 
 
 def test_what_has_no_state_begins_again_and_a_restore_that_fails_is_void() -> None:
@@ -150,7 +156,58 @@ def test_what_has_no_state_begins_again_and_a_restore_that_fails_is_void() -> No
     assert all("turns" not in one for one in saved.get("played", {}).values())
     saved = play(Counts, Log({f"p@1/{k}": 2 for k in range(3)}), {}, crash=True)
     samples = play(Strange, Log({}), saved["played"], crash=False)
-    assert [sample.failure for sample in samples] == [("raised", "raised KeyError: 'what I knew'")] * 3
+    assert [sample.failure for sample in samples] == [
+        ("restore", "restore raised KeyError: 'what I knew'")
+    ] * 3
+
+
+class Says(Counts):
+    """Its state is whatever it is told; it goes on when the policy refuses."""
+
+    said: Any = None
+
+    def state(self) -> Any:
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+    async def rollout(self, policy, prompt):
+        with suppress(Exception):
+            await policy.generate(self.messages)
+        return 1.0
+
+
+def nested(depth: int) -> Any:
+    found: Any = 1
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (TypeError("no such thing"), "no such thing"),
+        ({1, 2}, "not JSON serializable"),
+        (float("nan"), "Out of range float"),
+        ({"a": [{1: 2}]}, "with the key 1"),
+        ("x" * (9 << 20), "more than 8388608"),
+        (nested(100_000), "maximum recursion"),
+    ],
+    ids=["raises", "set", "nan", "key", "huge", "deep"],
+)
+def test_a_state_that_cannot_be_kept_makes_its_rollout_void_whatever_the_environment_makes_of_it(
+    said: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Says, "said", said)
+    log = Log({})
+    samples: list[Sample] = play(Says, log, {}, crash=False)
+    for sample in samples:
+        assert sample.void
+        assert sample.failure is not None
+        assert sample.failure[0] == "state"
+        assert why in sample.failure[1]
+    assert log.requests == []
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:

@@ -135,7 +135,7 @@ def test_extra_log_probs_belong_to_their_tokens(url: str, model_a: PreTrainedMod
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"stream": True}, "stream"),
+        ({"sampling_params": {"stream_interval": 0}}, "stream_interval"),
         ({"lora_path": "x"}, "lora_path"),
         ({"sampling_params": {"logit_bias": {"1": 5}}}, "sampling_params.logit_bias"),
         ({"sampling_params": {"regex": "a*"}}, "sampling_params.regex"),

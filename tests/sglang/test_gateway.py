@@ -12,6 +12,7 @@ from mcore_rl.errors import RolloutError
 from mcore_rl.rollout.client import RolloutClient
 from tests.environments.agents import ASK, FUNCTION, chain_tokenizer, save_chain
 from tests.environments.dialogues import run_agents
+from tests.environments.hang_up import run_hang_up
 from tests.environments.support import Scripted, chat_prompt, policy_of
 from tests.sglang.conftest import sglang_server
 
@@ -30,6 +31,10 @@ def chain_url(tmp_path_factory: pytest.TempPathFactory):
 def test_what_sglang_sampled_for_agents_with_tools_and_streams_is_what_is_trained(chain_url: str) -> None:
     client = run_agents(chain_url, DIALOGUES)
     assert client.cached > 0, "a session goes on where its prefix is"
+
+
+def test_a_client_that_hangs_up_ends_the_request_at_sglang(chain_url: str) -> None:
+    run_hang_up(chain_url)
 
 
 THOUGHT = 'I add.</think>So:\n<tool_call>\n{"name":"add",  "arguments":{"a":1,"b":2}}\n</tool_call><e>'

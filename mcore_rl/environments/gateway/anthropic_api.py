@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mcore_rl.environments.gateway.session import (
@@ -13,10 +13,14 @@ from mcore_rl.environments.gateway.session import (
     number,
     text_of,
 )
+from mcore_rl.environments.live import LiveTurn, Said
+from mcore_rl.environments.policy import Turn
 
 
-async def messages(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to /v1/messages. Raises ApiError."""
+async def ask_message(
+    session: GatewaySession, body: Mapping[str, Any], name: str, live: LiveTurn | None
+) -> Turn:
+    """The turn that /v1/messages asks for. Raises ApiError."""
     most = number(body, "max_tokens")
     if most is None:
         raise ApiError(400, "max_tokens: expected a positive integer")
@@ -27,7 +31,11 @@ async def messages(session: GatewaySession, body: Mapping[str, Any]) -> dict[str
         conversation += read_message(one)
     none = body.get("tool_choice") == {"type": "none"}
     tools = [] if none else [read_tool(one) for one in listed_objects(body, "tools")]
-    turn = await session.answer(conversation, tools, most)
+    return await session.answer(conversation, tools, most, live)
+
+
+def message_reply(session: GatewaySession, body: Mapping[str, Any], name: str, turn: Turn) -> dict[str, Any]:
+    """What it is answered with."""
     content: list[dict[str, Any]] = []
     if text := turn.message.get("content") or "":
         content.append({"type": "text", "text": text})
@@ -37,7 +45,7 @@ async def messages(session: GatewaySession, body: Mapping[str, Any]) -> dict[str
         content.append({"type": "tool_use", "id": session.call_id(), **its})
     stop = "max_tokens" if turn.finish_reason == "length" else "end_turn"
     return {
-        "id": session.reply_id("msg_"),
+        "id": name,
         "type": "message",
         "role": "assistant",
         "model": session.model,
@@ -85,29 +93,53 @@ def read_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def events(reply: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The events of a streamed reply, which was complete before the first."""
-    usage = {**reply["usage"], "output_tokens": 0}
-    yield {
-        "type": "message_start",
-        "message": {**reply, "content": [], "stop_reason": None, "usage": usage},
-    }
-    for index, block in enumerate(reply["content"]):
-        if block["type"] == "text":
-            empty, delta = {**block, "text": ""}, {"type": "text_delta", "text": block["text"]}
-        else:
-            empty = {**block, "input": {}}
+class MessageEvents:
+    """The events of a streamed message."""
+
+    named = True
+
+    def __init__(self, session: GatewaySession, body: Mapping[str, Any], name: str) -> None:
+        self._name, self._model = name, session.model
+        self._open = False
+        """its text has begun"""
+
+    def begin(self, prompt_tokens: int) -> Iterator[Mapping[str, Any]]:
+        """Before anything is said."""
+        its = {"id": self._name, "type": "message", "role": "assistant", "model": self._model, "content": []}
+        usage = {"input_tokens": prompt_tokens, "output_tokens": 0}
+        ended = {"stop_reason": None, "stop_sequence": None}
+        yield {"type": "message_start", "message": {**its, **ended, "usage": usage}}
+
+    def say(self, field: str, text: str) -> Iterator[Mapping[str, Any]]:
+        """More of the text; the other fields of a message are not of this API."""
+        if field != "content":
+            return
+        if not self._open:
+            self._open = True
+            block = {"type": "text", "text": ""}
+            yield {"type": "content_block_start", "index": 0, "content_block": block}
+        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
+
+    def end(self, reply: Mapping[str, Any], rest: Sequence[Said]) -> Iterator[Mapping[str, Any]]:
+        """What was not said of the whole reply."""
+        for field, text in rest:
+            yield from self.say(field, text)
+        if self._open:
+            yield {"type": "content_block_stop", "index": 0}
+        calls = [block for block in reply["content"] if block["type"] == "tool_use"]
+        for index, block in enumerate(calls, int(self._open)):
             delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-        yield {"type": "content_block_start", "index": index, "content_block": empty}
-        yield {"type": "content_block_delta", "index": index, "delta": delta}
-        yield {"type": "content_block_stop", "index": index}
-    ended = {"stop_reason": reply["stop_reason"], "stop_sequence": None}
-    yield {
-        "type": "message_delta",
-        "delta": ended,
-        "usage": {"output_tokens": reply["usage"]["output_tokens"]},
-    }
-    yield {"type": "message_stop"}
+            yield {"type": "content_block_start", "index": index, "content_block": {**block, "input": {}}}
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+            yield {"type": "content_block_stop", "index": index}
+        ended = {"stop_reason": reply["stop_reason"], "stop_sequence": None}
+        usage = {"output_tokens": reply["usage"]["output_tokens"]}
+        yield {"type": "message_delta", "delta": ended, "usage": usage}
+        yield {"type": "message_stop"}
+
+    def fail(self, error: ApiError) -> Iterator[Mapping[str, Any]]:
+        """It ends before it is whole."""
+        yield error_body(error)
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

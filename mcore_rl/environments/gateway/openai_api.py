@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mcore_rl import strict_json
@@ -18,17 +18,24 @@ from mcore_rl.environments.gateway.session import (
     number,
     text_of,
 )
+from mcore_rl.environments.live import LiveTurn, Said
 from mcore_rl.environments.policy import Turn
 
 ROLES = {"developer": "system"}
 """role of the API -> of chat templates"""
 
 
-async def chat(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to /v1/chat/completions. Raises ApiError."""
+async def ask_chat(
+    session: GatewaySession, body: Mapping[str, Any], name: str, live: LiveTurn | None
+) -> Turn:
+    """The turn that /v1/chat/completions asks for. Raises ApiError."""
     messages = [read_message(one) for one in listed_objects(body, "messages", needed=True)]
     tools = listed_objects(body, "tools") if body.get("tool_choice") != "none" else []
-    turn = await session.answer(messages, tools, number(body, "max_completion_tokens", "max_tokens"))
+    return await session.answer(messages, tools, number(body, "max_completion_tokens", "max_tokens"), live)
+
+
+def chat_reply(session: GatewaySession, body: Mapping[str, Any], name: str, turn: Turn) -> dict[str, Any]:
+    """What it is answered with."""
     message, calls = dict(turn.message), []
     for call in turn.tool_calls:
         function = call["function"]
@@ -44,11 +51,13 @@ async def chat(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, An
         "finish_reason": finish,
         "logprobs": {"content": _scores(session, turn)} if body.get("logprobs") else None,
     }
-    return _reply(session, turn, "chat.completion", "chatcmpl", choice)
+    return _reply(session, turn, "chat.completion", name, choice)
 
 
-async def complete(session: GatewaySession, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to /v1/completions, whose prompt is text or token ids. Raises ApiError."""
+async def ask_completion(
+    session: GatewaySession, body: Mapping[str, Any], name: str, live: LiveTurn | None
+) -> Turn:
+    """The turn that /v1/completions asks for, whose prompt is text or token ids. Raises ApiError."""
     prompt = body.get("prompt")
     if isinstance(prompt, str):
         ids = session.policy.encode(prompt)
@@ -56,7 +65,13 @@ async def complete(session: GatewaySession, body: Mapping[str, Any]) -> dict[str
         ids = prompt
     else:
         raise ApiError(400, "prompt: expected one text, or a list of token ids")
-    turn = await session.policy.generate(ids, max_new_tokens=number(body, "max_tokens"))
+    return await session.policy.generate(ids, max_new_tokens=number(body, "max_tokens"), live=live)
+
+
+def completion_reply(
+    session: GatewaySession, body: Mapping[str, Any], name: str, turn: Turn
+) -> dict[str, Any]:
+    """What it is answered with."""
     choice: dict[str, Any] = {"index": 0, "text": turn.text, "finish_reason": turn.finish_reason}
     choice["logprobs"] = None
     if body.get("logprobs"):
@@ -65,7 +80,7 @@ async def complete(session: GatewaySession, body: Mapping[str, Any]) -> dict[str
             "tokens": [one["token"] for one in scores],
             "token_logprobs": [one["logprob"] for one in scores],
         }
-    return _reply(session, turn, "text_completion", "cmpl", choice)
+    return _reply(session, turn, "text_completion", name, choice)
 
 
 def read_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,32 +113,79 @@ def read_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def chat_events(reply: Mapping[str, Any], *, usage: bool) -> Iterator[Mapping[str, Any]]:
-    """The chunks of a streamed chat completion, which was complete before the first."""
-    (choice,) = reply["choices"]
-    common = {key: reply[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    message = dict(choice["message"])
-    calls = message.pop("tool_calls", [])
+class ChatEvents:
+    """The chunks of a streamed chat completion."""
 
-    def chunk(delta: Mapping[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
-        return {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, **more}]}
+    named = False
 
-    yield chunk({"role": message.pop("role"), "content": ""})
-    said = {key: value for key, value in message.items() if value}
-    if said:
-        yield chunk(said, logprobs=choice["logprobs"])
-    for index, call in enumerate(calls):
-        yield chunk({"tool_calls": [{"index": index, **call}]})
-    yield chunk({}, choice["finish_reason"])
-    if usage:
-        yield {**common, "choices": [], "usage": reply["usage"]}
+    def __init__(self, session: GatewaySession, body: Mapping[str, Any], name: str) -> None:
+        self._common = _chunk(session, name, "chat.completion.chunk")
+        self._usage = _wants_usage(body)
+
+    def begin(self, prompt_tokens: int) -> Iterator[Mapping[str, Any]]:
+        """Before anything is said."""
+        yield self._chunk({"role": "assistant", "content": ""})
+
+    def say(self, field: str, text: str) -> Iterator[Mapping[str, Any]]:
+        """More of a field of the message."""
+        yield self._chunk({field: text})
+
+    def end(self, reply: Mapping[str, Any], rest: Sequence[Said]) -> Iterator[Mapping[str, Any]]:
+        """What was not said of the whole reply."""
+        (choice,) = reply["choices"]
+        if rest or choice["logprobs"]:
+            yield self._chunk(dict(rest), logprobs=choice["logprobs"])
+        for index, call in enumerate(choice["message"].get("tool_calls", [])):
+            yield self._chunk({"tool_calls": [{"index": index, **call}]})
+        yield self._chunk({}, choice["finish_reason"])
+        if self._usage:
+            yield {**self._common, "choices": [], "usage": reply["usage"]}
+
+    def fail(self, error: ApiError) -> Iterator[Mapping[str, Any]]:
+        """It ends before it is whole."""
+        yield error_body(error)
+
+    def _chunk(self, delta: Mapping[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
+        return {**self._common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, **more}]}
 
 
-def complete_events(reply: Mapping[str, Any], *, usage: bool) -> Iterator[Mapping[str, Any]]:
+class CompletionEvents:
     """The chunks of a streamed completion."""
-    yield {key: value for key, value in reply.items() if key != "usage"}
-    if usage:
-        yield {**reply, "choices": []}
+
+    named = False
+
+    def __init__(self, session: GatewaySession, body: Mapping[str, Any], name: str) -> None:
+        self._common = _chunk(session, name, "text_completion")
+        self._usage = _wants_usage(body)
+
+    def begin(self, prompt_tokens: int) -> Iterator[Mapping[str, Any]]:
+        """Nothing comes before the text."""
+        return iter(())
+
+    def say(self, field: str, text: str) -> Iterator[Mapping[str, Any]]:
+        """More of the text."""
+        choice = {"index": 0, "text": text, "finish_reason": None, "logprobs": None}
+        yield {**self._common, "choices": [choice]}
+
+    def end(self, reply: Mapping[str, Any], rest: Sequence[Said]) -> Iterator[Mapping[str, Any]]:
+        """What was not said of the whole reply."""
+        (choice,) = reply["choices"]
+        yield {**self._common, "choices": [{**choice, "text": dict(rest).get("content", "")}]}
+        if self._usage:
+            yield {**self._common, "choices": [], "usage": reply["usage"]}
+
+    def fail(self, error: ApiError) -> Iterator[Mapping[str, Any]]:
+        """It ends before it is whole."""
+        yield error_body(error)
+
+
+def _chunk(session: GatewaySession, name: str, kind: str) -> dict[str, Any]:
+    return {"id": name, "created": int(time.time()), "model": session.model, "object": kind}
+
+
+def _wants_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
@@ -134,11 +196,11 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def _reply(
-    session: GatewaySession, turn: Turn, kind: str, prefix: str, choice: Mapping[str, Any]
+    session: GatewaySession, turn: Turn, kind: str, name: str, choice: Mapping[str, Any]
 ) -> dict[str, Any]:
     asked, said = len(turn.prompt_ids), len(turn.token_ids)
     return {
-        "id": session.reply_id(f"{prefix}-"),
+        "id": name,
         "object": kind,
         "created": int(time.time()),
         "model": session.model,

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +26,13 @@ from mcore_rl import strict_json
 from mcore_rl.environments.gateway import anthropic_api, openai_api, responses_api
 from mcore_rl.environments.gateway.parameters import check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
-from mcore_rl.environments.policy import AbortedError, LimitReached, Policy
-from mcore_rl.errors import McoreRLError
+from mcore_rl.environments.gateway.streams import Api, guarded, settle, stream_answer
+from mcore_rl.environments.policy import Policy
 
 _HOST = "127.0.0.1"
 _BODY_BYTES = 8 << 20
 _BODY_SECONDS = 60.0
 _SHUTDOWN_SECONDS = 5.0
-
-Answer = Callable[[GatewaySession, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,10 @@ class _Gateway:
             return name, Endpoint(f"http://{_HOST}:{self._port}/{name}", self._sessions[name].key)
 
     async def close(self, name: str) -> None:
-        for request in self._sessions.pop(name).requests:
+        session = self._sessions.pop(name)
+        for request in session.requests:
             request.cancel()
+        await settle(session)
         async with self._lock:
             if not self._sessions and self._runner is not None:
                 runner, self._runner = self._runner, None
@@ -82,10 +81,7 @@ class _Gateway:
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[_errors])
         app.add_routes(
             [
-                web.post("/{session}/v1/chat/completions", self._route(openai_api.chat, "chat")),
-                web.post("/{session}/v1/completions", self._route(openai_api.complete, "completions")),
-                web.post("/{session}/v1/responses", self._route(responses_api.respond, "responses")),
-                web.post("/{session}/v1/messages", self._route(anthropic_api.messages, "messages")),
+                *(web.post(path, self._route(api)) for path, api in _APIS.items()),
                 web.get("/{session}/v1/models", self._models),
             ]
         )
@@ -111,11 +107,11 @@ class _Gateway:
             raise ApiError(401, "no rollout has this address and this key", kind="authentication_error")
         return session
 
-    def _route(self, answer: Answer, kind: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _route(self, api: Api) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             session = self._session(request)
             body = await _body(request)
-            check_parameters(kind, body, session.policy.sampling, session.ignored)
+            check_parameters(api.kind, body, session.policy.sampling, session.ignored)
             streams = body.get("stream", False)
             if type(streams) is not bool:
                 raise ApiError(400, "stream: expected true or false")
@@ -123,12 +119,13 @@ class _Gateway:
             assert task is not None
             session.requests.add(task)
             try:
-                reply = await _guarded(answer(session, body))
+                if streams:
+                    return await stream_answer(request, api, session, body)
+                name = session.reply_id(api.prefix)
+                turn = await guarded(api.ask(session, body, name, None))
+                return web.json_response(api.reply(session, body, name, turn))
             finally:
                 session.requests.discard(task)
-            if not streams:
-                return web.json_response(reply)
-            return await _stream(request, kind, reply, body)
 
         return handle
 
@@ -173,44 +170,6 @@ async def _body(request: web.Request) -> Mapping[str, Any]:
     return body
 
 
-async def _guarded(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """What the policy raises, as an error of the API. Clients ask again for what may be answered then."""
-    try:
-        return await answer
-    except LimitReached as error:
-        raise ApiError(400, str(error), code="context_length_exceeded") from None
-    except AbortedError as error:
-        raise ApiError(503, str(error), kind="api_error") from None
-    except McoreRLError as error:
-        status = 400 if isinstance(error, ValueError) else 503
-        raise ApiError(status, str(error)) from None
-    except (TypeError, ValueError, KeyError) as error:  # of a chat template, for what it was given
-        raise ApiError(400, f"{type(error).__name__}: {error}") from None
-
-
-async def _stream(
-    request: web.Request, kind: str, reply: Mapping[str, Any], body: Mapping[str, Any]
-) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    await response.prepare(request)
-    await response.write("".join(_events(kind, reply, body)).encode())
-    await response.write_eof()
-    return response
-
-
-def _events(kind: str, reply: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[str]:
-    if kind in _EVENTS:
-        for event in _EVENTS[kind](reply):
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-        return
-    options = body.get("stream_options")
-    usage = isinstance(options, dict) and options.get("include_usage") is True
-    chunks = openai_api.chat_events if kind == "chat" else openai_api.complete_events
-    for chunk in chunks(reply, usage=usage):
-        yield f"data: {json.dumps(chunk)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
 @web.middleware
 async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -228,6 +187,30 @@ async def _errors(
     return web.json_response(api.error_body(found), status=found.status)
 
 
-_EVENTS = {"messages": anthropic_api.events, "responses": responses_api.events}
-"""APIs whose streams name their events"""
 _KINDS = {404: "not_found_error", 413: "request_too_large"}
+_APIS = {
+    "/{session}/v1/chat/completions": Api(
+        "chat", "chatcmpl-", openai_api.ask_chat, openai_api.chat_reply, openai_api.ChatEvents
+    ),
+    "/{session}/v1/completions": Api(
+        "completions",
+        "cmpl-",
+        openai_api.ask_completion,
+        openai_api.completion_reply,
+        openai_api.CompletionEvents,
+    ),
+    "/{session}/v1/responses": Api(
+        "responses",
+        "resp_",
+        responses_api.ask_response,
+        responses_api.response_reply,
+        responses_api.ResponseEvents,
+    ),
+    "/{session}/v1/messages": Api(
+        "messages",
+        "msg_",
+        anthropic_api.ask_message,
+        anthropic_api.message_reply,
+        anthropic_api.MessageEvents,
+    ),
+}

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mcore_rl.environments.live import LiveTurn
 from mcore_rl.environments.policy import Policy, Turn
 
 
@@ -44,6 +45,8 @@ class GatewaySession:
     """parameters that have no effect by the environment's own word"""
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     """being answered; they end with the rollout"""
+    left: set[asyncio.Task[Any]] = field(default_factory=set)
+    """responses whose client has gone, until what was sampled of them is recorded"""
     calls: int = 0
     """tool calls that were given an id"""
     responses: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
@@ -51,15 +54,23 @@ class GatewaySession:
     _answers: dict[bytes, Mapping[str, Any]] = field(default_factory=dict)
 
     async def answer(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, most: int | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        most: int | None,
+        live: LiveTurn | None,
     ) -> Turn:
         """The policy's turn after a conversation in the form of chat templates, echoes and all."""
         digest, restored = b"", []
         for message in messages:
             digest = _digest(digest, message)
             restored.append(self._answers.get(digest, message))
-        turn = await self.policy.generate(restored, tools=tools, max_new_tokens=most)
+        turn = await self.policy.generate(restored, tools=tools, max_new_tokens=most, live=live)
         self._answers[_digest(digest, turn.message)] = turn.message
+        if live is not None:  # what was shown may be less than the message, and is what a client echoes
+            self._answers[_digest(digest, {**turn.message, "content": live.given(turn.message)})] = (
+                turn.message
+            )
         return turn
 
     def call_id(self) -> str:
