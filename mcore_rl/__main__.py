@@ -10,7 +10,7 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
-from mcore_rl.imports import uncollected
+from mcore_rl.imports import large_pages, uncollected
 from mcore_rl.server.options import add_options, run_server
 from mcore_rl.streams import guard
 from mcore_rl.terminal import CommandParser, printable
@@ -18,6 +18,7 @@ from mcore_rl.terminal import CommandParser, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
+    large_pages()
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in (train, rollout, plan, doctor, evaluate):
