@@ -140,6 +140,7 @@ def config_of(task: dict[str, Any]) -> Config:
             "optimizer": {"lr": task["lr"], "beta2": 0.999},
             "train": {
                 "steps": 1_000_000,
+                "step_timeout": 100_000,  # on a busy machine a step of the real model takes many minutes
                 "tokens_per_micro_batch": task["sequences"] * (task["prompt_tokens"] + task["new_tokens"]),
             },
             "publish": {"probe_sequences": task["probe_sequences"]},
