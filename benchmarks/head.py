@@ -98,15 +98,17 @@ DTYPES, PASSES = ("float32", "bfloat16"), ("train", "score")
 class Cell:
     """One implementation at one dtype, with its inputs."""
 
-    def __init__(self, name: str, dtype: torch.dtype, rows: int, vocab: int = VOCAB) -> None:
+    def __init__(
+        self, name: str, dtype: torch.dtype, rows: int, vocab: int = VOCAB, hidden: int = HIDDEN
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.name = name
-        self.hidden = (0.1 * torch.randn(rows, HIDDEN, generator=generator)).to(dtype).requires_grad_()
-        self.weight = torch.randn(vocab, HIDDEN, generator=generator).to(dtype).requires_grad_()
+        self.hidden = (0.1 * torch.randn(rows, hidden, generator=generator)).to(dtype).requires_grad_()
+        self.weight = torch.randn(vocab, hidden, generator=generator).to(dtype).requires_grad_()
         self.targets = torch.randint(vocab, (rows,), generator=generator)
         self.a, self.b = torch.randn(2, rows, generator=generator)
         if name in OURS:
-            self.weight.main_grad = torch.zeros(vocab, HIDDEN)  # type: ignore[attr-defined]
+            self.weight.main_grad = torch.zeros(vocab, hidden)  # type: ignore[attr-defined]
 
     def loss(self, rows: slice, out: HeadOutput) -> Tensor:
         """Another coefficient for every row, as in reinforcement learning."""
@@ -143,12 +145,14 @@ class Cell:
         return gemms
 
 
-def measure(name: str, dtype: str, kind: str, rows: int, repeats: int) -> dict[str, Any]:
+def measure(
+    name: str, dtype: str, kind: str, rows: int, repeats: int, *, vocab: int = VOCAB, hidden: int = HIDDEN
+) -> dict[str, Any]:
     """One cell, in this process."""
     torch.set_num_threads(1)
     precision = getattr(torch, dtype)
     getattr(Cell(name, precision, 8, vocab=512), kind)()  # loads the libraries
-    cell = Cell(name, precision, rows)
+    cell = Cell(name, precision, rows, vocab, hidden)
     if name in OURS:
         cell.weight.main_grad.fill_(0.0)  # type: ignore[attr-defined]
     run = getattr(cell, kind)
@@ -298,10 +302,13 @@ def main() -> int:
     parser.add_argument(
         "--cell", nargs=3, metavar=("NAME", "DTYPE", "PASS"), help="one cell, in this process"
     )
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="of that cell")
+    parser.add_argument("--vocab", type=int, default=VOCAB, help="of that cell, or of a shard")
     a = parser.parse_args()
     if a.cell:
         name, dtype, kind = a.cell
-        print(json.dumps(measure(name, dtype, kind, a.rows, a.repeats)))
+        found = measure(name, dtype, kind, a.rows, a.repeats, vocab=a.vocab, hidden=a.hidden)
+        print(json.dumps(found))
         return 0
     path = a.out / f"head_{datetime.date.today().isoformat()}.json"
     results = cells(a.rows, a.repeats, path)

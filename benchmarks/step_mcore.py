@@ -7,9 +7,9 @@ of gloo that wait for connections: an idle process group takes some 0.8 ms of CP
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +138,11 @@ def config_of(task: dict[str, Any]) -> Config:
             "reward": {"function": "benchmarks.step_mcore:reward"},
             "algorithm": {"name": "grpo", "mini_batches": 1},
             "optimizer": {"lr": task["lr"], "beta2": 0.999},
-            "train": {"steps": 1_000_000},
+            "train": {
+                "steps": 1_000_000,
+                "step_timeout": 100_000,  # on a busy machine a step of the real model takes many minutes
+                "tokens_per_micro_batch": task["sequences"] * (task["prompt_tokens"] + task["new_tokens"]),
+            },
             "publish": {"probe_sequences": task["probe_sequences"]},
         }
     )
@@ -173,18 +177,30 @@ def steps(run: Run) -> Iterator[dict[str, float]]:
             "train": train + log,
             "publish": sync,
             "tokens": tokens,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mib": peak_mib(),
             "driver": train + log - megatron.take(),
         }
 
 
-def witness(run: Run, directory: Path) -> None:
-    """Random sequences with the loss and the gradient that this project computes for them.
+def forget_peak() -> None:
+    """The largest memory is that from here on: comparing the sides' gradients is no part of a step."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """The largest resident set since then."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def witness(run: Run, directory: Path, count: int) -> None:
+    """`count` random sequences with the loss and the gradient that this project computes for them.
 
     DIRECTORY/batch.safetensors holds prompts, responses, their lengths, advantages and old log-probs (off the
     present ones by noise that reaches both sides of the clip), DIRECTORY/gradient.safetensors the answer.
     """
-    batch = random_batch(run)
+    batch = random_batch(run, count)
     sequences = token_sequences(batch.samples)
     policy, optimizer, shape = run.trainer.policy, run.trainer.optimizer, run.trainer.shape
     own = log_probs(policy, sequences, shape, run.trainer.temperature)
@@ -219,12 +235,12 @@ def witness(run: Run, directory: Path) -> None:
     save_file(recorded, directory / "batch.safetensors")
 
 
-def random_batch(run: Run) -> RolloutBatch:
-    """A batch of as many sequences as a step has, the responses of different lengths."""
+def random_batch(run: Run, sequences: int) -> RolloutBatch:
+    """A batch of as many sequences as a micro-batch has, the responses of different lengths."""
     rng = np.random.default_rng(0)
     vocab, rollout = run.trainer.policy.arch.vocab, run.trainer.config.rollout
     samples = []
-    for i in range(rollout.prompts_per_step * rollout.samples_per_prompt):
+    for i in range(sequences):
         prompt = rng.integers(2, vocab, run.trainer.config.data.max_prompt_tokens)
         length = int(rng.integers(1, rollout.max_new_tokens + 1))
         tokens = tuple(rng.integers(2, vocab, length).tolist())
@@ -243,8 +259,9 @@ def main() -> None:
     os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"})
     with start(config_of(task)) as run:
-        witness(run, Path(task["witness"]))
+        witness(run, Path(task["witness"]), task["sequences"])
         print("{}", file=answers)
+        forget_peak()
         for _, times in zip(sys.stdin, steps(run), strict=False):
             print(json.dumps(times), file=answers)
 

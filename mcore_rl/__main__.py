@@ -10,6 +10,7 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
+from mcore_rl.imports import large_pages, uncollected
 from mcore_rl.server.options import add_options, run_server
 from mcore_rl.streams import guard
 from mcore_rl.terminal import CommandParser, printable
@@ -17,6 +18,7 @@ from mcore_rl.terminal import CommandParser, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
+    large_pages()
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in (train, rollout, plan, doctor, evaluate):
@@ -234,11 +236,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.config import load_config
 
     config = load_config(arguments.config, overrides)  # a mistake in it is said before torch is imported
-    from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
+    with uncollected():
+        from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 
     _check_flags(arguments)
     if arguments.rehearse:
-        from mcore_rl.launch.rehearse import rehearse
+        with uncollected():
+            from mcore_rl.launch.rehearse import rehearse
 
         return rehearse(config, arguments.rehearse_procs)
     options = {name: getattr(arguments, name) for name in ("resume", "replay", "rollouts")}
@@ -270,7 +274,8 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.errors import ConfigError
 
     config = load_config(arguments.config, overrides)
-    from mcore_rl.launch.start import run_alone
+    with uncollected():
+        from mcore_rl.launch.start import run_alone
 
     if config.run.kind != "rl":
         raise ConfigError(f'rollout: run.kind = "{config.run.kind}" has no rollouts alone; set "rl"')
@@ -288,7 +293,8 @@ def samples(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl plan CONFIG.toml [--gpus N] [--gpu-memory GIB] [--json] [--section.key value ...]`."""
-    from mcore_rl.plan.command import plan
+    with uncollected():
+        from mcore_rl.plan.command import plan
 
     rest = ("command", "config", "json")
     options = {name: value for name, value in vars(arguments).items() if name not in rest}
@@ -297,14 +303,16 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl doctor CONFIG.toml [--json] [--section.key value ...]`."""
-    from mcore_rl.doctor import main as examine
+    with uncollected():
+        from mcore_rl.doctor import main as examine
 
     return examine(arguments.config, overrides, as_json=arguments.json)
 
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl eval CONFIG.toml|RUN_DIR [--checkpoint WHICH] [--out DIR] [--section.key value ...]`."""
-    from mcore_rl.evaluate.command import evaluate
+    with uncollected():
+        from mcore_rl.evaluate.command import evaluate
 
     a = arguments
     return evaluate(a.target, overrides, checkpoint=a.checkpoint, out=a.out, as_json=a.json)
@@ -346,7 +354,8 @@ def follow(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def convert_hf_to_mcore(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl convert hf-to-mcore SOURCE TARGET [--tp N] [--pp N] [--certify] [--json]`."""
-    from mcore_rl.convert.command import hf_to_mcore, print_summary
+    with uncollected():
+        from mcore_rl.convert.command import hf_to_mcore, print_summary
 
     a = arguments
     summary = hf_to_mcore(a.source, a.target, tensor=a.tp, pipeline=a.pp, certified=a.certify)
@@ -356,7 +365,8 @@ def convert_hf_to_mcore(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl convert mcore-to-hf SOURCE TARGET [--config DIR] [--shard-gb N] [--quantize fp8] ...`."""
-    from mcore_rl.convert.command import mcore_to_hf, print_summary
+    with uncollected():
+        from mcore_rl.convert.command import mcore_to_hf, print_summary
 
     a = arguments
     options = {"config": a.config, "shard_gb": a.shard_gb, "quantize": a.quantize or "none"}
@@ -383,7 +393,8 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl verify golden DIR [--tp N] [--json]`."""
-    from mcore_rl.verify.golden.command import main as golden
+    with uncollected():
+        from mcore_rl.verify.golden.command import main as golden
 
     options = ["--tp", str(arguments.tp), *(["--json"] if arguments.json else [])]
     return golden([str(arguments.directory), *options])
@@ -391,8 +402,9 @@ def verify_golden(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def verify_layouts(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl verify layouts [--layouts ...] [--algorithms ...] [--loss module:function] [--json]`."""
-    from mcore_rl.verify.layouts.command import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
-    from mcore_rl.verify.layouts.command import main as layouts
+    with uncollected():
+        from mcore_rl.verify.layouts.command import ALGORITHMS, LAYOUTS, WITH_OWN_LOSS
+        from mcore_rl.verify.layouts.command import main as layouts
 
     a = arguments
     algorithms = a.algorithms or (ALGORITHMS if a.loss is None else WITH_OWN_LOSS)

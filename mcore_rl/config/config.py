@@ -31,6 +31,7 @@ from mcore_rl.config.sections import (
     TrainConfig,
 )
 from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
+from mcore_rl.imports import uncollected
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
 
@@ -320,7 +321,8 @@ def _needs_reference(config: Config) -> bool:
 
 def _effects() -> ModuleType:
     """What reads the algorithms; imported when every key is known to be right, since it imports torch."""
-    from mcore_rl.config import effects
+    with uncollected():
+        from mcore_rl.config import effects
 
     return effects
 

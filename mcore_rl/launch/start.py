@@ -17,6 +17,7 @@ from types import FrameType
 
 from mcore_rl.config import Config, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo, StorageError
+from mcore_rl.imports import uncollected
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
@@ -111,7 +112,8 @@ def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
 
 
 def _sample(config: Config) -> None:
-    from mcore_rl.training.sample_only import sample_rollouts
+    with uncollected():
+        from mcore_rl.training.sample_only import sample_rollouts
 
     sample_rollouts(config)
 
@@ -192,11 +194,13 @@ def _run(config: Config, source: Source) -> None:
 
     check_rank(config)
     if source.replay is not None:
-        from mcore_rl.launch.replay import replay_dump
+        with uncollected():
+            from mcore_rl.launch.replay import replay_dump
 
         replay_dump(config, source.replay)
     elif source.rollouts is not None:
-        from mcore_rl.training.from_dumps import train_from_dumps
+        with uncollected():
+            from mcore_rl.training.from_dumps import train_from_dumps
 
         train_from_dumps(config, source.rollouts, source.resume)
     else:
@@ -205,17 +209,18 @@ def _run(config: Config, source: Source) -> None:
 
 def train_of(config: Config) -> Callable[[Config, str | None], None]:
     """The loop of the config's kind of training."""
-    match config.run.kind:
-        case "rl":
-            from mcore_rl.training.loop import train
-        case "sft":
-            from mcore_rl.training.supervised import train_supervised as train
-        case "preference":
-            from mcore_rl.training.preference import train_preference as train
-        case "reward_model":
-            from mcore_rl.training.reward_model import train_reward_model as train
-        case "distill":
-            from mcore_rl.training.distill import train_distillation as train
+    with uncollected():
+        match config.run.kind:
+            case "rl":
+                from mcore_rl.training.loop import train
+            case "sft":
+                from mcore_rl.training.supervised import train_supervised as train
+            case "preference":
+                from mcore_rl.training.preference import train_preference as train
+            case "reward_model":
+                from mcore_rl.training.reward_model import train_reward_model as train
+            case "distill":
+                from mcore_rl.training.distill import train_distillation as train
     return train
 
 
@@ -259,9 +264,10 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
 
 def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int, Left] | int:
     """Rank -> how it left, of those that left otherwise than with 0; an exit code where a signal came."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with uncollected():
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     agent = LaunchConfig(
         min_nodes=1,

@@ -222,6 +222,17 @@ def swiglu_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def leave_the_compiler_out() -> None:
+    """Half a CPU-second: the first optimizer imports torch's compiler, to tell it to leave optimizers be."""
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+        step: Any = optimizer.step
+        optimizer.step = torch.no_grad()(step.__wrapped__)  # pyright: ignore[reportAttributeAccessIssue]
+    base: Any = torch.optim.Optimizer
+    asking = [base.add_param_group, base.zero_grad, base.state_dict, base.load_state_dict]
+    for function in (*asking, _module("torch.optim.adam").adam):
+        vars(function.__wrapped__)["__dynamo_disable"] = function.__wrapped__
+
+
 FIXES = (
     redirect_literal_devices,
     answer_current_device,
@@ -233,5 +244,5 @@ FIXES = (
     list_splits_on_host,
 )
 
-SAVINGS = (skip_exchanges_of_one_rank, differentiate_swiglu_in_place)
+SAVINGS = (skip_exchanges_of_one_rank, differentiate_swiglu_in_place, leave_the_compiler_out)
 """what a CPU need not do; without them the same numbers come later"""

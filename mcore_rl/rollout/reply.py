@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -169,10 +170,10 @@ def _routed(meta: Mapping[str, Any], experts: ExpertLayers, tokens: int) -> npt.
 def _scores(entries: Any, field: str) -> tuple[list[Any], list[Any]]:
     """(log-probs, token ids) of [[log-prob, token id, ...], ...], neither checked."""
     found = _list(entries, field)
-    for entry in found:
-        if type(entry) is not list or len(entry) < 2:
-            raise _wrong(field, f"{_shown(entry)} is not [log-prob, id, ...]")
-    return [entry[0] for entry in found], [entry[1] for entry in found]
+    if not (set(map(type, found)) <= {list} and min(map(len, found), default=2) >= 2):
+        entry = next(entry for entry in found if type(entry) is not list or len(entry) < 2)
+        raise _wrong(field, f"{_shown(entry)} is not [log-prob, id, ...]")
+    return list(map(itemgetter(0), found)), list(map(itemgetter(1), found))
 
 
 def _check_ids(ids: Sequence[Any], vocabulary: int, field: str) -> None:
@@ -186,11 +187,17 @@ def _check_ids(ids: Sequence[Any], vocabulary: int, field: str) -> None:
 
 def _check_log_probs(values: Sequence[Any], field: str) -> None:
     """Numbers that float32 has as finite ones, and that exceed 0 by no more than rounding."""
+    if set(map(type, values)) <= {float} and _all_log_probs(np.array(values, np.float64)):
+        return  # what a server says; the loop finds what is wrong with anything else
     for place, value in enumerate(values):
         number = type(value) is float or type(value) is int
         if not (number and -_FLOAT32 <= value <= LARGEST_LOG_PROB):  # a NaN compares false
             what = f"{_shown(value)} (token {place}) is not a log-probability, finite and at most 0"
             raise MalformedReplyError(f"reply field {field}: {what}")
+
+
+def _all_log_probs(values: npt.NDArray[np.float64]) -> bool:
+    return bool(((values >= -_FLOAT32) & (values <= LARGEST_LOG_PROB)).all())  # a NaN compares false
 
 
 def _echoes(ids: Sequence[int], tokens: Sequence[int]) -> bool:

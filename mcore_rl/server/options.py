@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.imports import uncollected
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `server.serve`, which says what they mean in full."""
@@ -46,7 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_server(arguments: argparse.Namespace, _: Any = None) -> int:
     """Serve by these arguments, until SIGTERM or SIGINT; errors as `server.serve`."""
-    from mcore_rl.server.server import serve
+    with uncollected():
+        from mcore_rl.server.server import serve
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "model_dir")}
     serve(arguments.model_dir, **options)
