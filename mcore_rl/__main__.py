@@ -10,7 +10,7 @@ from typing import Any
 
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
-from mcore_rl.server.options import add_options, run_server
+from mcore_rl.server.options import add_options
 from mcore_rl.streams import guard
 from mcore_rl.terminal import CommandParser, printable
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in (train, rollout, plan, doctor, evaluate):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    guard(output=arguments.command not in (train, rollout, run_server, follow))
+    guard(output=arguments.command not in (train, rollout, serve, follow))
     try:
         code = arguments.command(arguments, rest)
         sys.stdout.flush()
@@ -85,9 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--markdown", action="store_true", help="all of them, as docs/algorithms.md has them")
     add.set_defaults(command=algorithms)
 
-    add = commands.add_parser("serve", help="serve a Hugging Face model over the SGLang native API")
-    add_options(add)
-    add.set_defaults(command=run_server)
+    _add_talk(commands)
 
     add = commands.add_parser("follow", help="keep a copy of the newest weights on a server's own machine")
     add.add_argument("source", type=Path, metavar="SOURCE", help="publish.dir of the run")
@@ -137,6 +135,7 @@ def _add_train(commands: Any) -> None:
         metavar="latest|previous|PATH",
         help="continue after a checkpoint of the run",
     )
+    add.add_argument("--overwrite", action="store_true", help="begin where run.dir holds a run, which goes")
     add.add_argument(
         "--replay",
         type=Path,
@@ -181,6 +180,23 @@ def _add_eval(commands: Any) -> None:
     add.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/evaluations/NAME")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=evaluate)
+
+
+def _add_talk(commands: Any) -> None:
+    add = commands.add_parser("serve", help="serve a model over OpenAI's, Anthropic's and SGLang's APIs")
+    add_options(add, "MODEL_DIR|RUN_DIR")
+    add.set_defaults(command=serve)
+
+    add = commands.add_parser("chat", help="talk to a model; piped, an answer for every line")
+    add.add_argument(
+        "model", type=Path, metavar="RUN_DIR|MODEL_DIR", help="a run's newest weights, or a model"
+    )
+    add.add_argument("--checkpoint", metavar="latest|previous|PATH", help="other weights of the run")
+    add.add_argument("--system", metavar="TEXT", help="what the system says first")
+    add.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default %(default)s)")
+    add.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
+    add.add_argument("--threads", type=int, default=2, help="CPU threads of the model (default %(default)s)")
+    add.set_defaults(command=chat)
 
 
 def _add_convert(commands: Any) -> None:
@@ -230,7 +246,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--rollouts DIR] [--replay DUMP] [--key value ...]`."""
+    """`mcore-rl train CONFIG.toml [--resume [WHICH] | --overwrite] [--rollouts DIR] [--replay DUMP] ...`."""
     from mcore_rl.config import load_config
 
     config = load_config(arguments.config, overrides)  # a mistake in it is said before torch is imported
@@ -242,11 +258,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         return rehearse(config, arguments.rehearse_procs)
     options = {name: getattr(arguments, name) for name in ("resume", "replay", "rollouts")}
-    source = Source(**options)
+    source = (
+        Source(**options) if not arguments.overwrite else Source("overwrite", rollouts=arguments.rollouts)
+    )
     if under_torchrun():
         return run_rank(config, source)
     given = {f"--{name}": str(value) for name, value in options.items() if value is not None}
-    flags = [part for flag in given.items() for part in flag]
+    flags = [part for flag in given.items() for part in flag] + ["--overwrite"] * arguments.overwrite
     return launch_node(config, source, ["train", str(arguments.config), *flags, *overrides])
 
 
@@ -256,9 +274,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
     a = arguments
     given = {"--rehearse": a.rehearse, "--resume": a.resume is not None, "--replay": a.replay is not None}
-    given["--rollouts"] = a.rollouts is not None
+    given |= {"--overwrite": a.overwrite, "--rollouts": a.rollouts is not None}
     chosen = [flag for flag, is_given in given.items() if is_given]
-    if len(chosen) > 1 and chosen != ["--resume", "--rollouts"]:
+    if len(chosen) > 1 and not ("--rollouts" in chosen and chosen[0] in ("--resume", "--overwrite")):
         raise ConfigError(f"{' and '.join(chosen)}: only one of them at a time")
     if a.rehearse_procs is not None and not a.rehearse:
         raise ConfigError("--rehearse-procs: only with --rehearse; add it, or this would be the real run")
@@ -328,6 +346,21 @@ def algorithms(arguments: argparse.Namespace, _: list[str]) -> int:
     for line in text.split("\n"):
         print(printable(line))
     return 0
+
+
+def serve(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl serve MODEL_DIR|RUN_DIR [--port P] [--address-file FILE] ...`: until SIGTERM or Ctrl-C."""
+    from mcore_rl.talk.serve import serve
+
+    return serve(arguments)
+
+
+def chat(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl chat RUN_DIR|MODEL_DIR [--checkpoint WHICH] [--system TEXT] [--temperature T] ...`."""
+    from mcore_rl.talk.chat import chat
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}
+    return chat(arguments.model, **options)
 
 
 def follow(arguments: argparse.Namespace, _: list[str]) -> int:

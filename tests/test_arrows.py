@@ -15,7 +15,7 @@ EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
 BASE = frozenset({"errors", "types", "precision", "strict_json"})
-BASE |= {"terminal", "before_megatron", "weight_files", "functions", "kindred"}
+BASE |= {"terminal", "before_megatron", "weight_files", "functions", "kindred", "user_code"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset(
@@ -32,7 +32,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "terminal": frozenset(),
     "streams": frozenset({"errors"}),
     "weight_files": frozenset({"errors", "terminal"}),
-    "functions": frozenset({"errors", "terminal"}),
+    "functions": frozenset({"errors", "terminal", "user_code"}),
+    "user_code": frozenset({"terminal"}),
     "before_megatron": frozenset(),
     "kindred": frozenset(),
     "directories": frozenset({"errors", "terminal"}),
@@ -45,7 +46,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": BASE,
     "environments": BASE | {"data", "rewards.outcome", "rollout"},
     "config": BASE | {"algo"},
-    "server": BASE | {"rollout.experts"},
+    "server": BASE | DISK | {"rollout.experts"},
     "log": BASE | DISK,
     "trackers": BASE,
     "dumps": BASE | DISK | {"rollout.columns", "rollout.reply"},
@@ -58,6 +59,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "doctor": EVERYTHING,
     "convert": EVERYTHING,
     "evaluate": EVERYTHING,
+    "talk": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }

@@ -244,7 +244,7 @@ def _of_fp8(config: Config) -> Iterator[str]:
             f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
             'bf16; set model.fp8_recipe = "blockwise" or drop it'
         )
-    if model.fp8_param_gather and config.checkpoint.every:
+    if model.fp8_param_gather and config.checkpoint.saves:
         yield (
             "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
             "checkpoint.every = 0"
@@ -350,8 +350,11 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused["critic.warmup_epochs"] = "critic.warmup_rollouts is 0"
     if not _needs_reference(config):
         unused["residency.reference"] = f"{what} has no reference"
-    if not config.checkpoint.every:
-        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+    if not config.checkpoint.saves:
+        keys = [f"checkpoint.{key}" for key in ("minutes", "keep", "background")]
+        unused |= dict.fromkeys(keys, "checkpoint.every is 0")
+    elif config.checkpoint.every is not None:
+        unused["checkpoint.minutes"] = "checkpoint.every says when"
     return unused
 
 

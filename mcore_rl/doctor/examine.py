@@ -115,7 +115,7 @@ def _disks(config: Config) -> Iterator[Finding]:
     yield from check_disk("run.dir", config.run.dir, published if config.publish.dir is None else 0)
     if config.publish.dir is not None:
         yield from check_disk("publish.dir", config.publish.dir, published)
-    if config.checkpoint.every:
+    if config.checkpoint.saves:
         where = config.checkpoint.dir or config.run.dir / "checkpoints"
         yield from check_disk("checkpoint.dir", where, _checkpoint_bytes(config))
 
