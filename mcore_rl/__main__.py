@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     guard(output=arguments.command not in (train, rollout, serve, follow))
     try:
+        _check_paths(arguments)
         code = arguments.command(arguments, rest)
         sys.stdout.flush()
         return code
@@ -30,6 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a file or directory to read that is not there, before anything is imported."""
+    from mcore_rl.errors import ConfigError
+
+    if arguments.command is doctor:  # for which it is a finding
+        return
+    for name in ("config", "target", "model", "model_dir"):
+        path = getattr(arguments, name, None)
+        if isinstance(path, Path) and not os.path.exists(path):
+            raise ConfigError(f"{path}: No such file or directory; check the path")
 
 
 def _refused(error: Exception) -> int:
@@ -248,11 +262,14 @@ def _names(text: str) -> tuple[str, ...]:
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl train CONFIG.toml [--resume [WHICH] | --overwrite] [--rollouts DIR] [--replay DUMP] ...`."""
     from mcore_rl.config import load_config
-
-    config = load_config(arguments.config, overrides)  # a mistake in it is said before torch is imported
-    from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
+    from mcore_rl.launch.first_look import first_look
 
     _check_flags(arguments)
+    of_rank = "RANK" in os.environ or arguments.rehearse or arguments.replay is not None
+    # A mistake is said before torch is imported.
+    config = load_config(arguments.config, overrides, None if of_rank else first_look)
+    from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
+
     if arguments.rehearse:
         from mcore_rl.launch.rehearse import rehearse
 
@@ -350,6 +367,9 @@ def algorithms(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def serve(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl serve MODEL_DIR|RUN_DIR [--port P] [--address-file FILE] ...`: until SIGTERM or Ctrl-C."""
+    from mcore_rl.talk.weights import check_target
+
+    check_target(arguments.model_dir)
     from mcore_rl.talk.serve import serve
 
     return serve(arguments)
@@ -357,6 +377,9 @@ def serve(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def chat(arguments: argparse.Namespace, _: list[str]) -> int:
     """`mcore-rl chat RUN_DIR|MODEL_DIR [--checkpoint WHICH] [--system TEXT] [--temperature T] ...`."""
+    from mcore_rl.talk.weights import check_target
+
+    check_target(arguments.model)
     from mcore_rl.talk.chat import chat
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}

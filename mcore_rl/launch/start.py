@@ -15,7 +15,7 @@ from math import ceil
 from pathlib import Path
 from types import FrameType
 
-from mcore_rl.config import Config, warnings
+from mcore_rl.config import Config, notes, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo, StorageError
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
@@ -110,6 +110,8 @@ def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
     warn_of_others(config)
     models = [] if config.model.random_init else [config.model.path]
     models += [] if config.reward.model is None else [config.reward.model]
+    for what in notes(config):
+        say(f"note: {what}")
     for what in [*warnings(config), *filter(None, map(unread, models)), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)

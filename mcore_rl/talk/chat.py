@@ -23,7 +23,7 @@ NEW = "/new"
 """what a person types to begin another conversation"""
 
 
-class Conversation:
+class Talk:
     """What was said so far; every call opens the client anew, so that the terminal waits for nothing."""
 
     def __init__(self, url: str, model: Path, system: str | None, sampling: Mapping[str, Any]) -> None:
@@ -69,19 +69,19 @@ def chat(target: Path, *, checkpoint: str | None, system: str | None, threads: i
         tell(f"loading {model} ...", is_main=True)
         program = Embedded(threads=threads)
         server = stack.enter_context(LocalServer(model, program, log_file=scratch / "server.log"))
-        conversation = Conversation(server.url, model, system, sampling)
-        _in_terminal(conversation) if sys.stdin.isatty() else _piped(conversation)
+        talk = Talk(server.url, model, system, sampling)
+        _in_terminal(talk) if sys.stdin.isatty() else _piped(talk)
     return 0
 
 
-def _in_terminal(conversation: Conversation) -> None:
-    kind = "" if conversation.has_template else "; it has no chat template, and each line is a whole prompt"
+def _in_terminal(talk: Talk) -> None:
+    kind = "" if talk.has_template else "; it has no chat template, and each line is a whole prompt"
     tell(f"{NEW} begins another conversation, Ctrl-D ends{kind}", is_main=True)
     while (line := _line()) is not None:
         if line.strip() == NEW:
-            conversation.begin()
+            talk.begin()
         elif line.strip():
-            for said in _answer(conversation, line).split("\n"):
+            for said in _answer(talk, line).split("\n"):
                 print(printable(said), flush=True)
 
 
@@ -95,11 +95,11 @@ def _line() -> str | None:
         return None
 
 
-def _piped(conversation: Conversation) -> None:
+def _piped(talk: Talk) -> None:
     """Every line is a conversation of its own, and its answer is one line, with `\\n` for its line feeds."""
     for line in _lines():
-        conversation.begin()
-        print(printable(escaped(_answer(conversation, line))), flush=True)
+        talk.begin()
+        print(printable(escaped(_answer(talk, line))), flush=True)
 
 
 def _lines() -> Iterator[str]:
@@ -108,9 +108,9 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def _answer(conversation: Conversation, line: str) -> str:
+def _answer(talk: Talk, line: str) -> str:
     try:
-        return conversation.say(line)
+        return talk.say(line)
     except (LimitReached, AbortedError, DataError) as error:
         tell(f"no answer: {error}; {NEW} begins another conversation", is_main=True)
         return ""

@@ -11,6 +11,15 @@ from pathlib import Path
 from mcore_rl.errors import ConfigError
 
 
+def check_target(target: Path) -> None:
+    """Raises ConfigError for what is neither a run directory nor a model."""
+    if not (target / "resolved.toml").is_file() and not (target / "config.json").is_file():
+        raise ConfigError(
+            f"{target} is neither a run directory (it has no resolved.toml) nor a Hugging Face model (it has "
+            "no config.json); check the path"
+        )
+
+
 @contextmanager
 def model_of(target: Path, checkpoint: str | None = None) -> Iterator[Path]:
     """A directory of safetensors, which a checkpoint is converted to for as long as the block lasts.
@@ -27,11 +36,7 @@ def model_of(target: Path, checkpoint: str | None = None) -> Iterator[Path]:
     if not resolved.is_file():
         if checkpoint is not None:
             raise ConfigError(f"--checkpoint: {target} is no run directory (it has no resolved.toml)")
-        if not (target / "config.json").is_file():
-            raise ConfigError(
-                f"{target} is neither a run directory (it has no resolved.toml) nor a Hugging Face model (it "
-                "has no config.json); check the path"
-            )
+        check_target(target)
         yield target
         return
     from mcore_rl.config import load_config
