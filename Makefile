@@ -53,11 +53,7 @@ $(LANE_READY): pyproject.toml constraints.txt
 	$(call build,.venv-lane,$(LANE_PYTHON),12)
 
 demo: $(READY)  ## train a tiny policy with GSPO at TP=2 on this machine: a few minutes
-	$(BIN)/python examples/arithmetic.py runs/demo/data --seed 0
-	$(BIN)/mcore-rl train examples/sft_tiny.toml --overwrite
-	$(BIN)/mcore-rl train examples/gspo_tiny.toml --overwrite
-	$(BIN)/mcore-rl report runs/demo
-	@echo "Open runs/demo/report.html in a browser; the numbers are in runs/demo/metrics.jsonl"
+	$(BIN)/mcore-rl demo runs/demo
 
 demo-sglang: $(READY) $(SGLANG)/.ready  ## the demo with a real SGLang server on CPU
 	$(BIN)/python examples/arithmetic.py runs/demo-sglang/data --seed 0

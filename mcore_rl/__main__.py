@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, rollout, plan, doctor, evaluate):
+    if rest and arguments.command not in (train, rollout, plan, doctor, evaluate, demo):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    guard(output=arguments.command not in (train, rollout, serve, follow))
+    guard(output=arguments.command not in (train, rollout, serve, follow, demo))
     try:
         _check_paths(arguments)
         code = arguments.command(arguments, rest)
@@ -64,6 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     none = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--version", action=_Version, **none, help="of mcore_rl and what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("demo", help="train a tiny model on this machine's CPUs: some minutes")
+    add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR")
+    add.set_defaults(command=demo)
 
     _add_train(commands)
     _add_samples(commands)
@@ -257,6 +261,13 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
+
+
+def demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl demo [DIR] [--section.key value ...]`."""
+    from mcore_rl.demo.command import demo
+
+    return demo(arguments.directory, overrides)
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:

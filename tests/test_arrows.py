@@ -60,6 +60,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "convert": EVERYTHING,
     "evaluate": EVERYTHING,
     "talk": EVERYTHING,
+    "demo": BASE | {"log"},
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }
