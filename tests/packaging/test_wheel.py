@@ -23,10 +23,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_grou
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as `pip wheel` builds it, with the backend that is installed here."""
+    """What `pip wheel` builds."""
     out = tmp_path_factory.mktemp("wheel")
-    code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, check=True, timeout=200)
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(ROOT)]
+    built = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    if "hatchling" in built.stderr and "No matching distribution" in built.stderr:
+        pytest.skip("the package index has no hatchling, which builds it")
+    assert built.returncode == 0, built.stderr
     (built,) = out.glob("*.whl")
     return built
 
