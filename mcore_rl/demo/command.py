@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
     )
     directory.mkdir(parents=True, exist_ok=True)
     for words in steps:
-        code = subprocess.run(words, env=os.environ, check=False).returncode
+        code = _run(words)
         if code:
             return code if code > 0 else 128 - code
     tell(
@@ -53,3 +53,19 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
         is_main=True,
     )
     return 0
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit code of a command, which ends as it likes when this process is asked to.
+
+    Ctrl-C reaches it too, as one of the terminal's; SIGTERM is passed on.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = subprocess.Popen(words)
+    try:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
