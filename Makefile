@@ -54,17 +54,13 @@ $(LANE_READY): pyproject.toml constraints.txt
 	$(call build,.venv-lane,$(LANE_PYTHON),12)
 
 demo: $(READY)  ## train a tiny policy with GSPO at TP=2 on this machine: a few minutes
-	$(BIN)/python examples/arithmetic.py runs/demo/data --seed 0
-	$(BIN)/mcore-rl train examples/sft_tiny.toml
-	$(BIN)/mcore-rl train examples/gspo_tiny.toml
-	$(BIN)/mcore-rl report runs/demo
-	@echo "Open runs/demo/report.html in a browser; the numbers are in runs/demo/metrics.jsonl"
+	$(BIN)/mcore-rl demo runs/demo
 
 demo-sglang: $(READY) $(SGLANG)/.ready  ## the demo with a real SGLang server on CPU
 	$(BIN)/python examples/arithmetic.py runs/demo-sglang/data --seed 0
-	$(BIN)/mcore-rl train examples/sft_tiny.toml $(DEMO_SGLANG) --run.dir runs/demo-sglang/warm_start \
+	$(BIN)/mcore-rl train examples/sft_tiny.toml $(DEMO_SGLANG) --overwrite --run.dir runs/demo-sglang/warm_start \
 		--model.path runs/demo-sglang/data/model
-	$(BIN)/mcore-rl train examples/gspo_sglang_tiny.toml
+	$(BIN)/mcore-rl train examples/gspo_sglang_tiny.toml --overwrite
 	$(BIN)/mcore-rl report runs/demo-sglang
 
 DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl
@@ -72,7 +68,7 @@ DEMO_SGLANG := --data.train runs/demo-sglang/data/train.jsonl
 rlhf: $(READY)  ## from data to an aligned model, tiny: SFT, reward model, PPO, and DPO on the same pairs: under 10 minutes
 	$(BIN)/python -m examples.rlhf_tiny.task runs/rlhf/data
 	for stage in sft reward_model ppo dpo; do \
-		$(BIN)/mcore-rl train examples/rlhf_tiny/$$stage.toml && $(BIN)/mcore-rl report runs/rlhf/$$stage || exit; done
+		$(BIN)/mcore-rl train examples/rlhf_tiny/$$stage.toml --overwrite && $(BIN)/mcore-rl report runs/rlhf/$$stage || exit; done
 	$(BIN)/python -m examples.rlhf_tiny.page runs/rlhf
 	@echo "Open runs/rlhf/index.html in a browser: curves of every stage, and samples before and after"
 

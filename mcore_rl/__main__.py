@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from mcore_rl import __version__
 from mcore_rl.errors import McoreRLError
 from mcore_rl.imports import large_pages, uncollected
-from mcore_rl.server.options import add_options, run_server
+from mcore_rl.server.options import add_options
 from mcore_rl.streams import guard
 from mcore_rl.terminal import CommandParser, printable
 
@@ -21,10 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     large_pages()
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (train, rollout, plan, doctor, evaluate):
+    if rest and arguments.command not in (train, rollout, plan, doctor, evaluate, demo):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    guard(output=arguments.command not in (train, rollout, run_server, follow))
+    guard(output=arguments.command not in (train, rollout, serve, follow, demo))
     try:
+        _check_paths(arguments)
         code = arguments.command(arguments, rest)
         sys.stdout.flush()
         return code
@@ -32,6 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a file or directory to read that is not there, before anything is imported."""
+    from mcore_rl.errors import ConfigError
+
+    if arguments.command is doctor:  # for which it is a finding
+        return
+    for name in ("config", "target", "model", "model_dir"):
+        path = getattr(arguments, name, None)
+        if isinstance(path, Path) and not os.path.exists(path):
+            raise ConfigError(f"{path}: No such file or directory; check the path")
 
 
 def _refused(error: Exception) -> int:
@@ -52,6 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     none = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--version", action=_Version, **none, help="of mcore_rl and what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("demo", help="train a tiny model on this machine's CPUs: some minutes")
+    add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR")
+    add.set_defaults(command=demo)
 
     _add_train(commands)
     _add_samples(commands)
@@ -87,9 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--markdown", action="store_true", help="all of them, as docs/algorithms.md has them")
     add.set_defaults(command=algorithms)
 
-    add = commands.add_parser("serve", help="serve a Hugging Face model over the SGLang native API")
-    add_options(add)
-    add.set_defaults(command=run_server)
+    _add_talk(commands)
 
     add = commands.add_parser("follow", help="keep a copy of the newest weights on a server's own machine")
     add.add_argument("source", type=Path, metavar="SOURCE", help="publish.dir of the run")
@@ -139,6 +155,7 @@ def _add_train(commands: Any) -> None:
         metavar="latest|previous|PATH",
         help="continue after a checkpoint of the run",
     )
+    add.add_argument("--overwrite", action="store_true", help="begin where run.dir holds a run, which goes")
     add.add_argument(
         "--replay",
         type=Path,
@@ -183,6 +200,23 @@ def _add_eval(commands: Any) -> None:
     add.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/evaluations/NAME")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=evaluate)
+
+
+def _add_talk(commands: Any) -> None:
+    add = commands.add_parser("serve", help="serve a model over OpenAI's, Anthropic's and SGLang's APIs")
+    add_options(add, "MODEL_DIR|RUN_DIR")
+    add.set_defaults(command=serve)
+
+    add = commands.add_parser("chat", help="talk to a model; piped, an answer for every line")
+    add.add_argument(
+        "model", type=Path, metavar="RUN_DIR|MODEL_DIR", help="a run's newest weights, or a model"
+    )
+    add.add_argument("--checkpoint", metavar="latest|previous|PATH", help="other weights of the run")
+    add.add_argument("--system", metavar="TEXT", help="what the system says first")
+    add.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default %(default)s)")
+    add.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
+    add.add_argument("--threads", type=int, default=2, help="CPU threads of the model (default %(default)s)")
+    add.set_defaults(command=chat)
 
 
 def _add_convert(commands: Any) -> None:
@@ -231,26 +265,37 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`mcore-rl train CONFIG.toml [--resume [WHICH]] [--rollouts DIR] [--replay DUMP] [--key value ...]`."""
-    from mcore_rl.config import load_config
+def demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl demo [DIR] [--section.key value ...]`."""
+    from mcore_rl.demo.command import demo
 
-    config = load_config(arguments.config, overrides)  # a mistake in it is said before torch is imported
-    with uncollected():
-        from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
+    return demo(arguments.directory, overrides)
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """`mcore-rl train CONFIG.toml [--resume [WHICH] | --overwrite] [--rollouts DIR] [--replay DUMP] ...`."""
+    from mcore_rl.config import load_config
+    from mcore_rl.launch.first_look import first_look
 
     _check_flags(arguments)
+    of_rank = "RANK" in os.environ or arguments.rehearse or arguments.replay is not None
+    # A mistake is said before torch is imported.
+    config = load_config(arguments.config, overrides, None if of_rank else first_look)
+    from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
+
     if arguments.rehearse:
         with uncollected():
             from mcore_rl.launch.rehearse import rehearse
 
         return rehearse(config, arguments.rehearse_procs)
     options = {name: getattr(arguments, name) for name in ("resume", "replay", "rollouts")}
-    source = Source(**options)
+    source = (
+        Source(**options) if not arguments.overwrite else Source("overwrite", rollouts=arguments.rollouts)
+    )
     if under_torchrun():
         return run_rank(config, source)
     given = {f"--{name}": str(value) for name, value in options.items() if value is not None}
-    flags = [part for flag in given.items() for part in flag]
+    flags = [part for flag in given.items() for part in flag] + ["--overwrite"] * arguments.overwrite
     return launch_node(config, source, ["train", str(arguments.config), *flags, *overrides])
 
 
@@ -260,9 +305,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
     a = arguments
     given = {"--rehearse": a.rehearse, "--resume": a.resume is not None, "--replay": a.replay is not None}
-    given["--rollouts"] = a.rollouts is not None
+    given |= {"--overwrite": a.overwrite, "--rollouts": a.rollouts is not None}
     chosen = [flag for flag, is_given in given.items() if is_given]
-    if len(chosen) > 1 and chosen != ["--resume", "--rollouts"]:
+    if len(chosen) > 1 and not ("--rollouts" in chosen and chosen[0] in ("--resume", "--overwrite")):
         raise ConfigError(f"{' and '.join(chosen)}: only one of them at a time")
     if a.rehearse_procs is not None and not a.rehearse:
         raise ConfigError("--rehearse-procs: only with --rehearse; add it, or this would be the real run")
@@ -336,6 +381,27 @@ def algorithms(arguments: argparse.Namespace, _: list[str]) -> int:
     for line in text.split("\n"):
         print(printable(line))
     return 0
+
+
+def serve(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl serve MODEL_DIR|RUN_DIR [--port P] [--address-file FILE] ...`: until SIGTERM or Ctrl-C."""
+    from mcore_rl.talk.weights import check_target
+
+    check_target(arguments.model_dir)
+    from mcore_rl.talk.serve import serve
+
+    return serve(arguments)
+
+
+def chat(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl chat RUN_DIR|MODEL_DIR [--checkpoint WHICH] [--system TEXT] [--temperature T] ...`."""
+    from mcore_rl.talk.weights import check_target
+
+    check_target(arguments.model)
+    from mcore_rl.talk.chat import chat
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}
+    return chat(arguments.model, **options)
 
 
 def follow(arguments: argparse.Namespace, _: list[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.terminal import quoted
+from mcore_rl.user_code import place
 
 
 def load_function(key: str, name: str, argument: str, *, keywords: bool = False) -> Callable[..., Any]:
@@ -40,7 +41,7 @@ def find_function(key: str, name: str) -> Any:
         raise
     except BaseException as error:  # SystemExit too, of a script without a __main__ guard
         raise ConfigError(
-            f"{key}: cannot import {module_name} ({type(error).__name__}: {error}); "
+            f"{key}: cannot import {module_name} ({type(error).__name__}: {error}{place(error)}); "
             "fix the module, or put its directory on PYTHONPATH"
         ) from error
     function = getattr(module, attribute, None)

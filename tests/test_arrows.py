@@ -15,7 +15,7 @@ EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
 BASE = frozenset({"errors", "types", "precision", "strict_json"})
-BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred"}
+BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred", "user_code"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset(
@@ -32,7 +32,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "terminal": frozenset(),
     "streams": frozenset({"errors"}),
     "weight_files": frozenset({"errors", "terminal"}),
-    "functions": frozenset({"errors", "terminal"}),
+    "functions": frozenset({"errors", "terminal", "user_code"}),
+    "user_code": frozenset({"terminal"}),
     "before_megatron": frozenset(),
     "imports": frozenset(),
     "kindred": frozenset(),
@@ -46,7 +47,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": BASE,
     "environments": BASE | {"data", "rewards.outcome", "rollout"},
     "config": BASE | {"algo"},
-    "server": BASE | {"rollout.experts"},
+    "server": BASE | DISK | {"rollout.experts"},
     "log": BASE | DISK,
     "trackers": BASE,
     "dumps": BASE | DISK | {"rollout.columns", "rollout.reply"},
@@ -59,6 +60,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "doctor": EVERYTHING,
     "convert": EVERYTHING,
     "evaluate": EVERYTHING,
+    "talk": EVERYTHING,
+    "demo": BASE | {"log"},
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }
@@ -123,7 +126,7 @@ def legal(room: str, name: str) -> bool:
     return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
 
 
-READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "__main__", "__init__"})
+READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "talk", "__main__", "__init__"})
 """rooms that read the configuration; below them, functions take the numbers they need"""
 
 

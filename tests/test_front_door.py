@@ -15,7 +15,8 @@ import pytest
 import mcore_rl
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl import errors
-from mcore_rl.errors import McoreRLError
+from mcore_rl.errors import ConfigError, McoreRLError
+from mcore_rl.launch.first_look import _look_at_function
 from tests.launched import ENVIRONMENT
 from tests.sources import ROOT
 
@@ -51,13 +52,19 @@ def test_a_name_loads_only_what_it_needs(statement: str, absent: str) -> None:
     assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout == "False\n"
 
 
-def cpu_seconds(*words: str) -> tuple[float, str]:
+def cpu_seconds(*words: str, **environment: str) -> tuple[float, str]:
     """CPU-seconds of Python with these words, the least of two, and what it said on stderr."""
     found = []
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, timeout=200, check=False, cwd=ROOT
+            [sys.executable, *words],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+            cwd=ROOT,
+            env=os.environ | environment,
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -68,6 +75,82 @@ def test_a_wrong_key_is_said_before_anything_heavy_is_imported() -> None:
     took, said = cpu_seconds("-m", "mcore_rl", "train", "examples/gspo_tiny.toml", "--parallel.tensr", "2")
     assert "did you mean parallel.tensor?" in said
     assert took < 0.6
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[str]:
+    """Arguments of a training run with a model, data and a module of the user's."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
+    (tmp_path / "of_user.py").write_text(
+        "def two(sample, label):\n    return 1\n\ndef no(x):\n    return 0\n"
+    )
+    (tmp_path / "broken.py").write_text("def reward(sample)\n")
+    keys = {"run.dir": tmp_path / "run", "model.path": tmp_path, "data.train": tmp_path / "rows.jsonl"}
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return ["-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "a missing model": (["--model.path", "nowhere"], "nowhere/config.json: not found"),
+    "a missing file": (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    "a bad line": (["--reward.function", "of_user:no"], "rows.jsonl:2:label: missing (keys here: prompt)"),
+    "a bad signature": (
+        ["--reward.function", "of_user:two", "--data.label_key="],
+        "of_user:two must be a function of one argument, the sample (",
+    ),
+    "no such function": (["--reward.function", "of_user:tow", "--data.label_key="], "did you mean two?"),
+    "a module that is none": (
+        ["--reward.function", "broken:reward", "--data.label_key="],
+        "broken.py:1: expected",
+    ),
+    "another kind's name": (["--algorithm.name", "dpo"], 'set run.kind = "preference"'),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_said_within_a_second(what: str, own: list[str], tmp_path: Path) -> None:
+    flags, said = MISTAKES[what]
+    took, heard = cpu_seconds(*own, *flags, PYTHONPATH=str(tmp_path))
+    assert said in heard
+    assert heard.startswith("mcore-rl: ")
+    assert "Traceback" not in heard
+    assert took < 1.0
+    assert not (tmp_path / "run").exists(), "no rank was started"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--help"], ""),
+        (["--version"], ""),
+        (["train", "--help"], ""),
+        (["train", "nothing.toml"], "nothing.toml: No such file or directory"),
+        (["eval", "nothing"], "nothing: No such file or directory"),
+        (["chat", "nothing"], "nothing: No such file or directory"),
+        (["serve", "examples"], "examples is neither a run directory"),
+        (["trian"], "invalid choice"),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_nothing_is_instant(words: list[str], said: str) -> None:
+    took, heard = cpu_seconds("-m", "mcore_rl", *words)
+    assert said in heard
+    assert took < 0.5
+
+
+def test_what_cannot_be_seen_without_running_it_is_left_to_the_ranks(tmp_path: Path, monkeypatch) -> None:
+    """The controls: names that a module makes when it runs, decorated functions, files of other forms."""
+    monkeypatch.syspath_prepend(tmp_path)
+    made = "globals()['made'] = lambda sample: 1\n"
+    wrapped = "import functools\n@functools.cache\ndef made(a, b):\n    return 1\n"
+    for number, text in enumerate((made, wrapped, "from os import *\n", "made = print\n")):
+        (tmp_path / f"user_{number}.py").write_text(text)
+        _look_at_function("reward.function", f"user_{number}:made", "the sample", keywords=False)
+    _look_at_function("reward.function", "no_such_module:made", "the sample", keywords=False)
+    (tmp_path / "plain.py").write_text("def made(a, b):\n    return 1\n")
+    with pytest.raises(ConfigError, match="one argument"):
+        _look_at_function("reward.function", "plain:made", "the sample", keywords=False)
 
 
 def test_a_plan_does_not_wait_for_megatron() -> None:

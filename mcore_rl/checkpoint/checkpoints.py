@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -48,6 +49,12 @@ class Checkpoints:
         self._timeout = timeout
         self._image = FileImage()
         self._writer: _WriterThread | None = None
+        self._begun = time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        """Since the last save began, on this rank's clock; before the first, since the run began."""
+        return (time.monotonic() - self._begun) / 60
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -71,6 +78,7 @@ class Checkpoints:
             CheckpointError: on every rank: this save failed, or the one before it. What is committed stays.
         """
         self.wait()
+        self._begun = time.monotonic()
         self._image.fill([piece for piece in pieces if piece.written])
         sizes = _gather(self._mesh, self._image.size)
         directory = on_main(self._mesh, lambda: self._directory.begin(step, sum(sizes)))

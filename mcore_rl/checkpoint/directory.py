@@ -159,8 +159,14 @@ class CheckpointDirectory:
         known = [path for _, path in committed(self.root)]
         at = known.index(newest)
         for path in [*known[: max(0, at + 1 - self._keep)], *known[at + 1 :]]:
-            (path / COMMITTED).unlink()  # from here on it is none, wherever the removal is interrupted
-            remove(path, _REMEDY, kind="checkpoint")
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a committed checkpoint. Raises CheckpointError, and ConfigError where it is not ours."""
+    with _reported(path):
+        (path / COMMITTED).unlink()  # from here on it is none, wherever the removal is interrupted
+        remove(path, _REMEDY, kind="checkpoint")
 
 
 def _steps(root: Path) -> list[Path]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, ValidationInfo, model_validator
 
 from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment, wrong_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
+from mcore_rl.config.names import misnamed
 from mcore_rl.config.rewards import wrong_rewards
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
@@ -33,6 +34,11 @@ from mcore_rl.config.sections import (
 from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
 from mcore_rl.imports import uncollected
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
+
+BEFORE_TORCH = {"before_torch": True}
+"""context of a validation that leaves out the rules which read the algorithms, for which torch is imported"""
+_WARM_UP_SHARE = 4
+"""a warm-up that is longer than the run becomes one part of so many"""
 
 
 class Config(Section):
@@ -57,6 +63,8 @@ class Config(Section):
     reward_model: RewardModelConfig = RewardModelConfig()
     distill: DistillConfig = DistillConfig()
     publish: PublishConfig = PublishConfig()
+    _cut: str = PrivateAttr("")
+    """what was shortened, since the run is shorter"""
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
@@ -68,8 +76,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> Config:
-        found = [*_contradictions(self), *_without_effect(self)]
+    def _warm_up_within_the_run(self) -> Config:
+        """A file of a long run serves a short one: its warm-up would else be all of it."""
+        total, given = self.optimizer_steps, self.optimizer.warmup_steps
+        if given > total:
+            cut = total // _WARM_UP_SHARE
+            self._cut = (
+                f"optimizer.warmup_steps: cut from {given} to {cut}, of a run of {total} optimizer steps"
+            )
+            object.__setattr__(self, "optimizer", self.optimizer.model_copy(update={"warmup_steps": cut}))
+        return self
+
+    @model_validator(mode="after")
+    def _no_contradictions(self, info: ValidationInfo) -> Config:
+        found = [*_contradictions(self)]
+        if info.context != BEFORE_TORCH:
+            found += [*_of_algorithm(self), *_without_effect(self)]
         if found:
             raise ValueError("\n".join(found))
         return self
@@ -79,6 +101,12 @@ class Config(Section):
         """Every set that is evaluated, by name; that of data.eval, which is named after its file, first."""
         one = {} if self.data.eval is None else {set_name(self.data.eval): EvalSetConfig(path=self.data.eval)}
         return {**one, **self.eval.sets}
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates of the policy in the whole run."""
+        a = self.algorithm
+        return self.train.steps * (a.mini_batches * a.epochs if self.run.kind == "rl" else 1)
 
     @property
     def longest_response(self) -> int:
@@ -104,7 +132,7 @@ class Config(Section):
 
 def _contradictions(config: Config) -> Iterator[str]:
     """`section.key: what, remedy` for every pair of keys that cannot go together."""
-    parallel, rollout, train, optimizer = config.parallel, config.rollout, config.train, config.optimizer
+    parallel, rollout, train = config.parallel, config.rollout, config.train
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence: splits over tensor-parallel ranks; set parallel.tensor >= 2 or drop it"
     if parallel.virtual_pipeline and parallel.pipeline == 1:
@@ -119,7 +147,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if p999 is not None and largest is not None and p999 > largest:
         yield "publish.tolerance_p999: exceeds publish.tolerance_max; lower it"
     if config.run.kind == "rl":
-        yield from _effects().wrong_algorithm(config.algorithm, config.rollout)
+        yield from misnamed(config.algorithm.name)
     of_kind = (config.preference, config.distill, config.supervised, config.residency.reference)
     yield from wrong_of_kind(config.run.kind, *of_kind)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)
@@ -134,18 +162,17 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"algorithm.mini_batches: {config.algorithm.mini_batches} from the {samples} samples of a "
             "rollout; lower it, or raise rollout.prompts_per_step"
         )
-    per_rollout = config.algorithm.mini_batches * config.algorithm.epochs if config.run.kind == "rl" else 1
-    if optimizer.warmup_steps > train.steps * per_rollout:
-        yield (
-            f"optimizer.warmup_steps: longer than the run's {train.steps * per_rollout} optimizer steps; "
-            "lower it, or raise train.steps"
-        )
     if config.critic.warmup_rollouts >= train.steps:
         yield (
             f"critic.warmup_rollouts: the policy would never learn in a run of {train.steps} rollouts; "
             "lower it, or raise train.steps"
         )
     yield from _of_lengths(config)
+
+
+def _of_algorithm(config: Config) -> Iterator[str]:
+    if config.run.kind == "rl" and not list(misnamed(config.algorithm.name)):
+        yield from _effects().wrong_algorithm(config.algorithm, config.rollout)
 
 
 def _of_data(config: Config) -> Iterator[str]:
@@ -245,7 +272,7 @@ def _of_fp8(config: Config) -> Iterator[str]:
             f'model.fp8_first_last_bf16: Megatron has no "{model.fp8_recipe}" recipe with layers in '
             'bf16; set model.fp8_recipe = "blockwise" or drop it'
         )
-    if model.fp8_param_gather and config.checkpoint.every:
+    if model.fp8_param_gather and config.checkpoint.saves:
         yield (
             "model.fp8_param_gather: a checkpoint does not hold weights in FP8; drop it, or set "
             "checkpoint.every = 0"
@@ -352,8 +379,11 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused["critic.warmup_epochs"] = "critic.warmup_rollouts is 0"
     if not _needs_reference(config):
         unused["residency.reference"] = f"{what} has no reference"
-    if not config.checkpoint.every:
-        unused |= dict.fromkeys(("checkpoint.keep", "checkpoint.background"), "checkpoint.every is 0")
+    if not config.checkpoint.saves:
+        keys = [f"checkpoint.{key}" for key in ("minutes", "keep", "background")]
+        unused |= dict.fromkeys(keys, "checkpoint.every is 0")
+    elif config.checkpoint.every is not None:
+        unused["checkpoint.minutes"] = "checkpoint.every says when"
     return unused
 
 
@@ -422,8 +452,37 @@ def _unused_of_transport(config: Config) -> Mapping[str, str]:
     return dict.fromkeys(("publish.replica", *(["publish.dir"] if config.rollout.urls else [])), why)
 
 
+_MISLEADING = ("algorithm", "data", "environment", "eval", "model")
+"""sections whose keys say what is trained, and on what: one without effect is no oversight to pass by"""
+_ALSO_MISLEADING = frozenset(
+    {
+        *("reward.function", "reward.functions", "reward.model", "publish.mismatch_action", "rollout.dump"),
+        *("rollout.max_staleness", "rollout.dynamic_sampling", "rollout.routing_replay"),
+    }
+)
+
+
 def _without_effect(config: Config) -> Iterator[str]:
+    """Given keys without effect which would mislead whoever reads the file."""
+    for key, why in _given_in_vain(config):
+        if _misleads(key):
+            yield f"{key}: has no effect because {why}; remove it"
+
+
+def _given_in_vain(config: Config) -> Iterator[tuple[str, str]]:
     for key, why in unused_keys(config).items():
         section, _, name = key.partition(".")
         if name in getattr(config, section).model_fields_set:
-            yield f"{key}: has no effect because {why}; remove it"
+            yield key, why
+
+
+def _misleads(key: str) -> bool:
+    return key in _ALSO_MISLEADING or key.partition(".")[0] in _MISLEADING
+
+
+def notes(config: Config) -> list[str]:
+    """`key: what` for what is left out in this run: so that one file serves several."""
+    found = [
+        f"{key}: has no effect because {why}" for key, why in _given_in_vain(config) if not _misleads(key)
+    ]
+    return [*filter(None, [config._cut]), *found]

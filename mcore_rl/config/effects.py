@@ -119,9 +119,6 @@ def doubtful(
 
 def wrong_algorithm(chosen: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:
     """`section.key: what, remedy` for what the algorithm of an RL run cannot go together with."""
-    if chosen.name == "sft":
-        yield 'algorithm.name: "sft" is a kind of run; set run.kind = "sft", and drop algorithm.name'
-        return
     try:
         algorithm = configure(chosen.name, chosen.params, chosen.loss)
     except ConfigError as error:

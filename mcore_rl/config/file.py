@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mcore_rl.config import toml
-from mcore_rl.config.config import Config, unused_keys
+from mcore_rl.config.config import BEFORE_TORCH, Config, unused_keys
 from mcore_rl.config.sections import REFUSED_SAMPLING, EvalSetConfig, RewardFunctionConfig, Section
 from mcore_rl.errors import ConfigError
 from mcore_rl.terminal import escaped
@@ -31,10 +31,15 @@ MOST_SHOWN = 200
 """characters of a key or flag in a message"""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), look: Callable[[Config], None] | None = None
+) -> Config:
     """Read a TOML file, then `--section.key value` or `--section.key=value` in order.
 
     Override values are TOML literals; a bare word is a string.
+
+    Args:
+        look: is shown the configuration before torch is imported for the rules that read the algorithms.
 
     Raises:
         ConfigError: a line per mistake: where it stands, the dotted path, what is wrong and the remedy. No
@@ -57,7 +62,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(beyond))
     try:
         # Through JSON: in its strict mode, unlike Python's, an array may be a tuple and a string a path.
-        return Config.model_validate_json(json.dumps(tables, default=str))
+        text = json.dumps(tables, default=str)
+        if look is not None:
+            look(Config.model_validate_json(text, context=BEFORE_TORCH))
+        return Config.model_validate_json(text)
     except ValidationError as error:
         mistakes = [mistake for details in error.errors() for mistake in _describe(details)]
         raise ConfigError(

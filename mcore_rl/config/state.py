@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mcore_rl.config.sections import Count, FilePath, NonNegative, Section
+from mcore_rl.config.sections import Count, FilePath, NonNegative, Positive, Section
 
 
 class ResidencyConfig(Section):
@@ -30,9 +30,16 @@ class CheckpointConfig(Section):
 
     dir: FilePath | None = None
     """Where; unset, `checkpoints` in the run directory."""
-    every: NonNegative = 0
-    """Steps between checkpoints, the last step included; 0 saves none."""
+    every: NonNegative | None = None
+    """Steps between checkpoints, the last step included; unset, `minutes` say when; 0 saves none."""
+    minutes: Positive = 30.0
+    """Minutes between checkpoints where `every` is unset; the last step is saved as well."""
     keep: Count = 2
     """Newest checkpoints that stay; with 2, `--resume previous` has one to go back to."""
     background: bool = True
     """Write while training goes on, from a copy in host memory; false waits for the disk."""
+
+    @property
+    def saves(self) -> bool:
+        """The run keeps checkpoints."""
+        return self.every != 0

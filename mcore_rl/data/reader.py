@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mcore_rl import strict_json
 from mcore_rl.data.chat import MAX_CHARACTERS, render
+from mcore_rl.data.lookup import MISSING, look_up, missing
 from mcore_rl.data.messages import (
     LastAssistant,
     Message,
@@ -23,15 +24,11 @@ from mcore_rl.data.messages import (
 )
 from mcore_rl.data.tables import kind
 from mcore_rl.errors import DataError
-from mcore_rl.terminal import escaped, joined, quoted
+from mcore_rl.terminal import joined, quoted
 from mcore_rl.types import Prompt
 
-_KEYS_CHARS = 500
-"""of a record's keys, as a message quotes them"""
 ROW_KEYS = ("system", "tools", "chat_template_kwargs")
 """keys of a row that a chat template is given, where the prompt is a list of messages"""
-MISSING = object()
-"""what look_up answers where a row has no such key"""
 
 
 @dataclass(frozen=True)
@@ -246,18 +243,6 @@ class RowReader:
         return text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
 
 
-def look_up(record: Mapping[str, Any], key: str) -> Any:
-    """The value under `key`, or within objects under `a.b.c`; MISSING where there is none."""
-    if key in record:
-        return record[key]
-    value: Any = record
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return MISSING
-        value = value[part]
-    return value
-
-
 def encode(place: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of `text`, no special token added. Raises DataError."""
     if len(text) > MAX_CHARACTERS:  # of each, a tokenizer takes some hundred bytes
@@ -278,12 +263,6 @@ def special_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     while len(ids) > least and ids[-1] in ends:
         ids = ids[:-1]
     return tuple(ids)
-
-
-def missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
-    """The error of a row without a key, which says what keys it has."""
-    have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
-    return DataError(f"{place}:{key}: missing (keys here: {have}); {remedy}")
 
 
 def _is_text_of_messages(text: str) -> bool:

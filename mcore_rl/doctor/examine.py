@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mcore_rl.algo.algorithms import has_critic
-from mcore_rl.config import Config, load_config, warnings
+from mcore_rl.config import Config, load_config, notes, warnings
 from mcore_rl.doctor.finding import Finding, guarded, of_error
 from mcore_rl.doctor.gradient import check_gradient
 from mcore_rl.doctor.inputs import check_inputs
@@ -85,7 +85,8 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
 
 
 def _doubts(config: Config) -> Iterator[Finding]:
-    """What the run would warn of."""
+    """What the run would warn of, and note."""
+    yield from (Finding("config", "note", said) for said in notes(config))
     for said in warnings(config):
         what, _, remedy = said.partition("; ")
         yield Finding("config", "warning", what, remedy)
@@ -115,7 +116,7 @@ def _disks(config: Config) -> Iterator[Finding]:
     yield from check_disk("run.dir", config.run.dir, published if config.publish.dir is None else 0)
     if config.publish.dir is not None:
         yield from check_disk("publish.dir", config.publish.dir, published)
-    if config.checkpoint.every:
+    if config.checkpoint.saves:
         where = config.checkpoint.dir or config.run.dir / "checkpoints"
         yield from check_disk("checkpoint.dir", where, _checkpoint_bytes(config))
 

@@ -58,7 +58,8 @@ def check_disk(check: str, directory: Path, needed: int) -> Iterable[Finding]:
             "free space, or choose a larger disk",
         )
     else:
-        yield Finding(check, "ok", f"{existing}: {free / _GIB:.1f} GiB free, fsync {seconds * 1e3:.0f} ms")
+        room = f"{free / _GIB:.1f} GiB free, {needed / _GIB:.1f} GiB needed"
+        yield Finding(check, "ok", f"{existing}: {room}, fsync {seconds * 1e3:.0f} ms")
 
 
 def check_ports() -> Iterable[Finding]:

@@ -31,13 +31,16 @@ from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.rollout.saved import prompt_digest
 from mcore_rl.rollout.saved_samples import sample_from_json, sample_to_json
-from mcore_rl.terminal import printable, short
+from mcore_rl.terminal import QUOTED_CHARS, escaped, printable, short
 from mcore_rl.types import Prompt, Sample, Segment
+from mcore_rl.user_code import MOST_CHARS, place
 
 T = TypeVar("T")
 _BEAT_SECONDS = 0.5
 _LEAST_BLOCKED_SECONDS = 10.0
 """a busy machine may keep a loop for seconds"""
+_WHY_CHARS = QUOTED_CHARS + MOST_CHARS
+"""the most that is kept of why a rollout is void"""
 _GRACE_SECONDS = 5.0
 """until a rollout that was cancelled has put away what it holds"""
 _CLOSE_SECONDS = 10.0
@@ -228,7 +231,8 @@ class Environments:
                 try:
                     session.restore(saved["state"])
                 except Exception as error:
-                    raise StateError(f"restore raised {type(error).__name__}: {error}") from error
+                    said = short(f"restore raised {type(error).__name__}: {error}")
+                    raise StateError(said + place(error)) from error
                 policy.resume(turns, saved["asked"])
             policy.keeper = SessionKeeper(session.state, turns)
         return session.rollout
@@ -293,7 +297,7 @@ def with_outcome(sample: Sample, returned: Any, weights: Mapping[str, float]) ->
         else:
             return replace(sample, reward=found.reward, parts=found.parts, turn_rewards=found.turn_rewards)
     why = returned.why or "returned Void"
-    return replace(sample, void=True, failure=(short(returned.reason), short(why)))
+    return replace(sample, void=True, failure=(short(returned.reason), escaped(why)[:_WHY_CHARS]))
 
 
 async def _guarded(function: Callable[[], Callable[..., Any]], policy: Policy, prompt: Prompt) -> Any:
@@ -314,7 +318,7 @@ async def _guarded(function: Callable[[], Callable[..., Any]], policy: Policy, p
         # A client of the gateway has an exception of its own for a rollout that has had all its turns.
         if policy.progress.limit or _is(error, LimitReached):
             return 0.0
-        return Void("raised", f"raised {type(error).__name__}: {error}")
+        return Void("raised", short(f"raised {type(error).__name__}: {error}") + place(error))
 
 
 def _is(error: BaseException, kind: type[Exception]) -> bool:

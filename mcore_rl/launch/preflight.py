@@ -85,7 +85,7 @@ def _what_to_do(config: Config, found: str) -> str:
     nodes = ranks // per_node
     more = "" if config.parallel.data else ", or a multiple of it for more replicas"
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 " if nodes > 1 else "--standalone "
-    rendezvous += "--max-restarts 3 " if config.checkpoint.every else ""
+    rendezvous += "--max-restarts 3 " if config.checkpoint.saves else ""
     return (
         f"[parallel] asks for {_degrees(config)} = {ranks} GPUs with a process each{more}; {found}.\n"
         f"  to run it, on {f'each of {nodes} nodes' if nodes > 1 else 'one node'} with {per_node} GPUs:\n"

@@ -15,7 +15,7 @@ from math import ceil
 from pathlib import Path
 from types import FrameType
 
-from mcore_rl.config import Config, warnings
+from mcore_rl.config import Config, notes, warnings
 from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo, StorageError
 from mcore_rl.imports import uncollected
 from mcore_rl.launch.environment import check_environment
@@ -38,7 +38,7 @@ from mcore_rl.training.faults.exits import (
 )
 from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS, collective_timeout
-from mcore_rl.training.rundir import held, root_of, warn_of_others
+from mcore_rl.training.rundir import check_no_run, held, restarts, root_of, warn_of_others
 from mcore_rl.weight_files import unread
 
 
@@ -52,11 +52,16 @@ class Source:
     """What a launch does besides to train by its config from the beginning."""
 
     resume: str | None = None
-    """the checkpoint that it continues after"""
+    """the checkpoint that it continues after, or `overwrite`, to begin where a run is"""
     replay: Path | None = None
     """a recorded micro-batch that is run alone"""
     rollouts: Path | None = None
     """dumps that it trains on, without servers"""
+
+    @property
+    def begins(self) -> bool:
+        """It begins a run, where none may be yet."""
+        return self.resume is None and self.replay is None
 
     def publishes(self, config: Config) -> bool:
         """Whether weights are written for servers."""
@@ -106,6 +111,8 @@ def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
     warn_of_others(config)
     models = [] if config.model.random_init else [config.model.path]
     models += [] if config.reward.model is None else [config.reward.model]
+    for what in notes(config):
+        say(f"note: {what}")
     for what in [*warnings(config), *filter(None, map(unread, models)), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)
@@ -136,19 +143,22 @@ def _run_recorded(config: Config, work: Callable[[], None]) -> int:
             say(str(done))
     except BaseException as error:  # of user code too: whatever it is, not every step is done
         code = last_words(run_dir, typed(error), since)
-        if isinstance(error, StorageError) and rank == 0:
+        if isinstance(error, StorageError | AskedToLeave) and rank == 0:
             _say_where_it_goes_on(config)
     _end_with(code, config)
     return code
 
 
 def _say_where_it_goes_on(config: Config) -> None:
-    """After what a retry may mend: that a retry need not begin anew."""
+    """After what a retry may mend, and after Ctrl-C: what is saved, so that a retry need not begin anew."""
     from mcore_rl.checkpoint import committed
 
     with suppress(OSError):  # of a disk that is broken, not full
-        if config.checkpoint.every and (saved := committed(root_of(config))):
-            say(f"--resume goes on after step {saved[-1][0]}")
+        if saved := committed(root_of(config)):
+            say(f"--resume goes on after step {saved[-1][0]}, the newest that is saved")
+        else:
+            why = "before its first checkpoint" if config.checkpoint.saves else "checkpoint.every is 0"
+            say(f"no step of this run is saved: {why}")
 
 
 def _end_with(code: int, config: Config) -> None:
@@ -246,7 +256,9 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
     if source.rollouts is not None:
         check_source(config, source.rollouts)
     with held(config, publishes=source.publishes(config)):
-        pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
+        # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
+        if source.begins and not restarts():
+            check_no_run(config)
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))

@@ -23,11 +23,13 @@ from mcore_rl.errors import RewardError
 from mcore_rl.rewards.outcome import join_outcomes
 from mcore_rl.rewards.task import Task
 from mcore_rl.rewards.workers import Scoring, Workers
-from mcore_rl.terminal import joined, short
+from mcore_rl.terminal import QUOTED_CHARS, escaped, joined, short
 from mcore_rl.types import Group, Sample
+from mcore_rl.user_code import MOST_CHARS
 
 _CLOSE_SECONDS = 30.0
 _EXAMPLES = 3
+_WHY_CHARS = 2 * QUOTED_CHARS + MOST_CHARS
 
 
 @dataclass
@@ -216,5 +218,5 @@ def _with_reward(sample: Sample, answers: Sequence[Any], reasons: Reasons) -> Sa
             void = {"void": "returned", "why": f"returned {error}"}
         else:
             return replace(sample, reward=found.reward, parts=found.parts, turn_rewards=found.turn_rewards)
-    reasons.add(short(void["void"]), sample.id, short(void["why"]))
+    reasons.add(short(void["void"]), sample.id, escaped(void["why"])[:_WHY_CHARS])
     return replace(sample, reward=None, void=True)

@@ -29,6 +29,7 @@ from mcore_rl.rewards.task import PROCESSES, TIMEOUT, Task
 from mcore_rl.rewards.tokenizer import DIRECTORY
 from mcore_rl.terminal import short
 from mcore_rl.types import Group, Sample
+from mcore_rl.user_code import place
 
 EXIT_COPY = 113
 """what a process ends with that a reward function forked and let go"""
@@ -84,7 +85,8 @@ class _Scorer:
         except BaseException as error:  # SystemExit and KeyboardInterrupt too
             self._end_copy()
             kind = "memory" if isinstance(error, MemoryError) else "raised"
-            return [_void(kind, f"raised {type(error).__name__}: {error}")] * len(samples)
+            where = place(error) if kind == "raised" else ""  # which takes memory
+            return [_void(kind, f"raised {type(error).__name__}: {error}", where)] * len(samples)
         self._end_copy()
         if self._forks and _copy_came_back():
             return [_void("forked", "forked, and the new process came back from it")] * len(samples)
@@ -129,8 +131,8 @@ async def _awaited(found: Any) -> Any:
     return await found
 
 
-def _void(reason: str, why: str) -> dict[str, str]:
-    return {"void": short(reason), "why": short(why)}
+def _void(reason: str, why: str, where: str = "") -> dict[str, str]:
+    return {"void": short(reason), "why": short(why) + where}
 
 
 def _copy_came_back() -> bool:

@@ -9,16 +9,16 @@ from typing import Any
 from mcore_rl.imports import uncollected
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `server.serve`, which says what they mean in full."""
+def add_options(parser: argparse.ArgumentParser, model: str = "MODEL_DIR") -> None:
+    """Add the arguments of `server.serve`, which says what they mean in full; `model`: what is served."""
     add = parser.add_argument
-    add("model_dir", type=Path, metavar="MODEL_DIR", help="config.json, safetensors, and a tokenizer if any")
+    add("model_dir", type=Path, metavar=model, help="config.json, safetensors, and a tokenizer if any")
     add(
         "--host",
         default="127.0.0.1",
         help="default %(default)s; one beyond this machine needs a key",
     )
-    add("--port", type=int, default=0, help="default: the system chooses; the log says which")
+    add("--port", type=int, default=0, help="default: the system chooses; said on stderr")
     add("--api-key-env", metavar="NAME", help="environment variable of the key (default: no key is asked)")
     add("--threads", type=int, default=2, help="CPU threads of the model (default %(default)s)")
     add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
@@ -43,14 +43,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="where a request brings none (%(default)s)",
     )
+    add("--address-file", type=Path, metavar="FILE", help="holds the address while the server answers")
     add("--max-body-mib", type=int, metavar="N", help="longest request body (default: that of a full batch)")
 
 
-def run_server(arguments: argparse.Namespace, _: Any = None) -> int:
-    """Serve by these arguments, until SIGTERM or SIGINT; errors as `server.serve`."""
+def run_server(arguments: argparse.Namespace, extend: Any = None) -> int:
+    """Serve by these arguments, until SIGTERM or SIGINT; errors as `server.serve`, and `extend` too."""
     with uncollected():
         from mcore_rl.server.server import serve
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "model_dir")}
-    serve(arguments.model_dir, **options)
+    serve(arguments.model_dir, extend=extend, **options)
     return 0

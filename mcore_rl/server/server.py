@@ -7,12 +7,13 @@ import contextlib
 import errno
 import gc
 import ipaddress
-import logging
 import os
 import random
 import re
 import signal
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from aiohttp import web
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mcore_rl.directories import write_whole
 from mcore_rl.errors import ConfigError
 from mcore_rl.server.api import Api, build_app
 from mcore_rl.server.engine import Engine
@@ -29,7 +31,7 @@ from mcore_rl.server.kv_cache import build_cache
 from mcore_rl.server.routing import has_experts
 from mcore_rl.server.weights import load_model
 from mcore_rl.server.worker import Worker
-from mcore_rl.terminal import quoted, short
+from mcore_rl.terminal import printable, quoted, short
 
 _SHUTDOWN_SECONDS = 2.0
 CONNECTION_SECONDS = 30.0
@@ -38,7 +40,7 @@ which clients keep a connection to use it again."""
 _ID_BYTES = 8
 """bytes of a token id in a request, with its comma"""
 _MOST_BODY_BYTES = 8 << 20
-log = logging.getLogger(__name__)
+Extend = Callable[[web.Application, Api, str], None]
 
 
 def serve(
@@ -55,6 +57,8 @@ def serve(
     kv_tokens: int | None = None,
     random_seed: int = 0,
     max_body_mib: int | None = None,
+    address_file: Path | None = None,
+    extend: Extend | None = None,
 ) -> None:
     """Serves an HF decoder in float32 over SGLang's native HTTP API (level 0.5.23) until SIGTERM or SIGINT.
 
@@ -72,6 +76,8 @@ def serve(
         random_seed: seeds the draws of requests that bring no sampling_seed.
         max_body_mib: longest request body; none: what the token ids of max_running_requests prompts of
             max_length take, at most 8. A longer one can hold up /health for longer.
+        address_file: where its address is written once it answers, as one line; removed at the end.
+        extend: adds routes to the application, given the API and the address on this machine.
 
     Raises ConfigError (bad directory, an option out of range, port in use, key not set, a public host without
     one) and CheckpointError (incomplete weights).
@@ -86,7 +92,9 @@ def serve(
         most = _body_bytes(api.limits.context_length, max_running_requests)
         max_body_bytes = most if max_body_mib is None else max_body_mib << 20
         app = build_app(api, api_key=api_key, max_body_bytes=max_body_bytes)
-        asyncio.run(run(app, sock))
+        if extend is not None:
+            extend(app, api, address_of(sock, here=True))
+        asyncio.run(run(app, sock, address_file))
 
 
 def _check_options(
@@ -125,7 +133,7 @@ def build_api(
     """The API over a model that is loaded here, with its engine thread running; see `serve`."""
     model, shapes = load_model(model_dir, device)
     cache = build_cache(model, kv_tokens)
-    tokenizer = _load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     config = model.config.get_text_config()
     bounds = (config.max_position_embeddings, cache.max_length, max_length)
     context = min(bound for bound in bounds if bound is not None)
@@ -159,8 +167,8 @@ def build_api(
     return Api(worker, limits, tokenizer, shapes, info, random.Random(seed))
 
 
-async def run(app: web.Application, sock: socket.socket) -> None:
-    """Serves `app` at `sock` until SIGTERM or SIGINT."""
+async def run(app: web.Application, sock: socket.socket, address_file: Path | None = None) -> None:
+    """Serves `app` at `sock` until SIGTERM or SIGINT; says where, and writes it to `address_file`."""
     gc.freeze()  # a collection that looks at the modules and the model takes a tenth of a second
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,15 +184,27 @@ async def run(app: web.Application, sock: socket.socket) -> None:
     )
     await runner.setup()
     try:
-        host, port = sock.getsockname()[:2]
         try:
             await web.SockSite(runner, sock).start()
         except OSError as error:
+            host, port = sock.getsockname()[:2]
             raise _port_error(host, port, error) from error
-        log.info("serving at http://%s:%d", host, port)
+        print(printable(f"serving at {address_of(sock)}"), file=sys.stderr, flush=True)
+        if address_file is not None:
+            write_whole(address_file, f"{address_of(sock)}\n")
         await stop.wait()
     finally:
         await runner.cleanup()
+        if address_file is not None:
+            address_file.unlink(missing_ok=True)
+
+
+def address_of(sock: socket.socket, *, here: bool = False) -> str:
+    """`http://HOST:PORT`; with `here`, as this machine reaches a server of all its addresses."""
+    bound, port = sock.getsockname()[:2]
+    host = str(bound)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host) if here else host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -243,7 +263,7 @@ def _read_key(name: str | None) -> str | None:
     return key
 
 
-def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
     """None without tokenizer files: token ids in, token ids out."""
     if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None

@@ -37,11 +37,24 @@ from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import printable
+from mcore_rl.training.faults.exits import rank
 from mcore_rl.training.inputs import changed_sets, knows_inputs
-from mcore_rl.training.rundir import begin, check_history, is_inside, root_of
+from mcore_rl.training.rundir import (
+    OVERWRITE,
+    begin,
+    check_history,
+    check_no_run,
+    forget_run,
+    is_inside,
+    restarts,
+    root_of,
+)
 from mcore_rl.training.trainer import Attempt, Trainer
 
 _ONE_REQUEST_SECONDS = 1.0
+_LEAVING = (
+    b"mcore-rl: asked to leave: the running step is finished and saved first; a second signal ends it\n"
+)
 
 
 class Stateful(Protocol):
@@ -71,7 +84,7 @@ class Contents:
 @contextmanager
 def open_checkpoints(config: Config, mesh: Mesh, resume: str | None) -> Iterator[Checkpoints | None]:
     """The run's checkpoints under their lock; None where it neither saves nor resumes. Collective."""
-    if not config.checkpoint.every and resume is None:
+    if not config.checkpoint.saves and resume is None:
         yield None
         return
     checkpoints = Checkpoints(
@@ -93,17 +106,20 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
     one of them is enough.
 
     Raises:
-        ConfigError: there is no such checkpoint, or the directories hold another run, which would be buried.
+        ConfigError: there is no such checkpoint, or the directories hold another run, which would be buried
+            (with "overwrite" it is removed).
         DamagedCheckpointError: its manifest is damaged.
     """
     root = root_of(config)
-    counts = [os.environ.get(f"{starter}_RESTART_COUNT", "0") for starter in ("TORCHELASTIC", "SLURM")]
-    restarted = _any_rank(mesh, any(int(count) for count in counts))
+    (restarted,) = _any_rank(mesh, restarts())
 
     def look() -> Saved | None:
         known = committed(root)
         own = resume in ("latest", "previous") or (resume is not None and is_inside(config, Path(resume)))
         which = "latest" if restarted and known and not own else resume
+        if which == OVERWRITE:
+            forget_run(config, known)
+            return None
         if which is not None:
             saved = find(root, which)
             check_form(saved)
@@ -113,8 +129,10 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
         if known:
             raise ConfigError(
                 f"{root} holds the checkpoints of a run up to step {known[-1][0]}: continue it with "
-                "--resume latest, or give this run another run.dir"
+                "--resume latest, give this run another run.dir, or say --overwrite, and that one goes"
             )
+        if not restarted:
+            check_no_run(config)
         return None
 
     return on_main(mesh, look)
@@ -227,9 +245,11 @@ def end_step(
         return
     with trainer.timers("save"):
         checkpoints.poll()
-        leaving = _any_rank(trainer.mesh, trainer.attempt.leave.is_set())
-        every = config.checkpoint.every
-        if leaving or (every and (step % every == 0 or last or step == config.train.steps)):
+        saving = config.checkpoint
+        late = trainer.mesh.is_main and saving.every is None and checkpoints.minutes >= saving.minutes
+        leaving, late = _any_rank(trainer.mesh, trainer.attempt.leave.is_set(), late)
+        last = last or step == config.train.steps
+        if leaving or (saving.saves and (late or last or (saving.every and step % saving.every == 0))):
             with residency.during("save"):
                 checkpoints.save(step, pieces(contents), run_document(config, contents, trainer.attempt))
         if leaving:
@@ -269,10 +289,11 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         yield from (f"{section}.{key}" for key, value in keys.items() if saved.get(key) != value)
 
 
-def _any_rank(mesh: Mesh, flag: bool) -> bool:
-    flags = [False] * mesh.world.size()
-    dist.all_gather_object(flags, flag, group=mesh.world)
-    return any(flags)
+def _any_rank(mesh: Mesh, *flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank; collective."""
+    of_ranks: list[Any] = [None] * mesh.world.size()
+    dist.all_gather_object(of_ranks, flags, group=mesh.world)
+    return tuple(any(one) for one in zip(*of_ranks, strict=True))
 
 
 @contextmanager
@@ -288,6 +309,8 @@ def leave_when_asked(asked: threading.Event, *, active: bool) -> Iterator[None]:
         if not asked.is_set():
             first[0] = time.monotonic()
             asked.set()
+            if rank() == 0:
+                os.write(2, _LEAVING)  # print is not for handlers of signals
         elif time.monotonic() - first[0] > _ONE_REQUEST_SECONDS:
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)

@@ -39,7 +39,7 @@ def check_source(config: Config, source: Path) -> None:
 def doubts_of_source(config: Config) -> list[str]:
     """`key: what` for what a run that trains on dumps may do and hardly means."""
     doubts = []
-    if not config.checkpoint.every:
+    if not config.checkpoint.saves:
         doubts.append(
             "checkpoint.every: 0, and training on dumps publishes nothing, so that the trained weights are "
             "kept nowhere; with any other number those of the last step are"

@@ -33,7 +33,7 @@ from mcore_rl.directories import (
 )
 from mcore_rl.dumps.directory import FILES, NAME
 from mcore_rl.errors import ConfigError, McoreRLError
-from mcore_rl.log import EVENTS, METRICS, append_event
+from mcore_rl.log import EVENTS, METRICS, append_event, read_metrics
 from mcore_rl.terminal import quoted
 from mcore_rl.training.faults.exits import say
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from mcore_rl.checkpoint import Saved
 
 RESOLVED = "resolved.toml"
+OVERWRITE = "overwrite"
+"""in the place of a checkpoint to continue from: begin, and the run that is in the directory goes"""
 RUN_LOCK = ".mcore_rl.lock"
 """besides LOCK, which is that of the checkpoints: they may lie in the run directory itself"""
 WEIGHTS_LOCK = ".mcore_rl.weights.lock"
@@ -282,6 +284,46 @@ def check_history(config: Config, saved: Saved, known: Sequence[tuple[int, Path]
         "overwritten. Continue the one that is there with --resume latest, or give this run another run.dir "
         "(and checkpoint.dir)"
     )
+
+
+def restarts() -> bool:
+    """torchrun or Slurm has restarted this process: it is to go on, whatever it was asked at first."""
+    counts = [os.environ.get(f"{starter}_RESTART_COUNT", "0") for starter in ("TORCHELASTIC", "SLURM")]
+    return any(int(count) for count in counts)
+
+
+def check_no_run(config: Config) -> None:
+    """Raises ConfigError where a run of one step or more is in the run directory: it would be overwritten."""
+    metrics = config.run.dir / METRICS
+    steps = [record.get("step") for record in read_metrics(metrics)] if metrics.is_file() else []
+    done = max((step for step in steps if type(step) is int), default=0)
+    if done:
+        saved = "continue it with --resume latest, " if any(root_of(config).glob("step_*")) else ""
+        raise ConfigError(
+            f"{config.run.dir} holds a run up to step {done}: {saved}give this run another run.dir, or say "
+            "--overwrite, and that one goes"
+        )
+
+
+def forget_run(config: Config, known: Sequence[tuple[int, Path]]) -> None:
+    """Remove the `known` checkpoints of the run that is in the run directory, which another takes over.
+
+    Raises:
+        ConfigError: they are those of a run in another directory; nothing was touched.
+        StorageError: they cannot be removed.
+    """
+    from mcore_rl.checkpoint import manifest
+    from mcore_rl.checkpoint.directory import discard
+
+    inside = config.run.dir.resolve()
+    for _, path in known:
+        if not path.resolve().is_relative_to(inside) and not _belongs(config, manifest.read(path)):
+            raise ConfigError(
+                f"--overwrite: {path} is of a run in another directory than {config.run.dir}; set "
+                "checkpoint.dir to another place"
+            )
+    for _, path in known:
+        discard(path)
 
 
 def identity_of(config: Config, saved: Saved | None) -> Identity:

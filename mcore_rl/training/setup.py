@@ -77,7 +77,8 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
 
     Args:
         optimizer_steps: of the whole run; a decaying learning rate reaches 0 there.
-        resume: `latest`, `previous` or the path of a checkpoint; None starts at the beginning.
+        resume: `latest`, `previous` or the path of a checkpoint; None starts at the beginning, and so does
+            `overwrite`, before which a run that is in the run directory is removed.
 
     Raises:
         ConfigError, LayoutError, DataError: before any weight is built, where the cause allows it.
@@ -105,7 +106,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity, inputs)
                 with (
                     _tracked(config, mesh, attempt) as send,
-                    leave_when_asked(leave, active=bool(config.checkpoint.every)),
+                    leave_when_asked(leave, active=config.checkpoint.saves),
                 ):
                     trainer = build_trainer(config, mesh, attempt, optimizer_steps, send)
                     attempt.reached("the model was built")

@@ -1,9 +1,17 @@
 """Keys that cannot go together, each beside the nearest configuration that is accepted."""
 
+import re
+import tempfile
+from pathlib import Path
+
 import pytest
 
-from mcore_rl.config import load_config, to_toml
+from mcore_rl.algo.algorithms import ALGORITHMS
+from mcore_rl.algo.presets import PRESETS
+from mcore_rl.config import load_config, notes, to_toml
+from mcore_rl.config.names import KINDS, SPELLINGS
 from mcore_rl.errors import ConfigError
+from tests.sources import ROOT
 
 BASE = {"run.dir": "r", "model.path": "m", "data.train": "t.jsonl", "train.steps": 10}
 
@@ -41,7 +49,11 @@ def load(tmp_path):
             {"rollout__prompts_per_step": 65},
             "algorithm.mini_batches: .*512",
         ),
-        ({"optimizer__warmup_steps": 41}, {"algorithm__epochs": 2}, "optimizer.warmup_steps: .*40 optimizer"),
+        (
+            {"optimizer__warmup_steps": 41},
+            {"algorithm__epochs": 2},
+            "optimizer.warmup_steps: cut from 41 to 10, of a run of 40 optimizer steps",
+        ),
         (
             {"train__tokens_per_micro_batch": 1087},
             {"data__max_prompt_tokens": 1023},
@@ -124,7 +136,12 @@ def load(tmp_path):
             "model.fp8_param_gather: a checkpoint does not hold",
         ),
         (
-            {"model__precision": "fp8", "model__fp8_param_gather": "true", "optimizer__distributed": "false"},
+            {
+                "model__precision": "fp8",
+                "model__fp8_param_gather": "true",
+                "optimizer__distributed": "false",
+                "checkpoint__every": 0,
+            },
             {"optimizer__distributed": "true"},
             "model.fp8_param_gather: it is the distributed optimizer",
         ),
@@ -227,11 +244,18 @@ def load(tmp_path):
         (DISTRIBUTED | {"publish__dir": "w"}, {"publish__transport": "disk"}, "publish.dir: has no effect"),
     ],
 )
-def test_a_contradiction_is_refused_and_its_remedy_accepted(load, bad, good, message):
-    with pytest.raises(ConfigError, match=message):
-        load(**bad)
+def test_a_contradiction_is_refused_or_noted_and_its_remedy_accepted(load, bad, good, message):
+    assert re.search(message, refused_or_noted(load, **bad))
     if good is not None:
-        load(**{**bad, **good})
+        assert not re.search(message, "\n".join(notes(load(**{**bad, **good}))))
+
+
+def refused_or_noted(load, **keys) -> str:
+    """What is said of these keys: a refusal, or a note where they are left out."""
+    try:
+        return "\n".join(notes(load(**keys)))
+    except ConfigError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("transport", ["disk", "tensor", "distributed"])
@@ -247,9 +271,9 @@ def test_weights_in_fp8_go_by_every_transport(load, transport):
         *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_staleness"),
     ],
 )
-def test_supervised_training_refuses_the_keys_of_rollouts(load, key):
-    with pytest.raises(ConfigError, match=f'{key}: has no effect because run.kind is "sft"'):
-        load(run__kind="sft", **{key: 1})
+def test_supervised_training_says_that_the_keys_of_rollouts_are_none_of_its_own(load, key):
+    said = refused_or_noted(load, run__kind="sft", **{key: 1})
+    assert f'{key}: has no effect because run.kind is "sft"' in said
     assert key.split(".")[1] not in to_toml(load(run__kind="sft"))
     assert key.split(".")[1] in to_toml(load())
 
@@ -325,3 +349,53 @@ def test_several_reward_functions_are_tables_of_their_names(load, tmp_path) -> N
 def test_tables_of_reward_functions_that_cannot_be_meant_are_refused(load, bad, message) -> None:
     with pytest.raises(ConfigError, match=message):
         load(**MATH | bad)
+
+
+def test_a_key_that_would_mislead_is_refused_and_another_noted(load):
+    """One file serves several kinds and algorithms; what it says of the data and the algorithm is meant."""
+    config = load(critic__lr=1e-5, supervised__batch_size=8, rollout__over_sampling=2)
+    assert [note.split(":")[0] for note in notes(config)] == [
+        "supervised.batch_size",
+        "rollout.over_sampling",
+        "critic.lr",
+    ]
+    assert notes(load_config_again(config)) == [], "resolved.toml has none of them"
+    for key in ({"algorithm__epochs": 2}, {"rollout__dynamic_sampling": 2}, {"data__curriculum": "a:b"}):
+        with pytest.raises(ConfigError, match="has no effect"):
+            load(run__kind="sft", **key)
+
+
+def load_config_again(config):
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(to_toml(config))
+        file.flush()
+        return load_config(Path(file.name))
+
+
+RECIPES = sorted((ROOT / "examples").glob("**/*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_any_recipe_is_a_short_run_too(recipe):
+    config = load_config(recipe, ["--train.steps=5"])
+    assert config.optimizer.warmup_steps <= config.optimizer_steps
+    long = load_config(recipe)
+    assert not [note for note in notes(long) if "cut" in note], "none of them is cut as it stands"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dpo", 'run.kind = "preference" and preference.loss = "dpo"'),
+        ("KTO", 'run.kind = "preference" and preference.loss = "kto"'),
+        ("reinforce_plus_plus", '"reinforce++" is what it is called here'),
+        ("clip_cov", '"clip-cov" is what it is called here'),
+    ],
+)
+def test_a_name_that_means_something_else_says_what(load, name, said):
+    with pytest.raises(ConfigError) as caught:
+        load(algorithm__name=name)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert all(one in ALGORITHMS for one in SPELLINGS.values())
+    assert not (SPELLINGS.keys() | KINDS.keys()) & (ALGORITHMS.keys() | PRESETS.keys())

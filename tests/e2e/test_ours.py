@@ -17,9 +17,10 @@ import pytest
 
 from mcore_rl.__main__ import main
 from mcore_rl.checkpoint import committed, find
-from mcore_rl.directories import MARK, is_ours
+from mcore_rl.directories import MARK, is_ours, read_mark
 from mcore_rl.dumps.directory import read_step
 from mcore_rl.log import read_metrics
+from mcore_rl.talk.weights import model_of
 from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -171,12 +172,32 @@ def test_a_resume_into_the_directory_of_another_run_is_refused(ranks, folder, tm
     }
 
 
-def test_a_run_that_keeps_no_checkpoints_spares_those_that_are_there(ranks, folder, tmp_path):
-    assert ranks.run(*sft(folder, tmp_path)).returncode == 0
-    done = ranks.run(*sft(folder, tmp_path, "--checkpoint.every", "0"))
+def test_a_run_is_spared_unless_it_may_be_overwritten(ranks, folder, tmp_path, capsys, monkeypatch):
+    """Checkpoints are kept by time where no steps are named; a run without them is spared as well."""
+    plain = _train(folder, tmp_path, "sft_tiny", "--supervised.batch_size", "8", "--train.steps", "2")
+    saved = lambda: [step for step, _ in committed(tmp_path / "checkpoints")]  # noqa: E731
+    assert ranks.run(*plain).returncode == 0
+    assert saved() == [2], "the last step alone, well within checkpoint.minutes"
+    done = ranks.run(*plain, "--checkpoint.every", "0")
     assert done.returncode == 2
     assert "holds the checkpoints of a run up to step 2" in done.stderr
+    assert "--overwrite" in done.stderr
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    with model_of(tmp_path) as found:
+        assert found == tmp_path / "model", "what `mcore-rl chat RUN_DIR` loads"
+    before = read_mark(tmp_path)["run"]
+    done = ranks.run(*plain, "--train.steps", "3", "--checkpoint.every", "0", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert saved() == [], "those of the run that was there are gone"
+    assert read_mark(tmp_path)["run"] != before
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    monkeypatch.chdir(ROOT)
+    assert main(plain) == 2, "the launcher says it, and no rank starts"
+    assert f"{tmp_path} holds a run up to step 3: give this run another run.dir" in capsys.readouterr().err
+    assert ranks.run(*plain).returncode == 2
+    often = ("--checkpoint.minutes", "1e-9", "--checkpoint.keep", "3", "--overwrite")
+    assert ranks.run(*plain, *often).returncode == 0
+    assert saved() == [1, 2]
 
 
 # --- two runs at once -------------------------------------------------------------------------------------

@@ -156,9 +156,10 @@ def test_what_has_no_state_begins_again_and_a_restore_that_fails_is_void() -> No
     assert all("turns" not in one for one in saved.get("played", {}).values())
     saved = play(Counts, Log({f"p@1/{k}": 2 for k in range(3)}), {}, crash=True)
     samples = play(Strange, Log({}), saved["played"], crash=False)
-    assert [sample.failure for sample in samples] == [
-        ("restore", "restore raised KeyError: 'what I knew'")
-    ] * 3
+    assert {sample.failure[0] for sample in samples} == {"restore"}
+    assert all(
+        sample.failure[1].startswith("restore raised KeyError: 'what I knew' at ") for sample in samples
+    )
 
 
 class Says(Counts):

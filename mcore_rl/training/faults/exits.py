@@ -34,6 +34,7 @@ from mcore_rl.errors import (
 from mcore_rl.log import EVENTS, append_event, read_metrics
 from mcore_rl.terminal import printable
 from mcore_rl.training.faults.siblings import lost_ranks, siblings
+from mcore_rl.user_code import place
 
 EXIT_BUG = 1
 """an exception that nobody foresaw"""
@@ -201,7 +202,7 @@ def last_words(run_dir: Path, error: BaseException, since: int) -> int:
         if _is_echo_of_a_death(run_dir, since):
             return EXIT_RETRYABLE
     print(printable("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
-    say(f"{type(error).__name__} on rank {rank()}: {error}")
+    say(f"{type(error).__name__} on rank {rank()}: {error}{place(error)}")
     return exit_code_of(error)
 
 

@@ -1,0 +1,71 @@
+"""The demo: problems of arithmetic, a supervised warm start, reinforcement learning, and the report."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.log import tell
+
+PROBLEMS = "arithmetic.py"
+WARM_START, RECIPE = "sft_tiny.toml", "gspo_tiny.toml"
+
+
+def files() -> Path:
+    """The directory of the demo's files: this one in a wheel, `examples` in a clone."""
+    here = Path(__file__).parent
+    for directory in (here, here.parents[1] / "examples"):
+        if (directory / PROBLEMS).is_file():
+            return directory
+    raise ConfigError(f"{here} lacks {PROBLEMS}, which a wheel and a clone have; install mcore-rl again")
+
+
+def demo(directory: Path, overrides: Sequence[str]) -> int:
+    """Write everything into `directory`, where an earlier demo goes; the exit code of what ended it.
+
+    Args:
+        overrides: `--section.key value` of both runs.
+    """
+    there, warm = files(), directory / "warm_start"
+    data = ["--data.train", str(directory / "data" / "train.jsonl")]
+    held_out = ["--data.eval", str(directory / "data" / "eval.jsonl")]
+    tell(f"two cores take some minutes; the report will be {directory}/report.html", is_main=True)
+    module = [sys.executable, "-m", "mcore_rl"]
+    first = ["--run.dir", str(warm), "--model.path", str(directory / "data" / "model"), *data]
+    second = ["--run.dir", str(directory), "--model.path", str(warm / "model"), *data, *held_out]
+    steps = (
+        [sys.executable, str(there / PROBLEMS), str(directory / "data"), "--seed", "0"],
+        [*module, "train", str(there / WARM_START), "--overwrite", *first, *overrides],
+        [*module, "train", str(there / RECIPE), "--overwrite", *second, *overrides],
+        [*module, "report", str(directory)],
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    for words in steps:
+        code = _run(words)
+        if code:
+            return code if code > 0 else 128 - code
+    tell(
+        f"open {directory}/report.html in a browser; `mcore-rl chat {directory}` asks the model a sum",
+        is_main=True,
+    )
+    return 0
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit code of a command, which ends as it likes when this process is asked to.
+
+    Ctrl-C reaches it too, as one of the terminal's; SIGTERM is passed on.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = subprocess.Popen(words)
+    try:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

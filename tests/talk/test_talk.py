@@ -1,0 +1,177 @@
+"""A model is served over OpenAI's API and talked to in the terminal: the real commands, a tiny model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from mcore_rl.errors import ConfigError
+from mcore_rl.talk.weights import model_of
+from tests.environments.support import build_tokenizer
+from tests.launched import ENVIRONMENT
+from tests.rollout.support import http, wait_until
+from tests.sources import ROOT
+
+pytestmark = [pytest.mark.xdist_group("talk"), pytest.mark.timeout(300)]
+SECRET = {"TALK_KEY": "a-key-of-the-test"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a chat template."""
+    directory, tokenizer = tmp_path_factory.mktemp("talk") / "model", build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.5,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that a command started."""
+
+    url: str
+    said: Path
+    tokenizer: PreTrainedTokenizerBase
+
+    def client(self, key: str = SECRET["TALK_KEY"]) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    said, address = model.parent / "said", model.parent / "address"
+    command = [sys.executable, "-m", "mcore_rl", "serve", str(model), "--threads", "1"]
+    command += ["--address-file", str(address), "--api-key-env", "TALK_KEY"]
+    with said.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | ENVIRONMENT | SECRET, stdout=out, stderr=out
+        )
+    try:
+        wait_until(lambda: address.exists() or process.poll() is not None, "it serves", 200)
+        yield Served(address.read_text().strip(), said, AutoTokenizer.from_pretrained(model))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert not address.exists(), "nobody answers there any more"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_says_where_it_is(served: Served) -> None:
+    assert f"serving at {served.url}\n" in served.said.read_text()
+    assert served.url.startswith("http://127.0.0.1:")
+
+
+def test_a_client_of_openai_has_a_conversation(served: Served) -> None:
+    client = served.client()
+    assert [one.id for one in client.models.list().data] == ["model"]
+    said = [{"role": "user", "content": "12?"}]
+    first = client.chat.completions.create(model="model", messages=said, max_tokens=5, temperature=0)
+    text = first.choices[0].message.content
+    rendered = served.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    params = {"max_new_tokens": 5, "temperature": 0}
+    native = http(
+        served.url, "/generate", {"input_ids": rendered, "sampling_params": params}, key=SECRET["TALK_KEY"]
+    ).body
+    assert first.usage is not None
+    assert first.usage.prompt_tokens == len(rendered)
+    assert text == native["text"], "what SGLang's API answers to the ids that the template gives"
+    said += [{"role": "assistant", "content": text}, {"role": "user", "content": "34?"}]
+    second = client.chat.completions.create(model="model", messages=said, max_tokens=5, temperature=0)
+    assert second.usage is not None
+    assert second.usage.prompt_tokens > len(rendered) + 5
+    pieces = client.chat.completions.create(
+        model="model", messages=said[:1], max_tokens=5, temperature=0, stream=True
+    )
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == text
+
+
+def test_sampling_parameters_act_and_what_would_not_is_refused(served: Served) -> None:
+    client = served.client()
+
+    def ask(**params) -> str:
+        return client.completions.create(model="m", prompt="12", max_tokens=12, **params).choices[0].text
+
+    assert ask(temperature=0) == ask(temperature=0)
+    assert ask(temperature=5.0, seed=1) == ask(temperature=5.0, seed=1)
+    assert len({ask(temperature=5.0) for _ in range(4)}) > 1
+    for wrong in ({"frequency_penalty": 1.0}, {"temperature": -1.0}):
+        with pytest.raises(openai.APIStatusError) as refused:
+            ask(**wrong)
+        assert refused.value.status_code == 400
+    with pytest.raises(openai.BadRequestError, match="tokens"):
+        client.completions.create(model="m", prompt="1" * 700, max_tokens=2)
+
+
+def test_the_key_opens_these_addresses_too(served: Served) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        served.client("another").models.list()
+    assert http(served.url, "/v1/chat/completions", {"messages": []}).status == 401
+    reply = http(served.url, "/v1/chat/completions", {"messages": []}, key=SECRET["TALK_KEY"])
+    assert reply.status == 400
+    assert "messages" in reply.body["error"]["message"]
+
+
+def chat(*arguments: str, given: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mcore_rl", "chat", *arguments, "--threads", "1", "--temperature", "0"],
+        input=given,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_a_pipe_gets_an_answer_for_every_line(served: Served, model: Path) -> None:
+    """The same question the same answer: each line is a conversation of its own."""
+    done = chat(str(model), "--max-tokens", "5", given="12?\n\n34?\n12?\n")
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.split("\n")[:-1]
+    said = [{"role": "user", "content": "12?"}]
+    answer = served.client().chat.completions.create(
+        model="model", messages=said, max_tokens=5, temperature=0
+    )
+    assert first == third == (answer.choices[0].message.content or "").replace("\n", "\\n")
+    assert isinstance(second, str)
+
+
+def test_what_is_no_model_is_refused_in_words(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"neither a run directory .* nor a Hugging Face model"),
+        model_of(tmp_path),
+    ):
+        pass
+    (tmp_path / "config.json").write_text("{}")
+    with model_of(tmp_path) as found:
+        assert found == tmp_path
+    with (
+        pytest.raises(ConfigError, match=r"--checkpoint: .* is no run directory"),
+        model_of(tmp_path, "latest"),
+    ):
+        pass
