@@ -281,7 +281,8 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     of_rank = "RANK" in os.environ or arguments.rehearse or arguments.replay is not None
     # A mistake is said before torch is imported.
     config = load_config(arguments.config, overrides, None if of_rank else first_look)
-    from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
+    with uncollected():
+        from mcore_rl.launch.start import Source, launch_node, run_rank, under_torchrun
 
     if arguments.rehearse:
         with uncollected():
@@ -388,7 +389,8 @@ def serve(arguments: argparse.Namespace, _: list[str]) -> int:
     from mcore_rl.talk.weights import check_target
 
     check_target(arguments.model_dir)
-    from mcore_rl.talk.serve import serve
+    with uncollected():
+        from mcore_rl.talk.serve import serve
 
     return serve(arguments)
 
@@ -398,7 +400,8 @@ def chat(arguments: argparse.Namespace, _: list[str]) -> int:
     from mcore_rl.talk.weights import check_target
 
     check_target(arguments.model)
-    from mcore_rl.talk.chat import chat
+    with uncollected():
+        from mcore_rl.talk.chat import chat
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}
     return chat(arguments.model, **options)
