@@ -27,7 +27,7 @@ MODULES = {
 }
 GOLDEN_CASES = {f"{file}/{name}" for file, name in _case_names(load(ROOT / "tests" / "golden"))}
 PLUMBING = {
-    *("algorithms.configure", "algorithms.parameters", "algorithms.has_critic"),
+    *("algorithms.configure", "algorithms.has_critic"),
     *("rows.declared", "rows.marked_by", "rows.averaged_by"),
     *("readings.readings", "readings.mark", "readings.shared"),
     *("catalog.rows", "catalog.preset_rows", "catalog.as_markdown", "catalog.describe"),
