@@ -28,7 +28,8 @@ MODULES = {
 GOLDEN_CASES = {f"{file}/{name}" for file, name in _case_names(load(ROOT / "tests" / "golden"))}
 PLUMBING = {
     *("algorithms.configure", "algorithms.has_critic"),
-    *("rows.declared", "rows.marked_by", "rows.averaged_by"),
+    *("parameters.parameters", "parameters.resolve", "parameters.types_of", "parameters.checked"),
+    *("parameters.suggest", "rows.declared", "rows.marked_by", "rows.averaged_by", "rows.ahead_by"),
     *("readings.readings", "readings.mark", "readings.shared"),
     *("catalog.rows", "catalog.preset_rows", "catalog.as_markdown", "catalog.describe"),
 }
