@@ -3,10 +3,10 @@
     python -m benchmarks.learn_algorithms [NAME ...] [--steps 60] [--runs runs/learn] [--out benchmarks]
 
 Each begins with the warm start of benchmarks/learn.py and takes the settings of examples/grpo_tiny.toml, or
-of examples/ppo_tiny.toml where it trains a critic, with 8 prompts a step for 64. They share a server, one
-after another, and their ranks are forked, so that what they cost is training. It collapsed where its
-held-out accuracy ends below COLLAPSED of what the warm start has. A run that finished under RUNS with the
-same settings is not run again.
+of examples/ppo_tiny.toml where it trains a critic, with 8 prompts a step for 64 and RATE. They share a
+server, one after another, and their ranks are forked, so that what they cost is training. It collapsed where
+its held-out accuracy ends below COLLAPSED of what the warm start has. A run that finished under RUNS with
+the same settings is not run again.
 Writes OUT/learn_algorithms_DATE.json; the exit code is 1 where one collapsed, or the control moved.
 """
 
@@ -31,6 +31,8 @@ from tests.e2e.ranks import Ranks, imported
 COLLAPSED = 0.7
 """of the accuracy at the start: less at the end is a collapse"""
 CONTROL = "control"
+RATE = 1.5e-4
+"""of Adam, for an eighth of the examples' samples in a step"""
 PROBLEMS = 500
 """held-out ones, answered at the start and at the end"""
 STILL = 0.13
@@ -56,7 +58,7 @@ def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tup
         "train.eval_every": 0,
         "train.eval_samples": PROBLEMS,
     }
-    flags |= {"optimizer.lr": 0.0} if name == CONTROL else {}
+    flags["optimizer.lr"] = 0.0 if name == CONTROL else RATE
     flags |= {"algorithm.params": "{}"} if has_critic(algorithm) and algorithm != "ppo" else {}
     given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     settings, finished = "\n".join([example.read_text(), *given]).replace(url, ""), run / "finished.txt"
