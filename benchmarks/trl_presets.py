@@ -7,7 +7,8 @@ rollout: 4 prompts, 4 responses each, their token ids and rewards. TRL's trainer
 docs/algorithms.md names for the preset, and takes five updates of AdamW on it (`num_iterations`), so that
 ratios leave 1; here `learn` does. Without vLLM TRL corrects no mismatch, so `correction` is `none`. Compared:
 |difference| / the largest movement of any weight. As a control each is also compared with TRL's trainer by
-another setting. benchmarks/trl_kinds.py says why Adam's eps is 1e-5, and what environment TRL needs.
+another setting. benchmarks/trl_kinds.py says why Adam's eps is above the rounding of a gradient (1e-4 here,
+where gradients are larger; `smaller_eps` says what is left with 1e-5), and what environment TRL needs.
 
 Writes OUT/trl_presets_DATE.json; exits with 1 where a limit is exceeded.
 """
@@ -32,9 +33,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.trl_kinds import EPS, LIMITS, ROOT, TRL, write_task
+from benchmarks.trl_kinds import LIMITS, ROOT, TRL, write_task
 
 PROMPTS, SAMPLES, UPDATES, LR, LONGEST = 4, 4, 5, 1e-3, 8
+EPS, SMALLER_EPS = 1e-4, 1e-5
+"""of Adam: above the rounding of these losses' float32 gradients, and that of benchmarks/trl_kinds.py"""
 _SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "trl-grpo": {},
@@ -54,11 +57,11 @@ CONTROL = 10 * LIMITS["weights"]
 """the least that another setting has to be away"""
 
 
-def write_rollout(directory: Path) -> dict[str, Any]:
+def write_rollout(directory: Path, eps: float) -> dict[str, Any]:
     """What both sides are told: the model, prompts, responses of 1 to LONGEST tokens, and rewards."""
     from transformers import AutoTokenizer
 
-    task = write_task(directory, EPS)
+    task = write_task(directory, eps)
     rows = [json.loads(line) for line in Path(task["rows"]).read_text().splitlines()][:PROMPTS]
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
     special = set(tokenizer.all_special_ids)
@@ -142,6 +145,7 @@ max_new_tokens = {LONGEST}
 [algorithm]
 name = "{name}"
 epochs = {UPDATES}
+mini_batches = 1
 {params}
 [train]
 steps = 1
@@ -153,11 +157,11 @@ clip_grad = 0.0
 """
 
 
-def compare(trl_python: str) -> dict[str, dict[str, float]]:
+def compare(trl_python: str, eps: float) -> dict[str, dict[str, float]]:
     """Of every preset: the error of the weights, the largest movement, and the error of the control."""
     with tempfile.TemporaryDirectory(prefix="mcore_rl_trl_") as scratch:
         directory = Path(scratch)
-        task = write_rollout(directory)
+        task = write_rollout(directory, eps)
         (directory / "task.json").write_text(json.dumps(task))
         for name in SETTINGS:
             train_ours(task, name)
@@ -187,7 +191,7 @@ def main() -> int:
     parser.add_argument("--trl-python", required=True, help="an interpreter that has TRL")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     options = parser.parse_args()
-    found = compare(options.trl_python)
+    found, smaller = (compare(options.trl_python, eps) for eps in (EPS, SMALLER_EPS))
     record = {
         "benchmark": f"presets against TRL's GRPOTrainer: weights after {UPDATES} updates on one rollout",
         "date": date.today().isoformat(),
@@ -195,7 +199,9 @@ def main() -> int:
         "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core"), "trl": TRL},
         "limits": {"weights": LIMITS["weights"], "control at least": CONTROL},
         "settings": {name: dict(own) for name, own in SETTINGS.items()},
+        "eps": EPS,
         "errors": found,
+        "smaller_eps": {"eps": SMALLER_EPS, "errors": smaller},
     }
     (options.out / f"trl_presets_{record['date']}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, its in found.items():

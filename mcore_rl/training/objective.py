@@ -237,7 +237,10 @@ def _gradient_scale(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> d
     """
     (coefficient,) = torch.autograd.grad(loss.sum(), rows.log_prob, retain_graph=True)
     trained = torch.where(rows.usable, rows.advantage, 0.0)
-    sums = gradient_scale_sums(rows.log_prob, rows.entropy, trained, coefficient)
+    each = (rows.log_prob, rows.entropy, trained, coefficient)
+    if "observed" in fields:  # the scale is one of what was sampled
+        each = tuple(values[fields["observed"] == 0] for values in each)
+    sums = gradient_scale_sums(*each)
     found: dict[str, Metric] = {"head": HeadGradient(sums)}
     if "old_log_prob" not in fields and "age" not in fields:
         found["head/grad_ratio_on_policy"] = HeadRatio(sums)

@@ -69,7 +69,7 @@ def public_functions() -> set[str]:
 def golden_cases(page: str) -> set[str]:
     return set(
         re.findall(
-            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout|trajectories|distillation)/(?:\w+/)?[\w.-]*\w",
+            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout|trajectories|distillation|entries)/(?:\w+/)?[\w.-]*\w",
             page,
         )
     )
