@@ -93,11 +93,7 @@ def test_a_sum_over_a_sequence_is_that_of_what_was_sampled(name: str) -> None:
 def test_what_follows_is_counted_in_tokens_of_the_response() -> None:
     packed, _, _ = objective("fipo", {})
     found = zip(packed.fields["sample"].tolist(), packed.fields["place"].tolist(), strict=True)
-    assert sorted(found) == [
-        *((0, t) for t in (0, 3)),
-        *((1, t) for t in (0, 1)),
-        *((2, t) for t in (0, 2, 3)),
-    ]
+    assert sorted(found) == [(0, 0), (0, 3), (1, 0), (1, 1), (2, 0), (2, 2), (2, 3)]
 
 
 def test_a_truncated_response_has_a_value_behind_its_last_token() -> None:

@@ -219,7 +219,7 @@ def warned(name: str, params: Mapping[str, object]) -> bool:
     return any(what.startswith("algorithm.params") for what in said)
 
 
-SILENT = {(name, "clip/fraction") for name in ("rloo", "reinforce", "opo")}
+SILENT = {(name, "clip/fraction") for name in ("rloo", "reinforce", "opo", "remax", "rae", "otb")}
 """metrics that are 0 whatever happens, and why: a loss that is never clipped says so"""
 NARROW: dict[str, dict[str, float]] = {
     "sapo": {"tau_pos": 9.0, "tau_neg": 9.0},
