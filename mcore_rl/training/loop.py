@@ -190,9 +190,7 @@ def learn(
                 ids=[sample.id for sample in batch.samples],
             )
             policy.add(*run_update(update, run.residency, explain))
-    if algorithm.per_token and not warm_up:  # a policy that does not learn says nothing of the coefficient
-        run.kl.observe(advantages.metrics, len(batch.samples))
-    run.roles.observe(batch.samples)
+    observe(run, algorithm, batch, {} if warm_up else advantages.metrics)
     if recorder is not None:
         run.dumps.write_trained(step, recorder, recorder.tokens(mesh, advantages.fields["advantage"]))
     metrics = (
@@ -205,6 +203,19 @@ def learn(
     )
     trained = token_sequences([sample for sample in batch.samples if has_loss(sample, shape)])
     return Learned(metrics, work_of(trained, shape, config.algorithm.epochs))
+
+
+def observe(run: Learner, algorithm: Algorithm, batch: RolloutBatch, metrics: Mapping[str, float]) -> None:
+    """Let a step into what goes on from step to step.
+
+    Args:
+        metrics: of its advantages; none in a warm-up, where a policy that does not learn says nothing of the
+            KL's coefficient.
+    """
+    if algorithm.per_token:
+        run.kl.observe(metrics, len(batch.samples))
+    if algorithm.baseline == "role":
+        run.roles.observe(batch.samples)
 
 
 def baselines_of(run: Learner, batch: RolloutBatch, greedy: Mapping[str, float]) -> list[float]:
