@@ -132,7 +132,9 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
         perturbed(log_probs, seed=12),
         values,
         energy=[np.abs(values) for values in drawn(log_probs, seed=15)],
-        baselines=[] if algorithm.baseline == "none" else [float(value[0]) for value in prompt_values(batch)],
+        baselines=[]
+        if algorithm.baseline == "none"
+        else [0.5 + 0.1 * float(value[0]) for value in prompt_values(batch)],
     )
     advantages = compute_advantages(batch, algorithm, scores)
     return Recorded(algorithm, batch, {"old_log_prob": old, **advantages.fields})
