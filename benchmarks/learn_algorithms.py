@@ -3,8 +3,10 @@
     python -m benchmarks.learn_algorithms [NAME ...] [--steps 60] [--runs runs/learn] [--out benchmarks]
 
 Each begins with the warm start of benchmarks/learn.py and takes the settings of examples/grpo_tiny.toml, or
-of examples/ppo_tiny.toml where it trains a critic. It collapsed where its held-out accuracy ends below
-COLLAPSED of what the warm start has. A run that finished under RUNS with the same settings is not run again.
+of examples/ppo_tiny.toml where it trains a critic; a loss without a ratio has one update for a rollout. They
+share a server, one after another, and their ranks are forked, so that what they cost is training. It
+collapsed where its held-out accuracy ends below COLLAPSED of what the warm start has. A run that finished
+under RUNS with the same settings is not run again.
 Writes OUT/learn_algorithms_DATE.json; the exit code is 1 where one collapsed, or the control moved.
 """
 
@@ -18,21 +20,25 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.learn import ACCURACY, ROOT, command, warm_start
-from mcore_rl.algo.algorithms import ALGORITHMS, has_critic
+from benchmarks.learn import ACCURACY, ROOT, RUN_SECONDS, warm_start
+from mcore_rl.algo import losses
+from mcore_rl.algo.algorithms import ALGORITHMS, configure, has_critic
 from mcore_rl.log import read_metrics
+from mcore_rl.rollout.processes import Embedded, LocalServer
+from tests.e2e.ranks import Ranks, imported
 
 COLLAPSED = 0.7
 """of the accuracy at the start: less at the end is a collapse"""
 CONTROL = "control"
+PROBLEMS = 1000
+"""held-out ones, answered at the start and at the end"""
 STILL = 0.06
-"""of accuracy that two draws of 1000 answers may differ by without any learning: four standard errors"""
+"""of accuracy that two draws of PROBLEMS answers may differ by without any learning: four standard errors"""
 
 
-def learn(name: str, runs: Path, steps: int) -> list[tuple[int, float]]:
+def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tuple[int, float]]:
     """(step, held-out accuracy) of a run by `name`; of GRPO with learning rate 0 for the control."""
     run = runs / f"algorithm_{name}"
     algorithm = "grpo" if name == CONTROL else name
@@ -43,19 +49,24 @@ def learn(name: str, runs: Path, steps: int) -> list[tuple[int, float]]:
         "data.eval": runs / "data" / "eval.jsonl",
         "algorithm.name": algorithm,
         "parallel.tensor": 1,
-        "rollout.threads": 1,
+        "rollout.urls": json.dumps([url]),
         "run.dir": run,
         "run.seed": 0,
         "train.steps": steps,
-        "train.eval_every": max(1, steps // 3),
+        "train.eval_every": 0,
+        "train.eval_samples": PROBLEMS,
     }
     flags |= {"optimizer.lr": 0.0} if name == CONTROL else {}
+    if configure(algorithm).loss is losses.reinforce:  # which has no ratio, and is right in one update alone
+        flags |= {"algorithm.mini_batches": 1}
     flags |= {"algorithm.params": "{}"} if has_critic(algorithm) and algorithm != "ppo" else {}
     given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    settings, finished = "\n".join([example.read_text(), *given]), run / "finished.txt"
+    settings, finished = "\n".join([example.read_text(), *given]).replace(url, ""), run / "finished.txt"
     if not finished.exists() or finished.read_text() != settings:
         shutil.rmtree(run, ignore_errors=True)
-        command("-m", "mcore_rl", "train", str(example), *given)
+        done = ranks.run("train", str(example), *given)
+        if done.returncode:
+            raise RuntimeError(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}")
         finished.write_text(settings)
     evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
     return [(record["step"], record[ACCURACY]) for record in evaluated]
@@ -80,15 +91,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     a = parser.parse_args()
     names = [*(a.names or ALGORITHMS), CONTROL]
-    warm_start(a.runs, 0)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        curves = dict(zip(names, pool.map(lambda name: learn(name, a.runs, a.steps), names), strict=True))
+    model, curves = warm_start(a.runs, 0), {}
+    with (
+        LocalServer(model, Embedded(threads=1), log_file=a.runs / "server.log") as server,
+        imported(a.runs, {"OMP_NUM_THREADS": "1"}, RUN_SECONDS) as ranks,
+    ):
+        for name in names:
+            curves[name] = learn(name, a.runs, a.steps, server.url, ranks)
+            points = " ".join(f"{accuracy:.3f}" for _, accuracy in curves[name])
+            print(f"{name:22} {points}  {verdict(name, curves[name])}", flush=True)
     verdicts = {name: verdict(name, curve) for name, curve in curves.items()}
-    for name, curve in curves.items():
-        print(f"{name:22} {' '.join(f'{accuracy:.3f}' for _, accuracy in curve)}  {verdicts[name]}")
     today = datetime.date.today().isoformat()
     record = {
-        "benchmark": f"held-out accuracy over {a.steps} steps of each algorithm, 1000 problems, one seed",
+        "benchmark": f"held-out accuracy over {a.steps} steps of each algorithm, {PROBLEMS} problems, a seed",
         "date": today,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
         "curves": {name: {"points": curve, "verdict": verdicts[name]} for name, curve in curves.items()},

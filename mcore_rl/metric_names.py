@@ -106,6 +106,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "kl/coefficient": "Its coefficient in the token rewards, adapted where there is a target.",
         "masked/fraction": "Share of the tokens with a recorded log-prob that is not finite; they count for "
         "nothing.",
+        "observation/nll": "Mean of -log_prob of the tokens between the turns, where they are learnt too.",
+        "baseline/mean": "Mean of what rewards are compared with: greedy answers, or the means of roles.",
         "correction/mean": "Mean weight of the correction for another sampling policy.",
         "value/mean": "Mean of the critic's values.",
         "value/explained_variance": "1 - Var(return - value) / Var(return).",

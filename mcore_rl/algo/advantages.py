@@ -80,6 +80,8 @@ class GroupStatistics(NamedTuple):
     """[N] whose group it is"""
     lengths: Float[Tensor, " N"] = torch.zeros(0)
     """trained tokens of each sample, where a rollout batch says them"""
+    baseline: Float[Tensor, " N"] = torch.zeros(0)
+    """what the reward of each sample is compared with, where it comes from outside of the batch"""
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...]:
@@ -347,6 +349,31 @@ def sequence_mean(
     """Mean of `values` per sequence; 0 for a sequence without rows."""
     counts = torch.bincount(sequence, minlength=sequences).clamp(min=1)
     return sequence_sum(values, sequence, sequences) / counts
+
+
+def sums_ahead(grid: Float[Tensor, "N T"], discount: float) -> Float[Tensor, "N T"]:
+    """[N, T] -> sum over k >= 0 of discount^k grid[:, t + k], in log2(T) additions of shifted copies."""
+    step = 1
+    while step < grid.shape[1]:
+        grid = torch.cat([grid[:, :-step] + discount**step * grid[:, step:], grid[:, -step:]], dim=1)
+        step *= 2
+    return grid
+
+
+def bootstrap(
+    rewards: Float[Tensor, " R"],
+    following: Float[Tensor, " N"],
+    offsets: Int[Tensor, " N_plus_1"],
+    *,
+    gamma: float,
+) -> Float[Tensor, " R"]:
+    """Token rewards plus gamma V on the last row, V the value `following` it: arXiv 1712.00378.
+
+    `gae` takes the value behind the last row as 0, as where an episode has ended. One that met its limit
+    would have gone on; added to the reward, the value enters delta and the returns alike.
+    """
+    scored = offsets.diff() > 0
+    return rewards.index_add(0, offsets[1:][scored] - 1, gamma * following.double()[scored])
 
 
 def spread(per_sequence: Float[Tensor, " N"], offsets: Int[Tensor, " N_plus_1"]) -> Float[Tensor, " R"]:

@@ -8,13 +8,9 @@ Defaults of an entry are the keyword defaults of its two functions, changed by `
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -23,12 +19,14 @@ from torch import Tensor
 from mcore_rl.algo import advantages, baselines, lambdas, losses, masked_losses, sequence_losses
 from mcore_rl.algo.corrections import Rejection, parse_rules
 from mcore_rl.algo.losses import CORRECTIONS, Aggregation, Correction, CorrectionName, KLEstimator
+from mcore_rl.algo.parameters import Param, checked, parameters, resolve, suggest, types_of
 from mcore_rl.algo.presets import PRESETS
 from mcore_rl.algo.rows import (
     OF_OLD,
     OF_SEQUENCES,
     Rows,
     TokenLoss,
+    ahead_by,
     averaged_by,
     declared,
     finite,
@@ -37,8 +35,6 @@ from mcore_rl.algo.rows import (
 from mcore_rl.errors import ConfigError
 from mcore_rl.functions import load_function
 from mcore_rl.terminal import quoted
-
-Param = float | int | str | bool | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,16 @@ class Algorithm:
     """its largest value; what lies beyond has no gradient (losses.kl); None: none"""
     entropy_coef: float = 0.0
     """coefficient of the entropy bonus"""
+    observation_nll: float = 0.0
+    """coefficient of -log_prob of what the policy saw between its turns, mean over those tokens (ECHO)"""
+    bootstrap: bool = False
+    """the value behind a truncated response is a part of its return; only where `needs_critic` per token"""
+    baseline: Literal["none", "greedy", "role"] = "none"
+    """what a reward is compared with, from outside of the batch: that of a greedy answer to the prompt, or
+    the running mean of the role"""
+    by_token: bool = False
+    """(rewards ahead [R], energy [R], offsets, GroupStatistics) -> [R]: an advantage of each token, without a
+    critic; the policy says the energy in one more forward pass"""
     positive_nll: float = 0.0
     """coefficient of -log_prob, mean over tokens of samples of positive reward (VAPO, arXiv 2504.05118)"""
     correction: CorrectionName = "none"
@@ -111,7 +117,7 @@ class Algorithm:
     def needs_old(self) -> bool:
         """Old log-probs of the whole rollout are needed before its first update."""
         marked = marked_by(self.loss) is not None
-        return self.kl_in_reward != 0 or self.correction_normalized or marked
+        return self.kl_in_reward != 0 or self.correction_normalized or marked or self.by_token
 
     @property
     def needs_reference(self) -> bool:
@@ -126,6 +132,7 @@ class Algorithm:
         """
         known = set(OF_OLD) if on_policy else set()
         by_row = not declared(self.loss) & {*OF_SEQUENCES, *averaged_by(self.loss)} - known
+        by_row &= ahead_by(self.loss) is None
         by_row &= all(rule.reads == "token" for rule in self.rules)
         return by_row and (self.corrects is None or self.corrects.reads == "token")
 
@@ -146,18 +153,19 @@ class Algorithm:
     @property
     def loss_params(self) -> dict[str, Param]:
         """Every keyword argument of the loss, resolved."""
-        return _resolve(self.loss, self.params)
+        return resolve(self.loss, self.params)
 
     @property
     def advantage_params(self) -> dict[str, Param]:
         """Every keyword argument of the advantage, resolved."""
-        return _resolve(self.advantage, self.params)
+        return resolve(self.advantage, self.params)
 
 
 _BY_PARTS = (advantages.group_normalized, advantages.leave_one_out, baselines.leave_one_out_normalized)
 """advantages that compare the samples of a prompt, of any part of the reward"""
 _BY_GROUP = (
     *(baselines.length_weighted, baselines.max_likelihood, baselines.best_of_group, baselines.pass_at_k),
+    baselines.optimal_token,
 )
 """advantages that compare them by the whole reward"""
 
@@ -234,6 +242,15 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "opo": _grouped(losses.reinforce, advantage=baselines.length_weighted),
     "passk": _grouped(losses.ppo, advantage=baselines.pass_at_k),
     "passk-best": _grouped(losses.ppo, advantage=baselines.best_of_group),
+    "fipo": _grouped(sequence_losses.fipo),
+    "echo": _grouped(losses.ppo, observation_nll=0.1),
+    "remax": _grouped(
+        losses.reinforce, "seq-mean-token-sum", advantage=baselines.greedy_baseline, baseline="greedy"
+    ),
+    "rae": _grouped(
+        losses.reinforce, "seq-mean-token-sum", advantage=baselines.role_baseline, baseline="role"
+    ),
+    "otb": _grouped(losses.reinforce, advantage=baselines.optimal_token, by_token=True),
     "vc-ppo": Algorithm(
         losses.ppo, lambdas.gae_two_lambdas, "token-mean", per_token=True, whiten=True, needs_critic=True
     ),
@@ -253,26 +270,8 @@ _SETTINGS = (
     *("aggregation", "decoupled", "whiten", "kl_in_reward", "kl_in_loss", "kl_estimator", "entropy_coef"),
     *("kl_target", "kl_horizon", "correction", "correction_low", "correction_high"),
     *("kl_cap", "positive_nll", "correction_normalized", "rejection", "whiten_ddof", "gae_steps"),
+    *("observation_nll", "bootstrap"),
 )
-
-_LARGEST = 1e6
-_RANGES: Mapping[str, tuple[float, float]] = {
-    "eps_low": (0.0, 1.0),
-    "dual_clip": (1.0, _LARGEST),
-    "tau_pos": (1e-3, _LARGEST),
-    "tau_neg": (1e-3, _LARGEST),
-    "gamma": (0.0, 1.0),
-    "lam": (0.0, 1.0),
-    "alpha": (0.0, 1.0),
-    "lam_critic": (0.0, 1.0),
-    "length_factor": (1e-6, _LARGEST),
-    "fraction": (0.0, 1.0),
-    "k": (1, _LARGEST),
-    "kl_cap": (1e-6, _LARGEST),
-    "kl_target": (1e-6, _LARGEST),
-    "kl_horizon": (1.0, _LARGEST),
-}
-"""Inclusive ranges of parameters; all others run from 0 to _LARGEST."""
 
 
 def configure(name: str, overrides: Mapping[str, object] | None = None, loss: str | None = None) -> Algorithm:
@@ -288,21 +287,19 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
     entry, preset = PRESETS[name].settings if name in PRESETS else (name, {})
     if entry not in ALGORITHMS:
         raise ConfigError(
-            f"algorithm.name: {quoted(name)} is unknown{_suggest(name, {**ALGORITHMS, **PRESETS})}"
+            f"algorithm.name: {quoted(name)} is unknown{suggest(name, {**ALGORITHMS, **PRESETS})}"
         )
     algorithm, overrides = ALGORITHMS[entry], {**preset, **(overrides or {})}
     if loss is not None:
         algorithm = _with_loss(algorithm, loss)
     accepted = _accepted(algorithm)
-    checked: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for key, value in overrides.items():
         if key not in accepted:
-            raise ConfigError(
-                f"algorithm.params.{key}: {name} has no such parameter{_suggest(key, accepted)}"
-            )
-        checked[key] = _checked(f"algorithm.params.{key}", accepted[key], value)
-    settings = {key: value for key, value in checked.items() if key in _SETTINGS}
-    params = {key: value for key, value in checked.items() if key not in _SETTINGS}
+            raise ConfigError(f"algorithm.params.{key}: {name} has no such parameter{suggest(key, accepted)}")
+        given[key] = checked(f"algorithm.params.{key}", accepted[key], value)
+    settings = {key: value for key, value in given.items() if key in _SETTINGS}
+    params = {key: value for key, value in given.items() if key not in _SETTINGS}
     algorithm = replace(algorithm, params={**algorithm.params, **params}, **settings)
     _check_complete(algorithm)
     if algorithm.kl_in_reward and not algorithm.per_token:
@@ -313,6 +310,10 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
         raise ConfigError(
             "algorithm.params.kl_target: adapts the coefficient of the KL in the reward, which is 0; set "
             "kl_in_reward to what it begins with, or drop kl_target"
+        )
+    if algorithm.bootstrap and not (algorithm.per_token and algorithm.needs_critic):
+        raise ConfigError(
+            f"algorithm.params.bootstrap: {name} has no critic that values every token; drop it, or use ppo"
         )
     if algorithm.decoupled and algorithm.advantage not in _BY_PARTS:
         raise ConfigError(
@@ -362,7 +363,7 @@ def _check_marks(algorithm: Algorithm) -> None:
 def _check_correction(algorithm: Algorithm) -> None:
     """Raises ConfigError for a bound that the correction does not have, or bounds that leave nothing."""
     place, entry = "algorithm.params.correction", algorithm.corrects
-    known = {} if entry is None else _resolve(entry.weight, entry.params)
+    known = {} if entry is None else resolve(entry.weight, entry.params)
     for bound in ("low", "high"):
         if getattr(algorithm, f"correction_{bound}") is not None and bound not in known:
             raise ConfigError(
@@ -415,82 +416,10 @@ def _is(value: Tensor | float, neutral: float) -> bool:
     return not isinstance(value, Tensor) and value == neutral
 
 
-def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the keyword-only parameters of a loss or an advantage, by name."""
-    every = inspect.signature(function).parameters.values()
-    return {p.name: p for p in every if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def _resolve(function: Callable[..., Any], params: Mapping[str, Param]) -> dict[str, Param]:
-    return {name: params.get(name, p.default) for name, p in parameters(function).items()}
-
-
 def _accepted(algorithm: Algorithm) -> dict[str, Any]:
     """name -> type of everything a user may override."""
     hints = get_type_hints(Algorithm)
     accepted = {f.name: hints[f.name] for f in fields(Algorithm) if f.name in _SETTINGS}
     for function in (algorithm.advantage, algorithm.loss):
-        accepted |= _types(function)
+        accepted |= types_of(function)
     return accepted
-
-
-def _types(function: Callable[..., Any]) -> dict[str, Any]:
-    """name -> annotation of every keyword-only parameter; the type of its default where there is none."""
-    found = {}
-    for name, parameter in parameters(function).items():
-        found[name] = hint = _hint(function, parameter)
-        options = get_args(hint) if get_origin(hint) is not Literal else (str,)
-        if not any(kind in (float, int, bool, str) for kind in (hint, *options)):
-            called = getattr(function, "__name__", type(function).__name__)
-            raise ConfigError(
-                f"algorithm.params.{name}: {called} does not say that it is a number, a word or "
-                "true or false; annotate the parameter (name: float = 1.0)"
-            )
-    return found
-
-
-def _hint(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The annotation of one parameter; the type of its default where it has none that can be resolved.
-
-    Each is resolved by itself, since others may name what is imported for type checkers only. A partial and
-    an object that is called have the annotations of the function behind them.
-    """
-    if parameter.annotation is parameter.empty:
-        return type(parameter.default)
-    while isinstance(function, functools.partial):
-        function = function.func
-    if not inspect.isroutine(function):
-        function = function.__init__ if isinstance(function, type) else type(function).__call__
-    names = getattr(inspect.unwrap(function), "__globals__", {})
-    try:
-        return get_type_hints(SimpleNamespace(__annotations__={"it": parameter.annotation}), names)["it"]
-    except (NameError, AttributeError, TypeError, SyntaxError):
-        return type(parameter.default)
-
-
-def _checked(place: str, expected: Any, value: object) -> Any:
-    """`value` if it is of the `expected` type and in range, whole numbers widened to float."""
-    options = get_args(expected)
-    if get_origin(expected) is Literal:
-        if value not in options or isinstance(value, bool):
-            raise ConfigError(f"{place}: {quoted(value)} is not one of {', '.join(map(str, options))}")
-        return value
-    kinds = options or (expected,)
-    if any(kind in kinds and isinstance(value, kind) for kind in (bool, str, type(None))):
-        return value
-    if not {int, float} & set(kinds):
-        raise ConfigError(f"{place}: {quoted(value)} is not {'true or false' if bool in kinds else 'a text'}")
-    low, high = _RANGES.get(place.rpartition(".")[2], (0.0, _LARGEST))
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-        if float in kinds:
-            return float(value)
-        if value == int(value):
-            return int(value)
-    raise ConfigError(
-        f"{place}: {quoted(value)} is not a {'whole ' * (float not in kinds)}number from {low:g} to {high:g}"
-    )
-
-
-def _suggest(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"

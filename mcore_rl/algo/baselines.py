@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mcore_rl.algo.advantages import GroupStatistics, leave_one_out
@@ -97,3 +97,67 @@ def pass_at_k(
                 passes = rewards[sample].item() > 0
                 found[sample] = (1 - mean - (0.0 if passes else failed)) / spread
     return found
+
+
+def greedy_baseline(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
+    """R minus the reward of the greedy answer to the same prompt: ReMax, arXiv 2310.10505."""
+    return rewards.double() - statistics.baseline
+
+
+def role_baseline(
+    rewards: Float[Tensor, " N"], statistics: GroupStatistics, *, decay: float = 0.95, role: str = "role"
+) -> Float[Tensor, " N"]:
+    """R minus the running mean of its role's rewards: RAE of SPIRAL, arXiv 2506.24119 eq. 2.
+
+    `role` is the key of the prompt's metadata that says whose part it is (of which game); `decay` that of
+    `running_mean`, by which the mean goes on after the step. It begins at 0.
+    """
+    return rewards.double() - statistics.baseline
+
+
+def running_mean(before: float, rewards: Float[Tensor, " N"], decay: float) -> float:
+    """decay b + (1 - decay) mean R of a step: the baseline of RAE, arXiv 2506.24119 eq. 2.
+
+    The paper takes one game after another, and in this order; a step's are taken at once, after their
+    advantages, so that neither their order nor a sample's own reward has a part in what it is compared with.
+    """
+    return decay * before + (1 - decay) * (math.fsum(rewards.tolist()) / len(rewards))
+
+
+def optimal_token(
+    ahead: Float[Tensor, " R"],
+    energy: Float[Tensor, " R"],
+    offsets: Int[Tensor, " N_plus_1"],
+    statistics: GroupStatistics,
+) -> Float[Tensor, " R"]:
+    """G_t - sum W_t G_t / sum W_t over the group, token by token: the optimal baseline of arXiv 2602.07078.
+
+    G is the reward from here on, `ahead`; W_t the sum up to t of `energy`, the squared norm of the gradient
+    of a token's log-prob in the logits, 1 - 2 p + sum p^2. Both are of the t-th trained token of each
+    sample, and of those alone that are as long.
+    """
+    found = torch.zeros_like(ahead)
+    for samples in set(statistics.members):
+        spans = [slice(int(offsets[i]), int(offsets[i + 1])) for i in samples]
+        lengths = [span.stop - span.start for span in spans]
+        # of the longest, which is there at every t: where all are equal, the differences are exactly 0
+        origin = ahead[spans[lengths.index(max(lengths))]]
+        total, weighted = torch.zeros(2, len(origin), dtype=torch.float64)
+        for span, length in zip(spans, lengths, strict=True):
+            weight = energy[span].cumsum(0)
+            total[:length] += weight
+            weighted[:length] += weight * (ahead[span] - origin[:length])
+        baseline = weighted / torch.where(total > 0, total, 1.0)
+        for span, length in zip(spans, lengths, strict=True):
+            found[span] = ahead[span] - origin[:length] - baseline[:length]
+    return found
+
+
+def gradient_energy(log_prob: Float[Tensor, " R"], at_half: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
+    """|| onehot - p ||^2 = 1 - 2 p_y + sum p^2, from two log-probs of the token: arXiv 2602.07078.
+
+    `at_half` is that at half the temperature, of which sum p^2 = exp(2 log_prob - at_half): no row of logits
+    is held for it.
+    """
+    energy = 1 - 2 * log_prob.exp() + (2 * log_prob - at_half).exp()
+    return energy.clamp(min=0.0)

@@ -31,6 +31,7 @@ FORMULAS: Mapping[str, tuple[str, str]] = {
         "-A min(p / mu, cap), or 0",
     ),
     "dppo_kl": ("the same, 0 where the binary KL(mu, p) is too large", "-A min(p / mu, cap), or 0"),
+    "fipo": ("PPO's with sg[clip(e^F, 1, 1.2)] A for A, F the discounted sum of d ahead", "PPO's by that A"),
     "m2po": ("-A p / mu, 0 for the farthest tokens", "-A p / mu, or 0"),
     "clip_cov": ("PPO's, 0 for tokens drawn by covariance", "PPO's, or 0"),
     "kl_cov": ("-A r, + penalty abs(d) at the largest covariances", "-A r + penalty sign(d)"),
@@ -99,7 +100,7 @@ KNOWN: Mapping[str, Origin] = {
     "sapo-sequence": Origin("2511.20347, 2507.18071", trl='sapo, importance_sampling_level="sequence"'),
     "gmpo": Origin("2507.20673", "geo_mean", differs="verl: clip 0.2"),
     "vespo": Origin("2602.10693 section 3.4", trl='loss_type="vespo"', differs=_GROUP_OF_TRL),
-    "topr": Origin("2503.14286"),
+    "topr": Origin("2503.14286", "topr"),
     "dppo-tv": Origin("2602.04879", "dppo_tv", prime_rl='loss "default"', differs="verl: to the old policy"),
     "dppo-kl": Origin("2602.04879", "dppo_kl", differs="verl: 0.2, to the old policy"),
     "m2po": Origin("2510.01161", differs="AReaL (m2_threshold): per micro-batch"),
@@ -111,6 +112,13 @@ KNOWN: Mapping[str, Origin] = {
     "opo": Origin("2505.23585", "opo"),
     "passk": Origin("2508.10751"),
     "passk-best": Origin("2503.19595", "grpo_passk"),
+    "fipo": Origin(
+        "2603.19835, authors' trainer", differs="authors: a response of two dual clips is left out"
+    ),
+    "echo": Origin("prime-rl", prime_rl="echo", differs="prime-rl: its DPPO; bodies of tool answers alone"),
+    "remax": Origin("2310.10505", "remax", differs="verl: clips, token-mean"),
+    "rae": Origin("2506.24119 eq. 2", prime_rl="rae", differs="prime-rl: its DPPO"),
+    "otb": Origin("2602.07078", "optimal_token_baseline", differs="verl: a group of one keeps its return"),
     "vc-ppo": Origin("2503.01491"),
     "vapo": Origin("2504.05118", differs="AReaL: by length too"),
 }

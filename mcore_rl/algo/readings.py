@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, averaged_by, declared, marked_by
+from mcore_rl.algo.rows import OF_SEQUENCES, Rows, TokenLoss, ahead_by, averaged_by, declared, marked_by
 from mcore_rl.errors import ConfigError
 
 Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(values [R], which rows count [R]) -> (sum, mean) over the whole sequence of each row, [R] each"""
+Ahead = Callable[[Tensor, float], Tensor]
+"""(values [R], discount) -> [R] their discounted sum over the row and those that follow in its sequence"""
 
 
 def readings(
@@ -24,12 +26,14 @@ def readings(
     *,
     kept: Tensor | None = None,
     marked: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> dict[str, Tensor]:
     """Everything that `loss` declares, by name; the order of the sums is the same on every rank.
 
     Args:
         kept: the rows that a correction leaves a weight; None: all.
         marked: the rows that were chosen before the rollout's first update; None: none.
+        ahead: a way to add up what follows; None: a log-ratio to itself, which is 0.
     """
     names, found = declared(loss), {}
     current = rows.log_prob.detach()
@@ -44,6 +48,11 @@ def readings(
     with torch.no_grad():
         for name, values in sorted(averaged_by(loss).items()):
             found[name] = sums(values(rows, **shared(values, params)), rows.usable)[1]
+        following = ahead_by(loss)
+        if following is not None:
+            values, discount = following(rows, **shared(following, params))
+            values = torch.where(rows.usable, values, 0.0)
+            found["ahead"] = torch.zeros_like(values) if ahead is None else ahead(values, discount)
     if "reference" in names & rows.extras.keys():
         found["reference"] = rows.reference
     if marked_by(loss) is not None:

@@ -9,6 +9,7 @@ that row alone, and from what it reads of the row's whole sequence; its keyword-
 
     @reads(drift=a_function)  # of the rows and the loss's parameters: rows.mean_of("drift") of the sequence
     @marks(a_choice)          # of the whole rollout batch, before its first update: rows.marked
+    @ahead(a_function)        # summed over the rows that follow in the sequence: rows.ahead
 
 Nothing else can be read: an undeclared field raises. So the library knows, without being told by a flag,
 which models must score and whether any part of a micro-batch can be asked alone (the head's fused mode).
@@ -61,7 +62,7 @@ def reads(*names: str, **own: Callable[..., Tensor]) -> Callable[[F], F]:
         if name not in DECLARED:
             raise ConfigError(f"@reads({name!r}): not one of {', '.join(DECLARED)}; other fields need none")
     for name in own:
-        if name in (*DECLARED, "marked"):
+        if name in (*DECLARED, "marked", "ahead"):
             raise ConfigError(f"@reads({name}=...): is a field of rows already; give yours another name")
 
     def declare(loss: F) -> F:
@@ -89,6 +90,22 @@ def marks(choice: Callable[..., Tensor]) -> Callable[[F], F]:
     return declare
 
 
+def ahead(values: Callable[..., tuple[Tensor, float]]) -> Callable[[F], F]:
+    """Declare what a loss reads of the rows that follow in the sequence, as a discounted sum.
+
+    `values(rows, **params) -> ([R], discount)`: rows.ahead is the sum of discount^k values over k >= 0, of
+    the row of the k-th token behind; what is no row, or none that is usable, counts 0. Its keyword-only
+    parameters are some of the loss's.
+    """
+
+    def declare(loss: F) -> F:
+        _check_parameters("@ahead", values, loss)
+        vars(loss)["ahead"] = values
+        return loss
+
+    return declare
+
+
 def _check_parameters(place: str, function: Callable[..., Tensor], loss: Callable[..., TokenLoss]) -> None:
     """Raises ConfigError where the loss does not have what the function needs."""
     known = inspect.signature(loss).parameters
@@ -102,6 +119,11 @@ def _check_parameters(place: str, function: Callable[..., Tensor], loss: Callabl
 def marked_by(loss: Callable[..., TokenLoss]) -> Callable[..., Tensor] | None:
     """Return what chooses the marked rows of `loss`; None where it reads no mark."""
     return _of_loss(loss, "marks", None)
+
+
+def ahead_by(loss: Callable[..., TokenLoss]) -> Callable[..., tuple[Tensor, float]] | None:
+    """Return what gives the values that `loss` reads summed over the rows ahead; None where it reads none."""
+    return _of_loss(loss, "ahead", None)
 
 
 def averaged_by(loss: Callable[..., TokenLoss]) -> Mapping[str, Callable[..., Tensor]]:
@@ -209,6 +231,15 @@ class Rows:
                 "the loss reads rows.marked without saying so; write @marks(choice) above the function"
             )
         return self.extras["marked"]
+
+    @property
+    def ahead(self) -> Float[Tensor, "*shape"]:
+        """Discounted sum over this row and those that follow in its sequence, of what @ahead names."""
+        if "ahead" not in self.extras:
+            raise ConfigError(
+                "the loss reads rows.ahead without saying so; write @ahead(values) above the function"
+            )
+        return self.extras["ahead"]
 
     def mean_of(self, name: str) -> Float[Tensor, "*shape"]:
         """Mean over the usable rows of the whole sequence of what @reads names `name`."""

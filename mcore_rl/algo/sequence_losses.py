@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mcore_rl.algo.losses import LOG_RATIO_BOUND, clipped_surrogate, log_ratio, ratio_metrics
-from mcore_rl.algo.rows import Rows, TokenLoss, reads
+from mcore_rl.algo.rows import Rows, TokenLoss, ahead, reads
 
 
 def _through_row(log_value: Tensor, slope: Tensor) -> Tensor:
@@ -96,3 +96,31 @@ def topr(rows: Rows, *, cap: float = 1.0) -> TokenLoss:
     down = rows.advantage < 0
     weight = torch.where(down, w.clamp(max=cap), 1.0)
     return TokenLoss(-weight * rows.advantage * rows.log_prob, ratio_metrics(w, down & (w > cap)))
+
+
+def future_log_ratio(rows: Rows, *, dual_clip: float, half_life: float) -> tuple[Tensor, float]:
+    """(d, 0 where r > dual_clip; the discount, half after `half_life` tokens): FIPO's signal of a token."""
+    d = log_ratio(rows.log_prob, rows.old)
+    return torch.where(d > math.log(dual_clip), 0.0, d), 0.5 ** (1 / half_life)
+
+
+@ahead(future_log_ratio)
+def fipo(
+    rows: Rows,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    dual_clip: float = 10.0,
+    half_life: float = 32.0,
+    weight_low: float = 1.0,
+    weight_high: float = 1.2,
+) -> TokenLoss:
+    """PPO's loss of sg[clip(e^F, weight_low, weight_high)] A, F the discounted sum of d ahead: FIPO.
+
+    arXiv 2603.19835, by its authors' trainer: F_t = sum_k 2^(-k / half_life) d_(t + k), without the tokens of
+    r > dual_clip: a token is credited for a future that the policy has made likelier since. Distances are
+    those of the response, observations included. Clipped: the gradient is cut.
+    """
+    weight = rows.ahead.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().clamp(weight_low, weight_high)
+    log_r = log_ratio(rows.log_prob, rows.old)
+    return clipped_surrogate(log_r, weight * rows.advantage, eps_low, eps_high, dual_clip)

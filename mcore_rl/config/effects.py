@@ -21,6 +21,7 @@ _BOUNDS: Mapping[Callable[..., TokenLoss], tuple[str, ...]] = {
     losses.sapo: ("tau_pos", "tau_neg"),
     sequence_losses.gspo_kept: _CLIP,
     sequence_losses.sapo_sequence: ("tau_pos", "tau_neg"),
+    sequence_losses.fipo: (*_CLIP, "half_life", "weight_low", "weight_high"),
     sequence_losses.gmpo: ("clip_low", "clip_high"),
     masked_losses.clip_cov: _CLIP,
     masked_losses.kl_cov: ("fraction", "penalty"),
@@ -88,6 +89,7 @@ def doubtful(
     updates: int,
     stale: bool,
     rates: Mapping[str, float],
+    plays: bool = True,
 ) -> Iterator[str]:
     """What a run may do and hardly means, for a warning.
 
@@ -95,7 +97,13 @@ def doubtful(
         updates: optimizer steps on one rollout.
         stale: samples may be of older weights.
         rates: key -> learning rate of every model in training.
+        plays: an environment makes the samples.
     """
+    if algorithm.observation_nll and not plays:
+        yield (
+            "algorithm.params.observation_nll: has no effect without environment.function, since a response "
+            "has no tokens between turns; set one, or 0"
+        )
     for key, rate in rates.items():
         if rate == 0:
             yield f"{key}: 0, so that nothing is learned"

@@ -80,6 +80,25 @@ def sequence_maxima(
     return found
 
 
+def sequence_grid(
+    values: Float[Tensor, " R"],
+    sequence: Int[Tensor, " R"],
+    place: Int[Tensor, " R"],
+    shape: tuple[int, int],
+    group: dist.ProcessGroup | None,
+) -> Float[Tensor, "B T"]:
+    """[B, T] = `shape` the values of whole sequences at their places; 0 where there is no row.
+
+    Every row has a place of its own in [0, T) of its sequence, and lies on one rank of the context-parallel
+    `group`. As in `sequence_sums`, outside autograd, and a rank without rows joins the collective.
+    """
+    with torch.no_grad():
+        grid = values.new_zeros(shape).index_put_((sequence, place), values)
+        if group is not None and group.size() > 1:
+            dist.all_reduce(grid, group=group)
+    return grid
+
+
 def gather_keys_values(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """[T_local, K, D] of every context-parallel rank -> [cp * T_local, K, D], rank after rank.
 

@@ -4,6 +4,7 @@ a step         loop.py: generation.py, advantage.py, batch.py, model_passes.py, 
 generation     prompt_source.py, requests.py, environment.py, dynamic_sampling.py, rewards.py, servers.py,
                mismatch.py
 the critic     critic.py; kl_control.py: the coefficient of an adaptive KL
+baselines      greedy.py: of a greedy answer; roles.py: of a role
 evaluation     evaluate.py, evaluation_sets.py
 other kinds    session.py: supervised.py, preference.py, reward_model.py, distill.py; teachers.py,
                reference.py, sequence_objective.py

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo.advantages import (
+    GroupStatistics,
     Spread,
     add_turn_rewards,
+    bootstrap,
     decoupled,
+    gae,
     group_statistics,
     offsets_of,
     spread,
@@ -48,6 +51,12 @@ class Scores:
     """[N] of [m_i]"""
     values: Sequence[np.ndarray] = ()
     """[N] of [m_i], of the state before each token; [N] of [1], of its prompt, where prompts are valued"""
+    following: Sequence[float] = ()
+    """[N] values behind the last tokens of truncated samples, 0 of the others; with Algorithm.bootstrap"""
+    energy: Sequence[np.ndarray] = ()
+    """[N] of [m_i] of baselines.gradient_energy; with Algorithm.by_token"""
+    baselines: Sequence[float] = ()
+    """[N] what rewards are compared with, NaN where it could not be had; with Algorithm.baseline"""
 
 
 NO_SCORES = Scores()
@@ -92,21 +101,17 @@ def _of_rewards(batch: RolloutBatch, algorithm: Algorithm, scores: Scores) -> Ad
     fields: dict[str, Sequence[Any]] = {"ref_log_prob": scores.ref_log_probs} if scores.ref_log_probs else {}
     if algorithm.values_prompts:
         return _of_valued_prompts(batch, algorithm, scores, fields, offsets)
+    if algorithm.by_token:
+        return _of_tokens(batch, algorithm, scores, fields, statistics)
     if not algorithm.per_token:
-        advantages = (
-            _by_parts(batch, algorithm)
-            if algorithm.decoupled
-            else algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
-        )
-        if algorithm.whiten:
-            advantages = _whitened(advantages, spread(advantages, offsets), algorithm)
-        return Advantages({**fields, "advantage": advantages.tolist()})
-    values = _values(scores) if algorithm.needs_critic else torch.zeros(int(offsets[-1]), dtype=torch.float64)
+        return _of_samples(batch, algorithm, scores, fields, statistics)
+    values = _values(scores) if algorithm.needs_critic else _zeros(offsets)
     old, ref = _kl_terms(scores, algorithm, offsets)
-    by_turn = torch.tensor([bool(sample.turn_rewards) for sample in batch.samples], dtype=torch.bool)
-    at_end = torch.where(by_turn, 0.0, rewards)
-    per_token = token_rewards(at_end, old, ref, offsets, kl_coef=algorithm.kl_in_reward)
-    per_token = add_turn_rewards(per_token, *_turn_rows(batch, offsets))
+    per_token = _placed(batch, rewards, offsets, old, ref, algorithm.kl_in_reward)
+    if algorithm.bootstrap:
+        gamma = algorithm.advantage_params["gamma"]
+        assert isinstance(gamma, float)
+        per_token = bootstrap(per_token, torch.tensor(scores.following), offsets, gamma=gamma)
     if algorithm.gae_steps == "turn":
         advantages, returns = _by_turns(batch, algorithm, per_token, values)
     else:
@@ -120,6 +125,73 @@ def _of_rewards(batch: RolloutBatch, algorithm: Algorithm, scores: Scores) -> Ad
         return Advantages(fields, metrics)
     fields |= {"old_value": scores.values, "return": _split(returns, offsets)}
     return Advantages(fields, metrics | value_metrics(values, returns))
+
+
+def _of_samples(
+    batch: RolloutBatch,
+    algorithm: Algorithm,
+    scores: Scores,
+    fields: Mapping[str, Sequence[Any]],
+    statistics: GroupStatistics,
+) -> Advantages:
+    """One advantage for each sample, from its reward."""
+    rewards = torch.tensor([sample.reward for sample in batch.samples], dtype=torch.float64)
+    metrics: dict[str, float] = {}
+    if scores.baselines:
+        known = torch.tensor(scores.baselines, dtype=torch.float64)
+        statistics = statistics._replace(baseline=torch.where(known.isnan(), statistics.mean, known))
+        metrics["baseline/mean"] = statistics.baseline.mean().item()
+    advantages = (
+        _by_parts(batch, algorithm)
+        if algorithm.decoupled
+        else algorithm.advantage(rewards, statistics, **algorithm.advantage_params)
+    )
+    if algorithm.whiten:
+        offsets = offsets_of(statistics.lengths.long())
+        advantages = _whitened(advantages, spread(advantages, offsets), algorithm)
+    return Advantages({**fields, "advantage": advantages.tolist()}, metrics)
+
+
+def _of_tokens(
+    batch: RolloutBatch,
+    algorithm: Algorithm,
+    scores: Scores,
+    fields: Mapping[str, Sequence[Any]],
+    statistics: GroupStatistics,
+) -> Advantages:
+    """One advantage for each token, from the rewards ahead of it, without a critic."""
+    rewards = torch.tensor([sample.reward for sample in batch.samples], dtype=torch.float64)
+    offsets = offsets_of(statistics.lengths.long())
+    ahead, _ = gae(_placed(batch, rewards, offsets), _zeros(offsets), offsets, gamma=1.0, lam=1.0)
+    advantages = algorithm.advantage(ahead, _join(scores.energy), offsets, statistics)
+    if algorithm.whiten:
+        advantages = _whitened(advantages, advantages, algorithm)
+    return Advantages({**fields, "advantage": _split(advantages, offsets)})
+
+
+def _placed(
+    batch: RolloutBatch,
+    rewards: Tensor,
+    offsets: Tensor,
+    old: Tensor | None = None,
+    ref: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """[R] the rewards [N] at the last tokens, or at those of the turns, less the KL of log-probs [R]."""
+    by_turn = torch.tensor([bool(sample.turn_rewards) for sample in batch.samples], dtype=torch.bool)
+    nothing = _zeros(offsets)
+    per_token = token_rewards(
+        torch.where(by_turn, 0.0, rewards),
+        nothing if old is None else old,
+        nothing if ref is None else ref,
+        offsets,
+        kl_coef=kl_coef,
+    )
+    return add_turn_rewards(per_token, *_turn_rows(batch, offsets))
+
+
+def _zeros(offsets: Tensor) -> Tensor:
+    return torch.zeros(int(offsets[-1]), dtype=torch.float64)
 
 
 def _of_valued_prompts(
@@ -286,8 +358,7 @@ def _values(scores: Scores) -> Tensor:
 def _kl_terms(scores: Scores, algorithm: Algorithm, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """(old, reference) log-probs [R] for the KL in the reward; 0 apart where the loss masks the token."""
     if algorithm.kl_in_reward == 0:
-        nothing = torch.zeros(int(offsets[-1]), dtype=torch.float64)
-        return nothing, nothing
+        return _zeros(offsets), _zeros(offsets)
     old = _join([scores.old_log_probs[i] for i in range(len(offsets) - 1)])
     return old, torch.where(torch.isfinite(old), _join(scores.ref_log_probs), -torch.inf)
 

@@ -40,6 +40,7 @@ from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import check_saved
 from mcore_rl.training.rewards import RewardSource, reward_functions, reward_title
+from mcore_rl.training.roles import RoleBaselines
 from mcore_rl.training.run import Critic, Run
 from mcore_rl.training.rundir import open_samples
 from mcore_rl.training.servers import Servers
@@ -109,9 +110,10 @@ class Models:
     waiting: Mapping[str, ResidentPart]
     """models that only score, offloaded since they were built; optimizers follow in `waiting_parts`"""
     contents: Contents
-    """what a checkpoint holds of them, of the cursor, of the alert and of the KL's coefficient"""
+    """what a checkpoint holds of them, of the cursor, the alert, the KL's coefficient and the roles"""
     alert: GradientAlert
     kl: KLControl
+    roles: RoleBaselines
 
 
 def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True) -> Models:
@@ -139,9 +141,10 @@ def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True
         if where.reward_model == "offloaded":
             waiting["reward_model"] = Offloaded(partial(weights_of, reward_model), constant=True)
     optimizers = {"": trainer.optimizer} | ({} if critic is None else {"critic.": critic.optimizer})
-    alert, kl = GradientAlert(), KLControl(algorithm)
-    contents = Contents(optimizers, frozen, {"cursor": trainer.cursor, "alert": alert, "kl": kl})
-    return Models(algorithm, reference, critic, reward_model, waiting, contents, alert, kl)
+    alert, kl, roles = GradientAlert(), KLControl(algorithm), RoleBaselines(algorithm)
+    stateful = {"cursor": trainer.cursor, "alert": alert, "kl": kl, "roles": roles}
+    contents = Contents(optimizers, frozen, stateful)
+    return Models(algorithm, reference, critic, reward_model, waiting, contents, alert, kl, roles)
 
 
 def build_run(
@@ -165,7 +168,7 @@ def build_run(
         weights=config.reward.weights,
         names=config.reward.functions,
     )
-    generation, evaluator = build_sampling(trainer, servers, rewards, stack)
+    generation, evaluator, greedy = build_sampling(trainer, servers, rewards, stack)
     parts = learner_parts(trainer, models, residency)
     stateful = {**models.contents.stateful, "ahead": generation}
     parts["contents"] = replace(models.contents, stateful=stateful)
@@ -175,6 +178,7 @@ def build_run(
         evaluator=evaluator,
         servers=servers,
         publisher=Publisher(trainer, servers, transport, generation),
+        greedy=greedy,
         generation=generation,
     )
 
@@ -192,6 +196,7 @@ def learner_parts(trainer: Trainer, models: Models, residency: Residency) -> dic
         "contents": models.contents,
         "alert": models.alert,
         "kl": models.kl,
+        "roles": models.roles,
         "mismatch": Mismatch(
             config.publish.mismatch_action,
             tolerances_of(config, trainer.policy.arch.layers).p999,

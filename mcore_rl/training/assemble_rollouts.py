@@ -27,6 +27,7 @@ from mcore_rl.training.environment import build_environments
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
 from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
 from mcore_rl.training.generation import Generation
+from mcore_rl.training.greedy import GreedyAnswers
 from mcore_rl.training.prompt_source import PromptSource
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.requests import RolloutSizes, Sampling, open_requests
@@ -66,10 +67,11 @@ def start_servers(
 
 def build_sampling(
     trainer: Trainer, servers: Servers, rewards: RewardSource, stack: ExitStack
-) -> tuple[Generation, Evaluator]:
-    """What asks the servers for what is trained, continued where the run is, and for what is evaluated.
+) -> tuple[Generation, Evaluator, GreedyAnswers]:
+    """What asks the servers for what is trained, continued where the run is, for what is evaluated, and for
+    what ReMax compares with.
 
-    The connections of a replica's lead are those of both; `stack` closes them.
+    The connections of a replica's lead are those of all; `stack` closes them.
     """
     config, mesh = trainer.config, trainer.mesh
     requests = connect(config, mesh, servers, trainer.tokenizer, stack)
@@ -104,7 +106,8 @@ def build_sampling(
         timers=trainer.timers,
         reached=trainer.attempt.reached,
     )
-    return generation, evaluator
+    greedy = GreedyAnswers(mesh, servers, requests, rewards, sampling, trainer.timers)
+    return generation, evaluator, greedy
 
 
 def reward_pool(config: Config, function: str | None = None) -> RewardPool:
@@ -223,7 +226,7 @@ def served(trainer: Trainer) -> Iterator[Served]:
             weights=config.reward.weights,
             names=config.reward.functions,
         )
-        generation, evaluator = build_sampling(trainer, servers, rewards, stack)
+        generation, evaluator, _ = build_sampling(trainer, servers, rewards, stack)
         publisher = Publisher(trainer, servers, transport, generation)
         keep = trainer.attempt.saved is not None
         on_main(trainer.mesh, lambda: open_samples(config.run.dir, keep=keep))

@@ -16,6 +16,7 @@ import torch
 
 from mcore_rl.algo.algorithms import Algorithm
 from mcore_rl.algo.losses import aggregation_weight
+from mcore_rl.algo.rows import ahead_by
 from mcore_rl.data.packing import TokenSequence, micro_batches, pack, padded
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import packed_multiple
@@ -86,7 +87,8 @@ def pack_mini_batch(
     Each row carries its `weight` (aggregation weight with the mini-batch's GLOBAL denominators, in which a
     sample counts once, however many segments it has), the server's `rollout_log_prob`, the number of its
     `sample`, `sequence_tokens` (how many of its segment are scored), `nll_weight` where positive samples are
-    learnt by likelihood too, and `fields`: by name what has an entry for each member. Segments of one sample
+    learnt by likelihood too, `place` (of its token in the segment) where the loss reads what follows, and
+    `fields`: by name what has an entry for each member. Segments of one sample
     may be packed on several replicas.
 
     Where truncated samples are filtered out, these have no rows: their tokens are in no denominator, while
@@ -114,7 +116,51 @@ def pack_mini_batch(
         each = [float(count > 0) / max(sum(learnt), 1) for count in learnt]
         rows["nll_weight"] = by_segment(each, samples)
     rows |= {name: by_segment([values[i] for i in kept], samples) for name, values in fields.items()}
+    if algorithm.observation_nll:
+        sequences, rows = with_observations(sequences, rows)
+    if ahead_by(algorithm.loss) is not None:
+        rows["place"] = [places(sequence) for sequence in sequences]
     return pack_share(sequences, rows, shape, mesh)
+
+
+def places(sequence: TokenSequence) -> np.ndarray:
+    """[n] where the scored tokens lie in what followed the context."""
+    mask = sequence.loss_mask
+    return np.arange(len(sequence.response)) if mask is None else np.flatnonzero(np.asarray(mask))
+
+
+def with_observations(
+    sequences: Sequence[TokenSequence], rows: Mapping[str, Sequence[Any]]
+) -> tuple[list[TokenSequence], dict[str, list[Any]]]:
+    """The same with a row for every token between the turns, which is learnt by its likelihood alone.
+
+    Its `observed` is one over the number of such tokens in the mini-batch, 0 on the rows that there were; its
+    weight is 0, and its log-probs are NaN: no sum, no mean and no metric of a policy has it.
+    """
+    masks = [
+        np.ones(len(one.response), bool) if one.loss_mask is None else np.asarray(one.loss_mask)
+        for one in sequences
+    ]
+    count = max(sum(int((~mask).sum()) for mask in masks), 1)
+    found: dict[str, list[Any]] = {"observed": [np.where(mask, 0.0, 1.0 / count) for mask in masks]}
+    for name, values in rows.items():
+        found[name] = [
+            value if name == "sample" else _among(value, mask, name)
+            for value, mask in zip(values, masks, strict=True)
+        ]
+    return [replace(one, loss_mask=None) for one in sequences], found
+
+
+def _among(value: Any, mask: np.ndarray, name: str) -> np.ndarray:
+    """One number, or one per scored token -> one per token; -1 of numbers that count, and 0 of weights."""
+    given = np.asarray(value)
+    if given.dtype.kind == "i":
+        nothing: float = -1
+    else:
+        given, nothing = given.astype(np.float64), np.nan if name.endswith("log_prob") else 0.0
+    among = np.full(len(mask), nothing, given.dtype)
+    among[mask] = given
+    return among
 
 
 def has_loss(sample: Sample, shape: Batching) -> bool:

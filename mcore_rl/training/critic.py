@@ -26,21 +26,47 @@ from mcore_rl.training.batch import (
 )
 from mcore_rl.training.model_passes import Update, values
 from mcore_rl.training.run import Critic
-from mcore_rl.types import PackedBatch
+from mcore_rl.types import PackedBatch, Sample
 
 
 def values_of(critic: Model, algorithm: Algorithm, batch: RolloutBatch, shape: Batching) -> list[np.ndarray]:
     """[N] of [m_i] values before each trained token, or of [1] of the prompt; collective.
 
-    Its routers choose for themselves.
+    Its routers choose for themselves. With `bootstrap` a truncated sample has one more, that of the state
+    behind its last token; see `split_following`.
     """
     if not algorithm.values_prompts:
         sequences = [replace(sequence, experts=None) for sequence in token_sequences(batch.samples)]
+        if algorithm.bootstrap:
+            sequences = _and_behind(sequences, batch.samples)
         return by_sample(values(critic, sequences, shape), batch.samples)
     groups = groups_of(batch)
     found = values(critic, [prompt_of(batch, members) for members in groups], shape)
     by_number = {i: value for value, members in zip(found, groups, strict=True) for i in members}
     return [by_number[i] for i in range(len(batch.samples))]
+
+
+def _and_behind(sequences: Sequence[TokenSequence], samples: Sequence[Sample]) -> list[TokenSequence]:
+    """The last sequence of each truncated sample has one more row, whose token, any at all, nobody reads."""
+    found = list(sequences)
+    for sample, end in zip(samples, np.cumsum([len(s.segments) for s in samples]).tolist(), strict=True):
+        if sample.truncated:
+            last = found[end - 1]
+            mask = None if last.loss_mask is None else np.append(np.asarray(last.loss_mask), True)
+            response = np.append(np.asarray(last.response, np.int32), np.int32(0))
+            found[end - 1] = replace(last, response=response, loss_mask=mask)
+    return found
+
+
+def split_following(
+    values: Sequence[np.ndarray], samples: Sequence[Sample]
+) -> tuple[list[np.ndarray], list[float]]:
+    """([N] of [m_i] values before each trained token, [N] the value behind the last, 0 where it ended)."""
+    pairs = list(zip(values, samples, strict=True))
+    return (
+        [its[: sample.trained_tokens] for its, sample in pairs],
+        [float(its[-1]) if sample.truncated else 0.0 for its, sample in pairs],
+    )
 
 
 def critic_updates(
@@ -58,6 +84,7 @@ def critic_updates(
         fields: `old_value` and `return` of every sample, as compute_advantages gives them.
     """
     mesh = critic.model.mesh
+    algorithm = replace(algorithm, observation_nll=0.0)  # its rows are those that have a value
     groups = groups_of(batch)
     units = len(groups) if algorithm.values_prompts else len(batch.samples)
     parts = split_mini_batches(units, shape.mini_batches, seed=(config.run.seed, step))

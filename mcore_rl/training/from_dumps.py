@@ -70,6 +70,11 @@ def start(config: Config, source: Path, resume: str | None) -> Iterator[tuple[Le
     """What trains, and the steps that are to be trained; undone on exit."""
     check_source(config, source)
     algorithm = configure(config.algorithm.name, config.algorithm.params, config.algorithm.loss)
+    if algorithm.baseline == "greedy":
+        raise ConfigError(
+            f"algorithm.name: {config.algorithm.name} compares with greedy answers, which no dump has; train "
+            "with servers, or by another algorithm"
+        )
     replayed_experts(config)
     with (
         start_trainer(config, optimizer_steps=policy_updates(config), resume=resume) as trainer,

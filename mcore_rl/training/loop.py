@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+import torch
 
 from mcore_rl.algo.algorithms import Algorithm
+from mcore_rl.algo.baselines import gradient_energy
 from mcore_rl.config import Config
 from mcore_rl.directories import write_whole
 from mcore_rl.log import tell
@@ -31,7 +35,7 @@ from mcore_rl.training.batch import (
     whole_sequence,
 )
 from mcore_rl.training.checkpoint import end_step
-from mcore_rl.training.critic import critic_updates, values_of
+from mcore_rl.training.critic import critic_updates, split_following, values_of
 from mcore_rl.training.data import data_metrics
 from mcore_rl.training.evaluation_sets import held_out_metrics
 from mcore_rl.training.faults.dump import keep_broken
@@ -69,8 +73,9 @@ def train(config: Config, resume: str | None = None) -> None:
             save_samples(config.run.dir, run.trainer.mesh, run.trainer.decode, step, groups)
             run.dumps.write(step, groups)
             batch = build_batch(groups)
+            greedy = run.greedy.of(groups) if run.algorithm.baseline == "greedy" else {}
             run.servers.release()
-            learned = learn(run, batch, step)
+            learned = learn(run, batch, step, greedy)
             held_out = evaluator.finish()
             sampled = (whole_sequence(sample) for sample in batch.samples)
             published = run.publisher.publish(step, sampled, learned.work.tokens)
@@ -121,8 +126,14 @@ class Learned:
     """that of the samples that were trained, without those that a mismatch left out"""
 
 
-def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
-    """Scores -> advantages -> mini-batches -> updates."""
+def learn(
+    run: Learner, batch: RolloutBatch, step: int, greedy: Mapping[str, float] = MappingProxyType({})
+) -> Learned:
+    """Scores -> advantages -> mini-batches -> updates.
+
+    Args:
+        greedy: group id -> reward of a greedy answer, where the algorithm compares with it.
+    """
     config, timers, mesh = run.trainer.config, run.trainer.timers, run.trainer.mesh
     stale = config.rollout.max_staleness > 0
     ages = token_ages(batch.samples, step - 1) if stale else None
@@ -141,6 +152,7 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
     )
     with timers("score"):
         scores = score(run, batch, parts, screened.old_log_probs)
+    scores = replace(scores, baselines=baselines_of(run, batch, greedy))
     warm_up = step <= config.critic.warmup_rollouts
     algorithm = algorithm_of(run.algorithm, run.kl, warm_up=warm_up)
     advantages = compute_advantages(batch, algorithm, scores)
@@ -178,8 +190,7 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
                 ids=[sample.id for sample in batch.samples],
             )
             policy.add(*run_update(update, run.residency, explain))
-    if algorithm.per_token and not warm_up:  # a policy that does not learn says nothing of the coefficient
-        run.kl.observe(advantages.metrics, len(batch.samples))
+    observe(run, algorithm, batch, {} if warm_up else advantages.metrics)
     if recorder is not None:
         run.dumps.write_trained(step, recorder, recorder.tokens(mesh, advantages.fields["advantage"]))
     metrics = (
@@ -192,6 +203,29 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
     )
     trained = token_sequences([sample for sample in batch.samples if has_loss(sample, shape)])
     return Learned(metrics, work_of(trained, shape, config.algorithm.epochs))
+
+
+def observe(run: Learner, algorithm: Algorithm, batch: RolloutBatch, metrics: Mapping[str, float]) -> None:
+    """Let a step into what goes on from step to step.
+
+    Args:
+        metrics: of its advantages; none in a warm-up, where a policy that does not learn says nothing of the
+            KL's coefficient.
+    """
+    if algorithm.per_token:
+        run.kl.observe(metrics, len(batch.samples))
+    if algorithm.baseline == "role":
+        run.roles.observe(batch.samples)
+
+
+def baselines_of(run: Learner, batch: RolloutBatch, greedy: Mapping[str, float]) -> list[float]:
+    """[N] what each reward is compared with from outside of the batch; nothing where it is not."""
+    match run.algorithm.baseline:
+        case "greedy":
+            return [greedy.get(group, math.nan) for group in batch.group_ids]
+        case "role":
+            return run.roles.of(batch.samples)
+    return []
 
 
 def algorithm_of(algorithm: Algorithm, kl: KLControl, *, warm_up: bool) -> Algorithm:
@@ -235,7 +269,19 @@ def score(
         ref = log_probs(run.reference, sequences, shape, run.trainer.temperature) if run.reference else []
     with run.residency.during("values"):
         value = values_of(run.critic.model, run.algorithm, batch, shape) if run.critic else []
-    return Scores(old, by_sample(ref, samples) if ref else [], value)
+    value, following = split_following(value, samples) if run.algorithm.bootstrap else (value, [])
+    energy = energy_of(run, samples, old) if run.algorithm.by_token else []
+    return Scores(old, by_sample(ref, samples) if ref else [], value, following, energy)
+
+
+def energy_of(run: Learner, samples: Sequence[Sample], old: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+    """[N] of [m_i] of baselines.gradient_energy, by one more forward pass, at half the temperature."""
+    halves = log_probs(
+        run.trainer.policy, token_sequences(samples), run.trainer.shape, run.trainer.temperature / 2
+    )
+    pairs = zip((old[i] for i in range(len(samples))), by_sample(halves, samples), strict=True)
+    both = [[torch.from_numpy(np.asarray(x, np.float64)) for x in pair] for pair in pairs]
+    return [gradient_energy(*its).numpy() for its in both]
 
 
 def mini_batches(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcore_rl.algo.advantages import sums_ahead
 from mcore_rl.algo.algorithms import Algorithm, objective
 from mcore_rl.algo.corrections import Reads, correction_weight
 from mcore_rl.algo.losses import bounded, kl, value_loss, weighted_sum
@@ -18,7 +19,7 @@ from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import NON_FINITE
 from mcore_rl.metric_names import meaning_of
-from mcore_rl.parallel.context import sequence_maxima, sequence_sums
+from mcore_rl.parallel.context import sequence_grid, sequence_maxima, sequence_sums
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.training.metrics import EffectiveSampleSize, HeadGradient, HeadRatio, LossTotal, Scale
 from mcore_rl.types import PackedBatch
@@ -35,8 +36,9 @@ class PolicyObjective:
     `rollout_log_prob`, `ref_log_prob` where the algorithm needs a reference, `old_log_prob` except in a
     rollout's first mini-batch (ratio 1 by construction), `age` (weight versions since the row was sampled)
     where samples may be older than the weights in training, and where the algorithm asks for it `marked`
-    (rows.marks), `correction_scale` (one over the mean correction) and `nll_weight` (one over the tokens of
-    positive samples, or 0).
+    (rows.marks), `place` (rows.ahead), `correction_scale` (one over the mean correction), `nll_weight` (one
+    over the tokens of positive samples, or 0) and `observed` (the weight of a token between the turns, which
+    is no row of the policy's loss; 0 of the others).
     """
 
     algorithm: Algorithm
@@ -68,13 +70,19 @@ class PolicyObjective:
 
         def measure() -> Parts:
             metrics = _metrics(rows, loss, fields) | _gradient_scale(rows, loss, fields)
+            if "observed" in fields:
+                observed = fields["observed"] > 0
+                metrics["observation/nll"] = Mean(-rows.log_prob.detach(), observed, of_all_rows=True)
             if isinstance(correction, Tensor):
                 metrics["correction/mean"] = Mean(correction)
             if taken := metrics.keys() & token.metrics.keys():  # those that are not logged by this name, too
                 raise ConfigError(f"the loss logs {min(taken)!r}, which every run logs; give it another name")
             return parts_of({**metrics, **token.metrics}, rows.usable, torch.ones_like(rows.usable))
 
-        return weighted_sum(loss, fields["weight"]), measure
+        total = weighted_sum(loss, fields["weight"])
+        if "observed" in fields:
+            total = total - self.algorithm.observation_nll * (fields["observed"] * rows.log_prob).sum()
+        return total, measure
 
     def _rows(self, batch: PackedBatch, head: HeadOutput) -> Rows:
         """Everything that was recorded for these rows, the reference's log-prob where there is one."""
@@ -98,6 +106,7 @@ class PolicyObjective:
             lambda values, among: self._sequence(batch, values, among),
             kept=correction != 0 if isinstance(correction, Tensor) else None,
             marked=batch.fields["marked"] > 0 if "marked" in batch.fields else None,
+            ahead=lambda values, discount: self._ahead(batch, values, discount),
         )
         return replace(rows, extras=extras)
 
@@ -131,6 +140,12 @@ class PolicyObjective:
 
         weight = correction_weight(used, rules, rows.old, rows.rollout, reduce)
         return weight * batch.fields["correction_scale"] if self.algorithm.correction_normalized else weight
+
+    def _ahead(self, batch: PackedBatch, values: Tensor, discount: float) -> Tensor:
+        """[R] the discounted sum of `values` over each row and those that follow in its sequence."""
+        at = (batch.sequence, batch.fields["place"])
+        grid = sequence_grid(values, *at, (batch.num_sequences, batch.max_seqlen), self.cp)
+        return sums_ahead(grid, discount)[at]
 
     def _sequence(self, batch: PackedBatch, values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """[R] sum and mean of `values` over the rows `among` those of the whole sequence of each row."""
@@ -193,13 +208,14 @@ def _metrics(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> dict[str
     log_prob, weight = rows.log_prob.detach().double(), fields["weight"]
     weighted = torch.where(weight != 0, weight * loss.detach(), 0.0)
     gap = rows.old - rows.rollout
+    sampled_rows = fields["observed"] == 0 if "observed" in fields else None
     now = fields["age"] == 0 if "age" in fields else None  # engines are compared on the same weights
     behaviour = gap.double()
     sampled = bounded(behaviour).exp()
     found: dict[str, Metric] = {
         "loss/policy": LossTotal(weighted),
         "loss/scale": Scale(weighted.abs()),
-        "masked/fraction": Mean(~rows.usable, of_all_rows=True),
+        "masked/fraction": Mean(~rows.usable, sampled_rows, of_all_rows=True),
         "entropy": Mean(rows.entropy),
         "kl/rollout": Mean(kl("k3", rows.rollout.double(), log_prob)),
         "mismatch/max_abs": Max(gap.abs(), now),
@@ -221,7 +237,10 @@ def _gradient_scale(rows: Rows, loss: Tensor, fields: Mapping[str, Tensor]) -> d
     """
     (coefficient,) = torch.autograd.grad(loss.sum(), rows.log_prob, retain_graph=True)
     trained = torch.where(rows.usable, rows.advantage, 0.0)
-    sums = gradient_scale_sums(rows.log_prob, rows.entropy, trained, coefficient)
+    each = (rows.log_prob, rows.entropy, trained, coefficient)
+    if "observed" in fields:  # the scale is one of what was sampled
+        each = tuple(values[fields["observed"] == 0] for values in each)
+    sums = gradient_scale_sums(*each)
     found: dict[str, Metric] = {"head": HeadGradient(sums)}
     if "old_log_prob" not in fields and "age" not in fields:
         found["head/grad_ratio_on_policy"] = HeadRatio(sums)

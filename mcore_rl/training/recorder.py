@@ -51,8 +51,10 @@ class Recorder:
             advantages: [N] of one number or [m_i] numbers.
         """
         for rows, *kept in self._kept:  # at the end of a step, since a GPU is waited for
+            numbers = rows.cpu()
+            known = numbers >= 0  # tokens between the turns, where they are learnt too, have no number
             for place, values in zip((self._old, self._now), kept, strict=True):
-                place[rows.cpu()] = values.cpu()
+                place[numbers[known]] = values.cpu()[known]
         self._kept.clear()
         both = torch.stack([self._old, self._now])
         known = ~both.isnan() if mesh.owns_metrics else torch.zeros_like(both, dtype=torch.bool)

@@ -12,6 +12,7 @@ from mcore_rl.model.residency import Residency
 from mcore_rl.training.checkpoint import Contents
 from mcore_rl.training.evaluate import Evaluator
 from mcore_rl.training.generation import Generation
+from mcore_rl.training.greedy import GreedyAnswers
 from mcore_rl.training.keep_rollouts import DumpWriter
 from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert, Work
@@ -19,6 +20,7 @@ from mcore_rl.training.mismatch import Mismatch
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.publish import Publisher
 from mcore_rl.training.rewards import RewardSource
+from mcore_rl.training.roles import RoleBaselines
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.trainer import Trainer
 
@@ -50,6 +52,8 @@ class Learner:
     alert: GradientAlert
     kl: KLControl
     """the coefficient of the KL in the reward"""
+    roles: RoleBaselines
+    """the running means that self-play compares with"""
     mismatch: Mismatch
     """what follows where servers and trainer disagree"""
     dumps: DumpWriter
@@ -77,6 +81,8 @@ class Run(Learner):
     servers: Servers
     publisher: Publisher
     """hands them new weights"""
+    greedy: GreedyAnswers
+    """asks for what ReMax compares with"""
     generation: Generation
     """asks the servers for what is trained"""
 

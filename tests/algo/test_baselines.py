@@ -9,14 +9,27 @@ import statistics as stats
 import pytest
 import torch
 
-from mcore_rl.algo.advantages import GroupStatistics, gae, group_statistics, offsets_of, whiten
+from mcore_rl.algo.advantages import (
+    GroupStatistics,
+    bootstrap,
+    gae,
+    group_statistics,
+    offsets_of,
+    sums_ahead,
+    whiten,
+)
 from mcore_rl.algo.advantages import Spread as Measured
 from mcore_rl.algo.baselines import (
     best_of_group,
+    gradient_energy,
+    greedy_baseline,
     leave_one_out_normalized,
     length_weighted,
     max_likelihood,
+    optimal_token,
     pass_at_k,
+    role_baseline,
+    running_mean,
 )
 from mcore_rl.algo.lambdas import gae_by_length, gae_two_lambdas
 
@@ -188,3 +201,81 @@ def test_whitening_over_n_or_n_minus_1() -> None:
     for ddof, variance in ((0, stats.pvariance(values.tolist())), (1, stats.variance(values.tolist()))):
         found = whiten(values, Measured.of_rows(values), ddof=ddof)  # type: ignore[arg-type]
         torch.testing.assert_close(found, (values - values.mean()) / math.sqrt(variance + 1e-8))
+
+
+def test_remax_and_rae_take_a_baseline_away_that_follows_from_no_sample() -> None:
+    """2310.10505: R - R(greedy); 2506.24119 eq. 2: R - b of the role, b <- a b + (1 - a) R."""
+    _, rewards, found = batch()
+    baseline = torch.linspace(-1, 1, len(rewards), dtype=torch.float64)
+    known = found._replace(baseline=baseline)
+    for advantage in (greedy_baseline, role_baseline):
+        torch.testing.assert_close(advantage(rewards, known), rewards - baseline, rtol=0, atol=0)
+    b = 0.0
+    for its in ([1.0, -1.0, 1.0, 1.0], [-1.0], [0.5, 0.25]):
+        expected = 0.9 * b + 0.1 * stats.mean(its)
+        b = running_mean(b, torch.tensor(its, dtype=torch.float64), 0.9)
+        assert b == pytest.approx(expected, rel=1e-15)
+    assert role_baseline(rewards, known, decay=0.1, role="game").equal(rewards - baseline), "of the next step"
+
+
+def test_the_energy_of_a_token_is_the_norm_of_its_gradient_in_the_logits() -> None:
+    """2602.07078; by autograd, at a temperature that is not 1."""
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 3
+    for row in logits:
+        scaled = (row / 0.8).requires_grad_()
+        (gradient,) = torch.autograd.grad(torch.log_softmax(scaled, -1)[2], scaled)
+        one, half = (torch.log_softmax(row / t, -1)[2:3] for t in (0.8, 0.4))
+        assert gradient_energy(one, half).item() == pytest.approx(gradient.square().sum().item(), rel=1e-12)
+
+
+def test_the_optimal_baseline_is_one_of_each_token() -> None:
+    """2602.07078: b_t = sum W_t G_t / sum W_t over the group's samples of more than t tokens."""
+    ahead = {"a": [[1.0, 1.0, 0.5], [0.0], [], [2.0, 2.0]], "b": [[3.0, 3.0], [3.0, 3.0, 3.0]], "c": [[0.7]]}
+    energy = {
+        "a": [[0.2, 0.1, 0.9], [0.4], [], [1.1, 0.3]],
+        "b": [[0.1, 0.2], [0.9, 0.3, 0.7]],
+        "c": [[0.5]],
+    }
+    order = [("a", 0), ("b", 0), ("a", 1), ("c", 0), ("a", 2), ("a", 3), ("b", 1)]
+    flats = [
+        torch.tensor([x for g, i in order for x in its[g][i]], dtype=torch.float64) for its in (ahead, energy)
+    ]
+    offsets = offsets_of(torch.tensor([len(ahead[g][i]) for g, i in order]))
+    found = optimal_token(*flats, offsets, group_statistics([g for g, _ in order], [0.0] * len(order)))
+    expected = []
+    for g, i in order:
+        for t, value in enumerate(ahead[g][i]):
+            alive = [(sum(w[: t + 1]), x[t]) for w, x in zip(energy[g], ahead[g], strict=True) if len(x) > t]
+            baseline = sum(w * x for w, x in alive) / sum(w for w, _ in alive)
+            expected.append(value - baseline)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert (found[3:5] == 0).all(), "exactly, where all that is ahead is equal"
+    uniform = optimal_token(
+        flats[0], torch.ones_like(flats[1]), offsets, group_statistics([g for g, _ in order], [0.0] * 7)
+    )
+    assert not torch.allclose(uniform, found), "the control: the weights matter"
+
+
+def test_the_value_behind_a_truncated_sequence_enters_delta_and_return() -> None:
+    """delta_T = R_T + gamma V_(T+1) - V_T, one sequence after another."""
+    rewards, values, cuts = flat()
+    behind = [0.4, 0.0, -0.6, 0.0]
+    placed = bootstrap(rewards, torch.tensor(behind), cuts, gamma=0.9)
+    advantages, returns = gae(placed, values, cuts, gamma=0.9, lam=0.5)
+    expected = []
+    for its, value, last in zip(REWARDS, VALUES, behind, strict=True):
+        after = [*value[1:], last][: len(value)]
+        delta = [r + 0.9 * n - v for r, v, n in zip(its, value, after, strict=True)]
+        expected += [sum(0.45 ** (j - t) * delta[j] for j in range(t, len(delta))) for t in range(len(delta))]
+    torch.testing.assert_close(advantages, torch.tensor(expected).double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(returns, advantages + values)
+
+
+def test_what_is_ahead_is_a_discounted_sum() -> None:
+    grid = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros_like(grid)
+    for t in range(11):
+        expected[:, t] = sum(0.8 ** (k - t) * grid[:, k] for k in range(t, 11))
+    torch.testing.assert_close(sums_ahead(grid, 0.8), expected, rtol=1e-13, atol=1e-13)
+    assert sums_ahead(grid[:, :1], 0.8).equal(grid[:, :1])
+    assert sums_ahead(grid[:, :0], 0.8).shape == (3, 0)

@@ -27,8 +27,9 @@ MODULES = {
 }
 GOLDEN_CASES = {f"{file}/{name}" for file, name in _case_names(load(ROOT / "tests" / "golden"))}
 PLUMBING = {
-    *("algorithms.configure", "algorithms.parameters", "algorithms.has_critic"),
-    *("rows.declared", "rows.marked_by", "rows.averaged_by"),
+    *("algorithms.configure", "algorithms.has_critic"),
+    *("parameters.parameters", "parameters.resolve", "parameters.types_of", "parameters.checked"),
+    *("parameters.suggest", "rows.declared", "rows.marked_by", "rows.averaged_by", "rows.ahead_by"),
     *("readings.readings", "readings.mark", "readings.shared"),
     *("catalog.rows", "catalog.preset_rows", "catalog.as_markdown", "catalog.describe"),
 }
@@ -68,7 +69,7 @@ def public_functions() -> set[str]:
 def golden_cases(page: str) -> set[str]:
     return set(
         re.findall(
-            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout|trajectories|distillation)/(?:\w+/)?[\w.-]*\w",
+            r"\b(?:batch|advantages|value_gae|kl_entropy|policy_losses|preference|mismatch|layout|trajectories|distillation|entries)/(?:\w+/)?[\w.-]*\w",
             page,
         )
     )

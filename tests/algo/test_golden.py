@@ -18,11 +18,13 @@ from mcore_rl.parallel.head import head
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.verify.golden import Report, main, verify_golden
 from mcore_rl.verify.golden.command import DIFFERENTIATED, INPUTS, _run_rank, run_cases
+from mcore_rl.verify.golden.entries import NAMES
 from mcore_rl.verify.golden.inputs import load
 from mcore_rl.verify.golden.trajectories import Trajectories
+from tests.algo import entries
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-CASES = 119
+CASES = 141
 
 
 def failed(report: Report) -> set[str]:
@@ -297,3 +299,18 @@ def test_a_case_without_its_inputs_says_which(few: Path) -> None:
     np.savez(few / "preference.npz", **{k: v for k, v in arrays.items() if k != "pairs"})
     with pytest.raises(DataError, match=r"preference\.npz: no input array 'pairs'"):
         verify_golden(few)
+
+
+def test_the_entries_expect_what_their_papers_formulas_give() -> None:
+    """The committed numbers are those of tests/algo/entries.py, and each entry has a row somewhere."""
+    found, given = load(GOLDEN)["entries"], entries.expected()
+    assert found.keys() == given.keys()
+    for name, array in given.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-12, atol=1e-14, err_msg=name)
+    elsewhere = {
+        *("ppo", "grpo", "drgrpo", "dapo", "gspo", "sapo", "liteppo", "cispo", "rloo", "reinforce"),
+        *("reinforce++", "reinforce++-baseline", "hybrid-grpo", "hybrid-grpo-shared", "dsv32"),
+        "gdpo",  # GRPO's loss; its advantages are in test_advantages.py
+        "echo",  # GRPO's loss; its likelihood is in tests/training/test_outside.py
+    }
+    assert {*NAMES} | elsewhere == {*algorithms.ALGORITHMS}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.algo.advantages import offsets_of, sequence_mean, sequence_sum
+from mcore_rl.algo.advantages import offsets_of, sequence_mean, sequence_sum, sums_ahead
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm, configure, objective
 from mcore_rl.algo.losses import aggregation_weight, weighted_sum
 from mcore_rl.algo.masked_losses import bernoulli_kl
@@ -61,9 +61,15 @@ def by_library(algorithm: Algorithm, data: Data) -> tuple[float, Tensor]:
             sequence_mean(values, sequence, len(LENGTHS))[sequence],
         )
 
+    place = torch.cat([torch.arange(count) for count in LENGTHS])
+
+    def ahead(values: Tensor, discount: float) -> Tensor:
+        grid = values.new_zeros(len(LENGTHS), max(LENGTHS)).index_put((sequence, place), values)
+        return sums_ahead(grid, discount)[sequence, place]
+
     params = algorithm.loss_params
     chosen = mark(algorithm.loss, params, advantage, flat[1], flat[2])
-    extras = readings(algorithm.loss, rows, params, sums, marked=chosen)
+    extras = readings(algorithm.loss, rows, params, sums, marked=chosen, ahead=ahead)
     token = algorithm.loss(replace(rows, extras=extras), **params)
     weight = aggregation_weight(
         algorithm.aggregation, n.double()[sequence], tokens=sum(LENGTHS), sequences=len(LENGTHS), max_length=9
@@ -188,6 +194,35 @@ def test_topr_learns_what_is_rewarded_and_leaves_what_has_become_unlikely(spread
         return -means([w * a * sum(x) for w, a, x in zip(weights, ADVANTAGE, log_prob, strict=True)])
 
     agree("topr", data, reference)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_fipo_weighs_a_token_by_what_follows_it(spread: float) -> None:
+    """2603.19835: e^F, F_t = sum_k 2^(-(k - t) / h) d_k over r_k <= c, clipped; then PPO with a dual clip."""
+    data = Data.drawn(spread, seed=1)
+    low, high, c, h = 0.9, 1.2, 1.5, 2.0
+    weights, clipped = [], set()
+    for now, old in zip(data.log_prob, data.old, strict=True):
+        d = [x - y if x - y <= math.log(c) else 0.0 for x, y in zip(now, old, strict=True)]
+        for t in range(len(d)):
+            raw = math.exp(sum(2 ** (-(k - t) / h) * d[k] for k in range(t, len(d))))
+            weights.append(min(max(raw, low), high))
+            clipped.add(weights[-1] in (low, high))
+    assert clipped == ({True, False} if spread > 0.1 else {False, True} & clipped)
+
+    def reference(log_prob: list[list[float]]) -> float:
+        now, total = joined(log_prob), 0.0
+        for i, (_, old, _, a) in enumerate(tokens(data)):
+            r, weighted = math.exp(now[i] - old), weights[i] * a
+            loss = max(-weighted * r, -weighted * min(max(r, 0.8), 1.28))
+            total += min(loss, -weighted * c) if a < 0 else loss
+        return total / TOKENS
+
+    agree("fipo", data, reference, dual_clip=c, half_life=h, weight_low=low, weight_high=high)
+    if spread > 0.1:  # the control: without what follows
+        weights = [min(max(math.exp(x - old), low), high) for x, old, _, _ in tokens(data)]
+        with pytest.raises(AssertionError):
+            agree("fipo", data, reference, dual_clip=c, half_life=h, weight_low=low, weight_high=high)
 
 
 def tokens(data: Data) -> list[tuple[float, float, float, float]]:

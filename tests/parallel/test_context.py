@@ -15,6 +15,7 @@ from mcore_rl.parallel.context import (
     gather_keys_values,
     gathered_places,
     local_tokens,
+    sequence_grid,
     sequence_sums,
     zigzag_positions,
 )
@@ -82,6 +83,31 @@ def test_sums_are_those_of_whole_sequences(pool2: Pool, everything_on_rank_0: bo
         assert not sums.requires_grad
     alone = sequence_sums(values, sequence, SEQUENCES, None)
     assert torch.equal(alone, expected)
+
+
+PLACE = torch.tensor([0, 1, 0, 2, 5, 1, 0, 0, 1, 2, 3, 4])
+"""where the rows of `rows` lie in their sequences"""
+
+
+def placed(everything_on_rank_0: bool) -> torch.Tensor:
+    values, sequence = rows()
+    mine = slice(dist.get_rank(), None, 2)
+    if everything_on_rank_0:
+        mine = slice(0, 12 if dist.get_rank() == 0 else 0)
+    given = values[0, mine].requires_grad_()
+    return sequence_grid(given, sequence[mine], PLACE[mine], (SEQUENCES, 6), dist.group.WORLD)
+
+
+@pytest.mark.parametrize("everything_on_rank_0", [False, True])
+def test_a_grid_has_the_rows_of_all_ranks_at_their_places(pool2: Pool, everything_on_rank_0: bool) -> None:
+    values, sequence = rows()
+    expected = torch.zeros(SEQUENCES, 6, dtype=torch.float64)
+    for value, own, place in zip(values[0].tolist(), sequence.tolist(), PLACE.tolist(), strict=True):
+        expected[own, place] = value
+    for grid in pool2.run(placed, everything_on_rank_0):
+        assert torch.equal(grid, expected)
+        assert not grid.requires_grad
+    assert torch.equal(sequence_grid(values[0], sequence, PLACE, (SEQUENCES, 6), None), expected)
 
 
 def keys_and_gradients() -> list[torch.Tensor]:

@@ -51,6 +51,9 @@ OTHER: Mapping[str, tuple[object, ...]] = {
     "kl_estimator": ("k1", "k2", "k1_iw", "abs", "k3_straight", "k3_score"),
     "kl_cap": (0.001,),
     "positive_nll": (0.5,),
+    "half_life": (0.5,),
+    "weight_low": (0.5,),
+    "weight_high": (1.01,),
     "rejection": ("token-k1:0.99..1.01", "sequence-max-k2:0.0001"),
     "whiten_ddof": (0,),
     "gae_steps": ("turn",),
@@ -94,6 +97,8 @@ OF_LATER_ROLLOUTS = ("kl_target", "kl_horizon")
 """parameters that act on the next rollout"""
 OF_CRITIC = ("lam_critic",)
 """parameters that act on what the critic learns from alone"""
+ELSEWHERE = ("observation_nll", "decay", "role")
+"""parameters of what this rollout has not: tokens between turns, and steps; tests/training/test_outside.py"""
 BESIDE: Mapping[str, Mapping[str, object]] = {"clip-cov": {"cov_low": 0.01, "fraction": 0.5}}
 """what makes an algorithm act on this little rollout at all"""
 
@@ -147,7 +152,12 @@ def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dic
     critic = [np.array([(0.1, 0.9)[int(s.id[0])]]) for s in samples] if of_prompts else critic
     critic = critic if algorithm.needs_critic else []
     reference = of_samples(3) if algorithm.needs_reference else []
-    scores, control = Scores(dict(enumerate(before)), reference, critic), KLControl(algorithm)
+    outside = {
+        "following": [0.3] * len(samples) if algorithm.bootstrap else [],
+        "energy": [np.linspace(0.1, 1, s.trained_tokens) for s in samples] if algorithm.by_token else [],
+        "baselines": [0.0] * len(samples) if algorithm.baseline == "none" else np.linspace(0, 1, 8).tolist(),
+    }
+    scores, control = Scores(dict(enumerate(before)), reference, critic, **outside), KLControl(algorithm)
     first = compute_advantages(batch(), control.algorithm, scores)
     control.observe(first.metrics, 4000)
     later = compute_advantages(batch(), control.algorithm, scores)
@@ -184,7 +194,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_a_parameter_changes_the_gradient_or_is_refused_or_warned_of(name: str) -> None:
     """Over all updates of a rollout, and in one that has a single one."""
     first = sum(s.trained_tokens for s in batch().samples[0:8:2])
-    for key in _accepted(ALGORITHMS[name]):
+    for key in _accepted(ALGORITHMS[name]).keys() - {*ELSEWHERE}:
         values = OTHER.get(key) or (not getattr(ALGORITHMS[name], key),)
         context = {**BESIDE.get(name, {}), **NEEDS.get(key, {})}
         given = [{**context, key: value} for value in values if not is_refused(name, {**context, key: value})]
@@ -209,7 +219,7 @@ def warned(name: str, params: Mapping[str, object]) -> bool:
     return any(what.startswith("algorithm.params") for what in said)
 
 
-SILENT = {(name, "clip/fraction") for name in ("rloo", "reinforce", "opo")}
+SILENT = {(name, "clip/fraction") for name in ("rloo", "reinforce", "opo", "remax", "rae", "otb")}
 """metrics that are 0 whatever happens, and why: a loss that is never clipped says so"""
 NARROW: dict[str, dict[str, float]] = {
     "sapo": {"tau_pos": 9.0, "tau_neg": 9.0},

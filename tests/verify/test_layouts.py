@@ -48,7 +48,7 @@ def test_what_rules_leave_of_a_sequence(worlds: SharedPools) -> None:
 @pytest.mark.timeout(600)
 def test_what_a_loss_may_read_beside_its_rows(worlds: SharedPools) -> None:
     """Means of its own, sums, and what was chosen of the whole rollout."""
-    assert_all_agree(worlds, ("cp2", "dp2:overlap"), ("gmpo", "topr", "kl-cov"))
+    assert_all_agree(worlds, ("cp2", "dp2:overlap"), ("gmpo", "topr", "kl-cov", "fipo", "echo"))
 
 
 def test_ppo_and_its_critic(worlds: SharedPools) -> None:

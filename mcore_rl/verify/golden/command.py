@@ -18,7 +18,7 @@ from torch import Tensor
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.pool import spawn
 from mcore_rl.terminal import CommandParser, printable
-from mcore_rl.verify.golden import distillation, losses, samples, trajectories
+from mcore_rl.verify.golden import distillation, entries, losses, samples, trajectories
 from mcore_rl.verify.golden.inputs import BATCH_INPUTS, Arrays, GoldenInputs, Outputs, load
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -32,6 +32,7 @@ INPUTS: Mapping[str, frozenset[str]] = {
     "layout": frozenset({"owner3"}),
     "trajectories": trajectories.INPUTS,
     "distillation": distillation.INPUTS,
+    "entries": entries.INPUTS,
 }
 """file -> arrays that are inputs and not cases"""
 
@@ -45,6 +46,7 @@ CASES: Mapping[str, Mapping[str, samples.Case]] = {
     "trajectories": trajectories.CASES,
     "distillation": distillation.CASES,
     "policy_losses": {name: partial(losses.policy_case, name=name) for name in losses.POLICY_LOSSES},
+    "entries": {name: partial(entries.entry_case, name=name) for name in entries.NAMES},
     "preference": {
         **{name: partial(losses.preference_case, name=name) for name in losses.PREFERENCES},
         **losses.REWARD_MODELS,
@@ -52,7 +54,7 @@ CASES: Mapping[str, Mapping[str, samples.Case]] = {
 }
 """file -> pattern of the case's name -> how to compute it"""
 
-DIFFERENTIATED = ("policy_losses", "preference", "trajectories")
+DIFFERENTIATED = ("policy_losses", "preference", "trajectories", "entries")
 """files whose cases go through the backward pass of the head: in both of its modes"""
 
 DEADLINE_SECONDS = 300.0

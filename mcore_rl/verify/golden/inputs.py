@@ -196,18 +196,18 @@ class GoldenInputs:
             seen.append((loss.detach(), coef.view(self.mask.shape)))
             return loss
 
-        states, shard, call = self._call(hidden, weight)
+        states, shard, call = self.call(hidden, weight)
         total = head.head_loss(states.flatten(0, 1), shard, call, row_loss)
         d_states, d_shard = torch.autograd.grad(total, (states, shard))
         return *seen[0], d_states, d_shard
 
     def _head(self, hidden: Tensor, weight: Tensor) -> tuple[head.HeadOutput, Tensor, Tensor]:
         """The [N, T] outputs and the leaves they came from: hidden [N, T, .], this rank's weight shard."""
-        states, shard, call = self._call(hidden, weight)
+        states, shard, call = self.call(hidden, weight)
         scored = head.log_prob_entropy(states.flatten(0, 1), shard, call)
         return head.HeadOutput(*(x.view(self.mask.shape) for x in scored)), states, shard
 
-    def _call(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, head.Call]:
+    def call(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, head.Call]:
         """Return leaves of hidden [N, T, .] and of this rank's weight shard, and the call of the head."""
         targets = self.tensor("y").flatten()
         rows = targets.numel()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mcore_rl.algo import advantages, algorithms, losses, preference
 from mcore_rl.algo.losses import difference
+from mcore_rl.algo.parameters import parameters
 from mcore_rl.algo.rows import Rows, TokenLoss
 from mcore_rl.errors import DataError
 from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
@@ -82,7 +83,7 @@ def _loss(name: str, cfg: Config) -> Callable[[Rows], TokenLoss]:
     if known in WITHOUT_POLICY:
         return WITHOUT_POLICY[known]
     loss = getattr(losses, known)
-    named = {key: RENAMED.get(key, key) for key in algorithms.parameters(loss)}
+    named = {key: RENAMED.get(key, key) for key in parameters(loss)}
     return partial(loss, **{key: cfg[given] for key, given in named.items() if given in cfg})
 
 

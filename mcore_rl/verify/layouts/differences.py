@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mcore_rl.algo.algorithms import Algorithm
-from mcore_rl.algo.rows import Rows, declared, marked_by
+from mcore_rl.algo.rows import Rows, ahead_by, declared, marked_by
 from mcore_rl.errors import NumericsError
 from mcore_rl.training.objective import check_answer
 
@@ -110,6 +110,8 @@ def _rows(algorithm: Algorithm) -> Rows:
     rows = Rows.of(log_prob, normal(1.0).abs(), old=old, rollout=rollout, advantage=normal(1.0))
     names = declared(algorithm.loss)
     extras = {n: log_prob + normal(0.3) if n == "reference" else normal(0.2) for n in sorted(names)}
+    if ahead_by(algorithm.loss) is not None:
+        extras["ahead"] = normal(0.2)
     if marked_by(algorithm.loss) is not None:
         extras["marked"] = torch.arange(ROWS) % 5 < 2
     return replace(rows, sequence_tokens=torch.full_like(old, 7.0), extras=extras)

@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 from mcore_rl.algo import losses
-from mcore_rl.algo.advantages import sequence_mean, sequence_sum
+from mcore_rl.algo.advantages import sequence_mean, sequence_sum, sums_ahead
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.algo.readings import readings
 from mcore_rl.algo.rows import Rows
 from mcore_rl.errors import NumericsError
 from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.training.advantage import Scores, compute_advantages
-from mcore_rl.training.batch import PerSample, RolloutBatch, build_batch, sampled_with
+from mcore_rl.training.batch import (
+    PerSample,
+    RolloutBatch,
+    build_batch,
+    places,
+    sampled_with,
+    token_sequences,
+)
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, Segment, Tokens, TurnReward, VersionSpan
 
 VOCAB = 50
@@ -120,7 +127,15 @@ def record(name: str, log_probs: Sequence[np.ndarray], loss: str | None = None) 
     batch = replace(batch, samples=tuple(map(sampled_with, batch.samples, sampled)))
     old = perturbed(log_probs)
     values = prompt_values(batch) if algorithm.values_prompts else drawn(log_probs, seed=13)
-    scores = Scores(dict(enumerate(old)), perturbed(log_probs, seed=12), values)
+    scores = Scores(
+        dict(enumerate(old)),
+        perturbed(log_probs, seed=12),
+        values,
+        energy=[np.abs(values) for values in drawn(log_probs, seed=15)],
+        baselines=[]
+        if algorithm.baseline == "none"
+        else [0.5 + 0.1 * float(value[0]) for value in prompt_values(batch)],
+    )
     advantages = compute_advantages(batch, algorithm, scores)
     return Recorded(algorithm, batch, {"old_log_prob": old, **advantages.fields})
 
@@ -242,7 +257,14 @@ def _ratio_and_clipped(recorded: Recorded, log_probs: Sequence[np.ndarray]) -> t
     algorithm = recorded.algorithm
     marked = recorded.fields.get("marked")
     chosen = None if marked is None else torch.from_numpy(np.concatenate(list(marked))) > 0  # type: ignore
-    extras = readings(algorithm.loss, rows, algorithm.loss_params, sums, marked=chosen)
+    place = torch.from_numpy(np.concatenate([places(one) for one in token_sequences(samples)]))
+
+    def ahead(values: Tensor, discount: float) -> Tensor:
+        grid = values.new_zeros(len(segments), int(place.max()) + 1)
+        grid[sequence, place] = values
+        return sums_ahead(grid, discount)[sequence, place]
+
+    extras = readings(algorithm.loss, rows, algorithm.loss_params, sums, marked=chosen, ahead=ahead)
     token = algorithm.loss(
         replace(rows, sequence_tokens=segments[sequence].float(), extras={**rows.extras, **extras}),
         **algorithm.loss_params,
