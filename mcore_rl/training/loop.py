@@ -165,9 +165,8 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
                 run.critic, config, shape, algorithm, batch, advantages.fields, step
             ):
                 critic.add(*run_update(update, run.residency, explain))
-        for mini_batch in mini_batches(
-            parts, fields, scores, 0 if warm_up else config.algorithm.epochs, packed
-        ):
+        epochs = 0 if warm_up else config.algorithm.epochs
+        for number, mini_batch in enumerate(mini_batches(parts, fields, scores, epochs, packed), start=1):
             update = Update(
                 kind="policy",
                 step=step,
@@ -176,6 +175,7 @@ def learn(run: Learner, batch: RolloutBatch, step: int) -> Learned:
                 batches=mini_batch,
                 temperature=run.trainer.temperature,
                 ids=[sample.id for sample in batch.samples],
+                followed=number < epochs * len(parts),
             )
             policy.add(*run_update(update, run.residency, explain))
     if algorithm.per_token and not warm_up:  # a policy that does not learn says nothing of the coefficient
