@@ -15,7 +15,7 @@ OffloadModule = Literal[
 ]
 """parts of a layer whose inputs can wait in host memory for the backward pass, by Megatron's names"""
 DispatcherName = Literal["alltoall", "deepep", "hybridep"]
-"""how tokens reach the experts of other ranks: Megatron's own all-to-all, or kernels of the package deep_ep"""
+"""how tokens reach the experts of other ranks: Megatron's all-to-all, or kernels of the package deep_ep"""
 
 NEED_ENGINE = frozenset({"layernorm", "moe_act"})
 """parts that Megatron computes again by functions of Transformer Engine"""
