@@ -14,9 +14,11 @@ import transformers
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mcore_rl.checkpoint.pieces import model_pieces, optimizer_pieces
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import fusions, spec
 from mcore_rl.model.build import Model, build_policy
@@ -109,9 +111,11 @@ def test_choices_reach_megatron(moe_dir: Path) -> None:
 class GroupedLinear(nn.Module):
     """What Transformer Engine's grouped linear layer computes, one expert after the other; no biases."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, *, config: Any, **_: Any) -> None:
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, *, config: Any, pg_collection: Any, **_: Any
+    ) -> None:
         super().__init__()
-        self.experts = experts
+        self.experts, self.groups = experts, pg_collection
         for i in range(experts):
             setattr(self, f"weight{i}", nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype)))
 
@@ -119,15 +123,47 @@ class GroupedLinear(nn.Module):
         parts = zip(x.split(tokens), range(self.experts), strict=True)
         return torch.cat([part @ getattr(self, f"weight{i}").T for part, i in parts]), None
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        """The weights of each expert under one key, along an axis of experts."""
+        count = self.experts * self.groups.ep.size()
+        first = self.experts * self.groups.ep.rank()
+        found = {}
+        for i in range(self.experts):
+            place = (*sharded_offsets, (len(sharded_offsets), first + i, count))
+            group = {"tp_group": self.groups.expt_tp, "dp_cp_group": metadata["dp_cp_group"]}
+            weight = {"weight": getattr(self, f"weight{i}")}
+            (shard,) = make_sharded_tensors_for_checkpoint(weight, prefix, {}, place, **group).values()
+            shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
+            found[f"{prefix}weight{i}"] = shard
+        return found
 
-def trained(mesh: Mesh, directory: Path, grouped: bool, target: Path) -> tuple[str, float, dict[str, Tensor]]:
-    """Kind of the experts, gradient norm, gradients by HF name; weights after one update go to `target`."""
+
+@contextmanager
+def as_one_layer(grouped: bool) -> Iterator[None]:
+    """Experts are TEGroupedMLP's, where `grouped`."""
     with pytest.MonkeyPatch.context() as patch:
         if grouped:
             parts = replace(PORTABLE, grouped_column=GroupedLinear, grouped_row=GroupedLinear)
             patch.setattr(spec, "parts_of", lambda _: parts)
             fast = fusions.fast_settings
             patch.setattr(spec, "fast_settings", lambda *a, **k: fast(*a, **k) | {"moe_grouped_gemm": True})
+        yield
+
+
+def saved(mesh: Mesh, directory: Path, grouped: bool) -> dict[tuple[str, tuple[int, ...]], Tensor]:
+    """What this rank would write into a checkpoint after an update, by key and place."""
+    with as_one_layer(grouped):
+        model = build_policy(directory, mesh, ddp=ddp_config())
+        optimizer = build_optimizer(model, lr=1e-3)
+        learn(model, optimizer)
+        optimizer.step()
+        pieces = [*model_pieces(model), *optimizer_pieces(optimizer)]
+        return {(piece.key, tuple(piece.offset)): piece.data.clone() for piece in pieces}
+
+
+def trained(mesh: Mesh, directory: Path, grouped: bool, target: Path) -> tuple[str, float, dict[str, Tensor]]:
+    """Kind of the experts, gradient norm, gradients by HF name; weights after one update go to `target`."""
+    with as_one_layer(grouped):
         model = build_policy(directory, mesh, ddp=ddp_config(distributed=False))
         optimizer = build_optimizer(model, lr=1e-3, distributed=False)
         learn(model, optimizer)
@@ -172,6 +208,15 @@ def test_grouped_experts_are_the_same_experts(
     assert ours.keys() == theirs.keys() == load_file(moe_dir / "model.safetensors").keys()
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_holds_the_same_pieces_in_either_form(pool2: Pool, moe_dir: Path) -> None:
+    one, grouped = (at_layout(pool2, "ep2", saved, moe_dir, form) for form in (False, True))
+    for mine, its in zip(one, grouped, strict=True):
+        assert mine.keys() == its.keys()
+        assert any("experts" in key for key, _ in mine)
+        for place, tensor in mine.items():
+            torch.testing.assert_close(its[place], tensor, rtol=1e-4, atol=1e-5)
 
 
 # --- updates ------------------------------------------------------------------------------------------------
