@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--prompt-tokens", type=float, help="mean; default: the config's limit")
     add.add_argument("--response-tokens", type=float, help="mean; default: the config's limit")
     add.add_argument("--segments", type=float, help="training sequences of a sample, mean; default: 1")
+    add.add_argument("--search", action="store_true", dest="only_best", help="only the best layout, and why")
     add.add_argument("--colocated", action="store_true", help="count servers on the training GPUs")
     add.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     add.set_defaults(command=plan)

@@ -13,6 +13,7 @@ from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
 from mcore_rl.config.names import misnamed
+from mcore_rl.config.parallel import ParallelConfig
 from mcore_rl.config.rewards import wrong_rewards
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
 from mcore_rl.config.sections import (
@@ -23,7 +24,6 @@ from mcore_rl.config.sections import (
     EvalSetConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     PublishConfig,
     RewardConfig,
     RolloutConfig,
@@ -154,6 +154,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _of_servers(config)
     yield from _of_transport(config)
     yield from _of_fp8(config)
+    yield from _of_memory(config)
     if config.publish.quantize == "fp8":
         yield from _of_quantized(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -290,6 +291,26 @@ def _of_fp8(config: Config) -> Iterator[str]:
         )
 
 
+def _of_memory(config: Config) -> Iterator[str]:
+    train, optimizer = config.train, config.optimizer
+    if "attn_proj" in train.offload_modules and "core_attn" not in train.offload_modules:
+        yield (
+            'train.offload_modules: the input of "attn_proj" is the output of "core_attn", which must wait '
+            "too; add it"
+        )
+    if not optimizer.cpu_fraction:
+        return
+    if not optimizer.distributed:
+        yield "optimizer.cpu_fraction: it is a distributed optimizer; set optimizer.distributed = true"
+    if config.residency.optimizer != "resident":
+        yield "optimizer.cpu_fraction: residency.optimizer moves the same state; drop one of them"
+    if config.checkpoint.every:
+        yield (
+            "optimizer.cpu_fraction: a checkpoint does not hold what the CPU updates; set "
+            'checkpoint.every = 0, or take residency.optimizer = "offloaded" in its place'
+        )
+
+
 def _of_quantized(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.server == "embedded" and not rollout.urls:
@@ -390,6 +411,8 @@ def unused_keys(config: Config) -> Mapping[str, str]:
 
 def _unused_of_training(config: Config) -> Mapping[str, str]:
     unused: dict[str, str] = {}
+    if config.train.recompute != "selective":
+        unused["train.recompute_modules"] = f'train.recompute is "{config.train.recompute}"'
     if config.run.kind != "rl":
         keys = tuple(f"algorithm.{key}" for key in AlgorithmConfig.model_fields)
         keys += ("rollout.max_staleness", "rollout.dynamic_sampling", "data.curriculum", "rollout.dump")

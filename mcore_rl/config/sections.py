@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mcore_rl.precision import FP32_TOLERANCES, PrecisionName, RecipeName
+from mcore_rl.tuning import OffloadModule, RecomputeModule
 from mcore_rl.types import TAKEN_PARTS
 
 
@@ -195,25 +196,6 @@ class ModelConfig(Section):
     """Keep the first and the last layer in bf16."""
     random_init: bool = False
     """Start from random weights by run.seed; only config.json and the tokenizer are read."""
-
-
-class ParallelConfig(Section):
-    """Degrees of parallelism; their product with `data` is the number of processes."""
-
-    tensor: Count = 1
-    """Tensor-parallel size."""
-    sequence: bool = False
-    """Sequence parallel: split the activations between the tensor-parallel blocks too."""
-    pipeline: Count = 1
-    """Pipeline stages."""
-    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
-    """Model chunks per pipeline stage (interleaved schedule)."""
-    context: Count = 1
-    """Context-parallel size: one sequence over several ranks."""
-    expert: Count = 1
-    """Expert-parallel size of a mixture-of-experts model."""
-    data: Count | None = None
-    """Data-parallel replicas; unset, what the number of processes leaves."""
 
 
 class DataConfig(Section):
@@ -427,6 +409,8 @@ class OptimizerConfig(Section):
     """After the warm-up: stay, or decay to 0 at the last optimizer step."""
     distributed: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
+    cpu_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the parameters that Adam updates on the CPU, their state in host memory."""
     router_bias_rate: Annotated[float, Field(ge=0)] = 0.0
     """What an optimizer step adds to a router's bias for an expert with fewer tokens than the mean, and takes
     for one with more (DeepSeek-V3, GLM-4.5); 0 leaves the biases as they were loaded."""
@@ -458,7 +442,12 @@ class TrainConfig(Section):
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch, padding included."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again: none, those of attention, those of every layer."""
+    """Activations that the backward pass computes again: none, those of recompute_modules, of every layer."""
+    recompute_modules: Annotated[tuple[RecomputeModule, ...], Field(min_length=1)] = ("core_attn",)
+    """Parts of a layer that `selective` computes again, by Megatron's names."""
+    offload_modules: tuple[OffloadModule, ...] = ()
+    """Parts of a layer whose inputs wait in host memory for the backward pass (Megatron's fine-grained
+    offloading); needs Transformer Engine."""
     eval_every: NonNegative = 0
     """Steps between evaluations, validations too; 0 evaluates at the start and the end only."""
     eval_samples: Count = 1000

@@ -37,6 +37,8 @@ class ModelShape:
     """Mean over the layers of the intermediate size one token passes through (MoE: active experts only)."""
     experts: float = 0.0
     """Mean over the layers of the router's width; 0 for a dense model."""
+    routed: float = 0.0
+    """Mean over the layers of the experts that a token is sent to."""
     windowed: int = 0
     """Layers in which a token sees the last `window` tokens only."""
     window: int = 0
@@ -100,6 +102,7 @@ def model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
             vocab=int(hf_config["vocab_size"]),
             ffn=((layers - sparse) * dense_width + sparse * sparse_width) / layers,
             experts=_num_experts(hf_config) * sparse / layers,
+            routed=hf_config["num_experts_per_tok"] * sparse / layers if sparse else 0.0,
             latent=latent,
         )
     except KeyError as error:

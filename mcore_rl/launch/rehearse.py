@@ -18,7 +18,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mcore_rl.config import Config, load_config, to_toml, warnings
-from mcore_rl.config.sections import EvalSetConfig, ParallelConfig
+from mcore_rl.config.parallel import ParallelConfig
+from mcore_rl.config.sections import EvalSetConfig
 from mcore_rl.directories import locked, make
 from mcore_rl.environments import rehearsed
 from mcore_rl.errors import EXIT_DONE, LayoutError

@@ -29,7 +29,7 @@ from mcore_rl.training.faults.dump import alone, from_json
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
 from mcore_rl.training.faults.watchdog import collective_timeout
-from mcore_rl.training.layout import layout_of
+from mcore_rl.training.layout import layout_of, tuning_of
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.preference import loss_of
 from mcore_rl.training.reward_model import TOTAL
@@ -98,8 +98,8 @@ def _build(config: Config, mesh: Mesh, kind: str) -> Model:
         config.model.path,
         mesh,
         **model_settings(config),
-        recompute=config.train.recompute,
-        ddp=trained_ddp(config),
+        tuning=tuning_of(config, trained=True),
+        ddp=trained_ddp(config, mesh.layout),
     )
 
 

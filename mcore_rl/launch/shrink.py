@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import cycle, islice
 from typing import Any
 
-from mcore_rl.config.sections import ParallelConfig
+from mcore_rl.config.parallel import ParallelConfig
 from mcore_rl.model.hf.architecture import Architecture, architecture_of
 from mcore_rl.model.hf.families import FAMILIES
 from mcore_rl.model.hf.windows import FULL, SLIDING

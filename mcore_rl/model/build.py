@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_rl.model import platform, weights_io
+from mcore_rl.model.fusions import fuse_weight_gradients
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import left_out, read_side_files
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
@@ -34,6 +35,7 @@ from mcore_rl.model.spec import block_spec, transformer_config
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 from mcore_rl.terminal import printable
+from mcore_rl.tuning import DEFAULT_TUNING, Tuning
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,15 @@ class Model:
     files: Mapping[str, bytes]
     """on the main rank, name -> content of what lies there beside weights, as it was then"""
 
+    def gather(self) -> None:
+        """Wait until every rank has the weights of the last update, where they are gathered beside the work.
+
+        Before anything but the next forward pass reads them; collective.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_policy(
     path: Path,
@@ -60,7 +71,7 @@ def build_policy(
     precision: str = "fp32",
     fp8: Fp8 = DEFAULT_FP8,
     random_seed: int | None = None,
-    recompute: str = "none",
+    tuning: Tuning = DEFAULT_TUNING,
     ddp: DistributedDataParallelConfig | None = None,
 ) -> Model:
     """Build the model of the HF directory `path` at `mesh`'s layout and load its weights.
@@ -69,7 +80,7 @@ def build_policy(
         precision: a key of spec.DTYPES; bf16 and fp8 take Transformer Engine's layers where it can run.
         fp8: what of FP8 is chosen, at that precision.
         random_seed: start from random weights of this seed instead of the directory's.
-        recompute: which activations the backward pass computes again, a key of spec.RECOMPUTE.
+        tuning: what of time is traded for memory.
         ddp: wrap for training; None for a frozen model (reference).
 
     Raises:
@@ -78,7 +89,7 @@ def build_policy(
     """
     arch, rows, read = _read(path, mesh, random_seed)
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
-    config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
+    config = transformer_config(arch, mesh.layout, precision, tuning, fp8)
     return _build(kind, config, ParameterMap(arch, rows), read, mesh, ddp, path)
 
 
@@ -101,7 +112,7 @@ def build_critic(
     precision: str = "fp32",
     fp8: Fp8 = DEFAULT_FP8,
     random_seed: int | None = None,
-    recompute: str = "none",
+    tuning: Tuning = DEFAULT_TUNING,
     ddp: DistributedDataParallelConfig | None = None,
 ) -> Model:
     """The backbone and weights of `build_policy`, the embedding untied, under a value head.
@@ -110,7 +121,7 @@ def build_critic(
     """
     arch, rows, read = _read(path, mesh, random_seed)
     read = with_value_head(read, arch, random_seed)
-    config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
+    config = transformer_config(arch, mesh.layout, precision, tuning, fp8)
     return _build(CriticModel, config, CriticParameterMap(arch, rows), read, mesh, ddp, path)
 
 
@@ -121,7 +132,7 @@ def build_classifier(
     *,
     precision: str = "fp32",
     fp8: Fp8 = DEFAULT_FP8,
-    recompute: str = "none",
+    tuning: Tuning = DEFAULT_TUNING,
     ddp: DistributedDataParallelConfig | None = None,
 ) -> Model:
     """The sequence classifier of the HF directory `path`: one label, `score.weight` [1, H], no bias.
@@ -136,7 +147,7 @@ def build_classifier(
     arch = read_architecture(path)
     check_classifier_layout(arch, mesh.layout, key)
     mapping = CriticParameterMap(arch, padded_vocab(arch, mesh.layout.tensor))
-    config = transformer_config(arch, mesh.layout, precision, recompute, fp8)
+    config = transformer_config(arch, mesh.layout, precision, tuning, fp8)
     return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, ddp, path)
 
 
@@ -176,6 +187,8 @@ def _build(
         for chunk in unwrapped:
             chunk.requires_grad_(False).eval()
     else:
+        for chunk in unwrapped:
+            fuse_weight_gradients(chunk)
         wrapped = tuple(
             TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         )

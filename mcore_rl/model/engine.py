@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelGroupedLinear,
     TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TELinear,
     TENorm,
+    TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -63,4 +65,6 @@ PARTS = Parts(
     row=TERowParallelLinear,
     replicated=TELinear,
     norm_column=TELayerNormColumnParallelLinear,
+    grouped_column=TEColumnParallelGroupedLinear,
+    grouped_row=TERowParallelGroupedLinear,
 )

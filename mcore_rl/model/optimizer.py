@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,12 @@ from mcore_rl.precision import DEFAULT_FP8, Fp8
 def ddp_config(
     *, distributed: bool = True, overlap: bool = False, fp8_param_gather: bool = False
 ) -> DistributedDataParallelConfig:
-    """Megatron DDP: fp32 gradient buffers; `distributed` shards optimizer state over data-parallel ranks."""
+    """Megatron DDP: fp32 gradient buffers; `distributed` shards optimizer state over data-parallel ranks.
+
+    Args:
+        overlap: gradients are reduced beside the backward pass, and sharded weights gathered beside the next
+            forward pass: `Model.gather` must come before anything else that reads them.
+    """
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -97,6 +102,17 @@ def _trained(model: Model) -> list[DistributedDataParallel]:
     return [cast(DistributedDataParallel, chunk) for chunk in model.chunks]
 
 
+def _on_cpu(fraction: float) -> dict[str, Any]:
+    """Megatron's hybrid optimizer, which asks for the form that keeps its own fp32 weights."""
+    if not fraction:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": fraction,
+        "use_precision_aware_optimizer": True,
+    }
+
+
 def build_optimizer(
     model: Model,
     *,
@@ -114,6 +130,7 @@ def build_optimizer(
     decay: str = "constant",
     distributed: bool = True,
     router_bias_rate: float = 0.0,
+    cpu_fraction: float = 0.0,
 ) -> Optimizer:
     """Megatron's optimizer over all chunks of `model`, whose DDP must agree on `distributed`.
 
@@ -121,6 +138,7 @@ def build_optimizer(
         kind: "adam", or "sgd" (momentum 0) for verification.
         decay: "constant", "linear" or "cosine" to 0 over `decay_steps` optimizer steps after `warmup_steps`.
         router_bias_rate: see routing.move_biases; 0 leaves the biases as they are.
+        cpu_fraction: share of the parameters whose state is in host memory and whose update the CPU makes.
     """
     config = OptimizerConfig(
         optimizer=kind,
@@ -136,6 +154,7 @@ def build_optimizer(
         fp8_recipe=fp8.recipe if precision == "fp8" else None,
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=distributed,
+        **_on_cpu(cpu_fraction),
     )
     megatron = get_megatron_optimizer(config, cast("list[MegatronModule]", _trained(model)))
     schedule = OptimizerParamScheduler(

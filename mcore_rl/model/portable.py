@@ -354,6 +354,9 @@ class Parts:
     """linear layer that every tensor-parallel rank has whole"""
     norm_column: Any | None
     """one joined with the norm before it; None where they are apart"""
+    grouped_column: Any = None
+    """the column-parallel layers of all experts of a rank as one; None where each is a layer of its own"""
+    grouped_row: Any = None
 
 
 PORTABLE = Parts(

@@ -64,6 +64,15 @@ class CountingRouter(TopKRouter):
             counts = torch.zeros(self.config.num_moe_experts or 0, dtype=torch.int64)
             self.register_buffer("sent", counts, persistent=False)
 
+    def routing(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's; its fused kernel would not ask for a replayed choice, and stays out of those passes."""
+        fused = self.config.moe_router_fusion
+        self.config.moe_router_fusion = fused and self.router_replay is None
+        try:
+            return super().routing(*args, **kwargs)
+        finally:
+            self.config.moe_router_fusion = fused
+
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the tokens [experts] that a pass with gradients sends to each expert; once if recomputed."""
         if self.enable_expert_bias and torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import versions
 from mcore_rl.model.activations import activation_settings
+from mcore_rl.model.fusions import fast_settings, tuned_settings
 from mcore_rl.model.hf.architecture import Architecture, Experts
 from mcore_rl.model.latent import CHECKPOINT_NAMES, latent_attention, latent_settings
 from mcore_rl.model.layouts import DTYPES
@@ -38,31 +39,30 @@ from mcore_rl.model.precision import NEEDS_ENGINE, check_fp8, engine_is_importab
 from mcore_rl.model.routing import CountingRouter, GroupRouter, ReplayedLayer, needs_own_router
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
-
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-"""which activations the backward pass computes again: none, those of attention, those of every layer"""
+from mcore_rl.tuning import DEFAULT_TUNING, Tuning
 
 
 def transformer_config(
-    arch: Architecture, layout: Layout, precision: str, recompute: str = "none", fp8: Fp8 = DEFAULT_FP8
+    arch: Architecture,
+    layout: Layout,
+    precision: str,
+    tuning: Tuning = DEFAULT_TUNING,
+    fp8: Fp8 = DEFAULT_FP8,
 ) -> TransformerConfig:
-    """Megatron's configuration of `arch` at `layout`; `recompute` is a key of RECOMPUTE.
+    """Megatron's configuration of `arch` at `layout`.
 
-    The flags that differ from Megatron's defaults: no dropout, RMSNorm, SwiGLU, no biases, fusions that need
-    CUDA off on CPU; p2p flags without which the interleaved schedule is silently wrong (grad norm 5.5 instead
-    of 1.96).
+    The flags that differ from Megatron's defaults: no dropout, RMSNorm, SwiGLU, no biases, fusions on where
+    they can run (model.fusions); p2p flags without which the interleaved schedule is silently wrong (grad
+    norm 5.5 instead of 1.96).
 
     Raises:
-        ConfigError: experts in FP8 without Transformer Engine.
+        ConfigError: experts in FP8 without Transformer Engine, or a choice of `tuning` that cannot run here.
     """
     if precision == "fp8" and arch.experts is not None and not engine_is_importable():
         raise ConfigError(NEEDS_ENGINE)  # Megatron compares versions with one that is absent: a TypeError
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[precision]
+    engine = takes_transformer_engine(dtype)
     kind = TransformerConfig if arch.latent is None else MLATransformerConfig
     return kind(
         num_layers=arch.layers,
@@ -99,24 +99,20 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, dense models too
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         deallocate_pipeline_outputs=layout.pipeline > 1 and layout.virtual_pipeline is None,
         calculate_per_token_loss=False,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # weights come by global name, from a checkpoint or a seeded generator
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         softmax_type="learnable" if arch.sinks else "vanilla",
         **activation_settings(arch),
         **latent_settings(arch),
         **_expert_settings(arch.experts, precision),
         **(_fp8_settings(fp8) if precision == "fp8" else {}),
-        **RECOMPUTE[recompute],
+        **fast_settings(arch, engine=engine, fp8=fp8 if precision == "fp8" else None),
+        **tuned_settings(arch, tuning, engine=engine),
     )
 
 
@@ -157,7 +153,6 @@ def _expert_settings(experts: Experts | None, precision: str) -> dict[str, Any]:
         # A batch-level auxiliary loss depends on how the batch is split: it would differ between layouts.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": False,
     }
 
 
@@ -213,7 +208,7 @@ def layer_spec(config: TransformerConfig, arch: Architecture, parts: Parts, laye
             self_attention=_attention(config, arch, parts, layer, fused=fused),
             self_attn_bda=add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=IdentityOp if fused and not sparse else norm,
-            mlp=_mixture(arch, parts) if sparse else _mlp(arch, parts, fused=fused),
+            mlp=_mixture(config, arch, parts) if sparse else _mlp(arch, parts, fused=fused),
             mlp_bda=add,  # pyright: ignore[reportArgumentType]
             sharded_state_dict_keys_map=names,
         ),
@@ -266,11 +261,14 @@ def _mlp(arch: Architecture, parts: Parts, *, fused: bool) -> Any:
     return versions.mlp_module(MLPSubmodules(linear_fc1=first, linear_fc2=second))
 
 
-def _mixture(arch: Architecture, parts: Parts) -> ModuleSpec:
+def _mixture(config: TransformerConfig, arch: Architecture, parts: Parts) -> ModuleSpec:
     with_biases = arch.experts is not None and arch.experts.biased
     column, row = (biased(linear) if with_biases else linear for linear in (parts.column, parts.row))
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+    if config.moe_grouped_gemm:
+        grouped: Any = MLPSubmodules(linear_fc1=parts.grouped_column, linear_fc2=parts.grouped_row)
+        experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
     router: Any = CountingRouter
     if arch.experts is not None and needs_own_router(arch.experts):

@@ -1,15 +1,16 @@
 """Seconds of one step, phase by phase: counted work over the hardware's peak, times one efficiency each.
 
-The efficiencies are fitted to one published step and nothing else; published.py compares the model with it
-and with steps that it was not fitted to.
+The efficiencies are fitted to some published steps of dense models and of mixtures; published.py compares
+the model with them and with steps that it was not fitted to. What ranks exchange is counted by exchange.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.parallel.layout import Layout
+from mcore_rl.plan.exchange import NODE, forward_exchange, replicas_exchange
 from mcore_rl.plan.memory import kv_bytes_per_token, weight_bytes
 from mcore_rl.plan.work import PlannedStep
 
@@ -24,18 +25,42 @@ LINKS = {"disk 2 GB/s": 2e9, "100 Gb/s": 12.5e9, "400 Gb/s": 50e9, "NVLink 450 G
 """name -> bytes per second of the one link that a whole copy of the weights passes"""
 
 
+IN_FLIGHT = 256
+"""sequences that one copy of the weights decodes at once, at most"""
+
+
 @dataclass(frozen=True)
 class Efficiency:
-    """Share of the peak that each phase reaches."""
+    """Share of the peak that each phase of a kind of model reaches."""
 
-    train: float = 0.24
-    """share of the peak FLOP/s in forward and backward, without the pipeline's bubble"""
-    log_probs: float = 0.25
+    train: float
+    """share of the peak FLOP/s in forward and backward, without the pipeline's bubble and the links"""
+    log_probs: float
     """share of the peak FLOP/s in forward alone"""
-    generate: float = 0.54
+    bytes: float
     """share of the HBM bytes per second while decoding"""
-    publish: float = 10e9
+    decode: float
+    """share of the peak FLOP/s while decoding"""
+    layer: float
+    """seconds of a layer in a decoding step, besides what is counted: launches, dispatch, all-reduces"""
+    layer_across: float
+    """the same where a copy of the weights spans nodes"""
+    publish: float
     """bytes per second at which a new policy reaches the servers"""
+
+
+DENSE = Efficiency(
+    train=0.429, log_probs=0.300, bytes=0.395, decode=0.395, layer=0.0, layer_across=0.0, publish=10e9
+)
+MIXTURE = Efficiency(
+    train=0.231,
+    log_probs=0.162,
+    bytes=0.395,
+    decode=0.173,
+    layer=8.08e-05,
+    layer_across=1.08e-04,
+    publish=24.4e9,
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +80,19 @@ class Seconds:
     log_probs: float
     train: float
     publish: float
+    beside: bool = False
+    """generation runs beside the other phases"""
 
     @property
     def total(self) -> float:
-        """One phase after the other, as a synchronous step runs them."""
-        return sum(asdict(self).values())
+        """One phase after the other, as a synchronous step runs them; or the longer of the two sides."""
+        others = self.log_probs + self.train + self.publish
+        return max(self.generate, others) if self.beside else self.generate + others
+
+
+def efficiency_of(shape: ModelShape) -> Efficiency:
+    """By the kind of the model."""
+    return MIXTURE if shape.experts else DENSE
 
 
 def step_seconds(
@@ -71,35 +104,51 @@ def step_seconds(
     efficiency: Efficiency | None = None,
 ) -> Seconds:
     """Estimate one step; `parameters` of the whole model, `shape` for its FLOPs."""
-    e = efficiency or Efficiency()
+    e = efficiency or efficiency_of(shape)
     forward = work.forward_flops(shape) / (layout.world_size * PEAK_FLOPS)
-    passes = 4 if work.recompute == "full" else 3
+    exchanged = forward_exchange(shape, layout, work.tokens).total
+    again = work.recompute == "full"
     scoring = work.old_log_prob_share + work.reference + work.critic_flops + work.reward_flops
     scoring += work.teacher_flops
+    rounds, running = work.epochs * (1 + work.critic_flops), 1 - work.bubble(layout)
+    # A backward pass takes two forward passes' FLOPs, and sends what one sends.
+    train = ((3 + again) * forward / e.train + (2 + again) * exchanged) * rounds / running
     return Seconds(
-        generate=generate_seconds(shape, parameters, work, fleet, e.generate) if work.generates else 0.0,
-        log_probs=forward * scoring / e.log_probs / (1 - work.bubble(layout)),
-        train=forward * passes * work.epochs * (1 + work.critic_flops) / e.train / (1 - work.bubble(layout)),
+        generate=generate_seconds(shape, parameters, work, fleet, e) if work.generates else 0.0,
+        log_probs=(forward / e.log_probs + exchanged) * scoring / running,
+        train=train + _exposed(parameters, layout, work, train),
         publish=weight_bytes(work.precision) * parameters / e.publish if work.generates else 0.0,
+        beside=work.staleness > 0 and work.generates,
     )
 
 
+def _exposed(parameters: int, layout: Layout, work: PlannedStep, train: float) -> float:
+    """What the replicas' exchange takes beyond the last micro-batch's backward pass, beside which it runs."""
+    updates = work.mini_batches * work.epochs
+    hidden = train / updates / work.micro_batches(layout) * 2 / 3
+    return updates * max(0.0, replicas_exchange(parameters, layout) - hidden)
+
+
 def generate_seconds(
-    shape: ModelShape, parameters: int, work: PlannedStep, fleet: SamplingServers, efficiency: float
+    shape: ModelShape, parameters: int, work: PlannedStep, fleet: SamplingServers, e: Efficiency
 ) -> float:
     """Decoding reads the weights once per token of the longest response, and every sample's keys and values.
 
-    All samples are in flight at once, the segments of each one after another: the longest response sets the
-    number of decoding steps of each.
+    All samples are in flight at once, up to IN_FLIGHT on each copy of the weights, the segments of each one
+    after another: the longest response sets the number of decoding steps of each. Beside training, the
+    samples of later steps fill the batch, and so many steps share the longest response.
     """
     copies = max(1, fleet.gpus // fleet.tensor)
-    weights = 2 * parameters * work.longest_response * work.segments / fleet.tensor
     r, p = work.response_tokens, work.prompt_tokens
+    waves = work.samples / copies / IN_FLIGHT
+    steps = max(work.longest_response / (1 + work.staleness), r * waves) * work.segments
+    weights = 2 * parameters * steps / fleet.tensor
     # Heads are cut, and each of them reads the whole of the latents.
     cut = fleet.tensor if shape.latent is None else 1
     cache = kv_bytes_per_token(shape) * _tokens_read(shape, p, r) * work.sequences / copies / cut
     arithmetic = work.forward_flops(shape) / (fleet.gpus * PEAK_FLOPS)
-    return (weights + cache) / PEAK_BYTES / efficiency + arithmetic / efficiency
+    layer = e.layer if fleet.tensor <= NODE else e.layer_across
+    return (weights + cache) / PEAK_BYTES / e.bytes + arithmetic / e.decode + steps * shape.layers * layer
 
 
 def _tokens_read(shape: ModelShape, prompt: float, response: float) -> float:

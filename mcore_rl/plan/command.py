@@ -16,7 +16,7 @@ from mcore_rl.plan.clock import SERVER_GPUS, SamplingServers
 from mcore_rl.plan.count import count_policy, distinct
 from mcore_rl.plan.memory import GIB
 from mcore_rl.plan.search import ENOUGH_SPARE, LayoutPlan, PlanInputs, evaluate, search
-from mcore_rl.plan.show import table, to_json
+from mcore_rl.plan.show import best_of, table, to_json
 from mcore_rl.plan.work import work_of
 from mcore_rl.terminal import printable
 from mcore_rl.training.layout import layout_of
@@ -35,6 +35,7 @@ def plan(
     segments: float | None = None,
     colocated: bool = False,
     as_json: bool = False,
+    only_best: bool = False,
 ) -> int:
     """Print the plan of the config at `path`; 0 when its own layout fits with ENOUGH_SPARE.
 
@@ -45,6 +46,7 @@ def plan(
             where `colocated`.
         prompt_tokens, response_tokens: mean lengths of a training sequence; default: the config's limits.
         segments: mean number of training sequences of a sample, 1 or more; default: 1.
+        only_best: of all that is printed, the best layout and why.
         colocated: the servers' weights and KV cache are on the training GPUs; said by residency.servers too.
 
     Raises:
@@ -78,6 +80,8 @@ def plan(
     configured = outcome if isinstance(outcome, LayoutPlan) else None
     plans, illegal = search(problem, layout.world_size)
     text = table(problem, layout.world_size, configured, plans, illegal)
+    if only_best:
+        text = best_of(layout.world_size, plans, configured)
     for line in text.split("\n"):
         print(printable(line), file=sys.stderr if as_json else sys.stdout)
     if as_json:

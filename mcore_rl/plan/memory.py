@@ -110,12 +110,13 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
     stages = []
     for stage, count in enumerate(policy):
         waiting: dict[str, float] = {
-            "optimizer": optimizer_bytes(count, layout, work),
+            "optimizer": (1 - work.cpu_fraction) * optimizer_bytes(count, layout, work),
             "reference": size * count.total * work.reference,
             "reward_model": _judge_bytes(judge[stage], layout, work, stage),
             "teacher": sum(size * its[stage].total for its in teachers) - _heads(layout, work, stage),
             "critic": critic_bytes(critic[stage], layout, work, stage),
-            "critic_optimizer": critic_optimizer_bytes(critic[stage], layout, work, stage),
+            "critic_optimizer": (1 - work.cpu_fraction)
+            * critic_optimizer_bytes(critic[stage], layout, work, stage),
         }
         stages.append(
             RankMemory(
@@ -131,7 +132,9 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
                 publish=publish_bytes(arch, layout, work),
                 server_weights=_server_weights(policy, layout) * work.colocated,
                 kv_cache=_kv_cache(arch, layout, work) * work.colocated,
-                host=_host(waiting, 4 * critic[stage].total, work),
+                host=_host(waiting, 4 * critic[stage].total, work)
+                + _updated_on_cpu(optimizer_bytes(count, layout, work), work)
+                + _updated_on_cpu(critic_optimizer_bytes(critic[stage], layout, work, stage), work),
                 offloaded=work.offloaded,
             )
         )
@@ -215,6 +218,12 @@ def _host(waiting: dict[str, float], gradients: float, work: PlannedStep) -> flo
     """A copy of what waits; the critic's gradients are not copied, and a swap takes the weights twice."""
     copies = sum(waiting[name] for name in work.offloaded & waiting.keys())  # servers keep no copy
     return copies - gradients * ("critic" in work.offloaded) + 2 * waiting["reference"] * work.swapped
+
+
+def _updated_on_cpu(state: float, work: PlannedStep) -> float:
+    """Of Adam's `state`, what the CPU updates; a gradient in fp32 beside its three tensors (in fp32: two)."""
+    parts = 2 if work.precision == "fp32" else 3
+    return work.cpu_fraction * state * (parts + 1) / parts
 
 
 # --- activations ----------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def to_json(
         "forward_flops": forward,
         "publish_seconds": publish_seconds(problem.parameters, problem.work.precision),
         "configured": plan_json(configured) if configured else None,
+        "best": best_of(gpus, plans, configured),
         "layouts": [plan_json(plan) for plan in plans],
         "illegal": [{"layout": str(layout), "why": why} for layout, why in illegal.items()],
     }
@@ -73,9 +74,7 @@ def table(
     lines += [*_stages(configured), ""] if configured else []
     best = list(plans[:SHOWN])
     lines.append(f"Legal layouts of {gpus} GPUs, best first ({len(best)} of {len(plans)}; * is the config's)")
-    lines.append(
-        "  best: memory to spare, then the shortest step in two digits (no links counted), the fewest cuts"
-    )
+    lines.append("  best: memory to spare, then the shortest step in two digits, then the fewest cuts")
     lines.append(
         f"  {'layout':26} {'GiB':>6} {'spare':>6} {'m.b.':>5} {'bubble':>6}"
         f" {'generate':>8} {'scores':>7} {'train':>7} {'publish':>7} {'step':>7}"
@@ -83,10 +82,37 @@ def table(
     lines += [_row(plan, "*" if configured and plan.layout == configured.layout else " ") for plan in best]
     if configured and configured.layout not in [plan.layout for plan in best]:
         lines.append(_row(configured, "*"))
+    lines += ["", best_of(gpus, plans, configured)]
     if illegal:
         lines += ["", f"Not legal ({min(SHOWN, len(illegal))} of {len(illegal)}; --json has all)"]
         lines += [f"  {layout!s:26} {why}" for layout, why in list(illegal.items())[:SHOWN]]
     return "\n".join(lines)
+
+
+def best_of(gpus: int, plans: Sequence[LayoutPlan], configured: LayoutPlan | None) -> str:
+    """The best layout of `gpus` GPUs, and why, in a sentence."""
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return f"No layout of {gpus} GPUs leaves {ENOUGH_SPARE:.0%} of their memory; take more of them."
+    best, s = fitting[0], fitting[0].seconds
+    phases = {"generation": s.generate, "scores": s.log_probs, "training": s.train, "publishing": s.publish}
+    longest = max(phases, key=lambda name: phases[name])
+    shortest = min(fitting, key=lambda plan: plan.seconds.total)
+    why = (
+        "no other that fits is shorter"
+        if shortest is best
+        else f"{shortest.layout} saves {s.total - shortest.seconds.total:.0f} s and cuts the model further"
+    )
+    ours = ""
+    if configured is not None and configured.layout != best.layout:
+        saved = configured.seconds.total - s.total
+        ours = (
+            f", the config's {configured.layout} takes {abs(saved):.0f} s {'more' if saved >= 0 else 'less'}"
+        )
+    return (
+        f"Best for {gpus} GPUs: {best.layout}, {s.total:.0f} s a step, of which {longest} has "
+        f"{phases[longest]:.0f} s, with {best.spare:.0%} of the memory to spare: {why}{ours}."
+    )
 
 
 def _head(problem: PlanInputs, gpus: int) -> Iterator[str]:
@@ -103,8 +129,8 @@ def _head(problem: PlanInputs, gpus: int) -> Iterator[str]:
         f"{work.forward_flops(problem.shape):.3g} FLOP"
     )
     times = publish_seconds(problem.parameters, work.precision)
-    if problem.arch.experts:
-        yield "Seconds are a lower bound: a published step of experts took 2.5 times that (docs/layouts.md)"
+    if work.staleness:
+        yield "Generation runs beside the other phases (rollout.max_staleness): a step is the longer"
     yield "One copy of the weights: " + ", ".join(f"{s:.3g} s by {link}" for link, s in times.items())
     yield ""
 

@@ -66,6 +66,10 @@ class PlannedStep:
     """FLOPs of their forward passes over the tokens of a step, the student's taken as 1"""
     bucket_bytes: int = 0
     """bytes of a bucket of weights on its way to the servers; 0 where they go by disk"""
+    staleness: int = 0
+    """versions that a trained token may be old; above 0, generation runs beside training"""
+    cpu_fraction: float = 0.0
+    """share of the optimizer's state that is in host memory"""
 
     @property
     def sequences(self) -> float:
@@ -161,6 +165,8 @@ def work_of(
         teachers=tuple(map(read_architecture, teachers)),
         # each scores its own rows: on average, an equal share
         teacher_flops=sum(map(_flops_of, teachers)) / len(teachers) / policy if teachers else 0.0,
+        staleness=r.max_staleness if rl else 0,
+        cpu_fraction=config.optimizer.cpu_fraction,
         bucket_bytes=0 if config.publish.transport == "disk" else config.publish.bucket_mib << 20,
     )
 

@@ -34,6 +34,7 @@ from mcore_rl.training.evaluation_sets import load_set_functions
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.keep_rollouts import DumpWriter, open_dumps, words_of
 from mcore_rl.training.kl_control import KLControl
+from mcore_rl.training.layout import tuning_of
 from mcore_rl.training.metrics import GradientAlert
 from mcore_rl.training.mismatch import Mismatch, tolerances_of
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
@@ -228,7 +229,7 @@ def build_reference(config: Config, mesh: Mesh) -> Model:
     """The policy's starting weights, frozen."""
     settings = model_settings(config)
     settings["fp8"] = replace(settings["fp8"], param_gather=False)  # nothing gathers a frozen model
-    return build_policy(config.model.path, mesh, **settings)
+    return build_policy(config.model.path, mesh, **settings, tuning=tuning_of(config, trained=False))
 
 
 def build_frozen_reward_model(config: Config, mesh: Mesh) -> Model | None:
@@ -239,7 +240,10 @@ def build_frozen_reward_model(config: Config, mesh: Mesh) -> Model | None:
     check_same_tokens(config, "reward.model", path)
     settings = model_settings(config)
     fp8 = replace(settings["fp8"], param_gather=False)  # nothing gathers a frozen model
-    return build_classifier(path, mesh, "reward.model", precision=settings["precision"], fp8=fp8)
+    tuning = tuning_of(config, trained=False)
+    return build_classifier(
+        path, mesh, "reward.model", precision=settings["precision"], fp8=fp8, tuning=tuning
+    )
 
 
 def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
@@ -253,7 +257,8 @@ def build_trained_critic(config: Config, mesh: Mesh) -> Critic:
 
 def build_critic_of(config: Config, mesh: Mesh) -> Model:
     """A critic on the policy's starting weights, or those of its own directory, to be trained."""
-    path, trained = config.critic.path, {"recompute": config.train.recompute, "ddp": trained_ddp(config)}
+    path, ddp = config.critic.path, trained_ddp(config, mesh.layout)
+    trained: dict[str, Any] = {"tuning": tuning_of(config, trained=True), "ddp": ddp}
     settings = model_settings(config)
     if path is None:
         return build_critic(config.model.path, mesh, **settings, **trained)

@@ -1,10 +1,11 @@
-"""What a config says of layout and FP8, in their own terms; `plan` asks too, without Megatron-Core."""
+"""What a config says of layout, FP8 and memory, in their terms; `plan` asks too, without Megatron-Core."""
 
 from __future__ import annotations
 
 from mcore_rl.config import Config
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import Fp8
+from mcore_rl.tuning import Tuning
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -26,3 +27,11 @@ def fp8_of(config: Config) -> Fp8:
     """What [model] says of FP8."""
     m = config.model
     return Fp8(m.fp8_recipe, m.fp8_param_gather, m.fp8_first_last_bf16)
+
+
+def tuning_of(config: Config, *, trained: bool) -> Tuning:
+    """What [train] and [parallel] say of time and memory; a frozen model keeps no activations."""
+    t, dispatcher = config.train, config.parallel.dispatcher
+    if not trained:
+        return Tuning(dispatcher=dispatcher)
+    return Tuning(t.recompute, t.recompute_modules, t.offload_modules, dispatcher)

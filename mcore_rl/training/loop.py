@@ -177,9 +177,8 @@ def learn(
                 run.critic, config, shape, algorithm, batch, advantages.fields, step
             ):
                 critic.add(*run_update(update, run.residency, explain))
-        for mini_batch in mini_batches(
-            parts, fields, scores, 0 if warm_up else config.algorithm.epochs, packed
-        ):
+        epochs = 0 if warm_up else config.algorithm.epochs
+        for number, mini_batch in enumerate(mini_batches(parts, fields, scores, epochs, packed), start=1):
             update = Update(
                 kind="policy",
                 step=step,
@@ -188,6 +187,7 @@ def learn(
                 batches=mini_batch,
                 temperature=run.trainer.temperature,
                 ids=[sample.id for sample in batch.samples],
+                followed=number < epochs * len(parts),
             )
             policy.add(*run_update(update, run.residency, explain))
     observe(run, algorithm, batch, {} if warm_up else advantages.metrics)

@@ -41,6 +41,9 @@ class Update:
     against: Sequence[Against | None] = ()
     """of each micro-batch, what a student is compared with; none at all for the others"""
 
+    followed: bool = False
+    """another update of the same model comes next: its forward pass may begin before all weights are there"""
+
     @property
     def phase(self) -> str:
         """Whose update it is, in phases.PHASES."""
@@ -67,7 +70,10 @@ def run_update(
         finite = losses_are_finite(sums)
         try:
             with residency.during(f"{update.phase} step"):
-                return sums, optimizer.step(finite=finite)
+                norm = optimizer.step(finite=finite)
+            if not update.followed:
+                optimizer.model.gather()
+            return sums, norm
         except NumericsError as error:
             raised = NumericsError(f"step {update.step}, {update.kind}: {error}. {explain(update)}")
             raise raised.on_every_rank() from error

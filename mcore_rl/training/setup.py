@@ -35,6 +35,7 @@ from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
 from mcore_rl.parallel.attempt import attempt_store
 from mcore_rl.parallel.control import on_main
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
 from mcore_rl.terminal import joined
@@ -59,7 +60,7 @@ from mcore_rl.training.data import (
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
-from mcore_rl.training.layout import fp8_of, layout_of
+from mcore_rl.training.layout import fp8_of, layout_of, tuning_of
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -165,8 +166,8 @@ def build_trainer(
         config.model.path,
         mesh,
         **model_settings(config),
-        recompute=config.train.recompute,
-        ddp=trained_ddp(config),
+        tuning=tuning_of(config, trained=True),
+        ddp=trained_ddp(config, mesh.layout),
     )
     check_gradient_scale(policy)
     check_router_biases(policy.arch, config.optimizer.router_bias_rate)
@@ -290,7 +291,7 @@ def read_prompts(
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """How policy, reference and critic are built alike."""
+    """How policy, reference and critic are built alike; what is trained has a `tuning` of its own."""
     return {
         "precision": config.model.precision,
         "fp8": fp8_of(config),
@@ -298,10 +299,11 @@ def model_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def trained_ddp(config: Config) -> DistributedDataParallelConfig:
-    """Megatron's DDP around a model in training."""
+def trained_ddp(config: Config, layout: Layout) -> DistributedDataParallelConfig:
+    """Megatron's DDP around a model in training; with one replica there is nothing to exchange."""
     return ddp_config(
         distributed=config.optimizer.distributed,
+        overlap=layout.data * layout.context > 1,
         fp8_param_gather=config.model.precision == "fp8" and config.model.fp8_param_gather,
     )
 
@@ -324,6 +326,7 @@ def optimizer_of(config: Config, model: Model, steps: int, lr: float | None = No
         decay=o.schedule,
         distributed=o.distributed,
         router_bias_rate=o.router_bias_rate,
+        cpu_fraction=o.cpu_fraction,
     )
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.parallel.head import Call, HeadOutput, dense_log_prob_entropy, head_loss, log_prob_entropy
+from benchmarks.gpu_head import SHAPES, TEMPERATURE, Problem
+from benchmarks.gpu_record import MIB, extra_mib, milliseconds
+from mcore_rl.parallel.head import HeadOutput, dense_log_prob_entropy, head_loss
 from mcore_rl.parallel.head.passes import row_kernels
 
 pytestmark = [
@@ -20,76 +22,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the head is not measured"),
 ]
 
-ROWS, HIDDEN, VOCAB = 8192, 8192, 16032
-MIB = 1 << 20
-TEMPERATURE = 0.9
-
-
-class Problem:
-    """bf16 hidden states and weight with an fp32 main_grad, and the loss's coefficients."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        place = {"generator": generator, "device": "cuda"}
-        self.hidden = torch.randn(ROWS, HIDDEN, dtype=torch.bfloat16, **place).requires_grad_()
-        self.weight = (torch.randn(VOCAB, HIDDEN, **place) * 3 / HIDDEN**0.5).bfloat16().requires_grad_()
-        self.weight.main_grad = torch.zeros(VOCAB, HIDDEN, device="cuda")
-        self.targets = torch.randint(VOCAB, (ROWS,), **place)
-        self.a, self.b = torch.randn(2, ROWS, **place)
-        self.call = Call.of(self.weight, self.targets, TEMPERATURE)
-
-    def loss(self, rows: slice, out: HeadOutput) -> Tensor:
-        return (self.a[rows] * out.log_prob).sum() + (self.b[rows] * out.entropy).sum()
-
-    def train(self) -> Tensor:
-        """Fused mode; dL/dhidden."""
-        total = head_loss(self.hidden, self.weight, self.call, self.loss)
-        return torch.autograd.grad(total, (self.hidden, self.weight))[0]
-
-    def hidden_gradient(self) -> Tensor:
-        """What `train` gives, where the weight wants no gradient."""
-        total = head_loss(self.hidden, self.weight, self.call, self.loss)
-        return torch.autograd.grad(total, self.hidden)[0]
-
-    def recompute(self) -> Tensor:
-        """Recompute mode; dL/dhidden."""
-        out = log_prob_entropy(self.hidden, self.weight, self.call)
-        return torch.autograd.grad(self.loss(slice(None), out), (self.hidden, self.weight))[0]
-
-    @torch.no_grad()
-    def score(self) -> HeadOutput:
-        return log_prob_entropy(self.hidden, self.weight, self.call)
-
-    def gemms(self, count: int) -> Callable[[], None]:
-        """The first `count` of: logits, logits again, dL/dhidden, dL/dweight (3: without the second)."""
-        h, w = self.hidden.detach(), self.weight.detach()
-        logits = h.new_empty(ROWS, VOCAB)
-        dh, dw = torch.empty_like(h), torch.empty_like(w)
-
-        def run() -> None:
-            for _ in range(2 if count == 4 else 1):
-                torch.mm(h, w.T, out=logits)
-            if count > 1:
-                torch.mm(logits, w, out=dh)
-                torch.mm(logits.T, h, out=dw)
-
-        return run
-
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    case = Problem()
+    case = Problem(*SHAPES[0])
     assert row_kernels(case.hidden.device, torch.float32).__name__.endswith("triton_rows")
     return case
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def ratio(run: Callable[[], object], alone: Callable[[], object]) -> float:
@@ -98,15 +36,10 @@ def ratio(run: Callable[[], object], alone: Callable[[], object]) -> float:
     return median(ours / theirs for ours, theirs in pairs)
 
 
-def extra_mib(run: Callable[[], object]) -> float:
-    """The peak above what was allocated before, after a first run that fills cuBLAS's workspace."""
-    run()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+def mib(run: Callable[[], object]) -> float:
+    measured = extra_mib(run)
+    assert measured is not None
+    return measured
 
 
 @pytest.mark.parametrize(
@@ -121,11 +54,11 @@ def test_time_over_the_gemms_alone(problem: Problem, name: str, count: int, limi
 def test_memory_beside_the_gradients(problem: Problem) -> None:
     """Tiles of logits and their gradients; then autograd's dummy for the weight, when those are gone."""
     gradient, dummy = problem.hidden.nbytes / MIB, problem.weight.nbytes / MIB
-    assert extra_mib(problem.score) <= 192
-    assert extra_mib(problem.train) - gradient <= max(192, dummy + 1)
+    assert mib(problem.score) <= 192
+    assert mib(problem.train) - gradient <= max(192, dummy + 1)
     problem.weight.requires_grad_(False)
     try:
-        assert extra_mib(problem.hidden_gradient) - gradient <= 192
+        assert mib(problem.hidden_gradient) - gradient <= 192
     finally:
         problem.weight.requires_grad_()
 

@@ -63,9 +63,10 @@ def built(mesh: Mesh, directory: Path, recipe: str | None, seed: int | None = No
     arch = read_architecture(directory)
     mapping = ParameterMap(arch, padded_vocab(arch, mesh.layout.tensor))
     fp8: Any = Fp8(recipe) if recipe else Fp8()  # pyright: ignore[reportArgumentType]
-    config = transformer_config(arch, mesh.layout, "fp8" if recipe else "bf16", fp8=fp8)
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     random = seed is not None
     read = weights_io.random_reader(mapping, seed) if random else weights_io.reader(directory, mapping)
     with answers_like(BLACKWELL if recipe == "mxfp8" else HOPPER):
+        config = transformer_config(arch, mesh.layout, "fp8" if recipe else "bf16", fp8=fp8)
+        config.use_cpu_initialization = True
         return build._build(kind, config, mapping, read, mesh, None, directory)

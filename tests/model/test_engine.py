@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mcore_rl.model import spec
+from mcore_rl.model.fusions import groups_experts
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.parameters import canonical
 from mcore_rl.model.spec import transformer_config
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.precision import RECIPES
+from mcore_rl.precision import RECIPES, Fp8
 from mcore_rl.weights.disk import export
 from tests.model.conftest import save
 from tests.model.engine import NEEDS_ENGINE, built
@@ -72,6 +73,7 @@ def unequal(directory: Path, exported: Path) -> list[str]:
 
 
 NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+GROUPED_COLUMN, GROUPED_ROW = "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"
 FUSED, COLUMN, ROW = "TELayerNormColumnParallelLinear", "TEColumnParallelLinear", "TERowParallelLinear"
 
 
@@ -86,7 +88,7 @@ def attention_parts(arch: Architecture) -> dict[str, str]:
     return parts | {"linear_q_down_proj": "TELinear", "q_layernorm": "RMSNorm", "linear_q_up_proj": COLUMN}
 
 
-def check_layers(found: dict[str, str], arch: Architecture) -> None:
+def check_layers(found: dict[str, str], arch: Architecture, fp8: Fp8 | None) -> None:
     """Every layer is of Transformer Engine's modules; the lm_head is Megatron's own, under our class."""
     last = {name: kind.rsplit(".", 1)[-1] for name, kind in found.items()}
     for layer in range(arch.layers):
@@ -95,8 +97,12 @@ def check_layers(found: dict[str, str], arch: Architecture) -> None:
         assert {part: last[f"{here}self_attention.{part}"] for part in attention} == attention
         sparse = arch.is_sparse(layer)
         joined = arch.input_norms and not sparse
-        where = f"{here}mlp.experts.local_experts.3." if sparse else f"{here}mlp."
+        grouped = sparse and groups_experts(arch, fp8)
+        where = f"{here}mlp.experts." if sparse else f"{here}mlp."
+        where += "local_experts.3." if sparse and not grouped else ""
         linears = {"linear_fc1": FUSED if joined else COLUMN, "linear_fc2": ROW}
+        if grouped:
+            linears = {"linear_fc1": GROUPED_COLUMN, "linear_fc2": GROUPED_ROW}
         assert {part: last[where + part] for part in linears} == linears
         assert (found[f"{here}input_layernorm"] == NORM) is (arch.latent is not None)
         assert (found[f"{here}pre_mlp_layernorm"] == NORM) is (sparse and arch.input_norms)
@@ -116,7 +122,7 @@ def test_weights_go_through_its_names_bitwise(
     (found,) = at_layout(pool1, "tp1", described, directory, recipe, tmp_path / "exported")
     assert found["fp8"] == (("hybrid", recipe) if recipe else (None, None))
     arch = read_architecture(directory)
-    check_layers(found["kinds"], arch)
+    check_layers(found["kinds"], arch, Fp8(recipe) if recipe else None)  # pyright: ignore[reportArgumentType]
     assert sorted(found["canonical"]) == sorted(found["entries"])
     assert [canonical(name) for name in found["names"]] == found["canonical"]
     fused = [name for name in found["names"] if ".layer_norm_weight" in name]

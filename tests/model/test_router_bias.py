@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mcore_rl.model.weights_io import ROUTER_BIAS, global_weights
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.setup import check_router_biases
+from mcore_rl.tuning import Tuning
 from tests.model.conftest import save
 from tests.model.families import DEEPSEEK, FAMILIES
 from tests.model.support import at_layout
@@ -38,9 +40,9 @@ def directory(tmp_path_factory) -> Path:
     return save(transformers.AutoModelForCausalLM.from_config, config, tmp_path_factory.mktemp("v3") / "hf")
 
 
-def moved(mesh: Mesh, directory: Path, rate: float, recompute: str = "none") -> dict[str, Tensor]:
+def moved(mesh: Mesh, directory: Path, rate: float, recompute: Any = "none") -> dict[str, Tensor]:
     """Name -> bias after one optimizer step on tests.model.test_families.tokens."""
-    model = build_policy(directory, mesh, ddp=ddp_config(), recompute=recompute)
+    model = build_policy(directory, mesh, ddp=ddp_config(), tuning=Tuning(recompute=recompute))
     optimizer = build_optimizer(model, lr=0.0, router_bias_rate=rate)
     first = Swapped(model)
     optimizer.zero_grad()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import pack_share
+from mcore_rl.tuning import Tuning
 from mcore_rl.weights.buckets import gather
 from tests.model.conftest import save
 from tests.model.support import MOE, at_layout, scored_log_probs, sequences, shape_at
@@ -196,10 +198,12 @@ def test_a_sequence_without_experts_routes_itself_beside_others(
 
 
 def gradients(
-    mesh: Mesh, directory: Path, scored: Sequence[TokenSequence], recompute: str = "none"
+    mesh: Mesh, directory: Path, scored: Sequence[TokenSequence], recompute: Any = "none"
 ) -> dict[str, Tensor]:
     """HF name -> gradient of the negative log-likelihood."""
-    model = build_policy(directory, mesh, ddp=ddp_config(distributed=False), recompute=recompute)
+    model = build_policy(
+        directory, mesh, ddp=ddp_config(distributed=False), tuning=Tuning(recompute=recompute)
+    )
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     forward_backward(model, pack_share(scored, {}, shape_at(mesh), mesh), NegativeLogLikelihood(), 1.0)
@@ -223,7 +227,7 @@ def check_gates(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_gates_learn_from_the_replayed_choice(
-    pool1: Pool, directory: Path, told: list[TokenSequence], gate_gradients, recompute: str
+    pool1: Pool, directory: Path, told: list[TokenSequence], gate_gradients, recompute: Any
 ) -> None:
     """Gradients are of the present weights; recomputed for the backward pass, the choice is the same."""
     (got,) = at_layout(pool1, "tp1", gradients, directory, told, recompute)
@@ -253,7 +257,7 @@ def test_a_model_that_is_let_go_of_leaves_no_group(
     ("layout", "recompute"), [("tp2+sp", "none"), ("ep2", "none"), ("pp2", "full"), ("cp2", "none")]
 )
 def test_gates_learn_the_same_at_every_layout(
-    pool2: Pool, directory: Path, told: list[TokenSequence], gate_gradients, layout: str, recompute: str
+    pool2: Pool, directory: Path, told: list[TokenSequence], gate_gradients, layout: str, recompute
 ) -> None:
     found = {}
     for got in at_layout(pool2, layout, gradients, directory, told, recompute):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,22 @@ from mcore_rl.model.optimizer import build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
+from mcore_rl.tuning import Tuning
 from mcore_rl.types import PackedBatch
 
 
-def measure(directory: Path, precision: str, recompute: str, length: int, count: int) -> dict[str, int]:
+def measure(directory: Path, precision: str, recompute: Any, length: int, count: int) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer state, and of a step on `count` sequences of `length` tokens."""
     platform.install()
     mesh = build_mesh(Layout(), timeout=60.0)
     try:
         model = build_policy(
-            directory, mesh, precision=precision, recompute=recompute, random_seed=0, ddp=ddp_config()
+            directory,
+            mesh,
+            precision=precision,
+            tuning=Tuning(recompute=recompute),
+            random_seed=0,
+            ddp=ddp_config(),
         )
         optimizer = build_optimizer(model, lr=1e-3, precision=precision)
         sequences = [TokenSequence((1,), tuple(range(2, length + 1))) for _ in range(count)]

@@ -36,7 +36,7 @@ def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(recipe: Path, capsys: pytest.CaptureFixture[str], **options) -> dict:
-    plan(recipe, as_json=True, **options)
+    plan(recipe, options.pop("overrides", ()), as_json=True, **options)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -122,10 +122,31 @@ def test_the_launch_line_has_as_many_ranks_as_it_says(pipeline: int, nodes: int,
     assert f"torchrun --nnodes {nodes} --nproc-per-node {each} " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("recipe", "warned"), [("gspo_30b_a3b", True), ("gspo_8b", False)])
-def test_the_seconds_of_experts_are_said_to_be_a_lower_bound(recipe: str, warned: bool, capsys) -> None:
-    plan(ROOT / "examples" / f"{recipe}.toml")
-    assert ("lower bound" in capsys.readouterr().out) == warned
+def test_the_best_layout_is_named_with_its_reason(capsys) -> None:
+    recipe = str(ROOT / "examples/gspo_8b.toml")
+    assert main(["plan", recipe, "--search"]) == 0
+    (sentence,) = capsys.readouterr().out.splitlines()
+    best = planned(ROOT / "examples/gspo_8b.toml", capsys)["layouts"][0]
+    assert sentence.startswith(f"Best for 4 GPUs: {best['layout']}, {best['seconds']['total']:.0f} s a step")
+    assert re.search("of which generation has .* to spare: .*, and the config's tp4\\+sp takes", sentence)
+
+
+def test_a_stale_recipe_hides_what_takes_less(capsys) -> None:
+    seconds = planned(ROOT / "examples/gspo_70b.toml", capsys)["configured"]["seconds"]
+    assert seconds["beside"]
+    assert seconds["total"] == max(
+        seconds["generate"], sum(seconds[k] for k in ("log_probs", "train", "publish"))
+    )
+
+
+def test_what_the_cpu_updates_is_in_host_memory(capsys) -> None:
+    keys = ["--checkpoint.every", "0", "--optimizer.cpu_fraction"]
+    whole, half = (
+        planned(ROOT / "examples/gspo_8b.toml", capsys, overrides=[*keys, share])["configured"]["stages"][0]
+        for share in ("0.0", "0.5")
+    )
+    assert half["optimizer"] == pytest.approx(whole["optimizer"] / 2)
+    assert half["host"] == pytest.approx(whole["optimizer"] / 2 * 4 / 3)  # three tensors, and a gradient
 
 
 def test_an_illegal_layout_says_why(capsys) -> None:

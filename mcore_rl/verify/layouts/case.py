@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mcore_rl.errors import LayoutError
 from mcore_rl.parallel.layout import Layout
@@ -25,8 +26,8 @@ class Case:
     """a key of problem.MODELS"""
     overlap: bool = False
     """gradient reduction during the backward pass, parameter gather during the next forward pass"""
-    recompute: str = "none"
-    """a key of model.spec.RECOMPUTE"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """as Tuning.recompute"""
 
     @classmethod
     def parse(cls, text: str) -> Case:

@@ -35,6 +35,7 @@ from mcore_rl.training.metrics import Gathered
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.teachers import Teachers
+from mcore_rl.tuning import Tuning
 from mcore_rl.types import PackedBatch, Sample
 from mcore_rl.verify.layouts import problem
 from mcore_rl.verify.layouts.case import LOSSES, Case
@@ -113,7 +114,7 @@ def measure(
 
 def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path, log_probs, own_loss):
     shape = _shape(model_dir, mesh)
-    settings = {"mesh": mesh, "random_seed": problem.SEED, "recompute": case.recompute}
+    settings = {"mesh": mesh, "random_seed": problem.SEED, "tuning": Tuning(recompute=case.recompute)}
     policy = partial(build_policy, model_dir, **settings)
     critic = partial(build_critic, model_dir, **settings)
     samples = build_batch(problem.recorded_groups()).samples

@@ -1,0 +1,74 @@
+"""tools/gpu_check.sh, rehearsed on a CPU: the code of the minutes on a GPU, with tiny shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_record import Record
+from tests.sources import ROOT
+
+ABSENT = ("megatron", "jaxtyping", "transformers", "pydantic", "transformer_engine", "liger_kernel")
+"""what a bare GPU machine lacks"""
+
+
+def checked(out: Path, stages: str, **environment: str) -> int:
+    command = ["bash", "tools/gpu_check.sh", "--rehearse", str(out), *stages.split()]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | environment
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, timeout=400, check=False)
+    sys.stderr.write(done.stderr.decode()[-3000:])
+    return done.returncode
+
+
+def found(out: Path, stage: str) -> dict[str, Any]:
+    (path,) = out.glob(f"gpu_{stage}_20*.json")
+    return json.loads(path.read_text())
+
+
+def test_stage_1_needs_torch_alone_and_a_failed_stage_ends_no_other(tmp_path: Path) -> None:
+    """Where Megatron and the rest cannot be imported, stage 2 fails, and stage 1 behind it measures all."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name.partition('.')[0] in {ABSENT!r}:\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    assert checked(tmp_path / "out", "2 1", PYTHONPATH=str(tmp_path)) == 1
+    head = found(tmp_path / "out", "head")
+    assert not list((tmp_path / "out").glob("gpu_step*"))
+    assert head["errors"] == {}
+    measured = head["measured"]
+    assert measured["imported Megatron"] is False
+    exact = measured["against float64"]
+    assert exact["gradient"] < 0.02
+    assert exact["log_prob"] < measured["control: at another temperature"]
+    forms = {name.partition(" ")[2] for name in measured if name.startswith("64x32x512")}
+    assert forms >= {"fused", "recompute", "score", "torch.compile", "MiB beside dL/dhidden"}
+
+
+def test_stages_2_and_3_train(tmp_path: Path) -> None:
+    assert checked(tmp_path, "2 3") == 0
+    for stage in ("step_portable", "step_engine"):
+        answer = found(tmp_path, stage)
+        assert answer["errors"] == {}
+        step = answer["measured"]["bf16 step"]
+        assert step["tokens_per_second"] > 0
+        assert step["grad_norm"] > 0
+        assert answer["measured"]["bf16 copies"]["mib"] > 0
+    assert "needs a GPU" in found(tmp_path, "step_engine")["skipped"]["fp8"]
+
+
+def test_a_failed_measurement_is_written_and_the_next_one_runs(tmp_path: Path) -> None:
+    record = Record("x", tmp_path, rehearsal=True)
+    assert record.measure("first", lambda: 1 / 0) is None
+    assert record.measure("second", lambda: 7) == 7
+    written = found(tmp_path, "x")
+    assert written["errors"] == {"first": "ZeroDivisionError: division by zero"}
+    assert written["measured"] == {"second": 7}
+    assert record.failed == ["first"]
