@@ -1,8 +1,9 @@
-"""What a config says of layout and FP8, in their own terms; `plan` asks too, without Megatron-Core."""
+"""What a config says of layout, FP8 and adapters in their terms; `plan` asks too, without Megatron-Core."""
 
 from __future__ import annotations
 
 from mcore_rl.config import Config
+from mcore_rl.lora import Lora
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import Fp8
 
@@ -26,3 +27,9 @@ def fp8_of(config: Config) -> Fp8:
     """What [model] says of FP8."""
     m = config.model
     return Fp8(m.fp8_recipe, m.fp8_param_gather, m.fp8_first_last_bf16)
+
+
+def lora_of(config: Config) -> Lora | None:
+    """What [lora] asks for; None where the weights themselves are trained."""
+    o = config.lora
+    return Lora(o.rank, o.alpha, o.targets, o.rslora, o.seed, o.path) if o.rank else None

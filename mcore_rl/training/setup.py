@@ -26,6 +26,7 @@ from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers, append_event, tell
 from mcore_rl.model import platform
+from mcore_rl.model.adapters import check_adapters
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
@@ -59,7 +60,7 @@ from mcore_rl.training.data import (
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
-from mcore_rl.training.layout import fp8_of, layout_of
+from mcore_rl.training.layout import fp8_of, layout_of, lora_of
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -86,6 +87,9 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     layout.check(world_size())
     arch = read_architecture(config.model.path)
     check_layout(arch, layout)
+    lora = lora_of(config)
+    if lora is not None:
+        check_adapters(arch, layout, lora)
     if config.samples_responses:
         check_transport(arch, config)
     timeout = collective_timeout(config.train.step_timeout)
@@ -158,15 +162,8 @@ def build_trainer(
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     check_batch(config, prompts)
-    build = build_critic if config.run.kind == "reward_model" else build_policy
     tell(f"building the model of {config.model.path} ...", is_main=mesh.is_main)
-    policy = build(
-        config.model.path,
-        mesh,
-        **model_settings(config),
-        recompute=config.train.recompute,
-        ddp=trained_ddp(config),
-    )
+    policy = build_trained(config, mesh)
     check_gradient_scale(policy)
     check_router_biases(policy.arch, config.optimizer.router_bias_rate)
     resume_step = None if attempt.saved is None else sys.maxsize
@@ -188,6 +185,14 @@ def build_trainer(
         step_log=step_log,
         progress=Progress(config.train.steps, config.train.eval_every),
     )
+
+
+def build_trained(config: Config, mesh: Mesh) -> Model:
+    """The model that a run trains, with its starting weights; collective."""
+    settings = model_settings(config) | {"recompute": config.train.recompute, "ddp": trained_ddp(config)}
+    if config.run.kind == "reward_model":
+        return build_critic(config.model.path, mesh, **settings)
+    return build_policy(config.model.path, mesh, **settings, lora=lora_of(config))
 
 
 def check_router_biases(arch: Architecture, rate: float) -> None:
