@@ -169,9 +169,9 @@ def _adapter_shards(model: Model, adapters: AdapterMap, prefix: str) -> Iterator
     for name, parameter in adapter_parameters(model.unwrapped).items():
         entry = adapters.entry(name)
         axis = entry.rule.axis
-        whole = axis is None or mesh.layout.tensor == 1
-        cuts = [] if whole else [(axis, mesh.tp_rank, mesh.layout.tensor)]
-        same = (0, 0, mesh.expert_dp_rank) if entry.is_expert else (0, mesh.tp_rank if whole else 0, copy)
+        cuts = [] if axis is None else [(axis, mesh.tp_rank, mesh.layout.tensor)]
+        other = mesh.tp_rank if axis is None else 0
+        same = (0, 0, mesh.expert_dp_rank) if entry.is_expert else (0, other, copy)
         sharded = ShardedTensor.from_rank_offsets(prefix + name, parameter, *cuts, replica_id=same)
         yield _Shard(parameter, 0, sharded)
 

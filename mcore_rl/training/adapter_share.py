@@ -26,6 +26,8 @@ from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import reduce_sums
 from mcore_rl.training.batch import Batching, pack_share
 
+_SUMS = ("sp", "pp", "ss", "n")
+"""(s - b)(p - b), (p - b)^2, (s - b)^2, tokens"""
 _SPREADS = 6.0
 """of rounding, by which a share must be away from 1 before it is believed"""
 
@@ -61,11 +63,7 @@ def adapter_share(
     batches = pack_share(sequences, fields, shape, policy.mesh)
     with AdaptersOff(policy.unwrapped).resident():
         without = forward(policy, batches, temperature=1.0)
-    sums = {
-        (name, what): torch.zeros((), dtype=torch.float64)
-        for name in fields
-        for what in ("sp", "pp", "ss", "n")
-    }
+    sums = {(name, what): torch.zeros((), dtype=torch.float64) for name in fields for what in _SUMS}
     for (batch, head), (_, bare) in zip(forward(policy, batches, temperature=1.0), without, strict=True):
         base = bare.log_prob.double()
         for name in fields if base.numel() else ():
@@ -76,7 +74,7 @@ def adapter_share(
                 sums[name, what] += value.cpu()
     totals = reduce_sums(policy.mesh, sums)
     measured = {
-        url: _share(*(float(totals[name, what]) for what in ("sp", "pp", "ss", "n")))
+        url: _share(*(float(totals[name, what]) for what in _SUMS))
         for url, name in zip(scores, fields, strict=True)
     }
     return {url: share for url, share in measured.items() if share is not None}
