@@ -31,13 +31,9 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from mcore_rl.errors import LayoutError
-from mcore_rl.lora import Lora
 from mcore_rl.model import weights_io
 from mcore_rl.model.hf.adapters import PLACE, AdapterMap, Cut, cut_of, matrices_of
-from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.tables import Rule
-from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh
 
 Read = Callable[[str], Tensor]
@@ -128,17 +124,6 @@ def _adapted(linear: Any) -> Any:
 
     Adapted.__name__ = Adapted.__qualname__ = f"Adapted{linear.__name__}"
     return Adapted
-
-
-def check_adapters(arch: Architecture, layout: Layout, lora: Lora) -> None:
-    """Raises ConfigError or LayoutError where a model's adapters are not supported at a layout."""
-    AdapterMap(arch, lora)
-    if "qkv" in lora.targets and layout.tensor > arch.kv_heads:
-        raise LayoutError(
-            f"parallel.tensor = {layout.tensor}: with adapters of 'qkv', the model's {arch.kv_heads} key "
-            f"heads cannot be cut further; set it to {arch.kv_heads} or less, or leave 'qkv' out of "
-            "lora.targets"
-        )
 
 
 def attach(chunks: Iterable[GPTModel], mapping: AdapterMap, mesh: Mesh, read: Read) -> None:

@@ -25,14 +25,14 @@ from torch import Tensor
 from mcore_rl.errors import LayoutError
 from mcore_rl.lora import Lora
 from mcore_rl.model import platform, weights_io
-from mcore_rl.model.adapters import attach, check_adapters, random_adapters
+from mcore_rl.model.adapters import attach, random_adapters
 from mcore_rl.model.hf.adapters import PLACE, AdapterMap
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import left_out, read_side_files
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
 from mcore_rl.model.hf.peft_files import adapter_reader
 from mcore_rl.model.hf.torch_dist import holds_torch_dist
-from mcore_rl.model.layouts import check_classifier_layout, check_layout, padded_vocab
+from mcore_rl.model.layouts import check_adapters, check_classifier_layout, check_layout, padded_vocab
 from mcore_rl.model.policy import CriticModel, LogitsModel, PackedGPT, PolicyModel, with_value_head
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import block_spec, transformer_config

@@ -74,6 +74,7 @@ def step_seconds(
     e = efficiency or Efficiency()
     forward = work.forward_flops(shape) / (layout.world_size * PEAK_FLOPS)
     passes = 4 if work.recompute == "full" else 3
+    passes -= work.lora is not None  # frozen matrices get no gradient
     scoring = work.old_log_prob_share + work.reference + work.critic_flops + work.reward_flops
     scoring += work.teacher_flops
     return Seconds(

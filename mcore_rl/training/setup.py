@@ -26,11 +26,10 @@ from mcore_rl.data.prompts import PromptSet, open_prompts
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import Progress, StepLog, Timers, append_event, tell
 from mcore_rl.model import platform
-from mcore_rl.model.adapters import check_adapters
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
-from mcore_rl.model.layouts import check_layout
+from mcore_rl.model.layouts import check_adapters, check_layout
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
+from mcore_rl.lora import Lora, Target
 from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.files import SafetensorsWriter
 from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
 from mcore_rl.terminal import listed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,12 +81,15 @@ def target_modules(adapters: AdapterMap) -> list[str]:
 
 
 def adapter_reader(adapters: AdapterMap, directory: Path) -> Callable[[str], Tensor]:
-    """Tensors by PEFT's names, from a directory that holds exactly the adapters of the config.
+    """Tensors by PEFT's names, from a directory of PEFT's, or a checkpoint, with exactly these adapters.
 
     Raises:
         ConfigError: the directory holds another adapter, or a form that is not supported; the message says
             which key of [lora], or which tensor.
+        CheckpointError: a checkpoint is damaged.
     """
+    if holds_torch_dist(directory):
+        return torch_dist_reader(directory, adapters)
     _check_config(adapters, directory / CONFIG)
     path = directory / WEIGHTS
     try:
@@ -107,18 +114,7 @@ def adapter_reader(adapters: AdapterMap, directory: Path) -> Callable[[str], Ten
 
 
 def _check_config(adapters: AdapterMap, path: Path) -> None:
-    try:
-        told = strict_json.parse(path.read_bytes())
-    except (OSError, strict_json.JsonError) as error:
-        raise ConfigError(f"lora.path: {path} cannot be read ({error}); name an adapter of PEFT") from error
-    if not isinstance(told, dict):
-        raise ConfigError(f"lora.path: {path} is no JSON object; name an adapter of PEFT")
-    for name, value in _PLAIN.items():
-        if told.get(name, value) != value and (told.get(name) or value):
-            raise ConfigError(
-                f"lora.path: {path}: {name} = {told[name]!r} is not supported, only {value!r}; merge that "
-                "adapter into its model with PEFT"
-            )
+    told = read_config(path)
     lora = adapters.lora
     ours = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}
     keys = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
@@ -128,3 +124,47 @@ def _check_config(adapters: AdapterMap, path: Path) -> None:
                 f"lora.{keys[name]} = {value}, but {path} says {name} = {told.get(name)}; set "
                 f"lora.{keys[name]} to it"
             )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, of an adapter that is what is built here.
+
+    Raises:
+        ConfigError: it cannot be read, or tells of another kind of adapter.
+    """
+    try:
+        told = strict_json.parse(path.read_bytes())
+    except (OSError, strict_json.JsonError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); name the directory of an adapter") from error
+    if not isinstance(told, dict):
+        raise ConfigError(f"{path} is no JSON object; name the directory of an adapter")
+    for name, value in _PLAIN.items():
+        if told.get(name, value) != value and (told.get(name) or value):
+            raise ConfigError(
+                f"{path}: {name} = {told[name]!r} is not supported, only {value!r}; merge that adapter into "
+                "its model with PEFT"
+            )
+    return told
+
+
+def lora_of(directory: Path, arch: Architecture) -> Lora:
+    """What an adapter in PEFT's format says of itself; its targets are those that it has tensors of.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another kind.
+    """
+    told = read_config(directory / CONFIG)
+    rank, alpha, rslora = told.get("r"), told.get("lora_alpha"), told.get("use_rslora", False)
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(rslora, bool)):
+        raise ConfigError(f"{directory / CONFIG}: no r and lora_alpha; name the directory of an adapter")
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            held = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{directory / WEIGHTS}: not a readable safetensors file ({error})") from error
+    targets = []
+    for target in get_args(Target):
+        with suppress(ConfigError):  # this model has no such matrices, and so no tensors of theirs
+            if held & AdapterMap(arch, Lora(rank, alpha, (target,))).hf_shapes().keys():
+                targets.append(target)
+    return Lora(rank, float(alpha), tuple(targets), rslora, path=directory)
