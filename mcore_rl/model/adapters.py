@@ -75,10 +75,10 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, ..., I] -> [T, ..., O]."""
         down, up = list(self.lora_A.values()), list(self.lora_B.values())
-        narrow = self._exchanged(F.linear(x, down[0] if len(down) == 1 else torch.cat(down)))
+        narrow = self._exchanged(F.linear(x, down[0] if len(down) == 1 else torch.cat(down))) * self.scale
         parts = narrow.split([len(one) for one in down], dim=-1)
         answers = [F.linear(part, one) for part, one in zip(parts, up, strict=True)]
-        return self.scale * self._arranged(answers, -1)
+        return self._arranged(answers, -1)
 
     def _exchanged(self, narrow: Tensor) -> Tensor:
         """A x of this rank -> of all that B is to see."""

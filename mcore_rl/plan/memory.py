@@ -15,6 +15,8 @@ from math import prod
 import torch
 
 from mcore_rl.data.balance import ModelShape
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.experts import Experts
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -346,7 +348,7 @@ def publish_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> floa
     """By disk, the largest parameter, gathered and arranged as Hugging Face stores it; else two buckets."""
     largest = weight_bytes(work.precision) * _largest_parameter(arch)
     # A shard and its adapter's product are added in fp32, one parameter at a time.
-    merging = 0 if work.lora is None else 8 * _largest_parameter(arch) / layout.tensor
+    merging = 0 if work.lora is None else 8 * _largest_adapted(arch, work.lora) / layout.tensor
     if not work.bucket_bytes:
         return largest * (2 if layout.tensor > 1 else 1) + merging
     shard = largest / layout.tensor if layout.tensor > 1 else 0
@@ -358,6 +360,14 @@ def _largest_parameter(arch: Architecture) -> int:
     mapping = ParameterMap(arch, arch.vocab)
     shapes = mapping.hf_shapes()
     return max(sum(prod(shapes[name]) for name in entry.hf) for entry in mapping.entries())
+
+
+@lru_cache
+def _largest_adapted(arch: Architecture, lora: Lora) -> int:
+    mapping, adapters = ParameterMap(arch, arch.vocab), AdapterMap(arch, lora)
+    shapes = mapping.hf_shapes()
+    adapted = (entry for entry in mapping.entries() if adapters.base_of(entry.megatron))
+    return max(sum(prod(shapes[name]) for name in entry.hf) for entry in adapted)
 
 
 def _server_weights(policy: Sequence[StageCount], layout: Layout) -> float:
