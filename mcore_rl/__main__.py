@@ -237,6 +237,16 @@ def _add_convert(commands: Any) -> None:
     add.add_argument("--critic", action="store_true", help="of a training checkpoint, the critic")
     add.set_defaults(command=convert_mcore_to_hf)
     _add_conversion(add)
+    of = "directory of the model that the adapters in SOURCE are of"
+    add = directions.add_parser("merge", help="adapters, of a checkpoint or PEFT's, joined with their model")
+    add.add_argument("--model", type=Path, required=True, help=of)
+    add.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: 5)")
+    add.set_defaults(command=convert_merge)
+    _add_conversion(add)
+    add = directions.add_parser("adapter", help="adapters of a checkpoint, in PEFT's format")
+    add.add_argument("--model", type=Path, required=True, help=of)
+    add.set_defaults(command=convert_adapter)
+    _add_target(add)
 
 
 def _add_verify(commands: Any) -> None:
@@ -256,9 +266,13 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    parser.add_argument("--certify", action="store_true", help="compare the logits of both sides first")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET", help="a new directory")
-    parser.add_argument("--certify", action="store_true", help="compare the logits of both sides first")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
 
 
@@ -443,6 +457,25 @@ def convert_mcore_to_hf(arguments: argparse.Namespace, _: list[str]) -> int:
     options["critic"] = a.critic
     summary = mcore_to_hf(a.source, a.target, **options, certified=a.certify)
     print_summary(a.target, summary, as_json=a.json)
+    return 0
+
+
+def convert_merge(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl convert merge SOURCE TARGET --model DIR [--shard-gb N] [--certify] [--json]`."""
+    from mcore_rl.convert.command import merge, print_summary
+
+    a = arguments
+    summary = merge(a.source, a.target, model=a.model, shard_gb=a.shard_gb, certified=a.certify)
+    print_summary(a.target, summary, as_json=a.json)
+    return 0
+
+
+def convert_adapter(arguments: argparse.Namespace, _: list[str]) -> int:
+    """`mcore-rl convert adapter SOURCE TARGET --model DIR [--json]`."""
+    from mcore_rl.convert.command import adapter, print_summary
+
+    summary = adapter(arguments.source, arguments.target, model=arguments.model)
+    print_summary(arguments.target, summary, as_json=arguments.json)
     return 0
 
 

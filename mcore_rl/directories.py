@@ -35,6 +35,7 @@ Kind = Literal[
     "sampled",
     "checkpoint",
     "model",
+    "adapter",
     "rehearsal",
     "conversion",
     "evaluation",

@@ -136,6 +136,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "trainer.",
         "publish/stale_max_abs": "The same before it: what the comparison would have seen of the previous "
         "weights.",
+        "publish/adapter_share": "How much of what the adapters change a server answers with: 1 with them, "
+        "0 if it has the frozen model; the smallest of the servers.",
         "publish/moved_max_abs": "By how much the publish changed a server's own log-probs; the smallest of "
         "the servers.",
         "rollout/servers": "Servers that hold the published version.",

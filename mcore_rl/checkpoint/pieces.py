@@ -26,7 +26,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from mcore_rl.errors import CheckpointError
+from mcore_rl.model.adapters import adapter_parameters
 from mcore_rl.model.build import Model
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.optimizer import Optimizer
 
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -139,7 +141,13 @@ def _in_row(shape: Sequence[int], index: int, low: int, high: int) -> list[Block
 
 
 def _shards(model: Model, prefix: str) -> Iterator[_Shard]:
-    """Megatron's sharded tensors of this rank, with the local tensors that they are views of."""
+    """Megatron's sharded tensors of this rank, with the local tensors that they are views of.
+
+    Of a model whose weights are frozen, those of its adapters alone.
+    """
+    if model.adapters is not None:
+        yield from _adapter_shards(model, model.adapters, prefix)
+        return
     for chunk in model.unwrapped:
         # One key per layer: layers need not be alike, and Megatron drops the stacked form.
         described = chunk.sharded_state_dict(prefix=prefix, metadata={"non_homogeneous_layers": True})
@@ -153,6 +161,19 @@ def _shards(model: Model, prefix: str) -> Iterator[_Shard]:
                 raise CheckpointError(
                     f"{entry.key}: a module keeps state that is no tensor, which a checkpoint does not hold"
                 )
+
+
+def _adapter_shards(model: Model, adapters: AdapterMap, prefix: str) -> Iterator[_Shard]:
+    mesh = model.mesh
+    copy = mesh.dp_rank * mesh.layout.context + mesh.cp_rank
+    for name, parameter in adapter_parameters(model.unwrapped).items():
+        entry = adapters.entry(name)
+        axis = entry.rule.axis
+        cuts = [] if axis is None else [(axis, mesh.tp_rank, mesh.layout.tensor)]
+        other = mesh.tp_rank if axis is None else 0
+        same = (0, 0, mesh.expert_dp_rank) if entry.is_expert else (0, other, copy)
+        sharded = ShardedTensor.from_rank_offsets(prefix + name, parameter, *cuts, replica_id=same)
+        yield _Shard(parameter, 0, sharded)
 
 
 def _start(part: ShardedTensor, whole: Tensor) -> int:

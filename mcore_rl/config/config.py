@@ -12,6 +12,7 @@ from pydantic import PrivateAttr, ValidationInfo, model_validator
 from mcore_rl.config.environment import EnvironmentConfig, unused_of_environment, wrong_environment
 from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
+from mcore_rl.config.lora import LoraConfig, unused_of_lora, wrong_lora
 from mcore_rl.config.names import misnamed
 from mcore_rl.config.parallel import ParallelConfig
 from mcore_rl.config.rewards import wrong_rewards
@@ -46,6 +47,7 @@ class Config(Section):
 
     run: RunConfig
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     eval: EvalConfig = EvalConfig()
@@ -150,6 +152,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from misnamed(config.algorithm.name)
     of_kind = (config.preference, config.distill, config.supervised, config.residency.reference)
     yield from wrong_of_kind(config.run.kind, *of_kind)
+    frozen = {
+        "fp8_param_gather": config.model.fp8_param_gather,
+        "router_bias_rate": optimizer.router_bias_rate,
+    }
+    yield from wrong_lora(config.lora, config.run.kind, **frozen)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)
@@ -399,6 +406,7 @@ def unused_keys(config: Config) -> Mapping[str, str]:
         unused |= dict.fromkeys(keys, f"{what} has no critic")
     elif not config.critic.warmup_rollouts:
         unused["critic.warmup_epochs"] = "critic.warmup_rollouts is 0"
+    unused |= unused_of_lora(config.lora)
     if not _needs_reference(config):
         unused["residency.reference"] = f"{what} has no reference"
     if not config.checkpoint.saves:

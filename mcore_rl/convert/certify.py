@@ -12,6 +12,7 @@ from torch import Tensor
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import NumericsError
 from mcore_rl.kindred import known_config
+from mcore_rl.lora import Lora
 from mcore_rl.model import platform
 from mcore_rl.model.build import build_logits
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
@@ -40,18 +41,19 @@ class Certificate:
     precision: str
 
 
-def certify(hf: Path, megatron: Path, *, config: Path | None = None) -> Certificate:
-    """Compare the HF directory `hf` with the torch_dist directory `megatron`.
+def certify(hf: Path, megatron: Path, *, config: Path | None = None, lora: Lora | None = None) -> Certificate:
+    """Compare the HF directory `hf` with the directory `megatron`, which Megatron's side reads.
 
     Args:
         config: where config.json of `megatron` is, if not beside it.
+        lora: adapters that Megatron's side has beside its weights.
 
     Raises:
         NumericsError: they are not the same function.
     """
     rows = _tokens(hf)
     expected = _by_transformers(hf, rows)
-    (got,) = spawn(_by_megatron, 1, Path(config or megatron), Path(megatron), rows, timeout=DEADLINE)
+    (got,) = spawn(_by_megatron, 1, Path(config or megatron), Path(megatron), rows, lora, timeout=DEADLINE)
     scale, difference = float(expected.abs().max()), float((torch.from_numpy(got) - expected).abs().max())
     if not difference <= LIMIT * scale:
         raise NumericsError(
@@ -80,12 +82,12 @@ def _by_transformers(directory: Path, rows: list[list[int]]) -> Tensor:
     return torch.cat(logits).cpu()
 
 
-def _by_megatron(config: Path, directory: Path, rows: list[list[int]]) -> np.ndarray:
+def _by_megatron(config: Path, directory: Path, rows: list[list[int]], lora: Lora | None) -> np.ndarray:
     """The same, in a process of its own: its parallel state is nobody else's."""
     platform.install()
     mesh = build_mesh(Layout(), timeout=DEADLINE)
     try:
-        model = build_logits(config, mesh, weights=directory)
+        model = build_logits(config, mesh, weights=directory, lora=lora)
         shape = Batching(1, sum(LENGTHS), max(LENGTHS), lambda n: np.asarray(n, float), align_of(mesh))
         sequences = [TokenSequence(row[:1], row[1:]) for row in rows]
         starts = np.cumsum([0, *LENGTHS[:-1]]) - np.arange(len(LENGTHS))

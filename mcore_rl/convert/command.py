@@ -11,6 +11,7 @@ from typing import Any
 
 from mcore_rl.checkpoint import manifest
 from mcore_rl.convert.certify import Certificate, certify
+from mcore_rl.convert.merge import adapters_in, write_alone, write_merged
 from mcore_rl.convert.output import ConversionProgress, whole_directory
 from mcore_rl.convert.to_hf import write_hf
 from mcore_rl.convert.to_mcore import write_torch_dist
@@ -93,6 +94,35 @@ def mcore_to_hf(
         return certify(new, source, config=where)
 
     return _convert("mcore-to-hf", source, target, write, check if certified else None)
+
+
+def merge(
+    source: Path, target: Path, *, model: Path, shard_gb: float = 5.0, certified: bool = False
+) -> dict[str, Any]:
+    """Join the adapters in `source`, a checkpoint or PEFT's, with their model; see `hf_to_mcore`.
+
+    Args:
+        model: the directory of the model that they were trained beside.
+        shard_gb: largest safetensors file, in 10^9 bytes.
+        certified: compare the new model's logits with those of the model and its adapters, kept apart.
+    """
+    if not 0 < shard_gb <= _MOST_SHARD_GB:
+        raise ConfigError(f"--shard-gb {shard_gb:g}: give a number above 0, at most {_MOST_SHARD_GB:g}")
+    lora = adapters_in(source, model)
+
+    def write(directory: Path) -> ConversionProgress:
+        return write_merged(lora, directory, model=model, shard_bytes=int(shard_gb * 1e9))
+
+    def check(new: Path) -> Certificate:
+        return certify(new, model, lora=lora)
+
+    return _convert("merge", source, target, write, check if certified else None)
+
+
+def adapter(source: Path, target: Path, *, model: Path) -> dict[str, Any]:
+    """Write the adapters of a checkpoint in PEFT's format; see `merge`."""
+    lora = adapters_in(source, model)
+    return _convert("adapter", source, target, lambda new: write_alone(lora, new, model=model), None)
 
 
 def _convert(

@@ -60,22 +60,32 @@ def write_hf(
     read = torch_dist_reader(source, mapping, prefix)
     types = torch_dist_types(source, mapping, prefix)
     forms = encoded_forms(mapping, encoding, types)
+    progress = write_shards(directory, forms, _Encoded(mapping, encoding, read), shard_bytes)
+    quantization = encoding.config(mapping)
+    side = read_side_files(config)
+    write_side_files(side, directory, types[EMBEDDING], quantization, classifier=classifier)
+    return progress
+
+
+def write_shards(
+    directory: Path,
+    forms: dict[str, Form],
+    tensors: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]],
+    shard_bytes: int,
+) -> ConversionProgress:
+    """Write the tensors of `forms`, which `tensors` gives in the order that it is asked for, and an index."""
     shards = _shards(forms, shard_bytes)
     progress = ConversionProgress(len(forms))
-    tensors = _Encoded(mapping, encoding, read)
     weight_map = {}
-    for number, forms in enumerate(shards, start=1):
+    for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with SafetensorsWriter(directory / file, forms) as writer:
-            for name, tensor in tensors(forms):
+        with SafetensorsWriter(directory / file, names) as writer:
+            for name, tensor in tensors(names):
                 writer.write(name, tensor)
                 progress.add(tensor.nbytes)
                 weight_map[whole_of(name)] = file
     index = {"metadata": {"total_size": progress.bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    quantization = encoding.config(mapping)
-    side = read_side_files(config)
-    write_side_files(side, directory, types[EMBEDDING], quantization, classifier=classifier)
     return progress
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from mcore_rl.doctor.servers import check_servers
 from mcore_rl.doctor.software import check_software
 from mcore_rl.doctor.storage import PUBLISHED_VERSIONS, check_disk, check_ports, weight_bytes
 from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
-from mcore_rl.model.hf.architecture import read_hf_config
+from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.precision import check_precision
 from mcore_rl.terminal import printable
 from mcore_rl.trackers.services import check_trackers
+from mcore_rl.training.layout import lora_of
 
 _MARKS = {"ok": "ok     ", "note": "note   ", "warning": "WARNING", "error": "ERROR  "}
 
@@ -124,8 +127,15 @@ def _disks(config: Config) -> Iterator[Finding]:
 def _checkpoint_bytes(config: Config) -> int:
     """Bytes of the checkpoints kept and the one being written: weights, Adam's moments and fp32 weights."""
     half = read_hf_config(config.model.path).get("torch_dtype") in ("bfloat16", "float16")
-    models = [config.model.path, *([config.critic.path or config.model.path] if _has_critic(config) else [])]
-    return (config.checkpoint.keep + 1) * (7 if half else 3) * sum(map(weight_bytes, models))
+    models = [config.critic.path or config.model.path] if _has_critic(config) else []
+    lora, adapters = lora_of(config), 0
+    if lora is None:
+        models.append(config.model.path)
+    else:
+        shapes = AdapterMap(read_architecture(config.model.path), lora).hf_shapes().values()
+        adapters = (12 if config.model.precision == "fp32" else 14) * sum(map(prod, shapes))
+    whole = (7 if half else 3) * sum(map(weight_bytes, models))
+    return (config.checkpoint.keep + 1) * (whole + adapters)
 
 
 def _has_critic(config: Config) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,16 +19,18 @@ from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.doctor.rewards import check_reward, classifier
 from mcore_rl.environments.tools import CALL_TOOLS
 from mcore_rl.errors import AskedToLeave, ConfigError
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import left_out
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.layouts import check_layout, padded_vocab
+from mcore_rl.model.hf.peft_files import adapter_reader
+from mcore_rl.model.layouts import check_adapters, check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.environment import check_environment
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
-from mcore_rl.training.layout import layout_of
+from mcore_rl.training.layout import layout_of, lora_of
 from mcore_rl.training.setup import load_tokenizer, read_prompts
 from mcore_rl.training.stacked import check_transport
 from mcore_rl.training.teachers import check_teachers
@@ -49,6 +52,8 @@ def check_inputs(config: Config, gpus: int) -> list[Finding]:
     if guarded("model", lambda: _readable(config)):
         return findings
     findings += guarded("layout", lambda: _layout(config, gpus))
+    if config.lora.rank:
+        findings += guarded("lora", lambda: _adapters(config))
     findings += guarded("tokenizer", lambda: _tokenizer(config))
     if config.distill.teachers:
         findings += guarded("teachers", lambda: _teachers(config))
@@ -92,6 +97,20 @@ def _layout(config: Config, gpus: int) -> Iterable[Finding]:
     yield Finding("layout", "ok", f"legal for this model; one replica takes {replica} ranks")
     if gpus and replica > gpus:
         yield Finding("layout", "note", f"this machine has {gpus} GPUs: start on several nodes with torchrun")
+
+
+def _adapters(config: Config) -> Iterable[Finding]:
+    lora, arch = lora_of(config), read_architecture(config.model.path)
+    assert lora is not None
+    p = config.parallel
+    check_adapters(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)), lora)
+    mapping = AdapterMap(arch, lora)
+    if lora.path is not None:
+        adapter_reader(mapping, lora.path)
+    shapes = mapping.hf_shapes().values()
+    trained = sum(prod(shape) for shape in shapes)
+    what = f"{len(shapes) // 2} adapters of rank {lora.rank}: {trained} numbers are trained"
+    yield Finding("lora", "ok", what if lora.path is None else f"{what}; {lora.path} has them all")
 
 
 def _teachers(config: Config) -> Iterable[Finding]:

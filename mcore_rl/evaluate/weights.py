@@ -10,7 +10,7 @@ from pathlib import Path
 from mcore_rl.checkpoint import committed, find, manifest
 from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.config import Config
-from mcore_rl.convert.command import mcore_to_hf
+from mcore_rl.convert.command import mcore_to_hf, merge
 from mcore_rl.directories import is_ours
 from mcore_rl.errors import ConfigError
 from mcore_rl.training.rundir import published_to, root_of
@@ -45,12 +45,15 @@ class Weights:
         """A Hugging Face directory of them: itself, or `directory`, to which a checkpoint is converted.
 
         Raises:
-            ConfigError, CheckpointError: as `mcore-rl convert mcore-to-hf`.
+            ConfigError, CheckpointError: as `mcore-rl convert mcore-to-hf`, or `merge` for adapters.
         """
         if not self.is_checkpoint:
             return self.path
         if not (directory / MANIFEST).is_file():  # else a conversion of an earlier attempt, which is whole
-            mcore_to_hf(self.path, directory, config=config.model.path)
+            if config.lora.rank:
+                merge(self.path, directory, model=config.model.path)
+            else:
+                mcore_to_hf(self.path, directory, config=config.model.path)
         return directory
 
 

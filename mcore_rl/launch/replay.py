@@ -14,7 +14,7 @@ from mcore_rl.algo.sequences import ScoreLoss
 from mcore_rl.checkpoint import Checkpoints, Saved, find, fp8_pieces, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, NumericsError
-from mcore_rl.model.build import Model, build_critic, build_policy
+from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Residency
 from mcore_rl.model.step import Loss, forward_backward
 from mcore_rl.parallel.control import gather_ranks
@@ -29,15 +29,13 @@ from mcore_rl.training.faults.dump import alone, from_json
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.inspect import Inspector, NonFiniteTensor
 from mcore_rl.training.faults.watchdog import collective_timeout
-from mcore_rl.training.layout import layout_of, tuning_of
+from mcore_rl.training.layout import layout_of
 from mcore_rl.training.objective import PolicyObjective, ValueObjective
 from mcore_rl.training.preference import loss_of
 from mcore_rl.training.reward_model import TOTAL
 from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.setup import (
-    model_settings,
     process_group,
-    trained_ddp,
     watched,
     world_size,
 )
@@ -93,14 +91,7 @@ def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> N
 def _build(config: Config, mesh: Mesh, kind: str) -> Model:
     if kind == "critic":
         return build_critic_of(config, mesh)
-    build = build_critic if kind == "reward_model" else build_policy
-    return build(
-        config.model.path,
-        mesh,
-        **model_settings(config),
-        tuning=tuning_of(config, trained=True),
-        ddp=trained_ddp(config, mesh.layout),
-    )
+    return build_trained(config, mesh)
 
 
 def _compared(config: Config, mesh: Mesh, kind: str, batch: PackedBatch) -> Against | None:

@@ -22,16 +22,22 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mcore_rl.errors import LayoutError
+from mcore_rl.lora import Lora
 from mcore_rl.model import platform, weights_io
+from mcore_rl.model.adapters import attach, random_adapters
 from mcore_rl.model.fusions import fuse_weight_gradients
+from mcore_rl.model.hf.adapters import PLACE, AdapterMap
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import left_out, read_side_files
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
+from mcore_rl.model.hf.peft_files import adapter_reader
 from mcore_rl.model.hf.torch_dist import holds_torch_dist
-from mcore_rl.model.layouts import check_classifier_layout, check_layout, padded_vocab
+from mcore_rl.model.layouts import check_adapters, check_classifier_layout, check_layout, padded_vocab
 from mcore_rl.model.policy import CriticModel, LogitsModel, PackedGPT, PolicyModel, with_value_head
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import block_spec, transformer_config
+from mcore_rl.parallel.control import raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import DEFAULT_FP8, Fp8
 from mcore_rl.terminal import printable
@@ -53,6 +59,8 @@ class Model:
     """HF directory that config.json and the tokenizer came from"""
     files: Mapping[str, bytes]
     """on the main rank, name -> content of what lies there beside weights, as it was then"""
+    adapters: AdapterMap | None = None
+    """the table of what is trained, where the model's own weights are frozen beside it"""
 
     def gather(self) -> None:
         """Wait until every rank has the weights of the last update, where they are gathered beside the work.
@@ -73,6 +81,7 @@ def build_policy(
     random_seed: int | None = None,
     tuning: Tuning = DEFAULT_TUNING,
     ddp: DistributedDataParallelConfig | None = None,
+    lora: Lora | None = None,
 ) -> Model:
     """Build the model of the HF directory `path` at `mesh`'s layout and load its weights.
 
@@ -82,6 +91,7 @@ def build_policy(
         random_seed: start from random weights of this seed instead of the directory's.
         tuning: what of time is traded for memory.
         ddp: wrap for training; None for a frozen model (reference).
+        lora: train adapters beside the weights, which stay as they are.
 
     Raises:
         ConfigError: the directory does not hold a supported model, or FP8 cannot run here.
@@ -90,19 +100,22 @@ def build_policy(
     arch, rows, read = _read(path, mesh, random_seed)
     kind = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     config = transformer_config(arch, mesh.layout, precision, tuning, fp8)
-    return _build(kind, config, ParameterMap(arch, rows), read, mesh, ddp, path)
+    return _build(kind, config, ParameterMap(arch, rows), read, mesh, ddp, path, lora)
 
 
-def build_logits(path: Path, mesh: Mesh, *, precision: str = "fp32", weights: Path | None = None) -> Model:
+def build_logits(
+    path: Path, mesh: Mesh, *, precision: str = "fp32", weights: Path | None = None, lora: Lora | None = None
+) -> Model:
     """A frozen policy whose last stage answers with whole logits [R, V]: to compare models.
 
     Args:
         weights: directory of the weights, where it is not that of config.json.
+        lora: adapters beside them.
     """
     arch, rows, read = _read(path, mesh, None, weights)
     kind = partial(LogitsModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     config = transformer_config(arch, mesh.layout, precision)
-    return _build(kind, config, ParameterMap(arch, rows), read, mesh, None, path)
+    return _build(kind, config, ParameterMap(arch, rows), read, mesh, None, path, lora)
 
 
 def build_critic(
@@ -175,13 +188,21 @@ def _build(
     mesh: Mesh,
     ddp: DistributedDataParallelConfig | None,
     source: Path,
+    lora: Lora | None = None,
 ) -> Model:
+    adapters = None
+    if lora is not None:
+        check_adapters(mapping.arch, mesh.layout, lora)
+        adapters = AdapterMap(mapping.arch, lora)
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
         embedding.forward.cache_clear()  # its keys refer to the groups of models that are gone
     model_parallel_cuda_manual_seed(0)  # Megatron's RNG tracker, forked even where dropout is 0
     stages = range(mesh.layout.virtual_pipeline or 1)
-    unwrapped = tuple(_build_chunk(kind, mapping, config, mesh, stage) for stage in stages)
+    build = partial(_build_chunk, kind, mapping, config, mesh, adapted=adapters is not None)
+    unwrapped = tuple(build(stage) for stage in stages)
     weights_io.load(unwrapped, mapping, mesh, read)
+    if adapters is not None:
+        _adapt(unwrapped, adapters, mesh)
     wrapped = tuple(_in_bf16(config, chunk) for chunk in unwrapped) if config.bf16 else unwrapped
     if ddp is None:
         for chunk in unwrapped:
@@ -194,7 +215,30 @@ def _build(
         )
         connect_schedule(config, ddp, wrapped)
     files = read_side_files(Path(source)) if mesh.is_main else {}
-    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files)
+    return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files, adapters)
+
+
+def _adapt(chunks: tuple[PackedGPT, ...], adapters: AdapterMap, mesh: Mesh) -> None:
+    """Freeze the weights, and give the chunks adapters to train.
+
+    Raises:
+        LayoutError: on every rank, where one of them would have nothing to train.
+    """
+    path = adapters.lora.path
+    attach(
+        chunks, adapters, mesh, random_adapters(adapters) if path is None else adapter_reader(adapters, path)
+    )
+    empty = []
+    for chunk in chunks:
+        chunk.adapted = True
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(PLACE in name)
+        empty += [chunk] if not any(p.requires_grad for p in chunk.parameters()) else []
+    error = LayoutError(
+        f"lora.targets = {list(adapters.lora.targets)}: the layers of a pipeline stage have none of these; "
+        "add one that every layer has, such as 'qkv', or cut the layers into fewer stages"
+    )
+    raise_everywhere(mesh, error if empty else None)
 
 
 @cache
@@ -241,14 +285,22 @@ def connect_schedule(config: TransformerConfig, ddp: DistributedDataParallelConf
 
 
 def _build_chunk(
-    kind: Callable[..., PackedGPT], mapping: ParameterMap, config: TransformerConfig, mesh: Mesh, stage: int
+    kind: Callable[..., PackedGPT],
+    mapping: ParameterMap,
+    config: TransformerConfig,
+    mesh: Mesh,
+    stage: int,
+    *,
+    adapted: bool,
 ) -> PackedGPT:
     """One model chunk: the layers that this pipeline rank and virtual stage own."""
     virtual = mesh.layout.virtual_pipeline
     last = (virtual or 1) - 1
     model = kind(
         config=config,
-        transformer_layer_spec=block_spec(config, mapping.arch, vp_stage=stage if virtual else None),
+        transformer_layer_spec=block_spec(
+            config, mapping.arch, vp_stage=stage if virtual else None, fused=not adapted
+        ),
         vocab_size=mapping.vocab_rows,
         max_sequence_length=1 << 20,  # rotary positions have no table of this size; Megatron only stores it
         pre_process=mesh.pp_rank == 0 and stage == 0,

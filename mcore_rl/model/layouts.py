@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 
 from mcore_rl.errors import LayoutError
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.parallel.layout import Layout
 
@@ -26,6 +28,17 @@ def check_classifier_layout(arch: Architecture, layout: Layout, key: str) -> Non
         check_layout(arch, layout)
     except LayoutError as error:
         raise LayoutError(f"{key} is cut as the policy is: {error}") from error
+
+
+def check_adapters(arch: Architecture, layout: Layout, lora: Lora) -> None:
+    """Raises ConfigError or LayoutError where a model's adapters are not supported at a layout."""
+    AdapterMap(arch, lora)
+    if "qkv" in lora.targets and layout.tensor > arch.kv_heads:
+        raise LayoutError(
+            f"parallel.tensor = {layout.tensor}: with adapters of 'qkv', the model's {arch.kv_heads} key "
+            f"heads cannot be cut further; set it to {arch.kv_heads} or less, or leave 'qkv' out of "
+            "lora.targets"
+        )
 
 
 def check_layout(arch: Architecture, layout: Layout) -> None:

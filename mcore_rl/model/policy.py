@@ -107,6 +107,8 @@ class PackedGPT(GPTModel):
     arch: Architecture
     longest: int | None
     """tokens of a sequence up to which this is what the model computes; None for any length"""
+    adapted: bool = False
+    """its own weights are frozen, and adapters beside them are trained"""
     local_frequencies: Tensor | None = None
     """[channels / 2] of the rotary embedding of layers with a window, where it is one of their own"""
 
@@ -124,6 +126,10 @@ class PackedGPT(GPTModel):
             hidden = hidden * (
                 torch.tensor(constant, dtype=hidden.dtype).item() if scales.rounded else constant
             )
+        if hidden is not None and self.adapted and torch.is_grad_enabled():
+            # Megatron's recomputed layers ask their input whether a gradient is wanted; a frozen embedding's
+            # says no, and the adapters of such layers would learn nothing.
+            hidden = hidden.detach().requires_grad_(self.config.recompute_granularity == "full")
         self._check_length(packed_seq_params)
         positions = packed_seq_params.position_ids
         table = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True).index_select(

@@ -5,6 +5,7 @@ Layers are Megatron's, built of Transformer Engine's modules or of portable ones
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -177,10 +178,16 @@ def parts_of(config: TransformerConfig) -> Parts:
 
 
 def block_spec(
-    config: TransformerConfig, arch: Architecture, vp_stage: int | None = None
+    config: TransformerConfig, arch: Architecture, vp_stage: int | None = None, *, fused: bool = True
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage."""
+    """The layers of this pipeline stage.
+
+    Args:
+        fused: a norm is joined with the linear layer behind it, where Transformer Engine has such a module;
+            an adapter of the layer reads what is between them.
+    """
     parts = parts_of(config)
+    parts = parts if fused else replace(parts, norm_column=None)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [layer_spec(config, arch, parts, first + i) for i in range(count)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.model import versions
+from mcore_rl.model.hf.adapters import PLACE
 from mcore_rl.model.hf.files import hf_reader
 from mcore_rl.model.hf.parameters import NUMBER, ParameterEntry, ParameterMap, canonical, numbers_in
 from mcore_rl.model.hf.stacked import whole_of
@@ -34,23 +35,25 @@ def global_parameters(chunks: Iterable[GPTModel]) -> dict[str, torch.nn.Paramete
     named: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            named[_globalize(name, chunk)] = parameter
+            named[globalize(name, chunk)] = parameter
     return named
 
 
 def global_weights(chunks: Iterable[GPTModel]) -> dict[str, Tensor]:
-    """The parameters, and the tensors of a model that no gradient reaches: biases of routers' choices."""
+    """The parameters but for adapters, and tensors of a model that no gradient reaches: routers' biases."""
     chunks = list(chunks)
     buffers = {
-        _globalize(name, chunk): buffer
+        globalize(name, chunk): buffer
         for chunk in chunks
         for name, buffer in chunk.named_buffers()
         if name.endswith(ROUTER_BIAS)
     }
-    return global_parameters(chunks) | buffers
+    own = {name: weight for name, weight in global_parameters(chunks).items() if PLACE not in name}
+    return own | buffers
 
 
-def _globalize(name: str, chunk: GPTModel) -> str:
+def globalize(name: str, chunk: GPTModel) -> str:
+    """The global, canonical name of a parameter that `chunk` calls `name`."""
     name = canonical(name)
     numbers = numbers_in(name)
     if not numbers:
@@ -108,7 +111,7 @@ def load(
                 )
             parameter.copy_(shard)
             _keep_unrounded(parameter, shard)
-            _mark(parameter, entry)
+            mark(parameter, entry)
 
 
 def _keep_unrounded(parameter: Any, shard: Tensor) -> None:
@@ -120,7 +123,7 @@ def _keep_unrounded(parameter: Any, shard: Tensor) -> None:
         parameter._high_precision_init_val = shard.detach().cpu()
 
 
-def _mark(parameter: Any, entry: ParameterEntry) -> None:
+def mark(parameter: Any, entry: ParameterEntry) -> None:
     """Attributes by which Megatron groups parameters; it sets them only where it also draws the weight."""
     if entry.is_expert:
         # Reduced over the ranks that hold the same experts. Megatron says so only at EP > 1; at TP > 1 alone

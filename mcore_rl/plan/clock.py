@@ -107,16 +107,16 @@ def step_seconds(
     e = efficiency or efficiency_of(shape)
     forward = work.forward_flops(shape) / (layout.world_size * PEAK_FLOPS)
     exchanged = forward_exchange(shape, layout, work.tokens).total
-    again = work.recompute == "full"
+    again, frozen = work.recompute == "full", work.lora is not None  # frozen matrices get no gradient
     scoring = work.old_log_prob_share + work.reference + work.critic_flops + work.reward_flops
     scoring += work.teacher_flops
     rounds, running = work.epochs * (1 + work.critic_flops), 1 - work.bubble(layout)
     # A backward pass takes two forward passes' FLOPs, and sends what one sends.
-    train = ((3 + again) * forward / e.train + (2 + again) * exchanged) * rounds / running
+    train = ((3 + again - frozen) * forward / e.train + (2 + again) * exchanged) * rounds / running
     return Seconds(
         generate=generate_seconds(shape, parameters, work, fleet, e) if work.generates else 0.0,
         log_probs=(forward / e.log_probs + exchanged) * scoring / running,
-        train=train + _exposed(parameters, layout, work, train),
+        train=train + (0.0 if frozen else _exposed(parameters, layout, work, train)),
         publish=weight_bytes(work.precision) * parameters / e.publish if work.generates else 0.0,
         beside=work.staleness > 0 and work.generates,
     )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import prod
 
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterEntry, ParameterMap
 from mcore_rl.model.layouts import padded_vocab
@@ -61,6 +63,21 @@ def count_policy(arch: Architecture, layout: Layout) -> list[StageCount]:
 def count_critic(arch: Architecture, layout: Layout) -> list[StageCount]:
     """What each stage of the critic holds: the policy's, with the value head in place of the output layer."""
     return _deal(CriticParameterMap, arch, layout, tied=False)
+
+
+def count_adapters(arch: Architecture, lora: Lora, layout: Layout) -> list[StageCount]:
+    """What each stage of a policy has of adapters, which are trained in the place of its parameters."""
+    layers = [StageCount()] * arch.layers
+    mapping = AdapterMap(arch, lora)
+    for entry in mapping.entries():
+        (shape,) = mapping.shapes(entry.rule)
+        part = _Tensors(entry.layer, False, _kind(entry), prod(shape))
+        assert part.layer is not None
+        layers[part.layer] += part.on_one_rank(arch, arch.vocab, layout.tensor, layout.expert)
+    return [
+        sum((layers[layer] for layer in layers_of(stage, arch.layers, layout)), StageCount())
+        for stage in range(layout.pipeline)
+    ]
 
 
 def distinct(stages: Sequence[StageCount], layout: Layout) -> int:

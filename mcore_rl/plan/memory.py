@@ -15,6 +15,8 @@ from math import prod
 import torch
 
 from mcore_rl.data.balance import ModelShape
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.experts import Experts
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -22,7 +24,7 @@ from mcore_rl.model.layouts import DTYPES, padded_vocab
 from mcore_rl.model.phases import NEEDED, PHASES
 from mcore_rl.parallel.head.passes import Tiling
 from mcore_rl.parallel.layout import Layout
-from mcore_rl.plan.count import StageCount, count_critic, count_policy, layers_of
+from mcore_rl.plan.count import StageCount, count_adapters, count_critic, count_policy, layers_of
 from mcore_rl.plan.work import PlannedStep
 from mcore_rl.precision import ITEM_BYTES
 
@@ -104,14 +106,17 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
     policy = count_critic(arch, layout) if work.value_head else count_policy(arch, layout)
     teachers = [count_policy(teacher, layout) for teacher in work.teachers]
     nothing = [StageCount()] * layout.pipeline
+    adapters = nothing if work.lora is None else count_adapters(arch, work.lora, layout)
     critic = nothing if work.critic is None else count_critic(work.critic, layout)
     judge = nothing if work.reward_model is None else count_critic(work.reward_model, layout)
     size = weight_bytes(work.precision)
     stages = []
     for stage, count in enumerate(policy):
+        trained = count if work.lora is None else adapters[stage]
         waiting: dict[str, float] = {
-            "optimizer": (1 - work.cpu_fraction) * optimizer_bytes(count, layout, work),
-            "reference": size * count.total * work.reference,
+            "optimizer": (1 - work.cpu_fraction) * optimizer_bytes(trained, layout, work),
+            # Of frozen weights, the reference is these themselves.
+            "reference": size * count.total * (work.reference and work.lora is None),
             "reward_model": _judge_bytes(judge[stage], layout, work, stage),
             "teacher": sum(size * its[stage].total for its in teachers) - _heads(layout, work, stage),
             "critic": critic_bytes(critic[stage], layout, work, stage),
@@ -120,8 +125,8 @@ def stage_memory(arch: Architecture, layout: Layout, work: PlannedStep) -> list[
         }
         stages.append(
             RankMemory(
-                weights=_weights(count, work),
-                gradients=4 * count.total,
+                weights=_weights(count, work) + size * adapters[stage].total,
+                gradients=4 * trained.total,
                 **(waiting | {"reference": waiting["reference"] * (not work.swapped)}),
                 teacher_said=_heads(layout, work, stage) + _states(layout, work, stage),
                 activations=kept_bytes(arch, layout, work, stage),
@@ -351,10 +356,12 @@ def head_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
 def publish_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     """By disk, the largest parameter, gathered and arranged as Hugging Face stores it; else two buckets."""
     largest = weight_bytes(work.precision) * _largest_parameter(arch)
+    # A shard and its adapter's product are added in fp32, one parameter at a time.
+    merging = 0 if work.lora is None else 8 * _largest_adapted(arch, work.lora) / layout.tensor
     if not work.bucket_bytes:
-        return largest * (2 if layout.tensor > 1 else 1)
+        return largest * (2 if layout.tensor > 1 else 1) + merging
     shard = largest / layout.tensor if layout.tensor > 1 else 0
-    return max(2 * work.bucket_bytes, 2 * largest + shard)
+    return max(2 * work.bucket_bytes, 2 * largest + shard) + merging
 
 
 @lru_cache
@@ -362,6 +369,14 @@ def _largest_parameter(arch: Architecture) -> int:
     mapping = ParameterMap(arch, arch.vocab)
     shapes = mapping.hf_shapes()
     return max(sum(prod(shapes[name]) for name in entry.hf) for entry in mapping.entries())
+
+
+@lru_cache
+def _largest_adapted(arch: Architecture, lora: Lora) -> int:
+    mapping, adapters = ParameterMap(arch, arch.vocab), AdapterMap(arch, lora)
+    shapes = mapping.hf_shapes()
+    adapted = (entry for entry in mapping.entries() if adapters.base_of(entry.megatron))
+    return max(sum(prod(shapes[name]) for name in entry.hf) for entry in adapted)
 
 
 def _server_weights(policy: Sequence[StageCount], layout: Layout) -> float:

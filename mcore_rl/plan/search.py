@@ -9,7 +9,7 @@ from itertools import product
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.errors import LayoutError
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.layouts import check_classifier_layout, check_layout
+from mcore_rl.model.layouts import check_adapters, check_classifier_layout, check_layout
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
@@ -67,6 +67,8 @@ def evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan:
         LayoutError: the model cannot be cut that way, or a micro-batch cannot hold the longest sequence.
     """
     check_layout(problem.arch, layout)
+    if problem.work.lora is not None:
+        check_adapters(problem.arch, layout, problem.work.lora)
     for key, model in (("reward.model", problem.work.reward_model), ("critic.path", problem.work.critic)):
         if model is not None:
             check_classifier_layout(model, layout, key)

@@ -12,10 +12,11 @@ import numpy as np
 from mcore_rl.algo.algorithms import ALGORITHMS, configure
 from mcore_rl.config import Config
 from mcore_rl.data.balance import ModelShape, forward_flops
+from mcore_rl.lora import Lora
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import DEFAULT_FP8, Fp8
-from mcore_rl.training.layout import fp8_of
+from mcore_rl.training.layout import fp8_of, lora_of
 from mcore_rl.training.shape import shape_of
 
 
@@ -64,6 +65,8 @@ class PlannedStep:
     """frozen models that a student is compared with, over the whole vocabulary"""
     teacher_flops: float = 0.0
     """FLOPs of their forward passes over the tokens of a step, the student's taken as 1"""
+    lora: Lora | None = None
+    """what is trained beside frozen weights"""
     bucket_bytes: int = 0
     """bytes of a bucket of weights on its way to the servers; 0 where they go by disk"""
     staleness: int = 0
@@ -161,6 +164,7 @@ def work_of(
         fp8=fp8_of(config),
         offloaded=frozenset(_offloaded(config)),
         swapped=config.residency.reference == "swapped",
+        lora=lora_of(config),
         value_head=config.run.kind == "reward_model",
         teachers=tuple(map(read_architecture, teachers)),
         # each scores its own rows: on average, an equal share

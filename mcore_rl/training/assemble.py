@@ -14,6 +14,7 @@ from mcore_rl.config import Config
 from mcore_rl.directories import is_ours
 from mcore_rl.dumps import directory as dumps
 from mcore_rl.errors import ConfigError
+from mcore_rl.model.adapters import AdaptersOff
 from mcore_rl.model.build import Model, build_classifier, build_critic, build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, gradients_of, weights_of
@@ -129,7 +130,9 @@ def build_models(trainer: Trainer, algorithm: Algorithm, *, rewards: bool = True
     waiting: dict[str, ResidentPart] = {}
     frozen: dict[str, Model] = {}
     reference = None
-    if algorithm.needs_reference and where.reference == "swapped":
+    if algorithm.needs_reference and trainer.policy.adapters is not None:
+        reference, waiting["reference"] = trainer.policy, AdaptersOff(trainer.policy.unwrapped)
+    elif algorithm.needs_reference and where.reference == "swapped":
         reference, waiting["reference"] = trainer.policy, Swapped(trainer.policy)
     elif algorithm.needs_reference:
         reference = frozen["reference."] = build_reference(config, mesh)

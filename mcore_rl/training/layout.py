@@ -1,8 +1,9 @@
-"""What a config says of layout, FP8 and memory, in their terms; `plan` asks too, without Megatron-Core."""
+"""What a config says of layout, memory, FP8 and adapters in their terms; `plan` asks too, without Megatron."""
 
 from __future__ import annotations
 
 from mcore_rl.config import Config
+from mcore_rl.lora import Lora
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import Fp8
 from mcore_rl.tuning import Tuning
@@ -35,3 +36,9 @@ def tuning_of(config: Config, *, trained: bool) -> Tuning:
     if not trained:
         return Tuning(dispatcher=dispatcher)
     return Tuning(t.recompute, t.recompute_modules, t.offload_modules, dispatcher)
+
+
+def lora_of(config: Config) -> Lora | None:
+    """What [lora] asks for; None where the weights themselves are trained."""
+    o = config.lora
+    return Lora(o.rank, o.alpha, o.targets, o.rslora, o.seed, o.path) if o.rank else None

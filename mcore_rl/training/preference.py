@@ -20,7 +20,7 @@ from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.data import response_of
 from mcore_rl.training.metrics import read
 from mcore_rl.training.model_passes import Update
-from mcore_rl.training.reference import ReferencePolicy, means_of, start_reference
+from mcore_rl.training.reference import ReferencePolicy, means_of, start_reference, without_adapters
 from mcore_rl.training.sequence_objective import SequenceObjective, measured, parts_of
 from mcore_rl.training.session import (
     Metrics,
@@ -37,7 +37,8 @@ def train_preference(config: Config, resume: str | None = None) -> None:
         loss, held_out = loss_of(config.preference), validation_rows(config, trainer.tokenizer)
         longest = min(limit.tokens for limit in response_of(config).limits)
         everything = all_sequences(loss, held_out, longest)
-        known = means_of(trainer.policy, trainer.shape, everything) if held_out else []
+        with without_adapters(trainer.policy):
+            known = means_of(trainer.policy, trainer.shape, everything) if held_out else []
         reference = None
         if loss.needs_reference:
             parts = (config, trainer.policy, trainer.shape, trainer.prompts, trainer.attempt.reached)

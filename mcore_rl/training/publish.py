@@ -15,6 +15,7 @@ from mcore_rl.model.step import forward
 from mcore_rl.parallel.control import on_main, reduce_maxima
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.dispatch import no_server_left
+from mcore_rl.training.adapter_share import adapter_share, check_share
 from mcore_rl.training.batch import Batching, pack_share
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.mismatch import tolerances_of
@@ -57,7 +58,8 @@ class Publisher:
                 publish.probe_sequences gives.
 
         Raises:
-            WeightSyncError: on every rank, when a server's log-probs are not those of the new weights.
+            WeightSyncError: on every rank, when a server's log-probs are not those of the new weights, or
+                those of the frozen model without its adapters.
             RolloutError: on every rank, when no server is left.
         """
         version, trainer, servers = str(step), self.trainer, self.servers
@@ -76,6 +78,8 @@ class Publisher:
             trainer.step_log.event("server_unmoved", url=url, version=version)
         limit = tolerances_of(trainer.config, trainer.policy.arch.layers).largest
         check_close(version, gaps.after, gaps.largest_before, limit)
+        share = adapter_share(trainer.policy, trainer.shape, probe, after)
+        check_share(version, share)
         self.generation.serve()
         for url in lost & after.keys():
             trainer.step_log.event("server_returned", url=url, version=version)
@@ -85,6 +89,7 @@ class Publisher:
             "rollout/servers": len(servers.fleet.serving),
         }
         metrics |= {"publish/stale_max_abs": gaps.largest_before} if before else {}
+        metrics |= {"publish/adapter_share": min(one.share for one in share.values())} if share else {}
         return metrics | ({"publish/moved_max_abs": min(moved.values())} if moved else {})
 
 

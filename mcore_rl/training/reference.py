@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,6 +11,7 @@ from mcore_rl.config import Config
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.data.prompts import PromptSet
+from mcore_rl.model.adapters import AdaptersOff
 from mcore_rl.model.build import Model
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, Swapped, weights_of
 from mcore_rl.training.assemble import build_reference
@@ -57,7 +59,7 @@ class ReferencePolicy:
 def start_reference(
     config: Config, policy: Model, shape: Batching, data: PromptSet, reached: Callable[[str], None]
 ) -> ReferencePolicy:
-    """The reference, where residency.reference has it; collective.
+    """The reference, where residency.reference has it, or the policy without its adapters; collective.
 
     Args:
         policy: with its starting weights: not restored yet.
@@ -65,6 +67,8 @@ def start_reference(
         reached: told that the run goes on.
     """
     where = config.residency.reference
+    if policy.adapters is not None:
+        return ReferencePolicy(policy, shape, policy, {"reference": AdaptersOff(policy.unwrapped)})
     if where == "kept":
         return ReferencePolicy(policy, shape, None, kept=_of_all_rows(policy, shape, data, reached))
     if where == "swapped":
@@ -74,6 +78,11 @@ def start_reference(
         return ReferencePolicy(policy, shape, model)
     offloaded = Offloaded(partial(weights_of, model), constant=True)
     return ReferencePolicy(policy, shape, model, {"reference": offloaded})
+
+
+def without_adapters(policy: Model) -> AbstractContextManager[None]:
+    """Inside, a policy before its training is its reference, whatever its adapters begin with."""
+    return AdaptersOff(policy.unwrapped).resident() if policy.adapters is not None else nullcontext()
 
 
 def means_of(model: Model, shape: Batching, sequences: Sequence[TokenSequence]) -> list[float]:

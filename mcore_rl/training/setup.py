@@ -29,7 +29,7 @@ from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
-from mcore_rl.model.layouts import check_layout
+from mcore_rl.model.layouts import check_adapters, check_layout
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
@@ -60,7 +60,7 @@ from mcore_rl.training.data import (
 from mcore_rl.training.faults.exits import recorded
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
-from mcore_rl.training.layout import fp8_of, layout_of, tuning_of
+from mcore_rl.training.layout import fp8_of, layout_of, lora_of, tuning_of
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -88,6 +88,9 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     layout.check(world_size())
     arch = read_architecture(config.model.path)
     check_layout(arch, layout)
+    lora = lora_of(config)
+    if lora is not None:
+        check_adapters(arch, layout, lora)
     if config.samples_responses:
         check_transport(arch, config)
     timeout = collective_timeout(config.train.step_timeout)
@@ -160,15 +163,8 @@ def build_trainer(
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     check_batch(config, prompts)
-    build = build_critic if config.run.kind == "reward_model" else build_policy
     tell(f"building the model of {config.model.path} ...", is_main=mesh.is_main)
-    policy = build(
-        config.model.path,
-        mesh,
-        **model_settings(config),
-        tuning=tuning_of(config, trained=True),
-        ddp=trained_ddp(config, mesh.layout),
-    )
+    policy = build_trained(config, mesh)
     check_gradient_scale(policy)
     check_router_biases(policy.arch, config.optimizer.router_bias_rate)
     resume_step = None if attempt.saved is None else sys.maxsize
@@ -190,6 +186,15 @@ def build_trainer(
         step_log=step_log,
         progress=Progress(config.train.steps, config.train.eval_every),
     )
+
+
+def build_trained(config: Config, mesh: Mesh) -> Model:
+    """The model that a run trains, with its starting weights; collective."""
+    tuning, ddp = tuning_of(config, trained=True), trained_ddp(config, mesh.layout)
+    settings = model_settings(config) | {"tuning": tuning, "ddp": ddp}
+    if config.run.kind == "reward_model":
+        return build_critic(config.model.path, mesh, **settings)
+    return build_policy(config.model.path, mesh, **settings, lora=lora_of(config))
 
 
 def check_router_biases(arch: Architecture, rate: float) -> None:

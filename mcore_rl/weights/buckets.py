@@ -11,9 +11,9 @@ groups and connections of its own, never those of the filling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from mcore_rl.errors import NumericsError, WeightSyncError
+from mcore_rl.model.adapters import mergers
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
 from mcore_rl.model.weights_io import global_weights
@@ -43,11 +44,14 @@ class Export:
     mapping: ParameterMap
     mesh: Mesh
     encoding: Encoding = PLAIN
+    merged: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """global name -> what adds an adapter to the shard, which then leaves this rank in place of it"""
 
 
 def export_of(model: Model, encoding: Encoding = PLAIN) -> Export:
-    """The parameters of a model."""
-    return Export(global_weights(model.unwrapped), model.mapping, model.mesh, encoding)
+    """The parameters of a model, adapters merged into them."""
+    merged = mergers(model.unwrapped)
+    return Export(global_weights(model.unwrapped), model.mapping, model.mesh, encoding, merged)
 
 
 # --- the plan: a pure function of what the ranks hold -------------------------------------------------------
@@ -423,7 +427,8 @@ def _give(bucket: Bucket, export: Export) -> None:
 
 def _shard(export: Export, megatron: str) -> Tensor:
     tensor = export.tensors[megatron].detach()
-    return (dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor).contiguous()
+    tensor = dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+    return (export.merged[megatron](tensor) if megatron in export.merged else tensor).contiguous()
 
 
 def view(data: Tensor, slot: Slot) -> Tensor:

@@ -15,6 +15,8 @@ from mcore_rl.checkpoint.directory import CheckpointDirectory
 from mcore_rl.checkpoint.image import FileImage
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.checkpoint.torch_dist import data_file, load_pieces, side_files
+from mcore_rl.lora import Lora
+from mcore_rl.model.adapters import adapter_parameters
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.step import forward_backward
@@ -27,10 +29,22 @@ from mcore_rl.weights.buckets import gather
 from tests.model.support import sequences, shape_at
 
 
-def build(mesh: Mesh, directory: Path, *, precision: str = "fp32", distributed: bool = True) -> Optimizer:
+def build(
+    mesh: Mesh,
+    directory: Path,
+    *,
+    precision: str = "fp32",
+    distributed: bool = True,
+    lora: Lora | None = None,
+) -> Optimizer:
     """A policy in training, with a warm-up, so that the schedule's place matters."""
     model = build_policy(
-        directory, mesh, precision=precision, random_seed=3, ddp=ddp_config(distributed=distributed)
+        directory,
+        mesh,
+        precision=precision,
+        random_seed=3,
+        ddp=ddp_config(distributed=distributed),
+        lora=lora,
     )
     return build_optimizer(
         model, lr=1e-2, weight_decay=0.1, precision=precision, warmup_steps=10, distributed=distributed
@@ -60,8 +74,10 @@ def pieces(optimizer: Optimizer) -> list:
 
 
 def weights(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Full HF tensors, each on one rank."""
+    """Full HF tensors of what is trained, each on one rank."""
     model = optimizer.model
+    if model.adapters is not None:
+        return gather(adapter_parameters(model.unwrapped), model.adapters, model.mesh)
     named = {name: p.detach() for name, p in global_parameters(model.unwrapped).items()}
     return gather(named, model.mapping, model.mesh)
 

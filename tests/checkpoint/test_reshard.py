@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mcore_rl.checkpoint import count_updates, find, set_updates
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import PLACE
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh
 from tests.checkpoint.support import build, open_at, pieces, stored, train, weights
@@ -45,8 +47,11 @@ def merged(answers: list) -> dict[str, Tensor]:
     return {name: tensor for held, _ in answers for name, tensor in held.items()}
 
 
+ADAPTERS = {"lora": Lora(4, 8.0)}
+OF_EXPERTS = {"lora": Lora(4, 8.0, targets=("qkv", "proj", "experts"))}
 MATRIX = [
     ("tp2", "tp1", "dense", {}),
+    ("tp2", "dp2", "dense", ADAPTERS),
     ("tp1", "pp2", "dense", {}),
     ("tp2pp2", "dp2", "dense", {}),
     ("cp2", "tp2+sp", "dense", {}),
@@ -58,12 +63,15 @@ MORE = [
     ("tp2", "dp2", "dense", {"precision": "bf16", "distributed": False}),
     ("pp2+vpp2", "tp2", "dense", {}),
     ("pp2", "dp2", "tied", {"distributed": False}),
+    ("pp2", "tp2", "tied", ADAPTERS),
+    ("ep2", "tp1", "moe", OF_EXPERTS),
+    ("tp1", "tp2ep2+sp", "moe", OF_EXPERTS | {"precision": "bf16"}),
 ]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "kind", "options"),
-    [*MATRIX[:2], *(pytest.param(*row, marks=pytest.mark.slow) for row in (*MATRIX[2:], *MORE))],
+    [*MATRIX[:3], *(pytest.param(*row, marks=pytest.mark.slow) for row in (*MATRIX[3:], *MORE))],
 )
 def test_state_and_continuation_are_those_of_the_saved_run(
     request, models, before, after, kind, options, tmp_path
@@ -83,6 +91,8 @@ def test_state_and_continuation_are_those_of_the_saved_run(
     assert moments
     assert all(one[key].any() for key in moments), "a moment that is 0 everywhere proves nothing"
     assert all(torch.equal(one[key], other[key]) for key in one), "and so is the optimizer's state"
+    if "lora" in options:
+        assert all(PLACE in key for key in one), "a checkpoint holds adapters alone"
     tolerance = 1e-5 if options.get("precision") != "bf16" else 2e-2
     assert second[-1][1] == pytest.approx(first[-1][1], rel=tolerance)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mcore_rl.data.packing import TokenSequence, pack
+from mcore_rl.lora import Lora
 from mcore_rl.model import platform
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.optimizer import build_optimizer, ddp_config
@@ -21,7 +22,9 @@ from mcore_rl.tuning import Tuning
 from mcore_rl.types import PackedBatch
 
 
-def measure(directory: Path, precision: str, recompute: Any, length: int, count: int) -> dict[str, int]:
+def measure(
+    directory: Path, precision: str, recompute: Any, length: int, count: int, lora: Lora | None = None
+) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer state, and of a step on `count` sequences of `length` tokens."""
     platform.install()
     mesh = build_mesh(Layout(), timeout=60.0)
@@ -33,6 +36,7 @@ def measure(directory: Path, precision: str, recompute: Any, length: int, count:
             tuning=Tuning(recompute=recompute),
             random_seed=0,
             ddp=ddp_config(),
+            lora=lora,
         )
         optimizer = build_optimizer(model, lr=1e-3, precision=precision)
         sequences = [TokenSequence((1,), tuple(range(2, length + 1))) for _ in range(count)]
@@ -43,7 +47,7 @@ def measure(directory: Path, precision: str, recompute: Any, length: int, count:
         parameters = list(model.unwrapped[0].parameters())
         return {
             "weights": sum(_bytes(p) for p in parameters),
-            "gradients": sum(_bytes(p.main_grad) for p in parameters),
+            "gradients": sum(_bytes(p.main_grad) for p in parameters if hasattr(p, "main_grad")),
             "optimizer": _state_bytes(optimizer, {p.data_ptr() for p in parameters}),
             "step": rise,
         }

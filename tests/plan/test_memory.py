@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from mcore_rl.data.balance import model_shape
+from mcore_rl.lora import Lora
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
 from mcore_rl.model.portable import PackedLayout
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.pool import Pool
+from mcore_rl.plan.count import count_adapters
 from mcore_rl.plan.memory import kv_bytes_per_token, stage_memory
 from mcore_rl.plan.work import PlannedStep
 from tests.plan.measure import measure
@@ -115,6 +117,21 @@ def test_a_step_with_latent_attention_takes_what_the_plan_says(pool1: Pool, late
     (planned,) = stage_memory(read_architecture(latent_directory), Layout(), work("bf16", "none"))
     for component in ("weights", "gradients", "optimizer"):
         assert getattr(planned, component) == measured[component], component
+    assert planned.step == pytest.approx(measured["step"], rel=WITHIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_of_adapters_takes_what_the_plan_says(pool1: Pool, directory: Path, recompute: str) -> None:
+    """Beside the frozen weights there is nothing of their size: no gradients, no moments, no copies."""
+    lora, arch = Lora(8, 16.0), read_architecture(directory)
+    (measured,) = pool1.run(measure, directory, "bf16", recompute, LENGTH, COUNT, lora)
+    (planned,) = stage_memory(arch, Layout(), replace(work("bf16", recompute), lora=lora))
+    for component in ("weights", "gradients", "optimizer"):
+        assert getattr(planned, component) == measured[component], component
+    (trained,) = count_adapters(arch, lora, Layout())
+    assert measured["gradients"] == 4 * trained.total
+    assert measured["optimizer"] == 12 * trained.total
     assert planned.step == pytest.approx(measured["step"], rel=WITHIN)
 
 

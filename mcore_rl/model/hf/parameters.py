@@ -101,7 +101,7 @@ class ParameterMap:
 
     def entry(self, megatron: str) -> ParameterEntry:
         """The entry of a global Megatron name; a tied output layer answers with the embedding's HF tensor."""
-        template = NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
+        template = self.template(megatron)
         if template not in self._rules:
             raise ConfigError(
                 f"parameter {megatron!r} has no rule in the {self.arch.family} table of model/hf/tables.py"
@@ -111,6 +111,11 @@ class ParameterMap:
         if self.arch.tied and megatron == "output_layer.weight":
             return ParameterEntry(megatron, ("model.embed_tokens.weight",), entry.rule)
         return entry
+
+    @staticmethod
+    def template(megatron: str) -> str:
+        """A global Megatron name with `{layer}` and `{expert}` in the place of its numbers."""
+        return NUMBER.sub(lambda match: f"{{{match.lastgroup}}}", megatron)
 
     def shapes(self, rule: Rule) -> list[tuple[int, ...]]:
         """The shapes of the HF tensors that one parameter becomes, in the rule's order.

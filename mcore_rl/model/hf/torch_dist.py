@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mcore_rl.errors import CheckpointError, ConfigError
+from mcore_rl.model.hf.adapters import PLACE
 from mcore_rl.model.hf.parameters import HF_DTYPES, ParameterEntry, ParameterMap
 from mcore_rl.model.hf.unpickle import read_metadata
 from mcore_rl.terminal import quoted, short
@@ -50,6 +51,8 @@ def place(entry: ParameterEntry, mapping: ParameterMap) -> Place:
     """Where a parameter of the whole model (one rank's, without padding of the vocabulary) lies."""
     shape = mapping.shape(entry.rule)
     key = entry.megatron
+    if PLACE in key:  # an adapter's has a key of its own, also that of an expert
+        return Place(key, shape, (0,) * len(shape), shape)
     if entry.is_expert and mapping.arch.experts is not None:
         head, _, tail = key.partition(".local_experts.")
         number, _, rest = tail.partition(".")
@@ -114,7 +117,7 @@ def torch_dist_reader(directory: Path, mapping: ParameterMap, prefix: str = "") 
             storage.read_data(LoadPlan(items), cast(Any, _Target(out, where.offset))).wait()
         except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{directory}: {key} cannot be read: {error}") from error
-        views = mapping.parts(entry, out[0] if entry.is_expert else out, 1)
+        views = mapping.parts(entry, out[0] if len(where.size) > len(mapping.shape(entry.rule)) else out, 1)
         pieces = [
             view.reshape(-1, *shape[1:])[: shape[0]]  # less the padding of a vocabulary
             for shape, view in zip(mapping.piece_shapes(entry.rule), views, strict=True)
@@ -167,6 +170,8 @@ def _problems(metadata: Metadata, mapping: ParameterMap, prefix: str) -> list[st
         if isinstance(value, TensorStorageMetadata)
         and (key.startswith(prefix) if prefix else not key.startswith(OTHER_STATE))
     }
+    if any(PLACE in key for key in found) and not any(PLACE in key for key in expected):
+        return ["it holds adapters alone; `mcore-rl convert merge` joins them with their model"]
     problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
     types = {found[key].properties.dtype for key in expected.keys() & found.keys()}

@@ -1,0 +1,170 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, read strictly and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mcore_rl import strict_json
+from mcore_rl.errors import ConfigError
+from mcore_rl.lora import Lora, Target
+from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.architecture import Architecture
+from mcore_rl.model.hf.files import SafetensorsWriter
+from mcore_rl.model.hf.parameters import ParameterMap
+from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
+from mcore_rl.terminal import listed
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PLAIN: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layer_replication": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_parameters": None,
+}
+"""fields with the only value under which an adapter is what is built here; absent, they have it"""
+
+
+def write_adapter(adapters: AdapterMap, tensors: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
+    """Fill an empty `directory` with an adapter, which PEFT and servers read.
+
+    Args:
+        tensors: every tensor of `adapters.hf_shapes()`, on the CPU.
+        base: what the file calls the model that it is beside.
+    """
+    forms = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with SafetensorsWriter(directory / WEIGHTS, forms) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+    config = json.dumps(adapter_config(adapters, base), indent=2) + "\n"
+    (directory / CONFIG).write_text(config)
+
+
+def adapter_config(adapters: AdapterMap, base: str) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    lora = adapters.lora
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha  # as PEFT and servers expect it
+    return {
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "target_modules": target_modules(adapters),
+        **_PLAIN,
+    }
+
+
+def target_modules(adapters: AdapterMap) -> list[str]:
+    """What PEFT is to give adapters to: the last part of a module's name where all modules of it have one."""
+    own = ParameterMap(adapters.arch, adapters.arch.vocab)
+    every = [name.removesuffix(".weight") for name, shape in own.hf_shapes().items() if len(shape) == 2]
+    having = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapters.hf_shapes()}
+    partly = {name.rpartition(".")[2] for name in every if name not in having}
+    return sorted({last if (last := name.rpartition(".")[2]) not in partly else name for name in having})
+
+
+def adapter_reader(adapters: AdapterMap, directory: Path) -> Callable[[str], Tensor]:
+    """Tensors by PEFT's names, from a directory of PEFT's, or a checkpoint, with exactly these adapters.
+
+    Raises:
+        ConfigError: the directory holds another adapter, or a form that is not supported; the message says
+            which key of [lora], or which tensor.
+        CheckpointError: a checkpoint is damaged.
+    """
+    if holds_torch_dist(directory):
+        return torch_dist_reader(directory, adapters)
+    _check_config(adapters, directory / CONFIG)
+    path = directory / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"lora.path: {path}: not a readable safetensors file ({error})") from error
+    wanted = adapters.hf_shapes()
+    lines = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
+    lines += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & tensors.keys()):
+        if tuple(tensors[name].shape) != wanted[name]:
+            lines.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {wanted[name]}")
+        if tensors[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            lines.append(f"{name} has type {tensors[name].dtype}")
+    if lines:
+        raise ConfigError(
+            f"lora.path: {path}: its tensors are not those of lora.targets = {list(adapters.lora.targets)} "
+            f"beside model.path ({listed(lines)}); correct lora.targets, or take another adapter"
+        )
+    return lambda name: tensors[name]
+
+
+def _check_config(adapters: AdapterMap, path: Path) -> None:
+    told = read_config(path)
+    lora = adapters.lora
+    ours = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}
+    keys = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
+    for name, value in ours.items():
+        if told.get(name, False) != value:
+            raise ConfigError(
+                f"lora.{keys[name]} = {value}, but {path} says {name} = {told.get(name)}; set "
+                f"lora.{keys[name]} to it"
+            )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, of an adapter that is what is built here.
+
+    Raises:
+        ConfigError: it cannot be read, or tells of another kind of adapter.
+    """
+    try:
+        told = strict_json.parse(path.read_bytes())
+    except (OSError, strict_json.JsonError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); name the directory of an adapter") from error
+    if not isinstance(told, dict):
+        raise ConfigError(f"{path} is no JSON object; name the directory of an adapter")
+    for name, value in _PLAIN.items():
+        if told.get(name, value) != value and (told.get(name) or value):
+            raise ConfigError(
+                f"{path}: {name} = {told[name]!r} is not supported, only {value!r}; merge that adapter into "
+                "its model with PEFT"
+            )
+    return told
+
+
+def lora_of(directory: Path, arch: Architecture) -> Lora:
+    """What an adapter in PEFT's format says of itself; its targets are those that it has tensors of.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another kind.
+    """
+    told = read_config(directory / CONFIG)
+    rank, alpha, rslora = told.get("r"), told.get("lora_alpha"), told.get("use_rslora", False)
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(rslora, bool)):
+        raise ConfigError(f"{directory / CONFIG}: no r and lora_alpha; name the directory of an adapter")
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            held = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{directory / WEIGHTS}: not a readable safetensors file ({error})") from error
+    targets = []
+    for target in get_args(Target):
+        with suppress(ConfigError):  # this model has no such matrices, and so no tensors of theirs
+            if held & AdapterMap(arch, Lora(rank, alpha, (target,))).hf_shapes().keys():
+                targets.append(target)
+    return Lora(rank, float(alpha), tuple(targets), rslora, path=directory)

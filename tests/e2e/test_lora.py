@@ -1,0 +1,69 @@
+"""Whole runs that train adapters: their publishes, their checkpoints, and a publish that drops them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mcore_rl.log import read_metrics
+from tests.checkpoint.support import stored
+from tests.e2e.conftest import Task
+from tests.e2e.ranks import Ranks
+
+pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
+LORA = (
+    "--lora.rank",
+    "8",
+    "--lora.alpha",
+    "16",
+    "--optimizer.lr",
+    "2e-3",
+    "--optimizer.schedule",
+    "constant",
+)
+
+
+def grpo(task: Task, directory: Path, *flags: str) -> list[str]:
+    steps = ["--train.steps", "3", "--rollout.prompts_per_step", "32"]
+    return ["train", "examples/grpo_tiny.toml", *task.rl, *LORA, *steps, "--run.dir", str(directory), *flags]
+
+
+def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
+    ranks: Ranks, task: Task, tmp_path: Path
+) -> None:
+    flags = ["--checkpoint.every", "1", "--checkpoint.keep", "3", "--algorithm.params.kl_in_loss", "0.01"]
+    flags += ["--algorithm.mini_batches", "1"]
+    done = ranks.run(*grpo(task, tmp_path / "whole", *flags), world=2)
+    assert done.returncode == 0, done.stderr
+    first, *steps = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert "publish/adapter_share" not in first, "B is 0: nothing tells the policy from the frozen model"
+    assert all(step["publish/adapter_share"] == pytest.approx(1.0, abs=1e-3) for step in steps)
+    assert all(step["kl/reference"] > 0 for step in steps[1:])
+    assert steps[0]["kl/reference"] == 0, "the reference is the policy without its adapters, which began so"
+    resumed = ["--resume", str(tmp_path / "whole/checkpoints/step_2")]
+    done = ranks.run(*grpo(task, tmp_path / "again", *flags, *resumed), world=2)
+    assert done.returncode == 0, done.stderr
+    one, other = (stored(tmp_path / name / "checkpoints/step_3") for name in ("whole", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    written = load_file(next((tmp_path / "whole/weights/3").glob("*.safetensors")))
+    base = load_file(next((task.root / "warm_start/model").glob("*.safetensors")))
+    moved = {name for name, tensor in base.items() if not torch.equal(written[name], tensor)}
+    assert moved == {name for name in base if "_proj" in name}, "norms, embeddings and the head are frozen"
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [("fp32", "it does not hold the published weights"), ("bf16", "The adapters did not arrive")],
+)
+def test_a_publish_that_drops_the_adapters_ends_the_run_at_step_1(
+    ranks: Ranks, task: Task, tmp_path: Path, precision: str, said: str
+) -> None:
+    planted = ["--algorithm.loss", "tests.losses.dropped_adapters:loss", "--model.precision", precision]
+    done = ranks.run(*grpo(task, tmp_path, *planted), world=2)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]

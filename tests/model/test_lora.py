@@ -1,0 +1,308 @@
+"""Adapters against PEFT on the same tiny models: logits, gradients and updates, at every kind of layout."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mcore_rl.lora import Lora
+from mcore_rl.model.adapters import AdaptersOff, adapter_parameters
+from mcore_rl.model.build import Model, build_logits, build_policy
+from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.peft_files import write_adapter
+from mcore_rl.model.optimizer import build_optimizer, ddp_config
+from mcore_rl.model.step import forward, forward_backward
+from mcore_rl.model.weights_io import global_weights
+from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.parallel.pool import Pool
+from mcore_rl.weights.adapters import export_adapter
+from mcore_rl.weights.buckets import gather
+from mcore_rl.weights.disk import export
+from tests.model.support import at_layout
+from tests.model.test_families import Expected, Rows, check_gradients, differences, packed, tokens
+from tests.model.test_policy import NegativeLogLikelihood
+
+RANK, ALPHA = 4, 6.0
+TARGETS = {"dense": ("qkv", "proj", "fc1", "fc2"), "moe": ("qkv", "proj", "fc1", "fc2", "experts")}
+LR, UPDATES, BETAS, DECAY, CLIP = 3e-3, 5, (0.9, 0.95), 0.01, 1.0
+LAYOUTS = {
+    "dense": {
+        "tp1": "pool1",
+        "tp2": "pool2",
+        "tp2+sp": "pool2",
+        "pp2": "pool2",
+        "cp2": "pool2",
+        "dp2": "pool2",
+        "tp2pp2": "pool4",
+        "tp2cp2+sp": "pool4",
+    },
+    "moe": {
+        "tp1": "pool1",
+        "ep2": "pool2",
+        "tp2ep2+sp": "pool2",
+        "pp2": "pool2",
+        "tp2ep4dp2+sp": "pool4",
+    },
+}
+
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, an adapter of it, and what torch computes of both."""
+
+    name: str
+    directory: Path
+    """`fp32` and `adapter` in it"""
+    expected: Expected
+    norm: float
+    """of the gradient, over adapters alone"""
+    start: Tensors
+    after: Tensors
+    """the adapter's numbers after UPDATES updates"""
+
+    @property
+    def lora(self) -> Lora:
+        return Lora(RANK, ALPHA, TARGETS[self.name], path=self.directory / "adapter")
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def case(request, dense_dir: Path, moe_dir: Path, tmp_path_factory) -> Case:
+    return case_of(request.param, {"dense": dense_dir, "moe": moe_dir}[request.param], tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def dense_case(dense_dir: Path, tmp_path_factory) -> Case:
+    return case_of("dense", dense_dir, tmp_path_factory)
+
+
+def case_of(name: str, model: Path, tmp_path_factory) -> Case:
+    root = tmp_path_factory.mktemp(f"lora_{name}")
+    (root / "fp32").symlink_to(model)
+    start = written_adapter(root, Lora(RANK, ALPHA, TARGETS[name]))
+    base = base_of(root)
+    (tensors,) = trained(base, start, 0)
+    logits, loss = passed(base, tensors)
+    loss.backward()
+    gradients = {key: gradient_of(tensor) for key, tensor in tensors.items()}
+    norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+    return Case(
+        name, root, Expected(logits.detach(), gradients), norm, start, trained(base, start, UPDATES)[0]
+    )
+
+
+def written_adapter(root: Path, lora: Lora, seed: int = 1) -> Tensors:
+    """An adapter of random numbers, B too, in PEFT's format below `root`."""
+    adapters = AdapterMap(read_architecture(root / "fp32"), lora)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {n: 0.2 * torch.randn(s, generator=generator) for n, s in adapters.hf_shapes().items()}
+    (root / "adapter").mkdir()
+    write_adapter(adapters, tensors, root / "adapter", base="a model")
+    return tensors
+
+
+def base_of(root: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(root / "fp32", dtype=torch.float32).requires_grad_(False)
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone()
+
+
+def merged(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Every weight by its name in a file, plus scale B A where there is an adapter."""
+    found = dict(weights)
+    for name in weights:
+        down = f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"
+        if down in tensors:
+            found[name] = (
+                weights[name] + ALPHA / RANK * tensors[down.replace("lora_A", "lora_B")] @ tensors[down]
+            )
+    return found
+
+
+def passed(base: torch.nn.Module, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """(logits [tokens but each sequence's last, V], the sum of all tokens' negative log-likelihoods)."""
+    config = base.config
+    own = load_file(Path(config.name_or_path) / "model.safetensors")
+    whole = fused(merged(own, tensors), config)
+    rows = tokens()
+    answers = [torch.func.functional_call(base, whole, (torch.tensor([row]),)).logits[0, :-1] for row in rows]
+    logits, targets = torch.cat(answers), torch.cat([torch.tensor(row[1:]) for row in rows])
+    return logits, torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def fused(weights: Tensors, config) -> Tensors:
+    """As transformers has them: the matrices of all experts of a layer in one tensor."""
+    found = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    for layer in {name.split(".experts.")[0] for name in weights if ".experts." in name}:
+        matrix = [
+            [weights[f"{layer}.experts.{e}.{x}_proj.weight"] for e in range(config.num_experts)]
+            for x in ("gate", "up", "down")
+        ]
+        found[f"{layer}.experts.gate_up_proj"] = torch.stack(
+            [torch.cat(pair) for pair in zip(*matrix[:2], strict=True)]
+        )
+        found[f"{layer}.experts.down_proj"] = torch.stack(matrix[2])
+    return found
+
+
+def trained(base: torch.nn.Module, start: Tensors, updates: int) -> list[Tensors]:
+    """The adapter after so many updates."""
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    adam = torch.optim.AdamW(tensors.values(), lr=LR, betas=BETAS, eps=1e-8, weight_decay=DECAY)
+    for _ in range(updates):
+        adam.zero_grad()
+        passed(base, tensors)[1].backward()
+        for tensor in tensors.values():
+            tensor.grad = gradient_of(tensor)  # an expert without tokens decays as the others do
+        torch.nn.utils.clip_grad_norm_(tensors.values(), CLIP)
+        adam.step()
+    return [{name: tensor.detach().requires_grad_(updates == 0) for name, tensor in tensors.items()}]
+
+
+# --- the reference is PEFT ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["dense"], scope="session", indirect=True)
+def test_the_reference_is_what_peft_computes(case: Case) -> None:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base_of(case.directory), case.directory / "adapter", is_trainable=True)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.replace(".default", "") for name in own} == case.start.keys()
+    adam = torch.optim.AdamW(own.values(), lr=LR, betas=BETAS, eps=1e-8, weight_decay=DECAY)
+    targets = torch.cat([torch.tensor(row[1:]) for row in tokens()])
+    for update in range(UPDATES):
+        adam.zero_grad()
+        logits = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in tokens()])
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        if update == 0:
+            assert float((logits.detach() - case.expected.logits).abs().max()) < 1e-5
+            for name, p in own.items():
+                wanted = case.expected.gradients[name.replace(".default", "")]
+                assert float((p.grad - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
+        torch.nn.utils.clip_grad_norm_(own.values(), CLIP)
+        adam.step()
+    check_moved({name.replace(".default", ""): p.detach() for name, p in own.items()}, case)
+
+
+def check_moved(got: Tensors, case: Case) -> None:
+    """Each tensor within 3e-4 of what the updates moved it by."""
+    assert got.keys() == case.after.keys()
+    for name, wanted in case.after.items():
+        moved = float((wanted - case.start[name]).norm())
+        assert float((got[name] - wanted).norm()) <= 3e-4 * moved, name
+
+
+# --- Megatron at every layout -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one rank has at a layout."""
+
+    rows: Rows
+    inert: bool
+    """with the adapters off, or with B = 0, the logits are those of the base bit for bit"""
+    gradients: Tensors
+    norm: float
+    after: Tensors
+    """the adapter after UPDATES updates, whole tensors that this rank answers for"""
+    frozen: bool
+    """no weight of the base has moved, or has a gradient"""
+
+
+def computed(mesh: Mesh, directory: Path, lora: Lora, target: Path) -> Computed:
+    scored = partial(logits_of, mesh, directory)
+    without = scored(None), scored(lora, on=False), scored(replace(lora, path=None))
+    inert = all(np.array_equal(a, b) for rows in zip(*without, strict=True) for a, b in same_rows(rows))
+    model = build_policy(directory / "fp32", mesh, ddp=ddp_config(distributed=False), lora=lora)
+    before = {name: weight.clone() for name, weight in global_weights(model.unwrapped).items()}
+    export(model, target / "merged")
+    export_adapter(model, target / "adapter", base="a model")
+    gradients = gather({n: vars(p)["main_grad"] for n, p in one_pass(model).items()}, model.adapters, mesh)
+    model = build_policy(directory / "fp32", mesh, ddp=ddp_config(), lora=lora)
+    optimizer = build_optimizer(
+        model, lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, clip_grad=CLIP
+    )
+    norms = []
+    for _ in range(UPDATES):
+        optimizer.zero_grad()
+        one_pass(model, zero=False)
+        norms.append(optimizer.step())
+    after = gather(adapter_parameters(model.unwrapped), model.adapters, mesh)
+    now = global_weights(model.unwrapped)
+    frozen = all(
+        torch.equal(now[name], weight) and not hasattr(now[name], "main_grad")
+        for name, weight in before.items()
+    )
+    return Computed(scored(lora), inert, gradients, norms[0], after, frozen)
+
+
+def same_rows(rows: tuple[tuple[np.ndarray, np.ndarray], ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The logits of the same rows of the base beside those of the others."""
+    (number, base), *others = rows
+    assert all(np.array_equal(number, other) for other, _ in others)
+    return [(base, logits) for _, logits in others]
+
+
+def one_pass(model: Model, *, zero: bool = True) -> dict[str, torch.nn.Parameter]:
+    for chunk in model.chunks if zero else ():
+        chunk.zero_grad_buffer()
+    forward_backward(model, packed(model.mesh), NegativeLogLikelihood(), 1.0)
+    return adapter_parameters(model.unwrapped)
+
+
+def logits_of(mesh: Mesh, directory: Path, lora: Lora | None, *, on: bool = True) -> Rows:
+    """(row, logits) of this rank's packed tokens."""
+    model = build_logits(directory / "fp32", mesh, lora=lora)
+    with nullcontext() if on else AdaptersOff(model.unwrapped).resident():
+        scored = forward(model, packed(mesh), 1.0)
+    return [(batch.fields["number"].numpy().astype(int), out.numpy()) for batch, out in scored]
+
+
+CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [pytest.param(*one, marks=[pytest.mark.slow] if one[1].count("2") > 2 else []) for one in CASES],
+    indirect=["case"],
+    scope="session",
+)
+def test_adapters_are_those_of_torch_at_every_layout(
+    request, case: Case, layout: str, tmp_path: Path
+) -> None:
+    pool: Pool = request.getfixturevalue(LAYOUTS[case.name][layout])
+    answers = at_layout(pool, layout, computed, case.directory, case.lora, tmp_path)
+    assert differences([answer.rows for answer in answers], case.expected) <= 1e-5
+    check_gradients({n: g for a in answers for n, g in a.gradients.items()}, case.expected.gradients)
+    assert all(answer.norm == pytest.approx(case.norm, rel=1e-5) for answer in answers)
+    check_moved({n: g for answer in answers for n, g in answer.after.items()}, case)
+    assert all(answer.frozen and answer.inert for answer in answers)
+    own = load_file(case.directory / "fp32" / "model.safetensors")
+    written = {
+        n: t for file in (tmp_path / "merged").glob("*.safetensors") for n, t in load_file(file).items()
+    }
+    wanted = merged(own, case.start)
+    assert written.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6, msg=name)
+        changed = not torch.equal(tensor, own[name])
+        assert changed or torch.equal(written[name], own[name]), name
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / file).read_bytes() == (case.directory / "adapter" / file).read_bytes()
