@@ -53,6 +53,7 @@ $(LANE_READY): pyproject.toml constraints.txt
 	$(call build,.venv-lane,$(LANE_PYTHON),12)
 
 demo: $(READY)  ## train a tiny policy with GSPO at TP=2 on this machine: a few minutes
+	@echo "The report will be runs/demo/report.html; while it runs: $(BIN)/mcore-rl report --follow runs/demo"
 	$(BIN)/python examples/arithmetic.py runs/demo/data --seed 0
 	$(BIN)/mcore-rl train examples/sft_tiny.toml
 	$(BIN)/mcore-rl train examples/gspo_tiny.toml
@@ -76,6 +77,7 @@ rlhf: $(READY)  ## from data to an aligned model, tiny: SFT, reward model, PPO, 
 	@echo "Open runs/rlhf/index.html in a browser: curves of every stage, and samples before and after"
 
 real: $(REAL)/.ready  ## train a real chat model with GRPO, SmolLM2-135M-Instruct: under 20 minutes after the set-up
+	@echo "The report will be $(REAL)/report.html; while it runs: $(BIN)/mcore-rl report --follow $(REAL)"
 	$(BIN)/mcore-rl train examples/real_grpo.toml
 	$(BIN)/mcore-rl report $(REAL)
 	@echo "Open $(REAL)/report.html in a browser: what it answered before and after is under Samples"
