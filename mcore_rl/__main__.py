@@ -375,6 +375,7 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
     from mcore_rl.report.health import findings
     from mcore_rl.report.runs import read_runs
     from mcore_rl.report.summary import text_table
+    from mcore_rl.timeline import write_trace
 
     if arguments.follow:
         with serving(arguments.run_dirs, arguments.sample, arguments.port) as address:
@@ -387,6 +388,9 @@ def report(arguments: argparse.Namespace, _: list[str]) -> int:
             print(printable(line))
         for finding in findings(run):
             print(printable(f"{finding.title}: {finding.what} {finding.remedy}"))
+    for run_dir in arguments.run_dirs:
+        if trace := write_trace(run_dir):
+            print(printable(f"{trace}: open it in ui.perfetto.dev or chrome://tracing"))
     print()
     print(printable(f"{page}: open it in a browser"))
     return 0

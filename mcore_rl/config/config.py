@@ -31,6 +31,7 @@ from mcore_rl.config.sections import (
     TrainConfig,
 )
 from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
+from mcore_rl.config.watch import WatchConfig, wrong_watch
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
 
@@ -56,6 +57,7 @@ class Config(Section):
     reward_model: RewardModelConfig = RewardModelConfig()
     distill: DistillConfig = DistillConfig()
     publish: PublishConfig = PublishConfig()
+    watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="after")
     def _wider_below_float32(self) -> Config:
@@ -68,7 +70,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
-        found = [*_contradictions(self), *_without_effect(self)]
+        found = [*_contradictions(self), *_without_effect(self), *wrong_watch(self.watch, self.train.steps)]
         if found:
             raise ValueError("\n".join(found))
         return self
