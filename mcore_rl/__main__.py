@@ -122,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--sample", action="append", default=[], metavar="ID", help="a dumped sample, token by token; repeat"
     )
+    add.add_argument("--follow", action="store_true", help="serve it live on this machine, until Ctrl-C")
+    add.add_argument("--port", type=int, default=0, metavar="N", help="of --follow (default: a free one)")
     add.set_defaults(command=report)
 
     _add_verify(commands)
@@ -480,15 +482,28 @@ def convert_adapter(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> int:
-    """`mcore-rl report RUN_DIR [RUN_DIR ...] [--sample ID ...]`."""
+    """`mcore-rl report RUN_DIR [RUN_DIR ...] [--sample ID ...] [--follow [--port N]]`."""
     from mcore_rl.report import write_report
+    from mcore_rl.report.follow import serving, wait_to_be_ended
+    from mcore_rl.report.health import findings
     from mcore_rl.report.runs import read_runs
     from mcore_rl.report.summary import text_table
+    from mcore_rl.timeline import write_trace
 
+    if arguments.follow:
+        with serving(arguments.run_dirs, arguments.sample, arguments.port) as address:
+            print(printable(f"{address}: open it in a browser on this machine; Ctrl-C ends it"), flush=True)
+            wait_to_be_ended()
+        return 0
     page = write_report(arguments.run_dirs, samples=arguments.sample)
     for run in read_runs(arguments.run_dirs):
         for line in text_table(run).split("\n"):
             print(printable(line))
+        for finding in findings(run):
+            print(printable(f"{finding.title}: {finding.what} {finding.remedy}"))
+    for run_dir in arguments.run_dirs:
+        if trace := write_trace(run_dir):
+            print(printable(f"{trace}: open it in ui.perfetto.dev or chrome://tracing"))
     print()
     print(printable(f"{page}: open it in a browser"))
     return 0

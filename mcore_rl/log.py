@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,8 @@ from typing import Any
 from mcore_rl import strict_json
 from mcore_rl.directories import append_line, storage_error, write_whole
 from mcore_rl.errors import DataError
-from mcore_rl.terminal import printable
+from mcore_rl.screen import SCREEN
+from mcore_rl.spans import span
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -145,7 +145,9 @@ def _plain(key: str, value: Any) -> float | int | str | bool | None:
 def tell(what: str, *, is_main: bool) -> None:
     """Say to whoever waits what is being done where no step says it; on the main rank."""
     if is_main:
-        print(printable(what), file=sys.stderr, flush=True)
+        SCREEN.say(what)
+        if what.endswith(" ..."):
+            SCREEN.doing(what.removesuffix(" ..."))
 
 
 class Timers:
@@ -163,11 +165,13 @@ class Timers:
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to `phase`, also when it raises."""
         if self._inside:
-            yield
+            with span(phase):
+                yield
             return
         start, self._inside = time.monotonic(), True
         try:
-            yield
+            with span(phase):
+                yield
         finally:
             self._inside = False
             self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
@@ -198,8 +202,17 @@ class Progress:
     }
     """Metric -> its short name in the line; those a step does not have are left out."""
 
+    COST = (
+        ("throughput/tokens_per_second", "tokens/s", 0, ""),
+        ("memory/peak_gib", "memory", 1, " GiB"),
+        ("time/publish", "publish", 1, " s"),
+    )
+    """metric, its name in the line, its decimals and unit"""
+
     def __init__(self, steps: int, eval_every: int = 0) -> None:
         self._steps, self._eval_every = steps, eval_every
+        self.share, self.left = 0.0, ""
+        """of the steps that are done, and what is left of the run, after the last line"""
         self._recent: deque[float] = deque(maxlen=20)
         self._evaluated: list[float] = []
         """seconds of each evaluation"""
@@ -219,7 +232,15 @@ class Progress:
             for key, value in metrics.items()
             if key.startswith(("eval/", "validation/")) and key.endswith(("/accuracy", "/reward", "/loss"))
         ]
-        return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, *self._pace(step)])
+        pace = self._pace(step)
+        cost = [
+            f"{name} {float(metrics[key]):,.{digits}f}{unit}".replace(",", "\u202f")
+            for key, name, digits, unit in self.COST
+            if pace and metrics.get(key) is not None
+        ]
+        self.share = step / self._steps if self._steps else 1.0
+        self.left = f"step {step}/{self._steps}  {pace[-1]}" if pace else f"step {step}/{self._steps}"
+        return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, *pace[:1], *cost, *pace[1:]])
 
     def _pace(self, step: int) -> list[str]:
         if not self._recent:

@@ -16,12 +16,13 @@ EVERYTHING = frozenset({""})
 
 BASE = frozenset({"errors", "types", "precision", "lora", "strict_json"})
 BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred", "user_code"}
+BASE |= {"spans", "screen"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset(
     {"algo", "parallel", "model", "weights", "rollout", "rewards", "data", "environments", "config"}
 )
-FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps", "trackers"}
+FLOORS_BELOW |= {"log", "checkpoint", "metric_names", "dumps", "trackers", "timeline"}
 """what training is made of"""
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
@@ -30,6 +31,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "precision": frozenset(),
     "lora": frozenset(),
     "strict_json": frozenset(),
+    "spans": frozenset(),
+    "screen": frozenset({"spans", "terminal"}),
+    "timeline": BASE | DISK,
     "terminal": frozenset(),
     "streams": frozenset({"errors"}),
     "weight_files": frozenset({"errors", "terminal"}),

@@ -33,6 +33,8 @@ from mcore_rl.config.sections import (
     TrainConfig,
 )
 from mcore_rl.config.state import CheckpointConfig, ResidencyConfig
+from mcore_rl.config.unused import misleads, unused_of_servers
+from mcore_rl.config.watch import WatchConfig, wrong_watch
 from mcore_rl.imports import uncollected
 from mcore_rl.precision import RECIPES, packed_multiple, token_multiple
 
@@ -65,6 +67,7 @@ class Config(Section):
     reward_model: RewardModelConfig = RewardModelConfig()
     distill: DistillConfig = DistillConfig()
     publish: PublishConfig = PublishConfig()
+    watch: WatchConfig = WatchConfig()
     _cut: str = PrivateAttr("")
     """what was shortened, since the run is shorter"""
 
@@ -91,7 +94,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self, info: ValidationInfo) -> Config:
-        found = [*_contradictions(self)]
+        found = [*_contradictions(self), *wrong_watch(self.watch, self.train.steps)]
         if info.context != BEFORE_TORCH:
             found += [*_of_algorithm(self), *_without_effect(self)]
         if found:
@@ -389,7 +392,7 @@ _OF_FUNCTION = ("function", "functions", "workers", "timeout", "memory", "max_vo
 
 def unused_keys(config: Config) -> Mapping[str, str]:
     """Keys that have no effect in this run -> why."""
-    unused = {**_unused_of_training(config), **_unused_of_servers(config)}
+    unused = {**_unused_of_training(config), **unused_of_servers(config.rollout, config.publish)}
     unused |= unused_of_environment(config.environment, samples=config.samples_responses)
     if config.data.validation is None and all(one.prompts for one in config.held_out.values()):
         unused["train.eval_samples"] = "no held-out set takes its number of prompts from it"
@@ -455,49 +458,10 @@ def _own_rewards(config: Config) -> bool:
     return any(one.reward for one in config.held_out.values())
 
 
-def _unused_of_servers(config: Config) -> Mapping[str, str]:
-    unused: dict[str, str] = {}
-    if config.rollout.server == "embedded":
-        unused["rollout.python"] = 'rollout.server is "embedded", which runs under this interpreter'
-    else:
-        unused["rollout.threads"] = 'rollout.server is not "embedded"; see rollout.options'
-    return {**unused, **_unused_of_rollout(config), **_unused_of_transport(config)}
-
-
-def _unused_of_rollout(config: Config) -> Mapping[str, str]:
-    unused: dict[str, str] = {}
-    if not config.rollout.dump:
-        unused["rollout.dump_keep"] = "rollout.dump is 0"
-    if not config.rollout.max_staleness:
-        unused["rollout.over_sampling"] = "rollout.max_staleness is 0, and a step waits for all its samples"
-    if config.rollout.urls:
-        keys = ("server", "python", "servers", "options", "threads")
-        unused |= {f"rollout.{key}": "rollout.urls are servers that already run" for key in keys}
-    return unused
-
-
-def _unused_of_transport(config: Config) -> Mapping[str, str]:
-    transport = config.publish.transport
-    if transport == "disk":
-        return {"publish.bucket_mib": 'publish.transport is "disk"'}
-    why = f'publish.transport is "{transport}", which writes no files'
-    return dict.fromkeys(("publish.replica", *(["publish.dir"] if config.rollout.urls else [])), why)
-
-
-_MISLEADING = ("algorithm", "data", "environment", "eval", "model")
-"""sections whose keys say what is trained, and on what: one without effect is no oversight to pass by"""
-_ALSO_MISLEADING = frozenset(
-    {
-        *("reward.function", "reward.functions", "reward.model", "publish.mismatch_action", "rollout.dump"),
-        *("rollout.max_staleness", "rollout.dynamic_sampling", "rollout.routing_replay"),
-    }
-)
-
-
 def _without_effect(config: Config) -> Iterator[str]:
     """Given keys without effect which would mislead whoever reads the file."""
     for key, why in _given_in_vain(config):
-        if _misleads(key):
+        if misleads(key):
             yield f"{key}: has no effect because {why}; remove it"
 
 
@@ -508,13 +472,9 @@ def _given_in_vain(config: Config) -> Iterator[tuple[str, str]]:
             yield key, why
 
 
-def _misleads(key: str) -> bool:
-    return key in _ALSO_MISLEADING or key.partition(".")[0] in _MISLEADING
-
-
 def notes(config: Config) -> list[str]:
     """`key: what` for what is left out in this run: so that one file serves several."""
     found = [
-        f"{key}: has no effect because {why}" for key, why in _given_in_vain(config) if not _misleads(key)
+        f"{key}: has no effect because {why}" for key, why in _given_in_vain(config) if not misleads(key)
     ]
     return [*filter(None, [config._cut]), *found]

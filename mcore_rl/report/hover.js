@@ -18,7 +18,7 @@
       const key = document.createElement("i");
       key.className = `key ${line.color}`;
       const value = document.createElement("b");
-      value.textContent = point[3];
+      value.textContent = point[2];
       row.append(key, `${line.label} `, value);
       return row;
     });

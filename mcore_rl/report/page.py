@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mcore_rl.directories import write_whole
 from mcore_rl.errors import DataError
+from mcore_rl.report.groups import group_panels, tools
+from mcore_rl.report.health import LOOKED_FOR, findings
 from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
@@ -23,11 +25,18 @@ from mcore_rl.terminal import escaped
 
 _TITLE = "mcore_rl report</title>"
 """in every page; what lacks it is somebody else's"""
+ALONE, TOGETHER = "report.html", "comparison.html"
+"""the page of one run, and that of several, which leaves the first run's own alone"""
+SCRIPTS = ("hover.js", "samples.js")
+FOLLOW = "follow.js"
+"""asks the server of `report --follow` whether there is more"""
 _HEAD_BYTES = 1 << 16
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None, samples: Sequence[str] = ()) -> Path:
-    """Write the page of one run, or of several over each other, to `out` (default: report.html in the first).
+    """Write the page of one run, or of several over each other.
+
+    It is written to `out`, by default ALONE in the run's directory, and TOGETHER in the first of several.
 
     Args:
         samples: ids of dumped samples of one run that are shown token by token; by default it shows a few.
@@ -36,15 +45,23 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None, samples: Seq
     a sample, or something else wrote what would be replaced, StorageError where the page cannot be written;
     an older page then stays as it is.
     """
+    text = page_of(run_dirs, samples)
+    path = out or run_dirs[0] / (ALONE if len(run_dirs) == 1 else TOGETHER)
+    _check_ours(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    return path
+
+
+def page_of(run_dirs: Sequence[Path], samples: Sequence[str] = (), *, follows: bool = False) -> str:
+    """The page's text; `follows` adds what loads it anew. Raises DataError as write_report."""
     if samples and len(run_dirs) > 1:
         raise DataError("report: --sample shows samples of one run; name one run directory")
     runs = read_runs(run_dirs)
-    path = out or run_dirs[0] / "report.html"
-    _check_ours(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokens = token_panels(run_dirs[0], samples) if len(run_dirs) == 1 else []
-    write_whole(path, render(runs, tokens))
-    return path
+    alone = len(run_dirs) == 1
+    tokens = token_panels(run_dirs[0], samples) if alone else []
+    groups = group_panels(run_dirs[0]) if alone and not samples else []
+    return render(runs, tokens, groups, follows=follows)
 
 
 def _check_ours(path: Path) -> None:
@@ -62,19 +79,28 @@ def _check_ours(path: Path) -> None:
     )
 
 
-def render(runs: Sequence[RunData], tokens: Sequence[str] = ()) -> str:
-    """The page as text, with panels of `tokens`; the same runs give the same text.
+def render(
+    runs: Sequence[RunData],
+    tokens: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    *,
+    follows: bool = False,
+) -> str:
+    """The page as text, with panels of `tokens` and of `groups`; the same runs give the same text.
 
     Control characters and bidirectional marks of names, keys and samples are written out, as on a terminal.
     """
-    style, script = _asset("style.css"), _asset("hover.js")
+    script = "\n".join(_asset(name) for name in (*SCRIPTS, *([FOLLOW] if follows else [])))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy += "; connect-src 'self'" if follows else ""
     parts = [_one_run(runs[0]) if len(runs) == 1 else _several_runs(runs)]
-    parts += [_section("Held-out sets", [held_out_table(runs)])]
+    parts += [_section("Health", [_health(runs)]), _section("Held-out sets", [held_out_table(runs)])]
     parts += [_section(heading, map(_figure, figures)) for heading, figures in draw_sections(runs).items()]
-    parts += [_section("Samples", sample_tables(runs)), _section("Token by token", tokens)]
-    parts += [_section("Settings", settings_tables(runs))]
+    tables = sample_tables(runs)
+    above = [tools()] if tables or groups or tokens else []
+    parts += [_section("Samples", [*above, *tables]), _section("Groups of samples", groups)]
+    parts += [_section("Token by token", tokens), _section("Settings", settings_tables(runs))]
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -83,10 +109,10 @@ def render(runs: Sequence[RunData], tokens: Sequence[str] = ()) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(", ".join(run.name for run in runs))} \u00b7 {_TITLE}
-<style>{style}</style>
+<style>{_asset("style.css")}</style>
 </head>
 <body>
-<main>{"".join(parts)}</main>
+<main data-color="p">{"".join(parts)}</main>
 <div id="tip" role="status" hidden></div>
 <script>{script}</script>
 </body>
@@ -109,6 +135,19 @@ def _several_runs(runs: Sequence[RunData]) -> str:
     names = "".join(f'<span class="run">{run_key(i, run)}</span>' for i, run in enumerate(runs))
     header = f'<header><p class="eyebrow">{len(runs)} runs compared</p><h1>{names}</h1></header>'
     return header + _section("Result", [comparison(runs)])
+
+
+def _health(runs: Sequence[RunData]) -> str:
+    """What was found in each run, and what was looked for where nothing was."""
+    found = [(i, run, finding) for i, run in enumerate(runs) for finding in findings(run)]
+    if not found:
+        return f'<p class="note wide">Nothing stands out. Looked at: {LOOKED_FOR}.</p>'
+    return "".join(
+        f'<div class="panel finding"><h3>{escape(finding.title)}</h3>'
+        f"{f'<p class=note>{run_key(i, run)}</p>' if len(runs) > 1 else ''}"
+        f'<p>{escape(finding.what)}</p><p class="note">{escape(finding.remedy)}</p></div>'
+        for i, run, finding in found
+    )
 
 
 def _tile(fact: Fact) -> str:

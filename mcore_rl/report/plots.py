@@ -9,13 +9,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mcore_rl.report.runs import RunData, number
-from mcore_rl.report.svg import Line, Reference, format_number, line_chart, moving_average, stacked_bars
+from mcore_rl.report.summary import measure
+from mcore_rl.report.svg import Line, Reference, format_number, line_chart, moving_average, stacked_bars, thin
 
 HELD_OUT = ("eval/version", *(f"eval/*/{word}" for word in ("pass@*", "majority@*", "low", "high")))
 HELD_OUT += tuple(f"eval/*/{word}" for word in ("samples", "missing", "sampled", "prompts", "labels"))
 """of the held-out sets, what has no plot of one metric: their table has it"""
 SMOOTH_FROM = 25
 """points from which a noisy metric gets a moving average"""
+SMOOTH_POINTS = 160
+"""of a moving average, which has no spikes to lose"""
 MAX_BARS = 60
 PHASES = ("rollout", "reward", "train", "publish", "eval", "score", "save", "release")
 
@@ -180,9 +183,22 @@ def _expand(plot: Plot, runs: Sequence[RunData]) -> list[Plot]:
     if tail and len(keys) == 1:
         names = [plot.title]
     return [
-        replace(plot, title=name, metrics=((key, label),), band=plot.band and (f"{key}/low", f"{key}/high"))
+        replace(
+            plot,
+            title=name.replace(label, measured) if measured else name,
+            metrics=((key, measured or label),),
+            band=plot.band and (f"{key}/low", f"{key}/high"),
+        )
         for name, key in zip(names, keys, strict=True)
+        for measured in (_measured(runs, key),)
     ]
+
+
+def _measured(runs: Sequence[RunData], key: str) -> str:
+    """What a mean over a held-out set is, by the run that has it; nothing for another metric."""
+    if not key.startswith("eval/"):
+        return ""
+    return next((measure(run, key) for run in runs if key in run.keys), "")
 
 
 def _draw(plot: Plot, runs: Sequence[RunData]) -> Figure | None:
@@ -198,8 +214,8 @@ def _draw(plot: Plot, runs: Sequence[RunData]) -> Figure | None:
     svg = line_chart(plot.title, lines, log=plot.log, references=_tolerances(plot, runs))
     if not svg:
         return None
-    smooth = [group[0] for group in groups if len(group) > 1]
-    note = f"{plot.note}; bold: mean of {_window(smooth[0])} steps" if smooth else plot.note
+    faint = [group[1] for group in groups if len(group) > 1]
+    note = f"{plot.note}; bold: mean of {_window(faint[0])} steps" if faint else plot.note
     return Figure(plot.title, note, svg, [(g[0].color, g[0].label, _last(g[0])) for g in groups])
 
 
@@ -212,7 +228,8 @@ def _lines(plot: Plot, run: RunData, key: str, label: str, color: int) -> list[L
     line = Line(label, points, color, dots=plot.dots, band=_band(plot, run))
     if not plot.noisy or len(points) < SMOOTH_FROM:
         return [line]
-    return [replace(line, points=moving_average(points, _window(line))), replace(line, faint=True)]
+    smooth = thin(moving_average(points, _window(line)), SMOOTH_POINTS)
+    return [replace(line, points=smooth), replace(line, faint=True)]
 
 
 def _window(line: Line) -> int:

@@ -20,6 +20,10 @@ AXES = (
 )
 
 
+RIGHT_OR_WRONG = ("mcore_rl.rewards.exact:", "mcore_rl.rewards.math_answer:", "mcore_rl.rewards.answers:")
+"""reward functions whose mean is an accuracy"""
+
+
 class Fact(NamedTuple):
     """One tile."""
 
@@ -31,7 +35,7 @@ class Fact(NamedTuple):
 def headline(run: RunData) -> list[Fact]:
     """The tiles of a single run, the most telling first."""
     found = [
-        _of_how_many(run, key, _change(run, key, f"Held-out {what}{suffix}"))
+        _of_how_many(run, key, _change(run, key, f"Held-out {measure(run, key)}{suffix}"))
         for what in ("accuracy", "reward")
         for key, suffix in _held_out(run, what)
     ]
@@ -91,6 +95,15 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def measure(run: RunData, key: str) -> str:
+    """What the metric eval/NAME/accuracy is: `accuracy` of right and wrong, else `reward`, its mean."""
+    _, name, what = [*key.split("/"), "", ""][:3]
+    own, of_run = run.settings.get(f"eval.sets.{name}.reward"), run.settings.get("reward.function", "")
+    mixed = any(setting.startswith("reward.functions.") for setting in run.settings)
+    function = str(own or ("mixed" if mixed else of_run))
+    return what if not function or function.startswith(RIGHT_OR_WRONG) else "reward"
 
 
 def _held_out(run: RunData, what: str) -> list[tuple[str, str]]:

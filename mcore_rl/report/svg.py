@@ -14,11 +14,14 @@ from mcore_rl.report.runs import Point
 WIDTH, HEIGHT = 420, 212
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 """margins around the plotting area, in units of the view box"""
-MAX_POINTS = 400
+MAX_POINTS = 280
 """a line with more is thinned to the extremes of its buckets, so that no spike is lost"""
 SERIES = 8
 LABEL = 12
 """from one line of text to the next"""
+MINUS = "\u2212"
+WIDEST = 7
+"""characters of a tick's label that fit beside the axis at the usual size of letters"""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,7 @@ def line_chart(
         {
             "label": line.label,
             "color": color_class(line.color),
-            "points": [
-                [int(s), round(x(s), 1), round(y(v), 1), format_number(v)]
-                for s, v in line.points
-                if v is not None
-            ],
+            "points": [[int(s), round(x(s), 1), format_number(v)] for s, v in line.points if v is not None],
         }
         for line in named
     ]
@@ -108,13 +107,13 @@ def stacked_bars(title: str, columns: Sequence[str], stacks: Sequence[tuple[str,
             for at, b, t in zip(left, base, tops, strict=True)
             if t > b
         ]
-        points = zip(columns, left, tops, values, strict=True)
+        points = zip(columns, left, values, strict=True)
         hover.append(
             {
                 "label": label,
                 "color": color_class(color),
                 "points": [
-                    [c, round(at + bar / 2, 1), round(y(t), 1), f"{v:.2f} s"] for c, at, t, v in points
+                    [column, round(at + bar / 2, 1), f"{value:.2f} s"] for column, at, value in points
                 ],
             }
         )
@@ -145,7 +144,7 @@ def format_number(value: float) -> str:
     else:
         mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return text.replace(",", "\u202f").replace("-", "\u2212")
+    return text.replace(",", "\u202f").replace("-", MINUS)
 
 
 def moving_average(points: Sequence[Point], window: int) -> list[Point]:
@@ -159,15 +158,21 @@ def moving_average(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def ticks(axis: Axis) -> list[float]:
-    """Round values inside the axis: powers of ten on a log axis, else multiples of 1, 2 or 5."""
+    """Round values inside the axis: powers of ten on a log axis, else multiples of 1, 2 or 5.
+
+    Where a log axis has less than three powers of ten, their doubles and fives are among them.
+    """
     if axis.log:
         first, last = math.ceil(math.log10(axis.low) - 1e-9), math.floor(math.log10(axis.high) + 1e-9)
-        return [10.0**e for e in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
+        if last - first >= 2:
+            return [10.0**e for e in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
+        between = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+        return [value for value in between if axis.low <= value * (1 + 1e-9) and value <= axis.high]
     rough = (axis.high - axis.low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(m for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
     count = range(math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9) + 1)
-    return [round(i * step, 12) for i in count]
+    return [float(f"{i * step:.12g}") for i in count]
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
@@ -216,18 +221,36 @@ def _grid(x: Axis, y: Axis) -> str:
 
 
 def _horizontal_grid(y: Axis) -> str:
+    marks = ticks(y)
+    labels = [_power(t) for t in marks] if y.log else tick_labels(marks)
+    size = "" if y.log or max(map(len, labels), default=0) <= WIDEST else ' style="font-size: 8px"'
     return "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-        f'<text x="{LEFT - 7}" y="{y(t) + 4:.1f}" text-anchor="end">{_tick_label(t, y)}</text>'
-        for t in ticks(y)
+        f'<text x="{LEFT - 7}" y="{y(t) + 4:.1f}" text-anchor="end"{size}>{label}</text>'
+        for t, label in zip(marks, labels, strict=True)
     )
 
 
-def _tick_label(value: float, axis: Axis) -> str:
-    if axis.log:
-        exponent = str(round(math.log10(value))).replace("-", "\u2212")
-        return f'10<tspan dy="-4" font-size="8">{exponent}</tspan>'
-    return format_number(value)
+def tick_labels(marks: Sequence[float]) -> list[str]:
+    """The marks of a linear axis with as many digits as tell neighbours apart, and as 0 needs none."""
+    if len({format_number(t) for t in marks}) == len(marks) or len(set(marks)) < len(marks):
+        return [format_number(t) for t in marks]
+    gap = min(after - before for before, after in pairwise(marks))
+    largest = max(map(abs, marks))
+    if 1e-3 <= largest < 1e7:
+        decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
+        texts = [f"{t:,.{decimals}f}" for t in marks]
+    else:
+        decimals = max(0, math.floor(math.log10(largest)) - math.floor(math.log10(gap) + 1e-9))
+        texts = [f"{t:.{decimals}e}" for t in marks]
+    return [text.replace(",", "\u202f").replace("-", MINUS) for text in texts]
+
+
+def _power(value: float) -> str:
+    exponent = math.floor(math.log10(value) + 1e-9)
+    factor = round(value / 10.0**exponent)
+    raised = f'10<tspan dy="-4" font-size="8">{str(exponent).replace("-", MINUS)}</tspan>'
+    return raised if factor == 1 else f"{factor}\u00b7{raised}"
 
 
 def labels_apart(heights: Sequence[float]) -> list[float]:
@@ -296,8 +319,10 @@ def _short(text: str, pixels: float) -> str:
 
 
 def _svg(words: str, body: str, hover: Sequence[dict[str, object]]) -> str:
-    data = escape(json.dumps(hover, separators=(",", ":")))
+    data = json.dumps(hover, separators=(",", ":"))
+    data = data.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&#x27;")  # double quotes are many
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(words)}" '
-        f'data-lines="{data}">{body}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden=""/></svg>'
+        f"data-lines='{data}'>"
+        f'{body}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden=""/></svg>'
     )

@@ -19,6 +19,9 @@ TOKENS = 6000
 _HEAD = ("#", "Token", "Id", "Role", "Version", "Log-prob", "Trainer's old", "Ratio", "Advantage")
 _LEVELS = (-0.1, -0.7, -2.3, -4.6)
 """log-probs (probabilities 0.9, 0.5, 0.1, 0.01) between the shades of a token"""
+_ADVANTAGES = (-1.0, -1e-6, 1e-6, 1.0)
+_RATIOS = (0.8, 0.98, 1.02, 1.2)
+"""between the same of its advantage and of its ratio: the middle one is neutral"""
 
 
 def token_panels(run_dir: Path, wanted: Sequence[str] = ()) -> list[str]:
@@ -73,31 +76,37 @@ def _panel(dump: RolloutDump, sample: Sample, trained: TrainedTokens | None, *, 
     facts += [f"{sample.trained_tokens} sampled tokens", f"label {sample.prompt.label_text}"]
     strips = "".join(_strip(number, rows) for number in range(len(sample.segments)))
     return (
-        f'<details class="panel wide"{" open" if is_open else ""}><summary>{_shown(sample.id)} '
-        f"<span>{_shown(', '.join(facts))}</span></summary>{strips}"
+        f'<details class="panel wide"{" open" if is_open else ""}><summary>{shown(sample.id)} '
+        f"<span>{shown(', '.join(facts))}</span></summary>{strips}"
         f"<details><summary>Numbers</summary>{_table(rows)}</details></details>"
     )
 
 
 def _strip(number: int, rows: Sequence[TokenRow]) -> str:
-    own = [row for row in rows if row.segment == number]
-    return f'<pre class="tokens">{"".join(map(_token, own))}</pre>'
+    return f'<pre class="tokens">{strip([row for row in rows if row.segment == number])}</pre>'
 
 
-def _token(row: TokenRow) -> str:
-    return f'<span class="tok {_shade(row)}" title="{_title(row)}">{_shown(row.text)}</span>'
+def strip(rows: Sequence[TokenRow]) -> str:
+    """Tokens in a row as HTML, each with the classes of all its shades and its numbers as a title."""
+    return "".join(
+        f'<span class="tok {_shades(row)}" title="{_title(row)}">{shown(row.text)}</span>' for row in rows
+    )
 
 
-def _shade(row: TokenRow) -> str:
+def _shades(row: TokenRow) -> str:
+    """By probability, advantage and ratio, as far as they are known; by role, where it was not sampled."""
     if row.log_prob is None:
         return row.role
-    return f"p{sum(row.log_prob < level for level in _LEVELS)}"
+    found = [f"p{sum(row.log_prob < level for level in _LEVELS)}"]
+    for letter, value, levels in (("a", row.advantage, _ADVANTAGES), ("r", row.ratio, _RATIOS)):
+        found += [] if value is None else [f"{letter}{sum(value > level for level in levels)}"]
+    return " ".join(found)
 
 
 def _title(row: TokenRow) -> str:
     numbers = [("log-prob", row.log_prob), ("ratio", row.ratio), ("advantage", row.advantage)]
     said = [f"{name} {value:.4g}" for name, value in numbers if value is not None]
-    return _shown(", ".join([f"{row.role} {row.id}", *said]))
+    return shown(", ".join([f"{row.role} {row.id}", *said]))
 
 
 def _table(rows: Sequence[TokenRow]) -> str:
@@ -107,12 +116,12 @@ def _table(rows: Sequence[TokenRow]) -> str:
 
 
 def _cells(number: int, row: TokenRow) -> Iterator[str]:
-    yield f"<td>{row.segment}:{number}</td><td><code>{_shown(repr(row.text))}</code></td>"
-    yield f"<td>{row.id}</td><td>{row.role}</td><td>{_shown(row.version or '-')}</td>"
+    yield f"<td>{row.segment}:{number}</td><td><code>{shown(repr(row.text))}</code></td>"
+    yield f"<td>{row.id}</td><td>{row.role}</td><td>{shown(row.version or '-')}</td>"
     for value in (row.log_prob, row.old_log_prob, row.ratio, row.advantage):
         yield f"<td>{'-' if value is None else f'{value:.5g}'}</td>"
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text of others as HTML; what a reader could not see, such as a change of direction, is spelt out."""
     return escape(escaped(text))

@@ -22,6 +22,7 @@ from pydantic_core import from_json
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
 from mcore_rl.rollout import streaming
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
+from mcore_rl.spans import span
 from mcore_rl.terminal import escaped, quoted
 from mcore_rl.types import ExpertLayers
 
@@ -386,7 +387,13 @@ class RolloutClient:
         """One attempt: the body of a 200, of at most `most` bytes or a small reply's."""
         most = max(most, _SMALL_REPLY_BYTES) if self.max_reply_bytes is None else self.max_reply_bytes
         url = f"{self.url}{path}"
-        async with self._opened.request(method, url, json=body, allow_redirects=False) as response:
+        with span(path.lstrip("/"), self.url):
+            return await self._answer(self._opened, method, url, body, most)
+
+    async def _answer(
+        self, session: aiohttp.ClientSession, method: str, url: str, body: Any, most: int
+    ) -> bytes:
+        async with session.request(method, url, json=body, allow_redirects=False) as response:
             raw = bytearray()
             async for chunk in response.content.iter_chunked(1 << 16):
                 raw += chunk

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from mcore_rl.errors import StorageError
 from mcore_rl.terminal import printable
+from mcore_rl.trackers.prometheus import Prometheus
 from mcore_rl.trackers.services import SERVICES, TrackedRun, TrackingService
 
 CLOSE_SECONDS = 30.0
@@ -18,6 +20,8 @@ CLOSE_SECONDS = 30.0
 _MOST_WAITING = 10_000
 """steps that a service may be behind; the oldest are dropped then"""
 
+ENDPOINT: Mapping[str, Callable[[TrackedRun], TrackingService]] = {"prometheus": Prometheus}
+"""what a key of its own asks for, since it is no service elsewhere"""
 Send = Callable[[int, Mapping[str, Any]], None]
 Note = Callable[[str, str], None]
 """(service, why it gets no more)"""
@@ -86,7 +90,7 @@ class _Sender:
 
     def _serve(self) -> None:
         try:
-            service: TrackingService = SERVICES[self._name](self._run)
+            service: TrackingService = {**SERVICES, **ENDPOINT}[self._name](self._run)
             for item in iter(self._waiting.get, None):
                 if isinstance(item, bool):
                     return service.close(failed=item)
@@ -98,4 +102,7 @@ class _Sender:
         first = why.partition("\n")[0][:300]
         said = f"mcore-rl: {self._name} gets no more of this run: {first}"
         print(printable(said), file=sys.stderr, flush=True)
-        self._note(self._name, first)
+        try:
+            self._note(self._name, first)
+        except StorageError as error:  # of a full disk, on a thread without a caller: said, and left
+            print(printable(f"mcore-rl: it could not be noted: {error}"), file=sys.stderr, flush=True)

@@ -29,6 +29,8 @@ class TrackedRun:
     """the configuration, section by section"""
     step: int
     """the step that it continues after; 0 at its beginning"""
+    prometheus: str = ""
+    """HOST:PORT of the endpoint, where there is one"""
 
     @property
     def name(self) -> str:

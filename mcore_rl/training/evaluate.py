@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mcore_rl.data.cursor import share
@@ -18,6 +19,7 @@ from mcore_rl.parallel.control import on_leads, on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rollout.inflight import Begun, InFlight
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
+from mcore_rl.screen import SCREEN
 from mcore_rl.training.evaluation_sets import EvalSet, as_lines, measure, record_of
 from mcore_rl.training.generation import gather_groups
 from mcore_rl.training.requests import CALLS_PER_SERVER, Sampling
@@ -109,7 +111,8 @@ class Evaluator:
             return {}
         found: dict[str, float] = {VERSION: float(self._version)}
         with self._timers("eval"):
-            for one in self.sets:
+            for number, one in enumerate(self.sets, 1):
+                SCREEN.doing(partial(self._doing, one.name, number))
                 found |= self._finish(one, self._version)
                 self._reached(f"{one.name} was evaluated")
         self._version = None
@@ -142,12 +145,20 @@ class Evaluator:
         mine = share(one.prompts, self._mesh.dp_rank, self._mesh.layout.data)
         return {f"{prompt.id}@{one.name}.{step}": prompt for prompt in mine}
 
+    def _doing(self, name: str, number: int) -> str:
+        """`evaluating sums (1 of 2): 40 of 100 calls to servers`, as far as this replica knows."""
+        begun = self._begun.get(name, ())
+        of_sets = f" ({number} of {len(self.sets)})" if len(self.sets) > 1 else ""
+        calls = f": {sum(call.done() for call in begun)} of {len(begun)} calls to servers" if begun else ""
+        return f"evaluating {name}{of_sets}{calls}"
+
     def _finish(self, one: EvalSet, step: int) -> dict[str, float]:
         source, prompts = self._sources[one.name], {prompt.id: prompt for prompt in one.prompts}
 
         def work() -> tuple[list[Group], dict[str, str]]:
             lead = self._of_lead()
-            replies = lead.finish(self._begun.pop(one.name))
+            replies = lead.finish(self._begun[one.name])
+            del self._begun[one.name]
             asked = self._groups(one, step).items()
             groups = [
                 build_group(group, prompt, its, self._sampling.decode)

@@ -1,4 +1,4 @@
-"""What a config says of layout, memory, FP8 and adapters in their terms; `plan` asks too, without Megatron."""
+"""What a config says of layout, memory, FP8 and adapters in their terms; `plan` needs no Megatron for it."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,10 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
+from mcore_rl.screen import SCREEN
+from mcore_rl.spans import listening
 from mcore_rl.terminal import joined
+from mcore_rl.timeline import TimelineFile
 from mcore_rl.trackers.sender import Send, tracked
 from mcore_rl.trackers.services import TrackedRun
 from mcore_rl.training.bad_rows import noting_bad_rows, read_bad_rows
@@ -57,10 +61,11 @@ from mcore_rl.training.data import (
     say_beginning,
     say_dropped,
 )
-from mcore_rl.training.faults.exits import recorded
+from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
 from mcore_rl.training.layout import fp8_of, layout_of, lora_of, tuning_of
+from mcore_rl.training.profile import ProfiledSteps, check_profile
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -110,10 +115,15 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
                 attempt = Attempt(saved, checkpoints, leave, watchdog.progress, identity, inputs)
                 with (
                     _tracked(config, mesh, attempt) as send,
+                    _seen(config, mesh, attempt) as timeline,
+                    _profiled(config, mesh) as profiled,
                     leave_when_asked(leave, active=config.checkpoint.saves),
                 ):
+                    say_header(config, mesh)
                     trainer = build_trainer(config, mesh, attempt, optimizer_steps, send)
+                    trainer = replace(trainer, ended=(profiled.reached, *_flushed(timeline)))
                     attempt.reached("the model was built")
+                    profiled.reached(attempt.step)
                     with noting_bad_rows(config.run.dir, trainer.prompts, is_main=mesh.is_main):
                         yield trainer
         finally:
@@ -123,12 +133,61 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
 @contextmanager
 def _tracked(config: Config, mesh: Mesh, attempt: Attempt) -> Iterator[Send]:
     """What hands the main rank's steps to the services of `run.trackers`."""
-    names = config.run.trackers if mesh.is_main else ()
+    names = list(config.run.trackers) if mesh.is_main else []
+    endpoint = config.watch.prometheus if mesh.is_main else None
     settings = config.model_dump(mode="json", exclude_none=True)
-    run = TrackedRun(config.run.dir, attempt.identity.run, settings, attempt.step)
+    run = TrackedRun(config.run.dir, attempt.identity.run, settings, attempt.step, endpoint or "")
     note = lambda name, why: append_event(config.run.dir, "tracker", name=name, why=why)  # noqa: E731
-    with tracked(names, run, note) as send:
+    with tracked([*names, *(["prometheus"] if endpoint else [])], run, note) as send:
         yield send
+
+
+@contextmanager
+def _seen(config: Config, mesh: Mesh, attempt: Attempt) -> Iterator[TimelineFile | None]:
+    """What is done is shown on the main rank, and written down where [watch] says so."""
+    with SCREEN.showing(active=mesh.is_main), ExitStack() as stack:
+        timeline = None
+        if config.watch.timeline:
+            timeline = TimelineFile(config.run.dir, attempt.identity.run, mesh.rank, say)
+            stack.callback(timeline.flush)
+            stack.enter_context(listening(timeline))
+        yield timeline
+
+
+def _flushed(timeline: TimelineFile | None) -> tuple[Callable[[int], None], ...]:
+    return () if timeline is None else (lambda _: timeline.flush(),)
+
+
+@contextmanager
+def _profiled(config: Config, mesh: Mesh) -> Iterator[ProfiledSteps]:
+    """Profilers over the steps of watch.profile_steps."""
+    watch = config.watch
+    if watch.profile_steps is not None:
+        check_profile(watch.profile)
+    profiled = ProfiledSteps(config.run.dir, mesh.rank, watch.profile_steps, watch.profile)
+    try:
+        yield profiled
+    finally:
+        profiled.close()
+
+
+def say_header(config: Config, mesh: Mesh) -> None:
+    """Say what is trained, how, and where it can be seen."""
+    kind = config.run.kind if config.run.kind != "rl" else config.algorithm.name
+    layout = mesh.layout
+    degrees = {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context}
+    degrees |= {"expert": layout.expert, "data": layout.data}
+    cut = ", ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+    ranks = f"{layout.world_size} ranks ({cut})" if cut else "1 rank"
+    rows = f"{config.supervised.batch_size} rows"
+    if config.run.kind == "rl":
+        rows = f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples"
+    steps = f"{config.train.steps} steps of {rows}"
+    tell(
+        f"{kind} on {config.model.path}, {config.model.precision}, {ranks}: {steps}"
+        f"\nall of it is in {config.run.dir}; `mcore-rl report --follow {config.run.dir}` shows it meanwhile",
+        is_main=mesh.is_main,
+    )
 
 
 def _inputs(config: Config, saved: Saved | None) -> Inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
-from mcore_rl.terminal import printable
+from mcore_rl.screen import SCREEN
 from mcore_rl.training.batch import Batching
 from mcore_rl.training.data import passed_over
 from mcore_rl.training.inputs import Inputs
@@ -69,6 +68,8 @@ class Trainer:
     timers: Timers
     step_log: StepLog
     progress: Progress
+    ended: tuple[Callable[[int], None], ...] = ()
+    """told of every step, when it has been logged"""
 
     def log(self, step: int, metrics: Mapping[str, float | str], work: Work | None = None) -> None:
         """Write a step, and what its `work` cost, to metrics.jsonl; say it on the main rank. Collective."""
@@ -77,8 +78,11 @@ class Trainer:
         record = {**metrics, **passed_over(self.cursor), **times, **cost}
         on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
         if self.mesh.is_main:
-            print(printable(self.progress.line(step, record)), file=sys.stderr, flush=True)
+            SCREEN.say(self.progress.line(step, record))
+            SCREEN.progress(self.progress.share, self.progress.left)
         self.attempt.reached(f"step {step}")
+        for told in self.ended:
+            told(step)
 
     @property
     def temperature(self) -> float:

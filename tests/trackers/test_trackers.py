@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import sqlite3
 import struct
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, get_args
 
@@ -16,6 +21,7 @@ import pytest
 
 from mcore_rl.config.sections import TrackerName
 from mcore_rl.errors import ConfigError
+from mcore_rl.log import append_event
 from mcore_rl.trackers import sender
 from mcore_rl.trackers.sender import numbers_of, tracked
 from mcore_rl.trackers.services import SERVICES, TrackedRun, check_trackers
@@ -211,3 +217,67 @@ def test_the_project_of_an_odd_directory_is_one_that_wandb_takes(tmp_path: Path)
     for odd in ("100%: a#b?", "\\", "x" * 200):
         project = run_in(tmp_path / odd / "mine").project
         assert Settings(project=project).project == project
+
+
+# --- a note that cannot be kept ---------------------------------------------------------------------------
+
+
+def test_a_note_on_a_full_disk_is_said_and_no_traceback(monkeypatch, tmp_path: Path, capsys) -> None:
+    """/dev/full takes no byte; the service hangs and raises, so that both threads note."""
+    monkeypatch.setattr(sender, "SERVICES", {"wandb": Broken, "mlflow": Hanging})
+    monkeypatch.setattr(sender, "CLOSE_SECONDS", 0.2)
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    Hanging.ends.clear()
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    note = lambda name, why: append_event(tmp_path, "tracker", name=name, why=why)  # noqa: E731
+    with tracked(["wandb", "mlflow"], run_in(tmp_path), note) as send:
+        send(1, {"loss": 1.0})
+    Hanging.ends.set()
+    said = capsys.readouterr().err
+    assert said.count("it could not be noted:") == 2
+    assert said.count("events.jsonl") == 2
+    assert "Traceback" not in said
+    assert raised == []
+
+
+# --- Prometheus -------------------------------------------------------------------------------------------
+
+
+def test_prometheus_reads_the_newest_step_by_its_own_parser(tmp_path: Path) -> None:
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = TrackedRun(tmp_path / 'a "name"\\', "0123456789ab", {}, 0, f"127.0.0.1:{port}")
+    notes: list[tuple[str, str]] = []
+    with tracked(["prometheus"], run, lambda *note: notes.append(note)) as send:
+        for step in (1, 2):
+            send(step, {"reward/mean": step / 4, "eval/a-b/pass@4": 1e-7, "words": "text"})
+        deadline, found = time.monotonic() + 10, {}
+        while found.get("mcore_rl_step") != 2 and time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                families = list(parser.text_string_to_metric_families(answer.read().decode()))
+                found = {s.name: s.value for family in families for s in family.samples}
+                labels = [s.labels for family in families for s in family.samples]
+        assert found == {"mcore_rl_step": 2, "mcore_rl_reward_mean": 0.5, "mcore_rl_eval_a_b_pass_4": 1e-7}
+        assert labels[0] == {"run": 'a "name"\\', "id": "01234567"}
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics/../etc")
+    assert notes == []
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_a_port_that_is_taken_costs_the_run_its_endpoint_alone(tmp_path: Path, capsys) -> None:
+    notes: list[tuple[str, str]] = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        run = TrackedRun(tmp_path, "0123456789ab", {}, 0, f"127.0.0.1:{taken.getsockname()[1]}")
+        with tracked(["prometheus"], run, lambda *note: notes.append(note)) as send:
+            send(1, {"loss": 1.0})
+    ((name, why),) = notes
+    assert name == "prometheus"
+    assert "Address already in use" in why
+    assert "prometheus gets no more of this run" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from mcore_rl.errors import (
     StorageError,
 )
 from mcore_rl.log import EVENTS, append_event, read_metrics
+from mcore_rl.screen import SCREEN
 from mcore_rl.terminal import printable
 from mcore_rl.training.faults.siblings import lost_ranks, siblings
 from mcore_rl.user_code import place
@@ -261,7 +262,7 @@ def _is_same(event: dict[str, Any], error: BaseException) -> bool:
 
 def say(what: str) -> None:
     """A line for people."""
-    print(printable(f"mcore-rl: {what}"), file=sys.stderr, flush=True)
+    SCREEN.say(f"mcore-rl: {what}")
 
 
 def not_worth_a_restart(run_dir: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mcore_rl.errors import EXIT_RETRYABLE
@@ -75,7 +75,8 @@ class Watchdog:
     def _end(self) -> None:
         """Does not return."""
         try:
-            self._write_stacks()
+            with suppress(OSError):  # a full disk must not keep back that nothing goes on
+                self._write_stacks()
             end = time.monotonic() + GRACE_SECONDS
             while len(self._stacks()) < self._world_size and time.monotonic() < end:
                 time.sleep(0.05)
@@ -108,7 +109,7 @@ class Watchdog:
             for number in silent[:_SHOWN]
         ) + (f"\n  and {len(silent) - _SHOWN} more ranks" if len(silent) > _SHOWN else "")
         append(self._run_dir, "error", type=HANG, message=message, exit_code=EXIT_RETRYABLE)
-        if rank() != stacks[0][0]:
+        if stacks and rank() != stacks[0][0]:
             return
         places: dict[str, list[int]] = {}
         for number, path in stacks:
