@@ -209,7 +209,7 @@ def _copies(step: Step) -> dict[str, Any]:
 def one_rank() -> Iterator[Mesh]:
     """A process group of one, which meets nobody."""
     platform.install()
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group(platform.backend(), store=store, rank=0, world_size=1)
     try:
         yield build_mesh(Layout(), timeout=60.0)

@@ -168,13 +168,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / f"host_{date.today()}.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    received, prompts, share = [], {}, []
+    received: list[Any] = []
+    prompts: dict[str, Prompt] = {}
+    share: list[Group] = []
     for replica in range(LAYOUT.data):
         groups, its = random_groups(options.samples // LAYOUT.data, options.tokens, seed=replica)
         groups, its = _renamed(groups, f"{replica}.")
         prompts |= its
         received.append(to_buffers(pack_groups(groups)))
         share = groups
+        del groups
     result: dict[str, Any] = {
         "date": str(date.today()),
         "machine": f"{machine.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
@@ -182,7 +185,7 @@ def main() -> int:
         "response_tokens": int(sum(_columns(one).ends[2][-1] for one in received)),
         "lead": lead(share),
     }
-    del share, groups
+    del share
     for name in ("gspo", "ppo"):
         result[name] = step(received, prompts, configure(name, {}), options.tokens)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, dynamic_module_uti
 import mcore_rl
 from mcore_rl.errors import McoreRLError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.server.server import _load_tokenizer
+from mcore_rl.server.server import load_tokenizer as servers_tokenizer
 from mcore_rl.server.weights import load_model
 from mcore_rl.training.setup import load_tokenizer
 from tests.rollout.support import build_model, save_model
@@ -42,7 +42,7 @@ def model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 @pytest.mark.parametrize(
-    "load", [load_tokenizer, _load_tokenizer, lambda model: load_model(model, "cpu"), read_architecture]
+    "load", [load_tokenizer, servers_tokenizer, lambda model: load_model(model, "cpu"), read_architecture]
 )
 def test_code_beside_a_model_is_not_run(model: Path, load: Callable[[Path], Any]) -> None:
     """Whether it is refused, or the part of it that needs no code is used."""

@@ -106,7 +106,7 @@ def ahead(values: Callable[..., tuple[Tensor, float]]) -> Callable[[F], F]:
     return declare
 
 
-def _check_parameters(place: str, function: Callable[..., Tensor], loss: Callable[..., TokenLoss]) -> None:
+def _check_parameters(place: str, function: Callable[..., Any], loss: Callable[..., TokenLoss]) -> None:
     """Raises ConfigError where the loss does not have what the function needs."""
     known = inspect.signature(loss).parameters
     for p in inspect.signature(function).parameters.values():

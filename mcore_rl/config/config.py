@@ -157,7 +157,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from wrong_of_kind(config.run.kind, *of_kind)
     frozen = {
         "fp8_param_gather": config.model.fp8_param_gather,
-        "router_bias_rate": optimizer.router_bias_rate,
+        "router_bias_rate": config.optimizer.router_bias_rate,
     }
     yield from wrong_lora(config.lora, config.run.kind, **frozen)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)

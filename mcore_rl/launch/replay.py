@@ -35,6 +35,7 @@ from mcore_rl.training.preference import loss_of
 from mcore_rl.training.reward_model import TOTAL
 from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.setup import (
+    build_trained,
     process_group,
     watched,
     world_size,
