@@ -182,7 +182,7 @@ def main() -> int:
         "response_tokens": int(sum(_columns(one).ends[2][-1] for one in received)),
         "lead": lead(share),
     }
-    del share, groups
+    del share
     for name in ("gspo", "ppo"):
         result[name] = step(received, prompts, configure(name, {}), options.tokens)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
