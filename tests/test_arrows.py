@@ -14,7 +14,7 @@ from tests.sources import functions, modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "strict_json"})
+BASE = frozenset({"errors", "types", "precision", "tuning", "strict_json"})
 BASE |= {"terminal", "before_megatron", "weight_files", "functions", "kindred"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
@@ -28,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "metric_names": frozenset({"terminal"}),
     "types": frozenset({"errors"}),
     "precision": frozenset(),
+    "tuning": frozenset(),
     "strict_json": frozenset(),
     "terminal": frozenset(),
     "streams": frozenset({"errors"}),
