@@ -14,7 +14,7 @@ from tests.sources import functions, modules, report
 EVERYTHING = frozenset({""})
 """the empty prefix: every module of the package"""
 
-BASE = frozenset({"errors", "types", "precision", "lora", "strict_json"})
+BASE = frozenset({"errors", "types", "precision", "lora", "tuning", "strict_json"})
 BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred", "user_code"}
 BASE |= {"spans", "screen"}
 DISK = frozenset({"directories"})
@@ -30,6 +30,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "types": frozenset({"errors"}),
     "precision": frozenset(),
     "lora": frozenset(),
+    "tuning": frozenset(),
     "strict_json": frozenset(),
     "spans": frozenset(),
     "screen": frozenset({"spans", "terminal"}),
