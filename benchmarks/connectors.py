@@ -49,6 +49,7 @@ def warm_start(run: Path, model: Path, data: Path, steps: int) -> Path:
     """A supervised run on the labels of a prompt file."""
     flags = ("--supervised.target", "label", "--train.steps", str(steps), "--data.max_prompt_tokens", "128")
     paths = ("--model.path", str(model), "--data.train", str(data))
+    paths += ("--supervised.batch_size", str(min(64, len(data.read_text().splitlines()))))
     return trained(run, "calculator_sft", *paths, *flags)
 
 

@@ -83,6 +83,8 @@ class StreamedReply:
                 meta["completion_tokens"],
                 meta["output_token_logprobs"],
             )
+            if len(new) > total or len(entries) > len(new):  # SGLang's lists may have grown meanwhile
+                new, entries = new[:total], entries[:total]
             begin = total - len(new)
             if not 0 <= begin <= len(self.ids) or len(entries) != len(new):
                 raise ValueError

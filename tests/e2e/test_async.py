@@ -178,6 +178,11 @@ def test_rollouts_of_several_turns_train_what_was_sampled_beside_training(
     resumed = ranks.run(*gspo(task, again, *flags, "--resume", "previous"))
     assert resumed.returncode == 0, resumed.stderr
     assert read_metrics(again / "metrics.jsonl")[1:3] == lines[:2]
+    first = read_metrics(again / "metrics.jsonl")[3]
+    unfinished = sum(group["replies"] is None for group in saved)
+    names = [f"environment/{name}" for name in ("resumed", "begun_again")]
+    assert [first[name] for name in names] == [len(played), unfinished * EACH - len(played)]
+    assert not any(name in line for line in lines for name in names)
     ids = [sorted(sample.id for sample in dumped(one, 3)) for one in (directory, again)]
     assert ids[0] == ids[1]
     trained = {sample.id: sample for sample in dumped(again, 3)}

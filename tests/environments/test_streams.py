@@ -15,8 +15,8 @@ from mcore_rl.environments.gateway import Endpoint, serve_policy
 from mcore_rl.environments.live import LiveTurn
 from mcore_rl.environments.policy import Policy, parse
 from mcore_rl.rollout.dispatch import Request
-from mcore_rl.rollout.reply import Reply
-from mcore_rl.rollout.streaming import TokenStream
+from mcore_rl.rollout.reply import Asked, MalformedReplyError, Reply, parse_reply
+from mcore_rl.rollout.streaming import StreamedReply, TokenStream
 from mcore_rl.server.api import Api
 from mcore_rl.types import VersionSpan
 from tests.environments.agents import (
@@ -279,3 +279,39 @@ def test_a_stream_is_told_once_whichever_server_tells_it() -> None:
         assert (heard, stream.broken) == ([1, 2, 3], True)
 
     asyncio.run(whole())
+
+
+def event(ids: list[int], total: int, *, scored: int | None = None, ends: bool = False) -> dict[str, Any]:
+    entries = [[-0.5, token, None] for token in ids[:scored]]
+    meta = {"id": "r~1", "completion_tokens": total, "output_token_logprobs": entries, "finish_reason": None}
+    spans = [{"version": "0", "start": 0, "end": total}]
+    ended = {"finish_reason": {"type": "stop"}, "weight_versions": spans}
+    return {"output_ids": ids, "meta_info": meta | (ended if ends else {})}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [event([7], 1), event([7, 8], 2), event([7, 8, 9], 3, ends=True)],
+        [event([7], 1), event([8], 2), event([9], 3, ends=True)],
+        [event([7, 8], 1), event([7, 8, 9], 2, scored=2), event([7, 8, 9], 3, ends=True)],
+    ],
+    ids=["cumulative", "incremental", "lists that grow while they are sent"],
+)
+def test_events_of_a_server_are_joined_whether_they_repeat_or_not(events: list[Any]) -> None:
+    asked = Asked("r", "r~1", [1, 2], 8, 100)
+    found = StreamedReply(asked)
+    told = []
+    for one in events:
+        ended = found.add(one)
+        told.append([*found.ids])
+        assert ended is (one is events[-1])
+    assert told == [[7], [7, 8], [7, 8, 9]]
+    reply = parse_reply(found.whole(), asked)
+    assert (reply.token_ids, reply.log_probs) == ((7, 8, 9), (-0.5,) * 3)
+
+
+def test_an_event_that_cannot_be_joined_is_malformed() -> None:
+    for wrong in (event([7], 3), event([7, 8], 2, scored=1), event([7, 200], 2), {"output_ids": [7]}, []):
+        with pytest.raises(MalformedReplyError):
+            StreamedReply(Asked("r", "r~1", [1], 8, 100)).add(wrong)
