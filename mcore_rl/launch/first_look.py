@@ -31,8 +31,8 @@ _MOST_FILES = 8
 def first_look(config: Config) -> None:
     """Look at the paths, the first rows and the functions that a configuration names.
 
-    One that asks for more ranks than a machine without GPUs runs is first told what it needs: its files may be
-    on a cluster.
+    One that asks for more ranks than a machine without GPUs runs is told first what it needs: its files may
+    be on a cluster.
 
     Raises:
         ConfigError, DataError: a model or file is not there, a row is malformed, or a function is not in its
