@@ -19,6 +19,8 @@ from mcore_rl.data.lookup import MISSING, look_up, missing
 from mcore_rl.data.opening import open_table
 from mcore_rl.errors import ConfigError
 
+MOST_RANKS = 8
+"""of a run that is looked at"""
 MOST_ROWS = 500
 """of each file of prompts that are looked at"""
 _MOST_BYTES = 64 << 20
@@ -29,10 +31,16 @@ _MOST_FILES = 8
 def first_look(config: Config) -> None:
     """Look at the paths, the first rows and the functions that a configuration names.
 
+    One that asks for more ranks than a machine without GPUs runs is told first what it needs: its files may
+    be on a cluster.
+
     Raises:
         ConfigError, DataError: a model or file is not there, a row is malformed, or a function is not in its
             module, or takes something else than what it is given.
     """
+    p = config.parallel
+    if p.tensor * p.pipeline * p.context * (p.data or 1) > MOST_RANKS:
+        return
     _look_at_model(config)
     for path in config.data.train:
         _look_at_rows(config, path)

@@ -77,7 +77,7 @@ def test_a_sound_setting_has_no_bad_finding_and_nothing_is_written(capsys, setti
     assert not bad(findings)
     looked_at = {finding["check"] for finding in findings}
     expected = "python torch megatron-core gpu transformer-engine apex ports config model layout tokenizer"
-    expected += " data.train data.eval reward run.dir server"
+    expected += " data.train data.eval reward run.dir checkpoint.dir server"
     assert looked_at == {*expected.split(), "gradient scale"}
     assert sorted(path for path in setting.config.parent.rglob("*")) == before
 
@@ -109,7 +109,7 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "parallel.sequence",
         "parallel.tensor",
     ),
-    "no model": (lambda s: shutil.rmtree(s.model), (), "config.json", ""),
+    "no model": (lambda s: shutil.rmtree(s.model), ("--checkpoint.every", "0"), "config.json", ""),
     "unsupported model": (
         lambda s: s.edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
         (),
@@ -209,7 +209,7 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
     ),
     "run directory is a file": (
         lambda s: (s.config.parent / "run").write_text(""),
-        (),
+        ("--checkpoint.every", "0"),
         "is a file",
         "name a directory",
     ),

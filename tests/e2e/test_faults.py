@@ -49,7 +49,11 @@ def gspo(folder: Path, directory: Path, *flags: str) -> list[str]:
 )
 def test_config_mistakes_end_before_any_rank_starts(flags, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main(["train", "examples/gspo_tiny.toml", "--run.dir", str(tmp_path / "run"), *flags]) == 2
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
+    there = ["--model.path", str(tmp_path), "--data.train", str(tmp_path / "rows.jsonl")]
+    run_dir = ["--run.dir", str(tmp_path / "run")]
+    assert main(["train", "examples/gspo_tiny.toml", *run_dir, *there, *flags]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

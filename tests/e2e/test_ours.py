@@ -103,8 +103,9 @@ def test_what_another_program_wrote_among_the_checkpoints_stops_the_run_and_stay
 def test_a_run_goes_on_beside_files_that_are_not_in_its_way(ranks, folder, tmp_path):
     names = ("notes.txt", "samples/mine.txt", "weights/mine/x", "checkpoints/mine/x", "publish/LATEST")
     kept = plant(*(tmp_path / "run" / name for name in names))
-    for _ in range(2):
-        done = ranks.run(*grpo(folder, tmp_path / "run", "--checkpoint.every", "0", "--train.steps", "1"))
+    short = ("--checkpoint.every", "0", "--train.steps", "1")
+    for more in ((), ("--overwrite",)):
+        done = ranks.run(*grpo(folder, tmp_path / "run", *short, *more))
         assert done.returncode == 0, done.stderr
         assert kept()
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
@@ -224,6 +225,8 @@ def test_the_second_run_in_a_directory_is_refused_and_the_first_unharmed(
         assert first.poll() is None
         first.send_signal(signal.SIGTERM)
         first.wait(timeout=60)
+    assert "no step of this run is saved: checkpoint.every is 0" in (tmp_path / "log").read_text()
+    assert read_metrics(directory / "events.jsonl")[-1]["kind"] == "end"
     steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "each once, in order"
 

@@ -48,7 +48,10 @@ def test_a_loss_of_ones_own_trains_and_its_metrics_are_logged_and_shown(
 def test_a_parameter_that_the_loss_does_not_have_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     flags = ["--run.dir", str(tmp_path / "run"), "--algorithm.loss", LOSS]
-    flags += ["--algorithm.params.eps_low", "0.1"]
+    flags += ["--algorithm.params.eps_low", "0.1", "--model.path", str(tmp_path)]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
+    flags += ["--data.train", str(tmp_path / "rows.jsonl")]
     assert main(["train", "examples/grpo_tiny.toml", *flags]) == 2
     assert "algorithm.params.eps_low: grpo has no such parameter" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
