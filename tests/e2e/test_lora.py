@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mcore_rl.convert.command import adapter, mcore_to_hf, merge
 from mcore_rl.errors import ConfigError
@@ -65,8 +66,11 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
     with pytest.raises(ConfigError, match="holds adapters alone"):
         mcore_to_hf(saved, tmp_path / "alone", config=model)
+    shutil.copytree(model, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    save_file(base | {"model.norm.weight": base["model.norm.weight"] + 1}, file)
     with pytest.raises(ConfigError, match="are not those of the model that the adapters of"):
-        merge(saved, tmp_path / "other", model=task.root / "data/model")
+        merge(saved, tmp_path / "other", model=tmp_path / "model")
 
 
 @pytest.mark.parametrize(
