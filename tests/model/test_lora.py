@@ -286,7 +286,7 @@ CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layou
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [pytest.param(*one, marks=[pytest.mark.slow] if one[1].count("2") > 2 else []) for one in CASES],
+    [pytest.param(*one, marks=[pytest.mark.slow] if one[1].count("2") > 1 else []) for one in CASES],
     indirect=["case"],
     scope="session",
 )
