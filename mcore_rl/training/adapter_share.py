@@ -102,6 +102,6 @@ def check_share(version: str, shares: Mapping[str, AdapterShare]) -> None:
             raise WeightSyncError(
                 f"{url} reports version {version}, but its log-probs are those of the frozen model: it has "
                 f"{share.share:.2f} (+- {share.spread:.2g}) of what the adapters change, which is "
-                f"{share.distance:.1e} a token. The adapters did not arrive, or are too small for the precision that they are "
-                "merged in; see the server's log, or raise optimizer.lr"
+                f"{share.distance:.1e} a token. The adapters did not arrive, or are too small for "
+                "the precision that they are merged in; see the server's log, or raise optimizer.lr"
             ).on_every_rank()
