@@ -30,6 +30,10 @@ _SUMS = ("sp", "pp", "ss", "n")
 """(s - b)(p - b), (p - b)^2, (s - b)^2, tokens"""
 _SPREADS = 6.0
 """of rounding, by which a share must be away from 1 before it is believed"""
+_NOISES = 5.0
+_LEAST = 2e-4
+"""the adapters must change a token by so many times the rounding, and by so much, before a server is judged:
+in low precision the smallest changes are rounding, and merging rounds them away"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,14 @@ class AdapterShare:
     """standard deviation that rounding gives it"""
     distance: float
     """root of the mean square of p - b"""
+    noise: float
+    """that of what p - b leaves unexplained"""
 
     @property
     def is_without(self) -> bool:
         """The server answers without the adapters, beyond what rounding explains."""
-        return not self.share >= 0.5 and not 1 - self.share <= _SPREADS * self.spread
+        told_apart = self.distance > max(_LEAST, _NOISES * self.noise)
+        return told_apart and self.share < 0.5 and 1 - self.share > _SPREADS * self.spread
 
 
 def adapter_share(
@@ -85,7 +92,7 @@ def _share(sp: float, pp: float, ss: float, count: float) -> AdapterShare | None
         return None
     share = sp / pp
     left = max(0.0, ss - share * sp) / count
-    return AdapterShare(share, math.sqrt(left / pp), math.sqrt(pp / count))
+    return AdapterShare(share, math.sqrt(left / pp), math.sqrt(pp / count), math.sqrt(left))
 
 
 def check_share(version: str, shares: Mapping[str, AdapterShare]) -> None:
@@ -95,5 +102,6 @@ def check_share(version: str, shares: Mapping[str, AdapterShare]) -> None:
             raise WeightSyncError(
                 f"{url} reports version {version}, but its log-probs are those of the frozen model: it has "
                 f"{share.share:.2f} (+- {share.spread:.2g}) of what the adapters change, which is "
-                f"{share.distance:.1e} a token. The adapters did not arrive; see the server's log"
+                f"{share.distance:.1e} a token. The adapters did not arrive, or are too small for "
+                "the precision that they are merged in; see the server's log, or raise optimizer.lr"
             ).on_every_rank()

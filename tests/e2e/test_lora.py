@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from mcore_rl.convert.command import adapter, mcore_to_hf, merge
+from mcore_rl.errors import ConfigError
 from mcore_rl.log import read_metrics
 from tests.checkpoint.support import stored
 from tests.e2e.conftest import Task
@@ -53,6 +56,21 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
     base = load_file(next((task.root / "warm_start/model").glob("*.safetensors")))
     moved = {name for name, tensor in base.items() if not torch.equal(written[name], tensor)}
     assert moved == {name for name in base if "_proj" in name}, "norms, embeddings and the head are frozen"
+    saved, model = tmp_path / "whole/checkpoints/step_3", task.root / "warm_start/model"
+    adapter(saved, tmp_path / "adapter", model=model)
+    for source in (saved, tmp_path / "adapter"):
+        merge(source, tmp_path / f"merged_{source.name}", model=model)
+        found = load_file(next((tmp_path / f"merged_{source.name}").glob("*.safetensors")))
+        assert found.keys() == written.keys()
+        for name, tensor in written.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+    with pytest.raises(ConfigError, match="holds adapters alone"):
+        mcore_to_hf(saved, tmp_path / "alone", config=model)
+    shutil.copytree(model, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    save_file(base | {"model.norm.weight": base["model.norm.weight"] + 1}, file)
+    with pytest.raises(ConfigError, match="are not those of the model that the adapters of"):
+        merge(saved, tmp_path / "other", model=tmp_path / "model")
 
 
 @pytest.mark.parametrize(
