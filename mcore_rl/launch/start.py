@@ -20,7 +20,7 @@ from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
-from mcore_rl.log import append_event
+from mcore_rl.log import append_event, tell
 from mcore_rl.training.dump_directories import check_directory, check_source, doubts_of_source
 from mcore_rl.training.faults.deadline import ExitTimer
 from mcore_rl.training.faults.exits import (
@@ -243,6 +243,7 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
     with held(config, publishes=source.publishes(config)):
         pass  # the first rank holds them; a run that cannot is refused in a second, and nothing reads its end
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
+    tell(f"starting {ranks} {'rank' if ranks == 1 else 'ranks'} ...", is_main=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says its own error
