@@ -108,8 +108,9 @@ class Screen:
                 self._draw() if self._live else self._remind()
 
     def _draw(self) -> None:
-        text = printable(self.line(shutil.get_terminal_size().columns))
-        sys.stderr.write(f"\r\x1b[2K{text}\r")  # what others print begins in the first column
+        sys.stderr.write("\r\x1b[2K")
+        sys.stderr.write(printable(self.line(shutil.get_terminal_size().columns)))
+        sys.stderr.write("\r")  # what others print begins in the first column
         sys.stderr.flush()
         self._drawn = True
 

@@ -21,7 +21,7 @@ from mcore_rl.imports import uncollected
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
-from mcore_rl.log import append_event
+from mcore_rl.log import append_event, tell
 from mcore_rl.training.dump_directories import check_directory, check_source, doubts_of_source
 from mcore_rl.training.faults.deadline import ExitTimer
 from mcore_rl.training.faults.exits import (
@@ -260,6 +260,7 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
         if source.begins and not restarts():
             check_no_run(config)
     ranks, since, launch = processes(config), end_of_events(config.run.dir), launch_name()
+    tell(f"starting {ranks} {'rank' if ranks == 1 else 'ranks'} ...", is_main=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ceil(config.train.step_timeout)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank says its own error
