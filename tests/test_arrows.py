@@ -68,6 +68,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "evaluate": EVERYTHING,
     "talk": EVERYTHING,
     "demo": BASE | {"log"},
+    "commands": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
 }
@@ -132,7 +133,9 @@ def legal(room: str, name: str) -> bool:
     return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
 
 
-READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "talk", "__main__", "__init__"})
+READERS = frozenset(
+    {"training", "launch", "evaluate", "plan", "doctor", "talk", "commands", "__main__", "__init__"}
+)
 """rooms that read the configuration; below them, functions take the numbers they need"""
 
 

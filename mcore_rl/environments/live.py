@@ -73,7 +73,7 @@ class LiveTurn:
         return self.shown.get("content", "") + dict(self.rest(message)).get("content", "")
 
 
-class _Decoder:
+class _TokenText:
     """Ids to text, token by token: each is decoded with what came before it, as its text may depend on it."""
 
     def __init__(self, template: ChatTemplate, *, special: bool) -> None:
@@ -98,7 +98,7 @@ class _Text:
     """An answer that is text alone."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        self._decoder = _Decoder(template, special=False)
+        self._decoder = _TokenText(template, special=False)
 
     def feed(self, ids: Sequence[int]) -> Iterator[Said]:
         yield "content", self._decoder.feed(ids)
@@ -108,7 +108,7 @@ class _Parsed:
     """An answer as a response template reads it: the first region of every field that is plain text."""
 
     def __init__(self, template: ChatTemplate, asked: AskedTurn) -> None:
-        self._decoder = _Decoder(template, special=True)
+        self._decoder = _TokenText(template, special=True)
         response = load_response_template(dict(template.response or {}))
         self._strips = {
             name: bool(one.content_args.get("strip", True))

@@ -40,7 +40,7 @@ class Exchanged:
 
 
 def forward_exchange(shape: ModelShape, layout: Layout, tokens: float) -> Exchanged:
-    """Of one forward pass over `tokens` of the whole step."""
+    """What one forward pass exchanges over `tokens` of the whole step."""
     replica_tokens = tokens / layout.data / layout.context  # of a tensor-parallel group
     layers = shape.layers / layout.pipeline
     state = ITEM * shape.hidden

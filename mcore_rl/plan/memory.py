@@ -226,7 +226,7 @@ def _host(waiting: dict[str, float], gradients: float, work: PlannedStep) -> flo
 
 
 def _updated_on_cpu(state: float, work: PlannedStep) -> float:
-    """Of Adam's `state`, what the CPU updates; a gradient in fp32 beside its three tensors (in fp32: two)."""
+    """What the CPU updates of Adam's `state`; a gradient in fp32 beside its three tensors (in fp32: two)."""
     parts = 2 if work.precision == "fp32" else 3
     return work.cpu_fraction * state * (parts + 1) / parts
 

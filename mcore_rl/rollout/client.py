@@ -7,10 +7,8 @@ the server refuses (4xx) is not, since it would be refused again.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from pydantic_core import from_json
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
 from mcore_rl.rollout import streaming
+from mcore_rl.rollout.bodies import is_page, kind_of, message_of, shown
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
 from mcore_rl.spans import span
 from mcore_rl.terminal import escaped, quoted
@@ -37,14 +36,12 @@ _NEW_TOKENS = 128
 _TOKEN_BYTES = 128
 """bytes of a reply for a token: its id, its log-prob and its text"""
 _SMALL_REPLY_BYTES = 1 << 26
-_MESSAGE_CHARS = 500
 _LOOK = "see the server's log, or raise rollout.timeout"
 _ABSENT = "start the server, or correct its address"
 _STRANGER = (
     "something else than SGLang's API answers there, such as a proxy, or another program on this port: give "
     "the server's own host, port and path"
 )
-_TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 
 
 class RejectedError(RolloutError):
@@ -176,7 +173,7 @@ class RolloutClient:
             raw = await self._raw("POST", "/generate", body, most=2 * most)
             data = _decode(raw) if raw else None
             if not isinstance(data, list) or len(data) != len(prompts):
-                what = f"expected a list of {len(prompts)} responses, got {_kind(data)}"
+                what = f"expected a list of {len(prompts)} responses, got {kind_of(data)}"
                 raise MalformedReplyError(what) if data is None else _TransientError(what, remedy=_STRANGER)
             asked = (
                 Asked(*each, self.vocabulary, prompt_log_probs, experts)
@@ -265,12 +262,12 @@ class RolloutClient:
         async def attempt(_: int) -> dict[str, Any]:
             data = await self._request("POST", path, body)
             if not isinstance(data, dict) or not isinstance(data.get("success"), bool):
-                raise _TransientError(f"expected success: true or false, got {_message(data)}")
+                raise _TransientError(f"expected success: true or false, got {message_of(data)}")
             return data
 
         data = await self._retrying(path, attempt, retries)
         if not data["success"]:
-            raise RejectedError(f"{self.url}{path}: {_message(data)}", 200)
+            raise RejectedError(f"{self.url}{path}: {message_of(data)}", 200)
 
     async def weight_checksums(self) -> list[dict[str, str]]:
         """Per rank of the server: tensor name -> checksum, in the server's own names and hash."""
@@ -412,11 +409,11 @@ class RolloutClient:
         return f"more than any reply of that kind takes: {_STRANGER}"
 
     def _raise_for(self, url: str, status: int, raw: bytes, retry_after: str) -> NoReturn:
-        text = _shown(raw)
+        text = shown(raw)
         if status == 429 or status >= 500:
             wait = float(retry_after) if retry_after.strip().isdecimal() else 0.0
             behind = "a proxy says so: the server behind it is away, or slower than the proxy waits"
-            raise _TransientError(f"HTTP {status}: {text}", wait, behind if _is_page(raw) else _LOOK)
+            raise _TransientError(f"HTTP {status}: {text}", wait, behind if is_page(raw) else _LOOK)
         if status < 300:
             raise RejectedError(f"{url}: HTTP {status} where the API answers 200; {_STRANGER}", status)
         if status in (401, 403):
@@ -425,7 +422,7 @@ class RolloutClient:
             )
         if 300 <= status < 400:
             raise RejectedError(f"{url}: HTTP {status}, a redirect; give the server's own address", status)
-        where = f"; {_STRANGER}" if _is_page(raw) or status in (404, 405) else ""
+        where = f"; {_STRANGER}" if is_page(raw) or status in (404, 405) else ""
         raise RejectedError(f"{url}: HTTP {status}: {text}{where}", status)
 
     async def _abort_quietly(self, rids: Sequence[str]) -> None:
@@ -461,8 +458,8 @@ def _decode(raw: bytes) -> Any:
     try:
         return from_json(raw, cache_strings=False)  # a third of json.loads's time a token of a reply
     except ValueError as error:
-        if _is_page(raw):
-            raise _TransientError(f"reply is not JSON but {_shown(raw)}", remedy=_STRANGER) from error
+        if is_page(raw):
+            raise _TransientError(f"reply is not JSON but {shown(raw)}", remedy=_STRANGER) from error
         raise _TransientError(f"reply is not JSON: {error}") from error
 
 
@@ -475,32 +472,7 @@ def _remedy(error: Exception) -> str:
     return getattr(error, "remedy", _LOOK)
 
 
-def _is_page(raw: bytes) -> bool:
-    """Whether it is markup: no API of a rollout server answers so, but proxies and other programs do."""
-    return raw.lstrip()[:1] == b"<"
-
-
-def _shown(raw: bytes) -> str:
-    """The body of a reply, for a message: of a page its title."""
-    if not _is_page(raw):
-        return escaped(raw[:_MESSAGE_CHARS].decode(errors="replace"))
-    title = _TITLE.search(raw[: 1 << 16])
-    text = " ".join(title[1].decode(errors="replace").split()) if title else ""
-    return f"a page, {quoted(text)}" if text else "a page"
-
-
-def _kind(data: Any) -> str:
-    """What came in the place of a list of another length, for a message."""
-    if isinstance(data, list):
-        return f"{len(data)} of them"
-    return "nothing" if data is None else _message(data)
-
-
-def _message(data: object) -> str:
-    return json.dumps(data)[:_MESSAGE_CHARS]
-
-
 def _object(data: object, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise RolloutError(f"{where}: expected a JSON object, got {_message(data)}")
+        raise RolloutError(f"{where}: expected a JSON object, got {message_of(data)}")
     return data

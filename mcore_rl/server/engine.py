@@ -90,7 +90,7 @@ class Engine:
         return self._decode() if self.running else []
 
     def sampled(self) -> list[tuple[Sequence, tuple[list[int], list[float]]]]:
-        """Of running sequences that are streamed and due: the ids and log-probs that they have until now."""
+        """The ids and log-probs until now, of running sequences that are streamed and due."""
         streamed = [i for i, sequence in enumerate(self.running) if sequence.wanted.stream_every]
         if not streamed:
             return []

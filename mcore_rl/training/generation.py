@@ -309,7 +309,7 @@ class Generation:
         return kept_rollouts(saved, version=version, max_staleness=bound, prompt=prompt)
 
     def _count_resumed(self, version: int) -> dict[str, float]:
-        """Of all replicas: rollouts in flight that go on, or had ended, and those that begin again."""
+        """How many rollouts in flight of all replicas go on, or had ended, and how many begin again."""
         unfinished = [saved for saved in self._saved if saved["replies"] is None]
         resumed = sum(len(self._kept_rollouts(saved, version)) for saved in unfinished)
         again = len(unfinished) * self.sizes.samples - resumed

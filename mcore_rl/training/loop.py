@@ -18,12 +18,14 @@ from mcore_rl.algo.baselines import gradient_energy
 from mcore_rl.config import Config
 from mcore_rl.directories import write_whole
 from mcore_rl.log import tell
+from mcore_rl.model.build import Model
 from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.terminal import joined
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.assemble import start
 from mcore_rl.training.batch import (
+    Batching,
     PerSample,
     RolloutBatch,
     build_batch,
@@ -44,6 +46,7 @@ from mcore_rl.training.kl_control import KLControl
 from mcore_rl.training.metrics import StepMetrics, Work, rollout_metrics, work_of
 from mcore_rl.training.model_passes import Update, log_probs, run_update
 from mcore_rl.training.recorder import RecordedObjective, Recorder
+from mcore_rl.training.roles import RoleBaselines
 from mcore_rl.training.run import Learner
 from mcore_rl.training.rundir import published_to
 from mcore_rl.types import Group, PackedBatch, Sample, Tokens
@@ -152,7 +155,7 @@ def learn(
     )
     with timers("score"):
         scores = score(run, batch, parts, screened.old_log_probs)
-    scores = replace(scores, baselines=baselines_of(run, batch, greedy))
+    scores = replace(scores, baselines=baselines_of(run.algorithm, run.roles, batch, greedy))
     warm_up = step <= config.critic.warmup_rollouts
     algorithm = algorithm_of(run.algorithm, run.kl, warm_up=warm_up)
     advantages = compute_advantages(batch, algorithm, scores)
@@ -190,7 +193,7 @@ def learn(
                 followed=number < epochs * len(parts),
             )
             policy.add(*run_update(update, run.residency, explain))
-    observe(run, algorithm, batch, {} if warm_up else advantages.metrics)
+    observe(run.kl, run.roles, algorithm, batch, {} if warm_up else advantages.metrics)
     if recorder is not None:
         run.dumps.write_trained(step, recorder, recorder.tokens(mesh, advantages.fields["advantage"]))
     metrics = (
@@ -205,7 +208,13 @@ def learn(
     return Learned(metrics, work_of(trained, shape, config.algorithm.epochs))
 
 
-def observe(run: Learner, algorithm: Algorithm, batch: RolloutBatch, metrics: Mapping[str, float]) -> None:
+def observe(
+    kl: KLControl,
+    roles: RoleBaselines,
+    algorithm: Algorithm,
+    batch: RolloutBatch,
+    metrics: Mapping[str, float],
+) -> None:
     """Let a step into what goes on from step to step.
 
     Args:
@@ -213,18 +222,20 @@ def observe(run: Learner, algorithm: Algorithm, batch: RolloutBatch, metrics: Ma
             KL's coefficient.
     """
     if algorithm.per_token:
-        run.kl.observe(metrics, len(batch.samples))
+        kl.observe(metrics, len(batch.samples))
     if algorithm.baseline == "role":
-        run.roles.observe(batch.samples)
+        roles.observe(batch.samples)
 
 
-def baselines_of(run: Learner, batch: RolloutBatch, greedy: Mapping[str, float]) -> list[float]:
+def baselines_of(
+    algorithm: Algorithm, roles: RoleBaselines, batch: RolloutBatch, greedy: Mapping[str, float]
+) -> list[float]:
     """[N] what each reward is compared with from outside of the batch; nothing where it is not."""
-    match run.algorithm.baseline:
+    match algorithm.baseline:
         case "greedy":
             return [greedy.get(group, math.nan) for group in batch.group_ids]
         case "role":
-            return run.roles.of(batch.samples)
+            return roles.of(batch.samples)
     return []
 
 
@@ -270,15 +281,21 @@ def score(
     with run.residency.during("values"):
         value = values_of(run.critic.model, run.algorithm, batch, shape) if run.critic else []
     value, following = split_following(value, samples) if run.algorithm.bootstrap else (value, [])
-    energy = energy_of(run, samples, old) if run.algorithm.by_token else []
+    energy: list[np.ndarray] = []
+    if run.algorithm.by_token:
+        energy = energy_of(run.trainer.policy, shape, run.trainer.temperature, samples, old)
     return Scores(old, by_sample(ref, samples) if ref else [], value, following, energy)
 
 
-def energy_of(run: Learner, samples: Sequence[Sample], old: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+def energy_of(
+    policy: Model,
+    shape: Batching,
+    temperature: float,
+    samples: Sequence[Sample],
+    old: Mapping[int, np.ndarray],
+) -> list[np.ndarray]:
     """[N] of [m_i] of baselines.gradient_energy, by one more forward pass, at half the temperature."""
-    halves = log_probs(
-        run.trainer.policy, token_sequences(samples), run.trainer.shape, run.trainer.temperature / 2
-    )
+    halves = log_probs(policy, token_sequences(samples), shape, temperature / 2)
     pairs = zip((old[i] for i in range(len(samples))), by_sample(halves, samples), strict=True)
     both = [[torch.from_numpy(np.asarray(x, np.float64)) for x in pair] for pair in pairs]
     return [gradient_energy(*its).numpy() for its in both]

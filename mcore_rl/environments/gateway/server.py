@@ -26,7 +26,7 @@ from mcore_rl import strict_json
 from mcore_rl.environments.gateway import anthropic_api, openai_api, responses_api
 from mcore_rl.environments.gateway.parameters import check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
-from mcore_rl.environments.gateway.streams import Api, guarded, settle, stream_answer
+from mcore_rl.environments.gateway.streams import ApiPath, guarded, stream_answer, wait_for_left
 from mcore_rl.environments.policy import Policy
 
 _HOST = "127.0.0.1"
@@ -71,7 +71,7 @@ class _Gateway:
         session = self._sessions.pop(name)
         for request in session.requests:
             request.cancel()
-        await settle(session)
+        await wait_for_left(session)
         async with self._lock:
             if not self._sessions and self._runner is not None:
                 runner, self._runner = self._runner, None
@@ -107,7 +107,7 @@ class _Gateway:
             raise ApiError(401, "no rollout has this address and this key", kind="authentication_error")
         return session
 
-    def _route(self, api: Api) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _route(self, api: ApiPath) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             session = self._session(request)
             body = await _body(request)
@@ -189,24 +189,24 @@ async def _errors(
 
 _KINDS = {404: "not_found_error", 413: "request_too_large"}
 _APIS = {
-    "/{session}/v1/chat/completions": Api(
+    "/{session}/v1/chat/completions": ApiPath(
         "chat", "chatcmpl-", openai_api.ask_chat, openai_api.chat_reply, openai_api.ChatEvents
     ),
-    "/{session}/v1/completions": Api(
+    "/{session}/v1/completions": ApiPath(
         "completions",
         "cmpl-",
         openai_api.ask_completion,
         openai_api.completion_reply,
         openai_api.CompletionEvents,
     ),
-    "/{session}/v1/responses": Api(
+    "/{session}/v1/responses": ApiPath(
         "responses",
         "resp_",
         responses_api.ask_response,
         responses_api.response_reply,
         responses_api.ResponseEvents,
     ),
-    "/{session}/v1/messages": Api(
+    "/{session}/v1/messages": ApiPath(
         "messages",
         "msg_",
         anthropic_api.ask_message,

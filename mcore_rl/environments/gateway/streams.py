@@ -51,7 +51,7 @@ class Events(Protocol):
 
 
 @dataclass(frozen=True)
-class Api:
+class ApiPath:
     """How one path asks for a turn, and what it makes of it."""
 
     kind: str
@@ -64,7 +64,7 @@ class Api:
 
 
 async def stream_answer(
-    request: web.Request, api: Api, session: GatewaySession, body: Mapping[str, Any]
+    request: web.Request, api: ApiPath, session: GatewaySession, body: Mapping[str, Any]
 ) -> web.StreamResponse:
     """The turn that `body` asks for, as it is sampled. Raises ApiError before the first token."""
     name, live = session.reply_id(api.prefix), LiveTurn()
@@ -95,7 +95,7 @@ async def stream_answer(
 
 
 def _last(
-    api: Api,
+    api: ApiPath,
     session: GatewaySession,
     body: Mapping[str, Any],
     name: str,
@@ -111,7 +111,7 @@ def _last(
     return events.end(api.reply(session, body, name, turn), live.rest(whole))
 
 
-async def settle(session: GatewaySession) -> None:
+async def wait_for_left(session: GatewaySession) -> None:
     """Wait for the responses of clients that have left, until what was sampled of them is recorded."""
     if session.requests:
         await asyncio.wait(session.requests, timeout=_LEAVE_SECONDS)
