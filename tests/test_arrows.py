@@ -133,9 +133,7 @@ def legal(room: str, name: str) -> bool:
     return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
 
 
-READERS = frozenset(
-    {"training", "launch", "evaluate", "plan", "doctor", "talk", "commands", "__main__", "__init__"}
-)
+READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "talk", "commands", "__init__"})
 """rooms that read the configuration; below them, functions take the numbers they need"""
 
 

@@ -195,7 +195,7 @@ class RolloutClient:
         try:
             async with self._opened.request("POST", url, json=body, allow_redirects=False) as response:
                 if response.status != 200:
-                    raw = await response.content.read(_MESSAGE_CHARS)
+                    raw = await response.content.read(1 << 16)
                     self._raise_for(url, response.status, raw, response.headers.get("Retry-After", ""))
                 async for data in self._events(response, max(most, 1 << 16)):
                     event = _decode(data)
