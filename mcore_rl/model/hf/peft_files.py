@@ -205,12 +205,12 @@ def lora_of(directory: Path, arch: Architecture) -> Lora:
         ConfigError: it cannot be read, or is of another kind.
     """
     told = read_config(directory / CONFIG)
-    rank, alpha, rslora = told.get("r"), told.get("lora_alpha"), told.get("use_rslora", False)
-    if not (type(rank) is int and rank > 0 and _is_finite(alpha) and isinstance(rslora, bool)):
+    rank, alpha, rslora = told.get("r"), _finite(told.get("lora_alpha")), told.get("use_rslora", False)
+    if type(rank) is not int or rank <= 0 or alpha is None or not isinstance(rslora, bool):
+        given = {name: told.get(name) for name in ("r", "lora_alpha", "use_rslora")}
         raise ConfigError(
-            f"{directory / CONFIG}: r = {short(repr(rank))}, lora_alpha = {short(repr(alpha))}, use_rslora = "
-            f"{short(repr(rslora))}: the rank is a whole number above 0, alpha a finite number, the last "
-            "true or false; name the directory of an adapter"
+            f"{directory / CONFIG}: {short(given)}: the rank is a whole number above 0, alpha a finite number, "
+            "use_rslora true or false; name the directory of an adapter"
         )
     with _opened(directory / WEIGHTS) as file:
         held = set(file.keys())
@@ -224,14 +224,14 @@ def lora_of(directory: Path, arch: Architecture) -> Lora:
             f"{directory / WEIGHTS}: of its {len(held)} tensors ({listed(sorted(held))}) none is of an "
             f"adapter of this {arch.family} model; name the model that it was trained beside"
         )
-    return Lora(rank, float(alpha), tuple(targets), rslora, path=directory)
+    return Lora(rank, alpha, tuple(targets), rslora, path=directory)
 
 
-def _is_finite(number: Any) -> bool:
-    """Whether it is a number that a float can hold."""
-    if type(number) not in (int, float):
-        return False
+def _finite(number: Any) -> float | None:
+    """The number as a float; None for what is none, or none that a float can hold."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
     try:
-        return math.isfinite(number)
+        return float(number) if math.isfinite(number) else None
     except OverflowError:
-        return False
+        return None
