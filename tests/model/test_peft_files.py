@@ -91,7 +91,7 @@ def test_a_field_under_which_it_computes_something_else_is_refused(
 )
 def test_numbers_that_are_no_scale_are_refused(directory: Path, change: dict) -> None:
     told(directory, **change)
-    with pytest.raises(ConfigError, match=r"the rank is a whole number above 0, alpha a finite number"):
+    with pytest.raises(ConfigError, match=r"the rank is a whole number above 0, alpha a finite one"):
         lora_of(directory, ARCH)
 
 

@@ -209,7 +209,7 @@ def lora_of(directory: Path, arch: Architecture) -> Lora:
     if type(rank) is not int or rank <= 0 or alpha is None or not isinstance(rslora, bool):
         given = {name: told.get(name) for name in ("r", "lora_alpha", "use_rslora")}
         raise ConfigError(
-            f"{directory / CONFIG}: {short(given)}: the rank is a whole number above 0, alpha a finite number, "
+            f"{directory / CONFIG}: {short(given)}: the rank is a whole number above 0, alpha a finite one, "
             "use_rslora true or false; name the directory of an adapter"
         )
     with _opened(directory / WEIGHTS) as file:
