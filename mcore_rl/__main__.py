@@ -63,7 +63,9 @@ def _check_paths(arguments: argparse.Namespace) -> None:
 
     if arguments.command is doctor:  # for which it is a finding
         return
-    for name in ("config", "target", "model", "model_dir"):
+    # beside a source, the target is what the command is to make
+    read = ("config", "model", "model_dir", *(() if hasattr(arguments, "source") else ("target",)))
+    for name in read:
         path = getattr(arguments, name, None)
         if isinstance(path, Path) and not os.path.exists(path):
             raise ConfigError(f"{path}: No such file or directory; check the path")

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from mcore_rl import __version__
-from mcore_rl.__main__ import build_parser, main
+from mcore_rl.__main__ import _check_paths, build_parser, main
 from mcore_rl.errors import ConfigError
 from mcore_rl.server.__main__ import main as serve
 from tests.sources import ROOT
@@ -75,6 +76,34 @@ def test_a_run_does_not_end_because_nobody_reads_what_it_says(lost: str) -> None
     assert in_shell(f'"$@" {lost}', GUARDED).returncode == 7
     unguarded = GUARDED.replace("guard(output=False)", "")
     assert in_shell(f'"$@" {lost}', unguarded).returncode != 7
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["convert", "hf-to-mcore", "here", "new"], ""),
+        (["convert", "mcore-to-hf", "here", "new", "--config", "here"], ""),
+        (["convert", "merge", "here", "new", "--model", "here"], ""),
+        (["convert", "adapter", "here", "new", "--model", "here"], ""),
+        (["follow", "here", "new"], ""),
+        (["convert", "merge", "here", "new", "--model", "gone"], "gone"),
+        (["convert", "mcore-to-hf", "here", "new", "--config", "gone"], "gone"),
+        (["eval", "gone"], "gone"),
+        (["chat", "gone"], "gone"),
+        (["plan", "gone"], "gone"),
+    ],
+)
+def test_what_is_read_must_be_there_and_what_is_made_need_not(
+    words: list[str], missing: str, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    paths = {name: str(tmp_path / name) for name in ("here", "new", "gone")}
+    arguments = build_parser().parse_args([paths.get(word, word) for word in words])
+    if not missing:
+        _check_paths(arguments)
+        return
+    with pytest.raises(ConfigError, match="gone: No such file or directory"):
+        _check_paths(arguments)
 
 
 def test_arguments_that_are_repeated_stay_text(capsys) -> None:

@@ -148,12 +148,13 @@ def attach(chunks: Iterable[GPTModel], mapping: AdapterMap, mesh: Mesh, read: Re
 
 def _targets(chunk: GPTModel, mapping: AdapterMap) -> list[tuple[str, Any]]:
     """Global name of the weight -> layer, of those that get adapters."""
-    owned = [(name, name.removesuffix(".weight")) for name, _ in chunk.named_parameters()]
-    return [
-        (named, chunk.get_submodule(layer))
-        for name, layer in owned
-        if name.endswith(".weight") and mapping.base_of(named := weights_io.globalize(name, chunk))
-    ]
+    found = []
+    for name, _ in chunk.named_parameters():
+        named = weights_io.globalize(name, chunk)
+        if mapping.base_of(named) is not None:
+            assert name.endswith(".weight"), f"{name} is one of several of its layer: no place for an adapter"
+            found.append((named, chunk.get_submodule(name.removesuffix(".weight"))))
+    return found
 
 
 def _give(layer: Any, base: Rule, name: str, mapping: AdapterMap, mesh: Mesh) -> None:

@@ -194,6 +194,8 @@ def _build(
     if lora is not None:
         check_adapters(mapping.arch, mesh.layout, lora)
         adapters = AdapterMap(mapping.arch, lora)
+        if "experts" in lora.targets:  # one grouped layer has no place for an adapter of each expert
+            config.moe_grouped_gemm = False
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
         embedding.forward.cache_clear()  # its keys refer to the groups of models that are gone
     model_parallel_cuda_manual_seed(0)  # Megatron's RNG tracker, forked even where dropout is 0

@@ -127,9 +127,9 @@ class PackedGPT(GPTModel):
                 torch.tensor(constant, dtype=hidden.dtype).item() if scales.rounded else constant
             )
         if hidden is not None and self.adapted and torch.is_grad_enabled():
-            # Megatron's recomputed layers ask their input whether a gradient is wanted; a frozen embedding's
-            # says no, and the adapters of such layers would learn nothing.
-            hidden = hidden.detach().requires_grad_(self.config.recompute_granularity == "full")
+            # What Megatron computes again, a layer or a part of one, asks its input whether a gradient is
+            # wanted; before the first adapter it says no, and adapters in there would learn nothing.
+            hidden = hidden.detach().requires_grad_(self.config.recompute_granularity is not None)
         self._check_length(packed_seq_params)
         positions = packed_seq_params.position_ids
         table = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True).index_select(

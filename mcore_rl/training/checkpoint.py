@@ -28,6 +28,7 @@ from mcore_rl.checkpoint import (
 )
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
+from mcore_rl.config.lora import LoraConfig
 from mcore_rl.data.cursor import PromptCursor, knows_content
 from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
 from mcore_rl.log import StepLog
@@ -124,6 +125,7 @@ def find_start(config: Config, mesh: Mesh, resume: str | None) -> Saved | None:
             saved = find(root, which)
             check_form(saved)
             check_kind(saved, config.run.kind)
+            check_adapters_of(saved, config.lora)
             check_history(config, saved, known)
             return saved
         if known:
@@ -148,6 +150,25 @@ def check_kind(saved: Saved, kind: str) -> None:
             f'{saved.path} was saved by a run of the kind "{known}", and run.kind is "{kind}"; begin a run '
             "with its model as model.path"
         )
+
+
+def check_adapters_of(saved: Saved, lora: LoraConfig) -> None:
+    """Raises ConfigError for the checkpoint of a run that trained other matrices, or at another scale.
+
+    Equal tensors are not enough: with another alpha, or without some of the targets, they are another policy.
+    """
+    told = {"rank": 0, **saved.document["config"].get("lora", {})}
+    if not (told["rank"] or lora.rank):
+        return
+    alike = ("rank", "alpha", "rslora", "targets") if told["rank"] and lora.rank else ("rank",)
+    for key, value in lora.model_dump(mode="json", include=set(alike)).items():
+        before = told.get(key, value)
+        if before != value and not (key == "targets" and sorted(before) == sorted(value)):
+            raise ConfigError(
+                f"lora.{key} = {value!r}, and {saved.path} was saved with {before!r}: it is another policy. "
+                f"Set lora.{key} to that, or begin a run from what it trained: `mcore-rl convert adapter`, "
+                "then lora.path; or a whole model of it, then model.path"
+            )
 
 
 def check_form(saved: Saved) -> None:

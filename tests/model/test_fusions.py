@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from mcore_rl.checkpoint.pieces import model_pieces, optimizer_pieces
 from mcore_rl.errors import ConfigError
+from mcore_rl.lora import Lora
 from mcore_rl.model import fusions, spec
+from mcore_rl.model.adapters import adapter_parameters
 from mcore_rl.model.build import Model, build_policy
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.portable import PORTABLE
@@ -208,6 +211,21 @@ def test_grouped_experts_are_the_same_experts(
     assert ours.keys() == theirs.keys() == load_file(moe_dir / "model.safetensors").keys()
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-5)
+
+
+def adapted(mesh: Mesh, directory: Path, grouped: bool) -> list[str]:
+    with as_one_layer(grouped):
+        model = build_policy(directory, mesh, ddp=ddp_config(), lora=Lora(2, 2.0, ("qkv", "experts")))
+        return sorted(adapter_parameters(model.unwrapped))
+
+
+def test_experts_with_adapters_are_layers_of_their_own(pool2: Pool, moe_dir: Path) -> None:
+    """One grouped layer has no place for them; they would be left out, as if they were not asked for."""
+    every = AdapterMap(read_architecture(moe_dir), Lora(2, 2.0, ("qkv", "experts")))
+    wanted = {entry.megatron for entry in every.entries()}
+    ranks = at_layout(pool2, "ep2", adapted, moe_dir, True)
+    assert {name for names in ranks for name in names} == wanted
+    assert ranks == at_layout(pool2, "ep2", adapted, moe_dir, False)
 
 
 def test_a_checkpoint_holds_the_same_pieces_in_either_form(pool2: Pool, moe_dir: Path) -> None:

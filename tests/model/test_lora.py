@@ -29,6 +29,7 @@ from mcore_rl.model.weights_io import global_weights
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
+from mcore_rl.tuning import RecomputeModule, Tuning
 from mcore_rl.weights.adapters import export_adapter
 from mcore_rl.weights.buckets import gather
 from mcore_rl.weights.disk import export
@@ -337,6 +338,32 @@ def test_targets_that_a_family_has_not_are_refused(
 def test_more_ranks_than_key_heads_are_refused(dense_dir: Path) -> None:
     with pytest.raises(LayoutError, match="the model's 4 key heads cannot be cut further"):
         check_adapters(read_architecture(dense_dir), Layout(tensor=8), Lora(RANK, ALPHA))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "modules"),
+    [("dense", "fc1", ("core_attn", "mlp")), ("dense", "qkv", ("core_attn",)), ("moe", "experts", ("moe",))],
+)
+def test_adapters_learn_what_they_learn_where_layers_are_computed_again(
+    pool1: Pool,
+    kind: str,
+    target: Target,
+    modules: tuple[RecomputeModule, ...],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Before the first adapter nothing wants a gradient, and Megatron asks the input whether one is."""
+    directory, lora = request.getfixturevalue(f"{kind}_dir"), Lora(RANK, ALPHA, (target,))
+    tunings = Tuning(), Tuning("full"), Tuning("selective", modules)
+    (plain,), *again = (at_layout(pool1, "tp1", learnt, directory, lora, tuning) for tuning in tunings)
+    assert all(float(gradient.abs().max()) > 0 for name, gradient in plain.items() if "lora_B" in name)
+    for (gradients,) in again:
+        for name, gradient in plain.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def learnt(mesh: Mesh, directory: Path, lora: Lora, tuning: Tuning) -> Tensors:
+    model = build_policy(directory, mesh, ddp=ddp_config(distributed=False), lora=lora, tuning=tuning)
+    return {name: vars(p)["main_grad"].clone() for name, p in one_pass(model).items()}
 
 
 @pytest.mark.parametrize(

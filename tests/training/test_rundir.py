@@ -16,10 +16,11 @@ import pytest
 from mcore_rl.checkpoint import Saved, manifest
 from mcore_rl.checkpoint.image import write_file
 from mcore_rl.config import Config, load_config
+from mcore_rl.config.lora import LoraConfig
 from mcore_rl.directories import MARK, kind_of, make, mark, read_mark
 from mcore_rl.errors import ConfigError, StorageError
 from mcore_rl.log import read_metrics
-from mcore_rl.training.checkpoint import check_form
+from mcore_rl.training.checkpoint import check_adapters_of, check_form
 from mcore_rl.training.rundir import (
     RUN_LOCK,
     WEIGHTS_LOCK,
@@ -243,6 +244,28 @@ def test_what_holds_no_run_is_not_continued(tmp_path: Path) -> None:
                 check_form(save(tmp_path / name / str(len(document)), 1, **document))
     with pytest.raises(ConfigError, match=r"state\.cursor is not"):
         check_form(save(tmp_path / "cursor", 1, **sound | {"state": {}}))
+
+
+def test_adapters_are_continued_as_they_were_trained(tmp_path: Path) -> None:
+    """Another alpha has tensors of the same shapes, fewer targets leave some unread."""
+    then = LoraConfig(rank=8, alpha=16.0, targets=("fc1", "qkv"))
+    saved = save(tmp_path, 1, config={"lora": then.model_dump(mode="json")})
+    whole = save(tmp_path / "whole", 1, config={"lora": LoraConfig().model_dump(mode="json")})
+    earlier = save(tmp_path / "earlier", 1, config={})
+    same = then.model_copy(update={"targets": ("qkv", "fc1"), "seed": 7, "path": tmp_path})
+    for checkpoint, lora in (
+        (saved, then),
+        (saved, same),
+        (whole, LoraConfig(alpha=1.0)),
+        (earlier, LoraConfig()),
+    ):
+        check_adapters_of(checkpoint, lora)
+    for key, value in {"rank": 4, "alpha": 8.0, "rslora": True, "targets": ("qkv",)}.items():
+        with pytest.raises(ConfigError, match=rf"lora\.{key} = .*step_1 was saved with"):
+            check_adapters_of(saved, then.model_copy(update={key: value}))
+    for checkpoint, lora in ((saved, LoraConfig()), (whole, then), (earlier, then)):
+        with pytest.raises(ConfigError, match=r"lora\.rank = .*step_1 was saved with"):
+            check_adapters_of(checkpoint, lora)
 
 
 def test_a_branch_is_a_run_of_its_own_and_may_begin_again_until_it_has_saved(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.files import SafetensorsWriter
 from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.torch_dist import holds_torch_dist, torch_dist_reader
-from mcore_rl.terminal import listed
+from mcore_rl.terminal import listed, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PLAIN: Mapping[str, Any] = {
@@ -37,6 +38,26 @@ _PLAIN: Mapping[str, Any] = {
     "target_parameters": None,
 }
 """fields with the only value under which an adapter is what is built here; absent, they have it"""
+_READ = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
+_IDLE = frozenset(
+    {
+        *(
+            "auto_mapping",
+            "base_model_name_or_path",
+            "revision",
+            "task_type",
+            "inference_mode",
+            "peft_version",
+        ),
+        *("target_modules", "exclude_modules", "layers_pattern", "lora_dropout", "ensure_weight_tying"),
+        *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "velora_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of beginnings: see _BEGINNINGS
+    }
+)
+"""fields that say nothing of what a trained adapter computes, or what its tensors say too; any other one that
+is set would change it: PEFT has a new kind every few months"""
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""of `init_lora_weights`: with the others, PEFT changes the model's own weights as it loads the adapter"""
 
 
 def write_adapter(adapters: AdapterMap, tensors: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
@@ -92,25 +113,47 @@ def adapter_reader(adapters: AdapterMap, directory: Path) -> Callable[[str], Ten
         return torch_dist_reader(directory, adapters)
     _check_config(adapters, directory / CONFIG)
     path = directory / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"lora.path: {path}: not a readable safetensors file ({error})") from error
-    wanted = adapters.hf_shapes()
-    lines = [f"missing {name}" for name in sorted(wanted.keys() - tensors.keys())]
-    lines += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & tensors.keys()):
-        if tuple(tensors[name].shape) != wanted[name]:
-            lines.append(f"{name} has shape {tuple(tensors[name].shape)}, expected {wanted[name]}")
-        if tensors[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            lines.append(f"{name} has type {tensors[name].dtype}")
-    if lines:
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+    if lines := list(_differences(tensors, adapters.hf_shapes())):
         raise ConfigError(
             f"lora.path: {path}: its tensors are not those of lora.targets = {list(adapters.lora.targets)} "
-            f"beside model.path ({listed(lines)}); correct lora.targets, or take another adapter"
+            f"beside model.path ({listed(lines)}); correct lora.targets, or take another adapter; one of "
+            "some of a target's matrices can be merged into its model with PEFT"
+        )
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ConfigError(
+            f"lora.path: {path}: {listed(broken)} have numbers that are not finite; take an adapter from "
+            "before its training broke"
         )
     return lambda name: tensors[name]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from. Raises ConfigError for what is none."""
+    _check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"lora.path: {path}: not a readable safetensors file ({error})") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():  # to read a pipe could take for ever
+        raise ConfigError(f"{path}: no plain file; name the directory of an adapter")
+
+
+def _differences(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """How an adapter's tensors are not what was wanted."""
+    yield from (f"missing {name}" for name in sorted(wanted.keys() - tensors.keys()))
+    yield from (f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys()))
+    for name in sorted(wanted.keys() & tensors.keys()):
+        if tuple(tensors[name].shape) != wanted[name]:
+            yield f"{name} has shape {tuple(tensors[name].shape)}, expected {wanted[name]}"
+        if tensors[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            yield f"{name} has type {tensors[name].dtype}"
 
 
 def _check_config(adapters: AdapterMap, path: Path) -> None:
@@ -121,7 +164,7 @@ def _check_config(adapters: AdapterMap, path: Path) -> None:
     for name, value in ours.items():
         if told.get(name, False) != value:
             raise ConfigError(
-                f"lora.{keys[name]} = {value}, but {path} says {name} = {told.get(name)}; set "
+                f"lora.{keys[name]} = {value}, but {path} says {name} = {short(str(told.get(name)))}; set "
                 f"lora.{keys[name]} to it"
             )
 
@@ -132,18 +175,26 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or tells of another kind of adapter.
     """
+    _check_file(path)
     try:
         told = strict_json.parse(path.read_bytes())
     except (OSError, strict_json.JsonError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); name the directory of an adapter") from error
     if not isinstance(told, dict):
         raise ConfigError(f"{path} is no JSON object; name the directory of an adapter")
-    for name, value in _PLAIN.items():
-        if told.get(name, value) != value and (told.get(name) or value):
-            raise ConfigError(
-                f"{path}: {name} = {told[name]!r} is not supported, only {value!r}; merge that adapter into "
-                "its model with PEFT"
-            )
+    for name, value in told.items():
+        plain = _PLAIN.get(name)
+        if name in _READ or name in _IDLE or value == plain or not (value or plain):
+            continue
+        raise ConfigError(
+            f"{path}: {short(name)} = {short(repr(value))} is not supported, only {plain!r}; merge that "
+            "adapter into its model with PEFT"
+        )
+    if (begun := told.get("init_lora_weights")) not in _BEGINNINGS:
+        raise ConfigError(
+            f"{path}: init_lora_weights = {short(repr(begun))}: such an adapter is beside other weights than "
+            "the model's; convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
     return told
 
 
@@ -154,17 +205,33 @@ def lora_of(directory: Path, arch: Architecture) -> Lora:
         ConfigError: it cannot be read, or is of another kind.
     """
     told = read_config(directory / CONFIG)
-    rank, alpha, rslora = told.get("r"), told.get("lora_alpha"), told.get("use_rslora", False)
-    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(rslora, bool)):
-        raise ConfigError(f"{directory / CONFIG}: no r and lora_alpha; name the directory of an adapter")
-    try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            held = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{directory / WEIGHTS}: not a readable safetensors file ({error})") from error
+    rank, alpha, rslora = told.get("r"), _finite(told.get("lora_alpha")), told.get("use_rslora", False)
+    if type(rank) is not int or rank <= 0 or alpha is None or not isinstance(rslora, bool):
+        given = {name: told.get(name) for name in ("r", "lora_alpha", "use_rslora")}
+        raise ConfigError(
+            f"{directory / CONFIG}: {short(given)}: the rank is a whole number above 0, alpha a finite one, "
+            "use_rslora true or false; name the directory of an adapter"
+        )
+    with _opened(directory / WEIGHTS) as file:
+        held = set(file.keys())
     targets = []
     for target in get_args(Target):
         with suppress(ConfigError):  # this model has no such matrices, and so no tensors of theirs
             if held & AdapterMap(arch, Lora(rank, alpha, (target,))).hf_shapes().keys():
                 targets.append(target)
-    return Lora(rank, float(alpha), tuple(targets), rslora, path=directory)
+    if not targets:
+        raise ConfigError(
+            f"{directory / WEIGHTS}: of its {len(held)} tensors ({listed(sorted(held))}) none is of an "
+            f"adapter of this {arch.family} model; name the model that it was trained beside"
+        )
+    return Lora(rank, alpha, tuple(targets), rslora, path=directory)
+
+
+def _finite(number: Any) -> float | None:
+    """The number as a float; None for what is none, or none that a float can hold."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    try:
+        return float(number) if math.isfinite(number) else None
+    except OverflowError:
+        return None
