@@ -11,8 +11,9 @@ import pytest
 from mcore_rl.data.curriculum import Curriculum
 from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.functions import find_function
+from mcore_rl.parallel.control import _portable
 from mcore_rl.training.evaluation_sets import _answer
-from mcore_rl.training.faults.exits import read_events, record
+from mcore_rl.training.faults.exits import read_events, recorded
 from mcore_rl.types import Prompt
 from mcore_rl.user_code import MOST_CHARS, place, said
 from tests.rewards.test_pool import groups, pool_of
@@ -37,7 +38,7 @@ class Rows:
         raise ValueError("\\x1b[2J" * 500)
 
 
-class Mute(Exception):
+class Mute(RuntimeError):
     def __str__(self):
         raise KeyError("no text")
 
@@ -109,7 +110,9 @@ def test_an_error_without_a_text_and_one_with_too_much_are_said_and_recorded(mod
     mute = caught(module.mute, None)
     assert said(mute) == "its text cannot be had: __str__ raised KeyError"
     assert len(said(ValueError("x" * 100_000))) < 3000
-    record(tmp_path, mute)
+    with pytest.raises(type(mute)), recorded(tmp_path):
+        raise mute
+    assert str(_portable(mute)) == f"Mute: {said(mute)}", "the other ranks wait for it"
     (event,) = read_events(tmp_path, 0)
     assert (event["type"], event["message"]) == ("Mute", said(mute))
     with pytest.raises(ConfigError, match="raised Mute: its text cannot be had"):

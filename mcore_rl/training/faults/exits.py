@@ -141,7 +141,7 @@ def typed(error: BaseException) -> BaseException:
 
 
 def _of_open_files(error: BaseException) -> ResourceError | None:
-    if os.strerror(errno.EMFILE) not in str(error):
+    if os.strerror(errno.EMFILE) not in said(error):
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return ResourceError(
@@ -173,7 +173,7 @@ def _lacks_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     in_torch = isinstance(error, RuntimeError) and not isinstance(error, McoreRLError)
-    return isinstance(error, MemoryError) or (in_torch and bool(_NO_MEMORY.search(str(error))))
+    return isinstance(error, MemoryError) or (in_torch and bool(_NO_MEMORY.search(said(error))))
 
 
 def end_of_events(run_dir: Path) -> int:
