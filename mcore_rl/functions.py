@@ -12,7 +12,7 @@ from typing import Any
 
 from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.terminal import quoted
-from mcore_rl.user_code import place
+from mcore_rl.user_code import place, said
 
 
 def load_function(key: str, name: str, argument: str, *, keywords: bool = False) -> Callable[..., Any]:
@@ -37,14 +37,14 @@ def find_function(key: str, name: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
+        function = getattr(module, attribute, None)  # a module may have a __getattr__ of its own
     except AskedToLeave:
         raise
     except BaseException as error:  # SystemExit too, of a script without a __main__ guard
         raise ConfigError(
-            f"{key}: cannot import {module_name} ({type(error).__name__}: {error}{place(error)}); "
+            f"{key}: cannot import {module_name} ({type(error).__name__}: {said(error)}{place(error)}); "
             "fix the module, or put its directory on PYTHONPATH"
         ) from error
-    function = getattr(module, attribute, None)
     if function is None:
         close = get_close_matches(attribute, dir(module), n=1)
         hint = f"did you mean {close[0]}?" if close else "check the name"

@@ -1,22 +1,39 @@
-"""Where the user's own code raised an error: its file, line and text, for the message that tells of it."""
+"""What the user's own code raised, and where: its file, line and text, for the message that tells of it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sysconfig
 import traceback
 from pathlib import Path
 
+from mcore_rl.errors import AskedToLeave
 from mcore_rl.terminal import escaped
 
 _LIBRARY = str(Path(__file__).parent)
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_IMPORTS = str(Path(importlib.__file__).parent)
+"""which raises for a module that is not there, or does not parse: no place to look at"""
 _FRAMES = 3
 """the most that a message shows, the last ones"""
 _LINE_CHARS = 80
 """the most of one line of code"""
 MOST_CHARS = 600
 """the most that `place` says"""
+_SAID_CHARS = 2000
+"""the most that `said` repeats"""
+
+
+def said(error: BaseException) -> str:
+    """`str(error)`, cut where it is long; of an error that cannot be asked for its text, that it cannot."""
+    try:
+        text = str(error)
+    except AskedToLeave:
+        raise
+    except BaseException as second:  # __str__ is the user's code as well
+        return f"its text cannot be had: __str__ raised {type(second).__name__}"
+    return text if len(text) <= _SAID_CHARS else f"{text[:_SAID_CHARS]}..."
 
 
 def place(error: BaseException) -> str:
@@ -26,7 +43,7 @@ def place(error: BaseException) -> str:
     else is, as where the function is a package's.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if not _is_below(frame.filename, (_LIBRARY,))]
+    outside = [frame for frame in frames if not _is_below(frame.filename, (_LIBRARY, _IMPORTS))]
     own = [frame for frame in outside if not _is_below(frame.filename, _INSTALLED)]
     shown = [_frame(one) for one in (own or outside[-1:])[-_FRAMES:]]
     if isinstance(error, SyntaxError) and error.filename:  # such a module has no frame of its own

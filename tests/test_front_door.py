@@ -15,6 +15,8 @@ import pytest
 import mcore_rl
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl import errors
+from mcore_rl.__main__ import main
+from mcore_rl.demo.command import check_replaced
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.launch.first_look import _look_at_function
 from tests.launched import ENVIRONMENT
@@ -205,3 +207,31 @@ def test_a_rank_trains_its_first_step_after_six_cpu_seconds(tmp_path: Path) -> N
     assert code == 0, ended.stderr
     assert heavy == []
     assert took <= 6
+
+
+def test_a_demo_replaces_nothing_but_an_earlier_demo(tmp_path: Path, capsys) -> None:
+    own = tmp_path / "own"
+    (own / "data").mkdir(parents=True)
+    mine = own / "data" / "train.jsonl"
+    for text in (
+        '{"prompt": "a", "label": "b"}\n',
+        '{"id": "1", "prompt": "1", "label": ""}\n',
+        "[]",
+        "\xff",
+    ):
+        mine.write_text(text, encoding="latin-1")
+        assert main(["demo", str(own)]) == 2
+        assert "would be replaced" in capsys.readouterr().err
+        assert mine.read_text(encoding="latin-1") == text
+        assert [path.name for path in own.iterdir()] == ["data"]
+    mine.unlink()
+    check_replaced(own)
+    (own / "resolved.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"resolved\.toml would be replaced, and of no earlier demo"):
+        check_replaced(own)
+    write_arithmetic([str(own / "data"), "--train", "2", "--eval", "1"])
+    check_replaced(own)
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["demo", str(file)]) != 1
+    assert "StorageError" in capsys.readouterr().err

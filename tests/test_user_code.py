@@ -11,9 +11,11 @@ import pytest
 from mcore_rl.data.curriculum import Curriculum
 from mcore_rl.errors import ConfigError, RewardError
 from mcore_rl.functions import find_function
+from mcore_rl.parallel.control import _portable
 from mcore_rl.training.evaluation_sets import _answer
+from mcore_rl.training.faults.exits import read_events, recorded
 from mcore_rl.types import Prompt
-from mcore_rl.user_code import MOST_CHARS, place
+from mcore_rl.user_code import MOST_CHARS, place, said
 from tests.rewards.test_pool import groups, pool_of
 
 MODULE = """import json
@@ -34,6 +36,15 @@ def nested(one, depth=9):
 class Rows:
     def __getattr__(self, name):
         raise ValueError("\\x1b[2J" * 500)
+
+
+class Mute(RuntimeError):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+def mute(one):
+    raise Mute
 """
 
 
@@ -42,6 +53,8 @@ def module(tmp_path: Path, monkeypatch):
     (tmp_path / "of_a_user.py").write_text(MODULE)
     (tmp_path / "does_not_parse.py").write_text("x = 1\nif:\n")
     (tmp_path / "does_not_load.py").write_text('raise KeyError("a")\n')
+    (tmp_path / "is_mute.py").write_text("import of_a_user\n\nof_a_user.mute(0)\n")
+    (tmp_path / "is_lazy.py").write_text("def __getattr__(name):\n    raise KeyError(name)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "of_a_user", raising=False)
@@ -81,12 +94,31 @@ def test_foreign_text_in_it_is_text_and_short(module, tmp_path: Path, monkeypatc
     [
         ("does_not_parse", "does_not_parse.py:2: if:"),
         ("does_not_load", "does_not_load.py:1, in <module>: raise"),
+        ("is_mute", "Mute: its text cannot be had: __str__ raised KeyError at is_mute.py:3"),
+        ("is_lazy", "is_lazy.py:2, in __getattr__: raise"),
+        ("is_nowhere", "No module named 'is_nowhere');"),
     ],
 )
 def test_a_module_that_cannot_be_imported_says_its_line(module, name: str, said: str) -> None:
     with pytest.raises(ConfigError, match="cannot import") as error:
         find_function("reward.function", f"{name}:f")
     assert said in str(error.value)
+    assert "importlib" not in str(error.value), "where Python looks for modules is no place to look at"
+
+
+def test_an_error_without_a_text_and_one_with_too_much_are_said_and_recorded(module, tmp_path: Path) -> None:
+    mute = caught(module.mute, None)
+    assert said(mute) == "its text cannot be had: __str__ raised KeyError"
+    assert len(said(ValueError("x" * 100_000))) < 3000
+    with pytest.raises(type(mute)), recorded(tmp_path):
+        raise mute
+    assert str(_portable(mute)) == f"Mute: {said(mute)}", "the other ranks wait for it"
+    (event,) = read_events(tmp_path, 0)
+    assert (event["type"], event["message"]) == ("Mute", said(mute))
+    with pytest.raises(ConfigError, match="raised Mute: its text cannot be had"):
+        Curriculum("of_a_user:mute", module.mute, 0).takes(1)(Prompt("p", "text", (1,), None), 0)
+    with pytest.raises(RewardError, match="raised Mute on sample"):
+        _answer(module.mute, groups("a")[0].samples[0])
 
 
 def test_a_curriculum_and_an_answer_say_theirs(module) -> None:

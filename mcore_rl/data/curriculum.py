@@ -12,7 +12,7 @@ from mcore_rl.errors import AskedToLeave, ConfigError, DamagedCheckpointError
 from mcore_rl.functions import load_function
 from mcore_rl.terminal import short
 from mcore_rl.types import Group, Prompt
-from mcore_rl.user_code import place
+from mcore_rl.user_code import place, said
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Curriculum:
             raise  # by the operator, not by the function
         except BaseException as error:  # SystemExit too
             raise ConfigError(
-                f"{where}, raised {type(error).__name__}: {short(error)}{place(error)}; fix the function"
+                f"{where}, raised {type(error).__name__}: {short(said(error))}{place(error)}; "
+                "fix the function"
             ) from error
         if not isinstance(chance, Real) or not 0 <= chance <= 1:  # type: ignore[operator]  # NaN compares false
             raise ConfigError(f"{where}, returned {short(chance)}; return a number from 0 to 1")

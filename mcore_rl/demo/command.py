@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mcore_rl import strict_json
+from mcore_rl.directories import storage_error
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import tell
+from mcore_rl.terminal import escaped, joined
 
 PROBLEMS = "arithmetic.py"
 WARM_START, RECIPE = "sft_tiny.toml", "gspo_tiny.toml"
@@ -29,8 +33,13 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
 
     Args:
         overrides: `--section.key value` of both runs.
+
+    Raises:
+        ConfigError: it holds data or a run that are of no demo; nothing was touched.
+        StorageError: it cannot be made.
     """
     there, warm = files(), directory / "warm_start"
+    check_replaced(directory)
     data = ["--data.train", str(directory / "data" / "train.jsonl")]
     held_out = ["--data.eval", str(directory / "data" / "eval.jsonl")]
     tell(f"two cores take some minutes; the report will be {directory}/report.html", is_main=True)
@@ -43,7 +52,10 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
         [*module, "train", str(there / RECIPE), "--overwrite", *second, *overrides],
         [*module, "report", str(directory)],
     )
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(directory, error) from error
     for words in steps:
         code = _run(words)
         if code:
@@ -53,6 +65,33 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
         is_main=True,
     )
     return 0
+
+
+def check_replaced(directory: Path) -> None:
+    """Raises ConfigError where a demo would replace files or a run that are of no earlier demo."""
+    data = directory / "data"
+    written = [data / name for name in ("train.jsonl", "eval.jsonl", "model")]
+    ours = _is_demo_data(written[0])
+    found = [] if ours else [path for path in written if os.path.lexists(path)]
+    if not (ours or found) and (directory / "resolved.toml").exists():
+        found = [directory / "resolved.toml"]
+    if found:
+        raise ConfigError(
+            f"{joined(map(escaped, found))} would be replaced, and of no earlier demo; nothing "
+            "was touched: give another directory, or move them away"
+        )
+
+
+def _is_demo_data(path: Path) -> bool:
+    """Whether a file begins with a problem as PROBLEMS writes them."""
+    try:
+        with path.open("rb") as file:
+            row = strict_json.parse(file.readline(1000))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(row, dict) and row.keys() == {"id", "prompt", "label"} and row["prompt"] == f"{row['id']}="
+    )
 
 
 def _run(words: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ from mcore_rl.rollout.saved import prompt_digest
 from mcore_rl.rollout.saved_samples import sample_from_json, sample_to_json
 from mcore_rl.terminal import QUOTED_CHARS, escaped, printable, short
 from mcore_rl.types import Prompt, Sample, Segment
-from mcore_rl.user_code import MOST_CHARS, place
+from mcore_rl.user_code import MOST_CHARS, place, said
 
 T = TypeVar("T")
 _BEAT_SECONDS = 0.5
@@ -231,8 +231,8 @@ class Environments:
                 try:
                     session.restore(saved["state"])
                 except Exception as error:
-                    said = short(f"restore raised {type(error).__name__}: {error}")
-                    raise StateError(said + place(error)) from error
+                    what = short(f"restore raised {type(error).__name__}: {said(error)}")
+                    raise StateError(what + place(error)) from error
                 policy.resume(turns, saved["asked"])
             policy.keeper = SessionKeeper(session.state, turns)
         return session.rollout
@@ -318,7 +318,7 @@ async def _guarded(function: Callable[[], Callable[..., Any]], policy: Policy, p
         # A client of the gateway has an exception of its own for a rollout that has had all its turns.
         if policy.progress.limit or _is(error, LimitReached):
             return 0.0
-        return Void("raised", short(f"raised {type(error).__name__}: {error}") + place(error))
+        return Void("raised", short(f"raised {type(error).__name__}: {said(error)}") + place(error))
 
 
 def _is(error: BaseException, kind: type[Exception]) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mcore_rl.errors import McoreRLError
 from mcore_rl.parallel.mesh import Mesh
+from mcore_rl.user_code import said
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -73,7 +74,7 @@ def _portable(error: Exception | None) -> Exception | None:
     """An exception that survives pickling: ours as they are, others by name."""
     if error is None or isinstance(error, McoreRLError):
         return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    return RuntimeError(f"{type(error).__name__}: {said(error)}")
 
 
 def gather_replicas(mesh: Mesh, value: T) -> list[T]:

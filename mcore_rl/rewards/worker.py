@@ -29,7 +29,7 @@ from mcore_rl.rewards.task import PROCESSES, TIMEOUT, Task
 from mcore_rl.rewards.tokenizer import DIRECTORY
 from mcore_rl.terminal import short
 from mcore_rl.types import Group, Sample
-from mcore_rl.user_code import place
+from mcore_rl.user_code import place, said
 
 EXIT_COPY = 113
 """what a process ends with that a reward function forked and let go"""
@@ -86,7 +86,7 @@ class _Scorer:
             self._end_copy()
             kind = "memory" if isinstance(error, MemoryError) else "raised"
             where = place(error) if kind == "raised" else ""  # which takes memory
-            return [_void(kind, f"raised {type(error).__name__}: {error}", where)] * len(samples)
+            return [_void(kind, f"raised {type(error).__name__}: {said(error)}", where)] * len(samples)
         self._end_copy()
         if self._forks and _copy_came_back():
             return [_void("forked", "forked, and the new process came back from it")] * len(samples)
@@ -107,7 +107,7 @@ class _Scorer:
         except RewardError as error:
             return _void("returned", f"returned {error}")
         except Exception as error:  # an object whose comparison or hash raises
-            return _void("returned", f"returned what cannot be read ({type(error).__name__}: {error})")
+            return _void("returned", f"returned what cannot be read ({type(error).__name__}: {said(error)})")
 
     def _end_copy(self) -> None:
         """Does not return in a process that the function forked; it must not clean up either."""

@@ -17,7 +17,8 @@ from mcore_rl.rollout.dispatch import Request
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.types import Prompt
 
-_SECONDS = 3600.0
+SECONDS = 3600.0
+"""the most that an answer takes"""
 _TURNS = 1 << 20
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
@@ -49,5 +50,5 @@ def policy_of(
         return await client.generate(request.prompts, request.sampling_params, request.rids)
 
     name = f"talk-{secrets.token_hex(8)}"
-    limits = RolloutLimits(_TURNS, context, _SECONDS, _SECONDS)
+    limits = RolloutLimits(_TURNS, context, SECONDS, SECONDS)
     return Policy(Prompt(name, "", (), ""), Request([[]], [params], [name]), ask, template, limits)

@@ -26,7 +26,7 @@ from mcore_rl.training.data import data_metrics
 from mcore_rl.training.rewards import reward_functions, reward_title
 from mcore_rl.training.setup import read_prompts
 from mcore_rl.types import Prompt, Sample
-from mcore_rl.user_code import place
+from mcore_rl.user_code import place, said
 
 AnswerFn = Callable[[Sample], str | None]
 Record = Mapping[str, Any]
@@ -176,8 +176,8 @@ def _answer(function: AnswerFn, sample: Sample) -> str | None:
         raise
     except BaseException as error:
         raise RewardError(
-            f"answer {name} raised {type(error).__name__} on sample {sample.id}: {error}{place(error)}; "
-            "return None for a response without an answer"
+            f"answer {name} raised {type(error).__name__} on sample {sample.id}: {said(error)}"
+            f"{place(error)}; return None for a response without an answer"
         ) from error
     if not (answer is None or isinstance(answer, str)):
         raise RewardError(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import openai
 import pytest
 import torch
+from aiohttp import web
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from mcore_rl.errors import ConfigError
+from mcore_rl.server import bodies
+from mcore_rl.talk.serve import forward
 from mcore_rl.talk.weights import model_of
 from tests.environments.support import build_tokenizer
 from tests.launched import ENVIRONMENT
@@ -118,7 +123,7 @@ def test_sampling_parameters_act_and_what_would_not_is_refused(served: Served) -
     assert ask(temperature=0) == ask(temperature=0)
     assert ask(temperature=5.0, seed=1) == ask(temperature=5.0, seed=1)
     assert len({ask(temperature=5.0) for _ in range(4)}) > 1
-    for wrong in ({"frequency_penalty": 1.0}, {"temperature": -1.0}):
+    for wrong in ({"frequency_penalty": 1.0}, {"temperature": -1.0}, {"seed": "1"}):
         with pytest.raises(openai.APIStatusError) as refused:
             ask(**wrong)
         assert refused.value.status_code == 400
@@ -133,6 +138,61 @@ def test_the_key_opens_these_addresses_too(served: Served) -> None:
     reply = http(served.url, "/v1/chat/completions", {"messages": []}, key=SECRET["TALK_KEY"])
     assert reply.status == 400
     assert "messages" in reply.body["error"]["message"]
+
+
+async def listening(
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> tuple[web.AppRunner, int]:
+    """A server on this machine, and its port."""
+    app = web.Application()
+    app.router.add_route("*", "/", handler)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    return runner, runner.addresses[0][1]
+
+
+def test_a_long_answer_is_waited_for_and_a_client_that_does_not_read_is_left(monkeypatch) -> None:
+    monkeypatch.setattr(aiohttp.client, "DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.2))  # else 5 minutes
+    monkeypatch.setattr(bodies, "REPLY_SECONDS", 0.3)
+
+    async def whole() -> str:
+        left = asyncio.Event()
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            if request.method == "GET":
+                await asyncio.sleep(0.5)
+                return web.Response(text="late")
+            response = web.StreamResponse()
+            await response.prepare(request)
+            while True:
+                await response.write(bytes(1 << 20))
+
+        behind, port = await listening(answer)
+
+        async def passed(request: web.Request) -> web.StreamResponse:
+            try:
+                return await forward(request, f"http://127.0.0.1:{port}/", "a-key", None)
+            finally:
+                left.set()
+
+        front, port_of_front = await listening(passed)
+        url = f"http://127.0.0.1:{port_of_front}/"
+        patient = aiohttp.ClientTimeout(total=30)
+        async with aiohttp.ClientSession(timeout=patient) as session, session.get(url) as reply:
+            late = await reply.text()
+        left.clear()
+        _, silent = await asyncio.open_connection("127.0.0.1", port_of_front)
+        silent.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        try:
+            await asyncio.wait_for(left.wait(), 20)
+        finally:
+            silent.transport.abort()
+            for runner in (front, behind):
+                await runner.cleanup()
+        return late
+
+    assert asyncio.run(whole()) == "late"
 
 
 def chat(*arguments: str, given: str) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,7 @@ from mcore_rl.config.sections import TrackerName
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import append_event
 from mcore_rl.trackers import sender
+from mcore_rl.trackers.prometheus import Prometheus
 from mcore_rl.trackers.sender import numbers_of, tracked
 from mcore_rl.trackers.services import SERVICES, TrackedRun, check_trackers
 from tests.sources import ROOT
@@ -267,6 +268,22 @@ def test_prometheus_reads_the_newest_step_by_its_own_parser(tmp_path: Path) -> N
     assert notes == []
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_prometheus_listens_at_an_address_of_ipv6_too(tmp_path: Path) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as free:
+            free.bind(("::1", 0))
+            port = free.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"this machine has no loopback of IPv6: {error}")
+    service = Prometheus(TrackedRun(tmp_path, "0123456789ab", {}, 0, f"[::1]:{port}"))
+    try:
+        service.log(1, {"loss": 0.5})
+        with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=10) as answer:
+            assert b"mcore_rl_loss" in answer.read()
+    finally:
+        service.close(failed=False)
 
 
 def test_a_port_that_is_taken_costs_the_run_its_endpoint_alone(tmp_path: Path, capsys) -> None:

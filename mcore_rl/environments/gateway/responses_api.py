@@ -81,7 +81,11 @@ def _text(value: Any, place: str) -> str:
         return value
     parts = value if isinstance(value, list) else [value]
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") not in _TEXTS or not isinstance(part["text"], str):
+        if (
+            not isinstance(part, dict)
+            or part.get("type") not in _TEXTS
+            or not isinstance(part.get("text"), str)
+        ):
             raise ApiError(400, f"input.{place}: expected text; the policy reads nothing else")
     return "".join(part["text"] for part in parts)
 

@@ -35,7 +35,7 @@ from mcore_rl.log import EVENTS, append_event, read_metrics
 from mcore_rl.screen import SCREEN
 from mcore_rl.terminal import printable
 from mcore_rl.training.faults.siblings import lost_ranks, siblings
-from mcore_rl.user_code import place
+from mcore_rl.user_code import place, said
 
 EXIT_BUG = 1
 """an exception that nobody foresaw"""
@@ -97,7 +97,7 @@ def record(run_dir: Path, error: BaseException) -> None:
     if error.__dict__.setdefault("recorded", False) or (shared and rank()):
         return
     error.__dict__["recorded"] = True
-    fields = {"type": type(error).__name__, "message": str(error), "exit_code": exit_code_of(error)}
+    fields = {"type": type(error).__name__, "message": _text(error), "exit_code": exit_code_of(error)}
     append(run_dir, "error", **fields)
     if shared:
         say(f"{type(error).__name__}: {error}")
@@ -141,7 +141,7 @@ def typed(error: BaseException) -> BaseException:
 
 
 def _of_open_files(error: BaseException) -> ResourceError | None:
-    if os.strerror(errno.EMFILE) not in str(error):
+    if os.strerror(errno.EMFILE) not in said(error):
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return ResourceError(
@@ -173,7 +173,7 @@ def _lacks_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     in_torch = isinstance(error, RuntimeError) and not isinstance(error, McoreRLError)
-    return isinstance(error, MemoryError) or (in_torch and bool(_NO_MEMORY.search(str(error))))
+    return isinstance(error, MemoryError) or (in_torch and bool(_NO_MEMORY.search(said(error))))
 
 
 def end_of_events(run_dir: Path) -> int:
@@ -203,7 +203,7 @@ def last_words(run_dir: Path, error: BaseException, since: int) -> int:
         if _is_echo_of_a_death(run_dir, since):
             return EXIT_RETRYABLE
     print(printable("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
-    say(f"{type(error).__name__} on rank {rank()}: {error}{place(error)}")
+    say(f"{type(error).__name__} on rank {rank()}: {said(error)}{place(error)}")
     return exit_code_of(error)
 
 
@@ -257,7 +257,11 @@ def _is_event(event: dict[str, Any]) -> bool:
 
 
 def _is_same(event: dict[str, Any], error: BaseException) -> bool:
-    return event["type"] == type(error).__name__ and event["message"] == str(error)
+    return event["type"] == type(error).__name__ and event["message"] == _text(error)
+
+
+def _text(error: BaseException) -> str:
+    return str(error) if isinstance(error, McoreRLError) else said(error)
 
 
 def say(what: str) -> None:
