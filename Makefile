@@ -132,6 +132,7 @@ soak: $(READY)  ## harm runs at random for MINUTES (60) and compare them with ru
 # $(call beside,ENVIRONMENT,PACKAGES): an environment whose own packages come first, and .venv's after them
 define beside
 	@test -x $(1)/bin/python || $(BIN)/python -m venv $(1)
+	@echo "$(1): downloading $(2) and what they need, some 100 MB"
 	$(1)/bin/python -m pip install --quiet $(2)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
@@ -141,13 +142,11 @@ endef
 verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it wants an older openai than the tests
 
 $(VERIFIERS)/.ready: $(READY)
-	@echo "$(VERIFIERS): downloading verifiers and uv, under 100 MB"
 	$(call beside,$(VERIFIERS),verifiers==0.4.0 uv==0.13.9)
 
 openenv: $(OPENENV)/.ready  ## the package openenv-core, beside .venv, since it brings some 100 others
 
 $(OPENENV)/.ready: $(READY)
-	@echo "$(OPENENV): downloading openenv-core and what it needs"
 	$(call beside,$(OPENENV),openenv-core==0.3.0)
 
 lint: $(READY)  ## ruff and the type checker

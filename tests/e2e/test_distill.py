@@ -133,8 +133,6 @@ def test_what_the_student_samples(ranks, folder, tmp_path, divergence) -> None:
     [
         (("--distill.teachers", "{}"), r"distill\.teachers: required"),
         (("--distill.divergence", "sampled"), r"distill\.divergence: .*on_policy = true"),
-        (("--distill.beta", "0.3"), r"distill\.beta: has no effect"),
-        (("--distill.teacher_key", "label"), r"distill\.teacher_key: has no effect"),
         (("--distill.teachers", '{a = "missing"}'), r"missing/config\.json: not found"),
         (("--distill.teachers", '{a = "TEACHER", b = "TEACHER"}'), r"distill\.teacher_key: required"),
         (

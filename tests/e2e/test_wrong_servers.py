@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from mcore_rl.checkpoint import find
+from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
 from tests.e2e.conftest import run
 from tests.e2e.ranks import Ranks
@@ -136,10 +136,13 @@ def test_what_was_saved_stays_whole_when_no_server_is_left(
     """Every server fails in the middle of step 2, of which nothing is trained."""
     saved: dict[str, bytes] = {}
 
-    def gone(request: web.Request, raw: bytes) -> web.Response:
+    async def gone(request: web.Request, raw: bytes) -> web.Response:
         if b"@2/" not in raw:
             return web.Response(body=raw, content_type="application/json")
         if not saved:
+            async with asyncio.timeout(60):
+                while not committed(tmp_path / "checkpoints"):  # it is written beside the step
+                    await asyncio.sleep(0.05)
             saved.update(files_of(tmp_path / "checkpoints"))
         return web.Response(status=502)
 
@@ -173,7 +176,7 @@ def test_samples_of_other_prompts_are_dropped_and_said(
     assert [line["mismatch/dropped"] for line in lines] == [2.0 * EACH] * 3
     assert [(line["samples"], line["aborted"]) for line in lines] == [((PROMPTS - 2) * EACH, 0)] * 3
     assert all(line["mismatch/p999"] <= 2e-5 for line in lines), "what is left is the trainer's"
-    said = [line for line in done.stderr.splitlines() if "warning" in line]
+    said = [line for line in done.stderr.splitlines() if "warning: step" in line]
     assert [line.split(":")[2] for line in said] == [" step 1", " step 2"], "the next is the fourth"
     assert "8 of 32 samples dropped" in said[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from mcore_rl.config.sections import ParallelConfig
+from mcore_rl.config.parallel import ParallelConfig
 from mcore_rl.errors import ConfigError
 from mcore_rl.launch.shrink import kind_of, shrink_model
 from mcore_rl.model.hf.architecture import Architecture, architecture_of

@@ -214,7 +214,7 @@ def unmark(parameter: torch.nn.Parameter, entry: ParameterEntry) -> None:
 def gradient_norm(mesh: Mesh, directory: Path, marked: bool = True) -> float:
     with pytest.MonkeyPatch.context() as patch:
         if not marked:
-            patch.setattr(weights_io, "_mark", unmark)
+            patch.setattr(weights_io, "mark", unmark)
         model = build_policy(directory, mesh, ddp=ddp_config(distributed=False))
     optimizer = build_optimizer(model, lr=0.0, kind="sgd", clip_grad=0.0, distributed=False)
     optimizer.zero_grad()

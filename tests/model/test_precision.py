@@ -44,9 +44,9 @@ def config_of(family: str, directory: Path, fp8: Fp8) -> TransformerConfig:
     arch = architecture(family, directory)
     if arch.experts is not None and not ENGINE:
         with pytest.raises(ConfigError, match="needs Transformer Engine"):
-            transformer_config(arch, Layout(), "fp8", "none", fp8)
+            transformer_config(arch, Layout(), "fp8", fp8=fp8)
         pytest.skip(f"experts in FP8: {NO_ENGINE}")
-    return transformer_config(arch, Layout(), "fp8", "none", fp8)
+    return transformer_config(arch, Layout(), "fp8", fp8=fp8)
 
 
 # --- fields -------------------------------------------------------------------------------------------------

@@ -90,7 +90,10 @@ def _build(mapping: ParameterMap, mesh: Mesh) -> list[dict[str, int]]:
     for kind, table in ((policy, mapping), (CriticModel, CriticParameterMap(arch, mapping.vocab_rows))):
         stages = range(mesh.layout.virtual_pipeline or 1)
         with torch.device("meta"):
-            chunks = [build._build_chunk(cast(Any, kind), table, config, mesh, stage) for stage in stages]
+            chunks = [
+                build._build_chunk(cast(Any, kind), table, config, mesh, stage, adapted=False)
+                for stage in stages
+            ]
         sizes.append({name: prod(p.shape) for name, p in global_weights(chunks).items()})
     return sizes
 

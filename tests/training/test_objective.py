@@ -53,6 +53,7 @@ def rows_of(
         "advantage": advantage,
         "weight": torch.full((4,), 0.25),
         "nll_weight": torch.tensor([0.1, 0.1, 0.0, 0.0]),
+        "place": torch.arange(4),
         "rollout_log_prob": log_prob.detach() if rollout is None else rollout,
     }
     known |= {} if age is None else {"age": age}
@@ -110,7 +111,7 @@ def test_gspo_takes_its_ratio_to_the_old_log_probs():
 
 HEAD = Key("head", HeadGradient(None))
 OF_OLD = {"gspo", "gspo-kept", "sapo-sequence"}
-WHOLE_SEQUENCES = {*OF_OLD, "dsv32", "gmpo", "vespo", "topr"}
+WHOLE_SEQUENCES = {*OF_OLD, "dsv32", "gmpo", "vespo", "topr", "fipo"}
 """algorithms that need something of a whole sequence; it is 0 on policy for those of OF_OLD"""
 
 

@@ -114,13 +114,13 @@ def keys_in_plain_order(patch: pytest.MonkeyPatch) -> None:
 
 def unmarked_shards(patch: pytest.MonkeyPatch) -> None:
     """Megatron takes unmarked shards for duplicates: their gradients are missing from the norm."""
-    original = weights_io._mark
+    original = weights_io.mark
 
     def unmark(parameter, entry) -> None:
         original(parameter, entry)
         vars(parameter).pop("tensor_model_parallel", None)
 
-    patch.setattr(weights_io, "_mark", unmark)
+    patch.setattr(weights_io, "mark", unmark)
 
 
 def unreduced_gradients(patch: pytest.MonkeyPatch) -> None:
@@ -130,13 +130,13 @@ def unreduced_gradients(patch: pytest.MonkeyPatch) -> None:
 
 def experts_of_nobody(patch: pytest.MonkeyPatch) -> None:
     """Experts are reduced like dense weights although tensor-parallel ranks send them different tokens."""
-    original = weights_io._mark
+    original = weights_io.mark
 
     def as_dense(parameter, entry) -> None:
         original(parameter, entry)
         parameter.allreduce = True
 
-    patch.setattr(weights_io, "_mark", as_dense)
+    patch.setattr(weights_io, "mark", as_dense)
 
 
 def pair_sums_per_shard(patch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch import Tensor
 from mcore_rl.checkpoint import Checkpoints, fp8_pieces, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, StorageError
-from mcore_rl.model.build import Model
+from mcore_rl.model.build import Model, TrainedChunk
 from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.head.divergence import Against
@@ -87,14 +88,29 @@ def _is_broken_alone(update: Update, batch: PackedBatch, against: Against | None
     """A loss or gradient of this micro-batch is not finite on THIS rank: nothing is reduced over replicas."""
     model = update.optimizer.model
     update.optimizer.zero_grad()
-    reduce, model.config.finalize_model_grads_func = model.config.finalize_model_grads_func, None
-    try:
+    with _unreduced(model):
         batches = alone(batch, model.mesh)
         others = [against] * len(batches)
         sums = forward_backward(model, batches, update.objective, update.temperature, against=others)
-    finally:
-        model.config.finalize_model_grads_func = reduce
     return not (losses_are_finite(sums) and gradients_are_finite(model))
+
+
+@contextmanager
+def _unreduced(model: Model) -> Iterator[None]:
+    """Inside, gradients stay those of this rank, also where they are reduced beside the backward pass."""
+    config = model.config
+    names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
+    kept = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, None)
+        with ExitStack() as stack:
+            for chunk in model.chunks:
+                stack.enter_context(cast(TrainedChunk, chunk).no_sync())
+            yield
+    finally:
+        for name, function in kept.items():
+            setattr(config, name, function)
 
 
 def alone(batch: PackedBatch, mesh: Mesh) -> list[PackedBatch]:
