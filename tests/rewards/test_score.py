@@ -24,9 +24,7 @@ def test_exact_match_ignores_surrounding_white_space_only():
 def test_a_module_that_exits_while_it_is_imported_is_refused(tmp_path, monkeypatch):
     (tmp_path / "exiting_rewards.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"cannot import exiting_rewards \(SystemExit: 0 at .*exiting_rewards\.py:2"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot import .*\(SystemExit: 0 at .*exiting_rewards\.py:2"):
         load_reward("exiting_rewards:f")
 
 
@@ -63,8 +61,6 @@ def test_the_message_names_the_key_that_names_the_function():
 def test_a_module_that_fails_to_import_keeps_its_cause(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text("raise OSError('no disk')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"cannot import broken_rewards \(OSError: no disk at .*broken_rewards\.py:1"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"import .*\(OSError: no disk at .*broken_rewards\.py:1") as caught:
         load_reward("broken_rewards:f")
     assert isinstance(caught.value.__cause__, OSError)
