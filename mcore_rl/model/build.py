@@ -67,9 +67,16 @@ class Model:
 
         Before anything but the next forward pass reads them; collective.
         """
-        for chunk in self.chunks:
-            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+        for chunk in self.gathered_beside:
+            gather_no_more(chunk)
+            with torch.no_grad():
                 chunk.start_param_sync(force_sync=True)
+
+    @property
+    def gathered_beside(self) -> list[DistributedDataParallel]:
+        """The chunks whose weights are gathered beside the forward pass that follows an update."""
+        trained = [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
+        return [chunk for chunk in trained if chunk.ddp_config.overlap_param_gather]
 
 
 def build_policy(
@@ -216,8 +223,21 @@ def _build(
             TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         )
         connect_schedule(config, ddp, wrapped)
+        if ddp.overlap_param_gather:
+            for chunk in wrapped:
+                gather_no_more(chunk)
     files = read_side_files(Path(source)) if mesh.is_main else {}
     return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files, adapters)
+
+
+def gather_no_more(chunk: DistributedDataParallel) -> None:
+    """Forward passes of `chunk` gather no weights until an update has changed them.
+
+    Megatron gathers before every first forward pass after gradients were zeroed, and what went wrong on one
+    rank would be sent to all others before anybody has looked at it.
+    """
+    if chunk.remove_forward_pre_hook_handles:
+        chunk.disable_forward_pre_hook(param_sync=False)
 
 
 def _adapt(chunks: tuple[PackedGPT, ...], adapters: AdapterMap, mesh: Mesh) -> None:

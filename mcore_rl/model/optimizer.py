@@ -84,6 +84,9 @@ class Optimizer:
         self._clip(norm)
         if not self.megatron.step_with_ready_grads():
             raise NumericsError("Megatron's optimizer skipped the update although the gradient is finite")
+        for chunk in self.model.gathered_beside:
+            if not chunk.remove_forward_pre_hook_handles:
+                chunk.enable_forward_pre_hook()
         if self.router_bias_rate:
             move_biases(self.model.unwrapped, self.router_bias_rate)
         self.schedule.step(increment=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mcore_rl.checkpoint import Checkpoints, fp8_pieces, model_pieces
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, StorageError
-from mcore_rl.model.build import Model, TrainedChunk
+from mcore_rl.model.build import Model, TrainedChunk, gather_no_more
 from mcore_rl.model.step import forward_backward
 from mcore_rl.parallel.control import gather_ranks
 from mcore_rl.parallel.head.divergence import Against
@@ -107,6 +107,8 @@ def _unreduced(model: Model) -> Iterator[None]:
         with ExitStack() as stack:
             for chunk in model.chunks:
                 stack.enter_context(cast(TrainedChunk, chunk).no_sync())
+            for chunk in model.gathered_beside:
+                gather_no_more(chunk)
             yield
     finally:
         for name, function in kept.items():
