@@ -21,6 +21,7 @@ SMALL = {
     "rollout.prompts_per_step": 2,
     "rollout.samples_per_prompt": 4,
     "rollout.threads": 1,
+    "rollout.dump": 0,
     "rollout.start_timeout": 300,
     "publish.probe_sequences": 4,
     "eval.sets": "{}",
