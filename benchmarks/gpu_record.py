@@ -32,7 +32,7 @@ class Record:
 
     def __init__(self, stage: str, out: Path, *, rehearsal: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.path = out / f"gpu_{stage}_{datetime.date.today().isoformat()}.json"
+        self.path = _unused(out, f"gpu_{stage}_{datetime.date.today().isoformat()}{'_rehearsal' * rehearsal}")
         self.failed: list[str] = []
         self.found: dict[str, Any] = {
             "stage": stage,
@@ -67,7 +67,22 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        """Whole or not at all: the stage may be killed at any moment, and has what it measured before."""
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.found, indent=1) + "\n")
+        beside.replace(self.path)
+
+
+def _unused(out: Path, name: str) -> Path:
+    """A file of this process alone, whatever runs beside it or ran before: NAME.json, NAME_2.json, ..."""
+    number = 1
+    while True:
+        path = out / f"{name}{f'_{number}' if number > 1 else ''}.json"
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
 
 
 def hardware() -> dict[str, Any]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks.gpu_record import Record
 from tests.sources import ROOT
@@ -72,3 +76,50 @@ def test_a_failed_measurement_is_written_and_the_next_one_runs(tmp_path: Path) -
     assert written["errors"] == {"first": "ZeroDivisionError: division by zero"}
     assert written["measured"] == {"second": 7}
     assert record.failed == ["first"]
+
+
+def test_no_record_is_written_over(tmp_path: Path) -> None:
+    """Neither by a rehearsal of the same day, nor by a second run, nor by one that is killed as it writes."""
+    real = [Record("x", tmp_path, rehearsal=False) for _ in range(2)]
+    real[0].measure("speed", lambda: 7)
+    rehearsed = Record("x", tmp_path, rehearsal=True)
+    assert len({record.path for record in (*real, rehearsed)}) == 3
+    assert rehearsed.path.stem.endswith("_rehearsal")
+    real[0].found["measured"]["more"] = object()
+    with pytest.raises(TypeError):  # it ends inside the write
+        real[0]._write()
+    assert json.loads(real[0].path.read_text())["measured"] == {"speed": 7}
+
+
+@pytest.mark.parametrize("arguments", ["1 2", "--help", "OUT 1 4", "OUT/file/below 1"])
+def test_what_cannot_work_is_refused_before_any_stage(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = arguments.replace("OUT", str(tmp_path)).split()
+    done = subprocess.run(
+        ["bash", "tools/gpu_check.sh", *words], cwd=ROOT, env=os.environ | {"PYTHON": "false"}, check=False
+    )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_stage_too(number: int, status: int, tmp_path: Path) -> None:
+    stage = tmp_path / "python"
+    stage.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.part\nmv {tmp_path}/pid.part {tmp_path}/pid\nsleep 300\n"
+    )
+    stage.chmod(0o755)
+    script = subprocess.Popen(
+        ["bash", "tools/gpu_check.sh", str(tmp_path), "1", "2"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": str(stage)},
+    )
+    for _ in range(600):
+        if (tmp_path / "pid").exists():
+            break
+        time.sleep(0.05)
+    began = int((tmp_path / "pid").read_text())
+    script.send_signal(number)
+    assert script.wait(timeout=30) == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(began, 0)
+    assert int((tmp_path / "pid").read_text()) == began, "no other stage began"

@@ -65,7 +65,7 @@ def plan(
     )
     colocated = colocated or config.residency.servers == "released"
     arch, shape = read_architecture(config.model.path), shape_of(config.model.path)
-    layout = configured_layout(config, gpus)
+    count = gpus or _replica(config) * (config.parallel.data or 1)
     work = work_of(
         config,
         prompt_tokens=prompt_tokens,
@@ -73,19 +73,19 @@ def plan(
         segments=segments,
         colocated=colocated,
     )
-    servers = layout.world_size if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))
+    servers = count if colocated else SERVER_GPUS * max(1, len(config.rollout.urls))
     fleet = fleet_of(distinct(count_policy(arch, Layout()), Layout()), server_gpus or servers, gpu_memory)
     problem = PlanInputs(arch, shape, work, fleet, gpu_memory * GIB)
-    outcome = _evaluate(problem, layout)
+    outcome = _evaluate(problem, config, count)
     configured = outcome if isinstance(outcome, LayoutPlan) else None
-    plans, illegal = search(problem, layout.world_size)
-    text = table(problem, layout.world_size, configured, plans, illegal)
+    plans, illegal = search(problem, count)
+    text = table(problem, count, configured, plans, illegal)
     if only_best:
-        text = best_of(layout.world_size, plans, configured)
+        text = best_of(count, plans, configured)
     for line in text.split("\n"):
         print(printable(line), file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        print(json.dumps(to_json(problem, layout.world_size, configured, plans, illegal)))
+        print(json.dumps(to_json(problem, count, configured, plans, illegal)))
     if isinstance(outcome, LayoutError):
         raise outcome
     if not outcome.fits:
@@ -98,10 +98,10 @@ def plan(
     return 0
 
 
-def _evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan | LayoutError:
-    """The plan of the layout, or why there is none."""
+def _evaluate(problem: PlanInputs, config: Config, gpus: int) -> LayoutPlan | LayoutError:
+    """The plan of the config's own layout, or why there is none."""
     try:
-        return evaluate(problem, layout)
+        return evaluate(problem, configured_layout(config, gpus))
     except LayoutError as error:
         return error
 
@@ -127,16 +127,25 @@ def _check_numbers(config: Config, **numbers: float | None) -> None:
             raise ConfigError(f"{flag} {number}: a mean above {key} = {limit}; lower it, or raise {key}")
 
 
-def configured_layout(config: Config, gpus: int | None) -> Layout:
-    """The layout of [parallel] on `gpus`; LayoutError where they do not divide."""
-    replica = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
-    layout = layout_of(config, gpus or replica * (config.parallel.data or 1))
-    if gpus is not None and layout.world_size != gpus:
+def configured_layout(config: Config, gpus: int) -> Layout:
+    """The layout of [parallel] on `gpus`; LayoutError where it takes another number of them."""
+    replica, layout = _replica(config), layout_of(config, gpus)
+    if layout.world_size == gpus:
+        return layout
+    if gpus % replica:
         raise LayoutError(
-            f"--gpus {gpus}: [parallel] is {layout} and takes {replica} GPUs per replica; give a multiple of "
-            f"{replica}, or change parallel.*"
+            f"--gpus {gpus}: [parallel] takes {replica} GPUs per replica; give a multiple of {replica}, or "
+            "change parallel.*"
         )
-    return layout
+    raise LayoutError(
+        f"--gpus {gpus}: [parallel] is {layout} and takes {layout.world_size} GPUs; set parallel.data = "
+        f"{gpus // replica}, or leave it out"
+    )
+
+
+def _replica(config: Config) -> int:
+    """GPUs of one data-parallel replica."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
 def fleet_of(parameters: int, gpus: int, gpu_memory: float) -> SamplingServers:

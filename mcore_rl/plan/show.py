@@ -108,6 +108,7 @@ def best_of(gpus: int, plans: Sequence[LayoutPlan], configured: LayoutPlan | Non
         saved = configured.seconds.total - s.total
         ours = (
             f", the config's {configured.layout} takes {abs(saved):.0f} s {'more' if saved >= 0 else 'less'}"
+            f"{'' if configured.fits else ' and leaves too little memory'}"
         )
     return (
         f"Best for {gpus} GPUs: {best.layout}, {s.total:.0f} s a step, of which {longest} has "

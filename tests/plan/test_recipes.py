@@ -160,7 +160,17 @@ def test_an_illegal_layout_says_why(capsys) -> None:
     assert found["gpus"] == 20
     assert found["layouts"], "what could be taken instead"
     with pytest.raises(LayoutError, match="give a multiple of 4"):
-        planned(ROOT / "examples" / "gspo_8b.toml", capsys, gpus=6)
+        plan(ROOT / "examples" / "gspo_8b.toml", gpus=6, as_json=True)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["configured"] is None
+    assert found["gpus"] == 6
+
+
+def test_a_search_answers_where_the_config_has_another_number_of_gpus(capsys) -> None:
+    with pytest.raises(LayoutError, match=r"takes 32 GPUs; set parallel\.data = 2, or leave it out"):
+        plan(ROOT / "examples/gspo_8b.toml", ["--parallel.data", "8"], gpus=8, only_best=True)
+    (sentence,) = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("Best for 8 GPUs: ")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
