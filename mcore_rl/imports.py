@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,13 +25,19 @@ def large_pages() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No collection inside, and none walks afterwards what there is by then: what is imported stays."""
+    """No collection inside; where torch is imported there, none walks afterwards what there is by then.
+
+    Modules stay. Later there may be more than them: a model that was let go of, with its process groups, would
+    stay with them for good.
+    """
     if not gc.isenabled():  # inside another one, or where the caller wants none
         yield
         return
+    modules_alone = "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if modules_alone:
+            gc.freeze()
         gc.enable()

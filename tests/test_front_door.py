@@ -235,3 +235,29 @@ def test_a_demo_replaces_nothing_but_an_earlier_demo(tmp_path: Path, capsys) -> 
     file.touch()
     assert main(["demo", str(file)]) != 1
     assert "StorageError" in capsys.readouterr().err
+
+
+def test_what_is_let_go_of_after_an_import_is_still_collected() -> None:
+    """In a fresh process: a cycle that is garbage when something is imported late, with torch there already."""
+    code = """
+import gc, weakref
+from mcore_rl.imports import uncollected
+
+class Cycle: ...
+
+with uncollected():
+    import torch
+frozen = gc.get_freeze_count()
+one = Cycle()
+one.self = one
+seen = weakref.ref(one)
+del one
+with uncollected():
+    import json.tool
+gc.collect()
+print(frozen > 0, seen() is None, gc.isenabled())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.split() == ["True"] * 3
