@@ -27,8 +27,8 @@ def large_pages() -> None:
 def uncollected() -> Iterator[None]:
     """No collection inside; where torch is imported there, none walks afterwards what there is by then.
 
-    Modules stay. Later there may be more than them: a model that was let go of, with its process groups, would
-    stay with them for good.
+    Modules stay. Later there may be more than them: a model that was let go of, with its process groups,
+    would stay with them for good.
     """
     if not gc.isenabled():  # inside another one, or where the caller wants none
         yield

@@ -238,7 +238,7 @@ def test_a_demo_replaces_nothing_but_an_earlier_demo(tmp_path: Path, capsys) -> 
 
 
 def test_what_is_let_go_of_after_an_import_is_still_collected() -> None:
-    """In a fresh process: a cycle that is garbage when something is imported late, with torch there already."""
+    """In a fresh process: a cycle that is garbage when something is imported late."""
     code = """
 import gc, weakref
 from mcore_rl.imports import uncollected
