@@ -128,7 +128,7 @@ def test_the_best_layout_is_named_with_its_reason(capsys) -> None:
     (sentence,) = capsys.readouterr().out.splitlines()
     best = planned(ROOT / "examples/gspo_8b.toml", capsys)["layouts"][0]
     assert sentence.startswith(f"Best for 4 GPUs: {best['layout']}, {best['seconds']['total']:.0f} s a step")
-    assert re.search(r"of which generation has .* to spare: ", sentence)
+    assert re.search(r"of which generation has .* to spare: .*the config's tp4\+sp takes", sentence)
 
 
 def test_a_stale_recipe_hides_what_takes_less(capsys) -> None:
