@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from mcore_rl.training.faults.leftovers import end_descendants, end_launched
 from mcore_rl.training.faults.watchdog import GRACE_SECONDS, collective_timeout
 from mcore_rl.training.rundir import check_no_run, held, restarts, root_of, warn_of_others
 from mcore_rl.weight_files import unread
+
+_RANK_0_SECONDS = 30.0
+"""for which other ranks stay, where the first end ends all and rank 0 has something to say"""
 
 
 def under_torchrun() -> bool:
@@ -128,8 +132,7 @@ def _sample(config: Config) -> None:
 def _run_recorded(config: Config, work: Callable[[], None]) -> int:
     rank, run_dir = int(os.environ.get("RANK", "0")), config.run.dir
     if (last := not_worth_a_restart(run_dir)) is not None:
-        if rank == 0:
-            say(f"a restart would meet it again: {last['type']}: {last['message']}")
+        _let_rank_0_say(f"a restart would meet it again: {last['type']}: {last['message']}", rank)
         return int(last["exit_code"])
     since = end_of_events(run_dir)
     try:
@@ -147,6 +150,15 @@ def _run_recorded(config: Config, work: Callable[[], None]) -> int:
             _say_where_it_goes_on(config)
     _end_with(code, config)
     return code
+
+
+def _let_rank_0_say(what: str, rank: int) -> None:
+    """Rank 0 says it and ends. The others stay until torchrun ends them for that: the first end ends all."""
+    if rank == 0:
+        say(what)
+        return
+    with suppress(AskedToLeave):
+        time.sleep(_RANK_0_SECONDS)
 
 
 def _say_where_it_goes_on(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 FAULTS is JSON: one fault for each attempt of torchrun, `{"do": ..., "rank": r, "step": s}`, or null. It fires
 in the middle of supervised step s: the gradients are there, no weight has changed. Step 0 is the start of the
-rank, before it has imported Megatron.
+rank, before it has imported Megatron; "late" is before anything of mcore-rl's.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ FAULTS: dict[str, Callable[[], None]] = {
 def plant(fault: dict[str, Any]) -> None:
     """On the rank and at the step that it names."""
     if os.environ["RANK"] != str(fault["rank"]):
+        return
+    if fault["do"] == "late":
+        time.sleep(4)
         return
     if fault["step"] == 0:
         from mcore_rl.launch import preflight as module

@@ -94,9 +94,13 @@ def wait_until(condition, process: subprocess.Popen[str], seconds: float = 150.0
 
 
 def test_an_error_of_one_rank_ends_all_and_is_the_one_that_is_printed(task: list[str], tmp_path: Path):
-    """A bug is worth a restart, a wrong file is not: the third attempt ends before it begins."""
+    """A bug is worth a restart, a wrong file is not: the third attempt ends before it begins, and says why.
+
+    Also where rank 1 comes to that long before rank 0.
+    """
     run_dir = tmp_path / "run"
-    faults = [{"do": "raise", "rank": 1, "step": 2}, {"do": "refuse", "rank": 1, "step": 2}, None]
+    late = {"do": "late", "rank": 0, "step": 0}
+    faults = [{"do": "raise", "rank": 1, "step": 2}, {"do": "refuse", "rank": 1, "step": 2}, late]
     with torchrun(run_dir, 2, faults, *task) as process:
         assert process.wait(timeout=280) == 1
     log = said(run_dir)
