@@ -35,7 +35,7 @@ class Task:
             *self.data,
             *("--data.eval", f"{self.root}/data/eval.jsonl", "--train.eval_samples", "100"),
             *("--model.path", f"{self.root}/warm_start/model", "--train.eval_every", "0"),
-            *("--rollout.prompts_per_step", "16", "--rollout.threads", "1", "--optimizer.warmup_steps", "0"),
+            *("--rollout.prompts_per_step", "8", "--rollout.threads", "1", "--optimizer.warmup_steps", "0"),
         ]
 
 
@@ -83,7 +83,7 @@ def task(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Task:
     return made
 
 
-STEPS = 8
+STEPS = 6
 
 
 def demo_run(task: Task, directory: Path, *flags: str) -> list[str]:

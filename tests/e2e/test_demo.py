@@ -27,7 +27,7 @@ def test_every_step_is_logged_with_held_out_accuracy_at_both_ends(steps):
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
     assert "eval/eval/accuracy" in steps[0]
     assert "eval/eval/accuracy" in steps[-1]
-    assert all(step["samples"] == 16 * 8 for step in steps[1:])
+    assert all(step["samples"] == 8 * 8 for step in steps[1:])
 
 
 def test_every_metric_is_explained(steps, task: Task):

@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "mean_per_micro_batch": (mean_per_micro_batch, "dp2", "liteppo", "gradient"),
     "doubled_tensor_parallel_gradient": (doubled_tensor_parallel_gradient, "tp2", "grpo", "gradient"),
     "unreduced_hidden_gradient": (unreduced_hidden_gradient, "tp2", "gspo", "gradient"),
-    "unscaled_head": (unscaled_head, "dp2", "grpo", "gradient"),
+    "unscaled_head": (unscaled_head, "cp2", "grpo", "gradient"),
     "keys_in_plain_order": (keys_in_plain_order, "cp2", "grpo", "log_prob"),
     "unmarked_shards": (unmarked_shards, "tp2", "grpo", "metric"),
     "unreduced_gradients": (unreduced_gradients, "dp2", "grpo", "gradient"),
@@ -189,7 +189,10 @@ FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "teacher_of_the_micro_batch": (teacher_of_the_micro_batch, "dp2", "reverse_kl", "gradient"),
     "experts_of_nobody": (experts_of_nobody, "tp2+sp:moe", "grpo", "gradient"),
 }
-"""fault -> (how to plant it, a layout at which it acts, an algorithm, a quantity that shows it)"""
+"""fault -> (how to plant it, a layout at which it acts, an algorithm, a quantity that shows it)
+
+At dp2 Megatron's factors cancel: two micro-batches, two replicas.
+"""
 
 
 def planted(plant: Plant, fn, *args):

@@ -36,7 +36,8 @@ VOCAB = 50
 """not divisible by 4, so that the last tensor-parallel shards hold padding"""
 SEED = 3
 """seed of the weights"""
-TOKENS_PER_MICRO_BATCH = 64
+TOKENS_PER_MICRO_BATCH = 128
+"""Two replicas have two micro-batches each, and four stages have four."""
 MAX_NEW_TOKENS = 16
 TEMPERATURE = 0.9
 SGD_LEARNING_RATE = 0.5

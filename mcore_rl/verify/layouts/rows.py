@@ -44,6 +44,8 @@ DIVERGENCES: Mapping[str, Divergence | None] = {
 }
 """what distillation is verified by; None: the reverse KL at the tokens of the rows"""
 ROWS = 12
+TOKENS_PER_MICRO_BATCH = 64
+"""fewer than of rollouts, which are more: two replicas have two micro-batches each here too"""
 SCALE = {"ipo": 0.05, "reward_model": 0.5}
 """of losses that are steep: plain SGD with problem.SGD_LEARNING_RATE would leave all bounds"""
 USUAL_SCALE = 8.0
@@ -67,6 +69,7 @@ def record_distillation(name: str, teachers: Teachers, shape: Batching, mesh: Me
         replace(row, metadata={teachers.key: list(teachers.models)[number % 3 == 0]})
         for number, row in enumerate(recorded_rows("sft"))
     ]
+    shape = replace(shape, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
     comparison = Comparison(teachers, DIVERGENCES[name], shape, TEMPERATURE, Residency({}))
     compared = comparison.of(rows, mesh)
     return RecordedRows(comparison.objective, compared.batches, compared.against)
@@ -75,6 +78,7 @@ def record_distillation(name: str, teachers: Teachers, shape: Batching, mesh: Me
 def record_rows(name: str, shape: Batching, mesh: Mesh) -> RecordedRows:
     """The recorded rows of the kind `name`, packed for this replica."""
     loss, rows = LOSSES[name], recorded_rows(name)
+    shape = replace(shape, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
     sequences = sequences_of(rows)
     if loss is None:
         weight = 1.0 / sum(row.tokens for row in rows)
