@@ -42,6 +42,7 @@ def test_every_case_passes_on_one_rank() -> None:
     assert report.max_error < 2e-5
 
 
+@pytest.mark.slow
 def test_every_case_passes_on_two_tensor_parallel_ranks(pool2: Pool) -> None:
     for report in pool2.run(_run_rank, str(GOLDEN)):
         assert len(report.cases) == CASES

@@ -73,6 +73,7 @@ MORE = [
     ("before", "after", "kind", "options"),
     [*MATRIX[:3], *(pytest.param(*row, marks=pytest.mark.slow) for row in (*MATRIX[3:], *MORE))],
 )
+@pytest.mark.slow
 def test_state_and_continuation_are_those_of_the_saved_run(
     request, models, before, after, kind, options, tmp_path
 ) -> None:

@@ -25,6 +25,7 @@ def task(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_files_load_and_every_answer_is_right(task):
     tokenizer = AutoTokenizer.from_pretrained(task / "model", local_files_only=True)
     train = open_prompts([task / "train.jsonl"], tokenizer, max_prompt_tokens=8)

@@ -379,6 +379,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_another_megatron_version(tmp_path: Path, setting: Setting):
     """A distribution of another version comes first on the path of a process of its own."""
     planted = tmp_path / "megatron_core-0.15.0.dist-info"
@@ -411,6 +412,7 @@ def server(sound_setting: Path, tmp_path_factory) -> Iterator[str]:
     del os.environ["DOCTOR_TEST_KEY"]
 
 
+@pytest.mark.slow
 def test_a_server_that_asks_for_a_key(capsys, setting: Setting, server: str):
     code, findings = doctor(capsys, setting.config, "--rollout.urls", f'["{server}"]')
     (found,) = bad(findings)

@@ -13,6 +13,7 @@ from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
 from tests.e2e.test_kinds import learned, weights
 
+pytestmark = pytest.mark.slow
 STEPS = 4
 
 

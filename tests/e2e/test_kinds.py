@@ -83,6 +83,7 @@ def weights(directory: Path) -> bytes:
 DPO = ("--run.kind", "preference")
 
 
+@pytest.mark.slow
 def test_pairs_are_learnt_at_two_ranks_and_a_resumed_run_is_the_same(ranks, folder, tmp_path) -> None:
     flags = (*DPO, "--parallel.tensor", "2", "--residency.reference", "offloaded", "--checkpoint.every", "2")
     lines = run(ranks, folder, tmp_path, "pairs", *flags, world=2)
@@ -144,6 +145,7 @@ def test_rows_that_are_not_what_the_kind_reads_are_refused(
     assert re.search(message, said["stderr"]), said["stderr"]
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_a_classifier_of_transformers(ranks, folder, tmp_path) -> None:
     flags = ("--run.kind", "reward_model", "--parallel.tensor", "2", "--train.steps", "12")
     flags = (*flags, "--checkpoint.every", "12")

@@ -326,6 +326,7 @@ def test_a_client_that_leaves_and_a_rollout_that_ends_end_the_generation_and_tra
 
 
 @pytest.mark.xdist_group("rollout")  # whose server it is, of a model with more tokens than the tokenizer
+@pytest.mark.slow
 def test_what_servers_sampled_for_random_dialogues_is_what_is_trained(url: str) -> None:
     """Text in between is no record: most tokens of this server have none at all."""
 

@@ -78,6 +78,7 @@ sys.exit(start._run_recorded(load_config(Path(sys.argv[1]), sys.argv[2:]), work)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_leaves_with_the_code_that_it_said_whatever_holds_it(tmp_path: Path):
     """Threads of torch look for a host like this; a signal on the way out changes nothing either."""
     flags = ["examples/sft_tiny.toml", "--run.dir", str(tmp_path), "--train.step_timeout", "1"]

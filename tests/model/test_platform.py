@@ -56,6 +56,7 @@ IMPORTED = "import sys, torch, mcore_rl.training.loop; print('torch._inductor.co
 
 
 @pytest.mark.parametrize(("before", "loaded"), [("", "False"), ("import megatron.core;", "True")])
+@pytest.mark.slow
 def test_importing_megatron_loads_no_compiler(before: str, loaded: str) -> None:
     words = [sys.executable, "-W", "ignore", "-c", f"{before}{IMPORTED}"]
     assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout.split() == [

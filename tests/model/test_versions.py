@@ -92,6 +92,7 @@ def complete(tmp_path_factory) -> Outcome:
 
 
 @pytest.mark.parametrize("name", SYMPTOMS)
+@pytest.mark.slow
 def test_without_a_difference_its_version_says_so(name: str, complete: Outcome, tmp_path: Path) -> None:
     assert complete.finished
     assert SYMPTOMS[name] not in complete.words

@@ -133,6 +133,7 @@ def is_representable(case: Problem) -> bool:
 @EVERY_KIND
 @settings(max_examples=80, deadline=None)
 @given(problems.filter(is_representable), tilings)
+@pytest.mark.slow
 def test_one_shard_equals_the_definition(kind: str, case: Problem, tiling: Tiling) -> None:
     assert_close(ours(case, kind, tiling=tiling), dense(case, kind))
 

@@ -33,6 +33,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_interpreted_they_equal_torch(interpreted) -> None:
     """Statistics and gradients: no row and no column, blocks cut short, logits around 1e4."""
     errors = interpreted["tiles"]

@@ -81,6 +81,7 @@ def check(case: str, ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.xdist_group("ranks of the plan")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", QUICK)
+@pytest.mark.slow
 def test_counts_are_those_of_the_built_ranks(case: str, quick) -> None:
     check(case, quick[case])
 

@@ -200,6 +200,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.xdist_group("recipes")  # one run directory, which one command at a time may hold
 @pytest.mark.parametrize("starter", ["bash", "torchrun"])
+@pytest.mark.slow
 def test_a_machine_without_gpus_gets_the_launch_line(starter: str) -> None:
     command = {"bash": ["bash"], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
     done = run(*command[starter], "examples/train_gspo_70b.sh")

@@ -38,6 +38,7 @@ def metrics_of_everything(n: int, seed: int) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_three_runs_of_500_steps_are_small_and_open_at_once(chromium: Browser, tmp_path: Path) -> None:
     runs = []
     for seed in range(3):

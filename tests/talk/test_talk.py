@@ -85,6 +85,7 @@ def served(model: Path) -> Iterator[Served]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_it_says_where_it_is(served: Served) -> None:
     assert f"serving at {served.url}\n" in served.said.read_text()
     assert served.url.startswith("http://127.0.0.1:")
@@ -208,6 +209,7 @@ def chat(*arguments: str, given: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_an_answer_for_every_line(served: Served, model: Path) -> None:
     """The same question the same answer: each line is a conversation of its own."""
     done = chat(str(model), "--max-tokens", "5", given="12?\n\n34?\n12?\n")

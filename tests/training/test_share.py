@@ -92,6 +92,7 @@ def of_all_seeds(seeds: range) -> list[list[list[float]]]:
         destroy_mesh()
 
 
+@pytest.mark.slow
 def test_advantages_do_not_depend_on_the_split_bit_for_bit(pool4: Pool) -> None:
     seeds = range(60)
     together = [advantages_of([one for one, _ in placed(seed)]) for seed in seeds]

@@ -39,6 +39,7 @@ def test_the_main_layouts_agree_with_one_rank(worlds: SharedPools) -> None:
     assert_all_agree(worlds, REQUIRED, ("gspo",))
 
 
+@pytest.mark.slow
 def test_what_rules_leave_of_a_sequence(worlds: SharedPools) -> None:
     """Sums, means and maxima over a sequence of which a rank has a part, and a weight of mean 1."""
     assert_all_agree(worlds, ("cp2",), ("gspo-kept",))
@@ -51,10 +52,12 @@ def test_what_a_loss_may_read_beside_its_rows(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("cp2", "dp2:overlap"), ("gmpo", "topr", "kl-cov", "fipo", "echo"))
 
 
+@pytest.mark.slow
 def test_ppo_and_its_critic(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("ep2",), ("ppo",))
 
 
+@pytest.mark.slow
 def test_ppo_whole_and_a_critic_of_prompts(worlds: SharedPools) -> None:
     """Four models that score one rollout, and what follows from it; over replicas, where all is spread."""
     assert_all_agree(worlds, ("dp2",), ("ppo-whole", "hybrid-grpo"))
@@ -99,10 +102,12 @@ def test_eight_ranks() -> None:
         assert_all_agree(worlds, ("tp2pp2cp2",), ("gspo",))
 
 
+@pytest.mark.slow
 def test_pairs_of_answers(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("dpo",))
 
 
+@pytest.mark.slow
 def test_distillation_from_two_teachers(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("jsd",))
 
@@ -127,6 +132,7 @@ def test_every_kind_without_rollouts(worlds: SharedPools) -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [(1e-5, 0), (-1.0, 1)], ids=["agrees", "fails"])
+@pytest.mark.slow
 def test_the_last_line_is_one_object(
     worlds: SharedPools, monkeypatch, capsys, limit: float, code: int
 ) -> None:

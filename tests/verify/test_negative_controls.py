@@ -221,6 +221,7 @@ def verified(worlds: SharedPools, plant: Plant, layout: str, algorithm: str) -> 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_a_planted_fault_is_seen(worlds: SharedPools, fault: str) -> None:
     plant, layout, algorithm, quantity = FAULTS[fault]
     assert quantity in verified(worlds, plant, layout, algorithm).exceeded

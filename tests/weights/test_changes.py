@@ -91,6 +91,7 @@ def change_a_little(chunks) -> None:
                 parameter.view(-1)[::50] += 0.25
 
 
+@pytest.mark.slow
 def test_the_server_holds_what_the_trainer_has(pool2, dense_dir, server, shared):
     """Two pipeline stages write a file each."""
     first, *later = at_layout(pool2, "pp2", published, dense_dir, server, shared)[0]
@@ -115,6 +116,7 @@ def beside_one_without_a_copy(mesh: Mesh, source: Path, url: str, shared: Path) 
         return {"it" if way.url == lost else lost: why for lost, why in failed.items()}
 
 
+@pytest.mark.slow
 def test_a_server_without_a_copy_is_lost_alone_until_it_has_one(pool1, dense_dir, server, shared):
     (failed,) = at_layout(pool1, "tp1", beside_one_without_a_copy, dense_dir, server, shared)
     assert failed.keys() == {"it"}
