@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add = commands.add_parser("demo", help="train a tiny model on this machine's CPUs: some minutes")
-    add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR")
+    where = "for everything (default %(default)s); then --section.key value overrides of both its runs"
+    add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR", help=where)
     add.set_defaults(command=demo)
 
     _add_train(commands)
