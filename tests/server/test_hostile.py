@@ -314,6 +314,26 @@ def test_what_a_page_in_a_browser_can_send_unasked_does_nothing(
     assert http(url, "/ready", method="GET").status == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((name, 200) for name in ("127.0.0.1", "localhost", "LOCALHOST:1", "127.0.0.2:80", "[::1]:9")),
+        *((name, 403) for name in ("evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[", "")),
+    ],
+)
+def test_a_page_that_gave_its_own_name_our_address_gets_nothing(url: str, host: str, status: int) -> None:
+    """DNS rebinding: to the browser it is the page's own site, which it may ask for anything."""
+    assert get(url, "/model_info", host) == status
+
+
+def get(url: str, path: str, host: str) -> int:
+    """The status, of a request that names `host`."""
+    where, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((where, int(port)), timeout=WAIT) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        return int(sock.recv(4096).split(b" ", 2)[1])
+
+
 def test_a_key_that_is_not_text_is_a_wrong_key(tmp_path: Path, dir_a: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ROLLOUT_TEST_KEY", "canary")
     program = Embedded(threads=1, api_key_env="ROLLOUT_TEST_KEY")
