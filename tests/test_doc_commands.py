@@ -189,5 +189,7 @@ def test_the_commands_of_these_pages_do_what_they_say(workshop: Workshop) -> Non
         if name == "tutorial.md":
             assert "right" in (directory / "runs" / "mine" / "metrics.jsonl").read_text()
             assert "accuracy" in said["mcore-rl eval runs/mine"]
+        if name == "report.md":
+            assert (directory / "runs" / "mine" / "comparison.html").is_file()
         if name == "checkpoints.md":
             assert (directory / "runs" / "branch" / "checkpoints").is_dir()
