@@ -78,7 +78,8 @@ def line_chart(
     body += [_curve(line, x, y) for line in sorted(lines, key=lambda line: not line.faint)]
     heights = labels_apart([y(reference.value) - 4 for reference in references])
     body += [_reference(reference, y(reference.value)) for reference in references]
-    body += [_named(one, height) for one, height in zip(references, heights, strict=True)]  # no line crosses one
+    # Names come last, so that no line crosses one.
+    body += [_named(one, height) for one, height in zip(references, heights, strict=True)]
     named = [line for line in lines if not line.faint]
     hover = [
         {
