@@ -43,7 +43,7 @@ SAMPLED = (
     ),
     *("--algorithm.mini_batches", "1", "--checkpoint.every", "1", "--rollout.dump", "1"),
 )
-STAND_INS = {"runs/other/checkpoints/step_40": "runs/mine/checkpoints/step_1"}
+STAND_INS = {"runs/other/checkpoints/step_40": "runs/mine/checkpoints/step_2"}
 
 
 # --- every command has somebody who runs it ---------------------------------------------------------------

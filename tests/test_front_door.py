@@ -175,7 +175,7 @@ def test_a_module_that_is_nowhere_is_said_and_none_is_run(tmp_path: Path, monkey
     [
         ("--reward.function", "nowhere:f"),
         ("--reward.functions.sums.function", "nowhere:f"),
-        ("--algorithm.loss", "nowhere:f"),
+        ("--data.curriculum", "nowhere:f"),
         ("--environment.function", "nowhere:f"),
         ("--eval.sets.a.path", "examples/README.md", "--eval.sets.a.reward", "nowhere:f"),
     ],
