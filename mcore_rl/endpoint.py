@@ -44,13 +44,11 @@ class Endpoint(ThreadingHTTPServer):
             return self.shutdown_request(request)
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer it, and make room for another."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._lock:
-                self._open.pop(request, None)
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection, and make room for another."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def _end_older(self, than: float) -> None:
         for request, began in self._open.items():
