@@ -16,7 +16,7 @@ EVERYTHING = frozenset({""})
 
 BASE = frozenset({"errors", "types", "precision", "lora", "tuning", "strict_json"})
 BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred", "user_code"}
-BASE |= {"spans", "screen", "endpoint", "lookup"}
+BASE |= {"spans", "screen", "small_server", "lookup"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset(
@@ -34,7 +34,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "strict_json": frozenset(),
     "lookup": frozenset({"errors", "terminal"}),
     "spans": frozenset(),
-    "endpoint": frozenset(),
+    "small_server": frozenset(),
     "screen": frozenset({"spans", "terminal"}),
     "timeline": BASE | DISK,
     "terminal": frozenset(),

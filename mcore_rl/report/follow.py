@@ -16,10 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mcore_rl.endpoint import Endpoint, Handler
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.log import EVENTS, METRICS
 from mcore_rl.report.page import page_of
+from mcore_rl.small_server import Handler, SmallServer
 from mcore_rl.terminal import escaped
 
 LOOPBACK = "127.0.0.1"
@@ -70,7 +70,7 @@ def _waiting(error: DataError) -> str:
     )
 
 
-class _PageServer(Endpoint):
+class _PageServer(SmallServer):
     allow_reuse_address = False
 
     def __init__(self, port: int, page: Page) -> None:

@@ -6,8 +6,8 @@ import re
 import threading
 from collections.abc import Mapping
 
-from mcore_rl import endpoint
-from mcore_rl.endpoint import Endpoint
+from mcore_rl import small_server
+from mcore_rl.small_server import SmallServer
 from mcore_rl.trackers.services import TrackedRun
 
 PATH = "/metrics"
@@ -24,7 +24,7 @@ class Prometheus:
         self._text = b""
         service = self
 
-        class Handler(endpoint.Handler):
+        class Handler(small_server.Handler):
             def do_GET(self) -> None:
                 if self.path.partition("?")[0] != PATH:
                     return self.send_error(404)
@@ -34,7 +34,7 @@ class Prometheus:
                 self.end_headers()
                 self.wfile.write(service._text)
 
-        self._server = Endpoint((host.strip("[]"), int(port)), Handler)
+        self._server = SmallServer((host.strip("[]"), int(port)), Handler)
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="mcore_rl-prometheus", daemon=True

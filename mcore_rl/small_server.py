@@ -18,7 +18,7 @@ MOST_CONNECTIONS = 32
 """at the same time; others are closed unanswered"""
 
 
-class Endpoint(ThreadingHTTPServer):
+class SmallServer(ThreadingHTTPServer):
     """Answers each connection in a thread, of which there are at most MOST_CONNECTIONS."""
 
     daemon_threads = True
@@ -63,7 +63,7 @@ class Endpoint(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What handlers of an Endpoint have in common."""
+    """What handlers of a SmallServer have in common."""
 
     timeout = REQUEST_SECONDS
     server_version, sys_version = "mcore-rl", ""

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mcore_rl import endpoint
+from mcore_rl import small_server
 from mcore_rl.report.follow import serving
 from mcore_rl.trackers.prometheus import Prometheus
 from mcore_rl.trackers.services import TrackedRun
@@ -24,8 +24,8 @@ ROOM = 2
 @pytest.fixture(params=["report", "prometheus"])
 def port(request: pytest.FixtureRequest, monkeypatch, tmp_path: Path) -> Iterator[int]:
     """Of either server, with room for two."""
-    monkeypatch.setattr(endpoint.Handler, "timeout", 0.5)
-    monkeypatch.setattr(endpoint, "MOST_CONNECTIONS", ROOM)
+    monkeypatch.setattr(small_server.Handler, "timeout", 0.5)
+    monkeypatch.setattr(small_server, "MOST_CONNECTIONS", ROOM)
     with ExitStack() as stack:
         if request.param == "report":
             yield urlsplit(stack.enter_context(serving([tmp_path]))).port or 0
@@ -71,7 +71,7 @@ def test_silent_clients_are_left_and_others_are_answered(port: int) -> None:
 
 
 def test_who_says_a_letter_now_and_then_is_ended_where_the_place_is_wanted(port: int, monkeypatch) -> None:
-    monkeypatch.setattr(endpoint, "WHOLE_SECONDS", 1.0)
+    monkeypatch.setattr(small_server, "WHOLE_SECONDS", 1.0)
     ended = threading.Event()
 
     def dribble(client: socket.socket) -> None:
