@@ -62,7 +62,7 @@ class SmallServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Handler(BaseHTTPRequestHandler):
+class SmallHandler(BaseHTTPRequestHandler):
     """What handlers of a SmallServer have in common."""
 
     timeout = REQUEST_SECONDS

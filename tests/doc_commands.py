@@ -161,7 +161,7 @@ def without_comment(line: str) -> tuple[str, str]:
 
 
 def all_commands() -> list[DocCommand]:
-    """Of every page."""
+    """Every command of every page."""
     return [found for page in PAGES for found in commands_of(page.name, page.read_text())]
 
 

@@ -24,7 +24,7 @@ ROOM = 2
 @pytest.fixture(params=["report", "prometheus"])
 def port(request: pytest.FixtureRequest, monkeypatch, tmp_path: Path) -> Iterator[int]:
     """Of either server, with room for two."""
-    monkeypatch.setattr(small_server.Handler, "timeout", 0.5)
+    monkeypatch.setattr(small_server.SmallHandler, "timeout", 0.5)
     monkeypatch.setattr(small_server, "MOST_CONNECTIONS", ROOM)
     with ExitStack() as stack:
         if request.param == "report":

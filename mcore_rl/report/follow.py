@@ -19,7 +19,7 @@ from typing import Any
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.log import EVENTS, METRICS
 from mcore_rl.report.page import page_of
-from mcore_rl.small_server import Handler, SmallServer
+from mcore_rl.small_server import SmallHandler, SmallServer
 from mcore_rl.terminal import escaped
 
 LOOPBACK = "127.0.0.1"
@@ -77,7 +77,7 @@ class _PageServer(SmallServer):
         super().__init__((LOOPBACK, port), partial(_Handler, page))
 
 
-class _Handler(Handler):
+class _Handler(SmallHandler):
     def __init__(self, page: Page, *arguments: Any) -> None:
         self._page = page
         super().__init__(*arguments)

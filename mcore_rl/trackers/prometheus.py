@@ -6,8 +6,7 @@ import re
 import threading
 from collections.abc import Mapping
 
-from mcore_rl import small_server
-from mcore_rl.small_server import SmallServer
+from mcore_rl.small_server import SmallHandler, SmallServer
 from mcore_rl.trackers.services import TrackedRun
 
 PATH = "/metrics"
@@ -24,7 +23,7 @@ class Prometheus:
         self._text = b""
         service = self
 
-        class Handler(small_server.Handler):
+        class Handler(SmallHandler):
             def do_GET(self) -> None:
                 if self.path.partition("?")[0] != PATH:
                     return self.send_error(404)
