@@ -185,7 +185,7 @@ def test_a_config_is_evaluated_by_a_server_of_its_own_which_ends_with_the_comman
     out = tmp_path / "run" / "evaluations" / "policy"
     partial, deadline = out / "eval.partial.jsonl", time.monotonic() + 120
     while not partial.exists():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, b"".join(heard)
         assert running.poll() is None, b"".join(heard)
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
