@@ -180,7 +180,7 @@ def test_a_config_is_evaluated_by_a_server_of_its_own_which_ends_with_the_comman
     )
     os.close(writing)
     heard: list[bytes] = []
-    reader = threading.Thread(target=read_to_the_end, args=(reading, heard))
+    reader = threading.Thread(target=read_to_the_end, args=(reading, heard), daemon=True)
     reader.start()
     out = tmp_path / "run" / "evaluations" / "policy"
     partial, deadline = out / "eval.partial.jsonl", time.monotonic() + 120
