@@ -31,7 +31,7 @@ from mcore_rl.commands import (
     verify_golden,
     verify_layouts,
 )
-from mcore_rl.errors import McoreRLError
+from mcore_rl.errors import EXIT_CONFIG, McoreRLError
 from mcore_rl.imports import large_pages
 from mcore_rl.server.options import add_options
 from mcore_rl.streams import guard
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
     large_pages()
     parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):  # who says nothing may know no command yet
+        parser.print_help(sys.stderr)
+        return EXIT_CONFIG
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in (train, rollout, plan, doctor, evaluate, demo):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -91,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add = commands.add_parser("demo", help="train a tiny model on this machine's CPUs: some minutes")
-    add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR")
+    where = "for everything (default %(default)s); then --section.key value overrides of both its runs"
+    add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR", help=where)
     add.set_defaults(command=demo)
 
     _add_train(commands)

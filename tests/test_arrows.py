@@ -16,7 +16,7 @@ EVERYTHING = frozenset({""})
 
 BASE = frozenset({"errors", "types", "precision", "lora", "tuning", "strict_json"})
 BASE |= {"terminal", "before_megatron", "imports", "weight_files", "functions", "kindred", "user_code"}
-BASE |= {"spans", "screen"}
+BASE |= {"spans", "screen", "small_server", "lookup"}
 DISK = frozenset({"directories"})
 """for rooms that write files"""
 FLOORS_BELOW = frozenset(
@@ -32,7 +32,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "lora": frozenset(),
     "tuning": frozenset(),
     "strict_json": frozenset(),
+    "lookup": frozenset({"errors", "terminal"}),
     "spans": frozenset(),
+    "small_server": frozenset(),
     "screen": frozenset({"spans", "terminal"}),
     "timeline": BASE | DISK,
     "terminal": frozenset(),

@@ -16,9 +16,10 @@ import mcore_rl
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl import errors
 from mcore_rl.__main__ import main
+from mcore_rl.config import load_config
 from mcore_rl.demo.command import check_replaced
 from mcore_rl.errors import ConfigError, McoreRLError
-from mcore_rl.launch.first_look import _look_at_function
+from mcore_rl.launch.first_look import _look_at_function, _look_for_module, first_look
 from tests.launched import ENVIRONMENT
 from tests.sources import ROOT
 
@@ -149,10 +150,45 @@ def test_what_cannot_be_seen_without_running_it_is_left_to_the_ranks(tmp_path: P
     for number, text in enumerate((made, wrapped, "from os import *\n", "made = print\n")):
         (tmp_path / f"user_{number}.py").write_text(text)
         _look_at_function("reward.function", f"user_{number}:made", "the sample", keywords=False)
-    _look_at_function("reward.function", "no_such_module:made", "the sample", keywords=False)
     (tmp_path / "plain.py").write_text("def made(a, b):\n    return 1\n")
     with pytest.raises(ConfigError, match="one argument"):
         _look_at_function("reward.function", "plain:made", "the sample", keywords=False)
+
+
+def test_a_module_that_is_nowhere_is_said_and_none_is_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for package in ("whole", "grown"):
+        (tmp_path / package).mkdir()
+    (tmp_path / "whole" / "__init__.py").write_text("raise SystemExit('it was run')\n")
+    (tmp_path / "grown" / "__init__.py").write_text("__path__ = []  # its own affair\n")
+    for name in ("whole.inner", "single"):
+        tmp_path.joinpath(*name.split(".")).with_suffix(".py").write_text("")
+    for there in ("whole.inner", "single", "grown.anything", "json.decoder", "mcore_rl.rewards.exact"):
+        _look_for_module("reward.function", f"{there}:made")
+    for absent in ("nowhere", "whole.nothing", "mcore_rl.rewards.exakt"):
+        with pytest.raises(ConfigError, match=rf"reward\.function: there is no module {absent} in "):
+            _look_for_module("reward.function", f"{absent}:made")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--reward.function", "nowhere:f"),
+        ("--reward.functions.sums.function", "nowhere:f"),
+        ("--data.curriculum", "nowhere:f"),
+        ("--environment.function", "nowhere:f"),
+        ("--eval.sets.a.path", "examples/README.md", "--eval.sets.a.reward", "nowhere:f"),
+    ],
+    ids=lambda flags: flags[-2].removeprefix("--"),
+)
+def test_a_missing_module_is_found_before_ranks_start(flags: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "label": "2"}\n')
+    given = ("--model.path", str(tmp_path), "--data.train", str(rows))
+    config = load_config(ROOT / "examples" / "gspo_tiny.toml", [*given, *flags])
+    with pytest.raises(ConfigError, match=rf"{flags[-2].removeprefix('--')}: there is no module nowhere"):
+        first_look(config)
 
 
 def test_a_plan_does_not_wait_for_megatron() -> None:

@@ -13,11 +13,12 @@ import pytest
 
 from mcore_rl.__main__ import build_parser
 from mcore_rl.config.file import KEYS
+from mcore_rl.metric_names import SECTIONS, meaning_of
+from tests.doc_commands import FENCE, PAGES
 from tests.sources import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+METRIC = re.compile(r"`([a-z_]+)/([a-z_0-9]+)`")
 KEY = re.compile(r"`([a-z_]+)\.([a-z_]+)(\.[a-z_]+)*`")
 
 
@@ -63,6 +64,17 @@ def unknown_keys(tables: dict) -> list[str]:
     ]
 
 
+def unknown_metrics(text: str) -> list[str]:
+    """Names of metrics, as their first words tell them from paths, that no run logs."""
+    first = {name.partition("/")[0] for names in SECTIONS.values() for name in names if "/" in name}
+    return [f"{a}/{b}" for a, b in METRIC.findall(text) if a in first and not meaning_of(f"{a}/{b}")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_metrics_are_logged(page: Path) -> None:
+    assert unknown_metrics(page.read_text()) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page, page.read_text()) == []
@@ -100,12 +112,13 @@ def test_keys_beside_those_of_others_are_ours() -> None:
 
 
 def test_what_is_wrong_is_seen() -> None:
-    """The controls: a dead link, a dead anchor, a flag and a key that are not there."""
+    """The controls: a dead link, a dead anchor, a flag, a key and a metric that are not there."""
     page = ROOT / "README.md"
     assert broken_links(page, "[a](docs/nothing.md) [b](#no-such-heading) [c](docs/faq.md)") == [
         "docs/nothing.md",
         "#no-such-heading",
     ]
+    assert unknown_metrics("`length/truncated`, `length/mean` and `docs/mean`") == ["length/truncated"]
     with pytest.raises(SystemExit):
         build_parser().parse_known_args(next(commands("mcore-rl plans run.toml\n")))
     wrong = tomllib.loads("[rollout]\nsamples = 1\n[runs]\ndir = 'x'")

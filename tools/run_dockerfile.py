@@ -107,6 +107,8 @@ def main() -> int:
     parser.add_argument("--context", type=Path, default=Path("."))
     parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE")
     a = parser.parse_args()
+    if wrong := [one for one in a.arg if "=" not in one]:
+        parser.error(f"--arg {wrong[0]}: give it a value, --arg {wrong[0]}=VALUE")
     arguments = dict(one.split("=", 1) for one in a.arg)
     try:
         Build(a.directory, a.context, arguments).run([*instructions(a.dockerfile.read_text())])

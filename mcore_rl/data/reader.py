@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mcore_rl import strict_json
 from mcore_rl.data.chat import MAX_CHARACTERS, render
-from mcore_rl.data.lookup import MISSING, look_up, missing
 from mcore_rl.data.messages import (
     LastAssistant,
     Message,
@@ -24,6 +23,7 @@ from mcore_rl.data.messages import (
 )
 from mcore_rl.data.tables import kind
 from mcore_rl.errors import DataError
+from mcore_rl.lookup import MISSING, look_up, missing
 from mcore_rl.terminal import joined, quoted
 from mcore_rl.types import Prompt
 

@@ -56,12 +56,15 @@ def main(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Iterator[Finding]:
     """The findings, each as soon as its check is done; nothing is written and no server is changed."""
-    sound = True
+    wrong: set[str] = set()
     for findings in _checks(path, overrides):
         for finding in findings():
-            sound &= finding.level != "error"
+            if finding.level == "error":
+                if finding.what in wrong:  # what several checks would read is missing once
+                    continue
+                wrong.add(finding.what)
             yield finding
-    if not sound:
+    if wrong:
         yield Finding("gradient scale", "note", "not probed: the errors above come first")
         return
     distributed = load_config(path, overrides).optimizer.distributed

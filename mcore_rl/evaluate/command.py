@@ -22,6 +22,7 @@ from mcore_rl.evaluate.sampling import sample_set, serving
 from mcore_rl.evaluate.scoring import scorer, scoring_model
 from mcore_rl.evaluate.weights import Weights, find_weights
 from mcore_rl.launch.start import catch_signals
+from mcore_rl.screen import SCREEN
 from mcore_rl.terminal import printable
 from mcore_rl.training.evaluation_sets import EvalSet, measure, read_sets, set_params
 from mcore_rl.training.rundir import RESOLVED, RUN_LOCK
@@ -67,7 +68,8 @@ def evaluate(
         stack.enter_context(open_evaluation(directory, _settings(config, weights, sets)))
         results = results_of(directory)
         if results is None:
-            results = _sampled(_with(config, run={"dir": directory}), weights, sets, tokenizer)
+            with SCREEN.showing(active=True):
+                results = _sampled(_with(config, run={"dir": directory}), weights, sets, tokenizer)
             write_whole(directory / RESULTS, json.dumps(results) + "\n")
     for line in [f"{weights.path}", *_table(results["sets"]), f"samples: {directory}"]:
         print(printable(line), file=sys.stderr if as_json else sys.stdout)
@@ -130,6 +132,7 @@ def _sampled(
         return str(tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
 
     directory = config.run.dir
+    SCREEN.doing("reading the weights")
     model = weights.as_hf(config, directory / "model")
     files = {one.name: SampleFile(directory, one) for one in sets}
     servers = len(config.rollout.urls) or config.rollout.servers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from mcore_rl.rollout.client import call
 from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.rollout.inflight import Begun, InFlight, Schedule
 from mcore_rl.rollout.sampler import build_group, group_request, groups_per_call
-from mcore_rl.terminal import printable
+from mcore_rl.screen import SCREEN
 from mcore_rl.training.assemble_servers import local_servers
 from mcore_rl.training.environment import build_environments
 from mcore_rl.training.evaluation_sets import EvalSet, measure, record_of
@@ -45,6 +44,7 @@ def serving(config: Config, model: Path, tokenizer: PreTrainedTokenizerBase) -> 
     r = config.rollout
     with ExitStack() as stack:
         local = [] if r.urls else local_servers(config, model.resolve())
+        SCREEN.doing(f"starting {len(local)} servers" if local else "waiting for the servers")
         for server in local:  # all at once, then wait: most of a start is imports
             stack.callback(server.close)
             server.launch()
@@ -111,6 +111,7 @@ def sample_set(
             asked = [group_request(p, _group(p, one), one.samples, one.params, seed=seed) for p in part]
             waiting.append((part, requests.begin(asked, len(part))))
         part, begun = waiting.popleft()
+        SCREEN.doing(f"sampling {one.name}")
         replies = requests.finish(begun)
         groups = [build_group(_group(p, one), p, its, decode) for p, its in zip(part, replies, strict=True)]
         file.add([record_of(one, sample) for group in score(groups) for sample in group.samples])
@@ -125,5 +126,6 @@ def _group(prompt: Prompt, one: EvalSet) -> str:
 def _say(one: EvalSet, file: SampleFile) -> None:
     value = measure(one, file.records).get(f"eval/{one.name}/{one.what}")
     shown = "" if value is None else f"  {one.what} {value:.3f}"
-    line = f"{one.name}  {len(file.sampled)}/{len(one.prompts)} prompts{shown}"
-    print(printable(line), file=sys.stderr, flush=True)
+    status = f"{one.name}  {len(file.sampled)}/{len(one.prompts)} prompts{shown}"
+    SCREEN.progress(len(file.sampled) / len(one.prompts), status)
+    SCREEN.say(status)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from mcore_rl.config import Config
 from mcore_rl.data.locate import locate
-from mcore_rl.data.lookup import MISSING, look_up, missing
 from mcore_rl.data.opening import open_table
 from mcore_rl.errors import ConfigError
+from mcore_rl.lookup import MISSING, look_up, missing
 
 MOST_RANKS = 8
 """of a run that is looked at"""
@@ -44,6 +46,8 @@ def first_look(config: Config) -> None:
     _look_at_model(config)
     for path in config.data.train:
         _look_at_rows(config, path)
+    for key, name in _named_functions(config):
+        _look_for_module(key, name)
     for key, name, argument, keywords in _functions(config):
         _look_at_function(key, name, argument, keywords=keywords)
 
@@ -77,6 +81,44 @@ def _required(config: Config) -> Iterator[str]:
         yield data.prompt_key
         if data.label_key and data.last_assistant == "refuse" and config.reward.model is None:
             yield data.label_key
+
+
+def _named_functions(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, `module:function`) of everything of the user's own that this run imports."""
+    reward, tables = config.reward, config.reward.functions
+    kept = {"reward.function": reward.function if reward.model is None and not tables else None}
+    kept |= {f"reward.functions.{name}.function": table.function for name, table in tables.items()}
+    kept |= {"data.curriculum": config.data.curriculum, "algorithm.loss": config.algorithm.loss}
+    kept |= {"environment.function": config.environment.function}
+    named = kept if config.run.kind == "rl" else {}
+    named |= {f"eval.sets.{name}.reward": one.reward for name, one in config.eval.sets.items()}
+    yield from ((key, name) for key, name in named.items() if name)
+
+
+def _look_for_module(key: str, name: str) -> None:
+    """Raises ConfigError for a module that is nowhere; what is asked of the packages around it runs none."""
+    module = name.partition(":")[0]
+    parts = module.split(".")
+    places: Sequence[str] = [*sys.path, os.getcwd()]
+    for depth in range(1, len(parts) + 1):
+        part = ".".join(parts[:depth])
+        spec = PathFinder.find_spec(part, places) or (find_spec(part) if depth == 1 else None)
+        if spec is None:
+            raise ConfigError(
+                f"{key}: there is no module {part} in {os.getcwd()} or on PYTHONPATH; put its directory on "
+                "PYTHONPATH, or check the name"
+            )
+        if spec.submodule_search_locations is None or _extends_itself(spec.origin):
+            return
+        places = [*spec.submodule_search_locations]
+
+
+def _extends_itself(file: str | None) -> bool:
+    """Whether a package says itself where its modules are."""
+    try:
+        return file is not None and b"__path__" in Path(file).read_bytes()
+    except OSError:
+        return True
 
 
 def _functions(config: Config) -> Iterator[tuple[str, str, str, bool]]:

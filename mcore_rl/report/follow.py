@@ -7,13 +7,11 @@ asks for the version every few seconds, and loads itself anew where that has cha
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,10 @@ from typing import Any
 from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.log import EVENTS, METRICS
 from mcore_rl.report.page import page_of
+from mcore_rl.small_server import SmallHandler, SmallServer
 from mcore_rl.terminal import escaped
 
 LOOPBACK = "127.0.0.1"
-REQUEST_SECONDS = 10.0
-"""how long a connection may be silent"""
-MOST_CONNECTIONS = 32
-"""at the same time; others are closed unanswered"""
 _WATCHED = (METRICS, EVENTS, "resolved.toml", "rollouts", "samples", "evaluations")
 
 
@@ -75,35 +70,14 @@ def _waiting(error: DataError) -> str:
     )
 
 
-class _PageServer(ThreadingHTTPServer):
-    daemon_threads = True
+class _PageServer(SmallServer):
     allow_reuse_address = False
 
     def __init__(self, port: int, page: Page) -> None:
-        self.room = threading.BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__((LOOPBACK, port), partial(_Handler, page))
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.room.acquire(blocking=False):
-            return self.shutdown_request(request)
-        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.room.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say what nobody foresaw; a client that goes away in the middle is nobody's concern."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    timeout = REQUEST_SECONDS
-    server_version, sys_version = "mcore-rl", ""
-
+class _Handler(SmallHandler):
     def __init__(self, page: Page, *arguments: Any) -> None:
         self._page = page
         super().__init__(*arguments)
@@ -133,9 +107,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not listed: a page asks every few seconds."""
 
 
 @contextmanager

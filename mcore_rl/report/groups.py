@@ -60,7 +60,9 @@ def _telling(groups: Sequence[Group]) -> list[tuple[Group, str]]:
     def take(group: Group, why: str) -> None:
         found.setdefault(group.id, (group, []))[1].append(why)
 
-    take(max(groups, key=_spread), "rewards differ most")
+    mixed = max(groups, key=_spread)
+    if _spread(mixed) > 0:
+        take(mixed, "rewards differ most")
     take(max(groups, key=lambda g: max(map(_length, g.samples))), "longest")
     take(min(groups, key=lambda g: min(map(_length, g.samples))), "shortest")
     for group in groups:

@@ -162,8 +162,17 @@ def _staleness(run: RunData) -> Iterator[Noticed]:
 
 
 def _signal(run: RunData) -> Iterator[Noticed]:
-    ends = _ends(run.values("reward/no_signal"))
-    if ends is not None and ends[1] > NO_SIGNAL:
+    values = run.values("reward/no_signal")
+    ends = _ends(values)
+    if values and min(values) == 1:  # which needs no course to be seen
+        yield Noticed(
+            "Nothing can be learned",
+            f"Of {len(values)} steps, not one had a sample with an advantage other than 0, since all of its "
+            "group have the same reward.",
+            "Read the samples: look whether the reward function sees what it should, and take prompts that "
+            "the model can sometimes solve, or begin with supervised training.",
+        )
+    elif ends is not None and ends[1] > NO_SIGNAL:
         yield Noticed(
             "Groups without signal",
             f"{ends[1]:.0%} of the samples of the last steps have an advantage of 0, since all of their "

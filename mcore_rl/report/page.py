@@ -14,7 +14,7 @@ from pathlib import Path
 from mcore_rl.directories import write_whole
 from mcore_rl.errors import DataError
 from mcore_rl.report.groups import group_panels, tools
-from mcore_rl.report.health import LOOKED_FOR, findings
+from mcore_rl.report.health import LEAST_STEPS, LOOKED_FOR, findings
 from mcore_rl.report.plots import Figure, draw_sections
 from mcore_rl.report.runs import RunData, read_runs
 from mcore_rl.report.summary import Fact, headline, key_settings
@@ -141,7 +141,9 @@ def _health(runs: Sequence[RunData]) -> str:
     """What was found in each run, and what was looked for where nothing was."""
     found = [(i, run, finding) for i, run in enumerate(runs) for finding in findings(run)]
     if not found:
-        return f'<p class="note wide">Nothing stands out. Looked at: {LOOKED_FOR}.</p>'
+        early = any(len(run.steps) < LEAST_STEPS for run in runs)
+        so_far = f" yet: what takes a course is told from {LEAST_STEPS} steps on" if early else ""
+        return f'<p class="note wide">Nothing stands out{so_far}. Looked at: {LOOKED_FOR}.</p>'
     return "".join(
         f'<div class="panel finding"><h3>{escape(finding.title)}</h3>'
         f"{f'<p class=note>{run_key(i, run)}</p>' if len(runs) > 1 else ''}"

@@ -77,7 +77,9 @@ def line_chart(
     body = [_grid(x, y), *(_band(line, x, y) for line in lines if line.band)]
     body += [_curve(line, x, y) for line in sorted(lines, key=lambda line: not line.faint)]
     heights = labels_apart([y(reference.value) - 4 for reference in references])
-    body += [_reference(one, y(one.value), height) for one, height in zip(references, heights, strict=True)]
+    body += [_reference(reference, y(reference.value)) for reference in references]
+    # Names come last, so that no line crosses one.
+    body += [_named(one, height) for one, height in zip(references, heights, strict=True)]
     named = [line for line in lines if not line.faint]
     hover = [
         {
@@ -266,13 +268,18 @@ def labels_apart(heights: Sequence[float]) -> list[float]:
     return apart
 
 
-def _reference(reference: Reference, at: float, label: float) -> str:
-    kind = "reference" if reference.color is None else f"reference {color_class(reference.color)}"
-    return (
-        f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        f'<text class="{kind}" x="{WIDTH - RIGHT}" y="{label:.1f}" text-anchor="end">'
-        f"{escape(reference.label)}</text>"
-    )
+def _reference(reference: Reference, at: float) -> str:
+    kind = _class_of(reference)
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+
+
+def _named(reference: Reference, at: float) -> str:
+    place = f'x="{WIDTH - RIGHT}" y="{at:.1f}" text-anchor="end"'
+    return f'<text class="{_class_of(reference)}" {place}>{escape(reference.label)}</text>'
+
+
+def _class_of(reference: Reference) -> str:
+    return "reference" if reference.color is None else f"reference {color_class(reference.color)}"
 
 
 def _runs_of(points: Sequence[Point]) -> list[list[tuple[float, float]]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.lookup import MISSING, look_up
 from mcore_rl.terminal import joined, quoted
 from mcore_rl.types import Prompt
 
@@ -64,17 +65,8 @@ class Task:
     def no_function(self, prompt: Prompt) -> str:
         """Why no table of reward.functions is for a prompt, for a message."""
         fields = dict.fromkeys(name for one in self.functions for name in one.when)
-        has = joined(f"{name} = {quoted(look_up(prompt.metadata, name))}" for name in fields)
+        found = {name: look_up(prompt.metadata, name) for name in fields}
+        has = joined(
+            f"no {n}" if value is MISSING else f"{n} = {quoted(value)}" for n, value in found.items()
+        )
         return f"has no function for {has}"
-
-
-def look_up(metadata: Mapping[str, Any], dotted: str) -> Any:
-    """The field of that name, or what `a.b.c` finds in nested objects; None where there is none."""
-    if dotted in metadata:
-        return metadata[dotted]
-    found: Any = metadata
-    for name in dotted.split("."):
-        if not isinstance(found, Mapping) or name not in found:
-            return None
-        found = found[name]
-    return found

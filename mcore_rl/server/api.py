@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
@@ -262,13 +264,16 @@ class Api:
         return model.model_validate(body)
 
 
-def build_app(api: Api, *, api_key: str | None, max_body_bytes: int) -> web.Application:
+def build_app(
+    api: Api, *, api_key: str | None, max_body_bytes: int, hosts: Collection[str] = ()
+) -> web.Application:
     """With an `api_key` every path but /health and /ready needs `Authorization: Bearer <key>`.
 
     Whatever may act needs a body that is declared as JSON: a page in a browser on this machine can send other
-    types to any address without being asked.
+    types to any address without being asked. Where there are `hosts`, a request must name one of them, or an
+    address of loopback, as its host: the site of such a page may give its own name this machine's address.
     """
-    middlewares = [until_sent, _auth(api_key), _errors, _json_only]
+    middlewares = [until_sent, _named(hosts), _auth(api_key), _errors, _json_only]
     app = web.Application(middlewares=middlewares, client_max_size=max_body_bytes)
     app.add_routes(api.routes())
     # What is in flight at the end is dropped, so that its clients turn to another server at once.
@@ -313,6 +318,25 @@ def _auth(api_key: str | None) -> Any:
         return await handler(request)
 
     return check
+
+
+def _named(hosts: Collection[str]) -> Any:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if hosts and not is_here(request.headers.get("Host", ""), hosts):
+            return _malformed("Host: ask for 127.0.0.1 or localhost, or serve with --api-key-env", 403)
+        return await handler(request)
+
+    return check
+
+
+def is_here(host: str, hosts: Collection[str]) -> bool:
+    """Whether a Host header names one of `hosts` or an address of loopback, whatever its port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in hosts or ipaddress.ip_address(name).is_loopback
+    except ValueError:  # neither a host nor an address
+        return False
 
 
 @web.middleware

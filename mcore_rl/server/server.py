@@ -91,7 +91,8 @@ def serve(
         api = build_api(model_dir, device, max_running_requests, max_length, kv_tokens, random_seed)
         most = _body_bytes(api.limits.context_length, max_running_requests)
         max_body_bytes = most if max_body_mib is None else max_body_mib << 20
-        app = build_app(api, api_key=api_key, max_body_bytes=max_body_bytes)
+        hosts = {"localhost", host.lower()} if api_key is None else ()  # a page of a browser has no key
+        app = build_app(api, api_key=api_key, max_body_bytes=max_body_bytes, hosts=hosts)
         if extend is not None:
             extend(app, api, address_of(sock, here=True))
         asyncio.run(run(app, sock, address_file))

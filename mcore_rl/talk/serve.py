@@ -29,6 +29,8 @@ TEXTS = "/v1/completions"
 """the one that needs no chat template"""
 POSTS = ("/v1/chat/completions", TEXTS, "/v1/responses", "/v1/messages")
 MODELS = "/v1/models"
+REMEDY = "leave it out"
+"""of a parameter that is refused"""
 _HEADERS = ("Content-Type", "Cache-Control")
 
 
@@ -71,7 +73,7 @@ def _route(
         if request.path in POSTS and request.path != TEXTS and not template.tokenizer.chat_template:
             raise RequestError(f"{name} has no chat template; ask {TEXTS}, whose prompt is the whole text")
         policy = policy_of(client, template, api.limits.context_length, body)
-        async with serve_policy(policy, model=name) as endpoint:
+        async with serve_policy(policy, model=name, remedy=REMEDY) as endpoint:
             data = None if request.method == "GET" else body
             return await forward(request, endpoint.url + request.path, endpoint.key, data)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import socket
 import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from mcore_rl.small_server import SmallHandler, SmallServer
 from mcore_rl.trackers.services import TrackedRun
 
-REQUEST_SECONDS = 10.0
-"""how long a connection may be silent"""
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -26,10 +23,7 @@ class Prometheus:
         self._text = b""
         service = self
 
-        class Handler(BaseHTTPRequestHandler):
-            timeout = REQUEST_SECONDS
-            server_version, sys_version = "mcore-rl", ""
-
+        class Handler(SmallHandler):
             def do_GET(self) -> None:
                 if self.path.partition("?")[0] != PATH:
                     return self.send_error(404)
@@ -39,10 +33,7 @@ class Prometheus:
                 self.end_headers()
                 self.wfile.write(service._text)
 
-            def log_message(self, format: str, *args: object) -> None:
-                """Scrapes are not listed."""
-
-        self._server = _Endpoint((host.strip("[]"), int(port)), Handler)
+        self._server = SmallServer((host.strip("[]"), int(port)), Handler)
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="mcore_rl-prometheus", daemon=True
@@ -59,17 +50,6 @@ class Prometheus:
         """See TrackingService."""
         self._server.shutdown()
         self._server.server_close()
-
-
-class _Endpoint(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A scraper that goes away in the middle is nobody's concern."""
 
 
 def name_of(metric: str) -> str:

@@ -7,7 +7,6 @@ Every step is one dump. Where the command is started again, it goes on after the
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +26,7 @@ from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.rewards import load_rewards
 from mcore_rl.rollout.client import RolloutClient
 from mcore_rl.rollout.fleet import Fleet, on_each
-from mcore_rl.terminal import printable
+from mcore_rl.screen import SCREEN
 from mcore_rl.training.assemble import build_frozen_reward_model
 from mcore_rl.training.assemble_rollouts import connect, replayed_experts, reward_pool, sampling_of, sizes_of
 from mcore_rl.training.assemble_servers import open_fleet
@@ -68,6 +67,7 @@ def sample_rollouts(config: Config) -> None:
     if done >= config.train.steps:
         raise NothingToDo(f"nothing to do: {config.run.dir} has all {done} steps; raise train.steps for more")
     with (
+        SCREEN.showing(active=True),
         process_alone(config) as mesh,
         recorded(config.run.dir),
         watched(config, mesh) as watchdog,
@@ -106,7 +106,8 @@ class RolloutSource:
         metrics = {**(sample_metrics(batch, asked) if batch.samples else {}), **self._timers.collect()}
         metrics |= self._generation.metrics | self._rewards.take_metrics() | passed_over(self._dumps.cursor)
         self._log.write(step, metrics)
-        print(printable(self._progress.line(step, metrics)), file=sys.stderr, flush=True)
+        SCREEN.say(self._progress.line(step, metrics))
+        SCREEN.progress(self._progress.share, self._progress.left)
 
     def _take_back(self) -> None:
         """Lost servers that answer again serve again: their weights are those that they were started on."""
@@ -148,6 +149,7 @@ def build_source(
             "run in rollout.urls"
         )
     seed_rng(config.run.seed)
+    SCREEN.doing("reading the prompts")
     tokenizer = load_tokenizer(config.model.path)
     prompts = read_prompts(config, config.data.train, tokenizer)
     stack.enter_context(noting_bad_rows(config.run.dir, prompts, is_main=True))
@@ -155,6 +157,7 @@ def build_source(
     if done:
         cursor.restore(read_step(config.run.dir / NAME, done).cursor)
         say(f"goes on after step {done} in {config.run.dir}")
+    SCREEN.doing("waiting for the servers" if config.rollout.urls else "starting servers")
     fleet = open_fleet(config, mesh, config.model.path, stack)
     experts = replayed_experts(config)
     wait_for_servers(fleet.serving, config.rollout.start_timeout, experts=experts is not None)

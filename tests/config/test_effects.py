@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mcore_rl.algo.losses import KLEstimator, kl
-from mcore_rl.config import load_config, warnings
+from mcore_rl.config import load_config, notes, warnings
 from tests.config.test_rules import refused_or_noted
 
 BASE = {"run.dir": "r", "model.path": "m", "data.train": "t.jsonl", "train.steps": 10}
@@ -93,6 +93,31 @@ def test_k1_in_the_loss_has_no_gradient_in_expectation_and_the_others_have() -> 
 
     assert gradient("k1") == pytest.approx(0, abs=1e-15)
     assert min(gradient("k2"), gradient("k3"), gradient("k1_iw")) > 0.01
+
+
+DISTILL = {"run__kind": "distill", "distill__teachers": "{a = 'm'}"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"critic__path": "c"}, "critic.path: has no effect because gspo has no critic"),
+        (
+            {"algorithm__name": "ppo", "critic__warmup_epochs": 2},
+            "critic.warmup_epochs: has no effect because critic.warmup_rollouts is 0",
+        ),
+        (DISTILL | {"distill__beta": 0.3}, 'distill.beta: has no effect because distill.divergence is "'),
+        (
+            DISTILL | {"distill__teacher_key": "who"},
+            "distill.teacher_key: has no effect because there is one teacher",
+        ),
+    ],
+)
+def test_a_key_that_only_another_choice_reads_is_a_note(load, given, said) -> None:
+    key = said.partition(":")[0]
+    assert any(said in note for note in notes(load(**given)))
+    others = {name: value for name, value in given.items() if name != key.replace(".", "__")}
+    assert not any(key in note for note in notes(load(**others)))
 
 
 @pytest.mark.parametrize(

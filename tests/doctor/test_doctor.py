@@ -109,7 +109,7 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         "parallel.sequence",
         "parallel.tensor",
     ),
-    "no model": (lambda s: shutil.rmtree(s.model), ("--checkpoint.every", "0"), "config.json", ""),
+    "no model": (lambda s: shutil.rmtree(s.model), (), "config.json", ""),
     "unsupported model": (
         lambda s: s.edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
         (),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -28,15 +29,22 @@ class Ranks:
     def __init__(self, process: subprocess.Popen[str], scratch: Path, deadline: float) -> None:
         self._process, self._scratch, self._deadline = process, scratch, deadline
 
-    def run(self, *arguments: str, world: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run the command as `world` ranks to its end; all of them have to leave with the same exit code."""
+    def run(
+        self, *arguments: str, world: int = 1, cwd: Path = ROOT, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the command as `world` ranks to its end; all of them have to leave with the same exit code.
+
+        Without any it is one process that is no rank, and what it says on stdout is among the rest. The first
+        argument may be a script of Python in the place of one of the command's parts.
+        """
         said = self._scratch / "stderr"
         said.write_bytes(b"")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        asked = {"arguments": arguments, "said": str(said), "environment": environment | meeting}
+        asked = {"arguments": arguments, "said": str(said), "cwd": str(cwd)}
+        asked["environment"] = environment | (meeting if world else {})
         codes = self._answer({**asked, "world": world})
         assert len(set(codes)) == 1, f"ranks left with {codes}: {said.read_text()}"
         return subprocess.CompletedProcess(arguments, codes[0], "", said.read_text())
@@ -91,7 +99,7 @@ def serve() -> None:
     for line in iter(sys.stdin.readline, ""):
         asked = json.loads(line)
         ranks = []
-        for rank in range(asked["world"]):
+        for rank in range(max(1, asked["world"])):
             ranks.append(os.fork())
             if ranks[-1] == 0:
                 become(rank, asked)
@@ -100,19 +108,25 @@ def serve() -> None:
 
 
 def become(rank: int, asked: dict) -> None:
-    """Run the command as one of torchrun's ranks; ends the process in the ordinary way."""
+    """Run the command, as one of torchrun's ranks if any; ends the process in the ordinary way."""
     from mcore_rl.__main__ import main
     from tests.e2e.step_files import record
 
     world = str(asked["world"])
     of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update(asked["environment"] | of_rank)
+    os.environ.update(asked["environment"] | (of_rank if asked["world"] else {}))
+    os.chdir(asked["cwd"])
     nothing = os.open(os.devnull, os.O_RDWR)
     said = os.open(asked["said"], os.O_WRONLY | os.O_APPEND)
-    for mine, place in ((nothing, 0), (nothing, 1), (said, 2)):
+    for mine, place in ((nothing, 0), (nothing if asked["world"] else said, 1), (said, 2)):
         os.dup2(mine, place)
     if out := os.environ.pop("STEP_FILES", ""):
         record(Path(out))
+    sys.argv = [str(ROOT / "mcore-rl"), *asked["arguments"]]
+    if asked["arguments"][0].endswith(".py"):
+        sys.argv = asked["arguments"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit(0)
     sys.exit(main(asked["arguments"]))
 
 

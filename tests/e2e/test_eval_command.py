@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -145,8 +148,18 @@ def test_a_set_is_scored_by_a_reward_model_in_the_command_itself(ranks, folder, 
     assert "eval/easy/accuracy" in found["easy"]
 
 
+def read_to_the_end(terminal: int, heard: list[bytes]) -> None:
+    """What a terminal shows until nobody writes to it any more."""
+    with suppress(OSError):
+        while data := os.read(terminal, 1 << 16):
+            heard.append(data)
+
+
 def test_a_config_is_evaluated_by_a_server_of_its_own_which_ends_with_the_command(folder, tmp_path) -> None:
-    """And SIGTERM leaves what was sampled: the reward is so slow that it comes before the end."""
+    """On a terminal, whose last line says what is being done.
+
+    And SIGTERM leaves what was sampled: the reward is so slow that it comes before the end.
+    """
     file = config(folder, tmp_path, "http://127.0.0.1:1")
     slow = (
         "--eval.sets.easy.reward",
@@ -158,22 +171,31 @@ def test_a_config_is_evaluated_by_a_server_of_its_own_which_ends_with_the_comman
         "--rollout.threads",
         "1",
     )
+    reading, writing = os.openpty()
     running = subprocess.Popen(
         command("eval", file, *slow),
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
+        env=os.environ | ENVIRONMENT | {"TERM": "xterm"},
+        stderr=writing,
     )
+    os.close(writing)
+    heard: list[bytes] = []
+    reader = threading.Thread(target=read_to_the_end, args=(reading, heard), daemon=True)
+    reader.start()
     out = tmp_path / "run" / "evaluations" / "policy"
     partial, deadline = out / "eval.partial.jsonl", time.monotonic() + 120
     while not partial.exists():
-        assert time.monotonic() < deadline
-        assert running.poll() is None, running.stderr and running.stderr.read()
+        assert time.monotonic() < deadline, b"".join(heard)
+        assert running.poll() is None, b"".join(heard)
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
+    running.wait(60)
+    reader.join(60)
+    os.close(reading)
+    said = b"".join(heard).decode()
     assert running.returncode == 75, said
+    assert re.search(r"\r\x1b\[2K\[\.{20}\]  starting 1 servers \d+ s\r", said), said
+    assert re.search(r"\[\.{20}\]  sampling eval \d+ s\r", said), said
     assert len(lines(partial)) < 5
     assert not (out / "results.json").exists()
     group = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.sources import ROOT
-from tools.run_dockerfile import Build, instructions
+from tools.run_dockerfile import Build, instructions, main
 
 FILES = sorted((ROOT / "docker").glob("Dockerfile*"))
 PINS = {"TRANSFORMER_ENGINE": "transformer-engine", "MEGATRON": "megatron-core", "SGLANG": "sglang"}
@@ -110,6 +110,13 @@ def test_steps_that_would_touch_this_machine_are_refused(tmp_path: Path) -> None
         build.run([("RUN", "false | true")])
     with pytest.raises(ValueError, match="ONBUILD"):
         build.run([("ONBUILD", "RUN true")])
+
+
+def test_an_argument_without_a_value_is_a_mistake(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_dockerfile.py", "Dockerfile", "there", "--arg", "NAME"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--arg NAME: give it a value, --arg NAME=VALUE" in capsys.readouterr().err
 
 
 def test_the_cluster_files_name_the_image() -> None:

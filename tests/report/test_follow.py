@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,7 +17,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from mcore_rl.__main__ import main
-from mcore_rl.report import follow
 from mcore_rl.report.follow import serving
 from tests.sources import ROOT
 from tests.test_report import step, write_run
@@ -105,30 +103,6 @@ def test_it_listens_on_this_machine_alone(address: str) -> None:
         assert client.getpeername()[0] == "127.0.0.1"
     with pytest.raises(ConnectionRefusedError):  # another address of this machine
         socket.create_connection(("127.0.0.2", urlsplit(address).port), timeout=5)
-
-
-def test_a_silent_client_is_left_and_others_are_answered(monkeypatch, run_dir: Path) -> None:
-    monkeypatch.setattr(follow._Handler, "timeout", 0.3)
-    monkeypatch.setattr(follow, "MOST_CONNECTIONS", 2)
-    with serving([run_dir]) as address:
-        place = ("127.0.0.1", urlsplit(address).port)
-        with socket.create_connection(place, 5) as one, socket.create_connection(place, 5) as other:
-            one.sendall(b"GET / HTTP/1.1\r\nHost")
-            other.sendall(b"G")
-            time.sleep(0.1)
-            with pytest.raises((OSError, http.client.HTTPException)):
-                ask(address, "/version")  # there is no room
-            for client in (one, other):
-                client.settimeout(5)
-                assert client.recv(1) == b"", "ended by the deadline"
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            try:
-                assert ask(address, "/version")[0] == 200
-                return
-            except (OSError, http.client.HTTPException):
-                time.sleep(0.05)
-        pytest.fail("no room was made")
 
 
 def test_what_cannot_be_served_is_said(run_dir: Path, tmp_path: Path, capsys, address: str) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mcore_rl.__main__ import main
 from mcore_rl.report import write_report
+from mcore_rl.report.groups import _telling
 from mcore_rl.report.health import LOOKS, findings
 from mcore_rl.report.runs import RunData, read_runs
+from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 from tests.test_report import step, write_run
 
 STEPS = 40
@@ -98,6 +101,35 @@ def test_a_healthy_run_has_no_finding_and_every_look_is_planted(tmp_path: Path) 
 def test_a_run_that_has_just_begun_has_no_course(tmp_path: Path) -> None:
     steps = [healthy(n) | {"entropy": 1.0 / n**3} for n in range(1, 6)]
     assert findings(read_runs([write_run(tmp_path / "run", steps)])[0]) == []
+
+
+def test_rewards_that_are_all_equal_are_said_from_the_first_step(tmp_path: Path) -> None:
+    """And a page of few steps does not call a run sound that has shown little."""
+    for shares, said in (((1.0,), 1), ((1.0, 1.0, 1.0), 3), ((1.0, 0.9), 0)):
+        steps = [healthy(n) | {"reward/no_signal": share} for n, share in enumerate(shares, 1)]
+        directory = write_run(tmp_path / f"run_{len(shares)}_{said}", steps)
+        found = findings(read_runs([directory])[0])
+        assert [finding.title for finding in found] == ["Nothing can be learned"] * bool(said)
+        page = write_report([directory]).read_text()
+        assert ("Nothing stands out yet: what takes a course is told from 10 steps on" in page) == (not said)
+
+
+def rewarded(name: str, *rewards: float) -> Group:
+    prompt, spans = Prompt(name, "", (1,), "", {}), (VersionSpan("0", 0, 2),)
+    made = [
+        replace(
+            Sample.of_response(f"{name}@0/{k}", prompt, (2, 3), (-0.5, -1.0), "", "stop", spans),
+            reward=reward,
+        )
+        for k, reward in enumerate(rewards)
+    ]
+    return Group(f"{name}@0", tuple(made))
+
+
+@pytest.mark.parametrize(("rewards", "said"), [((0.0, 0.0), False), ((0.0, 1.0), True)])
+def test_rewards_differ_only_where_they_do(rewards: tuple[float, ...], said: bool) -> None:
+    shown = _telling([rewarded("a", 0.0, 0.0), rewarded("b", *rewards)])
+    assert any("rewards differ most" in why for _, why in shown) == said
 
 
 def test_a_penalty_that_is_earned_less_is_no_finding(tmp_path: Path) -> None:

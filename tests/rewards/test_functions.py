@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mcore_rl.errors import ConfigError, RewardError
+from mcore_rl.lookup import MISSING, look_up
 from mcore_rl.rewards import RewardFunction, RewardPool, Task, load_rewards
 from mcore_rl.rewards.outcome import Outcome, join_outcomes
-from mcore_rl.rewards.task import look_up
 from mcore_rl.training.rewards import check_weights
 from mcore_rl.types import Group, Prompt, RewardPart, Sample, TurnReward, VersionSpan
 from tests.rewards.test_pool import FUNCTIONS
@@ -90,7 +90,7 @@ def test_outcomes_join_where_one_has_turns_and_another_none() -> None:
 def test_a_field_is_found_by_its_name_or_in_objects() -> None:
     row = {"a": {"b": {"c": 1}}, "a.b": 2, "n": None}
     names = ("a.b", "a.b.c", "n", "x", "n.x", "a.x")
-    assert [look_up(row, name) for name in names] == [2, 1, None, None, None, None]
+    assert [look_up(row, name) for name in names] == [2, 1, None, MISSING, MISSING, MISSING]
 
 
 @pytest.mark.parametrize(

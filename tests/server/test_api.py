@@ -199,7 +199,7 @@ def test_abort_ends_one_request_and_keeps_its_output(
 def test_a_client_that_goes_away_is_not_served_further(url: str, threads: ThreadPoolExecutor) -> None:
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"input_ids": PROMPT, "sampling_params": LONG | {"n": 8}}).encode()
-    head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)

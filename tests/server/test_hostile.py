@@ -47,7 +47,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory, dir_a: Path) -> Iterator[Lo
 def post(url: str, path: str, raw: bytes, content_type: str | None = "application/json") -> tuple[int, bytes]:
     """(status, body); the server may answer, and close, before it has read all of `raw`."""
     host, port = url.removeprefix("http://").split(":")
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\nConnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\nConnection: close\r\n"
     head += f"Content-Type: {content_type}\r\n\r\n" if content_type else "\r\n"
     with socket.create_connection((host, int(port)), timeout=WAIT) as sock:
         reply = b""
@@ -147,7 +147,7 @@ def test_a_large_request_and_its_reply_do_not_hold_the_event_loop_either(probed:
 def test_many_small_requests_do_not_hold_the_event_loop(probed: LocalServer) -> None:
     host, port = probed.url.removeprefix("http://").split(":")
     bad = b'{"input_ids": ["a"], "rid": 5}'
-    one = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    one = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     one += b"Content-Length: %d\r\n\r\n%s"
     lag(probed.url)
 
@@ -314,13 +314,35 @@ def test_what_a_page_in_a_browser_can_send_unasked_does_nothing(
     assert http(url, "/ready", method="GET").status == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((name, 200) for name in ("127.0.0.1", "localhost", "LOCALHOST:1", "127.0.0.2:80", "[::1]:9")),
+        *((name, 403) for name in ("evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "[", "")),
+    ],
+)
+def test_a_page_that_gave_its_own_name_our_address_gets_nothing(url: str, host: str, status: int) -> None:
+    """DNS rebinding: to the browser it is the page's own site, which it may ask for anything."""
+    assert get(url, "/model_info", host) == status
+
+
+def get(url: str, path: str, host: str) -> int:
+    """The status, of a request that names `host`."""
+    where, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((where, int(port)), timeout=WAIT) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        return int(sock.recv(4096).split(b" ", 2)[1])
+
+
 def test_a_key_that_is_not_text_is_a_wrong_key(tmp_path: Path, dir_a: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ROLLOUT_TEST_KEY", "canary")
     program = Embedded(threads=1, api_key_env="ROLLOUT_TEST_KEY")
     with LocalServer(dir_a, program, log_file=tmp_path / "log") as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=DEADLINE) as sock:
-            sock.sendall(b"GET /model_info HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+            sock.sendall(
+                b"GET /model_info HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n\r\n"
+            )
             assert sock.recv(4096).startswith(b"HTTP/1.1 401")
 
 
@@ -350,7 +372,7 @@ def test_an_option_with_which_nothing_could_be_served_is_named(dir_a: Path, opti
 
 
 def test_half_sent_requests_end_by_a_deadline(dir_a: Path, tmp_path: Path) -> None:
-    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with LocalServer(dir_a, Probed(threads=1, options=("--short",)), log_file=tmp_path / "log") as server:
         host, port = server.url.removeprefix("http://").split(":")
         for sent in (b"", b"POST /gen", head, head + b"Content-Length: 100\r\n\r\n{"):
@@ -384,7 +406,7 @@ def test_a_reply_that_nobody_reads_ends_with_its_connection(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         _, writer = await asyncio.open_connection(*runner.addresses[0][:2], limit=1 << 12)
         try:
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
             async with ClientSession() as session, session.get(url) as got:
                 read = len(await got.read())

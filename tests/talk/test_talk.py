@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,7 +22,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qw
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.server import bodies
-from mcore_rl.talk.serve import forward
+from mcore_rl.server.api import build_app
+from mcore_rl.server.server import address_of, build_api
+from mcore_rl.talk.serve import add_openai, forward
 from mcore_rl.talk.weights import model_of
 from tests.environments.support import build_tokenizer
 from tests.launched import ENVIRONMENT
@@ -139,6 +143,51 @@ def test_the_key_opens_these_addresses_too(served: Served) -> None:
     reply = http(served.url, "/v1/chat/completions", {"messages": []}, key=SECRET["TALK_KEY"])
     assert reply.status == 400
     assert "messages" in reply.body["error"]["message"]
+
+
+def test_a_model_without_a_chat_template_says_where_to_ask(model: Path, tmp_path: Path) -> None:
+    """And what is refused says no remedy but those of this server."""
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(bare)
+
+    async def answers() -> list[tuple[int, str]]:
+        api = build_api(bare, "cpu", 4, None, None, 0)
+        app = build_app(api, api_key=None, max_body_bytes=1 << 20)
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            url = address_of(sock)
+            add_openai(app, api, url, name="bare", api_key_env=None)
+            runner = web.AppRunner(app, access_log=None)
+            await runner.setup()
+            await web.SockSite(runner, sock).start()
+            try:
+                async with aiohttp.ClientSession() as session:
+                    found = []
+                    for path, body in (
+                        ("chat/completions", {"messages": [{"role": "user", "content": "1"}]}),
+                        ("completions", {"prompt": "1", "max_tokens": 2, "n": 2}),
+                        ("completions", {"prompt": "1", "max_tokens": 2, "stop": ["2"]}),
+                        ("completions", {"prompt": "1", "max_tokens": 2}),
+                    ):
+                        async with session.post(f"{url}/v1/{path}", json={"model": "bare"} | body) as reply:
+                            found.append((reply.status, await reply.text()))
+                    return found
+            finally:
+                await runner.cleanup()
+
+    (chat_status, chat_said), *refused, (status, _) = asyncio.run(answers())
+    assert chat_status == 400
+    assert "bare has no chat template; ask /v1/completions, whose prompt is the whole text" in chat_said
+    for parameter, (code, said) in zip(("n", "stop"), refused, strict=True):
+        assert code == 400
+        assert f"{parameter}: " in said
+        assert "leave it out" in said
+        assert "serve_policy" not in said
+    assert status == 200
 
 
 async def listening(

@@ -77,9 +77,16 @@ _OF_BOOKS = frozenset(
 )
 """without effect on what is sampled; a seed too, since every rollout of a prompt must draw its own"""
 
+IGNORE = "leave it out, or name it in serve_policy(ignored=) if the agent cannot"
+"""what an environment can do about a parameter that is refused"""
+
 
 def check_parameters(
-    api: str, body: Mapping[str, Any], sampling: Mapping[str, Any], ignored: Collection[str]
+    api: str,
+    body: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    ignored: Collection[str],
+    remedy: str,
 ) -> None:
     """Raises ApiError for a parameter that would act and is not applied.
 
@@ -87,6 +94,7 @@ def check_parameters(
         api: `chat`, `completions`, `responses` or `messages`.
         sampling: the run's own parameters, in SGLang's names.
         ignored: parameters that the environment lets its agent send in vain.
+        remedy: what to do about one that is refused.
     """
     for name, value in body.items():
         if value is None or name in _FREE[api] or name in _OF_BOOKS or name in ignored:
@@ -94,15 +102,12 @@ def check_parameters(
         if name in _DISTRIBUTION:
             own = sampling.get(name, _DISTRIBUTION[name])
             if type(value) not in (int, float) or value != own:
-                raise _refused(name, f"{_shown(value)}, and the run samples with {own:g}: {_REMEDY}")
+                raise _refused(name, f"{_shown(value)}, and the run samples with {own:g}: {remedy}")
         elif name in _ALIKE[api]:
             if not any(_same(value, one) for one in _ALIKE[api][name]):
-                raise _refused(name, f"{_shown(value)} is not supported: {_REMEDY}")
+                raise _refused(name, f"{_shown(value)} is not supported: {remedy}")
         else:
-            raise _refused(_shown(name), f"not a parameter of this gateway: {_REMEDY}")
-
-
-_REMEDY = "leave it out, or name it in serve_policy(ignored=) if the agent cannot"
+            raise _refused(_shown(name), f"not a parameter of this gateway: {remedy}")
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from mcore_rl import strict_json
 from mcore_rl.environments.gateway import anthropic_api, openai_api, responses_api
-from mcore_rl.environments.gateway.parameters import check_parameters
+from mcore_rl.environments.gateway.parameters import IGNORE, check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
 from mcore_rl.environments.gateway.streams import ApiPath, guarded, stream_answer, wait_for_left
 from mcore_rl.environments.policy import Policy
@@ -59,13 +59,16 @@ class _Gateway:
         self._port = 0
         self._lock = asyncio.Lock()
 
-    async def open(self, policy: Policy, model: str, ignored: frozenset[str]) -> tuple[str, Endpoint]:
+    async def open(
+        self, policy: Policy, model: str, ignored: frozenset[str], remedy: str
+    ) -> tuple[str, Endpoint]:
         async with self._lock:
             if self._runner is None:
                 await self._start()
             name = secrets.token_urlsafe(12)
-            self._sessions[name] = GatewaySession(policy, secrets.token_urlsafe(32), model, ignored)
-            return name, Endpoint(f"http://{_HOST}:{self._port}/{name}", self._sessions[name].key)
+            key = secrets.token_urlsafe(32)
+            self._sessions[name] = GatewaySession(policy, key, model, remedy, ignored)
+            return name, Endpoint(f"http://{_HOST}:{self._port}/{name}", key)
 
     async def close(self, name: str) -> None:
         session = self._sessions.pop(name)
@@ -111,7 +114,7 @@ class _Gateway:
         async def handle(request: web.Request) -> web.StreamResponse:
             session = self._session(request)
             body = await _body(request)
-            check_parameters(api.kind, body, session.policy.sampling, session.ignored)
+            check_parameters(api.kind, body, session.policy.sampling, session.ignored, session.remedy)
             streams = body.get("stream", False)
             if type(streams) is not bool:
                 raise ApiError(400, "stream: expected true or false")
@@ -139,16 +142,17 @@ _GATEWAYS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gateway] = weak
 
 @asynccontextmanager
 async def serve_policy(
-    policy: Policy, *, model: str = "policy", ignored: Collection[str] = ()
+    policy: Policy, *, model: str = "policy", ignored: Collection[str] = (), remedy: str = IGNORE
 ) -> AsyncIterator[Endpoint]:
     """Reach the policy of a rollout by HTTP while the block lasts.
 
     Args:
         model: its name in replies; clients may ask for any.
         ignored: parameters, such as `temperature`, that the agent cannot leave out and that have no effect.
+        remedy: what an answer says to do about a parameter that is refused.
     """
     gateway = _GATEWAYS.setdefault(asyncio.get_running_loop(), _Gateway())
-    name, endpoint = await gateway.open(policy, model, frozenset(ignored))
+    name, endpoint = await gateway.open(policy, model, frozenset(ignored), remedy)
     try:
         yield endpoint
     finally:

@@ -41,6 +41,8 @@ class GatewaySession:
     policy: Policy
     key: str
     model: str
+    remedy: str
+    """what to do about a parameter that is refused"""
     ignored: frozenset[str] = frozenset()
     """parameters that have no effect by the environment's own word"""
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
