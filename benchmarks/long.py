@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from mcore_rl.report.svg import Line
 ROOT = Path(__file__).parents[1]
 EVERY = 20
 """steps between two looks"""
+FEWEST = 10
+"""looks of which fifths can be compared"""
 STALLED = 1200.0
 ROLES = {"rank": "-m mcore_rl train", "server": "-m mcore_rl.server", "reward": "-m mcore_rl.rewards"}
 GROWS = {"metrics.jsonl", "events.jsonl", "samples", "server.log"}
@@ -85,8 +87,8 @@ def size_of(path: Path) -> int | None:
     return None
 
 
-def watched(directory: Path, steps: int) -> tuple[list[dict[str, float]], float]:
-    """A run from its beginning to its end: the looks, each with its `step`, and the seconds of all."""
+def watched(directory: Path, steps: int) -> Iterator[tuple[list[dict[str, float]], float]]:
+    """A run from its beginning to its end: after each look all of them, with their `step`, and seconds."""
     flags = [*FLAGS, "--model.path", directory.parent / "warm_start/model", "--run.dir", directory]
     flags += ["--data.train", directory.parent / "data/train.jsonl", "--train.steps", steps]
     flags += ["--data.eval", directory.parent / "data/eval.jsonl"]
@@ -102,6 +104,7 @@ def watched(directory: Path, steps: int) -> tuple[list[dict[str, float]], float]
         if done and (not looks or done >= looks[-1]["step"] + EVERY):
             with suppress(psutil.NoSuchProcess):
                 looks.append({"step": float(done), **look(run, directory)})
+                yield looks, time.monotonic() - began
             changed = time.monotonic()
         if time.monotonic() - changed > STALLED:
             run.kill()
@@ -109,7 +112,6 @@ def watched(directory: Path, steps: int) -> tuple[list[dict[str, float]], float]
         time.sleep(0.1)
     if run.returncode:
         raise SystemExit(f"the run ended with {run.returncode}: {log.name}")
-    return looks, time.monotonic() - began
 
 
 def steps_done(directory: Path) -> int:
@@ -138,6 +140,35 @@ def grown(looks: Sequence[Mapping[str, float]]) -> list[str]:
     ]
 
 
+def record_of(looks: Sequence[Mapping[str, float]], seconds: float) -> dict[str, Any]:
+    """What is written of so many looks."""
+    keys = sorted({key for one in looks for key in one})
+    return {
+        "benchmark": "what a long run keeps: examples/gspo_tiny.toml with " + " ".join(FLAGS),
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
+        "steps": int(looks[-1]["step"]),
+        "seconds": round(seconds),
+        "grown": grown(looks),
+        "second_and_last_fifth": {key: [round(one, 2) for one in two] for key, two in fifths(looks).items()},
+        "looks": {key: [round(one.get(key, 0.0), 2) for one in looks] for key in keys},
+    }
+
+
+def write(looks: Sequence[Mapping[str, float]], seconds: float, out: Path) -> dict[str, Any]:
+    """The record and its picture, after every look: a run that is ended early leaves what it came to."""
+    record = record_of(looks, seconds)
+    path = out / f"long_{record['date']}.json"
+    path.write_text(json.dumps(record) + "\n")
+    lines = [
+        Line(role, [(one["step"], one.get(f"{role}/memory_mib", 0.0)) for one in looks], color=color)
+        for color, role in enumerate(("rank", "server", "launcher", "reward"))
+    ]
+    title = f"{record['steps']} steps: MiB of memory by process"
+    path.with_suffix(".svg").write_text(picture(title, lines))
+    return record
+
+
 def main() -> int:
     """Run it, write the record; 1 if anything grows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -146,26 +177,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     given = parser.parse_args()
     prepare(given.runs.absolute())
-    looks, seconds = watched(given.runs.absolute() / "run", given.steps)
-    keys = sorted({key for one in looks for key in one})
-    record: dict[str, Any] = {
-        "benchmark": "what a long run keeps: examples/gspo_tiny.toml with " + " ".join(FLAGS),
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
-        "steps": given.steps,
-        "seconds": round(seconds),
-        "grown": grown(looks),
-        "second_and_last_fifth": {key: [round(one, 2) for one in two] for key, two in fifths(looks).items()},
-        "looks": {key: [round(one.get(key, 0.0), 2) for one in looks] for key in keys},
-    }
-    path = given.out / f"long_{record['date']}.json"
-    path.write_text(json.dumps(record) + "\n")
-    lines = [
-        Line(role, [(one["step"], one.get(f"{role}/memory_mib", 0.0)) for one in looks], color=color)
-        for color, role in enumerate(("rank", "server", "launcher", "reward"))
-    ]
-    path.with_suffix(".svg").write_text(picture(f"{given.steps} steps: MiB of memory by process", lines))
-    print(json.dumps(record["second_and_last_fifth"], indent=1), record["grown"], path, sep="\n")
+    record: dict[str, Any] = {}
+    for looks, seconds in watched(given.runs.absolute() / "run", given.steps):
+        record = write(looks, seconds, given.out) if len(looks) >= FEWEST else {}
+    print(json.dumps(record["second_and_last_fifth"], indent=1), record["grown"], sep="\n")
     return int(bool(record["grown"]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import signal
@@ -168,9 +169,14 @@ def fill(target: Target, drawn: random.Random) -> dict[str, Any]:
     try:
         with ballast.open("wb", buffering=0) as file:
             with suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, psutil.disk_usage(str(target.disk)).free)
+            with suppress(OSError):
+                file.seek(0, os.SEEK_END)
                 while file.write(bytes(1 << 16)):
                     pass
             full = psutil.disk_usage(str(target.disk)).free < 1 << 16
+        if target.run.poll() is not None:
+            return {}  # it ended before the disk was full
         target.ended(LONG)
     finally:
         ballast.unlink()
