@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mcore_rl.directories import make
-from mcore_rl.errors import StorageError, WeightSyncError
+from mcore_rl.errors import ConfigError, StorageError, WeightSyncError
 from mcore_rl.weights.delta import SUFFIX, Writer
 from mcore_rl.weights.follow import (
     DEAD_SECONDS,
@@ -205,3 +205,14 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path):
     for source in (tmp_path / "file", tmp_path / ("x" * 300)):
         with pytest.raises(StorageError, match="LATEST"):
             Follower(source, tmp_path / "local").step()
+
+
+@pytest.mark.parametrize("inside", ["", "7", "followers"])
+def test_it_does_not_follow_into_what_it_follows(tmp_path: Path, inside: str) -> None:
+    source, link = tmp_path / "weights", tmp_path / "link"
+    source.mkdir()
+    link.symlink_to(source)
+    for one, other in ((source, link / inside), (source / inside, link)):
+        with pytest.raises(ConfigError, match=r"TARGET: .* are not apart; name another TARGET"):
+            Follower(one, other)
+    Follower(source, tmp_path / "weights_here")
