@@ -11,12 +11,16 @@ from mcore_rl.environments.policy import Policy
 from mcore_rl.types import Prompt
 
 AGENT = """
-import json, sys, urllib.request
+import json, socket, sys
 url, key, run, text = sys.argv[1:]
+place, _, path = url.removeprefix("http://").partition("/")
 for turn in range(2):
-    body = json.dumps({"model": "policy", "prompt": text}).encode()
-    asked = urllib.request.Request(url + "/completions", body, {"Authorization": "Bearer " + key})
-    said = json.load(urllib.request.urlopen(asked, timeout=600))["choices"][0]["text"]
+    body = json.dumps({"model": "policy", "prompt": text})
+    head = f"POST /{path}/completions HTTP/1.0", f"Authorization: Bearer {key}"
+    with socket.create_connection(place.split(":"), 600) as connection:
+        connection.sendall("\\r\\n".join([*head, f"Content-Length: {len(body)}", "", body]).encode())
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b"")).partition(b"\\r\\n\\r\\n")[2]
+    said = json.loads(answer)["choices"][0]["text"]
     text += said + "="
 print(said)
 """
