@@ -16,6 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Follower:
     """
 
     def __init__(self, source: Path, target: Path) -> None:
-        real = source.resolve(), target.resolve()
+        real = [Path(os.path.realpath(place)) for place in (source, target)]
         if real[0].is_relative_to(real[1]) or real[1].is_relative_to(real[0]):
             raise ConfigError(f"TARGET: {target} and SOURCE, {source}, are not apart; {_REMEDY}")
         self._source, self._target = source, target
@@ -67,7 +68,8 @@ class Follower:
                 self.step()
                 time.sleep(_POLL_SECONDS)
         finally:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):  # of a SOURCE that cannot be read, which the error says
+                self._file.unlink()
 
     def step(self) -> None:
         """Take the newest version if it is news; say so, and now and then that this lives."""

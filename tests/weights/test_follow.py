@@ -202,9 +202,11 @@ def test_what_is_no_state_of_a_follower_is_none(tmp_path, said):
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "file").touch()
-    for source in (tmp_path / "file", tmp_path / ("x" * 300)):
-        with pytest.raises(StorageError, match="LATEST"):
-            Follower(source, tmp_path / "local").step()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for source in (tmp_path / "file", tmp_path / ("x" * 300), tmp_path / "loop"):
+        follower = Follower(source, tmp_path / "local")
+        with pytest.raises(StorageError, match=r"LATEST|followers"):
+            follower.run()
 
 
 @pytest.mark.parametrize("inside", ["", "7", "followers"])
