@@ -2,14 +2,16 @@
 
     python -m benchmarks.soak DIRECTORY --minutes 60 [--seed 0] [--out FILE.json]   (make soak MINUTES=60)
 
-In rounds, until the minutes are over. A round draws a kind of run (supervised; GSPO with servers that it
-starts, or with one behind a network that can be torn; GSPO beside training) and harms it at steps that are
-drawn too (benchmarks/soak_harm.py): SIGKILL, SIGTERM, SIGSTOP of the launcher, a rank, the server or a worker
-of the reward, a full disk, a torn network. Where that ends the run, `--resume` continues it. Every harm has a
-witness. Fails unless, after each round, metrics (but for times), tensors, random states and the place in the
-data are bit by bit those of the run that nothing disturbed; where generation runs beside training, whose
-tokens depend on time, unless every step is there once, no token is older than the bound and all samples are
-accounted for. No process and no half-written checkpoint may be left.
+In rounds, until the minutes are over. A round takes the next kind of run (supervised; GSPO with servers that
+it starts, or with one behind a network that can be torn; GSPO beside training; preferences; adapters; agents
+that are processes and ask through a gateway in the rank) and harms it at steps that are drawn too
+(benchmarks/soak_harm.py): SIGKILL, SIGTERM, SIGSTOP of the launcher, a rank, the server, a worker of the
+reward or an agent, a full disk, a torn network. Where that ends the run, once and with the exit code for it,
+`--resume` continues it. Every harm has a witness. Fails unless, after each round, metrics (but for times),
+tensors, random states and the place in the data are bit by bit those of the run that nothing disturbed;
+where generation runs beside training, whose tokens depend on time, unless every step is there once, no token
+is older than the bound, all samples are accounted for and none is void but those of harmed agents. No
+process and no half-written checkpoint may be left.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -43,11 +46,17 @@ from mcore_rl.rollout.processes import Embedded, LocalServer
 
 ROOT = Path(__file__).parents[1]
 MCORE_RL = [sys.executable, "-m", "mcore_rl"]
-STALLED = 300.0
+STALLED = 900.0
 """seconds without a further step after which a run counts as hung"""
+STEP_TIMEOUT = 400
+"""`train.step_timeout`: what a step takes on a busy machine, and less than `soak_harm.LONG`"""
+GONE = 120.0
+"""seconds after the end of a run in which all its processes must have ended"""
 STEPS = 16
 HARMS = 4
 """in a round"""
+SERVERS = ("mismatch/", "behaviour/", "kl/rollout")
+"""metrics of a server's log-probs, which are compared and not trained by"""
 RESTARTS = 30
 """of one run; more mean that it does not get on"""
 
@@ -62,11 +71,25 @@ class Kind:
     exact: bool = True
     """it ends bitwise as without harm"""
     torn: bool = False
-    """its server is not its own, and the network to it can be torn"""
+    """its server is not its own, and the network to it can be torn; what is said of its log-probs, whose last
+    bits depend on which requests meet in it, is not compared"""
+    agents: bool = False
+    """its rollouts are processes of their own"""
 
 
+PATIENT = (
+    *("--rollout.start_timeout", "390", "--rollout.timeout", "350", "--rollout.health_timeout", "200"),
+    *("--reward.timeout", "300"),
+)
+"""on a busy machine slow is not lost, and no sample void that nobody harmed"""
 _RL = ("--rollout.prompts_per_step", "16", "--rollout.samples_per_prompt", "4", "--train.eval_every", "0")
 _STALE = ("--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token")
+_AGENTS = (
+    *("--environment.function", "benchmarks.soak_agent:play", "--environment.max_turns", "2"),
+    *("--environment.timeout", "300", "--environment.turn_timeout", "300"),
+    *("--environment.max_tokens", "200", "--data.max_prompt_tokens", "64", "--reward.max_void", "0.9"),
+)
+_FEW = ("--rollout.prompts_per_step", "4", "--rollout.samples_per_prompt", "2", "--train.eval_every", "0")
 KINDS = [
     Kind(
         "supervised", "examples/sft_tiny.toml", ("--supervised.batch_size", "16", "--train.eval_every", "0")
@@ -78,6 +101,23 @@ KINDS = [
         "examples/gspo_tiny.toml",
         (*_RL, *_STALE, "--rollout.threads", "1"),
         exact=False,
+    ),
+    Kind(
+        "preferences",
+        "examples/sft_tiny.toml",
+        ("--run.kind", "preference", "--supervised.batch_size", "16", "--train.eval_every", "0"),
+    ),
+    Kind(
+        "gspo with adapters",
+        "examples/gspo_tiny.toml",
+        (*_RL, "--rollout.threads", "1", "--lora.rank", "4", "--lora.alpha", "8"),
+    ),
+    Kind(
+        "agents beside generation",
+        "examples/gspo_tiny.toml",
+        (*_FEW, *_STALE, *_AGENTS, "--rollout.threads", "1"),
+        exact=False,
+        agents=True,
     ),
 ]
 
@@ -97,6 +137,12 @@ class Soak:
         data = self.root / "data"
         command = [sys.executable, "examples/arithmetic.py", data, "--seed", "0"]
         subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+        rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+        pairs = [
+            {"prompt": row["prompt"], "chosen": row["label"], "rejected": row["label"][::-1] + "0"}
+            for row in rows
+        ]
+        (data / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         start = [
             "examples/sft_tiny.toml",
             "--model.path",
@@ -109,9 +155,14 @@ class Soak:
             command = [*MCORE_RL, "train", *start, *flags]
             subprocess.run(command, cwd=ROOT, check=True, timeout=1800, stdout=log, stderr=log)
 
+    @staticmethod
+    def kind(number: int) -> Kind:
+        """What the round of this number runs."""
+        return KINDS[number % len(KINDS)]
+
     def round(self, number: int) -> dict[str, Any]:
         """A run that is harmed, beside one that is not: what was done, and what came of it."""
-        kind = KINDS[number % len(KINDS)]
+        kind = self.kind(number)
         if kind.exact and kind.name not in self._whole:
             self._whole[kind.name] = self._undisturbed(kind)
         with small_disk(self.root / f"round_{number}", 512) as disk:
@@ -123,16 +174,18 @@ class Soak:
                 directory, self.root / f"round_{number}_end", ignore=shutil.ignore_patterns("*.distcp")
             )
             found = {"kind": kind.name, "harms": harms, "partial_checkpoints": partial(directory)}
+            found["ended_as_said"] = all(map(ended_as_said, harms))
             if not committed(directory / "checkpoints") or steps_done(directory) < STEPS:
                 found["finished"] = False
             elif kind.exact:
-                found |= compare(self._whole[kind.name], directory, STEPS)
+                found |= compare(self._whole[kind.name], directory, SERVERS if kind.torn else ())
             else:
-                found |= accounted(directory)
+                found |= accounted(directory, sum(one["of"] == "agent" for one in harms))
         return found
 
     def _undisturbed(self, kind: Kind) -> Path:
         directory = self.root / kind.name.replace(" ", "_") / "run"
+        shutil.rmtree(directory.parent, ignore_errors=True)  # of a round that went wrong
         directory.parent.mkdir()
         with self._way(kind, directory) as way:
             run = self._start(kind, directory, way)
@@ -148,7 +201,8 @@ class Soak:
             yield None
             return
         log = log_of(directory).with_suffix(".server.log")
-        with LocalServer(self.root / "warm_start/model", Embedded(threads=1), log_file=log) as server:
+        model = self.root / "warm_start/model"
+        with LocalServer(model, Embedded(threads=1), log_file=log, start_timeout=STEP_TIMEOUT) as server:
             way = Cut(server.url)
             try:
                 yield way
@@ -173,8 +227,9 @@ class Soak:
                 continue
             if run.returncode == 0:
                 return harms
-            if harms:
-                harms[-1].setdefault("exit_code", run.returncode)
+            if not harms:
+                raise SystemExit(f"it ended with {run.returncode} before any harm: {log_of(directory)}")
+            harms[-1].setdefault("exit_codes", []).append(run.returncode)
             restarts += 1
             if restarts > RESTARTS:
                 raise SystemExit(f"{RESTARTS} restarts did not bring it to its end: {log_of(directory)}")
@@ -185,19 +240,16 @@ class Soak:
         """A run whose output is appended to a file beside its directory."""
         data = self.root / "data"
         model = data / "model" if kind.name == "supervised" else self.root / "warm_start/model"
-        flags = ["--model.path", model, "--data.train", data / "train.jsonl", "--run.dir", directory]
-        flags += [
-            "--optimizer.warmup_steps",
-            "0",
-            "--checkpoint.every",
-            "1",
-            "--checkpoint.keep",
-            "3",
-            "--train.step_timeout",
-            "30",
-        ]
-        if kind.name != "supervised":
-            flags += ["--data.eval", data / "eval.jsonl"]
+        rows = data / ("pairs.jsonl" if kind.name == "preferences" else "train.jsonl")
+        flags = ["--model.path", model, "--data.train", rows, "--run.dir", directory]
+        flags += ["--optimizer.warmup_steps", "0", "--checkpoint.every", "1", "--checkpoint.keep", "3"]
+        flags += ["--train.step_timeout", STEP_TIMEOUT]
+        if kind.config == "examples/gspo_tiny.toml":
+            flags += ["--data.eval", data / "eval.jsonl", *PATIENT]
+        else:
+            flags += ["--model.random_init", "true" if kind.name == "supervised" else "false"]
+        if kind.agents:
+            flags += ["--environment.args.run", directory]
         if way is not None:
             flags += ["--rollout.urls", json.dumps([way.url])]
         with log_of(directory).open("ab") as log:
@@ -247,12 +299,20 @@ def wait(run: subprocess.Popen[bytes], directory: Path, step: int | None) -> boo
 
 
 def gone(directory: Path) -> None:
-    """No process that names the directory is left after half a minute."""
-    end = time.monotonic() + 30
+    """No process that names the directory is left after a while."""
+    end = time.monotonic() + GONE
     while left := [each for each in psutil.process_iter(["cmdline"]) if str(directory) in named_by(each)]:
         if time.monotonic() > end:
             raise SystemExit(f"processes are left: {left}")
         time.sleep(0.1)
+
+
+def end_all(directory: Path) -> None:
+    """Ends what a round that went wrong has left."""
+    for each in psutil.process_iter(["cmdline"]):
+        if f"{directory}/" in named_by(each):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def named_by(process: psutil.Process) -> str:
@@ -265,25 +325,41 @@ def partial(directory: Path) -> list[str]:
     return [path.name for path in (directory / "checkpoints").glob("*.partial*")]
 
 
-def accounted(directory: Path) -> dict[str, Any]:
-    """Whether every step is there once, every token young enough, and no sample lost or counted twice."""
+def ended_as_said(harm: dict[str, Any]) -> bool:
+    """Whether a harm ended the run once at most, with the exit code for what a restart goes on from."""
+    code = -9 if (harm["harm"], harm["of"]) == ("SIGKILL", "launcher") else 75
+    return harm.get("exit_codes", []) in ([], [code])
+
+
+def accounted(directory: Path, harmed: int) -> dict[str, Any]:
+    """Whether every step is there once, every token young enough, and no sample lost or counted twice.
+
+    Args:
+        directory: the run's.
+        harmed: its agents that were; no other rollout may be void.
+    """
     lines = read_metrics(directory / "metrics.jsonl")
     last = lines[-1]
+    void = int(sum(line.get("void", 0.0) for line in lines))
     parts = {key: last[key] for key in last if key.startswith("async/") and key != "async/asked"}
     return {
         "steps_once": [line["step"] for line in lines] == list(range(STEPS + 1)),
         "young_enough": max(line.get("staleness/max", 0.0) for line in lines) <= 1.0,
         "samples_equal": last["async/asked"] == sum(parts.values()),
+        "void": void,
+        "void_are_the_harmed": void <= harmed,
     }
 
 
-def compare(one: Path, other: Path, steps: int) -> dict[str, Any]:
-    """What the two directories hold, and whether it is the same."""
+def compare(one: Path, other: Path, apart: tuple[str, ...]) -> dict[str, Any]:
+    """What the two directories hold, and whether it is the same, but for metrics that begin with `apart`."""
     lines, tensors, documents = [], [], []
     for directory in (one, other):
         measured = read_metrics(directory / "metrics.jsonl")
-        lines.append([{key: line[key] for key in line if not key.startswith(MEASURED)} for line in measured])
-        found = find(directory / "checkpoints", str(directory / f"checkpoints/step_{steps}"))
+        lines.append(
+            [{key: line[key] for key in line if not key.startswith((*MEASURED, *apart))} for line in measured]
+        )
+        found = find(directory / "checkpoints", str(directory / f"checkpoints/step_{STEPS}"))
         documents.append({key: found.document[key] for key in ("updates", "state", "rng", "layout")})
         tensors.append(stored(found.path))
     same = tensors[0].keys() == tensors[1].keys()
@@ -312,12 +388,14 @@ def sound(round: dict[str, Any]) -> bool:
     """Whether a round ended as it must, and every harm of it was done."""
     verdicts = [value for value in round.values() if isinstance(value, bool)]
     return (
-        all(verdicts) and not round["partial_checkpoints"] and all(one["witness"] for one in round["harms"])
+        all(verdicts)
+        and not round.get("partial_checkpoints")
+        and all(one["witness"] for one in round["harms"])
     )
 
 
 def main() -> int:
-    """Write the rounds as JSON after each of them; 1 if anything is not as it must be."""
+    """Write the rounds as JSON after each of them; 1 if anything of any is not as it must be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -326,12 +404,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    began = time.monotonic()
     soak = Soak(given.directory.resolve(), given.seed)
+    began = time.monotonic()
     rounds: list[dict[str, Any]] = []
     answer: dict[str, Any] = {}
     while not rounds or time.monotonic() - began < 60 * given.minutes:
-        rounds.append(soak.round(len(rounds)))
+        try:
+            rounds.append(soak.round(len(rounds)))
+        except SystemExit as error:
+            print(error, file=sys.stderr, flush=True)
+            end_all(soak.root)
+            rounds.append({"kind": soak.kind(len(rounds)).name, "harms": [], "ended": False})
         minutes = (time.monotonic() - began) / 60
         done = [one for each in rounds for one in each["harms"]]
         print(
@@ -343,16 +426,17 @@ def main() -> int:
         answer = {
             "date": date.today().isoformat(),
             "seed": given.seed,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "minutes": round(minutes, 1),
+            "load": [round(each, 1) for each in os.getloadavg()],
+            "harms": len(done),
+            "sound": all(map(sound, rounds)),
             "rounds": rounds,
         }
         if given.out:
             given.out.write_text(json.dumps(answer, indent=1) + "\n")
-        if not sound(rounds[-1]):
-            print(json.dumps(rounds[-1], indent=1))
-            return 1
     print(json.dumps(answer, indent=1))
-    return 0
+    return int(not all(map(sound, rounds)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import signal
@@ -16,9 +17,14 @@ from typing import Any
 
 import psutil
 
-ROLES = {"rank": "-m mcore_rl train", "server": "-m mcore_rl.server", "reward": "-m mcore_rl.rewards"}
+ROLES = {
+    "rank": "-m mcore_rl train",
+    "server": "-m mcore_rl.server",
+    "reward": "-m mcore_rl.rewards",
+    "agent": "-S -c",
+}
 """who a child of the launcher is -> what its command line says"""
-BRIEF, LONG = 2.0, 60.0
+BRIEF, LONG = 2.0, 460.0
 """seconds for which a process is stopped or the disk is full: a run outlives the first, not the second"""
 Harm = Callable[["Target", random.Random], dict[str, Any]]
 
@@ -79,7 +85,7 @@ class Cut:
         with ExitStack() as stack:
             stack.enter_context(near)
             stack.enter_context(suppress(OSError))
-            far = stack.enter_context(socket.create_connection(self._target, timeout=10))
+            far = stack.enter_context(socket.create_connection(self._target, timeout=60))
             with self._lock:
                 self._pairs.append((near, far))
             while not self._closed.is_set():
@@ -131,7 +137,7 @@ def kill(target: Target, drawn: random.Random) -> dict[str, Any]:
     victim.kill()
     if role == "launcher":  # our own child, whose exit code nobody else may take
         return {"harm": "SIGKILL", "of": role, "witness": target.ended(LONG) and target.run.returncode == -9}
-    gone, _ = psutil.wait_procs([victim], timeout=20)
+    gone, _ = psutil.wait_procs([victim], timeout=60)
     return {"harm": "SIGKILL", "of": role, "witness": bool(gone) or victim.status() == psutil.STATUS_ZOMBIE}
 
 
@@ -163,9 +169,14 @@ def fill(target: Target, drawn: random.Random) -> dict[str, Any]:
     try:
         with ballast.open("wb", buffering=0) as file:
             with suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, psutil.disk_usage(str(target.disk)).free)
+            with suppress(OSError):
+                file.seek(0, os.SEEK_END)
                 while file.write(bytes(1 << 16)):
                     pass
             full = psutil.disk_usage(str(target.disk)).free < 1 << 16
+        if target.run.poll() is not None:
+            return {}  # it ended before the disk was full
         target.ended(LONG)
     finally:
         ballast.unlink()

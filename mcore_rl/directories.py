@@ -46,6 +46,7 @@ _HOLDER = re.compile(rb"(process [^\n]*\n?)?")
 """what a lock's file holds: who has, or had it"""
 _HOLDER_BYTES = 4096
 _REFUSALS = (errno.ENOENT, errno.EPERM, errno.EACCES)
+_NO_DIRECTORY = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP)
 _held_files: set[FileIO] = set()
 """locks of this process"""
 
@@ -146,9 +147,9 @@ def locked(
     The lock ends with the process, however that ends, also where processes live on that it has forked.
 
     Raises:
-        ConfigError: a file, or a link that leads nowhere, is where the directory or a parent of it belongs,
-            or what something else wrote, or a link, has the name of the lock; or nothing can be written
-            there, as in /proc.
+        ConfigError: a file, or a link that leads nowhere or to itself, is where the directory or a parent of
+            it belongs, or what something else wrote, or a link, has the name of the lock; or nothing can be
+            written there, as in /proc.
         StorageError, or the `error` given: another process holds it, or it cannot be written.
     """
     try:
@@ -156,12 +157,12 @@ def locked(
         if (directory / name).is_symlink():  # what it leads to would be overwritten
             raise _no_lock(directory / name, remedy)
         file = (directory / name).open("ab+", buffering=0)
-    except (FileExistsError, NotADirectoryError) as cause:
-        raise ConfigError(
-            f"{directory} cannot be a directory: a file, or a link that leads nowhere, is in its way "
-            f"({cause.strerror}: {cause.filename}). Move that away, or {remedy}"
-        ) from cause
     except OSError as cause:
+        if cause.errno in _NO_DIRECTORY:
+            raise ConfigError(
+                f"{directory} cannot be a directory: a file, or a link that leads nowhere or to itself, is "
+                f"in its way ({cause.strerror}: {cause.filename}). Move that away, or {remedy}"
+            ) from cause
         if keeps_no_files(directory, cause):
             raise ConfigError(
                 f"{directory}: {cause.strerror}: its file system keeps no files, like those of /proc and "

@@ -222,7 +222,12 @@ def as_it_is(make_it):
     return made
 
 
-@pytest.mark.parametrize("taken", [as_it_is(as_file), as_it_is(as_broken_link), as_file_above])
+def as_a_loop(place: Path) -> Path:
+    place.symlink_to(place)
+    return place / "run"
+
+
+@pytest.mark.parametrize("taken", [as_it_is(as_file), as_it_is(as_broken_link), as_file_above, as_a_loop])
 def test_a_place_that_cannot_be_a_directory_is_named(tmp_path: Path, taken) -> None:
     with pytest.raises(
         ConfigError, match=r"place.*cannot be a directory: a file, or a link .*set x"

@@ -194,6 +194,10 @@ def test_other_bad_input(run_dir: Path) -> None:
         write_report([])
     with pytest.raises(DataError, match="given twice"):
         write_report([run_dir, run_dir])
+    loop = run_dir.with_name("loop")
+    loop.symlink_to(loop)
+    with pytest.raises(DataError, match="loop"):
+        write_report([loop])
     (run_dir / "resolved.toml").write_text("seed = = 1")
     with pytest.raises(DataError, match=r"resolved\.toml: .*restore"):
         write_report([run_dir])

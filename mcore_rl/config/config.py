@@ -341,7 +341,7 @@ def warnings(config: Config) -> list[str]:
     updates, stale = a.mini_batches * a.epochs, config.rollout.max_staleness > 0
     plays = config.environment.function is not None
     found = _effects().doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates, plays=plays)
-    return [*found, *_of_critic(config, updates), *_never_due(config)]
+    return [*found, *_of_critic(config, updates), *_never_due(config), *_never_waited(config)]
 
 
 def _of_critic(config: Config, updates: int) -> Iterator[str]:
@@ -355,6 +355,19 @@ def _of_critic(config: Config, updates: int) -> Iterator[str]:
         yield (
             "critic.coef: has no effect on Adam where optimizer.clip_grad is 0; set critic.lr, or remove it"
         )
+
+
+def _never_waited(config: Config) -> Iterator[str]:
+    """Deadlines that the end of a run without progress comes before."""
+    of_step, usual = config.train.step_timeout, (RolloutConfig(), RewardConfig())
+    for name, default in zip(("rollout", "reward"), usual, strict=True):
+        for key in {"start_timeout", "timeout", "health_timeout"} & type(default).model_fields.keys():
+            seconds = getattr(getattr(config, name), key)
+            if seconds != getattr(default, key) and seconds >= of_step:
+                yield (
+                    f"{name}.{key}: {seconds:g} s never pass: a run without progress ends after "
+                    f"train.step_timeout = {of_step:g} s; lower it, or raise that"
+                )
 
 
 def _never_due(config: Config) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,7 @@ def _read_samples(directory: Path) -> dict[int, list[dict[str, Any]]]:
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
     """The directories' own names, with as many parents as it takes to tell them apart."""
-    parts = [path.resolve().parts for path in run_dirs]
+    parts = [Path(os.path.realpath(path)).parts for path in run_dirs]  # a link to itself too
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):

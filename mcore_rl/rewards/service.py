@@ -25,6 +25,8 @@ from mcore_rl.types import Group, Sample
 
 _BACKOFF_SECONDS = 0.25
 _BACKOFF_MAX_SECONDS = 8.0
+_JITTER = random.SystemRandom()
+"""no draw of Python's own generator, which a reward function of the same process may have seeded"""
 _MARGIN = 0.9
 """share of reward.timeout that a call may take: a sample is void by itself then, not with its process"""
 _LONGEST_REPLY = 1 << 24
@@ -173,4 +175,4 @@ def _shown(text: str, key: str) -> str:
 
 
 def _backoff(attempt: int) -> float:
-    return min(_BACKOFF_MAX_SECONDS, _BACKOFF_SECONDS * 2**attempt) * random.uniform(0.5, 1.0)
+    return min(_BACKOFF_MAX_SECONDS, _BACKOFF_SECONDS * 2**attempt) * _JITTER.uniform(0.5, 1.0)

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _BACKOFF_SECONDS = 0.2
 _BACKOFF_MAX_SECONDS = 5.0
+_JITTER = random.SystemRandom()
+"""no draw of Python's own generator, whose state is the run's: it is in checkpoints"""
 _READY_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
 _NEW_TOKENS = 128
@@ -451,7 +453,7 @@ def reply_bytes(prompt: int, response: int, experts: ExpertLayers | None = None)
 
 def _backoff(number: int) -> float:
     """Seconds before attempt number + 1: doubling, jittered so that many clients do not return together."""
-    return min(_BACKOFF_MAX_SECONDS, _BACKOFF_SECONDS * 2**number) * random.uniform(0.5, 1.5)
+    return min(_BACKOFF_MAX_SECONDS, _BACKOFF_SECONDS * 2**number) * _JITTER.uniform(0.5, 1.5)
 
 
 def _decode(raw: bytes) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def check_source(config: Config, source: Path) -> None:
         raise ConfigError(
             f'--rollouts: run.kind = "{config.run.kind}" trains on no dumps; drop one of the two'
         )
-    if directory.resolve().is_relative_to(config.run.dir.resolve()):
+    if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(config.run.dir)):
         raise ConfigError(
             f"--rollouts: {directory} lies in run.dir, whose files this run would replace; set run.dir to "
             "another directory"

@@ -95,7 +95,8 @@ def held(config: Config, *, publishes: bool, dumps: Kind = "rollouts") -> Iterat
         dumps: the kind of RUN_DIR/rollouts that it writes.
 
     Raises:
-        ConfigError: they hold what mcore_rl did not write, or are no directories; nothing was touched.
+        ConfigError: they hold what mcore_rl did not write, or what the run reads and would remove, or are no
+            directories; nothing was touched.
         StorageError: another run holds them, or they cannot be read or written.
     """
     run_dir, weights = config.run.dir, published_to(config)
@@ -135,8 +136,9 @@ def _is_marked(run_dir: Path) -> bool:
 
 
 def _check_ours(config: Config, *, publishes: bool, dumps: Kind) -> None:
-    """Raises ConfigError for what a run would replace and mcore_rl did not write."""
+    """Raises ConfigError for what a run would replace and mcore_rl did not write, or the run reads itself."""
     _check_kinds(config)
+    _check_read(config, publishes=publishes)
     if _is_of_an_earlier_version(config):
         return  # to be marked
     run_dir, weights = config.run.dir, published_to(config)
@@ -165,6 +167,47 @@ def _check_kinds(config: Config) -> None:
                     f"{place}: {parent} is marked as of the kind {kind_of(parent)!r} ({MARK}), which is "
                     "removed with all it holds. Set run.dir, checkpoint.dir or publish.dir elsewhere"
                 )
+
+
+def _check_read(config: Config, *, publishes: bool) -> None:
+    """Raises ConfigError for what the run reads where it would remove it: neither it nor a resume had it."""
+    run_dir, weights = _real(config.run.dir), _real(published_to(config))
+    for key, path in _models(config).items():
+        for place in (_real(path), *_real(path).parents):
+            version = publishes and place.parent == weights and VERSION.fullmatch(place.name)
+            if version or (config.run.kind != "rl" and place == run_dir / "model"):
+                raise _is_read(key, path, f"{place}, which this run replaces with weights of its own")
+    for key, path in _rows(config).items():
+        for directory in (run_dir / name for name in SAMPLES):
+            inside = _real(path) == directory or _real(path).parent == directory
+            if inside and (
+                _SAMPLES.fullmatch(path.name) or not path.is_file()
+            ):  # a folder, a glob, PATH@[0:9]
+                raise _is_read(key, path, f"{directory}, whose files of steps go when a run begins")
+
+
+def _is_read(key: str, path: Path, place: str) -> ConfigError:
+    return ConfigError(f"{key}: {path} lies in {place}. Copy it elsewhere, or {_RUN_REMEDY}")
+
+
+def _models(config: Config) -> dict[str, Path]:
+    """Key -> the directory of a model, or of adapters, that the run starts from or asks."""
+    found = {
+        "model.path": config.model.path,
+        "reward.model": config.reward.model,
+        "critic.path": config.critic.path,
+        "lora.path": config.lora.path,
+        **{f"distill.teachers.{name}": path for name, path in config.distill.teachers.items()},
+    }
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _rows(config: Config) -> dict[str, Path]:
+    """Key -> rows that the run reads."""
+    found = {"data.train": list(config.data.train)}
+    found |= {"data.eval": [config.data.eval], "data.validation": [config.data.validation]}
+    found |= {f"eval.sets.{name}.path": [one.path] for name, one in config.eval.sets.items()}
+    return {key: path for key, paths in found.items() for path in paths if path is not None}
 
 
 def _holds_foreign(directory: Path, kind: Kind, files: re.Pattern[str]) -> bool:

@@ -16,11 +16,12 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mcore_rl.directories import VERSION, is_ours, make, remove, storage_error, write_whole
-from mcore_rl.errors import McoreRLError, WeightSyncError
+from mcore_rl.errors import ConfigError, McoreRLError, WeightSyncError
 from mcore_rl.terminal import printable, quoted
 from mcore_rl.weights.delta import SUFFIX, SUM_SUFFIX, apply, check, files_of
 
@@ -46,9 +47,16 @@ class State:
 
 
 class Follower:
-    """Keeps TARGET like the newest version of SOURCE. One per machine and TARGET."""
+    """Keeps TARGET like the newest version of SOURCE. One per machine and TARGET.
+
+    Raises:
+        ConfigError: one of them is the other, or lies in it: versions of the trainer's would be removed.
+    """
 
     def __init__(self, source: Path, target: Path) -> None:
+        real = [Path(os.path.realpath(place)) for place in (source, target)]
+        if real[0].is_relative_to(real[1]) or real[1].is_relative_to(real[0]):
+            raise ConfigError(f"TARGET: {target} and SOURCE, {source}, are not apart; {_REMEDY}")
         self._source, self._target = source, target
         self.state = State(f"{socket.gethostname()}-{os.getpid()}")
         self._beat = 0.0
@@ -60,7 +68,8 @@ class Follower:
                 self.step()
                 time.sleep(_POLL_SECONDS)
         finally:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):  # of a SOURCE that cannot be read, which the error says
+                self._file.unlink()
 
     def step(self) -> None:
         """Take the newest version if it is news; say so, and now and then that this lives."""

@@ -162,6 +162,12 @@ def test_a_key_that_only_another_choice_reads_is_a_note(load, given, said) -> No
             "11 steps never pass in a run of 10",
         ),
         ({"rollout__dump": 11}, {"rollout__dump": 10}, "no step of 10 is the 11th, and nothing is kept"),
+        (
+            {"rollout__start_timeout": 900},
+            {"train__step_timeout": 901},
+            "start_timeout: 900 s never pass: a run without progress ends after train.step_timeout = 600 s",
+        ),
+        ({"reward__timeout": 600}, {"reward__timeout": 599}, "reward.timeout: 600 s never pass"),
     ],
 )
 def test_what_is_hardly_meant_is_said(load, doubtful, sound, message) -> None:

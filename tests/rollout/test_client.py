@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -87,8 +88,10 @@ def test_replies_carry_tokens_log_probs_and_versions(url: str) -> None:
     ],
 )
 def test_an_infrastructure_fault_is_retried_without_duplicates(url: str, fault: Fault) -> None:
+    before = random.getstate()
     outcome, seen = through(url, fault)
     assert outcome == generate(url)
+    assert random.getstate() == before, "a pause was drawn from what checkpoints hold"
     assert not seen.script, "the fault did not fire"
     first, second = (sent["rid"] for sent in seen.bodies("/generate"))
     assert [rid.partition("~")[0] for rid in first + second] == ["a", "b", "a", "b"]

@@ -110,6 +110,47 @@ def test_an_exported_model_is_replaced_by_supervised_runs_only_where_it_is_ours(
         pass
 
 
+@pytest.mark.parametrize(
+    ("recipe", "key", "inside", "says"),
+    [
+        ("gspo_tiny", "model__path", "weights/20", "model.path: .*20 lies in .*20, which this run replaces"),
+        ("gspo_tiny", "reward__model", "weights/initial/critic", "reward.model: .* lies in .*initial, which"),
+        ("sft_tiny", "model__path", "model", "model.path: .*model lies in .*model, which this run replaces"),
+        ("gspo_tiny", "data__train", "samples/step_4.jsonl", "data.train: .* whose files of steps go"),
+        ("gspo_tiny", "data__train", "samples", "data.train: .* whose files of steps go"),
+        ("gspo_tiny", "data__eval", "eval/step_4.held_out.jsonl", "data.eval: .*set run.dir to another"),
+    ],
+)
+def test_what_a_run_reads_is_not_where_it_would_remove_it(
+    tmp_path: Path, recipe: str, key: str, inside: str, says: str
+) -> None:
+    run_dir, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(run_dir)
+    for marked, kind in (("weights/20", "weights"), ("weights/initial", "weights"), ("model", "model")):
+        plant(run_dir / marked / "config.json")
+        mark(run_dir / marked, kind)
+    for name in ("samples/step_4.jsonl", "samples/mine.jsonl", "eval/step_4.held_out.jsonl"):
+        plant(run_dir / name)
+    for name in ("samples", "eval"):
+        mark(run_dir / name, "samples")
+    before = files(run_dir)
+    for through in (run_dir, link):
+        one = config(run_dir, recipe, **{key: through / inside})
+        with pytest.raises(ConfigError, match=says):
+            held(one, publishes=recipe == "gspo_tiny").__enter__()
+    assert files(run_dir) == before
+
+
+def test_what_a_run_reads_may_lie_beside_what_it_removes(tmp_path: Path) -> None:
+    plant(tmp_path / "samples" / "mine.jsonl")
+    mark(tmp_path / "samples", "samples")
+    plant(tmp_path / "model" / "config.json")
+    mark(tmp_path / "model", "model")
+    read = {"model__path": tmp_path / "model", "data__train": tmp_path / "samples" / "mine.jsonl"}
+    with held(config(tmp_path, **read), publishes=True):  # rl writes no RUN_DIR/model
+        pass
+
+
 def test_a_run_of_a_version_without_marks_is_marked_where_its_checkpoints_say_so(tmp_path: Path) -> None:
     run_dir, root = tmp_path / "run", tmp_path / "disk"
     for name in ("metrics.jsonl", "samples/step_1.jsonl", "weights/2/model.safetensors.index.json"):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mcore_rl.directories import make
-from mcore_rl.errors import StorageError, WeightSyncError
+from mcore_rl.errors import ConfigError, StorageError, WeightSyncError
 from mcore_rl.weights.delta import SUFFIX, Writer
 from mcore_rl.weights.follow import (
     DEAD_SECONDS,
@@ -202,6 +202,19 @@ def test_what_is_no_state_of_a_follower_is_none(tmp_path, said):
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "file").touch()
-    for source in (tmp_path / "file", tmp_path / ("x" * 300)):
-        with pytest.raises(StorageError, match="LATEST"):
-            Follower(source, tmp_path / "local").step()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for source in (tmp_path / "file", tmp_path / ("x" * 300), tmp_path / "loop"):
+        follower = Follower(source, tmp_path / "local")
+        with pytest.raises(StorageError, match=r"LATEST|followers"):
+            follower.run()
+
+
+@pytest.mark.parametrize("inside", ["", "7", "followers"])
+def test_it_does_not_follow_into_what_it_follows(tmp_path: Path, inside: str) -> None:
+    source, link = tmp_path / "weights", tmp_path / "link"
+    source.mkdir()
+    link.symlink_to(source)
+    for one, other in ((source, link / inside), (source / inside, link)):
+        with pytest.raises(ConfigError, match=r"TARGET: .* are not apart; name another TARGET"):
+            Follower(one, other)
+    Follower(source, tmp_path / "weights_here")
