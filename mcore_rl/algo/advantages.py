@@ -65,6 +65,8 @@ class Spread(NamedTuple):
         size = sum(part.size for part in parts)
         if not size:
             return cls.of(())
+        if len(parts) == 1:
+            return parts[0]
         if all(part.constant and part.mean == parts[0].mean for part in parts):
             return cls(parts[0].mean, 0.0, size, True)
         mean = math.fsum(part.size * part.mean for part in parts) / size
@@ -346,7 +348,7 @@ def _add_ahead(by_step: Float[Tensor, "T N"], decay: Tensor) -> None:
     Stretches of STRIDE steps go side by side, and then each is given what comes behind it: a step at a time,
     thousands of them would each cost more than their numbers.
     """
-    stretches = by_step.unflatten(0, (-1, STRIDE))
+    stretches = by_step.unflatten(0, (len(by_step) // STRIDE, STRIDE))
     for t in range(STRIDE - 2, -1, -1):
         stretches[:, t] += decay * stretches[:, t + 1]
     powers = decay ** torch.arange(STRIDE, 0, -1, dtype=torch.float64, device=by_step.device)[:, None]
