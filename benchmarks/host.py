@@ -33,6 +33,7 @@ from pydantic_core import from_json
 from benchmarks.data_plane import random_groups
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.data.balance import ModelShape, forward_flops
+from mcore_rl.imports import large_pages
 from mcore_rl.parallel.control import from_buffers, to_buffers
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh
@@ -167,6 +168,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / f"host_{date.today()}.json")
     options = parser.parse_args()
+    large_pages()  # as every command does; torch looks at its first tensor
     torch.set_num_threads(1)
     received: list[Any] = []
     prompts: dict[str, Prompt] = {}

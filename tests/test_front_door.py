@@ -297,3 +297,27 @@ print(frozen > 0, seen() is None, gc.isenabled())
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
     )
     assert done.stdout.split() == ["True"] * 3
+
+
+def test_large_tensors_lie_in_large_pages() -> None:
+    """Of a tensor of 128 MiB as a command of ours allocates it; not where the user has said otherwise."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "[madvise]" not in (setting.read_text() if setting.exists() else ""):
+        pytest.skip("this kernel gives large pages to everybody or to nobody")
+    code = """
+from mcore_rl.imports import large_pages
+large_pages()
+import torch
+kept = torch.ones(128 << 18)
+with open("/proc/self/smaps_rollup") as lines:
+    print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+"""
+    unset = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+
+    def mib(**own: str) -> float:
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100, env=unset | own)
+        return int(done.stdout) / 1024
+
+    assert mib() > 64
+    assert mib(THP_MEM_ALLOC_ENABLE="0") < 16

@@ -28,6 +28,12 @@ from mcore_rl.errors import ConfigError, DataError, RewardError
 REWARD_LIMIT = 1e100
 """Beyond it squares overflow."""
 
+PIECE = 1 << 18
+"""numbers that are measured at once: what is made of them stays in the cache"""
+
+STRIDE = 64
+"""steps that `estimate` takes one by one"""
+
 StdSource = Literal["group", "batch", "batch-centered", "none"]
 
 
@@ -51,12 +57,21 @@ class Spread(NamedTuple):
     @classmethod
     def of_rows(cls, rows: Float[Tensor, " R"]) -> Spread:
         """Measure one number per token; torch's sums, as there are millions of tokens in a batch."""
-        if rows.numel() == 0:
+        return cls.of_parts([_of_piece(piece) for piece in rows.detach().split(PIECE) if piece.numel()])
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Spread]) -> Spread:
+        """Measure numbers whose parts have been measured: Chan's formula of the whole's squares."""
+        size = sum(part.size for part in parts)
+        if not size:
             return cls.of(())
-        rows = rows.detach().double()
-        mean, (least, most) = rows.mean(), rows.aminmax()
-        deviations = rows - mean
-        return cls(mean.item(), deviations.dot(deviations).item(), rows.numel(), bool(least == most))
+        if len(parts) == 1:
+            return parts[0]
+        if all(part.constant and part.mean == parts[0].mean for part in parts):
+            return cls(parts[0].mean, 0.0, size, True)
+        mean = math.fsum(part.size * part.mean for part in parts) / size
+        between = [part.size * (part.mean - mean) ** 2 for part in parts]
+        return cls(mean, math.fsum([*between, *(part.sum_squares for part in parts)]), size, False)
 
     def variance(self, ddof: int = 1) -> float:
         """Return the sum of squares over size - ddof; exactly 0 for constant values."""
@@ -65,6 +80,16 @@ class Spread(NamedTuple):
     def std(self, ddof: int = 1) -> float:
         """Return the standard deviation; exactly 0 for constant values."""
         return math.sqrt(self.variance(ddof))
+
+
+def _of_piece(rows: Float[Tensor, " R"]) -> Spread:
+    """Two passes over some rows, at least one; the mean of equal numbers is that number."""
+    rows = rows.double()
+    least, most = rows.aminmax()
+    constant = bool(least == most)
+    mean = least if constant else rows.mean()
+    deviations = rows - mean
+    return Spread(mean.item(), deviations.dot(deviations).item(), rows.numel(), constant)
 
 
 class GroupStatistics(NamedTuple):
@@ -308,14 +333,27 @@ def estimate(
     delta = rewards.double() + (gamma * following - values)
     live = torch.arange(longest, device=offsets.device) < lengths[:, None]
     # a step of all sequences lies together: strided, each of the thousands of steps would miss the cache
-    by_step = delta.new_zeros(longest, len(lengths))
-    by_step.T.masked_scatter_(live, delta)
-    for t in range(longest - 2, -1, -1):
-        by_step[t] += gamma * lam * by_step[t + 1]
+    by_step = delta.new_zeros(-(-longest // STRIDE) * STRIDE, len(lengths))
+    by_step.T[:, :longest].masked_scatter_(live, delta)
+    _add_ahead(by_step, torch.as_tensor(gamma * lam, dtype=torch.float64, device=delta.device))
     # whole rows are copied: to select by a mask takes a second where these take a twentieth of it
     rows = zip(by_step.T.contiguous(), lengths.tolist(), strict=True)
     advantages = torch.cat([delta.new_zeros(0), *(row[:length] for row, length in rows)])
     return advantages, advantages + values
+
+
+def _add_ahead(by_step: Float[Tensor, "T N"], decay: Tensor) -> None:
+    """x_t becomes x_t + decay x_{t+1}, from the end on; T is a multiple of STRIDE, `decay` one or [N].
+
+    Stretches of STRIDE steps go side by side, and then each is given what comes behind it: a step at a time,
+    thousands of them would each cost more than their numbers.
+    """
+    stretches = by_step.unflatten(0, (len(by_step) // STRIDE, STRIDE))
+    for t in range(STRIDE - 2, -1, -1):
+        stretches[:, t] += decay * stretches[:, t + 1]
+    powers = decay ** torch.arange(STRIDE, 0, -1, dtype=torch.float64, device=by_step.device)[:, None]
+    for s in range(len(stretches) - 2, -1, -1):
+        stretches[s] += powers * stretches[s + 1, 0]
 
 
 def whiten(

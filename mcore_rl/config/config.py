@@ -312,6 +312,8 @@ def _of_memory(config: Config) -> Iterator[str]:
         return
     if not optimizer.distributed:
         yield "optimizer.cpu_fraction: it is a distributed optimizer; set optimizer.distributed = true"
+    if config.model.precision == "fp32":
+        yield 'optimizer.cpu_fraction: it takes no float32 weights; drop it, or set model.precision = "bf16"'
     if config.residency.optimizer != "resident":
         yield "optimizer.cpu_fraction: residency.optimizer moves the same state; drop one of them"
     if config.checkpoint.every:

@@ -22,7 +22,7 @@ from mcore_rl.doctor.storage import PUBLISHED_VERSIONS, check_disk, check_ports,
 from mcore_rl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRYABLE, ConfigError
 from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import read_architecture, read_hf_config
-from mcore_rl.model.precision import check_precision
+from mcore_rl.model.precision import check_cpu_fraction, check_precision
 from mcore_rl.terminal import printable
 from mcore_rl.trackers.services import check_trackers
 from mcore_rl.training.layout import lora_of
@@ -99,10 +99,11 @@ def _doubts(config: Config) -> Iterator[Finding]:
 
 
 def _precision(config: Config) -> list[Finding]:
-    """Whether this machine has the precision; one without GPUs may not be the one that trains."""
+    """Whether this machine has what they ask for; one without GPUs may not be the one that trains."""
     m = config.model
     try:
         check_precision(m.precision, m.fp8_recipe)
+        check_cpu_fraction(config.optimizer.cpu_fraction)
     except ConfigError as error:
         found = of_error("precision", error)
         return [found if torch.cuda.is_available() else replace(found, level="warning")]

@@ -11,7 +11,7 @@ import torch
 
 from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, LayoutError
-from mcore_rl.model.precision import check_precision
+from mcore_rl.model.precision import check_cpu_fraction, check_precision
 from mcore_rl.trackers.services import check_trackers
 
 NODE_GPUS = 8
@@ -28,15 +28,14 @@ def check_rank(config: Config) -> None:
 
     Raises:
         LayoutError: they are not; it says what is missing and how to start the run.
-        ConfigError: the precision cannot run here, a tracker is not installed, or too few files may be open.
+        ConfigError: the precision or optimizer.cpu_fraction cannot run here, a tracker is not installed, or
+            too few files may be open.
     """
     running, replica = int(os.environ["WORLD_SIZE"]), replica_size(config)
     wanted = replica * (config.parallel.data or max(1, running // replica))
     if running != wanted:
         raise LayoutError(_what_to_do(config, f"{running} of {wanted} processes are running"))
-    check_precision(config.model.precision, config.model.fp8_recipe)
-    check_trackers(config.run.trackers)
-    check_open_files()
+    _check_machine(config)
 
 
 def check_node(config: Config) -> None:
@@ -49,7 +48,12 @@ def check_node(config: Config) -> None:
     room = gpus or max(CPU_RANKS, os.cpu_count() or 1)
     if ranks > room:
         raise LayoutError(_what_to_do(config, f"this machine has {gpus} GPUs"))
+    _check_machine(config)
+
+
+def _check_machine(config: Config) -> None:
     check_precision(config.model.precision, config.model.fp8_recipe)
+    check_cpu_fraction(config.optimizer.cpu_fraction)
     check_trackers(config.run.trackers)
     check_open_files()
 

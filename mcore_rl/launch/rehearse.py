@@ -245,7 +245,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "mini_batches": min(2, algorithm.mini_batches),
             "params": {key: value for key, value in algorithm.params.items() if key != "kl_horizon"},
         },
-        "optimizer": {"warmup_steps": 0},
+        "optimizer": {"warmup_steps": 0, "cpu_fraction": 0.0},  # it takes a GPU, and saves nothing
         "critic": {
             "path": config.critic.path and directory / "critic",
             "warmup_rollouts": min(1, config.critic.warmup_rollouts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import cast
@@ -217,17 +217,35 @@ def _build(
         for chunk in unwrapped:
             chunk.requires_grad_(False).eval()
     else:
-        for chunk in unwrapped:
-            fuse_weight_gradients(chunk)
-        wrapped = tuple(
-            TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
-        )
-        connect_schedule(config, ddp, wrapped)
-        if ddp.overlap_param_gather:
-            for chunk in wrapped:
-                gather_no_more(chunk)
+        wrapped = _in_ddp(config, ddp, wrapped, adapted=adapters is not None)
     files = read_side_files(Path(source)) if mesh.is_main else {}
     return Model(wrapped, unwrapped, config, mapping.arch, mapping, mesh, Path(source), files, adapters)
+
+
+def _in_ddp(
+    config: TransformerConfig,
+    ddp: DistributedDataParallelConfig,
+    chunks: tuple[torch.nn.Module, ...],
+    *,
+    adapted: bool,
+) -> tuple[TrainedChunk, ...]:
+    """The chunks in Megatron's DDP, connected to its schedules.
+
+    A hook before each forward pass of a module waits for its weights. Those of adapters lie in dictionaries,
+    which nobody calls: they would be used before they are there. So they are gathered right after an update.
+    """
+    if adapted:
+        ddp = replace(ddp, overlap_param_gather=False)
+    for chunk in chunks:
+        fuse_weight_gradients(chunk)
+    wrapped = tuple(
+        TrainedChunk(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    )
+    connect_schedule(config, ddp, wrapped)
+    if ddp.overlap_param_gather:
+        for chunk in wrapped:
+            gather_no_more(chunk)
+    return wrapped
 
 
 def gather_no_more(chunk: DistributedDataParallel) -> None:

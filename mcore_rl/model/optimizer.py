@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from mcore_rl.errors import NumericsError
+from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.model.build import Model
 from mcore_rl.model.layouts import DTYPES
 from mcore_rl.model.routing import forget_counts, move_biases
@@ -97,12 +97,19 @@ class Optimizer:
         for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
             parameters = part.get_parameters()
             if parameters and part.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+                apart = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(
+                    parameters, part.config.clip_grad, norm, use_decoupled_grad=apart
+                )
 
 
 def _trained(model: Model) -> list[DistributedDataParallel]:
     """The model's chunks in Megatron's DDP, which build wraps around what is trained."""
     return [cast(DistributedDataParallel, chunk) for chunk in model.chunks]
+
+
+def _learning(chunk: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in chunk.parameters() if parameter.requires_grad]
 
 
 def _on_cpu(fraction: float) -> dict[str, Any]:
@@ -142,7 +149,15 @@ def build_optimizer(
         decay: "constant", "linear" or "cosine" to 0 over `decay_steps` optimizer steps after `warmup_steps`.
         router_bias_rate: see routing.move_biases; 0 leaves the biases as they are.
         cpu_fraction: share of the parameters whose state is in host memory and whose update the CPU makes.
+
+    Raises:
+        ConfigError: some of these are float32, whose update Megatron's hybrid optimizer would leave out.
     """
+    if cpu_fraction and any(p.dtype == torch.float32 for chunk in model.unwrapped for p in _learning(chunk)):
+        raise ConfigError(
+            "optimizer.cpu_fraction: it takes no weights in float32, which value heads have and models of "
+            'model.precision = "fp32"; set residency.optimizer = "offloaded" in its place'
+        )
     config = OptimizerConfig(
         optimizer=kind,
         lr=lr,

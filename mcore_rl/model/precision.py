@@ -1,4 +1,4 @@
-"""Which precisions this machine can run; those that it cannot are refused by name, with the remedy."""
+"""What this machine can run, of precisions and updates; what it cannot is refused, with the remedy."""
 
 from __future__ import annotations
 
@@ -39,6 +39,21 @@ def check_fp8(recipe: str) -> None:
         )
     if not engine_is_importable():
         raise ConfigError(NEEDS_ENGINE)
+
+
+def check_cpu_fraction(fraction: float) -> None:
+    """Raise ConfigError where Megatron's optimizer cannot leave a share of the update to the CPU."""
+    remedy = 'drop it, or set residency.optimizer = "offloaded" in its place'
+    if fraction and not torch.cuda.is_available():
+        raise ConfigError(
+            f"optimizer.cpu_fraction = {fraction}: it moves parameters from a GPU, and this machine has "
+            f"none; {remedy}"
+        )
+    if fraction and not engine_is_importable():
+        raise ConfigError(
+            f"optimizer.cpu_fraction = {fraction}: Megatron-Core asks Transformer Engine for its version, "
+            f"and it is not installed: tools/gpu_machine.sh installs it; or {remedy}"
+        )
 
 
 def takes_transformer_engine(dtype: torch.dtype) -> bool:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mcore_rl.algo.advantages import (
+    PIECE,
     GroupStatistics,
     Spread,
     add_turn_rewards,
@@ -60,6 +61,8 @@ class Scores:
 
 
 NO_SCORES = Scores()
+TOGETHER = 64
+"""samples whose tokens are computed at once"""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ def compute_advantages(batch: RolloutBatch, algorithm: Algorithm, scores: Scores
 
 def _of_rewards(batch: RolloutBatch, algorithm: Algorithm, scores: Scores) -> Advantages:
     """The advantages, what the critic learns from, and their metrics."""
-    given = [sample.reward for sample in batch.samples]
-    statistics = group_statistics(batch.group_ids, given)
-    rewards = torch.tensor(given, dtype=torch.float64)
+    statistics = group_statistics(batch.group_ids, [sample.reward for sample in batch.samples])
     lengths = [sample.trained_tokens for sample in batch.samples]
     statistics = statistics._replace(lengths=torch.tensor(lengths, dtype=torch.float64))
     offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
@@ -105,6 +106,70 @@ def _of_rewards(batch: RolloutBatch, algorithm: Algorithm, scores: Scores) -> Ad
         return _of_tokens(batch, algorithm, scores, fields, statistics)
     if not algorithm.per_token:
         return _of_samples(batch, algorithm, scores, fields, statistics)
+    return _of_steps(batch, algorithm, scores, fields, offsets)
+
+
+class _Measured(NamedTuple):
+    """What is logged of the tokens of some samples, or of all."""
+
+    kl: Spread
+    """k1 of the reference"""
+    values: Spread
+    returns: Spread
+    left: Spread
+    """returns less values"""
+
+
+def _of_steps(
+    batch: RolloutBatch,
+    algorithm: Algorithm,
+    scores: Scores,
+    fields: Mapping[str, Sequence[Any]],
+    offsets: Tensor,
+) -> Advantages:
+    """Advantages from rewards of tokens and a critic's values, some samples at a time.
+
+    A batch has millions of tokens. Of all of them at once are only the advantages and the returns: what is
+    computed on the way would be ten times that, and the memory for it would take longer than the numbers.
+    """
+    rows = offsets.tolist()
+    advantages, returns = (torch.empty(rows[-1], dtype=torch.float64) for _ in range(2))
+    measured: list[_Measured] = []
+    for first in range(0, max(1, len(batch.samples)), TOGETHER):
+        last = min(first + TOGETHER, len(batch.samples))
+        some, its = slice(rows[first], rows[last]), _some(batch, scores, first, last)
+        advantages[some], returns[some], found = _of_some(*its, algorithm)
+        measured.append(found)
+    if algorithm.whiten:
+        tokens = Spread.of_rows(advantages)
+        for piece in advantages.split(PIECE):
+            piece.copy_(whiten(piece, tokens, ddof=algorithm.whiten_ddof))
+    whole = _Measured(*map(Spread.of_parts, zip(*measured, strict=True)))
+    fields = {**fields, "advantage": _split(advantages, offsets)}
+    beta = algorithm.kl_in_reward
+    metrics = kl_metrics(whole.kl, beta, samples=len(batch.samples)) if beta else {}
+    if not algorithm.needs_critic:
+        return Advantages(fields, metrics)
+    fields |= {"old_value": scores.values, "return": _split(returns, offsets)}
+    return Advantages(fields, metrics | _of_values(whole.values, whole.returns, whole.left))
+
+
+def _some(batch: RolloutBatch, scores: Scores, first: int, last: int) -> tuple[RolloutBatch, Scores]:
+    """The samples `first` to `last` - 1, and what models say about them that advantages are made of."""
+    some = slice(first, last)
+    old = scores.old_log_probs
+    return replace(batch, samples=batch.samples[some], group_ids=batch.group_ids[some]), Scores(
+        {i - first: old[i] for i in range(first, last) if i in old},
+        scores.ref_log_probs[some],
+        scores.values[some],
+        scores.following[some],
+    )
+
+
+def _of_some(batch: RolloutBatch, scores: Scores, algorithm: Algorithm) -> tuple[Tensor, Tensor, _Measured]:
+    """(advantages, returns, what is logged) of the tokens of some samples, not whitened."""
+    offsets = offsets_of(torch.tensor([s.trained_tokens for s in batch.samples], dtype=torch.int64))
+    rewards = torch.tensor([sample.reward for sample in batch.samples], dtype=torch.float64)
     values = _values(scores) if algorithm.needs_critic else _zeros(offsets)
     old, ref = _kl_terms(scores, algorithm, offsets)
     per_token = _placed(batch, rewards, offsets, old, ref, algorithm.kl_in_reward)
@@ -116,15 +181,10 @@ def _of_rewards(batch: RolloutBatch, algorithm: Algorithm, scores: Scores) -> Ad
         advantages, returns = _by_turns(batch, algorithm, per_token, values)
     else:
         advantages, returns = algorithm.advantage(per_token, values, offsets, **algorithm.advantage_params)
-    if algorithm.whiten:
-        advantages = _whitened(advantages, advantages, algorithm)
-    fields["advantage"] = _split(advantages, offsets)
-    beta = algorithm.kl_in_reward
-    metrics = kl_metrics(old, ref, beta, samples=len(lengths)) if beta else {}
-    if not algorithm.needs_critic:
-        return Advantages(fields, metrics)
-    fields |= {"old_value": scores.values, "return": _split(returns, offsets)}
-    return Advantages(fields, metrics | value_metrics(values, returns))
+    nothing = Spread.of(())
+    kl = Spread.of_rows(difference(old, ref)) if algorithm.kl_in_reward else nothing
+    spreads = _value_spreads(values, returns) if algorithm.needs_critic else (nothing,) * 3
+    return advantages, returns, _Measured(kl, *spreads)
 
 
 def _of_samples(
@@ -212,9 +272,8 @@ def _of_valued_prompts(
     return Advantages(found, value_metrics(values, returns))
 
 
-def kl_metrics(old: Tensor, ref: Tensor, coefficient: float, *, samples: int) -> dict[str, float]:
-    """The KL in the reward, k1 of log-probs [R] per token and per response, and its coefficient."""
-    k1 = Spread.of_rows(difference(old, ref))
+def kl_metrics(k1: Spread, coefficient: float, *, samples: int) -> dict[str, float]:
+    """The KL in the reward, k1 of all tokens, per token and per response, and its coefficient."""
     return {
         "kl/reward": k1.mean,
         "kl/response": k1.mean * k1.size / max(samples, 1),
@@ -227,12 +286,19 @@ def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
 
     `value/explained_variance` is 1 - Var(returns - values) / Var(returns): 1 is perfect, a constant gets 0.
     """
-    of_returns, left = Spread.of_rows(returns), Spread.of_rows(returns - values)
-    total = of_returns.variance()
+    return _of_values(*_value_spreads(values, returns))
+
+
+def _value_spreads(values: Tensor, returns: Tensor) -> tuple[Spread, Spread, Spread]:
+    return Spread.of_rows(values), Spread.of_rows(returns), Spread.of_rows(returns - values)
+
+
+def _of_values(values: Spread, returns: Spread, left: Spread) -> dict[str, float]:
+    total = returns.variance()
     return {
-        "value/mean": Spread.of_rows(values).mean,
+        "value/mean": values.mean,
         "value/explained_variance": 1.0 - left.variance() / total if total > 0 else 0.0,
-        "return/mean": of_returns.mean,
+        "return/mean": returns.mean,
     }
 
 

@@ -131,6 +131,11 @@ def load(tmp_path):
             "residency.servers: servers that generate beside",
         ),
         (
+            {"optimizer__cpu_fraction": 0.5, "checkpoint__every": 0},
+            {"model__precision": "bf16"},
+            "optimizer.cpu_fraction: it takes no float32 weights",
+        ),
+        (
             {"model__precision": "fp8", "model__fp8_param_gather": "true", "checkpoint__every": 1},
             {"checkpoint__every": 0},
             "model.fp8_param_gather: a checkpoint does not hold",

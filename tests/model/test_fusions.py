@@ -1,4 +1,4 @@
-"""Megatron's fast paths: what is on where, experts as one grouped layer, updates that overlap."""
+"""Megatron's fast paths: what is on where, experts as one grouped layer."""
 
 from __future__ import annotations
 
@@ -235,32 +235,3 @@ def test_a_checkpoint_holds_the_same_pieces_in_either_form(pool2: Pool, moe_dir:
         assert any("experts" in key for key, _ in mine)
         for place, tensor in mine.items():
             torch.testing.assert_close(its[place], tensor, rtol=1e-4, atol=1e-5)
-
-
-# --- updates ------------------------------------------------------------------------------------------------
-
-
-def updated(mesh: Mesh, directory: Path, overlap: bool, gathers: bool, **numbers: float) -> dict[str, Tensor]:
-    """This rank's parameters after two updates."""
-    model = build_policy(directory, mesh, ddp=ddp_config(overlap=overlap))
-    optimizer = build_optimizer(model, lr=1e-2, **numbers)  # pyright: ignore[reportArgumentType]
-    for _ in range(2):
-        learn(model, optimizer)
-        optimizer.step()
-    if gathers:
-        model.gather()
-    return {name: p.detach().clone() for name, p in global_parameters(model.unwrapped).items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def test_overlapped_updates_are_the_same_bit_for_bit(pool2: Pool, dense_dir: Path) -> None:
-    plain = at_layout(pool2, "dp2", updated, dense_dir, False, True)
-    beside = at_layout(pool2, "dp2", updated, dense_dir, True, True)
-    assert same(plain[0], plain[1])
-    assert all(map(same, plain, beside))
-    ungathered = at_layout(pool2, "dp2", updated, dense_dir, True, False)
-    assert not same(plain[0], ungathered[0])  # negative control: what a reader would get without `gather`

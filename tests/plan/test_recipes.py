@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from mcore_rl.__main__ import main
@@ -21,7 +22,7 @@ from mcore_rl.errors import EXIT_CONFIG, ConfigError, LayoutError, StorageError
 from mcore_rl.launch.rehearse import LOCK, rehearse, shrink_parallel, write_rehearsal
 from mcore_rl.log import read_metrics
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.precision import check_precision
+from mcore_rl.model.precision import check_cpu_fraction, check_precision
 from mcore_rl.plan.command import plan
 from tests.sources import ROOT
 
@@ -215,6 +216,15 @@ def test_fp8_without_a_gpu_names_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r'model\.precision = "fp8" needs a GPU.*"bf16"'):
         check_precision("fp8")
     check_precision("bf16")
+
+
+def test_a_share_of_the_update_on_the_cpu_wants_a_gpu_and_the_engine(monkeypatch) -> None:
+    check_cpu_fraction(0.0)
+    with pytest.raises(ConfigError, match=r"cpu_fraction = 0\.5: it moves parameters from a GPU.*offloaded"):
+        check_cpu_fraction(0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"cpu_fraction = 1\.0: .* Transformer Engine .*gpu_machine\.sh"):
+        check_cpu_fraction(1.0)
 
 
 @pytest.mark.parametrize(
