@@ -167,8 +167,8 @@ def _alone(adapters: AdapterMap, target: Target) -> AdapterMap:
 
 def _names(modules: Any, matrix: str) -> bool:
     """`target_modules` of PEFT's, where it is a list, has the matrix of some layer in it."""
-    listed = modules if isinstance(modules, list) else []
-    return any(f".{matrix}".endswith(f".{_NUMBER.sub('*', str(name))}") for name in listed)
+    names = modules if isinstance(modules, list) else []
+    return any(f".{matrix}".endswith(f".{_NUMBER.sub('*', str(name))}") for name in names)
 
 
 @contextmanager
