@@ -19,10 +19,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import picture
@@ -61,9 +62,22 @@ def warm_start(runs: Path, seed: int) -> Path:
     return run / "model"
 
 
-def learn(name: str, runs: Path, seed: int, steps: int, *, control: bool = False) -> Curve:
-    """One reinforcement-learning run of examples/NAME_tiny.toml and its held-out accuracy."""
-    run = runs / f"{name}_{seed}{'_control' if control else ''}"
+def learn(
+    name: str,
+    runs: Path,
+    seed: int,
+    steps: int,
+    *,
+    control: bool = False,
+    variant: str = "",
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> Curve:
+    """One reinforcement-learning run of examples/NAME_tiny.toml and its held-out accuracy.
+
+    Args:
+        variant: what the run's directory is called beside NAME and seed, where it has `settings`.
+    """
+    run = runs / f"{name}{variant}_{seed}{'_control' if control else ''}"
     flags: dict[str, object] = {
         "model.path": warm_start(runs, seed),
         "data.train": runs / "data" / "train.jsonl",
@@ -75,15 +89,16 @@ def learn(name: str, runs: Path, seed: int, steps: int, *, control: bool = False
         "train.steps": steps,
         "train.eval_every": max(1, steps // 8),
     }
+    flags |= settings
     if control:
         flags |= {"optimizer.lr": 0.0} | ({"critic.lr": 0.0} if name == "ppo" else {})
     example = ROOT / "examples" / f"{name}_tiny.toml"
-    settings = "\n".join([example.read_text(), *_flags(flags)])
+    asked = "\n".join([example.read_text(), *_flags(flags)])
     finished = run / "finished.txt"
-    if not finished.exists() or finished.read_text() != settings:
+    if not finished.exists() or finished.read_text() != asked:
         shutil.rmtree(run, ignore_errors=True)
         command("-m", "mcore_rl", "train", str(example), *_flags(flags))
-        finished.write_text(settings)
+        finished.write_text(asked)
     evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
     return Curve(seed, control, [r["step"] for r in evaluated], [r[ACCURACY] for r in evaluated])
 

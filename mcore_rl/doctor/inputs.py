@@ -23,7 +23,7 @@ from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import left_out
 from mcore_rl.model.hf.parameters import ParameterMap
-from mcore_rl.model.hf.peft_files import adapter_reader
+from mcore_rl.model.hf.peft_files import adapter_reader, begun_anew
 from mcore_rl.model.layouts import check_adapters, check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.training.assemble_rollouts import curriculum_of
@@ -105,12 +105,17 @@ def _adapters(config: Config) -> Iterable[Finding]:
     p = config.parallel
     check_adapters(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)), lora)
     mapping = AdapterMap(arch, lora)
+    said = ""
     if lora.path is not None:
         adapter_reader(mapping, lora.path)
+        new = begun_anew(mapping, lora.path)
+        said = f"; {lora.path} has " + (
+            f"them but for {listed(new)}, which begin at 0" if new else "them all"
+        )
     shapes = mapping.hf_shapes().values()
     trained = sum(prod(shape) for shape in shapes)
     what = f"{len(shapes) // 2} adapters of rank {lora.rank}: {trained} numbers are trained"
-    yield Finding("lora", "ok", what if lora.path is None else f"{what}; {lora.path} has them all")
+    yield Finding("lora", "ok", what + said)
 
 
 def _teachers(config: Config) -> Iterable[Finding]:

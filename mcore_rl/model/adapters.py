@@ -13,7 +13,6 @@ is exchanged are the `rank` numbers of a token, never its states:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,22 +173,6 @@ def _give(layer: Any, base: Rule, name: str, mapping: AdapterMap, mesh: Mesh) ->
     layer.adapter = Adapter(shapes, mapping.lora.scale, cutting, groups, layer.weight.dtype)
     layer.adapter.to(layer.weight.device)
     layer.__class__ = _adapted(type(layer))
-
-
-def random_adapters(mapping: AdapterMap) -> Read:
-    """The numbers that training starts from, by seed and name: A uniform as PEFT draws it, B 0."""
-    shapes = mapping.hf_shapes()
-    order = {name: i for i, name in enumerate(sorted(shapes))}
-
-    def read(name: str) -> Tensor:
-        shape = shapes[name]
-        if name.endswith("lora_B.weight"):
-            return torch.zeros(shape)
-        generator = torch.Generator().manual_seed(mapping.lora.seed * 1_000_003 + order[name])
-        bound = 1 / math.sqrt(shape[1])  # Kaiming's, with PEFT's a = sqrt(5)
-        return (2 * torch.rand(shape, generator=generator) - 1) * bound
-
-    return read
 
 
 def adapter_parameters(chunks: Iterable[GPTModel]) -> dict[str, nn.Parameter]:

@@ -25,9 +25,9 @@ from torch import Tensor
 from mcore_rl.errors import LayoutError
 from mcore_rl.lora import Lora
 from mcore_rl.model import platform, weights_io
-from mcore_rl.model.adapters import attach, random_adapters
+from mcore_rl.model.adapters import attach
 from mcore_rl.model.fusions import fuse_weight_gradients
-from mcore_rl.model.hf.adapters import PLACE, AdapterMap
+from mcore_rl.model.hf.adapters import PLACE, AdapterMap, random_adapters
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import left_out, read_side_files
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap

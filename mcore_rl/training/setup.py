@@ -30,6 +30,7 @@ from mcore_rl.model import platform
 from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
+from mcore_rl.model.hf.peft_files import begun_anew
 from mcore_rl.model.layouts import check_adapters, check_layout
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
@@ -41,7 +42,7 @@ from mcore_rl.parallel.mesh import Mesh, build_mesh, destroy_mesh
 from mcore_rl.precision import token_multiple
 from mcore_rl.screen import SCREEN
 from mcore_rl.spans import listening
-from mcore_rl.terminal import joined
+from mcore_rl.terminal import joined, listed
 from mcore_rl.timeline import TimelineFile
 from mcore_rl.trackers.sender import Send, tracked
 from mcore_rl.trackers.services import TrackedRun
@@ -224,6 +225,7 @@ def build_trainer(
     check_batch(config, prompts)
     tell(f"building the model of {config.model.path} ...", is_main=mesh.is_main)
     policy = build_trained(config, mesh)
+    _say_new_adapters(policy)
     check_gradient_scale(policy)
     check_router_biases(policy.arch, config.optimizer.router_bias_rate)
     resume_step = None if attempt.saved is None else sys.maxsize
@@ -254,6 +256,15 @@ def build_trained(config: Config, mesh: Mesh) -> Model:
     if config.run.kind == "reward_model":
         return build_critic(config.model.path, mesh, **settings)
     return build_policy(config.model.path, mesh, **settings, lora=lora_of(config))
+
+
+def _say_new_adapters(policy: Model) -> None:
+    """Say of which matrices lora.path has no adapter."""
+    if policy.adapters is None or policy.adapters.lora.path is None or not policy.mesh.is_main:
+        return
+    path = policy.adapters.lora.path
+    if new := begun_anew(policy.adapters, path):
+        tell(f"{path} has no adapters of {listed(new)}: new ones, which change nothing yet", is_main=True)
 
 
 def check_router_biases(arch: Architecture, rate: float) -> None:

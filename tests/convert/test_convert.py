@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from mcore_rl.checkpoint import manifest
 from mcore_rl.checkpoint.manifest import COMMITTED, MANIFEST
 from mcore_rl.convert import output
 from mcore_rl.convert.certify import certify
-from mcore_rl.convert.command import hf_to_mcore, mcore_to_hf
+from mcore_rl.convert.command import adapter, hf_to_mcore, mcore_to_hf, merge
 from mcore_rl.convert.output import ConversionProgress
 from mcore_rl.convert.verify import verify_checkpoint
 from mcore_rl.errors import CheckpointError, ConfigError, NumericsError
@@ -249,10 +250,18 @@ def test_verify_compares_bits(source: Path, converted: Path, tmp_path: Path) -> 
         verify_checkpoint(converted, against=tmp_path / "other")
 
 
-def test_a_full_disk_leaves_nothing(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing(
+    source: Path, converted: Path, dense_source: Path, adapted: Path, tmp_path: Path
+) -> None:
     """A limit on the size of files: the kernel refuses the bytes beyond it, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for convert, start in ((hf_to_mcore, source), (mcore_to_hf, converted)):
+    joined, alone = (partial(convert, model=dense_source) for convert in (merge, adapter))
+    for convert, start in (
+        (hf_to_mcore, source),
+        (mcore_to_hf, converted),
+        (joined, adapted),
+        (alone, adapted),
+    ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
             with pytest.raises(CheckpointError, match="nothing is left of the conversion"):
@@ -262,26 +271,33 @@ def test_a_full_disk_leaves_nothing(source: Path, converted: Path, tmp_path: Pat
         assert not any(path.is_dir() for path in tmp_path.iterdir())
 
 
-def killed_at(parameter: int, source: Path, target: Path) -> None:
+def killed_at(parameter: int, convert: Callable[[Path, Path], object], source: Path, target: Path) -> None:
     def add(self: ConversionProgress, size: int) -> None:
         self.parameters += 1
         if self.parameters == parameter:
             os.kill(os.getpid(), signal.SIGKILL)
 
     output.ConversionProgress.add = add
-    hf_to_mcore(source, target)
+    convert(source, target)
 
 
 @pytest.mark.slow
-def test_a_killed_conversion_starts_clean(dense_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["hf-to-mcore", "merge"])
+def test_a_killed_conversion_starts_clean(
+    dense_source: Path, adapted: Path, tmp_path: Path, kind: str
+) -> None:
+    convert, start, files = {
+        "hf-to-mcore": (hf_to_mcore, dense_source, "*.distcp"),
+        "merge": (partial(merge, model=dense_source, shard_gb=3e-5), adapted, "*.safetensors"),
+    }[kind]
     with pytest.raises(RankError):
-        spawn(killed_at, 1, 9, dense_source, tmp_path / "mcore")
-    assert list((tmp_path / "mcore.partial").rglob("*.distcp")), "the process died while writing"
-    assert not (tmp_path / "mcore").exists()
-    hf_to_mcore(dense_source, tmp_path / "mcore")
-    assert verify_checkpoint(tmp_path / "mcore", against=dense_source)
-    assert not (tmp_path / "mcore.partial").exists()
-    assert (tmp_path / "mcore" / COMMITTED).exists()
+        spawn(killed_at, 1, 9, convert, start, tmp_path / "new")
+    assert list((tmp_path / "new.partial").rglob(files)), "the process died while writing"
+    assert not (tmp_path / "new").exists()
+    convert(start, tmp_path / "new")
+    assert verify_checkpoint(tmp_path / "new", **({} if kind == "merge" else {"against": dense_source}))
+    assert not (tmp_path / "new.partial").exists()
+    assert (tmp_path / "new" / COMMITTED).exists()
 
 
 # --- the certificate ---------------------------------------------------------------------------------------

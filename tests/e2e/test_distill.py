@@ -104,6 +104,12 @@ def test_rows_of_two_teachers_at_two_ranks_and_a_resumed_run_is_the_same(ranks, 
             assert two_teachers.get(name) == pytest.approx(one_teacher.get(name), rel=1e-4), name
 
 
+def test_adapters_are_taught(ranks, folder, tmp_path) -> None:
+    flags = (*rows(folder), "--lora.rank", "8", "--lora.alpha", "16", "--optimizer.lr", "2e-2")
+    lines = run(ranks, folder, tmp_path, *flags)
+    assert lines[-1]["validation/loss"] < lines[0]["validation/loss"] - 0.05
+
+
 @pytest.mark.parametrize("divergence", ["sampled", pytest.param("reverse", marks=pytest.mark.learn)])
 def test_what_the_student_samples(ranks, folder, tmp_path, divergence) -> None:
     flags = ("--distill.on_policy", "true", "--distill.divergence", divergence)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.arithmetic import main as write_arithmetic
-from mcore_rl.convert.command import mcore_to_hf
+from mcore_rl.convert.command import adapter, mcore_to_hf
 from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import meaning_of
 
@@ -117,6 +117,20 @@ def test_verdicts_are_learnt(ranks, folder, tmp_path) -> None:
     assert lines[-1]["preference/reference_point"] != pytest.approx(0, abs=1e-5)
     assert lines[-1]["validation/chosen"] > lines[-1]["validation/rejected"]
     assert lines[-1]["validation/loss"] < lines[0]["validation/loss"]
+
+
+def test_the_reference_of_adapters_is_the_model_without_them(ranks, folder, tmp_path) -> None:
+    """Also where training starts from an adapter: its margin is the one that it had."""
+    flags = (*DPO, "--lora.rank", "4", "--lora.alpha", "8", "--optimizer.lr", "1e-2")
+    lines = run(ranks, folder, tmp_path, "pairs", *flags, "--checkpoint.every", str(STEPS))
+    assert lines[1]["loss/policy"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[-1]["validation/loss"] < lines[0]["validation/loss"] - 0.02
+    adapter(tmp_path / f"run/checkpoints/step_{STEPS}", tmp_path / "adapter", model=folder / "model")
+    (tmp_path / "again").mkdir()
+    start = ("--lora.path", f"{tmp_path}/adapter", "--train.steps", "1")
+    again = run(ranks, folder, tmp_path / "again", "pairs", *flags, *start)
+    assert again[0]["validation/margin"] == pytest.approx(lines[-1]["validation/margin"], rel=1e-4)
+    assert again[0]["validation/margin"] > 0.02
 
 
 def test_all_turns_of_conversations_are_learnt(ranks, folder, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import silu
 
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.lora import Lora, Target
@@ -54,6 +56,7 @@ LAYOUTS = {
     },
     "moe": {
         "tp1": "pool1",
+        "tp2+sp": "pool2",
         "ep2": "pool2",
         "tp2ep2+sp": "pool2",
         "pp2": "pool2",
@@ -66,18 +69,25 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What becomes of an adapter."""
+
+    expected: Expected
+    norm: float
+    """of the gradient, over adapters alone"""
+    after: Tensors
+    """the adapter's numbers after UPDATES updates"""
+
+
+@dataclass(frozen=True)
 class Case:
-    """A model, an adapter of it, and what torch computes of both."""
+    """A model, an adapter of it, and what PEFT makes of both."""
 
     name: str
     directory: Path
     """`fp32` and `adapter` in it"""
-    expected: Expected
-    norm: float
-    """of the gradient, over adapters alone"""
     start: Tensors
-    after: Tensors
-    """the adapter's numbers after UPDATES updates"""
+    by_peft: Trained
 
     @property
     def lora(self) -> Lora:
@@ -98,15 +108,12 @@ def case_of(name: str, model: Path, tmp_path_factory) -> Case:
     root = tmp_path_factory.mktemp(f"lora_{name}")
     (root / "fp32").symlink_to(model)
     start = written_adapter(root, Lora(RANK, ALPHA, TARGETS[name]))
-    base = base_of(root)
-    (tensors,) = trained(base, start, 0)
-    logits, loss = passed(base, tensors)
-    loss.backward()
-    gradients = {key: gradient_of(tensor) for key, tensor in tensors.items()}
-    norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
-    return Case(
-        name, root, Expected(logits.detach(), gradients), norm, start, trained(base, start, UPDATES)[0]
-    )
+    whole, own = in_peft(root, start, name)
+
+    def logits() -> Tensor:
+        return torch.cat([whole(torch.tensor([row])).logits[0, :-1] for row in tokens()])
+
+    return Case(name, root, start, trained(logits, own))
 
 
 def written_adapter(root: Path, lora: Lora, seed: int = 1) -> Tensors:
@@ -125,10 +132,6 @@ def base_of(root: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(root / "fp32", dtype=torch.float32).requires_grad_(False)
 
 
-def gradient_of(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone()
-
-
 def merged(weights: Tensors, tensors: Tensors) -> Tensors:
     """Every weight by its name in a file, plus scale B A where there is an adapter."""
     found = dict(weights)
@@ -141,15 +144,13 @@ def merged(weights: Tensors, tensors: Tensors) -> Tensors:
     return found
 
 
-def passed(base: torch.nn.Module, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(logits [tokens but each sequence's last, V], the sum of all tokens' negative log-likelihoods)."""
+def written_out(base: torch.nn.Module, tensors: Tensors) -> Tensor:
+    """The logits of torch on W + s B A: [tokens but each sequence's last, V]."""
     config = base.config
     own = load_file(Path(config.name_or_path) / "model.safetensors")
     whole = fused(merged(own, tensors), config)
-    rows = tokens()
-    answers = [torch.func.functional_call(base, whole, (torch.tensor([row]),)).logits[0, :-1] for row in rows]
-    logits, targets = torch.cat(answers), torch.cat([torch.tensor(row[1:]) for row in rows])
-    return logits, torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    answers = [torch.func.functional_call(base, whole, (torch.tensor([row]),)) for row in tokens()]
+    return torch.cat([answer.logits[0, :-1] for answer in answers])
 
 
 def fused(weights: Tensors, config) -> Tensors:
@@ -167,50 +168,107 @@ def fused(weights: Tensors, config) -> Tensors:
     return found
 
 
-def trained(base: torch.nn.Module, start: Tensors, updates: int) -> list[Tensors]:
-    """The adapter after so many updates."""
-    tensors = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+def trained(logits: Callable[[], Tensor], tensors: Tensors) -> Trained:
+    """The first pass, and the numbers of an adapter, which are changed in place, after UPDATES updates."""
     adam = torch.optim.AdamW(tensors.values(), lr=LR, betas=BETAS, eps=1e-8, weight_decay=DECAY)
-    for _ in range(updates):
+    targets = torch.cat([torch.tensor(row[1:]) for row in tokens()])
+    first: list[tuple[Expected, float]] = []
+    for _ in range(UPDATES):
         adam.zero_grad()
-        passed(base, tensors)[1].backward()
-        for tensor in tensors.values():
-            tensor.grad = gradient_of(tensor)  # an expert without tokens decays as the others do
-        torch.nn.utils.clip_grad_norm_(tensors.values(), CLIP)
+        answer = logits()
+        torch.nn.functional.cross_entropy(answer, targets, reduction="sum").backward()
+        gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), CLIP)
+        first.append((Expected(answer.detach(), gradients), float(norm)))
         adam.step()
-    return [{name: tensor.detach().requires_grad_(updates == 0) for name, tensor in tensors.items()}]
+    return Trained(*first[0], {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
 
 # --- the reference is PEFT ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["dense"], scope="session", indirect=True)
-def test_the_reference_is_what_peft_computes(case: Case) -> None:
-    from peft import PeftModel
+class Apart(torch.nn.ModuleList):
+    """The experts of a layer, each matrix a linear layer of its own, as PEFT is to give it an adapter."""
 
-    model = PeftModel.from_pretrained(base_of(case.directory), case.directory / "adapter", is_trainable=True)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.replace(".default", "") for name in own} == case.start.keys()
-    adam = torch.optim.AdamW(own.values(), lr=LR, betas=BETAS, eps=1e-8, weight_decay=DECAY)
-    targets = torch.cat([torch.tensor(row[1:]) for row in tokens()])
-    for update in range(UPDATES):
-        adam.zero_grad()
-        logits = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in tokens()])
-        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-        if update == 0:
-            assert float((logits.detach() - case.expected.logits).abs().max()) < 1e-5
-            for name, p in own.items():
-                wanted = case.expected.gradients[name.replace(".default", "")]
-                assert float((p.grad - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()), name
-        torch.nn.utils.clip_grad_norm_(own.values(), CLIP)
-        adam.step()
-    check_moved({name.replace(".default", ""): p.detach() for name, p in own.items()}, case)
+    def __init__(self, stacked: torch.nn.Module) -> None:
+        gates_up, downs = stacked.gate_up_proj.detach(), stacked.down_proj.detach()
+        named = [
+            dict(zip(("gate_proj", "up_proj", "down_proj"), (*gate_up.chunk(2), down), strict=True))
+            for gate_up, down in zip(gates_up, downs, strict=True)
+        ]
+        super().__init__(
+            torch.nn.ModuleDict({name: linear(weight) for name, weight in one.items()}) for one in named
+        )
+
+    def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        answers = [
+            expert["down_proj"](silu(expert["gate_proj"](states)) * expert["up_proj"](states))
+            for expert in self
+        ]
+        shares = [(weights * (chosen == number)).sum(-1, keepdim=True) for number in range(len(self))]
+        return sum(share * answer for share, answer in zip(shares, answers, strict=True))
+
+
+def linear(weight: Tensor) -> torch.nn.Linear:
+    layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    layer.weight = torch.nn.Parameter(weight.clone())
+    return layer
+
+
+class Bare(torch.nn.Module):
+    """A model without its configuration, by whose family PEFT would turn experts into a form of its own."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor):
+        return self.model(ids)
+
+
+def in_peft(root: Path, start: Tensors, name: str) -> tuple[torch.nn.Module, Tensors]:
+    """The model with the adapter in PEFT's own layers, and their parameters by their names in its file."""
+    from peft import LoraConfig, PeftModel, inject_adapter_in_model
+
+    base = base_of(root)
+    if name == "dense":
+        whole = PeftModel.from_pretrained(base, root / "adapter", is_trainable=True)
+        trainable = {n.replace(".default", ""): p for n, p in whole.named_parameters() if p.requires_grad}
+        assert all(torch.equal(trainable[n], tensor) for n, tensor in start.items())
+    else:
+        for layer in base.model.layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.experts = Apart(layer.mlp.experts)
+        modules = sorted({n.removeprefix("base_model.").rpartition(".lora_")[0] for n in start})
+        told = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules)
+        whole = inject_adapter_in_model(told, Bare(base))
+        trainable = {
+            f"base_model.{n.replace('.default', '')}": p
+            for n, p in whole.named_parameters()
+            if p.requires_grad
+        }
+        with torch.no_grad():
+            for n, tensor in start.items():
+                trainable[n].copy_(tensor)
+    assert trainable.keys() == start.keys()
+    return whole, trainable
+
+
+def test_peft_computes_w_plus_s_b_a(case: Case) -> None:
+    """Both sides of the comparison with Megatron, told in another way: torch on weights written out."""
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.start.items()}
+    base = base_of(case.directory)
+    out = trained(lambda: written_out(base, tensors), tensors)
+    assert float((out.expected.logits - case.by_peft.expected.logits).abs().max()) < 1e-5
+    check_gradients(out.expected.gradients, case.by_peft.expected.gradients)
+    assert out.norm == pytest.approx(case.by_peft.norm, rel=1e-5)
+    check_moved(out.after, case)
 
 
 def check_moved(got: Tensors, case: Case) -> None:
     """Each tensor within 3e-4 of what the updates moved it by."""
-    assert got.keys() == case.after.keys()
-    for name, wanted in case.after.items():
+    assert got.keys() == case.start.keys()
+    for name, wanted in case.by_peft.after.items():
         moved = float((wanted - case.start[name]).norm())
         assert float((got[name] - wanted).norm()) <= 3e-4 * moved, name
 
@@ -291,14 +349,12 @@ CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layou
     indirect=["case"],
     scope="session",
 )
-def test_adapters_are_those_of_torch_at_every_layout(
-    request, case: Case, layout: str, tmp_path: Path
-) -> None:
+def test_adapters_are_those_of_peft_at_every_layout(request, case: Case, layout: str, tmp_path: Path) -> None:
     pool: Pool = request.getfixturevalue(LAYOUTS[case.name][layout])
     answers = at_layout(pool, layout, computed, case.directory, case.lora, tmp_path)
-    assert differences([answer.rows for answer in answers], case.expected) <= 1e-5
-    check_gradients({n: g for a in answers for n, g in a.gradients.items()}, case.expected.gradients)
-    assert all(answer.norm == pytest.approx(case.norm, rel=1e-5) for answer in answers)
+    assert differences([answer.rows for answer in answers], case.by_peft.expected) <= 1e-5
+    check_gradients({n: g for a in answers for n, g in a.gradients.items()}, case.by_peft.expected.gradients)
+    assert all(answer.norm == pytest.approx(case.by_peft.norm, rel=1e-5) for answer in answers)
     check_moved({n: g for answer in answers for n, g in answer.after.items()}, case)
     assert all(answer.frozen and answer.inert for answer in answers)
     own = load_file(case.directory / "fp32" / "model.safetensors")
@@ -398,7 +454,7 @@ def test_an_adapter_of_other_targets_is_refused(dense_case: Case) -> None:
 def test_another_scale_is_seen(pool1: Pool, dense_case: Case) -> None:
     """Negative control of the comparison of logits."""
     (rows,) = at_layout(pool1, "tp1", scaled, dense_case.directory, dense_case.lora, 1.001 * ALPHA)
-    assert differences([rows], dense_case.expected) > 1e-3
+    assert differences([rows], dense_case.by_peft.expected) > 1e-3
 
 
 def scaled(mesh: Mesh, directory: Path, lora: Lora, alpha: float) -> Rows:

@@ -17,7 +17,14 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.lora import Lora
 from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import architecture_of
-from mcore_rl.model.hf.peft_files import CONFIG, WEIGHTS, adapter_reader, lora_of, write_adapter
+from mcore_rl.model.hf.peft_files import (
+    CONFIG,
+    WEIGHTS,
+    adapter_reader,
+    begun_anew,
+    lora_of,
+    write_adapter,
+)
 from tests.model.families import FAMILIES
 
 KIND, SETTINGS = FAMILIES["qwen3"]
@@ -116,3 +123,59 @@ def test_what_is_no_file_is_not_waited_for(directory: Path, name: str, put: Call
     put(directory / name)
     with pytest.raises(ConfigError, match=rf"{name}: no plain file"):
         lora_of(directory, ARCH)
+
+
+QUERY_AND_VALUE = {name: t for name, t in TENSORS.items() if "q_proj" in name or "v_proj" in name}
+
+
+def partial(directory: Path, modules: object = ("q_proj", "v_proj")) -> AdapterMap:
+    """An adapter of queries and values alone, as PEFT made it by default, in the place of the whole one."""
+    save_file(QUERY_AND_VALUE, directory / WEIGHTS)
+    told(directory, target_modules=list(modules) if isinstance(modules, tuple) else modules)
+    return AdapterMap(ARCH, lora_of(directory, ARCH))
+
+
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), r".*\.(q|v)_proj", None])
+def test_an_adapter_of_some_of_a_targets_matrices_leaves_the_others_as_they_are(
+    directory: Path, modules: object
+) -> None:
+    adapters = partial(directory, modules)
+    assert adapters.lora.targets == ("qkv",)
+    assert begun_anew(adapters, directory) == ["model.layers.*.self_attn.k_proj"]
+    read = adapter_reader(adapters, directory)
+    for name in adapters.hf_shapes():
+        if name in QUERY_AND_VALUE:
+            assert torch.equal(read(name), QUERY_AND_VALUE[name])
+        else:
+            assert bool(read(name).any()) == ("lora_A" in name), "B is 0: nothing is added, and it can learn"
+    assert begun_anew(ADAPTERS, write_whole(directory)) == []
+
+
+def write_whole(directory: Path) -> Path:
+    (directory / "whole").mkdir()
+    write_adapter(ADAPTERS, TENSORS, directory / "whole", base="model")
+    return directory / "whole"
+
+
+@pytest.mark.parametrize(
+    "modules", [("q_proj", "k_proj", "v_proj"), ("model.layers.0.self_attn.k_proj",), "all-linear"]
+)
+def test_what_a_file_should_have_and_has_not_is_missing(directory: Path, modules: object) -> None:
+    adapters = partial(directory, modules)
+    with pytest.raises(ConfigError, match=r"missing .*k_proj.lora_A.weight"):
+        adapter_reader(adapters, directory)
+
+
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_a_matrix_has_its_adapter_in_every_layer(directory: Path, letter: str) -> None:
+    lost = f"base_model.model.model.layers.1.self_attn.v_proj.lora_{letter}.weight"
+    adapters = partial(directory)
+    save_file({n: t for n, t in QUERY_AND_VALUE.items() if n != lost}, directory / WEIGHTS)
+    with pytest.raises(ConfigError, match=f"missing {lost}"):
+        adapter_reader(adapters, directory)
+
+
+def test_a_target_of_which_there_is_nothing_is_missing(directory: Path) -> None:
+    partial(directory)
+    with pytest.raises(ConfigError, match=r"missing .*down_proj.lora_A.weight"):
+        adapter_reader(ADAPTERS, directory)

@@ -6,8 +6,10 @@ torch, so that only their *names* must exist; nothing here computes. It is no pa
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -69,6 +71,8 @@ class Finder(MetaPathFinder, Loader):
             declare_torchvision_operators()
         if fullname == "sglang.srt.mem_cache.pool_host.common":
             pin_nothing()
+        if fullname == "sglang.srt.lora.layers":
+            allocate_unpinned()
         if fullname.split(".")[0] in NAMES_ONLY:
             return ModuleSpec(fullname, self, is_package=True)
         return None
@@ -106,6 +110,25 @@ def pin_nothing() -> None:
     import torch
 
     torch.cuda.cudart = HostMemory
+
+
+def allocate_unpinned() -> None:
+    """SGLang's LoRA layers ask for pinned memory, on a CPU too (--enable-lora); they get ordinary memory."""
+    import torch
+
+    for name in ("arange", "empty", "ones", "tensor", "zeros"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda tensor, *device: tensor
+
+
+def unpinned(make: Callable[..., object]) -> Callable[..., object]:
+    """The function of torch that makes a tensor, without `pin_memory`."""
+
+    @functools.wraps(make)
+    def made(*args: object, pin_memory: bool = False, **options: object) -> object:
+        return make(*args, **options)
+
+    return made
 
 
 KEPT: list[object] = []

@@ -8,8 +8,12 @@ the inputs and B on every rank; an expert is never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.lora import Lora
@@ -96,3 +100,19 @@ def _of(base: Rule) -> Iterator[Rule]:
                 layers=base.layers,
                 needs=base.needs,
             )
+
+
+def random_adapters(mapping: AdapterMap) -> Callable[[str], Tensor]:
+    """The numbers that training starts from, by seed and name: A uniform as PEFT draws it, B 0."""
+    shapes = mapping.hf_shapes()
+    order = {name: i for i, name in enumerate(sorted(shapes))}
+
+    def read(name: str) -> Tensor:
+        shape = shapes[name]
+        if name.endswith("lora_B.weight"):
+            return torch.zeros(shape)
+        generator = torch.Generator().manual_seed(mapping.lora.seed * 1_000_003 + order[name])
+        bound = 1 / math.sqrt(shape[1])  # Kaiming's, with PEFT's a = sqrt(5)
+        return (2 * torch.rand(shape, generator=generator) - 1) * bound
+
+    return read

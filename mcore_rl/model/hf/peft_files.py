@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from mcore_rl import strict_json
 from mcore_rl.errors import ConfigError
 from mcore_rl.lora import Lora, Target
-from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.adapters import AdapterMap, random_adapters
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.files import SafetensorsWriter
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -58,6 +60,7 @@ _IDLE = frozenset(
 is set would change it: PEFT has a new kind every few months"""
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 """of `init_lora_weights`: with the others, PEFT changes the model's own weights as it loads the adapter"""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def write_adapter(adapters: AdapterMap, tensors: Mapping[str, Tensor], directory: Path, *, base: str) -> None:
@@ -104,6 +107,9 @@ def target_modules(adapters: AdapterMap) -> list[str]:
 def adapter_reader(adapters: AdapterMap, directory: Path) -> Callable[[str], Tensor]:
     """Tensors by PEFT's names, from a directory of PEFT's, or a checkpoint, with exactly these adapters.
 
+    PEFT's may be of some of a target's matrices, such as queries and values: the others' adapters are those
+    that training begins with elsewhere, whose B is 0.
+
     Raises:
         ConfigError: the directory holds another adapter, or a form that is not supported; the message says
             which key of [lora], or which tensor.
@@ -111,22 +117,58 @@ def adapter_reader(adapters: AdapterMap, directory: Path) -> Callable[[str], Ten
     """
     if holds_torch_dist(directory):
         return torch_dist_reader(directory, adapters)
-    _check_config(adapters, directory / CONFIG)
+    told = _check_config(adapters, directory / CONFIG)
     path = directory / WEIGHTS
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
-    if lines := list(_differences(tensors, adapters.hf_shapes())):
+    begun = set(_begun(adapters, told, tensors.keys()))
+    shapes = {name: shape for name, shape in adapters.hf_shapes().items() if matrix_of(name) not in begun}
+    if lines := list(_differences(tensors, shapes)):
         raise ConfigError(
             f"lora.path: {path}: its tensors are not those of lora.targets = {list(adapters.lora.targets)} "
-            f"beside model.path ({listed(lines)}); correct lora.targets, or take another adapter; one of "
-            "some of a target's matrices can be merged into its model with PEFT"
+            f"beside model.path ({listed(lines)}); correct lora.targets, or take another adapter"
         )
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ConfigError(
             f"lora.path: {path}: {listed(broken)} have numbers that are not finite; take an adapter from "
             "before its training broke"
         )
-    return lambda name: tensors[name]
+    begin = random_adapters(adapters)
+    return lambda name: tensors[name] if name in tensors else begin(name)
+
+
+def begun_anew(adapters: AdapterMap, directory: Path) -> list[str]:
+    """Matrices, in all layers, of which PEFT's `directory` has no adapter and `adapter_reader` a new one."""
+    if holds_torch_dist(directory):
+        return []
+    told = read_config(directory / CONFIG)
+    with _opened(directory / WEIGHTS) as file:
+        return _begun(adapters, told, set(file.keys()))
+
+
+def matrix_of(tensor: str) -> str:
+    """What a tensor of PEFT's is of, in all layers and experts: `model.layers.*.self_attn.q_proj`."""
+    return _NUMBER.sub("*", tensor.removeprefix("base_model.model.").rpartition(".lora_")[0])
+
+
+def _begun(adapters: AdapterMap, told: Mapping[str, Any], held: Set[str]) -> list[str]:
+    """Matrices that a file has no tensor of, neither is said to have, while it has others of their target."""
+    having, named, found = {matrix_of(name) for name in held}, told.get("target_modules"), []
+    for target in adapters.lora.targets:
+        matrices = {matrix_of(name) for name in _alone(adapters, target).hf_shapes()}
+        if matrices & having and named != "all-linear":
+            found += sorted(m for m in matrices - having if not _names(named, m))
+    return found
+
+
+def _alone(adapters: AdapterMap, target: Target) -> AdapterMap:
+    return AdapterMap(adapters.arch, replace(adapters.lora, targets=(target,)))
+
+
+def _names(modules: Any, matrix: str) -> bool:
+    """`target_modules` of PEFT's, where it is a list, has the matrix of some layer in it."""
+    names = modules if isinstance(modules, list) else []
+    return any(f".{matrix}".endswith(f".{_NUMBER.sub('*', str(name))}") for name in names)
 
 
 @contextmanager
@@ -156,7 +198,7 @@ def _differences(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, 
             yield f"{name} has type {tensors[name].dtype}"
 
 
-def _check_config(adapters: AdapterMap, path: Path) -> None:
+def _check_config(adapters: AdapterMap, path: Path) -> dict[str, Any]:
     told = read_config(path)
     lora = adapters.lora
     ours = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora}
@@ -167,6 +209,7 @@ def _check_config(adapters: AdapterMap, path: Path) -> None:
                 f"lora.{keys[name]} = {value}, but {path} says {name} = {short(str(told.get(name)))}; set "
                 f"lora.{keys[name]} to it"
             )
+    return told
 
 
 def read_config(path: Path) -> dict[str, Any]:
