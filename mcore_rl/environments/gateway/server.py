@@ -28,6 +28,7 @@ from mcore_rl.environments.gateway.parameters import check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
 from mcore_rl.environments.gateway.streams import ApiPath, guarded, stream_answer, wait_for_left
 from mcore_rl.environments.policy import Policy
+from mcore_rl.terminal import escaped
 
 _HOST = "127.0.0.1"
 _BODY_BYTES = 8 << 20
@@ -159,6 +160,8 @@ async def _body(request: web.Request) -> Mapping[str, Any]:
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             data = await request.read()
+    except web.RequestPayloadError as error:  # compressed, or in chunks, and not as it says
+        raise ApiError(400, f"the body cannot be read: {escaped(error)}") from None
     except TimeoutError:
         raise ApiError(408, f"the body took longer than {_BODY_SECONDS:g} s") from None
     try:
