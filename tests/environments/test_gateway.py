@@ -189,7 +189,8 @@ def test_what_is_wrong_is_an_error_in_the_form_of_the_api_and_samples_nothing() 
                 ):
                     with pytest.raises(openai.BadRequestError):
                         await client.chat.completions.create(model="m", **wrong)  # type: ignore[call-overload]
-                for ids in ([1 << 31], [10**30], [-1], []):
+                none: Any = ([1 << 31], [10**30], [-1], [])
+                for ids in none:
                     with pytest.raises(openai.BadRequestError):
                         await client.completions.create(model="m", prompt=ids)
             async with anthropic_client(endpoint) as claude:

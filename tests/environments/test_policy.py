@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mcore_rl.environments.parsers import ServerParsers
 from mcore_rl.environments.policy import LimitReached
 from mcore_rl.environments.recorder import TokenRecorder
 from mcore_rl.errors import DataError
@@ -143,6 +144,21 @@ def test_what_cannot_be_parsed_is_text_with_the_reason() -> None:
     turn = run(policy.generate(prompt.messages))
     assert "json" in turn.unparsed
     assert (turn.tool_calls, turn.message["content"]) == ((), "<call>add {1</call>")
+
+
+def test_a_parser_of_the_servers_is_told_of_a_tool_what_it_reads() -> None:
+    """It refuses a `strict` that is text, and a refusal ends the run."""
+    bodies: list[Any] = []
+
+    async def parse(path: str, body: Any) -> Any:
+        bodies.append(body)
+        return {}
+
+    mine = {"name": "f", "description": "does", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": {**mine, "strict": "no"}, "more": 1}, {"name": "g"}]
+    run(ServerParsers("qwen25").read("x", tools, parse))
+    functions = [mine, {"name": "g"}]
+    assert bodies[0]["tools"] == [{"type": "function", "function": one} for one in functions]
 
 
 def test_limits_end_a_rollout_before_a_server_is_asked() -> None:

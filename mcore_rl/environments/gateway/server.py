@@ -187,7 +187,10 @@ async def _errors(
             raise
         found = ApiError(error.status, error.reason, kind=_KINDS.get(error.status, "api_error"))
     api = anthropic_api if request.path.endswith("/messages") else openai_api
-    return web.json_response(api.error_body(found), status=found.status)
+    answer = web.json_response(api.error_body(found), status=found.status)
+    if request.content.exception() is not None:  # where its body ends is not known: nothing can follow it
+        answer.force_close()
+    return answer
 
 
 _KINDS = {404: "not_found_error", 413: "request_too_large"}
