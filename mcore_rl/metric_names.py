@@ -41,8 +41,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "`rollout.max_staleness`, with `environment.outlived` of cut or finish.",
         "environment/resumed": "Rollouts in flight at the checkpoint, of groups that had not finished, that "
         "went on or had ended; in the first record after a resume.",
-        "environment/begun_again": "Those that began again: their environment has no `state`, they were too "
-        "old, or the prompt of that id is another one now; in that record.",
+        "environment/begun_again": "Those that were void and began again from the prompt: their environment "
+        "has no `state`, they were too old, or the prompt of that id is another one now; in that record.",
         "environment/rewritten": "Turns whose earlier conversation the chat template wrote anew, so that "
         "they began another training sequence.",
     },
@@ -146,7 +146,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
         "async/in_flight": "Samples in flight.",
         "async/discarded_aborted": "Samples ever aborted by a server.",
         "async/discarded_no_signal": "Samples ever replaced since the rewards of their group were equal.",
-        "async/discarded_void": "Samples ever left out since their environment or grader failed.",
+        "async/discarded_void": "Samples ever left out since their environment or grader failed, or since a "
+        "crash ended a rollout that cannot go on.",
         "async/discarded_stale": "Samples ever discarded since they were too old.",
         "async/discarded_unfinished": "Samples ever discarded since the step had enough.",
         "staleness/mean": "Weight versions between sampling and training, mean over tokens.",

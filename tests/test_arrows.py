@@ -53,7 +53,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "rollout": BASE,
     "rewards": BASE,
     "data": BASE,
-    "environments": BASE | {"data", "rewards.outcome", "rollout"},
+    "environments": BASE | DISK | {"data", "rewards.outcome", "rollout"},
     "config": BASE | {"algo"},
     "server": BASE | DISK | {"rollout.experts"},
     "log": BASE | DISK,

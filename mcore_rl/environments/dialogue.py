@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,13 @@ from mcore_rl.environments.parsers import ServerParsers
 from mcore_rl.types import Prompt
 
 ChatMessage = Mapping[str, Any]
+
+
+class TooLongError(Exception):
+    """A text of more tokens than a rollout may have.
+
+    To encode megabytes would keep every other rollout of the event loop for seconds.
+    """
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class ChatTemplate:
         variables = {**self.variables, **own} if prompt.messages else self.variables
         place = f"the conversation of prompt {prompt.id}"
         return render(place, messages, self.tokenizer, tools=tools, variables=variables, asks=asks)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary writes it."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def check_length(self, text: str, most_tokens: int) -> None:
+        """Raises TooLongError for a text that has more tokens in any case, without encoding it."""
+        if len(text) > most_tokens * self.longest_token:
+            raise TooLongError
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special token added. Raises DataError."""
@@ -87,20 +105,27 @@ class _Answered:
 class Dialogue:
     """The conversations of one rollout: branches of them, where an environment rewrites what was said."""
 
-    def __init__(self, template: ChatTemplate, prompt: Prompt) -> None:
-        self._template, self._prompt = template, prompt
+    def __init__(self, template: ChatTemplate, prompt: Prompt, most_tokens: int) -> None:
+        self._template, self._prompt, self._most_tokens = template, prompt, most_tokens
         self._answered: list[_Answered] = []
         self.rewritten = 0
         """turns that the template could not continue"""
 
     def ask(self, messages: Sequence[ChatMessage], tools: Any) -> AskedTurn:
-        """The ids to sample after. Raises DataError where the template fails, ValueError for no messages."""
+        """The ids to sample after.
+
+        Raises:
+            DataError: the template fails.
+            ValueError: there are no messages.
+            TooLongError: they have so much text that it is more than `most_tokens` in any case.
+        """
         if not messages:
             raise ValueError("a conversation without a message; give at least one")
         before = self._before(messages, tools)
         if before is None and list(messages) == list(self._prompt.messages) and self._of_prompt(tools):
             return AskedTurn([*messages], tools, self._prompt.text, list(self._prompt.token_ids))
         text = self._text(messages, tools, asks=True)
+        self._template.check_length(text, self._most_tokens)
         if before is not None:
             ids = self._continue(before, text)
             if ids is not None:

@@ -39,12 +39,23 @@ class ServerParsers:
             if reasoning := found.get("reasoning_text"):
                 message["reasoning_content"] = str(reasoning)
         if self.tool_calls is not None and tools:
-            body = {"text": message["content"], "tools": list(tools), "tool_call_parser": self.tool_calls}
+            body = {
+                "text": message["content"],
+                "tools": [_told(one) for one in tools],
+                "tool_call_parser": self.tool_calls,
+            }
             found = await parse("/parse_function_call", body)
             if calls := found.get("calls"):
                 message["content"] = str(found.get("normal_text") or "")
                 message["tool_calls"] = [_call(one) for one in calls]
         return message
+
+
+def _told(tool: Any) -> dict[str, Any]:
+    """What a server is told of a tool: it refuses some fields where they are not of its own types."""
+    function = tool.get("function", tool)
+    known = {key: function[key] for key in ("name", "description", "parameters") if key in function}
+    return {"type": "function", "function": known}
 
 
 def _call(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
-from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue
+from mcore_rl.environments.dialogue import AskedTurn, ChatMessage, ChatTemplate, Dialogue, TooLongError
 from mcore_rl.environments.live import LiveTurn
 from mcore_rl.environments.parsers import Parse
 from mcore_rl.environments.recorder import TokenRecorder
@@ -24,7 +24,8 @@ Ask = Callable[[Request], Awaitable[list[Reply]]]
 """sends a request to a server"""
 
 
-_AGE = "age"
+_LARGEST_ID = (1 << 31) - 1
+"""that a training sequence can hold"""
 _TOO_OLD = "the rollout is older than rollout.max_staleness, and is cut (environment.outlived)"
 
 
@@ -83,7 +84,9 @@ class RolloutState:
     text: str = ""
     """of the last turn"""
     limit: str = ""
-    """which was reached"""
+    """which was reached first"""
+    too_old: bool = False
+    """it was cut"""
     broken: BaseException | None = None
     """that no server answers, which ends the run"""
     stateless: str = ""
@@ -114,7 +117,7 @@ class Policy:
     ) -> None:
         self.progress = RolloutState()
         self.recorder = TokenRecorder()
-        self.dialogue = Dialogue(template, prompt)
+        self.dialogue = Dialogue(template, prompt, limits.tokens)
         self.prompt = prompt
         self._request, self._ask = request, ask
         self._template, self._limits, self._parse = template, limits, parse
@@ -153,7 +156,10 @@ class Policy:
         asked = None
         if isinstance(first, Mapping):
             its = self._template.tools_of(self.prompt) if tools is None else tools
-            asked = self.dialogue.ask(prompt, its)  # type: ignore[arg-type]
+            try:
+                asked = self.dialogue.ask(prompt, its)  # type: ignore[arg-type]
+            except TooLongError:
+                raise self._had_all("tokens") from None
             ids = asked.ids
         else:
             ids = [index(one) for one in prompt]  # type: ignore[arg-type]
@@ -185,7 +191,8 @@ class Policy:
 
     def cut(self) -> None:
         """No further turn: the rollout has become too old. What is being sampled is given up."""
-        self.progress.limit = self.progress.limit or _AGE
+        self.progress.too_old = True
+        self.progress.limit = self.progress.limit or "age"
         for work in self._asking:
             work.cancel()
 
@@ -195,7 +202,16 @@ class Policy:
         return self._request.sampling_params[0]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, no special token added. Raises DataError."""
+        """The ids of a text, no special token added.
+
+        Raises:
+            DataError: the tokenizer refuses it.
+            LimitReached: it has more tokens than a rollout may have.
+        """
+        try:
+            self._template.check_length(text, self._limits.tokens)
+        except TooLongError:
+            raise self._had_all("tokens") from None
         return self._template.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -219,7 +235,7 @@ class Policy:
             (reply,) = await work
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if progress.limit == _AGE and not (task and task.cancelling()):
+            if progress.too_old and not (task and task.cancelling()):
                 raise LimitReached(_TOO_OLD) from None
             raise
         except Exception as error:
@@ -242,23 +258,26 @@ class Policy:
         return reply
 
     def _next_request(self, ids: list[int], most: int | None) -> Request:
-        if self.progress.limit == _AGE:
+        if self.progress.too_old:
             raise LimitReached(_TOO_OLD)
-        if not ids or min(ids) < 0:
-            raise ValueError("a prompt without tokens, or with a negative one; give ids, or messages")
+        if not ids or min(ids) < 0 or max(ids) > _LARGEST_ID:
+            raise ValueError("a prompt without tokens, or with one that is none; give ids, or messages")
         params, turn = dict(self._request.sampling_params[0]), self.progress.turns
         room = min(params["max_new_tokens"], self._limits.tokens - len(ids))
         room = room if most is None else min(room, most)
         for left, what in ((self._limits.turns - turn, "turns"), (room, "tokens")):
             if left < 1:
-                self.progress.limit = what
-                raise LimitReached(f"the rollout has had all its {what} (environment.max_{what})")
+                raise self._had_all(what)
         params["max_new_tokens"] = room
         rid = self._request.rids[0]
         if turn:
             params["sampling_seed"] = sample_seed(params["sampling_seed"], str(turn))
             rid = f"{rid}#{turn}"
         return Request([ids], [params], [rid], affinity=self._request.rids[0])
+
+    def _had_all(self, what: str) -> LimitReached:
+        self.progress.limit = self.progress.limit or what
+        return LimitReached(f"the rollout has had all its {what} (environment.max_{what})")
 
     async def _read(self, ids: list[int], reply: Reply, asked: AskedTurn | None) -> Turn:
         template = self._template

@@ -48,8 +48,8 @@ class TokenStream:
             self._enough.set_result(None)
 
     async def wait_stopped(self) -> None:
-        """On any loop."""
-        await asyncio.wrap_future(self._enough)
+        """On any loop. An attempt that ends stops waiting, which says nothing of the listener."""
+        await asyncio.shield(asyncio.wrap_future(self._enough))
 
     def tell(self, token_ids: Sequence[int]) -> bool:
         """All tokens until now, from whichever attempt; False where they are not those that were told."""

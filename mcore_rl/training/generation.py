@@ -309,10 +309,14 @@ class Generation:
         return kept_rollouts(saved, version=version, max_staleness=bound, prompt=prompt)
 
     def _count_resumed(self, version: int) -> dict[str, float]:
-        """How many rollouts in flight of all replicas go on, or had ended, and how many begin again."""
+        """How many rollouts in flight of all replicas go on, or had ended, and how many begin again.
+
+        What a rollout that begins again had sampled is void: it counts as such, and its sample as asked anew.
+        """
         unfinished = [saved for saved in self._saved if saved["replies"] is None]
         resumed = sum(len(self._kept_rollouts(saved, version)) for saved in unfinished)
         again = len(unfinished) * self.sizes.samples - resumed
+        self._totals.update(asked=again, discarded_void=again)
         return {"environment/resumed": float(resumed), "environment/begun_again": float(again)}
 
     # -- small things -------------------------------------------------------------------------------------

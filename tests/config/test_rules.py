@@ -72,6 +72,20 @@ def load(tmp_path):
             "rollout.samples_per_prompt: .*2",
         ),
         (
+            {"environment__function": "m:f", "data__max_prompt_tokens": 512, "reward__model": "r"},
+            None,
+            "reward.model: .*may have several sequences; .*or name a reward.function",
+        ),
+        (
+            {
+                "environment__function": "m:f",
+                "data__max_prompt_tokens": 512,
+                "rollout__routing_replay": "true",
+            },
+            {"rollout__routing_replay": "false"},
+            "rollout.routing_replay: experts of several turns are not joined.*set it to false",
+        ),
+        (
             {"rollout__dynamic_sampling": 10, "algorithm__name": "ppo"},
             {"algorithm__name": "rloo"},
             "rollout.dynamic_sampling: ppo does not compare .*drop it",

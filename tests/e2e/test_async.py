@@ -181,7 +181,11 @@ def test_rollouts_of_several_turns_train_what_was_sampled_beside_training(
     first = read_metrics(again / "metrics.jsonl")[3]
     unfinished = sum(group["replies"] is None for group in saved)
     names = [f"environment/{name}" for name in ("resumed", "begun_again")]
-    assert [first[name] for name in names] == [len(played), unfinished * EACH - len(played)]
+    void = unfinished * EACH - len(played)
+    assert [first[name] for name in names] == [len(played), void]
+    assert first["async/discarded_void"] == void, "what they had sampled, and is sampled again"
+    assert first["async/asked"] == lines[-1]["async/asked"] + void
+    assert first["async/asked"] == first["async/trained"] + void + first["async/in_flight"]
     assert not any(name in line for line in lines for name in names)
     ids = [sorted(sample.id for sample in dumped(one, 3)) for one in (directory, again)]
     assert ids[0] == ids[1]

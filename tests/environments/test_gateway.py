@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import os
@@ -149,6 +150,16 @@ def test_completions_log_probs_and_models() -> None:
     assert TOKENIZER.decode(server.asked[0].prompts[0]) == "abc"
 
 
+TOOLS_OF_NONE: list[Any] = [
+    *({}, {"type": "custom", "custom": {"name": "f"}}, {"type": "function", "function": "f"}),
+    *(
+        {"type": "function", "function": its}
+        for its in ({}, {"name": 1}, {"name": "f", "parameters": []}, {"name": "f", "description": {}})
+    ),
+]
+"""that a server's parser refuses, which would end the run"""
+
+
 def test_what_is_wrong_is_an_error_in_the_form_of_the_api_and_samples_nothing() -> None:
     server = Scripted(TOKENIZER)
     policy, other = policy_of(TOKENIZER, PROMPT, server), policy_of(TOKENIZER, PROMPT, server)
@@ -174,19 +185,31 @@ def test_what_is_wrong_is_an_error_in_the_form_of_the_api_and_samples_nothing() 
                     {"messages": ASK, "max_tokens": 0},
                     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
                     {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+                    *({"messages": ASK, "tools": [tool]} for tool in TOOLS_OF_NONE),
                 ):
                     with pytest.raises(openai.BadRequestError):
                         await client.chat.completions.create(model="m", **wrong)  # type: ignore[call-overload]
+                none: Any = ([1 << 31], [10**30], [-1], [])
+                for ids in none:
+                    with pytest.raises(openai.BadRequestError):
+                        await client.completions.create(model="m", prompt=ids)
             async with anthropic_client(endpoint) as claude:
                 with pytest.raises(anthropic.BadRequestError, match="expected at least one"):
                     await claude.messages.create(model="m", max_tokens=5, messages=[])
             headers = {"x-api-key": endpoint.key}
-            for data, status in (("{", 400), ("[]", 400), ("[" * 100_000, 400), ("x" * (9 << 20), 413)):
+            lone = json.dumps({"max_tokens": 5, "messages": [{"role": "user", "content": "\ud800"}]})
+            strange = (("{", 400), ("[]", 400), ("[" * 100_000, 400), ("x" * (9 << 20), 413), (lone, 400))
+            for data, status in strange:
                 async with http.post(
                     f"{endpoint.url}/v1/messages", headers=headers, data=io.BytesIO(data.encode())
                 ) as reply:
                     assert reply.status == status
                     assert (await reply.json())["type"] == "error"
+            bomb = gzip.compress(b" " * (20 << 20))
+            for data, status in ((b"no gzip", 400), (gzip.compress(b"{}")[:-9], 400), (bomb, 413)):
+                its = {**headers, "Content-Encoding": "gzip"}
+                async with http.post(f"{endpoint.url}/v1/messages", headers=its, data=data) as reply:
+                    assert (reply.status, (await reply.json())["type"]) == (status, "error")
             for path in ("/v1/embeddings", "/../v1/messages", "/v1/messages/%2e%2e", ""):
                 async with http.post(endpoint.url + path, headers=headers, data="{}") as reply:
                     assert reply.status in (401, 404)

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mcore_rl.environments.parsers import ServerParsers
 from mcore_rl.environments.policy import LimitReached
 from mcore_rl.environments.recorder import TokenRecorder
+from mcore_rl.errors import DataError
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.types import Prompt, Segment, VersionSpan
 from tests.environments.support import (
@@ -144,6 +146,21 @@ def test_what_cannot_be_parsed_is_text_with_the_reason() -> None:
     assert (turn.tool_calls, turn.message["content"]) == ((), "<call>add {1</call>")
 
 
+def test_a_parser_of_the_servers_is_told_of_a_tool_what_it_reads() -> None:
+    """It refuses a `strict` that is text, and a refusal ends the run."""
+    bodies: list[Any] = []
+
+    async def parse(path: str, body: Any) -> Any:
+        bodies.append(body)
+        return {}
+
+    mine = {"name": "f", "description": "does", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": {**mine, "strict": "no"}, "more": 1}, {"name": "g"}]
+    run(ServerParsers("qwen25").read("x", tools, parse))
+    functions = [mine, {"name": "g"}]
+    assert bodies[0]["tools"] == [{"type": "function", "function": one} for one in functions]
+
+
 def test_limits_end_a_rollout_before_a_server_is_asked() -> None:
     tokenizer = build_tokenizer()
     prompt = chat_prompt(tokenizer)
@@ -165,6 +182,34 @@ def test_limits_end_a_rollout_before_a_server_is_asked() -> None:
     for wrong in ([], [-1], "12", [1.0]):
         with pytest.raises((TypeError, ValueError)):
             run(policy_of(tokenizer, prompt, Scripted(tokenizer)).generate(wrong))
+
+
+def test_a_conversation_of_megabytes_is_refused_without_being_encoded() -> None:
+    """Encoded, it would keep every other rollout of the loop. The agent may go on with a shorter one."""
+    tokenizer = build_tokenizer()
+    prompt = chat_prompt(tokenizer)
+    server = Scripted(tokenizer, "1<e>", "2<e>")
+    policy = policy_of(tokenizer, prompt, server, limits=replace(LIMITS, tokens=100))
+    longest = max(map(len, tokenizer.get_vocab()))
+
+    def said(characters: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "\u00e9" * characters}]  # of which the tokenizer has no token
+
+    async def play() -> None:
+        await policy.generate(prompt.messages)
+        with pytest.raises(LimitReached, match="all its tokens"):
+            await policy.generate(said(100 * longest))
+        with pytest.raises(LimitReached, match="all its tokens"):
+            policy.encode("1" * (100 * longest + 1))
+        with pytest.raises(DataError, match="the tokenizer refuses it"):  # the control: it is encoded
+            await policy.generate(said(90 * longest))
+        await policy.generate([{"role": "user", "content": "?"}])
+        policy.cut()
+        with pytest.raises(LimitReached, match="max_staleness"):
+            await policy.generate(prompt.messages)
+
+    run(play())
+    assert (len(server.asked), policy.progress.limit) == (2, "tokens")
 
 
 def test_every_turn_has_a_seed_and_a_name_of_its_own_and_the_first_those_of_a_single_response() -> None:

@@ -10,7 +10,7 @@ import pytest
 import reasoning_gym
 
 from mcore_rl.environments.connectors.reasoning_gym import main, reward, rows
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, StorageError
 from mcore_rl.types import Prompt, Sample
 
 TASKS = {"chain_sum": {"max_terms": 3}, "word_ladder": {}, "countdown": {}, "letter_counting": {}}
@@ -56,6 +56,15 @@ def test_a_prompt_file_is_written_and_what_is_wrong_is_named(tmp_path: Path, cap
     assert lines[0]["reasoning_gym"]["config"] == {"max_terms": 2}
     assert main(["no_such_task", str(out)]) == 2
     assert "no_such_task" in capsys.readouterr().err
+    assert main(["chain_sum", str(out), "--config", "[1]"]) == 2
+    assert "--config: expected a JSON object" in capsys.readouterr().err
+    for place in (tmp_path, tmp_path / "absent" / "train.jsonl", out / "train.jsonl"):
+        assert main(["chain_sum", str(place), "--size", "1"]) == StorageError.exit_code
+        said_of = capsys.readouterr().err
+        assert said_of.startswith(f"error: {place}")
+        assert "make it writable" in said_of
+    assert [one.name for one in tmp_path.iterdir()] == ["train.jsonl"]
+    assert len(out.read_text().splitlines()) == 3
     for config, system in (({"no": 1}, None), ({}, "nobody")):
         with pytest.raises(ConfigError, match="reasoning-gym"):
             list(rows("chain_sum", size=1, seed=0, config=config, system=system))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -28,7 +30,7 @@ from tests.environments.agents import (
 )
 from tests.environments.hang_up import run_hang_up
 from tests.environments.served import embedded
-from tests.environments.support import RESPONSE, build_tokenizer, chat_prompt, policy_of
+from tests.environments.support import LIMITS, RESPONSE, build_tokenizer, chat_prompt, policy_of
 
 TOKENIZER = build_tokenizer()
 PROMPT = chat_prompt(TOKENIZER)
@@ -164,6 +166,79 @@ def test_a_response_that_no_server_goes_on_with_is_an_error_in_mid_stream_and_tr
                     pass
 
     assert gateway(loses, agent).recorder.segments(PROMPT) == ()
+
+
+async def watched_attempt(stream: TokenStream) -> None:
+    """What a client does beside the events of an attempt, which ends before the listener has had enough."""
+    watching = asyncio.create_task(stream.wait_stopped())
+    await asyncio.sleep(0)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_the_end_of_an_attempt_is_not_the_listeners_and_the_next_one_can_be_stopped() -> None:
+    async def whole() -> None:
+        stream = TokenStream(lambda _: None)
+        await watched_attempt(stream)
+        assert not stream.stopped
+        again = asyncio.create_task(stream.wait_stopped())
+        await asyncio.sleep(0)
+        stream.stop()
+        await asyncio.wait_for(again, 5)
+
+    asyncio.run(whole())
+
+
+def test_a_streamed_response_that_a_server_aborted_is_aborted_and_trains_nothing() -> None:
+    """Nobody has left: as a response that the client had ended, it would be trained as a cut one."""
+
+    async def aborts(request: Request) -> list[Reply]:
+        assert request.stream is not None
+        request.stream.tell([40, 41])
+        await watched_attempt(request.stream)
+        return [Reply(request.rids[0], (40, 41), (-1.0, -1.0), (), "abort", (VersionSpan("0", 0, 2),))]
+
+    async def agent(endpoint: Endpoint) -> None:
+        with pytest.raises(Exception, match="aborted the response"):
+            async for _ in texts(endpoint, "chat"):
+                pass
+
+    policy = gateway(aborts, agent)
+    assert policy.recorder.segments(PROMPT) == ()
+    assert policy.progress.finish_reason == "abort"
+
+
+def test_a_hundred_clients_that_leave_in_mid_stream_leave_nothing_behind() -> None:
+    server = Steps("xyzzy<e>", cut=True)
+    policy = policy_of(TOKENIZER, PROMPT, server, limits=replace(LIMITS, turns=100, seconds=60.0))
+
+    async def leaves(http: aiohttp.ClientSession, endpoint: Endpoint) -> None:
+        asked = {"model": "m", "messages": [ASK], "stream": True}
+        headers = {"Authorization": f"Bearer {endpoint.key}"}
+        async with http.post(f"{endpoint.openai_url}/chat/completions", json=asked, headers=headers) as said:
+            while b'"x"' not in await said.content.readline():
+                pass
+            said.close()
+
+    async def whole() -> None:
+        async with serve_policy(policy) as endpoint, aiohttp.ClientSession() as http:
+            await leaves(http, endpoint)
+            before = await settled()
+            for _ in range(9):
+                await asyncio.gather(*(leaves(http, endpoint) for _ in range(11)))
+            assert await settled() == before
+
+    async def settled() -> tuple[int, int]:
+        """Tasks and open files, when every response has been recorded."""
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            if policy.progress.generating == 0 and len(asyncio.all_tasks()) <= 2:
+                break
+        return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
+    found = policy.recorder.segments(PROMPT)
+    assert sum(len(one.log_probs) for one in found) == 100 * 2, "what they had seen, each once"
 
 
 # -- what is shown ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.directories import write_whole
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.terminal import escaped, printable, short
 from mcore_rl.types import Sample
@@ -105,12 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--system", help="name of one of the package's system prompts, such as default")
     given = parser.parse_args(argv)
     try:
+        if not isinstance(given.config, dict):
+            raise ConfigError("reasoning-gym: --config: expected a JSON object")
         made = rows(given.name, size=given.size, seed=given.seed, config=given.config, system=given.system)
-        lines = "".join(json.dumps(one) + "\n" for one in made)
+        write_whole(given.out, "".join(json.dumps(one) + "\n" for one in made))
     except McoreRLError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
-    given.out.write_text(lines, encoding="utf-8")
     print(printable(f"{given.out}: {given.size} prompts of {given.name}"))
     return 0
 

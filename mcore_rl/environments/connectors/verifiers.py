@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mcore_rl.directories import write_whole
 from mcore_rl.environments.gateway import serve_policy
 from mcore_rl.environments.policy import Policy
 from mcore_rl.errors import ConfigError, McoreRLError
@@ -144,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         lines = [json.dumps(one) + "\n" for one in rows(given.env, given.size)]
+        write_whole(given.out, "".join(lines))
     except McoreRLError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
-    given.out.write_text("".join(lines), encoding="utf-8")
     print(printable(f"{given.out}: {len(lines)} prompts"))
     return 0
 

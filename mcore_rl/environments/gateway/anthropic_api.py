@@ -9,6 +9,7 @@ from typing import Any
 from mcore_rl.environments.gateway.session import (
     ApiError,
     GatewaySession,
+    function_tool,
     listed_objects,
     number,
     text_of,
@@ -85,12 +86,11 @@ def read_message(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a tool, as chat templates have it."""
+    """The JSON schema of a tool, as chat templates have it. Raises ApiError."""
     name, schema = tool.get("name"), tool.get("input_schema")
-    if not isinstance(name, str) or not isinstance(schema, dict):
+    if not isinstance(schema, dict):
         raise ApiError(400, "tools: expected a name and an input_schema in each")
-    function = {"name": name, "description": str(tool.get("description") or ""), "parameters": schema}
-    return {"type": "function", "function": function}
+    return function_tool({"name": name, "description": tool.get("description") or "", "parameters": schema})
 
 
 class MessageEvents:

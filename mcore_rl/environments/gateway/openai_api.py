@@ -14,6 +14,7 @@ from mcore_rl import strict_json
 from mcore_rl.environments.gateway.session import (
     ApiError,
     GatewaySession,
+    function_tool,
     listed_objects,
     number,
     text_of,
@@ -30,7 +31,8 @@ async def ask_chat(
 ) -> Turn:
     """The turn that /v1/chat/completions asks for. Raises ApiError."""
     messages = [read_message(one) for one in listed_objects(body, "messages", needed=True)]
-    tools = listed_objects(body, "tools") if body.get("tool_choice") != "none" else []
+    none = body.get("tool_choice") == "none"
+    tools = [] if none else [read_tool(one) for one in listed_objects(body, "tools")]
     return await session.answer(messages, tools, number(body, "max_completion_tokens", "max_tokens"), live)
 
 
@@ -96,6 +98,12 @@ def read_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if calls := listed_objects(message, "tool_calls"):
         read["tool_calls"] = [read_call(call) for call in calls]
     return read
+
+
+def read_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function tool, as it is. Raises ApiError."""
+    function_tool(tool.get("function") if tool.get("type") == "function" else None)
+    return tool
 
 
 def read_call(call: Mapping[str, Any]) -> dict[str, Any]:

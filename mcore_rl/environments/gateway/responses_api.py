@@ -12,7 +12,13 @@ from itertools import count
 from typing import Any
 
 from mcore_rl.environments.gateway.openai_api import ROLES, read_call
-from mcore_rl.environments.gateway.session import ApiError, GatewaySession, listed_objects, number
+from mcore_rl.environments.gateway.session import (
+    ApiError,
+    GatewaySession,
+    function_tool,
+    listed_objects,
+    number,
+)
 from mcore_rl.environments.live import LiveTurn, Said
 from mcore_rl.environments.policy import Turn
 
@@ -69,11 +75,12 @@ def read_items(items: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a function tool, as chat templates have it."""
-    if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
-        raise ApiError(400, "tools: expected the type function, and a name, in each")
-    function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
-    return {"type": "function", "function": function}
+    """The JSON schema of a function tool, as chat templates have it. Raises ApiError."""
+    if tool.get("type") != "function":
+        return function_tool(None)
+    return function_tool(
+        {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
+    )
 
 
 def _text(value: Any, place: str) -> str:

@@ -28,6 +28,7 @@ from mcore_rl.environments.gateway.parameters import IGNORE, check_parameters
 from mcore_rl.environments.gateway.session import ApiError, GatewaySession
 from mcore_rl.environments.gateway.streams import ApiPath, guarded, stream_answer, wait_for_left
 from mcore_rl.environments.policy import Policy
+from mcore_rl.terminal import escaped
 
 _HOST = "127.0.0.1"
 _BODY_BYTES = 8 << 20
@@ -163,6 +164,8 @@ async def _body(request: web.Request) -> Mapping[str, Any]:
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             data = await request.read()
+    except web.RequestPayloadError as error:  # compressed, or in chunks, and not as it says
+        raise ApiError(400, f"the body cannot be read: {escaped(error)}") from None
     except TimeoutError:
         raise ApiError(408, f"the body took longer than {_BODY_SECONDS:g} s") from None
     try:
@@ -188,7 +191,10 @@ async def _errors(
             raise
         found = ApiError(error.status, error.reason, kind=_KINDS.get(error.status, "api_error"))
     api = anthropic_api if request.path.endswith("/messages") else openai_api
-    return web.json_response(api.error_body(found), status=found.status)
+    answer = web.json_response(api.error_body(found), status=found.status)
+    if request.content.exception() is not None:  # where its body ends is not known: nothing can follow it
+        answer.force_close()
+    return answer
 
 
 _KINDS = {404: "not_found_error", 413: "request_too_large"}

@@ -120,6 +120,22 @@ def listed_objects(body: Mapping[str, Any], name: str, *, needed: bool = False) 
     return value
 
 
+def function_tool(function: Any) -> dict[str, Any]:
+    """The JSON schema of a tool as chat templates have it, of its name, description and parameters.
+
+    Raises ApiError where it has no name, or a part of another type: a template writes whatever it is given,
+    and a parser of the servers refuses it, which would end the run.
+    """
+    its = function if isinstance(function, dict) else {}
+    described, parameters = its.get("description"), its.get("parameters")
+    if not isinstance(its.get("name"), str):
+        raise ApiError(400, "tools: expected the type function, and a name, in each", param="tools")
+    if not isinstance(described, str | None) or not isinstance(parameters, dict | None):
+        what = "expected a description that is text, and parameters that are an object"
+        raise ApiError(400, f"tools: {what}", param="tools")
+    return {"type": "function", "function": its}
+
+
 def text_of(value: Any, place: str) -> str:
     """Text, or the joined text of a list of text parts; other parts are refused."""
     if value is None:
