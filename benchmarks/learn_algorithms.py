@@ -4,10 +4,12 @@
 
 Each begins with the warm start of benchmarks/learn.py and takes the settings of examples/grpo_tiny.toml, or
 of examples/ppo_tiny.toml where it trains a critic; a loss without a ratio has one update for a rollout. They
-share a server, one after another, and their ranks are forked, so that what they cost is training. It
-collapsed where its held-out accuracy ends below COLLAPSED of what the warm start has. A run that finished
-under RUNS with the same settings is not run again.
-Writes OUT/learn_algorithms_DATE.json; the exit code is 1 where one collapsed, or the control moved.
+share a server, one after another, and their ranks are forked, so that what they cost is training; a rollout
+is a quarter of the examples'. ECHO trains in the environment of a rehearsal, which puts the question again,
+since it learns what lies between turns. A run collapsed where its held-out accuracy ends below COLLAPSED of
+what it began with. One that finished under RUNS with the same settings is not run again.
+Writes OUT/learn_algorithms_DATE.json, anew after every run; the exit code is 1 where one collapsed, or the
+control moved.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.learn import ACCURACY, ROOT, RUN_SECONDS, warm_start
 from mcore_rl.algo import losses
 from mcore_rl.algo.algorithms import ALGORITHMS, configure, has_critic
+from mcore_rl.directories import write_whole
+from mcore_rl.environments import rehearsed
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.e2e.ranks import Ranks, imported
@@ -32,10 +37,16 @@ from tests.e2e.ranks import Ranks, imported
 COLLAPSED = 0.7
 """of the accuracy at the start: less at the end is a collapse"""
 CONTROL = "control"
-PROBLEMS = 1000
+PROBLEMS = 500
 """held-out ones, answered at the start and at the end"""
-STILL = 0.06
+PROMPTS = 16
+"""of a step, eight samples each"""
+RATE = 2e-4
+"""learning rate of the policy: less than the examples', whose steps have four times the samples"""
+STILL = 4 * math.sqrt(2 * 0.25 / PROBLEMS)
 """of accuracy that two draws of PROBLEMS answers may differ by without any learning: four standard errors"""
+START_SECONDS = 600.0
+"""of the server, on a machine that others use too"""
 
 
 def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tuple[int, float]]:
@@ -50,15 +61,20 @@ def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tup
         "algorithm.name": algorithm,
         "parallel.tensor": 1,
         "rollout.urls": json.dumps([url]),
+        "rollout.prompts_per_step": PROMPTS,
         "run.dir": run,
         "run.seed": 0,
+        "optimizer.lr": 0.0 if name == CONTROL else RATE,
         "train.steps": steps,
         "train.eval_every": 0,
         "train.eval_samples": PROBLEMS,
     }
-    flags |= {"optimizer.lr": 0.0} if name == CONTROL else {}
     if configure(algorithm).loss is losses.reinforce:  # which has no ratio, and is right in one update alone
         flags |= {"algorithm.mini_batches": 1}
+    if configure(algorithm).observation_nll:
+        again = rehearsed.ask_again
+        flags |= {"environment.function": f"{again.__module__}:{again.__name__}"}
+        flags |= {"environment.max_turns": rehearsed.TURNS, "environment.max_tokens": rehearsed.TOKENS}
     flags |= {"algorithm.params": "{}"} if has_critic(algorithm) and algorithm != "ppo" else {}
     given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     settings, finished = "\n".join([example.read_text(), *given]).replace(url, ""), run / "finished.txt"
@@ -92,24 +108,31 @@ def main() -> int:
     a = parser.parse_args()
     names = [*(a.names or ALGORITHMS), CONTROL]
     model, curves = warm_start(a.runs, 0), {}
+    log = a.runs / "server.log"
     with (
-        LocalServer(model, Embedded(threads=1), log_file=a.runs / "server.log") as server,
+        LocalServer(model, Embedded(threads=1), log_file=log, start_timeout=START_SECONDS) as server,
         imported(a.runs, {"OMP_NUM_THREADS": "1"}, RUN_SECONDS) as ranks,
     ):
         for name in names:
             curves[name] = learn(name, a.runs, a.steps, server.url, ranks)
             points = " ".join(f"{accuracy:.3f}" for _, accuracy in curves[name])
             print(f"{name:22} {points}  {verdict(name, curves[name])}", flush=True)
-    verdicts = {name: verdict(name, curve) for name, curve in curves.items()}
+            write(a.out, a.steps, curves)
+    return 0 if all(verdict(name, curve) == "ok" for name, curve in curves.items()) else 1
+
+
+def write(out: Path, steps: int, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """What is known so far, in OUT/learn_algorithms_DATE.json."""
     today = datetime.date.today().isoformat()
     record = {
-        "benchmark": f"held-out accuracy over {a.steps} steps of each algorithm, {PROBLEMS} problems, a seed",
+        "benchmark": f"held-out accuracy over {steps} steps of each algorithm, {PROBLEMS} problems, a seed",
         "date": today,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
-        "curves": {name: {"points": curve, "verdict": verdicts[name]} for name, curve in curves.items()},
+        "curves": {
+            name: {"points": curve, "verdict": verdict(name, curve)} for name, curve in curves.items()
+        },
     }
-    (a.out / f"learn_algorithms_{today}.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if set(verdicts.values()) == {"ok"} else 1
+    write_whole(out / f"learn_algorithms_{today}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
