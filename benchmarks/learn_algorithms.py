@@ -6,8 +6,9 @@ Each begins with the warm start of benchmarks/learn.py and takes the settings of
 of examples/ppo_tiny.toml where it trains a critic; a loss without a ratio has one update for a rollout. They
 share a server, one after another, and their ranks are forked, so that what they cost is training; a rollout
 is a quarter of the examples'. ECHO trains in the environment of a rehearsal, which puts the question again,
-since it learns what lies between turns. A run collapsed where its held-out accuracy ends below COLLAPSED of
-what it began with. One that finished under RUNS with the same settings is not run again.
+since it learns what lies between turns. A run collapsed where its held-out accuracy, or the reward of its
+last ten steps, is below COLLAPSED of what it began with. One that finished under RUNS with the same settings
+is not run again.
 Writes OUT/learn_algorithms_DATE.json, anew after every run; the exit code is 1 where one collapsed, or the
 control moved.
 """
@@ -22,8 +23,11 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from benchmarks.learn import ACCURACY, ROOT, RUN_SECONDS, warm_start
 from mcore_rl.algo import losses
@@ -35,7 +39,7 @@ from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.e2e.ranks import Ranks, imported
 
 COLLAPSED = 0.7
-"""of the accuracy at the start: less at the end is a collapse"""
+"""of the start: less at the end is a collapse"""
 CONTROL = "control"
 PROBLEMS = 500
 """held-out ones, answered at the start and at the end"""
@@ -49,8 +53,25 @@ START_SECONDS = 600.0
 """of the server, on a machine that others use too"""
 
 
-def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tuple[int, float]]:
-    """(step, held-out accuracy) of a run by `name`; of GRPO with learning rate 0 for the control."""
+@dataclass(frozen=True)
+class Learned:
+    """What became of a run."""
+
+    accuracy: tuple[float, float]
+    """of held-out problems, at the start and at the end"""
+    reward: tuple[float, float]
+    """mean of the first ten steps, and of the last ten"""
+
+    def verdict(self, name: str) -> str:
+        """`ok`, or what went wrong."""
+        (start, end), (first, last) = self.accuracy, self.reward
+        if name == CONTROL:
+            return "ok" if abs(end - start) <= STILL else "moved"
+        return "ok" if end >= COLLAPSED * start and last >= COLLAPSED * first else "collapsed"
+
+
+def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> Learned:
+    """A run by `name`; by GRPO with learning rate 0 for the control."""
     run = runs / f"algorithm_{name}"
     algorithm = "grpo" if name == CONTROL else name
     example = ROOT / "examples" / ("ppo_tiny.toml" if has_critic(algorithm) else "grpo_tiny.toml")
@@ -84,16 +105,10 @@ def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tup
         if done.returncode:
             raise RuntimeError(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}")
         finished.write_text(settings)
-    evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
-    return [(record["step"], record[ACCURACY]) for record in evaluated]
-
-
-def verdict(name: str, curve: Sequence[tuple[int, float]]) -> str:
-    """`ok`, or what went wrong."""
-    start, end = curve[0][1], curve[-1][1]
-    if name == CONTROL:
-        return "ok" if abs(end - start) <= STILL else "moved"
-    return "ok" if end >= COLLAPSED * start else "collapsed"
+    records = read_metrics(run / "metrics.jsonl")
+    accuracy = [record[ACCURACY] for record in records if ACCURACY in record]
+    rewards = [record["reward/mean"] for record in records if record["step"]]
+    return Learned((accuracy[0], accuracy[-1]), (fmean(rewards[:10]), fmean(rewards[-10:])))
 
 
 def main() -> int:
@@ -107,30 +122,35 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     a = parser.parse_args()
     names = [*(a.names or ALGORITHMS), CONTROL]
-    model, curves = warm_start(a.runs, 0), {}
-    log = a.runs / "server.log"
+    model, found = warm_start(a.runs, 0), {}
     with (
-        LocalServer(model, Embedded(threads=1), log_file=log, start_timeout=START_SECONDS) as server,
-        imported(a.runs, {"OMP_NUM_THREADS": "1"}, RUN_SECONDS) as ranks,
+        TemporaryDirectory(prefix="mcore_rl_learn_") as scratch,
+        LocalServer(
+            model, Embedded(threads=1), log_file=Path(scratch) / "server.log", start_timeout=START_SECONDS
+        ) as server,
+        imported(Path(scratch), {"OMP_NUM_THREADS": "1"}, RUN_SECONDS) as ranks,
     ):
         for name in names:
-            curves[name] = learn(name, a.runs, a.steps, server.url, ranks)
-            points = " ".join(f"{accuracy:.3f}" for _, accuracy in curves[name])
-            print(f"{name:22} {points}  {verdict(name, curves[name])}", flush=True)
-            write(a.out, a.steps, curves)
-    return 0 if all(verdict(name, curve) == "ok" for name, curve in curves.items()) else 1
+            found[name] = learn(name, a.runs, a.steps, server.url, ranks)
+            print(row(name, found[name]), flush=True)
+            write(a.out, a.steps, found)
+    return 0 if all(one.verdict(name) == "ok" for name, one in found.items()) else 1
 
 
-def write(out: Path, steps: int, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+def row(name: str, one: Learned) -> str:
+    """A line of the page's table."""
+    (start, end), (first, last) = one.accuracy, one.reward
+    return f"| {name} | {start:.3f} | {end:.3f} | {first:.3f} | {last:.3f} | {one.verdict(name)} |"
+
+
+def write(out: Path, steps: int, found: Mapping[str, Learned]) -> None:
     """What is known so far, in OUT/learn_algorithms_DATE.json."""
     today = datetime.date.today().isoformat()
     record = {
-        "benchmark": f"held-out accuracy over {steps} steps of each algorithm, {PROBLEMS} problems, a seed",
+        "benchmark": f"{steps} steps of each algorithm, {PROMPTS} prompts a step, {PROBLEMS} problems",
         "date": today,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
-        "curves": {
-            name: {"points": curve, "verdict": verdict(name, curve)} for name, curve in curves.items()
-        },
+        "runs": {name: {**asdict(one), "verdict": one.verdict(name)} for name, one in found.items()},
     }
     write_whole(out / f"learn_algorithms_{today}.json", json.dumps(record, indent=1) + "\n")
 

@@ -72,8 +72,7 @@ def _advantage(p: GoldenInputs, algorithm: Algorithm) -> Tensor:
     statistics = p.statistics._replace(lengths=p.lengths.double(), baseline=_baseline(p))
     if algorithm.decoupled:
         parts, weights = (p.tensor(name, "entries").double() for name in ("parts", "part_weights"))
-        each = partial(algorithm.advantage, **params)
-        return advantages.decoupled(p.groups, parts, weights, each, eps=params["eps"])
+        return advantages.decoupled(p.groups, parts, weights, partial(algorithm.advantage, **params))
     if not algorithm.per_token and not algorithm.by_token:
         return algorithm.advantage(p.rewards, statistics, **params)
     nothing = torch.zeros(int(p.offsets[-1]), dtype=torch.float64)
