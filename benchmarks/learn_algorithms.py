@@ -132,12 +132,12 @@ def main() -> int:
     ):
         for name in names:
             found[name] = learn(name, a.runs, a.steps, server.url, ranks)
-            print(row(name, found[name]), flush=True)
+            print(line_of(name, found[name]), flush=True)
             write(a.out, a.steps, found)
     return 0 if all(one.verdict(name) == "ok" for name, one in found.items()) else 1
 
 
-def row(name: str, one: Learned) -> str:
+def line_of(name: str, one: Learned) -> str:
     """A line of the page's table."""
     (start, end), (first, last) = one.accuracy, one.reward
     return f"| {name} | {start:.3f} | {end:.3f} | {first:.3f} | {last:.3f} | {one.verdict(name)} |"
