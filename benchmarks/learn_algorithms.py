@@ -96,6 +96,7 @@ def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> Learned:
         again = rehearsed.ask_again
         flags |= {"environment.function": f"{again.__module__}:{again.__name__}"}
         flags |= {"environment.max_turns": rehearsed.TURNS, "environment.max_tokens": rehearsed.TOKENS}
+        flags |= {"data.max_prompt_tokens": 16}  # of the tokens that the environment has room for
     flags |= {"algorithm.params": "{}"} if has_critic(algorithm) and algorithm != "ppo" else {}
     given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     settings, finished = "\n".join([example.read_text(), *given]).replace(url, ""), run / "finished.txt"
