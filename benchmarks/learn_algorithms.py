@@ -4,10 +4,13 @@
 
 Each begins with the warm start of benchmarks/learn.py and takes the settings of examples/grpo_tiny.toml, or
 of examples/ppo_tiny.toml where it trains a critic; a loss without a ratio has one update for a rollout. They
-share a server, one after another, and their ranks are forked, so that what they cost is training. It
-collapsed where its held-out accuracy ends below COLLAPSED of what the warm start has. A run that finished
-under RUNS with the same settings is not run again.
-Writes OUT/learn_algorithms_DATE.json; the exit code is 1 where one collapsed, or the control moved.
+share a server, one after another, and their ranks are forked, so that what they cost is training; a rollout
+is a quarter of the examples'. ECHO trains in the environment of a rehearsal, which puts the question again,
+since it learns what lies between turns. A run collapsed where its held-out accuracy, or the reward of its
+last ten steps, is below COLLAPSED of what it began with. One that finished under RUNS with the same settings
+is not run again.
+Writes OUT/learn_algorithms_DATE.json, anew after every run; the exit code is 1 where one collapsed, or the
+control moved.
 """
 
 from __future__ import annotations
@@ -15,31 +18,60 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from benchmarks.learn import ACCURACY, ROOT, RUN_SECONDS, warm_start
 from mcore_rl.algo import losses
 from mcore_rl.algo.algorithms import ALGORITHMS, configure, has_critic
+from mcore_rl.directories import write_whole
+from mcore_rl.environments import rehearsed
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.processes import Embedded, LocalServer
 from tests.e2e.ranks import Ranks, imported
 
 COLLAPSED = 0.7
-"""of the accuracy at the start: less at the end is a collapse"""
+"""of the start: less at the end is a collapse"""
 CONTROL = "control"
-PROBLEMS = 1000
+PROBLEMS = 500
 """held-out ones, answered at the start and at the end"""
-STILL = 0.06
+PROMPTS = 16
+"""of a step, eight samples each"""
+RATE = 2e-4
+"""learning rate of the policy: less than the examples', whose steps have four times the samples"""
+STILL = 4 * math.sqrt(2 * 0.25 / PROBLEMS)
 """of accuracy that two draws of PROBLEMS answers may differ by without any learning: four standard errors"""
+START_SECONDS = 600.0
+"""of the server, on a machine that others use too"""
 
 
-def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tuple[int, float]]:
-    """(step, held-out accuracy) of a run by `name`; of GRPO with learning rate 0 for the control."""
+@dataclass(frozen=True)
+class Learned:
+    """What became of a run."""
+
+    accuracy: tuple[float, float]
+    """of held-out problems, at the start and at the end"""
+    reward: tuple[float, float]
+    """mean of the first ten steps, and of the last ten"""
+
+    def verdict(self, name: str) -> str:
+        """`ok`, or what went wrong."""
+        (start, end), (first, last) = self.accuracy, self.reward
+        if name == CONTROL:
+            return "ok" if abs(end - start) <= STILL else "moved"
+        return "ok" if end >= COLLAPSED * start and last >= COLLAPSED * first else "collapsed"
+
+
+def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> Learned:
+    """A run by `name`; by GRPO with learning rate 0 for the control."""
     run = runs / f"algorithm_{name}"
     algorithm = "grpo" if name == CONTROL else name
     example = ROOT / "examples" / ("ppo_tiny.toml" if has_critic(algorithm) else "grpo_tiny.toml")
@@ -50,15 +82,21 @@ def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tup
         "algorithm.name": algorithm,
         "parallel.tensor": 1,
         "rollout.urls": json.dumps([url]),
+        "rollout.prompts_per_step": PROMPTS,
         "run.dir": run,
         "run.seed": 0,
+        "optimizer.lr": 0.0 if name == CONTROL else RATE,
         "train.steps": steps,
         "train.eval_every": 0,
         "train.eval_samples": PROBLEMS,
     }
-    flags |= {"optimizer.lr": 0.0} if name == CONTROL else {}
     if configure(algorithm).loss is losses.reinforce:  # which has no ratio, and is right in one update alone
         flags |= {"algorithm.mini_batches": 1}
+    if configure(algorithm).observation_nll:
+        again = rehearsed.ask_again
+        flags |= {"environment.function": f"{again.__module__}:{again.__name__}"}
+        flags |= {"environment.max_turns": rehearsed.TURNS, "environment.max_tokens": rehearsed.TOKENS}
+        flags |= {"data.max_prompt_tokens": 16}  # of the tokens that the environment has room for
     flags |= {"algorithm.params": "{}"} if has_critic(algorithm) and algorithm != "ppo" else {}
     given = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     settings, finished = "\n".join([example.read_text(), *given]).replace(url, ""), run / "finished.txt"
@@ -68,16 +106,10 @@ def learn(name: str, runs: Path, steps: int, url: str, ranks: Ranks) -> list[tup
         if done.returncode:
             raise RuntimeError(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}")
         finished.write_text(settings)
-    evaluated = [record for record in read_metrics(run / "metrics.jsonl") if ACCURACY in record]
-    return [(record["step"], record[ACCURACY]) for record in evaluated]
-
-
-def verdict(name: str, curve: Sequence[tuple[int, float]]) -> str:
-    """`ok`, or what went wrong."""
-    start, end = curve[0][1], curve[-1][1]
-    if name == CONTROL:
-        return "ok" if abs(end - start) <= STILL else "moved"
-    return "ok" if end >= COLLAPSED * start else "collapsed"
+    records = read_metrics(run / "metrics.jsonl")
+    accuracy = [record[ACCURACY] for record in records if ACCURACY in record]
+    rewards = [record["reward/mean"] for record in records if record["step"]]
+    return Learned((accuracy[0], accuracy[-1]), (fmean(rewards[:10]), fmean(rewards[-10:])))
 
 
 def main() -> int:
@@ -91,25 +123,37 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     a = parser.parse_args()
     names = [*(a.names or ALGORITHMS), CONTROL]
-    model, curves = warm_start(a.runs, 0), {}
+    model, found = warm_start(a.runs, 0), {}
     with (
-        LocalServer(model, Embedded(threads=1), log_file=a.runs / "server.log") as server,
-        imported(a.runs, {"OMP_NUM_THREADS": "1"}, RUN_SECONDS) as ranks,
+        TemporaryDirectory(prefix="mcore_rl_learn_") as scratch,
+        LocalServer(
+            model, Embedded(threads=1), log_file=Path(scratch) / "server.log", start_timeout=START_SECONDS
+        ) as server,
+        imported(Path(scratch), {"OMP_NUM_THREADS": "1"}, RUN_SECONDS) as ranks,
     ):
         for name in names:
-            curves[name] = learn(name, a.runs, a.steps, server.url, ranks)
-            points = " ".join(f"{accuracy:.3f}" for _, accuracy in curves[name])
-            print(f"{name:22} {points}  {verdict(name, curves[name])}", flush=True)
-    verdicts = {name: verdict(name, curve) for name, curve in curves.items()}
+            found[name] = learn(name, a.runs, a.steps, server.url, ranks)
+            print(line_of(name, found[name]), flush=True)
+            write(a.out, a.steps, found)
+    return 0 if all(one.verdict(name) == "ok" for name, one in found.items()) else 1
+
+
+def line_of(name: str, one: Learned) -> str:
+    """A line of the page's table."""
+    (start, end), (first, last) = one.accuracy, one.reward
+    return f"| {name} | {start:.3f} | {end:.3f} | {first:.3f} | {last:.3f} | {one.verdict(name)} |"
+
+
+def write(out: Path, steps: int, found: Mapping[str, Learned]) -> None:
+    """What is known so far, in OUT/learn_algorithms_DATE.json."""
     today = datetime.date.today().isoformat()
     record = {
-        "benchmark": f"held-out accuracy over {a.steps} steps of each algorithm, {PROBLEMS} problems, a seed",
+        "benchmark": f"{steps} steps of each algorithm, {PROMPTS} prompts a step, {PROBLEMS} problems",
         "date": today,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
-        "curves": {name: {"points": curve, "verdict": verdicts[name]} for name, curve in curves.items()},
+        "runs": {name: {**asdict(one), "verdict": one.verdict(name)} for name, one in found.items()},
     }
-    (a.out / f"learn_algorithms_{today}.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if set(verdicts.values()) == {"ok"} else 1
+    write_whole(out / f"learn_algorithms_{today}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _of_algorithm(config: Config) -> Iterator[str]:
     if config.run.kind == "rl" and not list(misnamed(config.algorithm.name)):
-        yield from _effects().wrong_algorithm(config.algorithm, config.rollout)
+        plays = config.environment.function is not None
+        yield from _effects().wrong_algorithm(config.algorithm, config.rollout, plays=plays)
 
 
 def _of_data(config: Config) -> Iterator[str]:
@@ -341,8 +342,7 @@ def warnings(config: Config) -> list[str]:
     algorithm = _effects().configure(a.name, a.params, a.loss)
     rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
     updates, stale = a.mini_batches * a.epochs, config.rollout.max_staleness > 0
-    plays = config.environment.function is not None
-    found = _effects().doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates, plays=plays)
+    found = _effects().doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates)
     return [*found, *_of_critic(config, updates), *_never_due(config), *_never_waited(config)]
 
 

@@ -89,7 +89,6 @@ def doubtful(
     updates: int,
     stale: bool,
     rates: Mapping[str, float],
-    plays: bool = True,
 ) -> Iterator[str]:
     """What a run may do and hardly means, for a warning.
 
@@ -97,13 +96,7 @@ def doubtful(
         updates: optimizer steps on one rollout.
         stale: samples may be of older weights.
         rates: key -> learning rate of every model in training.
-        plays: an environment makes the samples.
     """
-    if algorithm.observation_nll and not plays:
-        yield (
-            "algorithm.params.observation_nll: has no effect without environment.function, since a response "
-            "has no tokens between turns; set one, or 0"
-        )
     for key, rate in rates.items():
         if rate == 0:
             yield f"{key}: 0, so that nothing is learned"
@@ -125,14 +118,30 @@ def doubtful(
         )
 
 
-def wrong_algorithm(chosen: AlgorithmConfig, rollout: RolloutConfig) -> Iterator[str]:
-    """`section.key: what, remedy` for what the algorithm of an RL run cannot go together with."""
+def wrong_algorithm(chosen: AlgorithmConfig, rollout: RolloutConfig, *, plays: bool) -> Iterator[str]:
+    """`section.key: what, remedy` for what the algorithm of an RL run cannot go together with.
+
+    Args:
+        plays: an environment makes the samples.
+    """
     try:
         algorithm = configure(chosen.name, chosen.params, chosen.loss)
     except ConfigError as error:
         yield str(error)
         return
     yield from params_without_effect(algorithm, chosen.params)
+    if algorithm.observation_nll and not plays:
+        named = "observation_nll" not in chosen.params
+        place, remedy = ("name", "another algorithm") if named else ("params.observation_nll", "0")
+        yield (
+            f"algorithm.{place}: without environment.function nothing is observed between turns, and nothing "
+            f"of it learned; set one, or {remedy}"
+        )
+    if algorithm.baseline == "greedy" and plays:
+        yield (
+            f"algorithm.name: {chosen.name} compares with one greedy response, and a rollout of "
+            "environment.function is more than one; take another algorithm"
+        )
     if rollout.max_staleness and not (algorithm.corrects or algorithm.rules or algorithm.off_policy):
         yield (
             "rollout.max_staleness: samples of older weights would count as if the present ones had drawn "

@@ -6,7 +6,7 @@ the model with them and with steps that it was not fitted to. What ranks exchang
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.parallel.layout import Layout
@@ -80,13 +80,15 @@ class Seconds:
     log_probs: float
     train: float
     publish: float
+    greedy: float = 0.0
+    """answers that are compared with: asked for when the samples are there, and waited for"""
     beside: bool = False
     """generation runs beside the other phases"""
 
     @property
     def total(self) -> float:
         """One phase after the other, as a synchronous step runs them; or the longer of the two sides."""
-        others = self.log_probs + self.train + self.publish
+        others = self.greedy + self.log_probs + self.train + self.publish
         return max(self.generate, others) if self.beside else self.generate + others
 
 
@@ -108,13 +110,15 @@ def step_seconds(
     forward = work.forward_flops(shape) / (layout.world_size * PEAK_FLOPS)
     exchanged = forward_exchange(shape, layout, work.tokens).total
     again, frozen = work.recompute == "full", work.lora is not None  # frozen matrices get no gradient
-    scoring = work.old_log_prob_share + work.reference + work.critic_flops + work.reward_flops
-    scoring += work.teacher_flops
+    scoring = work.old_log_prob_share + work.energy_share + work.reference + work.critic_flops
+    scoring += work.reward_flops * (1 + work.greedy / work.samples) + work.teacher_flops
     rounds, running = work.epochs * (1 + work.critic_flops), 1 - work.bubble(layout)
     # A backward pass takes two forward passes' FLOPs, and sends what one sends.
     train = ((3 + again - frozen) * forward / e.train + (2 + again) * exchanged) * rounds / running
+    answers = replace(work, samples=work.greedy, staleness=0)
     return Seconds(
         generate=generate_seconds(shape, parameters, work, fleet, e) if work.generates else 0.0,
+        greedy=generate_seconds(shape, parameters, answers, fleet, e) if work.greedy else 0.0,
         log_probs=(forward / e.log_probs + exchanged) * scoring / running,
         train=train + (0.0 if frozen else _exposed(parameters, layout, work, train)),
         publish=weight_bytes(work.precision) * parameters / e.publish if work.generates else 0.0,

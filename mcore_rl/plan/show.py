@@ -95,7 +95,8 @@ def best_of(gpus: int, plans: Sequence[LayoutPlan], configured: LayoutPlan | Non
     if not fitting:
         return f"No layout of {gpus} GPUs leaves {ENOUGH_SPARE:.0%} of their memory; take more of them."
     best, s = fitting[0], fitting[0].seconds
-    phases = {"generation": s.generate, "scores": s.log_probs, "training": s.train, "publishing": s.publish}
+    phases = {"generation": s.generate + s.greedy, "scores": s.log_probs}
+    phases |= {"training": s.train, "publishing": s.publish}
     longest = max(phases, key=lambda name: phases[name])
     shortest = min(fitting, key=lambda plan: plan.seconds.total)
     why = (
@@ -130,6 +131,10 @@ def _head(problem: PlanInputs, gpus: int) -> Iterator[str]:
         f"{work.forward_flops(problem.shape):.3g} FLOP"
     )
     times = publish_seconds(problem.parameters, work.precision)
+    if work.greedy:
+        yield f"{work.greedy} greedy answers to compare with are a part of generation, and not trained"
+    if work.energy_share:
+        yield "One more forward pass of the policy, at half the temperature, is a part of the scores"
     if work.staleness:
         yield "Generation runs beside the other phases (rollout.max_staleness): a step is the longer"
     yield "One copy of the weights: " + ", ".join(f"{s:.3g} s by {link}" for link, s in times.items())
@@ -152,6 +157,6 @@ def _row(plan: LayoutPlan, mark: str) -> str:
     verdict = "" if plan.fits else "  does not fit" if plan.spare < 0 else f"  under {ENOUGH_SPARE:.0%} spare"
     return (
         f"{mark} {plan.layout!s:26} {fullest:6.1f} {plan.spare:6.0%} {plan.micro_batches:5d}"
-        f" {plan.bubble:6.0%}"
-        f" {s.generate:8.1f} {s.log_probs:7.1f} {s.train:7.1f} {s.publish:7.1f} {s.total:7.1f}{verdict}"
+        f" {plan.bubble:6.0%} {s.generate + s.greedy:8.1f}"
+        f" {s.log_probs:7.1f} {s.train:7.1f} {s.publish:7.1f} {s.total:7.1f}{verdict}"
     )

@@ -54,6 +54,10 @@ class PlannedStep:
     """share of the samples that get a forward pass of the policy before the updates"""
     segments: float = 1.0
     """mean number of training sequences of a sample"""
+    greedy: int = 0
+    """answers that a step asks the servers for besides its samples, to compare with; they are not trained"""
+    energy_share: float = 0.0
+    """share of the samples that get one more forward pass of the policy, at half the temperature"""
     fp8: Fp8 = DEFAULT_FP8
     offloaded: frozenset[str] = frozenset()
     """parts (phases.NEEDED) that leave the GPU"""
@@ -161,6 +165,8 @@ def work_of(
         generates=not supervised,
         segments=segments or 1.0,
         old_log_prob_share=0.0 if not rl else 1.0 if all_old else 1 - 1 / a.mini_batches,
+        greedy=r.prompts_per_step if rl and algorithm.baseline == "greedy" else 0,
+        energy_share=1.0 if rl and algorithm.by_token else 0.0,
         fp8=fp8_of(config),
         offloaded=frozenset(_offloaded(config)),
         swapped=config.residency.reference == "swapped",

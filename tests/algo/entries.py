@@ -36,6 +36,12 @@ class Batch:
         self.hidden, self.weight, self.targets = given["H"].double(), given["W"].double(), given["y"].long()
         self.temperature = float(given["temperature"])
         self.baseline = torch.linspace(-0.5, 0.75, self.count, dtype=torch.float64)
+        # a second part of the reward: equal in the group whose first part is, so that nothing differs there
+        second = [0.5 if self.group[i] == 1 else (7 * i % 5) / 4 for i in range(self.count)]
+        self.parts = torch.stack((self.rewards, torch.tensor(second, dtype=torch.float64)), 1)
+        self.part_weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+        # between two turns: what is not trained and has something trained behind it
+        self.observed = (self.mask == 0).double() * (self.mask.flip(1).cumsum(1).flip(1) > 0)
 
     def members(self, i: int) -> list[int]:
         return [j for j in range(self.count) if self.group[j] == self.group[i]]
@@ -77,6 +83,20 @@ def leave_one_out(b: Batch) -> Tensor:
         return gap / (std + EPS) if len({b.rewards[j].item() for j in rest}) > 1 else gap
 
     return b.by_group(one)
+
+
+def gdpo(b: Batch) -> Tensor:
+    """Each part is normalised in its group by itself; their weighted sum is, over all samples."""
+    found = torch.zeros(b.count, dtype=torch.float64)
+    for i in range(b.count):
+        for part, weight in zip(b.parts.T.tolist(), b.part_weights.tolist(), strict=True):
+            its = [part[j] for j in b.members(i)]
+            center = math.fsum(its) / len(its)
+            std = math.sqrt(math.fsum((x - center) ** 2 for x in its) / (len(its) - 1))
+            found[i] += 0.0 if len(set(its)) == 1 else weight * (part[i] - center) / (std + EPS)
+    whole = (found - found.mean()) / (found.std() + EPS)
+    differs = [len({tuple(b.parts[j].tolist()) for j in b.members(i)}) > 1 for i in range(b.count)]
+    return torch.where(torch.tensor(differs), whole, 0.0)
 
 
 def opo(b: Batch) -> Tensor:
@@ -300,6 +320,8 @@ ENTRIES: Mapping[str, Entry] = {
         lambda b, lp, a: ppo(b, lp, a, high=0.28),
         TOKEN,
     ),
+    "gdpo": (gdpo, ppo, SEQUENCE),
+    "echo": (grpo, ppo, TOKEN),
 }
 """name -> advantages, loss of a token, aggregation; the numbers are the entries' defaults, but for OVERRIDES
 of verify/golden/entries.py"""
@@ -325,6 +347,8 @@ def differentiated(b: Batch, name: str) -> dict[str, np.ndarray]:
     if name == "vapo":
         positive = b.mask * (b.rewards > 0)[:, None]
         total = total - 0.1 * (torch.where(b.finite, lp, 0.0) * positive).sum() / positive.sum()
+    if name == "echo":
+        total = total - 0.1 * (lp * b.observed).sum() / b.observed.sum()
     gradients = torch.autograd.grad(total, (lp, logits, weight, hidden))
     found = dict(zip(("coef", "dlogits", "dW", "dH"), (x.numpy() for x in gradients), strict=True))
     return {"adv": adv.numpy(), "loss": total.detach().numpy(), **found}
@@ -334,7 +358,7 @@ def expected() -> dict[str, np.ndarray]:
     """Everything that the file holds."""
     with np.load(GOLDEN / "batch.npz") as arrays:
         batch = Batch(arrays)
-    found = {"baseline": batch.baseline.numpy()}
+    found = {key: getattr(batch, key).numpy() for key in ("baseline", "parts", "part_weights", "observed")}
     for name in ENTRIES:
         found |= {f"{name}/{key}": array for key, array in differentiated(batch, name).items()}
     return found

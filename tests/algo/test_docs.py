@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mcore_rl.algo
+from benchmarks.learn_algorithms import CONTROL, Learned, line_of
 from mcore_rl.__main__ import main
 from mcore_rl.algo.algorithms import ALGORITHMS, Algorithm
 from mcore_rl.algo.catalog import FORMULAS, KNOWN, as_markdown
@@ -146,3 +148,20 @@ def test_a_stale_page_is_seen(old: str, new: str) -> None:
     assert page != PAGE
     unnamed = {name for name in public_functions() if f"`{name}`" not in page}
     assert missing_functions(page) or unnamed or golden_cases(page) != GOLDEN_CASES
+
+
+def test_the_page_has_the_learning_runs_and_says_which_are_not_there() -> None:
+    newest = max((ROOT / "benchmarks").glob("learn_algorithms_*.json"))
+    runs = json.loads(newest.read_text())["runs"]
+    assert newest.name in PAGE
+    for name, found in runs.items():
+        learned = Learned(tuple(found["accuracy"]), tuple(found["reward"]))
+        assert learned.verdict(name) == found["verdict"]
+        # as it is printed, it tells no good answer of a prompt from a bad one
+        assert found["verdict"] == "ok" or name == "hybrid-grpo-shared"
+        assert line_of(name, learned) in PAGE
+    (said,) = re.findall(r"\| a learning run of (.*?) \|", PAGE) or [""]
+    assert {*ALGORITHMS} - {*runs} == {*re.findall(r"`([^`]+)`", said)}
+    assert Learned((0.4, 0.27), (0.4, 0.4)).verdict("grpo") == "collapsed"
+    assert Learned((0.4, 0.4), (0.4, 0.27)).verdict("grpo") == "collapsed"
+    assert Learned((0.4, 0.6), (0.4, 0.4)).verdict(CONTROL) == "moved"

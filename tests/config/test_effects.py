@@ -38,6 +38,15 @@ def grpo(**params: object) -> dict[str, object]:
         (grpo(whiten="true", ddof=0), {"algorithm__params.whiten": "false"}, "ddof: .* by their spread once"),
         (grpo(whiten="true", std="batch"), {"algorithm__params.std": "group"}, "params.std: has no effect"),
         (grpo(decoupled="true", ddof=0), {"algorithm__params.decoupled": "false"}, "by its own spread"),
+        ({"algorithm__name": "echo"}, {"environment__function": "m:f"}, "name: without environment.function"),
+        ({"algorithm__name": "echo"}, {"algorithm__params.observation_nll": 0}, "name: without environment"),
+        (grpo(observation_nll=0.1), {"algorithm__params.observation_nll": 0}, "observation_nll: without env"),
+        (grpo(observation_nll=0.1), {"environment__function": "m:f"}, "observation_nll: without env"),
+        (
+            {"algorithm__name": "remax", "environment__function": "m:f"},
+            {"algorithm__name": "rloo"},
+            "name: remax compares with one greedy response",
+        ),
         ({"train__eval_samples": 5}, {"data__eval": "e.jsonl"}, NO_SETS),
         (
             {"data__weights": "[3]"},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mcore_rl.config import load_config
 from mcore_rl.parallel.layout import Layout
-from mcore_rl.plan.clock import LINKS, publish_seconds
+from mcore_rl.plan.clock import LINKS, SamplingServers, Seconds, publish_seconds, step_seconds
 from mcore_rl.plan.exchange import NETWORK, NVLINK, forward_exchange, replicas_exchange
 from mcore_rl.plan.published import FITTED, HELD_OUT, LLAMA_70B, QWEN_30B, STEPS, WITHIN, rows
+from mcore_rl.plan.work import work_of
 from tests.sources import ROOT
 
 STEP_70B = STEPS[0]
@@ -50,6 +53,30 @@ def test_generation_beside_training_hides_the_shorter_side() -> None:
     others = turns.log_probs + turns.train + turns.publish
     assert turns.total == pytest.approx(turns.generate + others)
     assert beside.total == pytest.approx(max(turns.generate, others))
+
+
+def test_what_an_algorithm_asks_for_besides_its_samples_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ReMax: as much as a step of one sample a prompt generates. OTB: one more pass than two epochs score."""
+    monkeypatch.chdir(ROOT)
+
+    def seconds(name: str, *flags: str, judge: float = 0.0) -> Seconds:
+        work = work_of(load_config(Path("examples/gspo_8b.toml"), ["--algorithm.name", name, *flags]))
+        work = replace(work, reward_flops=judge)
+        return step_seconds(LLAMA_70B.shape, 8 * 10**9, Layout.parse("tp4+sp"), work, SamplingServers(4, 1))
+
+    plain, remax = seconds("rloo"), seconds("remax")
+    one = seconds("reinforce", "--rollout.samples_per_prompt", "1")
+    assert remax == replace(plain, greedy=one.generate)
+    assert 0 == plain.greedy < remax.greedy < remax.generate
+    assert remax.total == pytest.approx(plain.total + remax.greedy)
+    stale = replace(remax, beside=True)
+    assert stale.total == pytest.approx(max(remax.generate, remax.total - remax.generate))
+    otb, twice = seconds("otb"), seconds("rloo", "--algorithm.epochs", "2")
+    assert otb == replace(plain, log_probs=otb.log_probs)
+    assert otb.log_probs == pytest.approx(2 * twice.log_probs)
+    judged, compared = (seconds(name, judge=0.5).log_probs for name in ("rloo", "remax"))
+    # a greedy answer has a score too: one more for eight
+    assert compared - plain.log_probs == pytest.approx(9 / 8 * (judged - plain.log_probs))
 
 
 def test_what_ranks_exchange_is_bytes_over_links() -> None:

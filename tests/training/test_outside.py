@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from mcore_rl.algo.algorithms import configure
-from mcore_rl.config.effects import doubtful
 from mcore_rl.errors import ConfigError
 from mcore_rl.parallel.head import HeadOutput
 from mcore_rl.parallel.mesh import Layout, Mesh
@@ -139,10 +138,3 @@ def test_each_role_has_a_mean_of_its_own_which_a_checkpoint_keeps() -> None:
     idle = RoleBaselines(configure("grpo"))
     idle.observe(SAMPLES)
     assert idle.state() == {}
-
-
-def test_tokens_between_turns_without_an_environment_are_warned_of() -> None:
-    given = {"updates": 2, "stale": False, "rates": {}}
-    (line,) = doubtful(configure("echo"), {}, **given, plays=False)
-    assert "has no effect without environment.function" in line
-    assert not list(doubtful(configure("echo"), {}, **given, plays=True))

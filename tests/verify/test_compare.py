@@ -125,7 +125,7 @@ def own_log_probs() -> list[np.ndarray]:
     return [-3 - rng.random(len(sample.token_ids)).astype(np.float32) for sample in samples]
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo", "gspo", "sapo", "liteppo"])
+@pytest.mark.parametrize("name", ["ppo", "grpo", "gspo", "sapo", "liteppo", "passk", "passk-best"])
 def test_ratios_leave_one_and_both_clips_act(name: str) -> None:
     own = own_log_probs()
     problem.check(problem.record(name, own), own)

@@ -80,6 +80,7 @@ def test_two_ranks_with_all_algorithms(worlds: SharedPools) -> None:
     """
     assert_all_agree(worlds, ("cp2", "dp2:overlap"), ALGORITHMS)
     assert_all_agree(worlds, ("tp2+sp", "pp2+vpp2"), ("gspo", "ppo"))
+    assert_all_agree(worlds, ("tp2",), ("remax",))  # the steepest, whose errors of rounding grow
 
 
 @pytest.mark.slow

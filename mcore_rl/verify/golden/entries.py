@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from mcore_rl.algo.rows import Rows
 from mcore_rl.parallel.head import head
 from mcore_rl.verify.golden.inputs import GoldenInputs, Outputs
 
-INPUTS = frozenset({"baseline"})
+INPUTS = frozenset({"baseline", "parts", "part_weights", "observed"})
 OVERRIDES: Mapping[str, Mapping[str, object]] = {
     "kl-cov": {"fraction": 0.1},
     "clip-cov": {"fraction": 0.1, "cov_low": 0.1},
@@ -25,7 +26,7 @@ OVERRIDES: Mapping[str, Mapping[str, object]] = {
 NAMES = (
     *("gspo-kept", "sapo-sequence", "gmpo", "vespo", "topr", "dppo-tv", "dppo-kl", "m2po", "clip-cov"),
     *("kl-cov", "dro", "fipo", "grpo-loo", "maxrl", "opo", "passk", "passk-best", "remax", "rae", "otb"),
-    *("vc-ppo", "vapo"),
+    *("vc-ppo", "vapo", "gdpo", "echo"),
 )
 """entries whose numbers the file has; what the others are made of has cases in the other files"""
 
@@ -56,7 +57,11 @@ def entry_case(p: GoldenInputs, name: str) -> Outputs:
         rows = replace(rows, usable=rows.usable & p.mask)
         token = algorithm.loss(replace(rows, extras=_extras(p, algorithm, rows)), **algorithm.loss_params)
         total = objective(rows, token, likelihood=likelihood.to(p.dtype) if algorithm.positive_nll else 0.0)
-        return losses.weighted_sum(total, weight)
+        loss = losses.weighted_sum(total, weight)
+        if algorithm.observation_nll:
+            observed = p.tensor("observed", "entries")
+            loss = loss - algorithm.observation_nll * (observed / observed.sum() * log_prob).sum()
+        return loss
 
     return {**p.gradients(loss_of), "adv": found}
 
@@ -65,6 +70,9 @@ def _advantage(p: GoldenInputs, algorithm: Algorithm) -> Tensor:
     """[N], or [N, T] where each token has its own."""
     params = algorithm.advantage_params
     statistics = p.statistics._replace(lengths=p.lengths.double(), baseline=_baseline(p))
+    if algorithm.decoupled:
+        parts, weights = (p.tensor(name, "entries").double() for name in ("parts", "part_weights"))
+        return advantages.decoupled(p.groups, parts, weights, partial(algorithm.advantage, **params))
     if not algorithm.per_token and not algorithm.by_token:
         return algorithm.advantage(p.rewards, statistics, **params)
     nothing = torch.zeros(int(p.offsets[-1]), dtype=torch.float64)

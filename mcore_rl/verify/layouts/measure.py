@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +86,8 @@ class _Subject:
     overlap: bool
     against: Sequence[Against | None] = ()
     """what a student is compared with in each of the micro-batches"""
+    lr: float = problem.SGD_LEARNING_RATE
+    """of plain SGD"""
 
 
 def measure(
@@ -143,7 +145,9 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
         scores = {"log_prob": log_prob, "entropy": entropy}
         loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
         batches = _packed(recorded, shape, mesh)
-        results[name] = _train(mesh, _Subject(policy, loss, batches, scores, case.overlap))
+        subject = _Subject(policy, loss, batches, scores, case.overlap)
+        lr = problem.STEEP.get(name, problem.SGD_LEARNING_RATE)
+        results[name] = _train(mesh, replace(subject, lr=lr))
         if recorded.algorithm.needs_critic:
             scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
             value_loss = ValueObjective(problem.VALUE_CLIP)
@@ -190,9 +194,7 @@ def score(model: Model, samples: Sequence[Sample], shape: Batching, *, kinds: in
 def _train(mesh: Mesh, subject: _Subject) -> Measured:
     """Plain SGD for gradients and parameters, then the distributed optimizer from the same start."""
     model = subject.build(ddp=ddp_config(distributed=False, overlap=subject.overlap))
-    optimizer = build_optimizer(
-        model, lr=problem.SGD_LEARNING_RATE, kind="sgd", clip_grad=0.0, distributed=False
-    )
+    optimizer = build_optimizer(model, lr=subject.lr, kind="sgd", clip_grad=0.0, distributed=False)
     parameters = global_parameters(model.unwrapped)
     micro_batches = subject.micro_batches
     start = gathered(model, parameters)
