@@ -367,7 +367,7 @@ def test_a_template_that_fails_is_a_finding_and_all_else_is_examined(capsys, set
 def test_a_damaged_config_json_is_a_finding_and_all_else_is_examined(capsys, setting: Setting):
     (setting.model / "config.json").write_text('{"a": ' * 10_000)
     code, findings = doctor(capsys, setting.config, "--checkpoint.every", "1")
-    assert [f["check"] for f in bad(findings)] == ["model", "disk"]
+    assert [f["check"] for f in bad(findings)] == ["model"], "said once, though the disk needs it too"
     assert {"run.dir", "server", "ports"} <= {f["check"] for f in findings}
     assert code == 2
 
