@@ -26,6 +26,7 @@ from mcore_rl.model.hf.parameters import ParameterMap
 from mcore_rl.model.hf.peft_files import adapter_reader, begun_anew
 from mcore_rl.model.layouts import check_adapters, check_layout, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
+from mcore_rl.terminal import listed
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
 from mcore_rl.training.environment import check_environment
@@ -109,9 +110,8 @@ def _adapters(config: Config) -> Iterable[Finding]:
     if lora.path is not None:
         adapter_reader(mapping, lora.path)
         new = begun_anew(mapping, lora.path)
-        said = f"; {lora.path} has " + (
-            f"them but for {listed(new)}, which begin at 0" if new else "them all"
-        )
+        but = f" but for {listed(new)}, which begin at 0" if new else ""
+        said = f"; {lora.path} has them{but}"
     shapes = mapping.hf_shapes().values()
     trained = sum(prod(shape) for shape in shapes)
     what = f"{len(shapes) // 2} adapters of rank {lora.rank}: {trained} numbers are trained"

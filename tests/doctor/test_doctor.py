@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl.__main__ import main
 from mcore_rl.doctor.storage import check_disk
 from mcore_rl.environments.tools import CALL_TOOLS
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.peft_files import CONFIG, WEIGHTS, write_adapter
 from mcore_rl.rollout.processes import Embedded, LocalServer
 
 ROOT = Path(__file__).parents[2]
@@ -431,3 +437,30 @@ def test_a_server_of_another_family(capsys, setting: Setting, server: str):
     _, findings = doctor(capsys, setting.config, *flags, "--rollout.prompts_per_step", "7000")
     assert [finding["check"] for finding in bad(findings)] == ["data.train"]
     assert any(finding["check"] == "server" and finding["level"] == "ok" for finding in findings)
+
+
+def test_adapters_say_which_of_them_a_file_has_not(capsys, setting: Setting, tmp_path: Path):
+    adapters = AdapterMap(read_architecture(setting.model), Lora(2, 4.0, ("qkv",)))
+    tensors = {name: torch.ones(shape) for name, shape in adapters.hf_shapes().items()}
+    write_adapter(adapters, tensors, tmp_path, base="model")
+    flags = (
+        "--lora.rank",
+        "2",
+        "--lora.alpha",
+        "4",
+        "--lora.targets",
+        '["qkv"]',
+        "--lora.path",
+        str(tmp_path),
+    )
+    for but, kept in (
+        ("", "proj"),
+        (" but for ['model.layers.*.self_attn.k_proj'], which begin at 0", "[qv]_proj"),
+    ):
+        save_file({n: t for n, t in tensors.items() if re.search(kept, n)}, tmp_path / WEIGHTS)
+        if but:
+            told = json.loads((tmp_path / CONFIG).read_text()) | {"target_modules": ["q_proj", "v_proj"]}
+            (tmp_path / CONFIG).write_text(json.dumps(told))
+        _, findings = doctor(capsys, setting.config, *flags)
+        (found,) = (finding for finding in findings if finding["check"] == "lora")
+        assert found["what"].endswith(f"{tmp_path} has them{but}")
