@@ -163,9 +163,18 @@ def test_a_module_that_is_nowhere_is_said_and_none_is_run(tmp_path: Path, monkey
     (tmp_path / "grown" / "__init__.py").write_text("__path__ = []  # its own affair\n")
     for name in ("whole.inner", "single"):
         tmp_path.joinpath(*name.split(".")).with_suffix(".py").write_text("")
-    for there in ("whole.inner", "single", "grown.anything", "json.decoder", "mcore_rl.rewards.exact"):
+    (tmp_path / "bare" / "deep").mkdir(parents=True)  # packages without an __init__.py
+    (tmp_path / "bare" / "deep" / "mine.py").write_text("")
+    for there in (
+        "whole.inner",
+        "single",
+        "grown.anything",
+        "bare.deep.mine",
+        "json.decoder",
+        "mcore_rl.log",
+    ):
         _look_for_module("reward.function", f"{there}:made")
-    for absent in ("nowhere", "whole.nothing", "mcore_rl.rewards.exakt"):
+    for absent in ("nowhere", "whole.nothing", "bare.deep.yours", "mcore_rl.rewards.exakt"):
         with pytest.raises(ConfigError, match=rf"reward\.function: there is no module {absent} in "):
             _look_for_module("reward.function", f"{absent}:made")
 

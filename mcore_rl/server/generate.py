@@ -59,6 +59,8 @@ def parse_generate(
     request = GenerateBody.model_validate(acting)
     prompts, batch = _prompts(request, tokenizer)
     count = len(prompts)
+    if not count:  # nothing would ever finish
+        raise RequestError("text has no prompt; send at least one")
     rids = (
         _each(request.rid, count, "rid") if request.rid is not None else [uuid.uuid4().hex for _ in prompts]
     )

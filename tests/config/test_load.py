@@ -216,6 +216,7 @@ def test_the_resolved_file_holds_the_name_of_the_variable_and_not_its_value(path
 @pytest.mark.parametrize("name", [*ALGORITHMS, "--run.kind=sft"])
 def test_the_resolved_file_gives_the_same_configuration(path, tmp_path, name):
     flags = [name] if name.startswith("--") else ["--algorithm.name", name]
+    flags += ["--environment.function", "a.module:play"] if name == "echo" else []
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(to_toml(load_config(path, flags)))
     assert load_config(resolved) == load_config(path, flags)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mcore_rl.errors import ConfigError
@@ -244,6 +244,7 @@ def requests(draw: st.DrawFn) -> tuple[str, Any]:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=requests())
+@example(asked=("/generate", {"text": []}))
 def test_any_json_at_any_endpoint_is_served_or_refused(probed: LocalServer, asked: tuple[str, Any]) -> None:
     path, body = asked
     raw = json.dumps(body).encode()

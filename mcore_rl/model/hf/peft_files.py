@@ -147,7 +147,7 @@ def begun_anew(adapters: AdapterMap, directory: Path) -> list[str]:
 
 
 def matrix_of(tensor: str) -> str:
-    """What a tensor of PEFT's is of, in all layers and experts: `model.layers.*.self_attn.q_proj`."""
+    """What a tensor of PEFT's is of, in all layers and experts, whose numbers become `*`."""
     return _NUMBER.sub("*", tensor.removeprefix("base_model.model.").rpartition(".lora_")[0])
 
 
