@@ -14,7 +14,7 @@ READY := .venv/.ready
 LANE := .venv-lane/bin
 LANE_READY := .venv-lane/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-PARALLEL := -n 3 --dist loadgroup
+PARALLEL := -n 2 --dist loadgroup
 SGLANG := .venv-sglang
 VERIFIERS := .venv-verifiers
 OPENENV := .venv-openenv

@@ -195,7 +195,7 @@ def test_a_config_is_evaluated_by_a_server_of_its_own_which_ends_with_the_comman
     said = b"".join(heard).decode()
     assert running.returncode == 75, said
     assert re.search(r"\r\x1b\[2K\[\.{20}\]  starting 1 servers \d+ s\r", said), said
-    assert re.search(r"\[\.{20}\]  sampling eval \d+ s\r", said), said
+    assert re.search(r"eval  \d/5 prompts", said), said
     assert len(lines(partial)) < 5
     assert not (out / "results.json").exists()
     group = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
