@@ -167,7 +167,7 @@ def workshop(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("e2e")
 def test_the_commands_of_these_pages_do_what_they_say(workshop: Workshop) -> None:
     """In order, each page in a directory of its own; the report is of the runs of the README's commands."""

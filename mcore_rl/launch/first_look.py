@@ -101,11 +101,9 @@ def _look_for_module(key: str, name: str) -> None:
     parts = module.split(".")
     places: Sequence[str] = [*sys.path, os.getcwd()]
     for depth in range(1, len(parts) + 1):
-        part, name_there = (
-            ".".join(parts[:depth]),
-            parts[depth - 1],
-        )  # of a whole name it asks for the package
-        spec = PathFinder.find_spec(name_there, places) or (find_spec(part) if depth == 1 else None)
+        part = ".".join(parts[:depth])
+        # by its own name in its package's places: of a whole name, PathFinder wants the package imported
+        spec = PathFinder.find_spec(parts[depth - 1], places) or (find_spec(part) if depth == 1 else None)
         if spec is None:
             raise ConfigError(
                 f"{key}: there is no module {part} in {os.getcwd()} or on PYTHONPATH; put its directory on "
