@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from mcore_rl.convert.command import adapter, mcore_to_hf, merge
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import read_metrics
+from mcore_rl.talk.weights import model_of
 from tests.checkpoint.support import stored
 from tests.e2e.conftest import Task
 from tests.e2e.ranks import Ranks
@@ -64,6 +65,12 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
         assert found.keys() == written.keys()
         for name, tensor in written.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+    for weights in (None, "latest"):  # what `mcore-rl chat` and `serve` load: published, and a checkpoint
+        with model_of(tmp_path / "whole", weights) as served:
+            found = load_file(next(served.glob("*.safetensors")))
+        assert found.keys() == written.keys()
+        for name, tensor in written.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
     with pytest.raises(ConfigError, match="holds adapters alone"):
         mcore_to_hf(saved, tmp_path / "alone", config=model)
     shutil.copytree(model, tmp_path / "model")
@@ -71,6 +78,18 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
     save_file(base | {"model.norm.weight": base["model.norm.weight"] + 1}, file)
     with pytest.raises(ConfigError, match="are not those of the model that the adapters of"):
         merge(saved, tmp_path / "other", model=tmp_path / "model")
+
+
+def test_servers_that_generate_beside_training_have_the_adapters(
+    ranks: Ranks, task: Task, tmp_path: Path
+) -> None:
+    flags = ["--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token"]
+    done = ranks.run(*grpo(task, tmp_path, *flags, "--parallel.tensor", "1"))
+    assert done.returncode == 0, done.stderr
+    steps = read_metrics(tmp_path / "metrics.jsonl")[1:]
+    assert len(steps) == 3
+    assert all(step["publish/adapter_share"] == pytest.approx(1.0, abs=1e-3) for step in steps)
+    assert all(step["staleness/mean"] > 0 for step in steps[1:])
 
 
 @pytest.mark.parametrize(
