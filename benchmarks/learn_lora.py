@@ -25,8 +25,8 @@ from benchmarks.learn import ROOT, Curve, learn, warm_start
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
 
-KINDS: dict[str, dict[str, object]] = {"full": {}, "rank 8": {"lora.rank": 8, "lora.alpha": 16}}
-RATES = {"full": (5e-4, 1e-3), "rank 8": (2e-3, 4e-3, 8e-3)}
+KINDS: dict[str, dict[str, object]] = {"full": {}, "rank 8": {"lora.rank": 8, "lora.alpha": 64}}
+RATES = {"full": (5e-4, 1e-3), "rank 8": (5e-4, 1e-3, 2e-3)}
 MOST = 0.05
 """of accuracy, by which adapters may end below the weights"""
 CONTROL_STEPS, DRIFT = 40, 0.06
