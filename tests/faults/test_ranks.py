@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_a_rank_that_never_comes_leaves_the_stacks_of_all(task: list[str], tmp_p
         assert process.wait(timeout=120) == 1
         assert time.monotonic() - since < 2 * limit + 15
     log = said(run_dir)
+    assert re.search(r"exitcode *: 75\b", log), "what torchrun, which has a code of its own, says of the ranks"
     assert "no progress for 10 s (train.step_timeout) since step 1; stacks of 2 of 2 ranks" in log
     assert "  rank 1: " in log
     assert "faulty.py" in log.split("  rank 1: ")[1].partition("\n")[0]

@@ -128,9 +128,19 @@ def test_every_wrong_tensor_is_listed(dense_dir: Path, tmp_path: Path) -> None:
         assert part in str(raised.value)
 
 
-def test_a_file_that_is_no_safetensors_file_is_named(dense_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [0, 5, 300, -1], ids=["nothing", "length", "names", "but a byte"])
+def test_a_file_that_is_no_safetensors_file_is_named(dense_dir: Path, tmp_path: Path, left: int) -> None:
+    """It was cut off, or it is of something else."""
     broken = shutil.copytree(dense_dir, tmp_path / "bad")
-    (broken / "model.safetensors").write_bytes(b"not tensors")
+    reader(broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    assert left < 300 or int.from_bytes(whole[:8], "little") > 300, "that is in the middle of the names"
+    for content in (whole[:left], b"not tensors"):
+        (broken / "model.safetensors").write_bytes(content)
+        _check_named(broken)
+
+
+def _check_named(broken: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.safetensors: not a readable safetensors file"):
         reader(broken)
 
