@@ -95,11 +95,11 @@ def forked(work: Callable[..., None], *arguments: Any) -> int:
     return os.waitpid(fork(work, *arguments), 0)[1]
 
 
-def join(place: Path, rank: int = 0, world: int = 1) -> Mesh:
+def join(place: Path, rank: int = 0, world: int = 1, timeout: float = 30.0) -> Mesh:
     place.mkdir(exist_ok=True)
     store = dist.FileStore(str(place / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    return build_mesh(Layout(data=world), timeout=30.0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    return build_mesh(Layout(data=world), timeout=timeout)
 
 
 def save_and_die(place: Path, number: int) -> None:
@@ -150,7 +150,7 @@ def save_and_be_cut(place: Path, size: int) -> None:
 
 
 def rank_of_two(place: Path, rank: int, what: str, background: bool) -> None:
-    mesh = join(place, rank, 2)
+    mesh = join(place, rank, 2, timeout=5.0)
     checkpoints = Checkpoints(place / "checkpoints", mesh, keep=2, background=background, timeout=3.0)
 
     def harm(event: str, arguments: tuple[Any, ...]) -> None:
