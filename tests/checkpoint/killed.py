@@ -98,7 +98,9 @@ def forked(work: Callable[..., None], *arguments: Any) -> int:
 def join(place: Path, rank: int = 0, world: int = 1, timeout: float = 30.0) -> Mesh:
     place.mkdir(exist_ok=True)
     store = dist.FileStore(str(place / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
     return build_mesh(Layout(data=world), timeout=timeout)
 
 

@@ -137,7 +137,10 @@ def test_a_mistake_in_the_file_names_the_file_and_all_mistakes_are_listed(path):
     assert "command line: run.seed: must be a valid integer" in lines
 
 
-@pytest.mark.parametrize("name", ["$HOME/x", "${HOME}", "~", "%(dir)s", "{run.dir}", "!!python/object:os", "*"])
+EXPANDED = ["$HOME/x", "${HOME}", "~", "%(dir)s", "{run.dir}", "!!python/object:os", "*"]
+
+
+@pytest.mark.parametrize("name", EXPANDED)
 def test_nothing_is_expanded(path, name):
     path.write_text(MINIMAL.replace("runs/x", f"runs/{name}"))
     assert str(load_config(path).run.dir) == f"runs/{name}"

@@ -96,10 +96,10 @@ def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
     directory, log = tmp_path / "run", tmp_path / "log"
     start, clock = command(*demo_run(task, directory)), jumping_clock(tmp_path)
     step_1 = lambda: b"step 1/" in log.read_bytes()  # noqa: E731
-    code = interrupted(start, log, step_1, signal.SIGTERM, LD_PRELOAD=str(clock))
+    code = interrupted(start, log, step_1, signal.SIGTERM, LD_PRELOAD=clock)
     assert code == 75, log.read_text()
     stamps = [event["time"] for event in read_metrics(directory / "events.jsonl")]
-    assert max(stamps) - min(stamps) > YEAR / 2, "the clock did not jump"
+    assert not clock or max(stamps) - min(stamps) > YEAR / 2, "the clock did not jump"
     assert b"is saved; --resume latest continues after it" in log.read_bytes()
     (step, _), *_ = reversed(committed(directory / "checkpoints"))
     assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == step < STEPS
@@ -157,13 +157,15 @@ time_t time(time_t *found) {{
 """a year behind, right, a year ahead, and so on, a second each"""
 
 
-def jumping_clock(directory: Path) -> Path:
-    """A library that makes the clock of the day jump for who preloads it."""
+def jumping_clock(directory: Path) -> str:
+    """A library that makes the clock of the day jump for who preloads it; none without a compiler of C."""
+    if shutil.which("cc") is None:
+        return ""
     (directory / "clock.c").write_text(CLOCK)
     made = directory / "clock.so"
     command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(made), str(directory / "clock.c")]
     subprocess.run(command, check=True, timeout=60)
-    return made
+    return str(made)
 
 
 def check_full(text: str, disk: Path) -> None:

@@ -149,7 +149,9 @@ def check_goes_on(pair: list[LocalServer], lost: dict[str, str], weights: Path) 
     with ThreadPoolExecutor(1) as threads:
         nobodys = threads.submit(http, stopped, "/generate", old)
         wait_until(lambda: running(stopped) > 0, "it does what nobody waits for")
-        assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
+        assert [client.url for client in fleet.serving] == [pair[1].url], (
+            "it serves before it was published to"
+        )
         assert publish_directory(fleet, weights, "7", shapes_in(weights)) == {}
         assert running(stopped) == 0
         assert nobodys.result(60).body["meta_info"]["finish_reason"]["type"] == "abort", "it was emptied"

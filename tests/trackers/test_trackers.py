@@ -128,16 +128,19 @@ def test_every_service_has_a_name_and_is_read_above() -> None:
 # --- a service that fails ---------------------------------------------------------------------------------
 
 
-HANGS = SEND.replace(
-    "with tracked",
-    """
+HANGS = (
+    SEND.replace(
+        "with tracked",
+        """
 from mcore_rl.trackers import sender
 sender.CLOSE_SECONDS = 1.0
 said = lambda *why: print(*why, flush=True)
 with tracked""",
-).replace("lambda *why: sys.exit(str(why))", "said") + """
+    ).replace("lambda *why: sys.exit(str(why))", "said")
+    + """
     sys.stdin.readline()
 """
+)
 
 
 def test_a_server_that_never_answers_is_left_behind_and_the_process_ends(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import Batching, build_batch, pack_mini_batch
-from mcore_rl.training.recorder import Recorder
 from mcore_rl.training.metrics import sample_metrics
+from mcore_rl.training.recorder import Recorder
 from mcore_rl.types import Group, PackedBatch, Prompt, Sample, VersionSpan
 
 LENGTHS, REWARDS, REASONS = (2, 3, 5, 4), (1.0, 0.0, 0.0, 1.0), ("stop", "stop", "length", "length")
