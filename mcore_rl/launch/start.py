@@ -313,7 +313,7 @@ def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int,
         max_restarts=0,
     )
     if signal.SIGHUP not in requests_to_leave():  # torch's agent would handle what `nohup` has it ignore
-        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+        vars(agent)["signals_to_handle"] = "SIGTERM,SIGINT,SIGQUIT"  # an older torch does not know it
     try:
         elastic_launch(agent, sys.executable)("-m", "mcore_rl", *arguments)
     except ChildFailedError as error:

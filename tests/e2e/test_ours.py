@@ -105,13 +105,13 @@ def test_a_run_goes_on_beside_files_that_are_not_in_its_way(ranks, folder, tmp_p
     names = ("notes.txt", "samples/mine.txt", "weights/mine/x", "checkpoints/mine/x", "publish/LATEST")
     kept = plant(*(tmp_path / "run" / name for name in (*names, "tensorboard")))
     short = ("--checkpoint.every", "0", "--train.steps", "1", "--run.trackers", '["tensorboard"]')
-    for more in ((), ("--overwrite",)):
+    for runs, more in enumerate(((), ("--overwrite",)), 1):
         done = ranks.run(*grpo(folder, tmp_path / "run", *short, *more))
         assert done.returncode == 0, done.stderr
         assert kept()
         assert done.stderr.count("mcore-rl: tensorboard gets no more of this run: ") == 1, done.stderr
         events = read_metrics(tmp_path / "run" / "events.jsonl")
-        assert [event["name"] for event in events if event["kind"] == "tracker"] == ["tensorboard"]
+        assert [event["name"] for event in events if event["kind"] == "tracker"] == ["tensorboard"] * runs
         assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
         MARK,
