@@ -110,6 +110,12 @@ def test_a_template_that_fails_is_named_with_the_line_that_it_fails_on(load, tem
     assert reason in str(raised.value)
 
 
+def test_a_tokenizer_without_a_template_is_named_with_the_line_and_the_remedy(load, template):
+    template(None)
+    with pytest.raises(DataError, match=r"p.jsonl:2:prompt: .*chat.template"):
+        load(GOOD, {**CHAT, "id": "b"})
+
+
 def test_a_template_without_an_end_is_ended(load, template, monkeypatch):
     template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}1")
     monkeypatch.setattr(chat, "RENDER_SECONDS", 0.3)
