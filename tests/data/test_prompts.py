@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 from functools import partial
 
 import pyarrow as pa
@@ -122,7 +123,9 @@ def test_a_template_without_an_end_is_ended(load, template, monkeypatch):
     heard, (timer, _) = [], signal.getitimer(signal.ITIMER_REAL)
     before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
     try:
-        with pytest.raises(DataError, match=r"p.jsonl:1:prompt: the chat template does not end within 0.3 s"):
+        with pytest.raises(
+            DataError, match=r"p.jsonl:1:prompt: the chat template does not end within 0.3 s of CPU"
+        ):
             load(CHAT)
         after, _ = signal.getitimer(signal.ITIMER_REAL)
         assert timer - 60 < after <= timer, "an alarm that somebody else has set goes on"
@@ -130,6 +133,22 @@ def test_a_template_without_an_end_is_ended(load, template, monkeypatch):
         assert heard == [1], "whose alarm it was before, has it again"
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_template_that_the_machine_keeps_waiting_is_not_late(monkeypatch):
+    """Its deadline is of its own CPU time; the control: the clock has the last word."""
+
+    def wait():
+        until = time.monotonic() + 0.5
+        with chat._guarded("p"):
+            while time.monotonic() < until:
+                time.sleep(0.05)
+
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.2)
+    wait()
+    monkeypatch.setattr(chat, "_RENDER_WALL_SECONDS", 0.3)
+    with pytest.raises(DataError, match=r"p: the chat template does not end within 0.3 s on it"):
+        wait()
 
 
 def test_a_template_that_makes_too_much_is_named(load, template):
