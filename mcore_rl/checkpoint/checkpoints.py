@@ -104,7 +104,13 @@ class Checkpoints:
         if self._writer is not None:
             self._join()
             writer, self._writer = self._writer, None
-            raise_everywhere(self._mesh, self._stuck() if writer.is_alive() else writer.error)
+            error = self._stuck() if writer.is_alive() else writer.error
+            try:
+                raise_everywhere(self._mesh, error)
+            except RuntimeError as lost:  # of gloo: who is gone cannot be told; what it left undone is said
+                if error is None or isinstance(lost, McoreRLError):
+                    raise
+                raise error from lost
 
     def load(self, saved: Saved, pieces: Sequence[Piece]) -> None:
         """Check every file of `saved` and fill `pieces`; random states too where the layout is the saved one.

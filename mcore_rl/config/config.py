@@ -342,7 +342,9 @@ def warnings(config: Config) -> list[str]:
     algorithm = _effects().configure(a.name, a.params, a.loss)
     rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
     updates, stale = a.mini_batches * a.epochs, config.rollout.max_staleness > 0
-    found = _effects().doubtful(algorithm, a.params, updates=updates, stale=stale, rates=rates)
+    found = _effects().doubtful(
+        *(algorithm, a.params), updates=updates, stale=stale, rates=rates, tokens=config.longest_response
+    )
     return [*found, *_of_critic(config, updates), *_never_due(config), *_never_waited(config)]
 
 

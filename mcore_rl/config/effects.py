@@ -89,11 +89,13 @@ def doubtful(
     updates: int,
     stale: bool,
     rates: Mapping[str, float],
+    tokens: int,
 ) -> Iterator[str]:
     """What a run may do and hardly means, for a warning.
 
     Args:
         updates: optimizer steps on one rollout.
+        tokens: that a response may have.
         stale: samples may be of older weights.
         rates: key -> learning rate of every model in training.
     """
@@ -104,6 +106,12 @@ def doubtful(
         yield (
             f"algorithm.mini_batches: the loss has no importance ratio, and after the first of {updates} "
             "updates the samples are another policy's; set mini_batches = 1 and epochs = 1"
+        )
+    factor = algorithm.advantage_params.get("length_factor")
+    if isinstance(factor, float) and factor * tokens <= 1:
+        yield (
+            f"algorithm.params.length_factor: with {factor:g} lambda is 0 for a response of {tokens} tokens, "
+            f"the longest, and the reward counts for its last token alone; set {20 / tokens:.2g} for 0.95"
         )
     bounds = [key for key in _BOUNDS.get(algorithm.loss, ()) if key in given]
     if bounds and updates == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -17,9 +18,13 @@ from mcore_rl.errors import DataError
 from mcore_rl.terminal import escaped
 
 RENDER_SECONDS = 20.0
-"""for one prompt; a template takes a fraction of a millisecond"""
+"""of CPU time for one prompt; a template takes a fraction of a millisecond"""
+_RENDER_WALL_SECONDS = 300.0
+"""whatever it has had of the CPU: a machine that is busy with other things is no fault of a template"""
 MAX_CHARACTERS = 1 << 24
 """of one rendered prompt: more than any model reads, and minutes of work for a tokenizer"""
+_LEAST_ALARM = 0.01
+"""seconds between two looks at the clocks"""
 _SHOWN = 300
 """characters of what a template says when it fails"""
 
@@ -90,12 +95,12 @@ def render_marked(
 def _guarded(place: str) -> Iterator[None]:
     """Run a template. Raises DataError whatever it does but end in time and without an error."""
     try:
-        with _deadline(RENDER_SECONDS):
+        with _deadline(RENDER_SECONDS, _RENDER_WALL_SECONDS):
             yield
-    except _TooSlowError:
+    except _TooSlowError as late:
         raise DataError(
-            f"{place}: the chat template does not end within {RENDER_SECONDS:g} s on it; use the template "
-            "that belongs to the model"
+            f"{place}: the chat template does not end within {late} on it; use the template that belongs to "
+            "the model"
         ) from None
     except Exception as error:  # a template is a program: it may raise anything
         raise DataError(
@@ -121,8 +126,8 @@ def is_read(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 @contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raises _TooSlowError in the code inside after `seconds`.
+def _deadline(cpu_seconds: float, wall_seconds: float) -> Iterator[None]:
+    """Raises _TooSlowError in the code inside once that has had so much of the CPU, or of the clock.
 
     Only the main thread can be interrupted, and only between two instructions of Python; elsewhere, and
     within one long call of C, the run's watchdog is what ends a hang.
@@ -130,12 +135,18 @@ def _deadline(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    cpu_end, wall_end = time.thread_time() + cpu_seconds, time.monotonic() + wall_seconds
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _TooSlowError
+        cpu, wall = cpu_end - time.thread_time(), wall_end - time.monotonic()
+        if cpu <= 0:
+            raise _TooSlowError(f"{cpu_seconds:g} s of CPU time")
+        if wall <= 0:
+            raise _TooSlowError(f"{wall_seconds:g} s")
+        signal.setitimer(signal.ITIMER_REAL, max(min(cpu, wall), _LEAST_ALARM))
 
     before = signal.signal(signal.SIGALRM, stop)
-    others_alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
+    others_alarm = signal.setitimer(signal.ITIMER_REAL, min(cpu_seconds, wall_seconds))
     try:
         yield
     finally:

@@ -17,7 +17,14 @@ from pathlib import Path
 from types import FrameType
 
 from mcore_rl.config import Config, notes, warnings
-from mcore_rl.errors import EXIT_DONE, EXIT_RETRYABLE, AskedToLeave, NothingToDo, StorageError
+from mcore_rl.errors import (
+    EXIT_DONE,
+    EXIT_RETRYABLE,
+    AskedToLeave,
+    NothingToDo,
+    StorageError,
+    requests_to_leave,
+)
 from mcore_rl.imports import uncollected
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
@@ -179,35 +186,37 @@ def _end_with(code: int, config: Config) -> None:
     def leave(number: int, frame: FrameType | None) -> None:
         os._exit(code)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    asking = requests_to_leave()
+    for number in asking:
         signal.signal(number, signal.SIG_IGN)
     end_descendants()
     append(config.run.dir, "end", exit_code=code)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in asking:
         signal.signal(number, leave)
     faulthandler.dump_traceback_later(config.train.step_timeout)  # a thread may never let it leave
     ExitTimer(code).start(config.train.step_timeout + GRACE_SECONDS)
 
 
 def catch_signals() -> None:
-    """SIGTERM and SIGINT raise AskedToLeave here, so that servers and groups are closed on the way out.
+    """Requests to leave raise AskedToLeave here, so that servers and groups are closed on the way out.
 
     What this process forks is ended by them at once: a pool of processes ends its workers so.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in requests_to_leave():
         signal.signal(number, _leave)
     os.register_at_fork(after_in_child=_forget_signals)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     """torch's agent sends SIGTERM to all when one has failed; a rank that is leaving for that goes on."""
-    if number == signal.SIGTERM and leaving.is_set():
+    if number in (signal.SIGTERM, signal.SIGHUP) and leaving.is_set():
         return
     raise AskedToLeave(number)
 
 
 def _forget_signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in set(requests_to_leave()) - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -303,12 +312,14 @@ def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int,
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    if signal.SIGHUP not in requests_to_leave():  # torch's agent would handle what `nohup` has it ignore
+        vars(agent)["signals_to_handle"] = "SIGTERM,SIGINT,SIGQUIT"  # an older torch does not know it
     try:
         elastic_launch(agent, sys.executable)("-m", "mcore_rl", *arguments)
     except ChildFailedError as error:
         return {rank: Left(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
     except SignalException as error:
-        return EXIT_RETRYABLE if error.sigval == signal.SIGTERM else 128 + error.sigval
+        return EXIT_RETRYABLE if error.sigval in (signal.SIGTERM, signal.SIGHUP) else 128 + error.sigval
     return {}
 
 

@@ -19,7 +19,7 @@ from mcore_rl.log import METRICS, append_event, read_metrics
 from mcore_rl.training.faults.exits import LOST, read_events, say
 from mcore_rl.training.faults.watchdog import HANG
 
-_BY_LAUNCHER = (-signal.SIGTERM, -signal.SIGKILL)
+_BY_LAUNCHER = (-signal.SIGTERM, -signal.SIGHUP, -signal.SIGKILL)
 """how torch's agent ends the other ranks after a failure: the second one after its shutdown timeout"""
 
 

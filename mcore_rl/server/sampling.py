@@ -17,6 +17,10 @@ _MAX_ELEMENTS = 1 << 24
 """Rows are sampled in chunks of at most this many logits, so that float64 sums of a large vocabulary fit."""
 
 
+_BLOCK = 256
+"""tokens whose probabilities are summed together"""
+
+
 class Knobs(NamedTuple):
     """Sampling parameters of every row; see `Rows` for their origin."""
 
@@ -71,6 +75,26 @@ def _kept(probs: Float[Tensor, "R V"], knobs: Knobs) -> Bool[Tensor, "R V"]:
     return torch.zeros_like(keep).scatter(1, index, keep)
 
 
+def draw(probs: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """The first token of each row at which the sum of `probs` exceeds `uniform` of the row's sum, in float64.
+
+    The sums are those of blocks, and of the tokens of the one block that the row draws from: a running sum of
+    the whole vocabulary costs ten times that. A token without probability is never drawn.
+    """
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = (uniform * sums[:, -1])[:, None]
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    within = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].cumsum(
+        -1, dtype=torch.float64
+    )
+    # The two sums of a block may differ in the last bit: the target stays below what its tokens sum up to.
+    wanted = torch.minimum(target - before, torch.nextafter(within[:, -1:], within.new_tensor(-torch.inf)))
+    drawn = block * _BLOCK + torch.searchsorted(within, wanted, right=True)
+    return drawn[:, 0].clamp(max=probs.shape[-1] - 1)  # of a row that is not finite, which the engine refuses
+
+
 def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R"], Float[Tensor, "R V"]]:
     greedy = (knobs.temperature < GREEDY_TEMPERATURE) | (knobs.top_k == 1)
     temperature = knobs.temperature.masked_fill(greedy, 1.0)
@@ -79,9 +103,7 @@ def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R
     if bool(((knobs.top_p < 1) | (knobs.min_p > 0) | (knobs.top_k > 1)).any()):
         probs = probs * _kept(probs, knobs)
     # Inverse CDF in vocabulary order: a row draws the same token with and without truncating neighbours.
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    drawn = torch.searchsorted(cdf, (knobs.uniform * cdf[:, -1])[:, None], right=True)[:, 0]
-    drawn = drawn.clamp(max=logits.shape[-1] - 1)
+    drawn = draw(probs, knobs.uniform)
     return torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn, log_probs
 
 

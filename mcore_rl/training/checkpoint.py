@@ -30,7 +30,7 @@ from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.config import Config
 from mcore_rl.config.lora import LoraConfig
 from mcore_rl.data.cursor import PromptCursor, knows_content
-from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError
+from mcore_rl.errors import ConfigError, NothingToDo, PreemptedError, requests_to_leave
 from mcore_rl.log import StepLog
 from mcore_rl.model.build import Model
 from mcore_rl.model.optimizer import Optimizer
@@ -319,11 +319,11 @@ def _any_rank(mesh: Mesh, *flags: bool) -> tuple[bool, ...]:
 
 @contextmanager
 def leave_when_asked(asked: threading.Event, *, active: bool) -> Iterator[None]:
-    """The first SIGTERM or SIGINT sets `asked`, where `active`; another has the effect that any had before.
+    """The first request to leave sets `asked`, where `active`; another has the effect that any had before.
 
     Not one within a second: a launcher's and that of a process group are one request.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in requests_to_leave()}
     first = [0.0]
 
     def ask(number: int, frame: Any) -> None:

@@ -31,7 +31,7 @@ from mcore_rl.parallel.control import gather_ranks, raise_everywhere
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.weights.encoding import PLAIN, Encoding, encoded_forms
 
-GATHER_BYTES = 256 << 20
+GATHER_BYTES = 64 << 20
 """bytes of a bucket where nobody has chosen: two of them and the largest parameter are held at a time"""
 
 

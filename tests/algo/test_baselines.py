@@ -75,6 +75,16 @@ def test_leave_one_out_with_the_std_of_the_others() -> None:
     check(leave_one_out_normalized(rewards, found), expected)
 
 
+def test_equal_others_far_from_zero_are_no_spread() -> None:
+    """Large rewards: what rounding leaves of a difference of squares would be divided by, and be 1e5."""
+    its = [1e6 + 0.1, 1e6 + 0.3, 1e6 + 0.3, 1e6 + 0.3]
+    rewards = torch.tensor(its, dtype=torch.float64)
+    found = leave_one_out_normalized(rewards, group_statistics(["a"] * 4, its))
+    std = stats.stdev(its[:3]) + 1e-6
+    expected = [its[0] - its[1]] + [(its[1] - stats.mean(its[:3])) / std] * 3
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
 def test_opo_weighs_the_baseline_by_length() -> None:
     """2505.23585: b = sum l R / sum l; nothing to learn from a constant group."""
     _, rewards, found = batch()
@@ -226,6 +236,13 @@ def test_the_energy_of_a_token_is_the_norm_of_its_gradient_in_the_logits() -> No
         (gradient,) = torch.autograd.grad(torch.log_softmax(scaled, -1)[2], scaled)
         one, half = (torch.log_softmax(row / t, -1)[2:3] for t in (0.8, 0.4))
         assert gradient_energy(one, half).item() == pytest.approx(gradient.square().sum().item(), rel=1e-12)
+
+
+def test_a_token_of_unknown_energy_weighs_nothing_for_the_others() -> None:
+    log_prob = torch.tensor([-math.inf, -0.5, math.nan, -0.5])
+    energy = gradient_energy(log_prob, torch.tensor([-math.inf, -0.2, -0.2, -math.inf]))
+    assert energy[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert energy[1] > 0
 
 
 def test_the_optimal_baseline_is_one_of_each_token() -> None:

@@ -7,6 +7,7 @@ checkpoints is about to happen; in further attempts the kernel ends it in the mi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -61,16 +62,20 @@ def in_writes(root: Path) -> list[dict[str, Any]]:
 
 
 def a_dead_peer(root: Path) -> dict[str, Any]:
-    """Rank 1 of 2 is killed (stopped) while it writes; what rank 0 says, and after how long."""
+    """Rank 1 of 2 is killed, stopped or fails while it writes; what every rank says, and after how long."""
     answers = {}
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        place = root / f"peer_{number.name}"
-        place.mkdir()
-        ranks = [fork(rank_of_two, place, rank, number) for rank in range(2)]
-        os.waitpid(ranks[0], 0)
-        os.kill(ranks[1], signal.SIGKILL)
-        os.waitpid(ranks[1], 0)
-        answers[number.name] = {**json.loads((place / "said").read_text()), **after(place)}
+    for what in ("SIGKILL", "SIGSTOP", "fails"):
+        for background in (False, True):
+            place = root / f"peer_{what}_{background}"
+            place.mkdir()
+            ranks = [fork(rank_of_two, place, rank, what, background) for rank in range(2)]
+            os.waitpid(ranks[0], 0)
+            if what != "fails":
+                os.kill(ranks[1], signal.SIGKILL)
+            os.waitpid(ranks[1], 0)
+            said = [json.loads(file.read_text()) for file in sorted(place.glob("said_*"))]
+            fired = (place / "witness").exists()
+            answers[f"{what} {background}"] = {"said": said, "fired": fired, **after(place)}
     return answers
 
 
@@ -90,11 +95,13 @@ def forked(work: Callable[..., None], *arguments: Any) -> int:
     return os.waitpid(fork(work, *arguments), 0)[1]
 
 
-def join(place: Path, rank: int = 0, world: int = 1) -> Mesh:
+def join(place: Path, rank: int = 0, world: int = 1, timeout: float = 30.0) -> Mesh:
     place.mkdir(exist_ok=True)
     store = dist.FileStore(str(place / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    return build_mesh(Layout(data=world), timeout=30.0)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
+    return build_mesh(Layout(data=world), timeout=timeout)
 
 
 def save_and_die(place: Path, number: int) -> None:
@@ -144,24 +151,31 @@ def save_and_be_cut(place: Path, size: int) -> None:
         checkpoints.save(3, tensors(3), {})
 
 
-def rank_of_two(place: Path, rank: int, number: signal.Signals) -> None:
-    mesh = join(place, rank, 2)
-    checkpoints = Checkpoints(place / "checkpoints", mesh, keep=2, background=False, timeout=3.0)
+def rank_of_two(place: Path, rank: int, what: str, background: bool) -> None:
+    mesh = join(place, rank, 2, timeout=5.0)
+    checkpoints = Checkpoints(place / "checkpoints", mesh, keep=2, background=background, timeout=3.0)
+
+    def harm(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or "__1_0" not in str(arguments[0]):
+            return
+        (place / "witness").touch()
+        if what == "fails":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), arguments[0])
+        os.kill(os.getpid(), signal.Signals[what])
+
     own = tensors(1) if rank == 0 else []
     with checkpoints.open():
         checkpoints.save(1, own, {})
+        checkpoints.wait()
         if rank == 1:
-            sys.addaudithook(
-                lambda event, arguments: (
-                    os.kill(os.getpid(), number) if event == "open" and "__1_0" in str(arguments[0]) else None
-                )
-            )
+            sys.addaudithook(harm)
         began = time.monotonic()
         try:
             checkpoints.save(2, tensors(2) if rank == 0 else [], {})
+            checkpoints.wait()
         except CheckpointError as error:
             said = {"error": str(error), "seconds": time.monotonic() - began}
-            (place / "said").write_text(json.dumps(said))
+            (place / f"said_{rank}").write_text(json.dumps(said))
             os._exit(0)
 
 

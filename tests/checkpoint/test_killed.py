@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,9 +63,16 @@ def test_cut_off_in_the_middle_of_a_write(answers: dict) -> None:
         }
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
-def test_a_rank_that_dies_or_hangs_is_an_error_on_the_others(answers: dict, number: str) -> None:
-    peer = answers["peer"][number]
-    assert "a rank did not finish writing" in peer["error"]
-    assert peer["seconds"] < 15, "the deadline was 3 s"
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("what", ["SIGKILL", "SIGSTOP", "fails"])
+def test_a_rank_that_dies_hangs_or_fails_is_an_error_on_all_that_are_left(
+    answers: dict, what: str, background: bool
+) -> None:
+    peer = answers["peer"][f"{what} {background}"]
+    assert peer["fired"]
+    assert len(peer["said"]) == (2 if what == "fails" else 1)
+    why = "Input/output error" if what == "fails" else "a rank did not finish writing|is still not written"
+    for said in peer["said"]:
+        assert re.search(why, said["error"])
+        assert said["seconds"] < 15, "the deadline was 3 s"
     assert (peer["found"], peer["kept"]) == (1, 1)

@@ -156,6 +156,11 @@ def test_a_key_that_only_another_choice_reads_is_a_note(load, given, said) -> No
             "delta: has no effect where the weights that sample",
         ),
         (
+            {"algorithm__name": "vapo", "rollout__max_new_tokens": 20},
+            {"algorithm__params.length_factor": 1.0},
+            "length_factor: with 0.05 lambda is 0 for a response of 20 tokens, the longest",
+        ),
+        (
             {"algorithm__name": "ppo", "critic__value_clip": 0.3, "algorithm__mini_batches": 1},
             {"algorithm__epochs": 2},
             "critic.value_clip: has no effect in the only update",

@@ -137,6 +137,16 @@ def test_a_mistake_in_the_file_names_the_file_and_all_mistakes_are_listed(path):
     assert "command line: run.seed: must be a valid integer" in lines
 
 
+EXPANDED = ["$HOME/x", "${HOME}", "~", "%(dir)s", "{run.dir}", "!!python/object:os", "*"]
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_nothing_is_expanded(path, name):
+    path.write_text(MINIMAL.replace("runs/x", f"runs/{name}"))
+    assert str(load_config(path).run.dir) == f"runs/{name}"
+    assert str(load_config(path, [f"--data.train={name}"]).data.train[0]) == name
+
+
 @pytest.mark.parametrize("content", [b"[run", b"\xff\xfe", b"a = " + b"[" * 5000])
 def test_a_file_that_is_not_toml(path, content):
     path.write_bytes(content)

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 from functools import partial
 
 import pyarrow as pa
@@ -110,13 +111,21 @@ def test_a_template_that_fails_is_named_with_the_line_that_it_fails_on(load, tem
     assert reason in str(raised.value)
 
 
+def test_a_tokenizer_without_a_template_is_named_with_the_line_and_the_remedy(load, template):
+    template(None)
+    with pytest.raises(DataError, match=r"p.jsonl:2:prompt: .*chat.template"):
+        load(GOOD, {**CHAT, "id": "b"})
+
+
 def test_a_template_without_an_end_is_ended(load, template, monkeypatch):
     template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}1")
     monkeypatch.setattr(chat, "RENDER_SECONDS", 0.3)
     heard, (timer, _) = [], signal.getitimer(signal.ITIMER_REAL)
     before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
     try:
-        with pytest.raises(DataError, match=r"p.jsonl:1:prompt: the chat template does not end within 0.3 s"):
+        with pytest.raises(
+            DataError, match=r"p.jsonl:1:prompt: the chat template does not end within 0.3 s of CPU"
+        ):
             load(CHAT)
         after, _ = signal.getitimer(signal.ITIMER_REAL)
         assert timer - 60 < after <= timer, "an alarm that somebody else has set goes on"
@@ -124,6 +133,22 @@ def test_a_template_without_an_end_is_ended(load, template, monkeypatch):
         assert heard == [1], "whose alarm it was before, has it again"
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_template_that_the_machine_keeps_waiting_is_not_late(monkeypatch):
+    """Its deadline is of its own CPU time; the control: the clock has the last word."""
+
+    def wait():
+        until = time.monotonic() + 0.5
+        with chat._guarded("p"):
+            while time.monotonic() < until:
+                time.sleep(0.05)
+
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.2)
+    wait()
+    monkeypatch.setattr(chat, "_RENDER_WALL_SECONDS", 0.3)
+    with pytest.raises(DataError, match=r"p: the chat template does not end within 0.3 s on it"):
+        wait()
 
 
 def test_a_template_that_makes_too_much_is_named(load, template):

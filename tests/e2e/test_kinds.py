@@ -45,7 +45,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(
-    ranks, folder: Path, directory: Path, rows: str, *flags: str, world: int = 1, code: int = 0
+    ranks,
+    folder: Path,
+    directory: Path,
+    rows: str,
+    *flags: str,
+    world: int = 1,
+    code: int = 0,
+    fault: dict | None = None,
 ) -> list[dict]:
     config = directory / "config.toml"
     config.write_text(f"""
@@ -65,7 +72,8 @@ batch_size = 8
 [optimizer]
 lr = 1e-3
 """)
-    done = ranks.run("train", str(config), *flags, world=world)
+    script = [] if fault is None else ["tests/faults/faulty.py", json.dumps([fault])]
+    done = ranks.run(*script, "train", str(config), *flags, world=world)
     assert done.returncode == code, done.stderr
     return [{"stderr": done.stderr}] if code else read_metrics(directory / "run" / "metrics.jsonl")
 
@@ -85,7 +93,9 @@ DPO = ("--run.kind", "preference")
 
 @pytest.mark.slow
 def test_pairs_are_learnt_at_two_ranks_and_a_resumed_run_is_the_same(ranks, folder, tmp_path) -> None:
+    """Resumed after all ranks were killed in the middle of the third step."""
     flags = (*DPO, "--parallel.tensor", "2", "--residency.reference", "offloaded", "--checkpoint.every", "2")
+    flags += ("--checkpoint.background", "false")
     lines = run(ranks, folder, tmp_path, "pairs", *flags, world=2)
     assert lines[1]["loss/policy"] == pytest.approx(0.693147, abs=1e-5), "the policy is its own reference"
     assert lines[0]["validation/accuracy"] == pytest.approx(0.5)
@@ -93,11 +103,15 @@ def test_pairs_are_learnt_at_two_ranks_and_a_resumed_run_is_the_same(ranks, fold
     assert lines[-1]["validation/margin"] > 0
     assert all(meaning_of(name) for line in lines for name in line if name != "step")
     whole = weights(tmp_path)
-    again = run(
-        ranks, folder, tmp_path, "pairs", *flags, "--resume", f"{tmp_path}/run/checkpoints/step_2", world=2
-    )
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    fault = {"do": "kill", "rank": "any", "step": 3}
+    (killed,) = run(ranks, folder, cut, "pairs", *flags, world=2, code=-9, fault=fault)
+    assert killed["stderr"].count("fault: kill in process ") == 2
+    assert [line["step"] for line in read_metrics(cut / "run" / "metrics.jsonl")] == [0, 1, 2]
+    again = run(ranks, folder, cut, "pairs", *flags, "--resume", "latest", world=2)
     assert learned(again) == learned(lines)
-    assert weights(tmp_path) == whole
+    assert weights(cut) == whole
 
 
 def test_a_reference_that_is_swapped_or_kept_says_the_same(ranks, folder, tmp_path) -> None:

@@ -101,13 +101,18 @@ def test_what_another_program_wrote_among_the_checkpoints_stops_the_run_and_stay
 
 
 def test_a_run_goes_on_beside_files_that_are_not_in_its_way(ranks, folder, tmp_path):
+    """One is where a tracker keeps its own: it raises, and the run has all of its steps."""
     names = ("notes.txt", "samples/mine.txt", "weights/mine/x", "checkpoints/mine/x", "publish/LATEST")
-    kept = plant(*(tmp_path / "run" / name for name in names))
-    short = ("--checkpoint.every", "0", "--train.steps", "1")
-    for more in ((), ("--overwrite",)):
+    kept = plant(*(tmp_path / "run" / name for name in (*names, "tensorboard")))
+    short = ("--checkpoint.every", "0", "--train.steps", "1", "--run.trackers", '["tensorboard"]')
+    for runs, more in enumerate(((), ("--overwrite",)), 1):
         done = ranks.run(*grpo(folder, tmp_path / "run", *short, *more))
         assert done.returncode == 0, done.stderr
         assert kept()
+        assert done.stderr.count("mcore-rl: tensorboard gets no more of this run: ") == 1, done.stderr
+        events = read_metrics(tmp_path / "run" / "events.jsonl")
+        assert [event["name"] for event in events if event["kind"] == "tracker"] == ["tensorboard"] * runs
+        assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
         MARK,
         "mine.txt",

@@ -27,10 +27,11 @@ pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.time
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def interrupted(start: list[str], log: Path, when, number: int) -> int:
+def interrupted(start: list[str], log: Path, when, number: int, **environment: str) -> int:
     """Start a command, send `number` to it (SIGKILL: to one of its ranks) once `when()`; its exit code."""
     with log.open("wb") as out:
-        process = subprocess.Popen(start, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out)
+        env = os.environ | ENVIRONMENT | environment
+        process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=out, stderr=out)
     try:
         end = time.monotonic() + 200
         while not when():
@@ -88,11 +89,17 @@ def test_a_rank_is_killed_and_torchrun_restarts_it(task: Task, demo: Path, tmp_p
 def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
     ranks: Ranks, task: Task, demo: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
-    """The first saves the step, the second ends the run with a typed error; both leave with 75."""
+    """The first saves the step, the second ends the run with a typed error; both leave with 75.
+
+    Until the first, the clock of the day jumps by a year every second, in every process of the run.
+    """
     directory, log = tmp_path / "run", tmp_path / "log"
-    start = command(*demo_run(task, directory))
-    code = interrupted(start, log, lambda: b"step 1/" in log.read_bytes(), signal.SIGTERM)
+    start, clock = command(*demo_run(task, directory)), jumping_clock(tmp_path)
+    step_1 = lambda: b"step 1/" in log.read_bytes()  # noqa: E731
+    code = interrupted(start, log, step_1, signal.SIGTERM, LD_PRELOAD=clock)
     assert code == 75, log.read_text()
+    stamps = [event["time"] for event in read_metrics(directory / "events.jsonl")]
+    assert not clock or max(stamps) - min(stamps) > YEAR / 2, "the clock did not jump"
     assert b"is saved; --resume latest continues after it" in log.read_bytes()
     (step, _), *_ = reversed(committed(directory / "checkpoints"))
     assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == step < STEPS
@@ -114,6 +121,51 @@ def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
     assert_same(demo, directory)
     if no_disk is not None:
         raise no_disk
+
+
+YEAR = 365 * 86400
+CLOCK = f"""
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static long jump(void) {{
+    struct timespec steady;
+    syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &steady);
+    return (steady.tv_sec % 3 - 1) * {YEAR}L;
+}}
+int clock_gettime(clockid_t clock, struct timespec *found) {{
+    int failed = syscall(SYS_clock_gettime, clock, found);
+    if (!failed && clock == CLOCK_REALTIME) found->tv_sec += jump();
+    return failed;
+}}
+int gettimeofday(struct timeval *found, void *zone) {{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    found->tv_sec = now.tv_sec;
+    found->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}}
+time_t time(time_t *found) {{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (found) *found = now.tv_sec;
+    return now.tv_sec;
+}}
+"""
+"""a year behind, right, a year ahead, and so on, a second each"""
+
+
+def jumping_clock(directory: Path) -> str:
+    """A library that makes the clock of the day jump for who preloads it; none without a compiler of C."""
+    if shutil.which("cc") is None:
+        return ""
+    (directory / "clock.c").write_text(CLOCK)
+    made = directory / "clock.so"
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(made), str(directory / "clock.c")]
+    subprocess.run(command, check=True, timeout=60)
+    return str(made)
 
 
 def check_full(text: str, disk: Path) -> None:

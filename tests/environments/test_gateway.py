@@ -228,6 +228,7 @@ ACTING = {
         *({"tool_choice": "required"}, {"top_logprobs": 3}, {"response_format": {"type": "json_object"}}),
         *({"parallel_tool_calls": False}, {"reasoning_effort": "low"}, {"extra_body": {"top_k": 5}}),
         *({"extra_body": {"repetition_penalty": 1.1}}, {"extra_body": {"chat_template_kwargs": {"a": 1}}}),
+        {"extra_body": {"logprobs": "yes"}},
     ],
     "completions": [{"best_of": 2}, {"echo": True}, {"suffix": "x"}, {"stop": "x"}, {"temperature": 0}],
     "responses": [
@@ -247,10 +248,18 @@ ACTING = {
     ],
 }
 HARMLESS = {
-    "chat": [{"temperature": 0.5}, {"seed": 3, "user": "x", "n": 1, "stop": None, "logit_bias": {}}],
+    "chat": [
+        {"temperature": 0.5},
+        {"seed": 3, "user": "x", "n": 1, "stop": None, "logit_bias": {}, "extra_body": {"stream": None}},
+    ],
     "completions": [{"temperature": 0.5, "top_p": 1}],
     "responses": [{"temperature": 0.5, "store": False, "include": ["reasoning.encrypted_content"]}],
-    "messages": [{"extra_body": {"temperature": 0.5, "metadata": {}}, "tool_choice": {"type": "auto"}}],
+    "messages": [
+        {
+            "extra_body": {"temperature": 0.5, "metadata": {}},
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": False},
+        }
+    ],
 }
 
 

@@ -230,6 +230,8 @@ def test_a_client_that_is_slow_large_or_strange_is_refused_and_others_are_answer
             assert len(bomb) < 1 << 17
             await ask("bomb", bomb, **{"Content-Encoding": "gzip"})
             await ask("surrogate", BODY.replace("2+2?", "\\ud800"))
+            tool = {"type": "function", "function": {"name": "\ud800"}}  # which this template does not write
+            await ask("surrogate tool", json.dumps({**json.loads(BODY), "tools": [tool]}))
             await ask("deep", '{"messages": ' + "[" * 50_000)
             await slow
             for name, headers in (
@@ -249,6 +251,7 @@ def test_a_client_that_is_slow_large_or_strange_is_refused_and_others_are_answer
         "slow": 408,
         "bomb": 413,
         "surrogate": 400,
+        "surrogate tool": 400,
         "deep": 400,
         **dict.fromkeys(("no key", "basic", "in the query", "strange key"), 401),
     }

@@ -40,13 +40,14 @@ FAULTS: dict[str, Callable[[], None]] = {
     "slow": lambda: time.sleep(4),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "vanish": lambda: os._exit(0),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "no more files": open_all_files,
 }
 
 
 def plant(fault: dict[str, Any]) -> None:
     """On the rank and at the step that it names."""
-    if os.environ["RANK"] != str(fault["rank"]):
+    if str(fault["rank"]) not in ("any", os.environ["RANK"]):
         return
     if fault["do"] == "late":
         time.sleep(4)
@@ -72,7 +73,7 @@ def plant(fault: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    mine = json.loads(sys.argv[1])[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
+    mine = json.loads(sys.argv[1])[int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))]
     if mine is not None:
         plant(mine)
     sys.exit(main(sys.argv[2:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_a_rank_that_never_comes_leaves_the_stacks_of_all(task: list[str], tmp_p
         assert process.wait(timeout=120) == 1
         assert time.monotonic() - since < 2 * limit + 15
     log = said(run_dir)
+    assert re.search(r"exitcode *: 75\b", log), "what torchrun says of the ranks"
     assert "no progress for 10 s (train.step_timeout) since step 1; stacks of 2 of 2 ranks" in log
     assert "  rank 1: " in log
     assert "faulty.py" in log.split("  rank 1: ")[1].partition("\n")[0]
@@ -186,16 +188,19 @@ def test_too_few_open_files_are_said_with_the_remedy(task: list[str], tmp_path: 
     assert read_metrics(run_dir / "events.jsonl")[-1]["exit_code"] == 75
 
 
-@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize(
+    ("number", "patient"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGHUP, True)]
+)
 def test_the_first_interrupt_saves_the_step_and_the_second_does_not_wait(
-    task: list[str], tmp_path: Path, patient: bool
+    task: list[str], tmp_path: Path, number: signal.Signals, patient: bool
 ):
+    """The hangup of a terminal is one."""
     run_dir = tmp_path / "run"
     fault = {"do": "slow" if patient else "hang", "rank": 0, "step": 2}
     with torchrun(run_dir, 1, [fault], *task, "--checkpoint.every", "100") as process:
         wait_until(lambda: "fault: " in said(run_dir), process)
         ranks = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         if not patient:
             time.sleep(3)
             assert all(rank.is_running() for rank in ranks), "the first one waits for the step"
@@ -207,6 +212,25 @@ def test_the_first_interrupt_saves_the_step_and_the_second_does_not_wait(
     saved = [step for step, _ in committed(run_dir / "checkpoints")]
     assert saved == ([2] if patient else [])
     assert ("asked to leave: step 2 is saved" in said(run_dir)) == patient
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_hangs_up(task: list[str], tmp_path: Path):
+    run_dir = tmp_path / "run"
+    start = ["nohup", sys.executable, "-m", "mcore_rl", "train", "examples/sft_tiny.toml", *task]
+    start += ["--run.dir", str(run_dir), "--parallel.tensor", "1", "--train.steps", "400"]
+    with run_dir.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            start, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+            stdout=log, stderr=log, text=True, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: "step 1/" in said(run_dir), process)
+        os.killpg(process.pid, signal.SIGHUP)  # what the kernel does to all that the terminal was of
+        assert process.wait(timeout=120) == 0, said(run_dir)
+    finally:
+        process.kill()
+        process.wait()
+    assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 400
 
 
 def test_a_killed_launcher_leaves_no_rank(task: list[str], tmp_path: Path):

@@ -22,7 +22,7 @@ from mcore_rl.training.faults.dump import from_json, to_json
 from mcore_rl.training.loop import learn
 from mcore_rl.types import PackedBatch
 from tests.sources import ROOT
-from tests.training.test_ppo import built_run, config, recorded
+from tests.training.test_ppo import built_run, config, recorded, weights
 
 __all__ = ["config"]
 
@@ -53,6 +53,23 @@ def broken_step(config: Config, layout: Layout, directory: Path, ranks: tuple[in
             learn(run, recorded(run), 2)  # the first only warms up a critic
         pairs = zip(before, chunk.parameters(), strict=True)
         return str(caught.value), all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def unsignalled_step(config: Config, layout: Layout, directory: Path):
+    """The metrics of a step whose rewards are all equal, and whether any weight moved."""
+    with built_run(config, layout, directory) as run:
+        batch = recorded(run)
+        batch = replace(batch, samples=tuple(replace(sample, reward=0.5) for sample in batch.samples))
+        before = weights(run)
+        metrics = learn(run, batch, 2).metrics
+        return metrics, all(torch.equal(before[name], now) for name, now in weights(run).items())
+
+
+def test_a_step_without_any_signal_is_taken_and_moves_nothing(pool2, gspo, tmp_path):
+    """The optimizer has no moments yet and no weight decay; the control is a batch with a signal, below."""
+    for metrics, still in pool2.run(unsignalled_step, gspo, Layout(data=2), tmp_path, timeout=100.0):
+        assert (metrics["reward/no_signal"], metrics["grad_norm"]) == (1, 0)
+        assert still
 
 
 def replayed(config: Config, layout: Layout, dump: Path) -> str:

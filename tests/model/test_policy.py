@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model import step, weights_io
-from mcore_rl.model.build import build_policy
+from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import checkpoint_files
 from mcore_rl.model.hf.parameters import ParameterEntry, ParameterMap
@@ -128,9 +128,19 @@ def test_every_wrong_tensor_is_listed(dense_dir: Path, tmp_path: Path) -> None:
         assert part in str(raised.value)
 
 
-def test_a_file_that_is_no_safetensors_file_is_named(dense_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [0, 5, 300, -1], ids=["nothing", "length", "names", "but a byte"])
+def test_a_file_that_is_no_safetensors_file_is_named(dense_dir: Path, tmp_path: Path, left: int) -> None:
+    """It was cut off, or it is of something else."""
     broken = shutil.copytree(dense_dir, tmp_path / "bad")
-    (broken / "model.safetensors").write_bytes(b"not tensors")
+    reader(broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    assert left < 300 or int.from_bytes(whole[:8], "little") > 300, "that is in the middle of the names"
+    for content in (whole[:left], b"not tensors"):
+        (broken / "model.safetensors").write_bytes(content)
+        _check_named(broken)
+
+
+def _check_named(broken: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.safetensors: not a readable safetensors file"):
         reader(broken)
 
@@ -231,10 +241,15 @@ def test_the_gradient_norm_counts_every_shard(pool1: Pool, pool2: Pool, dense_di
     assert unmarked[0] < 0.99 * alone
 
 
-def stepped(mesh: Mesh, directory: Path, clip: float, by_megatron: bool) -> tuple[torch.Tensor, int]:
-    """The weights of this rank after one step that `clip` acts on, and how often the norm was computed."""
+def stepped(
+    mesh: Mesh, directory: Path, clip: float, by_megatron: bool, lr: float = 0.1
+) -> tuple[torch.Tensor, int, bool]:
+    """The weights of this rank after one step that `clip` acts on, how often the norm was computed, and
+    whether all weights are what they were.
+    """
     model = build_policy(directory, mesh, ddp=ddp_config())
-    optimizer = build_optimizer(model, lr=0.1, eps=1.0, clip_grad=clip)
+    optimizer = build_optimizer(model, lr=lr, eps=1.0, clip_grad=clip)
+    before = _weights(model)
     optimizer.zero_grad()
     forward_backward(model, batches_at(mesh), NegativeLogLikelihood(), 1.0)
     norms = []
@@ -243,8 +258,11 @@ def stepped(mesh: Mesh, directory: Path, clip: float, by_megatron: bool) -> tupl
         patch.setattr(optimizer.megatron, "get_grad_norm", lambda: norms.append(norm()) or norms[-1])
         (optimizer.megatron if by_megatron else optimizer).step()
     assert norms[0] > 2 * clip
-    weights = [parameter.detach().flatten() for parameter in global_parameters(model.unwrapped).values()]
-    return torch.cat(weights), len(norms)
+    return _weights(model), len(norms), torch.equal(_weights(model), before)
+
+
+def _weights(model: Model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in global_parameters(model.unwrapped).values()])
 
 
 def test_a_step_clips_and_updates_as_megatrons_own(pool2: Pool, dense_dir: Path) -> None:
@@ -252,10 +270,16 @@ def test_a_step_clips_and_updates_as_megatrons_own(pool2: Pool, dense_dir: Path)
     ours = at_layout(pool2, "tp2", stepped, dense_dir, 1.0, False)
     megatrons = at_layout(pool2, "tp2", stepped, dense_dir, 1.0, True)
     unclipped = at_layout(pool2, "tp2", stepped, dense_dir, 0.0, False)
-    for (weights, norms), (expected, _), (other, _) in zip(ours, megatrons, unclipped, strict=True):
+    for (weights, norms, still), (expected, *_), (other, *_) in zip(ours, megatrons, unclipped, strict=True):
         assert torch.equal(weights, expected)
         assert not torch.equal(weights, other)
         assert norms == 1
+        assert not still
+
+
+def test_a_learning_rate_of_0_changes_no_bit(pool2: Pool, dense_dir: Path) -> None:
+    """Of a step whose gradient is none; the control is above."""
+    assert [still for *_, still in at_layout(pool2, "tp2", stepped, dense_dir, 1.0, False, 0.0)] == [True] * 2
 
 
 @pytest.mark.parametrize("name", ["scaled", "total"])

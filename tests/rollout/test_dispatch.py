@@ -9,15 +9,18 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from mcore_rl.errors import EXIT_RETRYABLE, ConfigError, RolloutError
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch, Request, no_server_left
 from mcore_rl.rollout.fleet import Fleet, check_server_info
 from mcore_rl.rollout.processes import Embedded, LocalServer
+from mcore_rl.weights.disk import publish_directory
 from mcore_rl.weights.online import _tensor_parallel_size
 from tests.rollout.proxy import hang, proxy, status
 from tests.rollout.support import VOCAB, http, running, wait_until
@@ -123,13 +126,42 @@ def test_leads_that_know_nothing_of_each_other_fill_the_servers_evenly(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_server_lost_in_mid_generation_costs_no_sample(
-    pair: list[LocalServer], number: signal.Signals
+    pair: list[LocalServer], dir_b: Path, number: signal.Signals
 ) -> None:
+    """One that was only stopped goes on later: it serves again, emptied, with the weights of a publish."""
     asked = requests(6, LONG)
     replies, lost = ask_all([s.url for s in pair], asked, end(pair[0], number), health_timeout=4.0)
     every_sample_once(replies, asked)
     assert all(len(reply.token_ids) == 480 for part in replies for reply in part)
     assert list(lost) == [pair[0].url]
+    if number == signal.SIGSTOP:
+        check_goes_on(pair, lost, dir_b)
+
+
+def check_goes_on(pair: list[LocalServer], lost: dict[str, str], weights: Path) -> None:
+    fleet = Fleet([s.url for s in pair], vocabulary=VOCAB, timeout=60.0)
+    fleet.lose(lost)
+    stopped, process = pair[0].url, pair[0].process
+    assert process is not None
+    os.killpg(process.pid, signal.SIGCONT)
+    wait_until(lambda: http(stopped, "/health", method="GET").status == 200, "it goes on")
+    old = {"input_ids": [1, 3], "sampling_params": LONG}
+    with ThreadPoolExecutor(1) as threads:
+        nobodys = threads.submit(http, stopped, "/generate", old)
+        wait_until(lambda: running(stopped) > 0, "it does what nobody waits for")
+        assert [client.url for client in fleet.serving] == [pair[1].url], (
+            "it serves before it was published to"
+        )
+        assert publish_directory(fleet, weights, "7", shapes_in(weights)) == {}
+        assert running(stopped) == 0
+        assert nobodys.result(60).body["meta_info"]["finish_reason"]["type"] == "abort", "it was emptied"
+    assert {client.url for client in fleet.serving} == {s.url for s in pair}
+    again = http(stopped, "/generate", {"input_ids": [1, 3], "sampling_params": PARAMS}).body
+    assert {span["version"] for span in again["meta_info"]["weight_versions"]} == {"7"}
+
+
+def shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in load_file(directory / "model.safetensors").items()}
 
 
 @pytest.mark.slow
@@ -156,6 +188,10 @@ def test_a_server_of_another_version_is_lost(fresh_url: str, dir_b: Path) -> Non
     assert http(fresh_url, "/update_weights_from_disk", update).status == 200
     with pytest.raises(RolloutError, match=r"serves weight version \['2'\], not 'default'"):
         ask_all([fresh_url], requests(2))
+    fleet = Fleet([fresh_url], vocabulary=VOCAB, timeout=60.0)
+    assert publish_directory(fleet, dir_b, "default", shapes_in(dir_b)) == {}
+    asked = requests(2)
+    every_sample_once(ask_all([fresh_url], asked)[0], asked)
 
 
 def test_slow_is_not_lost(url: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mcore_rl.server.sampling import Knobs, counter_uniform, sample
+from mcore_rl.server.sampling import Knobs, counter_uniform, draw, sample
 
 DRAWS = 40_000
 
@@ -75,3 +75,28 @@ def test_an_impossible_token_is_never_drawn_at_the_edges() -> None:
     logits = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf]).expand(2, -1)
     edges = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
     assert sample(logits, knobs(2, edges))[0].tolist() == [1, 2]
+
+
+def test_a_draw_of_blocks_is_that_of_a_running_sum_over_the_whole_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    for vocab in (7, 255, 256, 257, 5000):
+        probs = torch.randn(64, vocab, generator=generator).mul(4).softmax(-1)
+        few = probs * (torch.rand(64, vocab, generator=generator) < 0.05)
+        few[:, 3] += 1e-30  # of some rows the only one
+        for weights in (probs, few):
+            uniform = torch.rand(64, generator=generator, dtype=torch.float64)
+            running = weights.cumsum(-1, dtype=torch.float64)
+            wanted = torch.searchsorted(running, (uniform * running[:, -1])[:, None], right=True)[:, 0]
+            drawn = draw(weights, uniform)
+            assert torch.equal(drawn, wanted)
+            assert bool((weights.gather(1, drawn[:, None]) > 0).all())
+            at_edges = draw(weights, edges.repeat(32))  # where the rounding of the sums decides
+            assert bool((weights.gather(1, at_edges[:, None]) > 0).all())
+            assert weights is few or not torch.equal(draw(weights, 1 - uniform), wanted)
+
+
+def test_a_row_that_is_not_finite_has_a_token_of_the_vocabulary() -> None:
+    """The engine says that such a row is wrong; it must not fail before that."""
+    token = draw(torch.full((1, 300), torch.nan), torch.tensor([0.5], dtype=torch.float64))
+    assert 0 <= int(token) < 300

@@ -128,6 +128,45 @@ def test_every_service_has_a_name_and_is_read_above() -> None:
 # --- a service that fails ---------------------------------------------------------------------------------
 
 
+HANGS = (
+    SEND.replace(
+        "with tracked",
+        """
+from mcore_rl.trackers import sender
+sender.CLOSE_SECONDS = 1.0
+said = lambda *why: print(*why, flush=True)
+with tracked""",
+    ).replace("lambda *why: sys.exit(str(why))", "said")
+    + """
+    sys.stdin.readline()
+"""
+)
+
+
+def test_a_server_that_never_answers_is_left_behind_and_the_process_ends(tmp_path: Path) -> None:
+    """It has taken the connection of the real package, and says nothing."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        silent.settimeout(60)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            [sys.executable, "-c", HANGS, "mlflow", str(tmp_path), "0", json.dumps(STEPS)],
+            env={**environment, "HOME": str(tmp_path), "MLFLOW_TRACKING_URI": url}, cwd=tmp_path,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            try:
+                asked, _ = silent.accept()
+                with asked:
+                    said, errors = process.communicate("\n", timeout=20)
+            finally:
+                process.kill()
+    assert process.returncode == 0, errors
+    assert said == "mlflow has not taken everything within 1 s\n"
+    assert errors.count("mcore-rl: mlflow gets no more of this run: has not taken everything") == 1
+
+
 class Broken:
     def __init__(self, run: TrackedRun) -> None: ...
 

@@ -14,6 +14,7 @@ from mcore_rl.errors import NumericsError, RewardError
 from mcore_rl.training.advantage import Scores, compute_advantages, value_metrics
 from mcore_rl.training.batch import RolloutBatch, build_batch
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
+from tests.training.test_trajectories import packed
 
 LENGTHS = ((3, 1, 5, 2), (4, 4, 1, 6), (1, 2, 2, 3))
 REWARDS = ((1.0, 0.0, 0.5, 0.0), (0.0, 0.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0))
@@ -154,6 +155,25 @@ def test_empty_responses_have_no_rows_and_change_no_one_else():
             np.size(a) if per_token else len(s.token_ids) for a, s in zip(got, of.samples, strict=True)
         ] == [n for group in lengths for n in group]
         assert all(np.isfinite(a).all() for a in got)
+        if per_token:
+            set_to = configure(name, {"gamma": 0.97, "kl_in_reward": 0.2})
+            critic = name == "ppo"
+            lam = 0.95 if critic else 1.0
+            hand, _ = by_hand(of, scores(of), beta=0.2, gamma=0.97, lam=lam, critic=critic)
+            advantages = compute_advantages(of, set_to, scores(of)).fields["advantage"]
+            for mine, theirs in zip(advantages, hand, strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_an_empty_response_counts_in_its_groups_statistics_and_has_no_row():
+    of, algorithm = batch(((3, 1, 0, 2), (4, 4, 1, 6), (0, 0, 0, 0))), configure("grpo")
+    got = list(compute_advantages(of, algorithm).fields["advantage"])
+    assert got == list(compute_advantages(batch(), algorithm).fields["advantage"])
+    fewer = tuple(sample for sample in of.samples if sample.id != "p0@1/2")
+    left = compute_advantages(RolloutBatch(fewer, ("p0@1",) * 3 + of.group_ids[4:]), algorithm)
+    assert abs(next(iter(left.fields["advantage"])) - got[0]) > 0.05, "the control: it was left out"
+    made = packed(of, algorithm, advantage=np.array(got))
+    assert sum(len(one.rows) for one in made) == 3 + 1 + 0 + 2 + 4 + 4 + 1 + 6
 
 
 def test_nothing_but_empty_responses_is_defined():

@@ -14,6 +14,7 @@ from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.training.advantage import compute_advantages
 from mcore_rl.training.batch import Batching, build_batch, pack_mini_batch
+from mcore_rl.training.metrics import sample_metrics
 from mcore_rl.training.recorder import Recorder
 from mcore_rl.types import Group, PackedBatch, Prompt, Sample, VersionSpan
 
@@ -46,6 +47,8 @@ def packed(name: str, reasons: tuple[str, ...], *, overlong_filter: bool) -> Pac
 def test_they_have_no_row_and_the_others_keep_advantage_and_weight(name: str, weights: dict) -> None:
     """Tokens are counted without them, samples with them: a mean over samples does not weigh up the rest."""
     made, whole = (packed(name, REASONS, overlong_filter=on) for on in (True, False))
+    everyone = build_batch([Group("p@1", tuple(sample(i, reason) for i, reason in enumerate(REASONS)))])
+    assert sample_metrics(everyone, 4)["truncated"] == 0.5, "they are counted"
     assert sorted(set(made.fields["sample"].tolist())) == [0, 1]
     assert len(made.rows) == sum(LENGTHS[:2])
     assert len(whole.rows) == sum(LENGTHS), "the control"

@@ -215,7 +215,7 @@ def test_a_parameter_changes_the_gradient_or_is_refused_or_warned_of(name: str) 
 
 def warned(name: str, params: Mapping[str, object]) -> bool:
     rates = {"optimizer.lr": 1e-6}
-    said = doubtful(configure(name, params), params, updates=1, stale=False, rates=rates)
+    said = doubtful(configure(name, params), params, updates=1, stale=False, rates=rates, tokens=99)
     return any(what.startswith("algorithm.params") for what in said)
 
 

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, load_config, notes
 from mcore_rl.config.sections import CriticConfig
 from mcore_rl.errors import ConfigError
+from mcore_rl.log import StepLog, read_metrics
 from mcore_rl.metric_names import meaning_of
 from mcore_rl.model.residency import Residency
 from mcore_rl.model.weights_io import global_parameters
@@ -30,7 +33,7 @@ from mcore_rl.training.checkpoint import open_checkpoints, restore
 from mcore_rl.training.critic import passes_of
 from mcore_rl.training.loop import learn
 from mcore_rl.training.metrics import ON_POLICY_RATIO, GradientAlert
-from mcore_rl.training.run import Run
+from mcore_rl.training.run import Learner, Run
 from mcore_rl.training.rundir import Identity
 from mcore_rl.training.servers import Servers
 from mcore_rl.training.session import examples, optimize
@@ -245,6 +248,16 @@ def test_the_alert_comes_once_when_the_ratio_stays_high():
     rollouts = [high] * 4 + [low] + [high] * 7 + [{}] + [high] * 5
     due = [i for i, metrics in enumerate(rollouts) if alert.due(metrics)]
     assert due == [9, 17]
+
+
+def test_a_ratio_that_stays_high_is_one_event(tmp_path: Path):
+    nothing = lambda *_: None  # noqa: E731
+    trainer = SimpleNamespace(log=nothing, step_log=StepLog(tmp_path))
+    run = SimpleNamespace(trainer=trainer, mismatch=SimpleNamespace(notice=nothing), alert=GradientAlert())
+    for step in range(1, 13):
+        Learner.log(cast(Learner, run), step, {ON_POLICY_RATIO: 1.2})
+    events = read_metrics(tmp_path / "events.jsonl")
+    assert [(e["kind"], e["step"], e["ratio"]) for e in events] == [("gradient_scale", 5, 1.2)]
 
 
 def test_critic_settings_without_a_critic_are_refused(config):

@@ -30,6 +30,7 @@ _ALIKE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "tool_choice": _TOOLS_AUTO,
         "parallel_tool_calls": (True,),
         "modalities": (["text"],),
+        "logprobs": (True, False),
     },
     "completions": {
         "n": (1,),
@@ -55,14 +56,18 @@ _ALIKE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
     "messages": {
         "stop_sequences": ([],),
-        "tool_choice": ({"type": "auto"}, {"type": "none"}),
+        "tool_choice": (
+            {"type": "auto"},
+            {"type": "auto", "disable_parallel_tool_use": False},
+            {"type": "none"},
+        ),
         "thinking": ({"type": "disabled"},),
     },
 }
 """API -> parameter -> its values that ask for what is done anyway; None always does"""
 
 _FREE: Mapping[str, frozenset[str]] = {
-    "chat": frozenset({"messages", "tools", "max_tokens", "max_completion_tokens", "logprobs"}),
+    "chat": frozenset({"messages", "tools", "max_tokens", "max_completion_tokens"}),
     "completions": frozenset({"prompt", "max_tokens"}),
     "responses": frozenset({"input", "instructions", "tools", "max_output_tokens", "previous_response_id"}),
     "messages": frozenset({"messages", "system", "tools", "max_tokens"}),

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
+import re
 import secrets
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
@@ -34,6 +36,8 @@ _HOST = "127.0.0.1"
 _BODY_BYTES = 8 << 20
 _BODY_SECONDS = 60.0
 _SHUTDOWN_SECONDS = 5.0
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""half of a pair or a whole one, in the text of JSON"""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class _Gateway:
             session = self._session(request)
             body = await _body(request)
             check_parameters(api.kind, body, session.policy.sampling, session.ignored, session.remedy)
-            streams = body.get("stream", False)
+            streams = body.get("stream")
+            streams = False if streams is None else streams
             if type(streams) is not bool:
                 raise ApiError(400, "stream: expected true or false")
             task = asyncio.current_task()
@@ -174,6 +179,13 @@ async def _body(request: web.Request) -> Mapping[str, Any]:
         raise ApiError(400, f"the body: {error}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except (
+            UnicodeEncodeError
+        ):  # a template may leave it out, and a server's parser refuse it: a run's end
+            raise ApiError(400, "the body: half of a surrogate pair, which is no text") from None
     return body
 
 
