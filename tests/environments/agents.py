@@ -185,10 +185,9 @@ async def responses_agent(endpoint: Endpoint, http: httpx2.AsyncClient, draw: ra
         if draw.random() < 0.5:
             said: Any = await client.responses.create(**asked)
         else:
+            ends = ("response.completed", "response.incomplete")  # the helper knows the first alone
             async with client.responses.stream(**asked) as events:
-                async for _ in events:
-                    pass
-                said = await events.get_final_response()
+                said = [event.response async for event in events if event.type in ends][-1]
         last = said.id
         items += [item.model_dump(exclude_none=True, exclude={"parsed_arguments"}) for item in said.output]
         calls = [item for item in said.output if item.type == "function_call"]
