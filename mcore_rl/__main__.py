@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (sys.argv[1:] if argv is None else argv):  # who says nothing may know no command yet
         parser.print_help(sys.stderr)
         return EXIT_CONFIG
-    arguments, rest = parser.parse_known_args(argv)
+    words, overrides = _apart(sys.argv[1:] if argv is None else argv)
+    arguments, rest = parser.parse_known_args(words)
+    rest += overrides
     if rest and arguments.command not in (train, rollout, plan, doctor, evaluate, demo):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     guard(output=arguments.command not in (train, rollout, serve, follow, demo))
@@ -58,6 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and the `--section.key value` between them, of which argparse makes a path."""
+    words: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not re.match(r"--\w+\.", word):
+            words.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return words, overrides
 
 
 def _check_paths(arguments: argparse.Namespace) -> None:
@@ -94,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     add = commands.add_parser("demo", help="train a tiny model on this machine's CPUs: some minutes")
-    where = "for everything (default %(default)s); then --section.key value overrides of both its runs"
+    where = "for everything (default %(default)s); --section.key value overrides keys of both its runs"
     add.add_argument("directory", type=Path, nargs="?", default=Path("runs/demo"), metavar="DIR", help=where)
     add.set_defaults(command=demo)
 

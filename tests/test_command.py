@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mcore_rl import __version__
-from mcore_rl.__main__ import _check_paths, build_parser, main
+from mcore_rl.__main__ import _apart, _check_paths, build_parser, main
 from mcore_rl.errors import ConfigError
 from mcore_rl.server.__main__ import main as serve
 from tests.sources import ROOT
@@ -35,6 +35,20 @@ def test_an_unknown_command_names_those_there_are(capsys) -> None:
         main(["trian"])
     assert end.value.code == 2
     assert "train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words", "overrides"),
+    [
+        (["demo", "--train.steps", "5"], ["demo"], ["--train.steps", "5"]),
+        (["demo", "DIR", "--train.steps=5"], ["demo", "DIR"], ["--train.steps=5"]),
+        (["train", "--optimizer.lr", "-1", "a.toml"], ["train", "a.toml"], ["--optimizer.lr", "-1"]),
+        (["train", "a.toml", "--run.dir", "--resume"], ["train", "a.toml", "--resume"], ["--run.dir"]),
+        (["plan", "a.toml", "--gpus", "8"], ["plan", "a.toml", "--gpus", "8"], []),
+    ],
+)
+def test_a_value_of_a_key_is_no_path(argv: list[str], words: list[str], overrides: list[str]) -> None:
+    assert _apart(argv) == (words, overrides)
 
 
 def in_shell(what: str, code: str = "") -> subprocess.CompletedProcess[str]:

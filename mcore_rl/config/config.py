@@ -332,8 +332,8 @@ def _of_quantized(config: Config) -> Iterator[str]:
         yield 'publish.quantize: SGLang computes beside FP8 weights in bf16; set model.precision = "bf16"'
 
 
-def warnings(config: Config) -> list[str]:
-    """`key: what` for settings that are allowed and hardly meant."""
+def warnings(config: Config, *, trains: bool = True) -> list[str]:
+    """`key: what` for settings that are allowed and hardly meant; without training, every step is kept."""
     rates = {"optimizer.lr": config.optimizer.lr}
     a = config.algorithm
     if config.run.kind != "rl":
@@ -342,10 +342,11 @@ def warnings(config: Config) -> list[str]:
     algorithm = _effects().configure(a.name, a.params, a.loss)
     rates |= {"critic.lr": config.critic.lr} if algorithm.needs_critic else {}
     updates, stale = a.mini_batches * a.epochs, config.rollout.max_staleness > 0
+    due = _never_due(config) if trains else ()
     found = _effects().doubtful(
         *(algorithm, a.params), updates=updates, stale=stale, rates=rates, tokens=config.longest_response
     )
-    return [*found, *_of_critic(config, updates), *_never_due(config), *_never_waited(config)]
+    return [*found, *_of_critic(config, updates), *due, *_never_waited(config)]
 
 
 def _of_critic(config: Config, updates: int) -> Iterator[str]:

@@ -164,7 +164,7 @@ def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
         case "value_error":
             yield dotted, reason
         case _:
-            yield dotted or "file", reason.replace("Input should", "must")
+            yield dotted or "file", reason.replace("Input should", "must").replace("String should", "must")
 
 
 def _suggestion(dotted: str) -> str:

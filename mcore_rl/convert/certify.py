@@ -71,7 +71,9 @@ def _tokens(directory: Path) -> list[list[int]]:
 def _by_transformers(directory: Path, rows: list[list[int]]) -> Tensor:
     """[tokens but each sequence's last, vocabulary]"""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     known = known_config(read_hf_config(directory))
     model = AutoModelForCausalLM.from_pretrained(
         directory, **known, dtype=torch.float32, trust_remote_code=False

@@ -207,7 +207,8 @@ class RowReader:
     def _needs_template(self, where: str) -> None:
         if not self.tokenizer.chat_template:
             raise DataError(
-                f"{where}: messages, but the tokenizer has no chat template; give prompts as strings"
+                f"{where}: messages, but the tokenizer has no chat template; give prompts as strings, or put "
+                "a chat_template.jinja into the model's directory"
             )
 
     def _label(self, place: str, record: Mapping[str, Any], chat: _Chat | None, text: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mcore_rl import strict_json
+from mcore_rl.config import load_config
 from mcore_rl.directories import storage_error
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import tell
@@ -42,10 +43,12 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
     check_replaced(directory)
     data = ["--data.train", str(directory / "data" / "train.jsonl")]
     held_out = ["--data.eval", str(directory / "data" / "eval.jsonl")]
-    tell(f"two cores take some minutes; the report will be {directory}/report.html", is_main=True)
     module = [sys.executable, "-m", "mcore_rl"]
     first = ["--run.dir", str(warm), "--model.path", str(directory / "data" / "model"), *data]
     second = ["--run.dir", str(directory), "--model.path", str(warm / "model"), *data, *held_out]
+    for recipe, flags in ((WARM_START, first), (RECIPE, second)):  # before anything is written
+        load_config(there / recipe, [*flags, *overrides])
+    tell(f"two cores take some minutes; the report will be {directory}/report.html", is_main=True)
     steps = (
         [sys.executable, str(there / PROBLEMS), str(directory / "data"), "--seed", "0"],
         [*module, "train", str(there / WARM_START), "--overwrite", *first, *overrides],

@@ -45,7 +45,9 @@ def main(path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
             print(printable(f"        -> {finding.remedy}"), file=out, flush=True)
     errors = [finding for finding in findings if finding.level == "error"]
     warnings = sum(finding.level == "warning" for finding in findings)
-    print(printable(f"{len(findings)} checks: {len(errors)} errors, {warnings} warnings"), file=out)
+    counted = ((len(errors), "error"), (warnings, "warning"))
+    said = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counted)
+    print(printable(f"{len(findings)} checks: {said}"), file=out)
     if as_json:
         counts = {"errors": len(errors), "warnings": warnings}
         print(json.dumps({**counts, "findings": [asdict(finding) for finding in findings]}))

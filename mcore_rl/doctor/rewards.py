@@ -96,6 +96,11 @@ def _tried(config: Config, prompts: Sequence[Prompt]) -> Iterator[Finding]:
     check_weights(config.reward.weights, live, config.reward.functions)
     void = f"; {reasons.counts.total()} of {len(prompts)} are void" if reasons.counts else ""
     given = f"{name} gives the first prompt's own label {live[0].reward:g}{void}"
+    no_text = any(prompt.label is not None and not isinstance(prompt.label, str) for prompt in prompts)
+    if no_text and not any(sample.reward for sample in live):
+        what = f"{given}, and so all of the first {len(live)}: labels that are no strings equal no text"
+        yield Finding("reward", "warning", what, "compare sample.text with sample.prompt.label_text")
+        return
     yield Finding("reward", "ok", given)
 
 

@@ -114,17 +114,17 @@ def run_alone(config: Config) -> int:
     check_directory(config)
     check_open_files()
     with held(config, publishes=False, dumps="sampled"):
-        _warn(config)
+        _warn(config, trains=False)
         return _run_recorded(config, partial(_sample, config))
 
 
-def _warn(config: Config, doubts: Sequence[str] = ()) -> None:
+def _warn(config: Config, doubts: Sequence[str] = (), *, trains: bool = True) -> None:
     warn_of_others(config)
     models = [] if config.model.random_init else [config.model.path]
     models += [] if config.reward.model is None else [config.reward.model]
     for what in notes(config):
         say(f"note: {what}")
-    for what in [*warnings(config), *filter(None, map(unread, models)), *doubts]:
+    for what in [*warnings(config, trains=trains), *filter(None, map(unread, models)), *doubts]:
         say(f"warning: {what}")
         append_event(config.run.dir, "warning", what=what)
 
@@ -303,6 +303,9 @@ def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int,
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # its import set a level of its own: a signal is said by the ranks
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
+    _hide_timer()
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -321,6 +324,17 @@ def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int,
     except SignalException as error:
         return EXIT_RETRYABLE if error.sigval in (signal.SIGTERM, signal.SIGHUP) else 128 + error.sigval
     return {}
+
+
+def _hide_timer() -> None:
+    """After a signal torch's timer may be collected in its own thread; Python would print a traceback."""
+    others = sys.unraisablehook
+
+    def hook(what: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and "join current thread" in str(what.exc_value)):
+            others(what)
+
+    sys.unraisablehook = hook
 
 
 def processes(config: Config) -> int:

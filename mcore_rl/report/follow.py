@@ -94,6 +94,8 @@ class _Handler(SmallHandler):
             return self._answer(self._page.version().encode(), "text/plain")
         self.send_error(404)
 
+    do_HEAD = do_GET
+
     def _answer(self, content: bytes, kind: str) -> None:
         self.send_response(200)
         for name, value in {
@@ -106,7 +108,8 @@ class _Handler(SmallHandler):
         }.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mcore_rl.checkpoint import seed_rng
 from mcore_rl.config import Config
 from mcore_rl.dumps.directory import NAME, read_step
 from mcore_rl.errors import ConfigError, NothingToDo, RolloutError
-from mcore_rl.log import Progress, StepLog, Timers
+from mcore_rl.log import Progress, StepLog, Timers, tell
 from mcore_rl.model import platform
 from mcore_rl.model.residency import Residency
 from mcore_rl.parallel.layout import Layout
@@ -77,6 +77,8 @@ def sample_rollouts(config: Config) -> None:
         for step in range(done + 1, config.train.steps + 1):
             watchdog.progress(f"step {step} began")
             source.sample(step)
+    where = f"{config.run.dir / NAME}"
+    tell(f"the rollouts are in {where}; `mcore-rl samples {config.run.dir}` shows them", is_main=True)
 
 
 class RolloutSource:

@@ -32,6 +32,15 @@ def alarmed(sample) -> float:
         signal.signal(signal.SIGALRM, before)
 
 
+def equals_label(sample) -> float:
+    """Never, where the label is a number."""
+    return float(sample.text == sample.prompt.label)
+
+
+def equals_label_text(sample) -> float:
+    return float(sample.text == sample.prompt.label_text)
+
+
 def half(sample) -> float | Void:
     """Every other label cannot be judged."""
     return 1.0 if int(sample.prompt.label) % 2 else Void("even")

@@ -287,6 +287,16 @@ def test_a_reward_with_an_alarm_works_here_as_it_does_in_training(capsys, settin
     assert code == 0
 
 
+@pytest.mark.parametrize(("text", "level"), [("label", "warning"), ("label_text", "ok")])
+def test_labels_that_equal_no_text_are_noticed(capsys, setting: Setting, text: str, level: str) -> None:
+    rows = [json.loads(line) for line in setting.train.read_text().splitlines()]
+    setting.train.write_text("".join(json.dumps(row | {"label": int(row["label"])}) + "\n" for row in rows))
+    _, findings = doctor(capsys, setting.config, "--reward.function", f"tests.doctor.rewards:equals_{text}")
+    (found,) = [finding for finding in findings if finding["check"] == "reward"]
+    assert found["level"] == level
+    assert ("label_text" in found["remedy"]) == (level == "warning")
+
+
 TABLE = "reward.functions.a"
 
 
