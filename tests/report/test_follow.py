@@ -91,6 +91,7 @@ def test_nothing_of_a_request_is_a_path(address: str, path: str) -> None:
 def test_other_names_and_other_methods_get_nothing(address: str) -> None:
     port = urlsplit(address).port
     assert ask(address, Host=f"localhost:{port}")[0] == 200
+    assert ask(address, method="HEAD") == (200, "")
     for foreign in ("evil.example", f"evil.example:{port}", ""):
         assert ask(address, Host=foreign)[0] == 403
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
