@@ -69,7 +69,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "convert": EVERYTHING,
     "evaluate": EVERYTHING,
     "talk": EVERYTHING,
-    "demo": BASE | DISK | {"log"},
+    "demo": BASE | DISK | {"log", "config"},
     "commands": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,
@@ -135,7 +135,9 @@ def legal(room: str, name: str) -> bool:
     return standard or room not in THIRD_PARTY or within(name, THIRD_PARTY[room])
 
 
-READERS = frozenset({"training", "launch", "evaluate", "plan", "doctor", "talk", "commands", "__init__"})
+READERS = frozenset(
+    {"training", "launch", "evaluate", "plan", "doctor", "talk", "demo", "commands", "__init__"}
+)
 """rooms that read the configuration; below them, functions take the numbers they need"""
 
 
