@@ -404,6 +404,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.out and (given.out.is_dir() or not given.out.absolute().parent.is_dir()):
+        parser.error(f"--out {given.out}: name a file in a directory that is there")
     soak = Soak(given.directory.resolve(), given.seed)
     began = time.monotonic()
     rounds: list[dict[str, Any]] = []
