@@ -45,6 +45,7 @@ FLAGS = (
     *("--parallel.tensor", "1", "--rollout.prompts_per_step", "4", "--rollout.samples_per_prompt", "2"),
     *("--rollout.threads", "1", "--rollout.dump", "0", "--rollout.start_timeout", "500"),
     *("--algorithm.mini_batches", "1", "--train.eval_every", "0"),
+    *("--reward.workers", "1"),  # more of them start once one is busy, at any step
     *("--checkpoint.every", "50", "--checkpoint.keep", "2"),
 )
 
@@ -58,7 +59,10 @@ def role_of(process: psutil.Process) -> str | None:
 
 
 def look(run: subprocess.Popen[bytes], directory: Path) -> dict[str, float]:
-    """Memory (its share of what is shared), descriptors, threads and the like by role, and files."""
+    """Memory of its own, descriptors, threads and the like by role, and files.
+
+    A share of what is shared, such as the pages of torch's libraries, would change with whatever else runs.
+    """
     launcher = psutil.Process(run.pid)
     seen: dict[str, float] = {}
     for process in [launcher, *launcher.children(recursive=True)]:
@@ -67,7 +71,7 @@ def look(run: subprocess.Popen[bytes], directory: Path) -> dict[str, float]:
             continue
         with suppress(psutil.Error, OSError):
             measured = {
-                "memory_mib": process.memory_full_info().pss / MIB,
+                "memory_mib": process.memory_full_info().uss / MIB,
                 "descriptors": process.num_fds(),
                 "threads": process.num_threads(),
                 "shared_memory_maps": Path(f"/proc/{process.pid}/maps").read_text().count("/dev/shm/"),

@@ -18,6 +18,15 @@ def demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl train CONFIG.toml [--resume [WHICH] | --overwrite] [--rollouts DIR] [--replay DUMP] ...`."""
+    from mcore_rl.launch.asked import leaving_when_asked
+
+    if "RANK" in os.environ:
+        return _train(arguments, overrides)
+    with leaving_when_asked():
+        return _train(arguments, overrides)
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from mcore_rl.config import load_config
     from mcore_rl.launch.first_look import first_look
 

@@ -26,6 +26,7 @@ from mcore_rl.errors import (
     requests_to_leave,
 )
 from mcore_rl.imports import uncollected
+from mcore_rl.launch.asked import finish_although_asked
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
@@ -290,6 +291,7 @@ def launch_node(config: Config, source: Source, arguments: Sequence[str]) -> int
         with ending_stopped(launch, config.run.dir, patience):
             left = _start_ranks(launch, ranks, arguments)
     finally:
+        finish_although_asked()
         end_launched(launch)
     if isinstance(left, int):
         return left
