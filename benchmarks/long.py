@@ -79,7 +79,8 @@ def look(run: subprocess.Popen[bytes], directory: Path) -> dict[str, float]:
             }
             for key, value in measured.items():
                 seen[f"{role}/{key}"] = seen.get(f"{role}/{key}", 0.0) + value
-    files = [path for path in directory.rglob("*") if path.relative_to(directory).parts[0] not in GROWS]
+    found = [Path(at, name) for at, _, names in os.walk(directory) for name in names]  # some may be gone
+    files = [path for path in found if path.relative_to(directory).parts[0] not in GROWS]
     sizes = [size for path in files if (size := size_of(path)) is not None]
     return seen | {"disk/mib": sum(sizes) / MIB, "disk/files": len(sizes)}
 
@@ -103,19 +104,30 @@ def watched(directory: Path, steps: int) -> Iterator[tuple[list[dict[str, float]
         run = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
-    while run.poll() is None:
-        done = steps_done(directory)
-        if done and (not looks or done >= looks[-1]["step"] + EVERY):
-            with suppress(psutil.NoSuchProcess):
-                looks.append({"step": float(done), **look(run, directory)})
-                yield looks, time.monotonic() - began
-            changed = time.monotonic()
-        if time.monotonic() - changed > STALLED:
-            run.kill()
-            raise SystemExit(f"no {EVERY} steps in {STALLED:.0f} s: {log.name}")
-        time.sleep(0.1)
+    try:
+        while run.poll() is None:
+            done = steps_done(directory)
+            if done and (not looks or done >= looks[-1]["step"] + EVERY):
+                with suppress(psutil.NoSuchProcess):
+                    looks.append({"step": float(done), **look(run, directory)})
+                    yield looks, time.monotonic() - began
+                changed = time.monotonic()
+            if time.monotonic() - changed > STALLED:
+                raise SystemExit(f"no {EVERY} steps in {STALLED:.0f} s: {log.name}")
+            time.sleep(0.1)
+    finally:
+        end(run)
     if run.returncode:
         raise SystemExit(f"the run ended with {run.returncode}: {log.name}")
+
+
+def end(run: subprocess.Popen[bytes]) -> None:
+    """End a run that is still there, and what it started."""
+    if run.poll() is None:
+        run.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(timeout=60)
+    run.kill()
 
 
 def steps_done(directory: Path) -> int:

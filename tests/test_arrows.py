@@ -49,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "algo": BASE,
     "parallel": BASE,
     "model": BASE | DISK | {"parallel"},
-    "weights": BASE | DISK | {"parallel", "model", "rollout.client", "rollout.fleet"},
+    "weights": BASE | DISK | {"parallel", "model", "rollout.adapters", "rollout.client", "rollout.fleet"},
     "rollout": BASE,
     "rewards": BASE,
     "data": BASE,

@@ -155,11 +155,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from misnamed(config.algorithm.name)
     of_kind = (config.preference, config.distill, config.supervised, config.residency.reference)
     yield from wrong_of_kind(config.run.kind, *of_kind)
-    frozen = {
-        "fp8_param_gather": config.model.fp8_param_gather,
-        "router_bias_rate": config.optimizer.router_bias_rate,
-    }
-    yield from wrong_lora(config.lora, config.run.kind, **frozen)
+    yield from wrong_lora(config.lora, config.run.kind, config.model, config.optimizer, config.publish)
     yield from keys_of_one_name(config.run.kind, config.preference, config.data)
     yield from _of_servers(config)
     yield from _of_transport(config)

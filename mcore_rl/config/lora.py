@@ -7,7 +7,17 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from mcore_rl.config.sections import FilePath, Kind, NonNegative, Positive, Section, Seed
+from mcore_rl.config.sections import (
+    FilePath,
+    Kind,
+    ModelConfig,
+    NonNegative,
+    OptimizerConfig,
+    Positive,
+    PublishConfig,
+    Section,
+    Seed,
+)
 from mcore_rl.lora import DENSE_TARGETS, Target
 
 
@@ -36,16 +46,38 @@ class LoraConfig(Section):
 
 
 def wrong_lora(
-    lora: LoraConfig, kind: Kind, *, fp8_param_gather: bool, router_bias_rate: float
+    lora: LoraConfig,
+    kind: Kind,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    publish: PublishConfig,
 ) -> Iterator[str]:
-    """`section.key: what, remedy` for what cannot go with adapters."""
+    """`section.key: what, remedy` for what cannot go with adapters, or without."""
+    alone = publish.transport == "adapter"
     if not lora.rank:
+        if alone:
+            yield 'publish.transport: there is no adapter to publish; set lora.rank, or it to "disk"'
         return
+    if alone and "experts" in lora.targets:
+        yield (
+            "publish.transport: adapters of experts are not published by themselves; set it to "
+            '"disk", or leave "experts" out of lora.targets'
+        )
+    if alone and publish.quantize != "none":
+        yield (
+            "publish.quantize: servers hold model.path itself; start them on a model in FP8, or set "
+            'publish.transport = "disk"'
+        )
+    if alone and model.random_init:
+        yield (
+            "publish.transport: servers need the frozen weights, and model.random_init has none in "
+            'model.path; set it to "disk"'
+        )
     if kind == "reward_model":
         yield "lora.rank: the score of a reward model is trained from 0 and has no adapter; drop [lora]"
-    if fp8_param_gather:
+    if model.fp8_param_gather:
         yield "model.fp8_param_gather: frozen weights are not gathered; drop it, or [lora]"
-    if router_bias_rate:
+    if optimizer.router_bias_rate:
         yield "optimizer.router_bias_rate: routers' biases are frozen too; set it to 0, or drop [lora]"
 
 

@@ -459,10 +459,11 @@ class TrainConfig(Section):
 class PublishConfig(Section):
     """Weights for the servers, and the check that they arrived."""
 
-    transport: Literal["disk", "tensor", "distributed"] = "disk"
-    """By files; out of memory, to servers on the trainer's machine; or by broadcast (NCCL, gloo on CPU)."""
+    transport: Literal["disk", "tensor", "distributed", "adapter"] = "disk"
+    """By files; out of memory, to servers on the trainer's machine; by broadcast (NCCL, gloo on CPU); or, of
+    [lora], the adapter alone by files, which SGLang applies beside the frozen model."""
     bucket_mib: Count = 512
-    """What the last two send at once, in 2^20 bytes; a rank that sends holds two of them meanwhile."""
+    """What `tensor` and `distributed` send at once, in 2^20 bytes; a rank that sends holds two of them."""
     dir: FilePath | None = None
     """Where weights go for the servers to read; unset, `weights` in the run directory."""
     replica: FilePath | None = None
@@ -479,3 +480,8 @@ class PublishConfig(Section):
     """Above that: say so, end the run before it trains the step, or train without the samples that differ."""
     tolerance_max: Positive | None = FP32_TOLERANCES.largest
     """Largest one of any log-prob compared after a publish; above, the run ends. Below fp32 as the other."""
+
+    @property
+    def by_buckets(self) -> bool:
+        """Weights go from memory to memory, publish.bucket_mib at a time."""
+        return self.transport in ("tensor", "distributed")

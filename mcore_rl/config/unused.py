@@ -41,5 +41,8 @@ def unused_of_servers(rollout: RolloutConfig, publish: PublishConfig) -> Mapping
 def _unused_of_transport(publish: PublishConfig, *, urls: bool) -> Mapping[str, str]:
     if publish.transport == "disk":
         return {"publish.bucket_mib": 'publish.transport is "disk"'}
+    if publish.transport == "adapter":
+        why = 'publish.transport is "adapter", which sends files of adapters'
+        return {"publish.bucket_mib": why, "publish.replica": f"{why}: they are small"}
     why = f'publish.transport is "{publish.transport}", which writes no files'
     return dict.fromkeys(("publish.replica", *(["publish.dir"] if urls else [])), why)

@@ -122,6 +122,8 @@ def _trackers(config: Config) -> Iterator[Finding]:
 def _disks(config: Config) -> Iterator[Finding]:
     by_files = config.publish.transport == "disk" or not config.rollout.urls
     published = PUBLISHED_VERSIONS * weight_bytes(config.model.path) if by_files else 0
+    if config.publish.transport == "adapter":
+        published = (config.rollout.max_staleness + PUBLISHED_VERSIONS) * 4 * _adapter_numbers(config)
     yield from check_disk("run.dir", config.run.dir, published if config.publish.dir is None else 0)
     if config.publish.dir is not None:
         yield from check_disk("publish.dir", config.publish.dir, published)
@@ -134,14 +136,20 @@ def _checkpoint_bytes(config: Config) -> int:
     """Bytes of the checkpoints kept and the one being written: weights, Adam's moments and fp32 weights."""
     half = read_hf_config(config.model.path).get("torch_dtype") in ("bfloat16", "float16")
     models = [config.critic.path or config.model.path] if _has_critic(config) else []
-    lora, adapters = lora_of(config), 0
-    if lora is None:
+    adapters = 0
+    if lora_of(config) is None:
         models.append(config.model.path)
     else:
-        shapes = AdapterMap(read_architecture(config.model.path), lora).hf_shapes().values()
-        adapters = (12 if config.model.precision == "fp32" else 14) * sum(map(prod, shapes))
+        adapters = (12 if config.model.precision == "fp32" else 14) * _adapter_numbers(config)
     whole = (7 if half else 3) * sum(map(weight_bytes, models))
     return (config.checkpoint.keep + 1) * (whole + adapters)
+
+
+def _adapter_numbers(config: Config) -> int:
+    """Numbers that [lora] trains."""
+    lora = lora_of(config)
+    assert lora is not None
+    return sum(map(prod, AdapterMap(read_architecture(config.model.path), lora).hf_shapes().values()))
 
 
 def _has_critic(config: Config) -> bool:

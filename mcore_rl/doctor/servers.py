@@ -11,8 +11,10 @@ from mcore_rl.doctor.finding import Finding, guarded
 from mcore_rl.errors import EXIT_RETRYABLE
 from mcore_rl.kindred import KINDRED
 from mcore_rl.model.hf.architecture import read_hf_config
+from mcore_rl.rollout.adapters import check_adapters
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.fleet import check_server_info
+from mcore_rl.training.assemble_servers import adapter_needs
 
 PROBE_SECONDS = 10.0
 """for one server's answers, all together"""
@@ -46,6 +48,8 @@ def _server(config: Config, url: str) -> Iterable[Finding]:
 
     ready, server, model = call(client, ask)
     check_server_info(url, server, experts=config.rollout.routing_replay)
+    if (needs := adapter_needs(config)) is not None:
+        check_adapters(url, server, needs)
     kind = read_hf_config(config.model.path).get("model_type")
     if model.get("model_type", kind) not in (kind, KINDRED.get(str(kind))):
         yield Finding(

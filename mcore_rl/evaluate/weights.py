@@ -16,6 +16,7 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.training.rundir import published_to, root_of
 
 _MODEL_FILES = "*.safetensors"
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Weights:
 
     path: Path
     is_checkpoint: bool
-    """a training checkpoint, which is converted first; else a Hugging Face directory"""
+    """a training checkpoint or an adapter, which is converted first; else a Hugging Face directory"""
     step: int | None
     """after which they were written, where that is known"""
 
@@ -36,7 +37,7 @@ class Weights:
 
     def identity(self) -> str:
         """What tells them from other weights that lie there later."""
-        if self.is_checkpoint:
+        if (self.path / COMMITTED).is_file():
             return (self.path / COMMITTED).read_text().strip()
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.path.glob(_MODEL_FILES))
         return hashlib.sha256(repr(files).encode()).hexdigest()
@@ -98,11 +99,12 @@ def _newest(config: Config) -> Weights | None:
     known = [(step, 0, path) for step, path in committed(root_of(config))]
     if published.is_dir():
         versions = [path for path in published.iterdir() if path.name.isdecimal()]
-        known += [(int(p.name), 1, p) for p in versions if is_ours(p, "weights") and _is_hf(p)]
+        versions = [path for path in versions if is_ours(path, "weights")]
+        known += [(int(p.name), 1, p) for p in versions if _is_hf(p) or (p / ADAPTER).is_file()]
     if not known:
         return None
     step, is_published, path = max(known)
-    return Weights(path, not is_published, step)
+    return Weights(path, not is_published or not _is_hf(path), step)
 
 
 def _is_hf(path: Path) -> bool:

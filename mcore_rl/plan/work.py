@@ -177,7 +177,7 @@ def work_of(
         teacher_flops=sum(map(_flops_of, teachers)) / len(teachers) / policy if teachers else 0.0,
         staleness=r.max_staleness if rl else 0,
         cpu_fraction=config.optimizer.cpu_fraction,
-        bucket_bytes=0 if config.publish.transport == "disk" else config.publish.bucket_mib << 20,
+        bucket_bytes=config.publish.bucket_mib << 20 if config.publish.by_buckets else 0,
     )
 
 

@@ -19,6 +19,7 @@ from pydantic_core import from_json
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
 from mcore_rl.rollout import streaming
+from mcore_rl.rollout.adapters import ServedAdapter, lacks, under
 from mcore_rl.rollout.bodies import is_page, kind_of, message_of, shown
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
 from mcore_rl.spans import span
@@ -140,6 +141,7 @@ class RolloutClient:
         experts: ExpertLayers | None = None,
         session: str = "",
         stream: streaming.TokenStream | None = None,
+        adapter: ServedAdapter | None = None,
     ) -> list[Reply]:
         """One response per prompt, in one HTTP call; `sampling_params` and `rids` have one entry per prompt.
 
@@ -148,6 +150,8 @@ class RolloutClient:
         A `session` is the routing key of all requests that go on from each other.
 
         With `experts`, of the served model, replies say which of them every token was sent to.
+
+        With an `adapter`, the tokens come from the frozen model with it, and have its version.
 
         Every attempt has request ids of its own (`rid~9f86d081`): one that was given up, here, over another
         address of the server or by a trainer that died, may still be running, and none is refused as its
@@ -169,6 +173,7 @@ class RolloutClient:
                 "logprob_start_len": 0 if prompt_log_probs else -1,
             } | ({} if experts is None else {"return_routed_experts": True})
             body |= {"routing_key": session} if session else {}
+            body |= {} if adapter is None else {"lora_path": adapter.name}
             if stream is not None:
                 one = Asked(rids[0], sent[0], prompts[0], tokens[0], self.vocabulary, False, experts)
                 return [await self._streamed(body, one, stream, 2 * most)]
@@ -183,7 +188,14 @@ class RolloutClient:
             )
             return [parse_reply(item, one) for item, one in zip(data, asked, strict=True)]
 
-        return await self._retrying("/generate", attempt) if prompts else []
+        if adapter is None:
+            return await self._retrying("/generate", attempt) if prompts else []
+        try:
+            return under(adapter, await self._retrying("/generate", attempt) if prompts else [])
+        except RejectedError as error:
+            if error.status == 400 and "lora" in str(error).lower():  # as a server that is gone
+                raise RolloutError(lacks(self.url, adapter, str(error))) from error
+            raise
 
     async def _streamed(
         self, body: Mapping[str, Any], asked: Asked, stream: streaming.TokenStream, most: int
@@ -260,6 +272,10 @@ class RolloutClient:
 
     async def control(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> None:
         """A call that the server answers with {success, message}; raises RejectedError for success: false."""
+        await self.told(path, body, retries=retries)
+
+    async def told(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> dict[str, Any]:
+        """The whole answer to such a call."""
 
         async def attempt(_: int) -> dict[str, Any]:
             data = await self._request("POST", path, body)
@@ -270,6 +286,7 @@ class RolloutClient:
         data = await self._retrying(path, attempt, retries)
         if not data["success"]:
             raise RejectedError(f"{self.url}{path}: {message_of(data)}", 200)
+        return data
 
     async def weight_checksums(self) -> list[dict[str, str]]:
         """Per rank of the server: tensor name -> checksum, in the server's own names and hash."""

@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from mcore_rl.errors import RolloutError
+from mcore_rl.rollout.adapters import ServedAdapter
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
 from mcore_rl.rollout.streaming import TokenStream
 from mcore_rl.types import ExpertLayers, Prompt
@@ -79,6 +80,7 @@ class Dispatch:
         version: weight version that they hold.
         health_timeout: seconds without a good health check after which a server is given up.
         lead, leads: which of how many that ask the same servers, and know nothing of each other's requests.
+        adapter_of: the adapter of a version, where servers hold adapters beside the frozen model.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Dispatch:
         health_timeout: float,
         lead: int = 0,
         leads: int = 1,
+        adapter_of: Callable[[str], ServedAdapter | None] = lambda _: None,
     ) -> None:
         self.version = version
+        self._adapter_of = adapter_of
         self.health_timeout = health_timeout
         self.lost: dict[str, str] = {}
         """url -> why it is not asked any more, of those whom nobody else knows to be lost"""
@@ -221,6 +225,7 @@ class Dispatch:
                 experts=request.experts,
                 session=request.affinity,
                 stream=request.stream,
+                adapter=self._adapter_of(self.version),
             )
         )
         lost = asyncio.create_task(server.lost.wait())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mcore_rl.errors import ConfigError, RolloutError, WeightSyncError
+from mcore_rl.rollout.adapters import AdapterNeeds, ServedAdapter, check_adapters
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.rollout.dispatch import Dispatch
 from mcore_rl.rollout.processes import LocalServer
@@ -65,6 +66,8 @@ class Fleet:
         """main rank: directories of weights that this run wrote and that may still be read, oldest first"""
         self.released: dict[str, frozenset[str]] = {}
         """url -> parts of its memory (weights, kv_cache) that a serving server has given up; on every rank"""
+        self.adapters = ""
+        """what the names of adapters begin with, where versions are adapters beside the frozen model"""
         self._former: dict[str, str] = {}
         """url of a server that was started anew -> under which url it was lost, and why"""
         self._restarted: set[str] = set()
@@ -81,10 +84,20 @@ class Fleet:
         """Clients of the servers that hold the current version."""
         return [self.client(url) for url in self.status.urls if url not in self.status.lost]
 
+    def adapter_of(self, version: str) -> ServedAdapter | None:
+        """What servers hold as `version` beside the frozen model; None where they hold whole models."""
+        return ServedAdapter(f"{self.adapters}_{version}", version) if self.adapters and version else None
+
     def dispatch(self, lead: int = 0, leads: int = 1) -> Dispatch:
         """A round of requests to the servers that serve, of which other `leads` have rounds too."""
-        settings = {"version": self.version, "health_timeout": self.health_timeout}
-        return Dispatch(self.serving, **settings, lead=lead, leads=leads)  # type: ignore[arg-type]
+        return Dispatch(
+            self.serving,
+            version=self.version,
+            health_timeout=self.health_timeout,
+            lead=lead,
+            leads=leads,
+            adapter_of=self.adapter_of,
+        )
 
     def lose(self, lost: Mapping[str, str]) -> None:
         """These servers serve no more until the next publish. All ranks call it with the same servers."""
@@ -222,12 +235,19 @@ async def wait_ready(clients: Sequence[RolloutClient], *, timeout: float) -> Non
         await asyncio.sleep(min(1.0, timeout / 10))
 
 
-async def check_server(client: RolloutClient, *, experts: bool = False, releases: bool = False) -> None:
+async def check_server(
+    client: RolloutClient,
+    *,
+    experts: bool = False,
+    releases: bool = False,
+    adapters: AdapterNeeds | None = None,
+) -> None:
     """Raises ConfigError, with the remedy, for an (opened) server that cannot take part in training.
 
     Args:
         experts: it must say which experts it sends tokens to.
         releases: it shall give up its memory between rollouts.
+        adapters: what it must be able to hold beside the model.
     """
     try:
         info = await client.server_info()
@@ -238,6 +258,8 @@ async def check_server(client: RolloutClient, *, experts: bool = False, releases
     check_server_info(client.url, info, experts=experts)
     if releases:
         check_release(client.url, info)
+    if adapters is not None:
+        check_adapters(client.url, info, adapters)
 
 
 _NEWER = f"SGLang {'.'.join(map(str, OLDEST_SGLANG))} or newer is needed"

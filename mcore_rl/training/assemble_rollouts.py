@@ -21,7 +21,7 @@ from mcore_rl.parallel.control import on_main
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
-from mcore_rl.training.assemble_servers import build_fleet, transport_of
+from mcore_rl.training.assemble_servers import adapter_needs, build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
 from mcore_rl.training.environment import build_environments
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
@@ -60,6 +60,7 @@ def start_servers(
         config.rollout.start_timeout,
         experts=config.rollout.routing_replay,
         releases=shared,
+        adapters=adapter_needs(config),
     )
     on_main(policy.mesh, wait)
     return Servers(policy.mesh, fleet, step_log, timers, shared=shared), transport

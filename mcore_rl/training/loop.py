@@ -91,7 +91,9 @@ def train(config: Config, resume: str | None = None) -> None:
 def say_where(config: Config, *, is_main: bool) -> None:
     """Say where the trained model is, and what shows the run; on the main rank."""
     where = f"{published_to(config)}/{config.train.steps}"
-    if config.publish.transport != "disk":
+    if config.publish.transport == "adapter":
+        where += ", an adapter in PEFT's format (`mcore-rl convert merge` makes a model of it)"
+    elif config.publish.transport != "disk":
         where = "the servers; `mcore-rl convert mcore-to-hf` makes one of a checkpoint"
     tell(f"the model is in {where}; `mcore-rl report {config.run.dir}` shows the run", is_main=is_main)
 

@@ -111,7 +111,8 @@ def probe_of(sequences: Iterable[Sequence[int]], count: int, room: int | None = 
 def measure(mesh: Mesh, servers: Servers, probe: Sequence[Sequence[int]], tag: str) -> ServerScores:
     """The log-probs of the probe by every server that serves; collective. Those that give none are lost."""
     fleet = servers.fleet
-    scores, failed = on_main(mesh, lambda: server_log_probs(fleet.serving, probe, tag))
+    adapter = fleet.adapter_of(fleet.version)
+    scores, failed = on_main(mesh, lambda: server_log_probs(fleet.serving, probe, tag, adapter))
     servers.lose(failed)
     if not scores:
         raise no_server_left(fleet.status.lost).on_every_rank()

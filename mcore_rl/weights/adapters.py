@@ -1,21 +1,116 @@
-"""The adapters of a model to files in PEFT's format, from any layout."""
+"""The adapters of a model to files in PEFT's format, from any layout; and the transport of adapters alone."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mcore_rl import directories
+from mcore_rl.errors import RolloutError, WeightSyncError
 from mcore_rl.model.adapters import adapter_parameters
 from mcore_rl.model.build import Model
+from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.peft_files import write_adapter
 from mcore_rl.parallel.control import gather_ranks, on_main
+from mcore_rl.rollout.client import RejectedError, RolloutClient
+from mcore_rl.rollout.fleet import Fleet, on_each
 from mcore_rl.weights.buckets import gather
+from mcore_rl.weights.transport import nobody
 
 _REMEDY = "choose another directory, or move its files away"
+_CLOSE_SECONDS = 5.0
 
 
-def export_adapter(model: Model, directory: Path, *, base: str) -> None:
+class Adapters:
+    """The transport of adapters alone: PEFT's files of every version, which servers hold beside the model.
+
+    Servers are not paused: what runs goes on under the adapter that it began with, and the next request asks
+    for the new one.
+
+    Args:
+        directory: seen by trainer and servers; of this run alone.
+        base: what the files call the frozen model.
+        kept: versions that servers hold: that which serves, and those that requests in flight ask for.
+    """
+
+    def __init__(self, directory: Path, *, base: str, kept: int) -> None:
+        self._directory, self._base, self._kept = directory.resolve(), base, kept
+        self._versions: list[str] = []
+        """main rank: published by this process and kept, oldest first"""
+
+    def publish(self, model: Model, fleet: Fleet, version: str) -> dict[str, str]:
+        """Do what Transport.publish says; versions that no request can ask for are removed."""
+        target = self._directory / version
+        export_adapter(model, target, base=self._base, kind="weights", plain=True)
+        failed = on_main(model.mesh, lambda: self._hand_over(fleet, target, version))
+        fleet.status = on_main(model.mesh, lambda: fleet.status)
+        fleet.version = version
+        return failed
+
+    def close(self, fleet: Fleet) -> None:
+        """Servers that go on without the run forget its adapters, as far as they answer."""
+        local = {server.url for server in fleet.local}
+        clients = [client for client in fleet.serving if client.url not in local] if self._versions else []
+        for client in clients:
+            client.timeout = min(client.timeout, _CLOSE_SECONDS)
+
+        async def forget(client: RolloutClient) -> None:
+            for version in self._versions:
+                if (adapter := fleet.adapter_of(version)) is not None:
+                    await _unload(client, adapter.name)
+
+        with suppress(RolloutError):
+            asyncio.run(on_each(clients, forget))
+
+    def _hand_over(self, fleet: Fleet, target: Path, version: str) -> dict[str, str]:
+        """The main rank's part of a publish."""
+        kept = [*self._versions, version][-self._kept :]
+        names = {one: adapter.name for one in kept if (adapter := fleet.adapter_of(one)) is not None}
+        clients = [*fleet.serving, *fleet.returning()]
+        work = lambda client: self._load(client, target, version, names)  # noqa: E731
+        loaded, failed = asyncio.run(on_each(clients, work))
+        if not loaded:
+            raise nobody(fleet, version, failed)
+        fleet.mark_published(loaded)
+        for old in set(self._versions) - set(kept):
+            shutil.rmtree(self._directory / old, ignore_errors=True)
+        self._versions = kept
+        return failed
+
+    async def _load(
+        self, client: RolloutClient, target: Path, version: str, names: Mapping[str, str]
+    ) -> None:
+        """Make one (opened) server hold the adapter in `target`; those of this run that are no more go.
+
+        Among them are those of an attempt that this one continues: their files are in the same directory.
+        """
+        try:
+            body = {"lora_name": names[version], "lora_path": str(target)}
+            told = await client.told("/load_lora_adapter", body, retries=0)  # a second one would be refused
+        except RejectedError as error:
+            raise WeightSyncError(
+                f"{client.url} did not load the adapter of version {version} from {target}: {error}. The "
+                "server must see this path (set publish.dir to a directory that trainer and servers share), "
+                "and be started with --enable-lora; see its log"
+            ) from error
+        held = told.get("loaded_adapters")
+        for name, path in held.items() if isinstance(held, dict) else ():
+            if Path(str(path)).parent == self._directory and name not in names.values():
+                await _unload(client, str(name))
+
+
+async def _unload(client: RolloutClient, name: str) -> None:
+    """Returns when the requests that ask for it have ended."""
+    await client.told("/unload_lora_adapter", {"lora_name": name}, retries=0)
+
+
+def export_adapter(
+    model: Model, directory: Path, *, base: str, kind: directories.Kind = "adapter", plain: bool = False
+) -> None:
     """Write the adapters of `model` to `directory`; collective over all ranks.
 
     The directory appears complete or not at all, and replaces one that an earlier call wrote. The whole
@@ -23,6 +118,8 @@ def export_adapter(model: Model, directory: Path, *, base: str) -> None:
 
     Args:
         base: what the file calls the model that it is beside.
+        kind: the mark that the directory gets.
+        plain: the file's alpha is that of an adapter without rsLoRA, which SGLang would pass over.
 
     Raises (on every rank):
         ConfigError: `directory` holds what no call of this wrote.
@@ -35,12 +132,15 @@ def export_adapter(model: Model, directory: Path, *, base: str) -> None:
     found = {name: tensor for rank in ranks for name, tensor in rank.items()}
     tensors = {name: found[name] for name in adapters.hf_shapes()}
     partial = directory.with_name(directory.name + ".partial")
+    lora = adapters.lora
+    plainly = replace(lora, alpha=lora.scale * lora.rank, rslora=False) if plain else lora
+    written = AdapterMap(adapters.arch, plainly)
 
     def write() -> None:
-        directories.check_free(directory, _REMEDY, kind="adapter")
-        directories.make(partial, _REMEDY, kind="adapter")
-        write_adapter(adapters, tensors, partial, base=base)
-        directories.remove(directory, _REMEDY, kind="adapter")
+        directories.check_free(directory, _REMEDY, kind=kind)
+        directories.make(partial, _REMEDY, kind=kind)
+        write_adapter(written, tensors, partial, base=base)
+        directories.remove(directory, _REMEDY, kind=kind)
         partial.rename(directory)
 
     try:

@@ -22,6 +22,7 @@ FP8_WEIGHTS = {
     "rollout__urls": "['http://a:1']",
 }
 DISTRIBUTED = {"publish__transport": "distributed", "rollout__urls": "['http://a:1']"}
+ADAPTER = {"publish__transport": "adapter", "lora__rank": 8, "rollout__urls": "['http://a:1']"}
 
 
 @pytest.fixture
@@ -260,6 +261,29 @@ def load(tmp_path):
             'publish.transport: .*set it to "distributed"',
         ),
         ({"publish__bucket_mib": 64}, DISTRIBUTED, "publish.bucket_mib: has no effect"),
+        (ADAPTER | {"lora__rank": 0}, {"lora__rank": 8}, "publish.transport: there is no adapter"),
+        (ADAPTER | {"rollout__urls": "[]"}, ADAPTER, "publish.transport: the embedded server loads"),
+        (
+            ADAPTER | {"lora__targets": "['qkv', 'experts']"},
+            {"lora__targets": "['qkv']"},
+            "publish.transport: adapters of experts",
+        ),
+        (
+            ADAPTER | {"publish__quantize": "fp8", "model__precision": "bf16"},
+            {"publish__quantize": "none"},
+            "publish.quantize: servers hold model.path itself",
+        ),
+        (
+            ADAPTER | {"model__random_init": "true"},
+            {"model__random_init": "false"},
+            "publish.transport: servers need the frozen weights",
+        ),
+        (ADAPTER | {"publish__bucket_mib": 64}, DISTRIBUTED, "publish.bucket_mib: has no effect"),
+        (
+            ADAPTER | {"publish__replica": "r"},
+            {"publish__transport": "disk"},
+            "publish.replica: has no effect.*they are small",
+        ),
         (DISTRIBUTED | {"publish__dir": "w"}, {"publish__transport": "disk"}, "publish.dir: has no effect"),
     ],
 )

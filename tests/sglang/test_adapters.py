@@ -1,11 +1,11 @@
 """A real server that serves adapters by themselves: what it takes, and what a publish must not trust.
 
-Publishes send merged weights; these tests hold what docs/lora.md says of the other way.
+What a publish of adapters by themselves does about it is in test_adapter_publish.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,9 +53,9 @@ def wanted(directory: Path) -> torch.Tensor:
     return log_probs_of(model, PROMPT, OUTPUT).detach()
 
 
-def served(url: str, name: str | None) -> list[float]:
-    """Log-probs of OUTPUT under the model, with the adapter that was loaded under `name`."""
-    asked = {"input_ids": PROMPT + OUTPUT, "return_logprob": True, "logprob_start_len": len(PROMPT) - 1}
+def served(url: str, name: str | None, output: Sequence[int] = OUTPUT) -> list[float]:
+    """Log-probs of `output` under the model, with the adapter that was loaded under `name`."""
+    asked = {"input_ids": [*PROMPT, *output], "return_logprob": True, "logprob_start_len": len(PROMPT) - 1}
     asked |= {"sampling_params": {"max_new_tokens": 1, "temperature": 1.0}}
     answer = http(url, "/generate", asked | ({} if name is None else {"lora_path": name}))
     assert answer.status == 200, answer.body

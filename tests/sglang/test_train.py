@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, task  # noqa: F
 from tests.sglang.conftest import PYTHON
 
 
-@pytest.mark.parametrize("transport", ["disk", "distributed"])
+@pytest.mark.parametrize("transport", ["disk", "distributed", "adapter"])
 def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(
     task: Task,  # noqa: F811
     transport: str,
@@ -26,7 +28,7 @@ def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(
     log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(*arguments(task, tmp_path), "--publish.transport", transport),
+            command(*arguments(task, tmp_path), "--publish.transport", transport, *adapters(transport)),
             cwd=ROOT,
             env=os.environ | ENVIRONMENT,
             stdout=out,
@@ -59,8 +61,9 @@ def test_one_killed_server_costs_no_sample_and_all_killed_end_the_run(
             process.wait(timeout=60)
     steps = read_metrics(tmp_path / "metrics.jsonl")
     check(steps, read_metrics(events))
-    last = str(steps[-1]["step"]) if transport == "disk" else "initial"
-    assert [version.name for version in (tmp_path / "weights").iterdir() if version.is_dir()] == [last]
+    step = steps[-1]["step"]
+    last = {"disk": {str(step)}, "distributed": {"initial"}, "adapter": {str(step - 1), str(step)}}[transport]
+    assert {version.name for version in (tmp_path / "weights").iterdir() if version.is_dir()} == last
 
 
 def arguments(task: Task, directory: Path) -> list[str]:  # noqa: F811
@@ -69,6 +72,16 @@ def arguments(task: Task, directory: Path) -> list[str]:  # noqa: F811
     flags += ["--run.dir", str(directory), "--train.steps", "1000"]
     flags += ["--rollout.python", str(PYTHON), "--rollout.servers", "2"]
     return ["train", "examples/gspo_sglang_tiny.toml", *flags]
+
+
+def adapters(transport: str) -> list[str]:
+    """What a run that publishes adapters alone has besides."""
+    if transport != "adapter":
+        return []
+    options = [*tomllib.loads((ROOT / "examples/gspo_sglang_tiny.toml").read_text())["rollout"]["options"]]
+    options += ["--lora-backend", "torch_native"]
+    lora = ["--lora.rank", "8", "--lora.alpha", "16", "--optimizer.lr", "2e-3"]
+    return [*lora, "--rollout.options", json.dumps(options)]
 
 
 def servers(trainer: int) -> list[psutil.Process]:

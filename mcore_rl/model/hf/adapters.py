@@ -59,6 +59,12 @@ def matrices_of(base: Rule) -> tuple[str, ...]:
     return tuple(name.removesuffix(".weight").rpartition(".")[2] for name in base.hf)
 
 
+def matrices_with_adapters(mapping: AdapterMap) -> tuple[str, ...]:
+    """The last parts of the names of all HF matrices that have an adapter, such as `q_proj`, sorted."""
+    modules = (name.rpartition(".lora_")[0] for name in mapping.hf_shapes())
+    return tuple(sorted({module.rpartition(".")[2] for module in modules}))
+
+
 def _targeted(arch: Architecture, lora: Lora) -> Iterator[Rule]:
     found = set[str]()
     for rule in rules_of(arch):
