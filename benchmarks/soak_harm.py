@@ -142,10 +142,25 @@ def kill(target: Target, drawn: random.Random) -> dict[str, Any]:
 
 
 def terminate(target: Target, drawn: random.Random) -> dict[str, Any]:
-    """SIGTERM for the launcher or a rank, as of a scheduler: the step is finished and saved."""
+    """SIGTERM for the launcher or a rank, as of a scheduler: the step is finished and saved.
+
+    Not before it listens: until Python has begun, the signal ends any program, with a code of its own.
+    """
     role, victim = _one(target, drawn, ("launcher", "rank"))
+    end = time.monotonic() + LONG
+    while not _listens(victim.pid) and time.monotonic() < end:
+        time.sleep(0.01)
     victim.send_signal(signal.SIGTERM)
     return {"harm": "SIGTERM", "of": role, "witness": target.ended(LONG)}
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM, or is gone."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        (caught,) = (line for line in lines if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return True
 
 
 def stop(target: Target, drawn: random.Random) -> dict[str, Any]:
