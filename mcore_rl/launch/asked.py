@@ -1,6 +1,7 @@
-"""What a request to leave does to the process that starts the ranks: before they run, and after them.
+"""What a request to leave does to the process that starts the ranks, before they run and after them, and to
+any process that is importing.
 
-While they run, torch's agent passes it on to them.
+While the ranks run, torch's agent passes it on to them.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from mcore_rl.errors import AskedToLeave, requests_to_leave
 
 _SAID = b"mcore-rl: %s came before a rank was started; nothing was begun\n"
+_SAID_OF_IMPORT = b"mcore-rl: %s was delivered during an import\n"
 
 
 @contextmanager
 def leaving_when_asked() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block by AskedToLeave, whose exit code says that it may be tried again.
+    """SIGTERM and SIGHUP end this process, with the code that says that it may be tried again.
 
-    Ctrl-C stays what it is.
+    At once, since there is nothing yet to close, and an exception would come out of whatever is being
+    imported: compiled modules make another one of it. Ctrl-C stays what it is.
     """
     before = {number: signal.getsignal(number) for number in _asking()}
     for number in before:
@@ -42,6 +46,21 @@ def _asking() -> list[signal.Signals]:
     return [number for number in requests_to_leave() if number != signal.SIGINT]
 
 
+def leave_an_import(number: int, frame: FrameType | None) -> None:
+    """End this process, whose handler of signals calls this, if `frame` is in an import; else return.
+
+    Its children end with it.
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            _end(_SAID_OF_IMPORT, number)
+        frame = frame.f_back
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(2, _SAID % signal.Signals(number).name.encode())  # print is not for handlers of signals
-    raise AskedToLeave(number)
+    _end(_SAID, number)
+
+
+def _end(said: bytes, number: int) -> NoReturn:
+    os.write(2, said % signal.Signals(number).name.encode())  # print is not for handlers of signals
+    os._exit(int(AskedToLeave(number).code or 0))

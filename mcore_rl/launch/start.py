@@ -26,7 +26,7 @@ from mcore_rl.errors import (
     requests_to_leave,
 )
 from mcore_rl.imports import uncollected
-from mcore_rl.launch.asked import finish_although_asked
+from mcore_rl.launch.asked import finish_although_asked, leave_an_import
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
 from mcore_rl.launch.verdict import Left, exit_code_of_launch
@@ -212,6 +212,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     """torch's agent sends SIGTERM to all when one has failed; a rank that is leaving for that goes on."""
     if number in (signal.SIGTERM, signal.SIGHUP) and leaving.is_set():
         return
+    leave_an_import(number, frame)
     raise AskedToLeave(number)
 
 

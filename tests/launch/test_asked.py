@@ -30,6 +30,42 @@ def test_before_a_rank_was_started_it_may_be_tried_again(number: signal.Signals,
     )
 
 
+IMPORTING = """
+import signal, sys
+from mcore_rl.launch.start import catch_signals
+catch_signals()
+try:
+    {what}
+except BaseException as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("import asks_to_leave", 75, "mcore-rl: SIGTERM was delivered during an import\n"),
+        ("signal.raise_signal(signal.SIGTERM)", 0, ""),
+    ],
+)
+def test_an_import_is_left_without_an_exception(what: str, code: int, said: str, tmp_path: Path) -> None:
+    """Which a module that swallows it, as compiled ones do, would make another error of, or none."""
+    module = "import signal\ntry: signal.raise_signal(signal.SIGTERM)\nexcept BaseException: pass\n"
+    (tmp_path / "asks_to_leave.py").write_text(module)
+    program = IMPORTING.format(what=what)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout == ("" if code else "AskedToLeave\n")
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with leaving_when_asked():
