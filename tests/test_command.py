@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,8 +63,27 @@ def test_output_that_nobody_takes_is_no_success() -> None:
     full = in_shell('"$@" config run >/dev/full')
     assert (full.returncode, "Traceback" in full.stderr) == (75, False)
     assert full.stderr.startswith("mcore-rl: StorageError: standard output: No space left")
-    read_no_further = in_shell('"$@" config run | true')
-    assert (read_no_further.returncode, read_no_further.stderr) == (75, "")
+
+
+@pytest.mark.parametrize("words", ["--version", "train --help", "config run"])
+def test_a_reader_that_leaves_ends_the_command_without_a_word(words: str) -> None:
+    """However Python buffers what is printed, and with the code that a shell gives for it."""
+    for unbuffered in ("", "1"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "mcore_rl", *words.split()]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        streams = {"stdout": writer, "stderr": subprocess.PIPE}
+        ended = subprocess.run(command, **streams, text=True, env=environment, cwd=ROOT, check=False)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_an_error_is_said_though_nobody_reads_what_was_printed_before_it() -> None:
+    code = "import sys; from mcore_rl.streams import printing\n"
+    code += "def work():\n    print(1)\n    raise ValueError('gone wrong')\nprinting(work)"
+    full = in_shell('"$@" >/dev/full', code)
+    assert (full.returncode, full.stderr.strip().splitlines()[-1]) == (1, "ValueError: gone wrong")
 
 
 def test_a_closed_standard_output_takes_nothing_that_is_needed() -> None:
