@@ -195,6 +195,18 @@ in a step is left out. The report draws all of them. A loss of your own adds met
 """
 
 
+RIGHT_OR_WRONG = ("mcore_rl.rewards.exact:", "mcore_rl.rewards.math_answer:", "mcore_rl.rewards.answers:")
+"""reward functions that give 1 or 0, and nothing else"""
+_NO_REWARD = ("mcore_rl.environments.tools:",)
+"""environments that leave the reward to the function; others may say it themselves"""
+
+
+def held_out_word(function: str | None, environment: str | None = None) -> str:
+    """What people call a held-out mean reward: `accuracy` of what is right or wrong, else `reward`."""
+    decides = environment is None or environment.startswith(_NO_REWARD)
+    return "accuracy" if decides and (function or "").startswith(RIGHT_OR_WRONG) else "reward"
+
+
 def meaning_of(name: str) -> str | None:
     """What the metric `name` means; None where the table does not have it."""
     return next(

@@ -67,6 +67,7 @@ from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
 from mcore_rl.training.layout import fp8_of, layout_of, lora_of, tuning_of
 from mcore_rl.training.profile import ProfiledSteps, check_profile
+from mcore_rl.training.rewards import held_out_words
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -245,7 +246,7 @@ def build_trainer(
         cursor=cursor_of(config, prompts),
         timers=Timers(),
         step_log=step_log,
-        progress=Progress(config.train.steps, config.train.eval_every),
+        progress=Progress(config.train.steps, config.train.eval_every, held_out_words(config)),
     )
 
 
