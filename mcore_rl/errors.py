@@ -10,8 +10,6 @@ EXIT_CONFIG = 2
 EXIT_NUMERICS = 70
 EXIT_RETRYABLE = 75
 EXIT_INTERRUPTED = 130
-EXIT_UNREAD = 141
-"""what a shell says of a command that SIGPIPE has ended"""
 
 
 class McoreRLError(Exception):
@@ -91,12 +89,6 @@ class StorageError(McoreRLError, RuntimeError):
     """A file of the run cannot be written, or another process holds its directory."""
 
     exit_code = EXIT_RETRYABLE
-
-
-class UnreadError(StorageError):
-    """Whoever read the standard output of a command has closed it and wants no more: nothing is said."""
-
-    exit_code = EXIT_UNREAD
 
 
 class CheckpointError(StorageError):

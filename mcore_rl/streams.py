@@ -13,7 +13,16 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from mcore_rl.errors import StorageError, UnreadError
+from mcore_rl.errors import StorageError
+
+EXIT_UNREAD = 141
+"""what a shell says of a command that SIGPIPE has ended"""
+
+
+class _Unread(StorageError):
+    """Whoever read what a command prints has closed it and wants no more: nothing is said."""
+
+    exit_code = EXIT_UNREAD
 
 
 class _Stream(io.FileIO):
@@ -29,7 +38,7 @@ class _Stream(io.FileIO):
         except OSError as error:
             if self.needed:
                 self.needed = False  # what the buffer still holds is tried again on the way out
-                kind = UnreadError if isinstance(error, BrokenPipeError) else StorageError
+                kind = _Unread if isinstance(error, BrokenPipeError) else StorageError
                 raise kind(
                     f"standard output: {error.strerror}; not everything was printed. Send it elsewhere"
                 ) from error
@@ -61,7 +70,7 @@ def printing(work: Callable[[], int]) -> int:
             sys.stdout.flush()
             raise
         sys.stdout.flush()
-    except UnreadError as left:
+    except _Unread as left:
         return left.exit_code
     except BaseException:  # which says more than what is left unprinted
         guard(output=False)
