@@ -96,7 +96,7 @@ def train_ours(task: Mapping[str, Any], kind: str) -> None:
     with start_model(config, None) as trainer:
         optimizer, model, shape = trainer.optimizer, trainer.policy, trainer.shape
         rows = examples(trainer.prompts.prompts[: task["steps"] * task["batch"]])
-        loss, residency = preference.loss_of(config.preference), Residency({})
+        loss, residency = preference.loss_of(config), Residency({})
         given = (config, model, shape, trainer.prompts, trainer.attempt.reached)
         reference = start_reference(*given) if kind == "dpo" else None
         parameters = global_parameters(model.unwrapped)

@@ -71,7 +71,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Preferences": {
         "preference/accuracy": "Share of the pairs whose chosen answer is ahead, by the loss's own measure; "
-        "a draw is half of one.",
+        "a draw, to within the rounding of log-probs, is half of one. 0.5 where the policy is still its own "
+        "reference.",
         "preference/margin": "By how much, in rewards; mean over the pairs.",
         "preference/chosen": "Reward of the chosen, or desirable, answers: beta x (log-prob - the "
         "reference's), with `orpo` beta x mean log-prob.",
