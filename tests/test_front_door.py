@@ -18,7 +18,7 @@ from examples.arithmetic import main as write_arithmetic
 from mcore_rl import errors
 from mcore_rl.__main__ import main
 from mcore_rl.config import load_config
-from mcore_rl.demo.command import check_replaced
+from mcore_rl.demo.command import WARM_START, check_replaced, files, shortened
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.launch.first_look import _look_at_function, _look_for_module, first_look
 from mcore_rl.launch.parts import returned_parts
@@ -302,6 +302,22 @@ def first_step(directory: Path, name: str) -> tuple[float, list[str]]:
     code, took, heavy = json.loads(ended.stdout.splitlines()[-1])
     assert code == 0, ended.stderr
     return took, heavy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--train.steps", "5"], "train.steps = 5 is that of the warm start too, in the place of its 240"),
+        (["--train.steps", "300"], ""),
+        (["--run.seed", "1"], ""),
+    ],
+)
+def test_a_demo_says_that_fewer_steps_are_those_of_its_warm_start_too(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    keys = {"run.dir": tmp_path / "run", "data.train": tmp_path / "rows.jsonl", "model.path": tmp_path}
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    assert shortened(files() / WARM_START, flags, overrides)[: len(said) or None] == said
 
 
 def test_a_demo_replaces_nothing_but_an_earlier_demo(tmp_path: Path, capsys) -> None:
