@@ -38,6 +38,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.outputs import output_directory
+
 ROOT = Path(__file__).parents[1]
 STEPS, ROWS, LR, BETA = 5, 8, 1e-3, 0.1
 EPS, USUAL_EPS = 1e-5, 1e-8
@@ -206,7 +208,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trl-python", required=True, help="an interpreter that has TRL")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     options = parser.parse_args()
     found, usual = (compare(options.trl_python, eps) for eps in (EPS, USUAL_EPS))
     record = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.outputs import output_directory, output_file
 from mcore_rl import __version__
 from mcore_rl.__main__ import _apart, _check_paths, build_parser, main
 from mcore_rl.errors import ConfigError
@@ -158,6 +161,26 @@ def test_the_servers_own_command_repeats_arguments_as_text(monkeypatch, capsys) 
         serve()
     said = capsys.readouterr().err
     assert (end.value.code, "\\x1b[2J" in said, "\x1b" in said) == (2, True, False)
+
+
+def test_a_benchmark_that_could_not_write_what_it_found_does_not_begin(tmp_path: Path) -> None:
+    file, absent = tmp_path / "file", tmp_path / "absent"
+    file.touch()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=output_file)
+    parser.add_argument("--into", type=output_directory)
+    sound = [["--out", file], ["--out", tmp_path / "new.json"], ["--out", "new.json"], ["--into", tmp_path]]
+    wrong = [["--out", tmp_path], ["--out", absent / "new.json"], ["--out", file / "new.json"]]
+    wrong += [["--into", file], ["--into", absent]]
+    for words in sound:
+        parser.parse_args([*map(str, words)])
+    for words in wrong:
+        with pytest.raises(SystemExit):
+            parser.parse_args([*map(str, words)])
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if '"--out", type=' in path.read_text()]
+    ends = r'"--out", type=(output_file|output_directory)\b'
+    unchecked = {path.stem for path in scripts if not re.search(ends, path.read_text())}
+    assert unchecked == {"gpu_record"}, "which makes its directory before anything is measured"
 
 
 def test_no_memory_is_worth_a_retry_and_said_in_a_line(monkeypatch, tmp_path, capsys) -> None:
