@@ -67,7 +67,7 @@ def of_error(check: str, error: McoreRLError) -> Finding:
 
 
 def _where_to_look(check: str, text: str) -> str:
-    """Of a message that says what was expected, and not what to do: where that is told."""
+    """Where the remedy is told, for a message that says what was expected and not what to do."""
     if check == "config":
         dotted = re.search(r": ([a-z]\w*)(?:\.[\w.-]+)?: ", text)
         section = f" {dotted[1]}" if dotted else ""
