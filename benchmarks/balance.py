@@ -23,6 +23,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.outputs import output_file
 from mcore_rl.data.balance import ModelShape, balance, forward_flops, max_over_mean
 from mcore_rl.data.packing import lower_bound, micro_batches, pack_bins
 
@@ -100,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     default = Path(__file__).parent / f"balance_{date.today()}.json"
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--out", type=output_file, default=default)
     arguments = parser.parse_args()
     columns = ["bound", "round robin", "equal-size KK", "balance", "worst", "balance ms", "equal-size KK ms"]
     columns += ["gap", "bins above bound", "micro-batches above bound"]

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.outputs import output_directory
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
@@ -94,7 +95,7 @@ def main() -> None:
     """Run what is missing, and write the curves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "calculator_benchmark")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     a = parser.parse_args()
     record = measure(a.runs.absolute())
     path = a.out / f"calculator_{record['date']}.json"

@@ -25,6 +25,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from benchmarks.outputs import output_file
 from mcore_rl.checkpoint import Checkpoints
 from mcore_rl.checkpoint.pieces import Piece
 from mcore_rl.model import platform
@@ -79,7 +80,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--gib", type=float, default=1.2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/checkpoint_{date.today()}.json"))
+    parser.add_argument("--out", type=output_file, default=Path(f"benchmarks/checkpoint_{date.today()}.json"))
     options = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     platform.install()

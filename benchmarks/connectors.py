@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calculator import ROOT, RUN_SECONDS, command, seconds_of, trained
+from benchmarks.outputs import output_directory
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
@@ -117,7 +118,7 @@ def main() -> None:
     """Run what is missing, and write the curves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "connectors_benchmark")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     a = parser.parse_args()
     record = measure(a.runs.absolute())
     path = a.out / f"connectors_{record['date']}.json"

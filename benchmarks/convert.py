@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.outputs import output_file
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.files import SafetensorsWriter, hf_reader
 from mcore_rl.model.hf.parameters import ParameterMap
@@ -120,7 +121,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--shard-gb", type=float, default=0.5)
     parser.add_argument("--dir", type=Path, help="for some 15 GB (default: a temporary directory)")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_file)
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="convert_", dir=arguments.dir))
     hf, mcore, back = (root / name for name in ("hf", "mcore", "back"))

@@ -18,13 +18,13 @@ import platform as machine
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from benchmarks.outputs import output_file
 from mcore_rl.parallel.control import from_buffers, to_buffers
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_file)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = measure(arguments.samples, arguments.tokens, arguments.rounds)

@@ -27,6 +27,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch is importe
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.outputs import output_directory
 from mcore_rl.server.engine import Engine
 from mcore_rl.server.kv_cache import build_cache
 from mcore_rl.server.sequence import Limits, Sequence, Wanted
@@ -96,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "runs" / "real" / "model"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     options = parser.parse_args()
     found = measure(options.model, options.rounds)
     today = datetime.date.today().isoformat()

@@ -21,13 +21,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.head import HIDDEN, MIB, ROOT, VOCAB, cpu_seconds, peak_of, processor, resident
+from benchmarks.outputs import output_directory
 from mcore_rl.algo.distillation import ForwardKL, JensenShannon, ReverseKL
 from mcore_rl.parallel.head import Call
 from mcore_rl.parallel.head.divergence import Teacher, divergence_loss
@@ -137,7 +137,7 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     parser.add_argument(
         "--cell", nargs=3, metavar=("FORM", "DIVERGENCE", "DTYPE"), help="one cell, in this process"
     )

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.outputs import output_file
+
 LOGIT_STD = 4.0
 STEP = 1e-6
 CHUNK = 32
@@ -91,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 12, 30, 64])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_file)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.outputs import output_directory
 from mcore_rl.parallel.head import Call, HeadOutput, head_loss, log_prob_entropy
 
 ROOT = Path(__file__).parents[1]
@@ -298,7 +299,7 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     parser.add_argument(
         "--cell", nargs=3, metavar=("NAME", "DTYPE", "PASS"), help="one cell, in this process"
     )

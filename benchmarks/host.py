@@ -31,6 +31,7 @@ import torch
 from pydantic_core import from_json
 
 from benchmarks.data_plane import random_groups
+from benchmarks.outputs import output_file
 from mcore_rl.algo.algorithms import Algorithm, configure
 from mcore_rl.data.balance import ModelShape, forward_flops
 from mcore_rl.imports import large_pages
@@ -166,7 +167,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / f"host_{date.today()}.json")
+    parser.add_argument(
+        "--out", type=output_file, default=Path(__file__).parent / f"host_{date.today()}.json"
+    )
     options = parser.parse_args()
     large_pages()  # as every command does; torch looks at its first tensor
     torch.set_num_threads(1)

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from benchmarks.outputs import output_directory
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--control-steps", type=int, default=40, help="of the runs with learning rate 0")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     a = parser.parse_args()
     print(write(a.name, learn_all(a.name, a.runs, a.seeds, a.steps, a.control_steps), a.out))
 

@@ -36,6 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.learn import ACCURACY, ROOT, RUN_SECONDS, warm_start
+from benchmarks.outputs import output_directory
 from benchmarks.told import TOKENS, TURNS, told
 from mcore_rl.algo import losses
 from mcore_rl.algo.algorithms import ALGORITHMS, configure, has_critic
@@ -158,7 +159,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     a = parser.parse_args()
     names = [*(a.names or [*ALGORITHMS, TOLD]), CONTROL]
     model, found = warm_start(a.runs, 0), {}

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.learn import ROOT, command
+from benchmarks.outputs import output_directory
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
@@ -113,7 +114,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--control-steps", type=int, default=8)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn_distill")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     a = parser.parse_args()
     curves = [distill(kind, a.runs, a.steps, control=False) for kind in a.kinds]
     curves += [distill(kind, a.runs, a.control_steps, control=True) for kind in a.kinds]

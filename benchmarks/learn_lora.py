@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.learn import ROOT, Curve, learn, warm_start
+from benchmarks.outputs import output_directory
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
 
@@ -139,7 +140,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learn")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     a = parser.parse_args()
     done = run_all(a.runs, a.seeds, a.steps)
     write(done, a.out)

@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.outputs import output_directory
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
 
@@ -190,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "long")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     given = parser.parse_args()
     prepare(given.runs.absolute())
     record: dict[str, Any] = {}

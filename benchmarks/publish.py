@@ -28,6 +28,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.outputs import output_file
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.weights_io import global_parameters
 from mcore_rl.parallel.layout import Layout
@@ -133,7 +134,7 @@ def main() -> int:
     parser.add_argument("--python", type=Path, required=True, help="interpreter that SGLang is installed for")
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/publish_{date.today()}.json"))
+    parser.add_argument("--out", type=output_file, default=Path(f"benchmarks/publish_{date.today()}.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from benchmarks.outputs import output_directory
 from mcore_rl.log import read_metrics
 from mcore_rl.report.picture import picture
 from mcore_rl.report.svg import Line
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--control", type=Path, help="the same with a learning rate of 0")
     parser.add_argument("--name", default="real")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=output_directory, default=Path(__file__).parent)
     arguments = parser.parse_args()
     today = datetime.date.today().isoformat()
     runs = {"run": record_of(arguments.run)}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.float32_floor import STEP, p999, random_model
+from benchmarks.outputs import output_file
 
 _BLOCK = 128
 _E4M3_MAX = 448.0
@@ -112,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 12, 30])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_file)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)

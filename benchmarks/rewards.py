@@ -22,11 +22,11 @@ import sys
 import time
 from collections import Counter
 from datetime import date
-from pathlib import Path
 
 import psutil
 
 from benchmarks.data_plane import random_groups
+from benchmarks.outputs import output_file
 from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.types import Group, Prompt, Sample, VersionSpan
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_file)
     a = parser.parse_args()
     os.environ["SLEEP"] = str(a.seconds)
     groups, _ = random_groups(a.samples, a.tokens)

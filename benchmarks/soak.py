@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from benchmarks.outputs import output_file
 from benchmarks.soak_harm import Cut, Target, harm, small_disk
 from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
@@ -402,10 +403,8 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_file)
     given = parser.parse_args()
-    if given.out and (given.out.is_dir() or not given.out.absolute().parent.is_dir()):
-        parser.error(f"--out {given.out}: name a file in a directory that is there")
     soak = Soak(given.directory.resolve(), given.seed)
     began = time.monotonic()
     rounds: list[dict[str, Any]] = []

@@ -47,6 +47,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.outputs import output_file
+
 ROOT = Path(__file__).parents[1]
 LIMITS = {"train": 2.1, "step": 1.7, "fixed_ms": 5.0, "loss_error": 1e-5, "gradient_error": 1e-4}
 """how often faster than TRL; milliseconds; errors of the witness"""
@@ -271,7 +273,7 @@ def main() -> int:
     parser.add_argument("--trl-python", required=True, help="an interpreter that has TRL")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "large"])
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / f"step_{date.today()}.json")
+    parser.add_argument("--out", type=output_file, default=ROOT / "benchmarks" / f"step_{date.today()}.json")
     options = parser.parse_args()
     result = {
         "date": str(date.today()),

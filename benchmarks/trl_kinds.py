@@ -38,6 +38,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.outputs import output_directory
+
 ROOT = Path(__file__).parents[1]
 STEPS, ROWS, LR, BETA = 5, 8, 1e-3, 0.1
 EPS, USUAL_EPS = 1e-5, 1e-8
@@ -96,7 +98,7 @@ def train_ours(task: Mapping[str, Any], kind: str) -> None:
     with start_model(config, None) as trainer:
         optimizer, model, shape = trainer.optimizer, trainer.policy, trainer.shape
         rows = examples(trainer.prompts.prompts[: task["steps"] * task["batch"]])
-        loss, residency = preference.loss_of(config.preference), Residency({})
+        loss, residency = preference.loss_of(config), Residency({})
         given = (config, model, shape, trainer.prompts, trainer.attempt.reached)
         reference = start_reference(*given) if kind == "dpo" else None
         parameters = global_parameters(model.unwrapped)
@@ -206,7 +208,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trl-python", required=True, help="an interpreter that has TRL")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     options = parser.parse_args()
     found, usual = (compare(options.trl_python, eps) for eps in (EPS, USUAL_EPS))
     record = {

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.outputs import output_directory
 from benchmarks.trl_kinds import LIMITS, ROOT, TRL, write_task
 
 PROMPTS, SAMPLES, UPDATES, LR, LONGEST = 4, 4, 5, 1e-3, 8
@@ -189,7 +190,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trl-python", required=True, help="an interpreter that has TRL")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=output_directory, default=ROOT / "benchmarks")
     options = parser.parse_args()
     found, smaller = (compare(options.trl_python, eps) for eps in (EPS, SMALLER_EPS))
     record = {

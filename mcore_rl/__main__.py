@@ -35,13 +35,25 @@ from mcore_rl.commands import (
 from mcore_rl.errors import EXIT_CONFIG, McoreRLError
 from mcore_rl.imports import large_pages
 from mcore_rl.server.options import add_options
-from mcore_rl.streams import guard
+from mcore_rl.streams import guard, printing
 from mcore_rl.terminal import CommandParser, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry)."""
+    """Run one command; the exit code is 0, 2 (configuration or data), 70 (numerics) or 75 (worth a retry).
+
+    It is 141 where whoever read what is printed has left, as with `| head`.
+    """
     large_pages()
+    try:
+        return printing(lambda: _run(argv))
+    except Exception as error:
+        return _refused(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     if not (sys.argv[1:] if argv is None else argv):  # who says nothing may know no command yet
         parser.print_help(sys.stderr)
@@ -52,15 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and arguments.command not in (train, rollout, plan, doctor, evaluate, demo):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     guard(output=arguments.command not in (train, rollout, serve, follow, demo))
-    try:
-        _check_paths(arguments)
-        code = arguments.command(arguments, rest)
-        sys.stdout.flush()
-        return code
-    except Exception as error:
-        return _refused(error)
-    except KeyboardInterrupt:
-        return 130
+    _check_paths(arguments)
+    return arguments.command(arguments, rest)
 
 
 def _apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -100,8 +105,7 @@ def _refused(error: Exception) -> int:
     known = typed(error)
     if not isinstance(known, McoreRLError):
         raise error
-    if not isinstance(known.__cause__, BrokenPipeError):  # whoever reads no further wants no more
-        print(printable(f"mcore-rl: {type(known).__name__}: {known}"), file=sys.stderr)
+    print(printable(f"mcore-rl: {type(known).__name__}: {known}"), file=sys.stderr)
     return known.exit_code
 
 

@@ -14,6 +14,38 @@ from mcore_rl.errors import AskedToLeave, ConfigError
 from mcore_rl.terminal import quoted
 from mcore_rl.user_code import place, said
 
+_FORMS = {
+    "the sample": (
+        "def {name}(sample):",
+        "    # sample.text is the response, sample.prompt.label_text the reference answer",
+        "    return float(sample.text.strip() == sample.prompt.label_text)",
+    ),
+    "answer": (
+        "def {name}(sample):",
+        "    # what the response votes for, or None",
+        "    return sample.text.strip() or None",
+    ),
+    "the candidate": (
+        "def {name}(candidate):",
+        "    # the chance, from 0 to 1, that candidate.prompt is sampled now",
+        "    return 0.1 if candidate.rewards and candidate.rewards[-1] == 1 else 1.0",
+    ),
+    "the rows": (
+        "def {name}(rows, *, scale: float = 1.0):  # after the *, algorithm.params",
+        "    from mcore_rl import TokenLoss",
+        "    return TokenLoss(-scale * rows.advantage * rows.log_prob)",
+    ),
+}
+"""what a function is given -> one, as an error shows it"""
+
+
+def wrong_form(key: str, name: str, argument: str, place: str = "") -> ConfigError:
+    """The error of a function that does not take one argument, with one that does; `place`: where it is."""
+    form = _FORMS["answer" if key.endswith(".answer") else argument]
+    lines = [f"    {line}".format(name=name.partition(":")[2]) for line in form]
+    what = f"{key}: {name} must be a function of one argument, {argument}{place}"
+    return ConfigError("\n".join([f"{what}; write one such as", *lines]))
+
 
 def load_function(key: str, name: str, argument: str, *, keywords: bool = False) -> Callable[..., Any]:
     """Import the function that `name` (`module:function`) means; `key` is the configuration's key for it.
@@ -24,7 +56,7 @@ def load_function(key: str, name: str, argument: str, *, keywords: bool = False)
     """
     function = find_function(key, name)
     if not callable(function) or not _takes_one(function, keywords):
-        raise ConfigError(f"{key}: {name} must be a function of one argument, {argument}")
+        raise wrong_form(key, name, argument)
     return function
 
 
@@ -32,7 +64,10 @@ def find_function(key: str, name: str) -> Any:
     """What `name` means, whatever it is; see load_function. Raises ConfigError where there is nothing."""
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
-        raise ConfigError(f"{key}: {quoted(name)} is not of the form `module:function`")
+        raise ConfigError(
+            f"{key}: {quoted(name)} is not of the form `module:function`; of reward() in my_rewards.py it is "
+            "`my_rewards:reward`"
+        )
     if os.getcwd() not in sys.path:  # the `mcore-rl` script, unlike `python -m`, does not put it there
         sys.path.append(os.getcwd())
     try:

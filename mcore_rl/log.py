@@ -209,8 +209,9 @@ class Progress:
     )
     """metric, its name in the line, its decimals and unit"""
 
-    def __init__(self, steps: int, eval_every: int = 0) -> None:
-        self._steps, self._eval_every = steps, eval_every
+    def __init__(self, steps: int, eval_every: int = 0, words: Mapping[str, str] | None = None) -> None:
+        """`words`: what the mean reward of a held-out set is called, where it is not as its metric."""
+        self._steps, self._eval_every, self._words = steps, eval_every, words or {}
         self.share, self.left = 0.0, ""
         """of the steps that are done, and what is left of the run, after the last line"""
         self._recent: deque[float] = deque(maxlen=20)
@@ -218,7 +219,10 @@ class Progress:
         """seconds of each evaluation"""
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """One step's line; the time left follows the mean of the last 20 steps."""
+        """One step's line; the time left follows the mean of the last 20 steps.
+
+        It is empty before the first step where nothing was measured.
+        """
         evaluation = float(metrics.get("time/eval", 0.0))
         if evaluation:
             self._evaluated.append(evaluation)
@@ -228,7 +232,7 @@ class Progress:
         over_long = metrics.get("data/train/passed_over")
         shown += [] if over_long is None else [f"over-long {float(over_long):.0f}"]
         held_out = [
-            f"{' '.join(key.removeprefix('eval/').split('/'))} {float(value):.3f}{_of_how_many(key, metrics)}"
+            f"{self._held_out(key)} {float(value):.3f}{_of_how_many(key, metrics)}"
             for key, value in metrics.items()
             if key.startswith(("eval/", "validation/")) and key.endswith(("/accuracy", "/reward", "/loss"))
         ]
@@ -240,7 +244,13 @@ class Progress:
         ]
         self.share = step / self._steps if self._steps else 1.0
         self.left = f"step {step}/{self._steps}  {pace[-1]}" if pace else f"step {step}/{self._steps}"
-        return "  ".join([f"step {step}/{self._steps}", *shown, *held_out, *pace[:1], *cost, *pace[1:]])
+        said = [*shown, *held_out, *pace[:1], *cost, *pace[1:]]
+        return "  ".join([f"step {step}/{self._steps}", *said]) if said else ""
+
+    def _held_out(self, key: str) -> str:
+        name, _, what = key.removeprefix("eval/").rpartition("/")
+        is_reward = key.startswith("eval/") and what == "accuracy"
+        return f"{name} {self._words.get(name, what) if is_reward else what}"
 
     def _pace(self, step: int) -> list[str]:
         if not self._recent:

@@ -71,7 +71,8 @@ SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Preferences": {
         "preference/accuracy": "Share of the pairs whose chosen answer is ahead, by the loss's own measure; "
-        "a draw is half of one.",
+        "a draw, to within the rounding of log-probs, is half of one. 0.5 where the policy is still its own "
+        "reference.",
         "preference/margin": "By how much, in rewards; mean over the pairs.",
         "preference/chosen": "Reward of the chosen, or desirable, answers: beta x (log-prob - the "
         "reference's), with `orpo` beta x mean log-prob.",
@@ -193,6 +194,18 @@ update. A value that is not finite is written as null and named under `non_finit
 in a step is left out. The report draws all of them. A loss of your own adds metrics of its own
 ([algorithms.md](algorithms.md)).
 """
+
+
+RIGHT_OR_WRONG = ("mcore_rl.rewards.exact:", "mcore_rl.rewards.math_answer:", "mcore_rl.rewards.answers:")
+"""reward functions that give 1 or 0, and nothing else"""
+_NO_REWARD = ("mcore_rl.environments.tools:",)
+"""environments that leave the reward to the function; others may say it themselves"""
+
+
+def held_out_word(function: str | None, environment: str | None = None) -> str:
+    """What people call a held-out mean reward: `accuracy` of what is right or wrong, else `reward`."""
+    decides = environment is None or environment.startswith(_NO_REWARD)
+    return "accuracy" if decides and (function or "").startswith(RIGHT_OR_WRONG) else "reward"
 
 
 def meaning_of(name: str) -> str | None:

@@ -55,7 +55,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": BASE,
     "environments": BASE | DISK | {"data", "rewards.outcome", "rollout"},
     "config": BASE | {"algo"},
-    "server": BASE | DISK | {"rollout.experts"},
+    "server": BASE | DISK | {"streams", "rollout.experts"},
     "log": BASE | DISK,
     "trackers": BASE,
     "dumps": BASE | DISK | {"rollout.columns", "rollout.reply"},

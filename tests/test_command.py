@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.outputs import output_directory, output_file
 from mcore_rl import __version__
 from mcore_rl.__main__ import _apart, _check_paths, build_parser, main
 from mcore_rl.errors import ConfigError
@@ -62,8 +66,27 @@ def test_output_that_nobody_takes_is_no_success() -> None:
     full = in_shell('"$@" config run >/dev/full')
     assert (full.returncode, "Traceback" in full.stderr) == (75, False)
     assert full.stderr.startswith("mcore-rl: StorageError: standard output: No space left")
-    read_no_further = in_shell('"$@" config run | true')
-    assert (read_no_further.returncode, read_no_further.stderr) == (75, "")
+
+
+@pytest.mark.parametrize("words", ["--version", "train --help", "config run"])
+def test_a_reader_that_leaves_ends_the_command_without_a_word(words: str) -> None:
+    """However Python buffers what is printed, and with the code that a shell gives for it."""
+    for unbuffered in ("", "1"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "mcore_rl", *words.split()]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        streams = {"stdout": writer, "stderr": subprocess.PIPE}
+        ended = subprocess.run(command, **streams, text=True, env=environment, cwd=ROOT, check=False)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_an_error_is_said_though_nobody_reads_what_was_printed_before_it() -> None:
+    code = "import sys; from mcore_rl.streams import printing\n"
+    code += "def work():\n    print(1)\n    raise ValueError('gone wrong')\nprinting(work)"
+    full = in_shell('"$@" >/dev/full', code)
+    assert (full.returncode, full.stderr.strip().splitlines()[-1]) == (1, "ValueError: gone wrong")
 
 
 def test_a_closed_standard_output_takes_nothing_that_is_needed() -> None:
@@ -138,6 +161,26 @@ def test_the_servers_own_command_repeats_arguments_as_text(monkeypatch, capsys) 
         serve()
     said = capsys.readouterr().err
     assert (end.value.code, "\\x1b[2J" in said, "\x1b" in said) == (2, True, False)
+
+
+def test_a_benchmark_that_could_not_write_what_it_found_does_not_begin(tmp_path: Path) -> None:
+    file, absent = tmp_path / "file", tmp_path / "absent"
+    file.touch()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=output_file)
+    parser.add_argument("--into", type=output_directory)
+    sound = [["--out", file], ["--out", tmp_path / "new.json"], ["--out", "new.json"], ["--into", tmp_path]]
+    wrong = [["--out", tmp_path], ["--out", absent / "new.json"], ["--out", file / "new.json"]]
+    wrong += [["--into", file], ["--into", absent]]
+    for words in sound:
+        parser.parse_args([*map(str, words)])
+    for words in wrong:
+        with pytest.raises(SystemExit):
+            parser.parse_args([*map(str, words)])
+    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if '"--out", type=' in path.read_text()]
+    ends = r'"--out", type=(output_file|output_directory)\b'
+    unchecked = {path.stem for path in scripts if not re.search(ends, path.read_text())}
+    assert unchecked == {"gpu_record"}, "which makes its directory before anything is measured"
 
 
 def test_no_memory_is_worth_a_retry_and_said_in_a_line(monkeypatch, tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import resource
@@ -17,9 +18,10 @@ from examples.arithmetic import main as write_arithmetic
 from mcore_rl import errors
 from mcore_rl.__main__ import main
 from mcore_rl.config import load_config
-from mcore_rl.demo.command import check_replaced
+from mcore_rl.demo.command import WARM_START, check_replaced, files, shortened
 from mcore_rl.errors import ConfigError, McoreRLError
 from mcore_rl.launch.first_look import _look_at_function, _look_for_module, first_look
+from mcore_rl.launch.parts import returned_parts
 from tests.launched import ENVIRONMENT
 from tests.sources import ROOT
 
@@ -86,7 +88,8 @@ def own(tmp_path: Path) -> list[str]:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
     (tmp_path / "of_user.py").write_text(
-        "def two(sample, label):\n    return 1\n\ndef no(x):\n    return 0\n"
+        "def two(sample, label):\n    return 1\n\ndef no(x):\n    return 0\n\n"
+        "def parts(sample):\n    return {'answer': 1.0, 'format': len(sample.text)}\n"
     )
     (tmp_path / "broken.py").write_text("def reward(sample)\n")
     keys = {"run.dir": tmp_path / "run", "model.path": tmp_path, "data.train": tmp_path / "rows.jsonl"}
@@ -100,7 +103,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a bad line": (["--reward.function", "of_user:no"], "rows.jsonl:2:label: missing (keys here: prompt)"),
     "a bad signature": (
         ["--reward.function", "of_user:two", "--data.label_key="],
-        "of_user:two must be a function of one argument, the sample (",
+        "def two(sample):\n        # sample.text is the response",
+    ),
+    "a weight of no part": (
+        ["--reward.function", "of_user:parts", "--data.label_key=", "--reward.weights.fromat", "2"],
+        "its parts are answer, format: did you mean format?",
     ),
     "no such function": (["--reward.function", "of_user:tow", "--data.label_key="], "did you mean two?"),
     "a module that is none": (
@@ -153,6 +160,32 @@ def test_what_cannot_be_seen_without_running_it_is_left_to_the_ranks(tmp_path: P
     (tmp_path / "plain.py").write_text("def made(a, b):\n    return 1\n")
     with pytest.raises(ConfigError, match="one argument"):
         _look_at_function("reward.function", "plain:made", "the sample", keywords=False)
+
+
+@pytest.mark.parametrize(
+    ("returns", "parts"),
+    [
+        (["{'a': f(), 'b': 1}", "Void('x')", "0"], {"a", "b"}),
+        (["{'a': 1} if x else {'b': 2}", "float(x == 1)"], {"a", "b"}),
+        (["x == 1"], set()),
+        (["{'a': 1}", "f(x)"], None),
+        (["{'a': 1, **f(x)}"], None),
+        (["{name: 1}"], None),
+        (["{'a': 1} | f(x)"], None),
+        (["[0, 1]"], None),
+    ],
+)
+def test_parts_are_read_off_a_function_only_where_they_stand_there(
+    returns: list[str], parts: set[str] | None
+):
+    body = "".join(f"    if {number}:\n        return {value}\n" for number, value in enumerate(returns))
+    inner = "    def g():\n        return {'of another': 1}\n    h = lambda: {'of a third': 1}\n"
+    (function,) = ast.parse(f"def made(x):\n{inner}{body}").body
+    assert isinstance(function, ast.FunctionDef)
+    assert returned_parts(function) == parts
+    (yields,) = ast.parse(f"def made(x):\n    yield 1\n{body}").body
+    assert isinstance(yields, ast.FunctionDef)
+    assert returned_parts(yields) is None
 
 
 def test_a_module_that_is_nowhere_is_said_and_none_is_run(tmp_path: Path, monkeypatch) -> None:
@@ -269,6 +302,22 @@ def first_step(directory: Path, name: str) -> tuple[float, list[str]]:
     code, took, heavy = json.loads(ended.stdout.splitlines()[-1])
     assert code == 0, ended.stderr
     return took, heavy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--train.steps", "5"], "train.steps = 5 is that of the warm start too, in the place of its 240"),
+        (["--train.steps", "300"], ""),
+        (["--run.seed", "1"], ""),
+    ],
+)
+def test_a_demo_says_that_fewer_steps_are_those_of_its_warm_start_too(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    keys = {"run.dir": tmp_path / "run", "data.train": tmp_path / "rows.jsonl", "model.path": tmp_path}
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    assert shortened(files() / WARM_START, flags, overrides)[: len(said) or None] == said
 
 
 def test_a_demo_replaces_nothing_but_an_earlier_demo(tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from mcore_rl.errors import DataError
 from mcore_rl.log import Progress, StepLog, Timers, append_event, clock, read_metrics
+from mcore_rl.metric_names import held_out_word
 
 
 @pytest.fixture
@@ -175,10 +176,23 @@ def test_the_line_of_progress():
     )
 
 
+def test_a_held_out_mean_is_called_an_accuracy_only_of_right_and_wrong():
+    """By the function that is named, so that the first line of a run says what the last does."""
+    boxed, mine = "mcore_rl.rewards.answers:boxed_match", "mine:score"
+    tools = "mcore_rl.environments.tools:call_tools"
+    assert held_out_word(boxed) == held_out_word(boxed, tools) == "accuracy"
+    assert {held_out_word(mine), held_out_word(None), held_out_word(boxed, "mine:play")} == {"reward"}
+    words = {"sums": held_out_word(boxed), "tone": held_out_word(mine)}
+    means = {"eval/sums/accuracy": 0.0, "eval/tone/accuracy": 1.0, "eval/tone/accuracy/low": 1.0}
+    line = Progress(4, words=words).line(0, {**means, "validation/accuracy": 0.5, "time/step": 1.0})
+    assert line == "step 0/4  sums accuracy 0.000  tone reward 1.000  validation accuracy 0.500"
+
+
 def test_what_comes_before_the_first_step_and_evaluations_are_no_pace():
     progress = Progress(10, eval_every=4)
     first = {"time/step": 100.0, "time/eval": 30.0}
-    assert progress.line(0, first) == "step 0/10"
+    assert progress.line(0, first) == "", "nothing was measured"
+    assert progress.left == "step 0/10"
     # 9 steps of 2 s, and the evaluations after steps 4, 8 and 10
     assert progress.line(1, {"time/step": 2.0}).endswith("2.0 s/step  time left 1:48")
     assert progress.line(4, {"time/step": 32.0, "time/eval": 30.0}).endswith("2.0 s/step  time left 1:12")

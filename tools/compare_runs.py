@@ -3,6 +3,7 @@
 import sys
 
 from mcore_rl.report.compare import main
+from mcore_rl.streams import printing
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printing(main))

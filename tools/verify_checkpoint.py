@@ -3,6 +3,7 @@
 import sys
 
 from mcore_rl.convert.verify import main
+from mcore_rl.streams import printing
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(printing(main))

@@ -322,6 +322,7 @@ def configure(name: str, overrides: Mapping[str, object] | None = None, loss: st
         )
     _check_correction(algorithm)
     _check_marks(algorithm)
+    _check_dual_clip(algorithm)
     return algorithm
 
 
@@ -357,6 +358,17 @@ def _check_marks(algorithm: Algorithm) -> None:
         raise ConfigError(
             f"algorithm.params.cov_low: {low} leaves no covariance below cov_high = {high}, and nothing "
             "would be marked; lower it"
+        )
+
+
+def _check_dual_clip(algorithm: Algorithm) -> None:
+    """Raises ConfigError for a bound of ratios that lies among those which the clip leaves alone."""
+    bound, high = (algorithm.loss_params.get(key) for key in ("dual_clip", "eps_high"))
+    ours = getattr(algorithm.loss, "__module__", "").startswith("mcore_rl.")
+    if ours and isinstance(bound, float | int) and isinstance(high, float | int) and bound < 1 + high:
+        raise ConfigError(
+            f"algorithm.params.dual_clip: {bound:g} would cut ratios below {1 + high:g}, which eps_high = "
+            f"{high:g} leaves alone; raise it (3 is usual), or lower eps_high"
         )
 
 

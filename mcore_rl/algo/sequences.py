@@ -59,6 +59,9 @@ class PairLoss:
     label_smoothing: float = 0.0
     average: bool = False
     """IPO of means over tokens, in the place of sums"""
+    rounding: float = 1e-6
+    """A margin of at most this share of its four log-probs is their rounding, a draw. This is float32's, and
+    a hundred times what was seen."""
 
     @property
     def needs_reference(self) -> bool:
@@ -77,7 +80,9 @@ class PairLoss:
         margins = preference.margin(chosen, rejected, ref_chosen, ref_rejected)
         weight = sequences.pairs(sequences.fields["weight"])[0]
         rewards = (self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected))
-        return SequenceLoss(weight * self._of_margins(margins), _of_pairs(sequences, margins, *rewards))
+        size = chosen.abs() + rejected.abs() + ref_chosen.abs() + ref_rejected.abs()
+        ahead = margins.where(margins.abs() > self.rounding * size, 0)
+        return SequenceLoss(weight * self._of_margins(margins), _of_pairs(sequences, ahead, *rewards))
 
     def _of_margins(self, margins: Tensor) -> Tensor:
         match self.name:

@@ -14,6 +14,7 @@ from mcore_rl.config.held_out import set_name, wrong_sets
 from mcore_rl.config.kinds import keys_of_one_name, unused_of_kind, wrong_of_kind
 from mcore_rl.config.lora import LoraConfig, unused_of_lora, wrong_lora
 from mcore_rl.config.names import misnamed
+from mcore_rl.config.on_cpu import wrong_on_cpu
 from mcore_rl.config.parallel import ParallelConfig
 from mcore_rl.config.rewards import wrong_rewards
 from mcore_rl.config.rows import DistillConfig, PreferenceConfig, RewardModelConfig, SupervisedConfig
@@ -305,19 +306,8 @@ def _of_memory(config: Config) -> Iterator[str]:
             'train.offload_modules: the input of "attn_proj" is the output of "core_attn", which must wait '
             "too; add it"
         )
-    if not optimizer.cpu_fraction:
-        return
-    if not optimizer.distributed:
-        yield "optimizer.cpu_fraction: it is a distributed optimizer; set optimizer.distributed = true"
-    if config.model.precision == "fp32":
-        yield 'optimizer.cpu_fraction: it takes no float32 weights; drop it, or set model.precision = "bf16"'
-    if config.residency.optimizer != "resident":
-        yield "optimizer.cpu_fraction: residency.optimizer moves the same state; drop one of them"
-    if config.checkpoint.every:
-        yield (
-            "optimizer.cpu_fraction: a checkpoint does not hold what the CPU updates; set "
-            'checkpoint.every = 0, or take residency.optimizer = "offloaded" in its place'
-        )
+    if optimizer.cpu_fraction:
+        yield from wrong_on_cpu(optimizer, config.model, config.residency, config.checkpoint)
 
 
 def _of_quantized(config: Config) -> Iterator[str]:

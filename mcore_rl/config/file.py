@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -73,6 +74,11 @@ def load_config(
                 f"{_source(dotted, flags, path)}: {_shown(dotted)}: {what}" for dotted, what in mistakes
             )
         ) from None
+
+
+def separate(mistakes: str) -> list[str]:
+    """The mistakes that one message tells of; a line that is indented goes on with the one before it."""
+    return re.split(r"\n(?=\S)", mistakes)
 
 
 def to_toml(config: Config) -> str:
@@ -158,7 +164,7 @@ def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
         case "missing":
             yield dotted, "required; add it"
         case "value_error" if not dotted:  # the rules between sections name their own keys
-            for line in reason.splitlines():
+            for line in separate(reason):
                 key, _, what = line.partition(": ")
                 yield key, what
         case "value_error":

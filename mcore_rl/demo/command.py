@@ -48,6 +48,8 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
     second = ["--run.dir", str(directory), "--model.path", str(warm / "model"), *data, *held_out]
     for recipe, flags in ((WARM_START, first), (RECIPE, second)):  # before anything is written
         load_config(there / recipe, [*flags, *overrides])
+    if what := shortened(there / WARM_START, first, overrides):
+        tell(f"mcore-rl: note: {what}", is_main=True)
     tell(f"two cores take some minutes; the report will be {directory}/report.html", is_main=True)
     steps = (
         [sys.executable, str(there / PROBLEMS), str(directory / "data"), "--seed", "0"],
@@ -68,6 +70,17 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
         is_main=True,
     )
     return 0
+
+
+def shortened(recipe: Path, flags: Sequence[str], overrides: Sequence[str]) -> str:
+    """What to say where the overrides leave the warm start fewer steps than its recipe has; else nothing."""
+    own, given = (load_config(recipe, [*flags, *more]).train.steps for more in ((), overrides))
+    if given >= own:
+        return ""
+    return (
+        f"train.steps = {given} is that of the warm start too, in the place of its {own}: what is trained "
+        "then begins with less"
+    )
 
 
 def check_replaced(directory: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from mcore_rl.algo.algorithms import has_critic
 from mcore_rl.config import Config, load_config, notes, warnings
+from mcore_rl.config.file import separate
 from mcore_rl.doctor.finding import Finding, guarded, of_error
 from mcore_rl.doctor.gradient import check_gradient
 from mcore_rl.doctor.inputs import check_inputs
@@ -79,7 +80,7 @@ def _checks(path: Path, overrides: Sequence[str]) -> Iterator[Callable[[], list[
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
-        lines = [ConfigError(line) for line in str(error).splitlines()]
+        lines = [ConfigError(line) for line in separate(str(error))]
         yield lambda: [of_error("config", line) for line in lines]
         return
     what = config.algorithm.name if config.run.kind == "rl" else config.run.kind

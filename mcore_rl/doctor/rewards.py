@@ -15,7 +15,7 @@ from mcore_rl.doctor.finding import Finding
 from mcore_rl.errors import RewardError
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.parameters import CriticParameterMap
-from mcore_rl.model.layouts import check_classifier_layout, padded_vocab
+from mcore_rl.model.layouts import check_layout_of, padded_vocab
 from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.rewards import RewardFunction, load_rewards
 from mcore_rl.terminal import joined
@@ -128,7 +128,7 @@ def classifier(config: Config, key: str, path: Path) -> Finding:
     """
     arch = read_architecture(path)
     p = config.parallel
-    check_classifier_layout(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)), key)
+    check_layout_of(arch, layout_of(config, p.tensor * p.pipeline * p.context * (p.data or 1)), key)
     check_same_tokens(config, key, path)
     hf_reader(path, CriticParameterMap(arch, padded_vocab(arch, 1)))
     what = f"{path}: a sequence classifier over the policy's tokens, its weights complete"

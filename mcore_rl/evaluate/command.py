@@ -71,7 +71,8 @@ def evaluate(
             with SCREEN.showing(active=True):
                 results = _sampled(_with(config, run={"dir": directory}), weights, sets, tokenizer)
             write_whole(directory / RESULTS, json.dumps(results) + "\n")
-    for line in [f"{weights.path}", *_table(results["sets"]), f"samples: {directory}"]:
+    words = {one.name: one.word for one in sets}
+    for line in [f"{weights.path}", *_table(results["sets"], words), f"samples: {directory}"]:
         print(printable(line), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps(results))
@@ -157,7 +158,7 @@ def _sampled(
     return {"weights": str(weights.path), "step": weights.step, "sets": found}
 
 
-def _table(sets: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _table(sets: Mapping[str, Mapping[str, float]], words: Mapping[str, str]) -> list[str]:
     """Set, measure, value, interval, and of how many prompts and samples."""
     rows = []
     for name, its in sets.items():
@@ -167,7 +168,7 @@ def _table(sets: Mapping[str, Mapping[str, float]]) -> list[str]:
             if key.startswith(MEASURES) and not key.endswith(("/low", "/high")):
                 bounds = [metrics.get(f"{key}/{end}") for end in ("low", "high")]
                 within = "" if None in bounds else "{:.3f} to {:.3f}".format(*bounds)
-                rows.append((name, key, f"{value:.3f}", within, size))
+                rows.append((name, words[name] if key == "accuracy" else key, f"{value:.3f}", within, size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
     return ["  ".join(row).rstrip() for row in padded]

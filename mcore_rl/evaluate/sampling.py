@@ -125,7 +125,7 @@ def _group(prompt: Prompt, one: EvalSet) -> str:
 
 def _say(one: EvalSet, file: SampleFile) -> None:
     value = measure(one, file.records).get(f"eval/{one.name}/{one.what}")
-    shown = "" if value is None else f"  {one.what} {value:.3f}"
+    shown = "" if value is None else f"  {one.word} {value:.3f}"
     status = f"{one.name}  {len(file.sampled)}/{len(one.prompts)} prompts{shown}"
     SCREEN.progress(len(file.sampled) / len(one.prompts), status)
     SCREEN.say(status)

@@ -19,6 +19,8 @@ from mcore_rl.config import Config
 from mcore_rl.data.locate import locate
 from mcore_rl.data.opening import open_table
 from mcore_rl.errors import ConfigError
+from mcore_rl.functions import wrong_form
+from mcore_rl.launch.parts import check_weights, weighed
 from mcore_rl.lookup import MISSING, look_up, missing
 
 MOST_RANKS = 8
@@ -50,6 +52,10 @@ def first_look(config: Config) -> None:
         _look_for_module(key, name)
     for key, name, argument, keywords in _functions(config):
         _look_at_function(key, name, argument, keywords=keywords)
+    for name, weights in weighed(config):
+        file = _file_of(name.partition(":")[0])
+        if file is not None and (tree := _parsed(file)) is not None:
+            check_weights(name, tree, weights, str(file))
 
 
 def _look_at_model(config: Config) -> None:
@@ -151,13 +157,20 @@ def _look_at_function(key: str, name: str, argument: str, *, keywords: bool) -> 
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     found = [node for node in defined if node.name == wanted and not node.decorator_list]
     if found and not _takes_one(found[-1].args, keywords=keywords):
-        place = f"{file}:{found[-1].lineno}"
-        raise ConfigError(f"{key}: {name} must be a function of one argument, {argument} ({place})")
+        raise wrong_form(key, name, argument, f" ({file}:{found[-1].lineno})")
     names = _names(tree)
     if not found and names is not None and wanted not in names:
         close = get_close_matches(wanted, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "check the name"
         raise ConfigError(f"{key}: {module} has no {wanted}; {hint}")
+
+
+def _parsed(file: Path) -> ast.Module | None:
+    """What a module says; None where whoever imports it will say why it cannot be read."""
+    try:
+        return ast.parse(file.read_bytes(), str(file))
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def _file_of(module: str) -> Path | None:

@@ -13,6 +13,8 @@ from mcore_rl.config import Config
 from mcore_rl.errors import ConfigError, LayoutError
 from mcore_rl.model.precision import check_cpu_fraction, check_precision
 from mcore_rl.trackers.services import check_trackers
+from mcore_rl.training.layout import check_models, layout_of
+from mcore_rl.training.stacked import check_transport
 
 NODE_GPUS = 8
 """GPUs of a node in the launch line that is printed where this machine has none"""
@@ -39,7 +41,7 @@ def check_rank(config: Config) -> None:
 
 
 def check_node(config: Config) -> None:
-    """Outside torchrun: this node has room for every rank of [parallel].
+    """Outside torchrun: this node has room for every rank of [parallel], and the models divide by them.
 
     Raises:
         LayoutError, ConfigError: as check_rank.
@@ -49,6 +51,9 @@ def check_node(config: Config) -> None:
     if ranks > room:
         raise LayoutError(_what_to_do(config, f"this machine has {gpus} GPUs"))
     _check_machine(config)
+    arch = check_models(config, layout_of(config, ranks))
+    if config.samples_responses:
+        check_transport(arch, config)
 
 
 def _check_machine(config: Config) -> None:

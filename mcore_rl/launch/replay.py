@@ -112,7 +112,7 @@ def _objective(config: Config, mesh: Mesh, kind: str) -> Loss:
     if kind == "distill":
         return objective_of(divergence_of(config.distill))
     if kind == "preference":
-        return SequenceObjective(loss_of(config.preference), mesh.cp if mesh.layout.context > 1 else None)
+        return SequenceObjective(loss_of(config), mesh.cp if mesh.layout.context > 1 else None)
     if kind == "reward_model":
         cp = mesh.cp if mesh.layout.context > 1 else None
         return SequenceObjective(ScoreLoss(config.reward_model.center_coef), cp, TOTAL)

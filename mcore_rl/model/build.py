@@ -33,7 +33,7 @@ from mcore_rl.model.hf.files import left_out, read_side_files
 from mcore_rl.model.hf.parameters import CriticParameterMap, ParameterMap
 from mcore_rl.model.hf.peft_files import adapter_reader
 from mcore_rl.model.hf.torch_dist import holds_torch_dist
-from mcore_rl.model.layouts import check_adapters, check_classifier_layout, check_layout, padded_vocab
+from mcore_rl.model.layouts import check_adapters, check_layout, check_layout_of, padded_vocab
 from mcore_rl.model.policy import CriticModel, LogitsModel, PackedGPT, PolicyModel, with_value_head
 from mcore_rl.model.rotary import rotary_frequencies
 from mcore_rl.model.spec import block_spec, transformer_config
@@ -165,7 +165,7 @@ def build_classifier(
     """
     platform.install()
     arch = read_architecture(path)
-    check_classifier_layout(arch, mesh.layout, key)
+    check_layout_of(arch, mesh.layout, key)
     mapping = CriticParameterMap(arch, padded_vocab(arch, mesh.layout.tensor))
     config = transformer_config(arch, mesh.layout, precision, tuning, fp8)
     return _build(CriticModel, config, mapping, weights_io.reader(path, mapping), mesh, ddp, path)

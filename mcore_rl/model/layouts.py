@@ -22,7 +22,7 @@ DTYPES = {
 """precision -> parameter dtype. fp64 is for verification only."""
 
 
-def check_classifier_layout(arch: Architecture, layout: Layout, key: str) -> None:
+def check_layout_of(arch: Architecture, layout: Layout, key: str) -> None:
     """Check the layout of the model that `key` of the config names, which is cut as the policy is."""
     try:
         check_layout(arch, layout)

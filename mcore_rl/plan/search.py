@@ -9,7 +9,7 @@ from itertools import product
 from mcore_rl.data.balance import ModelShape
 from mcore_rl.errors import LayoutError
 from mcore_rl.model.hf.architecture import Architecture
-from mcore_rl.model.layouts import check_adapters, check_classifier_layout, check_layout
+from mcore_rl.model.layouts import check_adapters, check_layout, check_layout_of
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.plan.clock import SamplingServers, Seconds, step_seconds
 from mcore_rl.plan.count import count_policy, distinct
@@ -71,7 +71,7 @@ def evaluate(problem: PlanInputs, layout: Layout) -> LayoutPlan:
         check_adapters(problem.arch, layout, problem.work.lora)
     for key, model in (("reward.model", problem.work.reward_model), ("critic.path", problem.work.critic)):
         if model is not None:
-            check_classifier_layout(model, layout, key)
+            check_layout_of(model, layout, key)
     for teacher in problem.work.teachers:
         check_layout(teacher, layout)
     _check_micro_batch(problem.work, layout)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from mcore_rl.metric_names import held_out_word
 from mcore_rl.report.runs import RunData, number
 from mcore_rl.report.svg import format_number
 from mcore_rl.terminal import short
@@ -18,10 +19,6 @@ AXES = (
     ("expert", "EP"),
     ("data", "DP"),
 )
-
-
-RIGHT_OR_WRONG = ("mcore_rl.rewards.exact:", "mcore_rl.rewards.math_answer:", "mcore_rl.rewards.answers:")
-"""reward functions whose mean is an accuracy"""
 
 
 class Fact(NamedTuple):
@@ -103,7 +100,8 @@ def measure(run: RunData, key: str) -> str:
     own, of_run = run.settings.get(f"eval.sets.{name}.reward"), run.settings.get("reward.function", "")
     mixed = any(setting.startswith("reward.functions.") for setting in run.settings)
     function = str(own or ("mixed" if mixed else of_run))
-    return what if not function or function.startswith(RIGHT_OR_WRONG) else "reward"
+    environment = run.settings.get("environment.function")
+    return held_out_word(function, environment and str(environment)) if function else what
 
 
 def _held_out(run: RunData, what: str) -> list[tuple[str, str]]:

@@ -8,12 +8,14 @@ import sys
 from mcore_rl.errors import McoreRLError
 from mcore_rl.imports import large_pages
 from mcore_rl.server.options import add_options, run_server
+from mcore_rl.streams import guard
 from mcore_rl.terminal import CommandParser, printable
 
 
 def main() -> None:
     """Serves; a typed error ends the process with its message and exit code."""
     large_pages()
+    guard(output=False)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("mcore_rl").setLevel(logging.INFO)
     parser = CommandParser(prog="python -m mcore_rl.server", description="The embedded rollout server.")

@@ -23,7 +23,7 @@ from mcore_rl.errors import AskedToLeave, RewardError
 from mcore_rl.functions import load_function
 from mcore_rl.rewards import load_reward, load_rewards
 from mcore_rl.training.data import data_metrics
-from mcore_rl.training.rewards import reward_functions, reward_title
+from mcore_rl.training.rewards import held_out_words, reward_functions, reward_title
 from mcore_rl.training.setup import read_prompts
 from mcore_rl.types import Prompt, Sample
 from mcore_rl.user_code import place, said
@@ -51,6 +51,8 @@ class EvalSet:
     """SGLang's sampling parameters"""
     function: str | None
     """`module:function` that gives the rewards; None: the run's reward model"""
+    word: str
+    """what people call their mean"""
     answer: AnswerFn | None
     """what a sample votes for; None where nobody votes"""
     pass_reward: float
@@ -60,7 +62,7 @@ class EvalSet:
 
     @property
     def what(self) -> str:
-        """`accuracy`, or `reward` where a reward model gives scores, which are no accuracy."""
+        """The metric: `accuracy`, or `reward` where a reward model gives scores, which are no accuracy."""
         return "reward" if self.function is None else "accuracy"
 
 
@@ -118,7 +120,7 @@ def read_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[EvalSe
         DataError: a file is malformed.
         ConfigError: a function of a set does not exist.
     """
-    functions = load_set_functions(config)
+    functions, words = load_set_functions(config), held_out_words(config)
     sets = []
     for name, one in config.held_out.items():
         found = read_prompts(config, one.path, tokenizer, **reading_of(config, one))
@@ -132,6 +134,7 @@ def read_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[EvalSe
                 samples=one.samples,
                 params=set_params(config, one),
                 function=reward,
+                word=words[name],
                 answer=answer,
                 pass_reward=1.0 if one.pass_reward is None else one.pass_reward,
                 pass_at=one.pass_at,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mcore_rl.config import Config
 from mcore_rl.lora import Lora
+from mcore_rl.model.hf.architecture import Architecture, read_architecture
+from mcore_rl.model.layouts import check_adapters, check_layout, check_layout_of
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.precision import Fp8
 from mcore_rl.tuning import Tuning
@@ -22,6 +24,26 @@ def layout_of(config: Config, world_size: int) -> Layout:
         expert=p.expert,
         data=p.data or max(1, world_size // replica),
     )
+
+
+def check_models(config: Config, layout: Layout) -> Architecture:
+    """Whether every model of the run can be cut so, by its config.json; returns the trained one's numbers.
+
+    Raises:
+        ConfigError: one is no supported model, or its adapters are not.
+        LayoutError: one does not divide by the layout; says the number, and which degrees do.
+    """
+    arch = read_architecture(config.model.path)
+    check_layout(arch, layout)
+    lora = lora_of(config)
+    if lora is not None:
+        check_adapters(arch, layout, lora)
+    others = {"reward.model": config.reward.model, "critic.path": config.critic.path}
+    others |= {f"distill.teachers.{name}": path for name, path in config.distill.teachers.items()}
+    for key, path in others.items():
+        if path is not None:
+            check_layout_of(read_architecture(path), layout, key)
+    return arch
 
 
 def fp8_of(config: Config) -> Fp8:

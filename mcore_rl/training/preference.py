@@ -9,7 +9,6 @@ import torch
 
 from mcore_rl.algo.sequences import PairLoss, VerdictLoss
 from mcore_rl.config import Config
-from mcore_rl.config.rows import PreferenceConfig
 from mcore_rl.data.examples import Example
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import DataError
@@ -30,11 +29,14 @@ from mcore_rl.training.session import (
     validation_rows,
 )
 
+_REDUCED = 2.5e-4
+"""PairLoss.rounding where layers compute in bfloat16, of which a micro-batch packed otherwise changes some"""
+
 
 def train_preference(config: Config, resume: str | None = None) -> None:
     """Train for `train.steps` batches of `supervised.batch_size` rows; the model goes to RUN_DIR/model."""
     with start_model(config, resume) as trainer:
-        loss, held_out = loss_of(config.preference), validation_rows(config, trainer.tokenizer)
+        loss, held_out = loss_of(config), validation_rows(config, trainer.tokenizer)
         longest = min(limit.tokens for limit in response_of(config).limits)
         everything = all_sequences(loss, held_out, longest)
         with without_adapters(trainer.policy):
@@ -58,11 +60,13 @@ def train_preference(config: Config, resume: str | None = None) -> None:
             session.export()
 
 
-def loss_of(config: PreferenceConfig) -> PairLoss | VerdictLoss:
+def loss_of(config: Config) -> PairLoss | VerdictLoss:
     """The loss that [preference] asks for."""
-    if config.loss == "kto":
-        return VerdictLoss(config.beta, config.desirable_weight, config.undesirable_weight)
-    return PairLoss(config.loss, config.beta, config.label_smoothing, config.average)
+    p = config.preference
+    if p.loss == "kto":
+        return VerdictLoss(p.beta, p.desirable_weight, p.undesirable_weight)
+    rounding = {"rounding": _REDUCED} if config.model.precision in ("bf16", "fp8") else {}
+    return PairLoss(p.loss, p.beta, p.label_smoothing, p.average, **rounding)
 
 
 def score(

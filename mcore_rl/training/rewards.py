@@ -11,6 +11,7 @@ from math import isfinite
 from mcore_rl.config import Config
 from mcore_rl.data.packing import TokenSequence
 from mcore_rl.errors import ConfigError, RewardError
+from mcore_rl.metric_names import held_out_word
 from mcore_rl.model.build import Model
 from mcore_rl.model.hf.architecture import read_hf_config
 from mcore_rl.model.residency import Residency
@@ -46,6 +47,13 @@ def reward_title(config: Config) -> str:
     """What the functions of the run are called in messages."""
     r = config.reward
     return joined(f"{name} ({one.function})" for name, one in r.functions.items()) or r.function
+
+
+def held_out_words(config: Config) -> dict[str, str]:
+    """Held-out set -> what people call its mean reward; see held_out_word."""
+    r, environment = config.reward, config.environment.function
+    of_run = reward_title(config) if r.model is None else None
+    return {name: held_out_word(one.reward or of_run, environment) for name, one in config.held_out.items()}
 
 
 @dataclass

@@ -31,7 +31,6 @@ from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.hf.peft_files import begun_anew
-from mcore_rl.model.layouts import check_adapters, check_layout
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
@@ -65,8 +64,9 @@ from mcore_rl.training.data import (
 from mcore_rl.training.faults.exits import recorded, say
 from mcore_rl.training.faults.watchdog import Watchdog, collective_timeout
 from mcore_rl.training.inputs import Inputs, check_inputs, inputs_of
-from mcore_rl.training.layout import fp8_of, layout_of, lora_of, tuning_of
+from mcore_rl.training.layout import check_models, fp8_of, layout_of, lora_of, tuning_of
 from mcore_rl.training.profile import ProfiledSteps, check_profile
+from mcore_rl.training.rewards import held_out_words
 from mcore_rl.training.rundir import held_once, identity_of
 from mcore_rl.training.shape import shape_of
 from mcore_rl.training.stacked import check_transport
@@ -92,11 +92,7 @@ def start_trainer(config: Config, *, optimizer_steps: int, resume: str | None) -
     """
     layout = layout_of(config, world_size())
     layout.check(world_size())
-    arch = read_architecture(config.model.path)
-    check_layout(arch, layout)
-    lora = lora_of(config)
-    if lora is not None:
-        check_adapters(arch, layout, lora)
+    arch = check_models(config, layout)
     if config.samples_responses:
         check_transport(arch, config)
     timeout = collective_timeout(config.train.step_timeout)
@@ -245,7 +241,7 @@ def build_trainer(
         cursor=cursor_of(config, prompts),
         timers=Timers(),
         step_log=step_log,
-        progress=Progress(config.train.steps, config.train.eval_every),
+        progress=Progress(config.train.steps, config.train.eval_every, held_out_words(config)),
     )
 
 

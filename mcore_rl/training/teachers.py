@@ -15,7 +15,7 @@ from mcore_rl.data.examples import Example
 from mcore_rl.errors import ConfigError
 from mcore_rl.model.build import Model, build_policy
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.model.layouts import check_layout
+from mcore_rl.model.layouts import check_layout_of
 from mcore_rl.model.policy import PolicyModel
 from mcore_rl.model.residency import Offloaded, Residency, ResidentPart, weights_of
 from mcore_rl.model.step import forward
@@ -142,8 +142,7 @@ def check_teachers(config: Config, layout: Layout) -> None:
     """
     for name, path in config.distill.teachers.items():
         where = f"distill.teachers.{name}"
-        arch = read_architecture(path)
-        check_layout(arch, layout)
+        check_layout_of(read_architecture(path), layout, where)
         _check_same_vocabulary(where, config.model.path, path)
 
 

@@ -78,7 +78,8 @@ class Trainer:
         record = {**metrics, **passed_over(self.cursor), **times, **cost}
         on_main(self.mesh, lambda: self.step_log.write(step, record))  # a full disk ends all ranks alike
         if self.mesh.is_main:
-            SCREEN.say(self.progress.line(step, record))
+            if line := self.progress.line(step, record):
+                SCREEN.say(line)
             SCREEN.progress(self.progress.share, self.progress.left)
         self.attempt.reached(f"step {step}")
         for told in self.ended:

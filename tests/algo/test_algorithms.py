@@ -81,6 +81,8 @@ def test_overrides_reach_loss_advantage_and_settings() -> None:
         ("grpo", {"eps_high": float("nan")}, "nan is not a number"),
         ("grpo", {"eps_high": float("inf")}, "inf is not a number"),
         ("grpo", {"dual_clip": 0.5}, "0.5 is not a number from 1 to"),
+        ("grpo", {"dual_clip": 1.1}, r"dual_clip: 1\.1 would cut ratios below 1\.2, which eps_high = 0\.2"),
+        ("gspo", {"dual_clip": 3.0, "eps_high": 2.5}, "which eps_high = 2.5 leaves alone; raise it"),
         ("grpo", {"std": "batches"}, "'batches' is not one of group, batch, batch-centered, none"),
         ("grpo", {"ddof": 2}, "2 is not one of 0, 1"),
         ("grpo", {"whiten": 1}, "1 is not true or false"),

@@ -151,6 +151,16 @@ def load(tmp_path):
             "optimizer.cpu_fraction: it takes no float32 weights",
         ),
         (
+            {
+                "model__precision": "fp8",
+                "model__fp8_param_gather": "true",
+                "optimizer__cpu_fraction": 0.5,
+                "checkpoint__every": 0,
+            },
+            {"model__fp8_param_gather": "false"},
+            "optimizer.cpu_fraction: with model.fp8_param_gather Megatron hands",
+        ),
+        (
             {"model__precision": "fp8", "model__fp8_param_gather": "true", "checkpoint__every": 1},
             {"checkpoint__every": 0},
             "model.fp8_param_gather: a checkpoint does not hold",

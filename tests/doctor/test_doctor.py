@@ -19,8 +19,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from examples.arithmetic import main as write_arithmetic
 from mcore_rl.__main__ import main
+from mcore_rl.config.file import separate
+from mcore_rl.doctor import finding
 from mcore_rl.doctor.storage import check_disk
 from mcore_rl.environments.tools import CALL_TOOLS
+from mcore_rl.errors import ConfigError
 from mcore_rl.lora import Lora
 from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import read_architecture
@@ -114,6 +117,12 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
         ("--parallel.sequence", "true"),
         "parallel.sequence",
         "parallel.tensor",
+    ),
+    "a number out of range": (
+        lambda s: None,
+        ("--train.steps", "0"),
+        "train.steps: must be greater",
+        "`mcore-rl config train` says what each key means",
     ),
     "no model": (lambda s: shutil.rmtree(s.model), (), "config.json", ""),
     "unsupported model": (
@@ -368,6 +377,19 @@ def test_a_planted_problem_is_found_with_its_remedy(capsys, setting: Setting, na
     assert remedy in found["remedy"] + found["what"]
     assert found["remedy"]
     assert code == (0 if found["level"] == "warning" else found["exit_code"])
+
+
+def test_an_error_of_every_check_has_a_remedy_though_its_message_has_none():
+    """Those of the checks as the sources name them, with a message that ends where it says what is wrong."""
+    sources = "".join(file.read_text() for file in Path(finding.__file__).parent.glob("*.py"))
+    checks = {*re.findall(r'(?:guarded|of_error)\("([\w. -]+)"', sources), "eval.sets.a.path", "data.eval"}
+    assert {"config", "model", "reward", "server"} <= checks
+    for check in checks:
+        said = finding.of_error(check, ConfigError("here: rope.theta: is not supported"))
+        assert len(said.remedy.split()) > 4
+    many = ConfigError("a.toml: algorithm.loss: f must be a function; write one such as\n    def f(rows):")
+    assert finding.of_error("config", many).remedy.startswith("write one such as\n    def f(rows):")
+    assert separate("a: one\n    more of it\nb: two") == ["a: one\n    more of it", "b: two"]
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if", "{{ range(10**9)|list }}"])

@@ -42,6 +42,7 @@ def trained(ranks, folder, server_url, tmp_path_factory) -> Path:
     published = ranks.run("eval", str(directory))
     assert published.returncode == 0, published.stderr
     assert "easy  4/4 prompts  accuracy" in published.stderr
+    assert "eval  5/5 prompts  reward" in published.stderr, "of a function that may give anything"
     return directory
 
 

@@ -120,6 +120,7 @@ def test_a_reference_that_is_swapped_or_kept_says_the_same(ranks, folder, tmp_pa
         (tmp_path / where).mkdir()
         flags = (*DPO, "--residency.reference", where, "--preference.loss", "ipo")
         found[where] = run(ranks, folder, tmp_path / where, "pairs", *flags)
+        assert found[where][1]["preference/accuracy"] == 0.5, "the policy is its own reference"
     for swapped, kept in zip(*found.values(), strict=True):
         for name in ("loss/policy", "preference/margin", "validation/loss"):
             assert kept.get(name) == pytest.approx(swapped.get(name), rel=2e-5, abs=1e-6), name

@@ -199,12 +199,11 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.xdist_group("recipes")  # one run directory, which one command at a time may hold
 @pytest.mark.parametrize("starter", ["bash", "torchrun"])
 @pytest.mark.slow
-def test_a_machine_without_gpus_gets_the_launch_line(starter: str) -> None:
+def test_a_machine_without_gpus_gets_the_launch_line(starter: str, tmp_path: Path) -> None:
     command = {"bash": ["bash"], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
-    done = run(*command[starter], "examples/train_gspo_70b.sh")
+    done = run(*command[starter], "examples/train_gspo_70b.sh", "--run.dir", str(tmp_path / "run"))
     assert done.returncode == {"bash": 2, "torchrun": 1}[starter]
     assert "LayoutError: [parallel] asks for tensor 8 x pipeline 4 x context 2 = 64 GPUs" in done.stderr
     assert "torchrun --nnodes 8 --nproc-per-node 8" in done.stderr

@@ -26,8 +26,8 @@ def held_out(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> HeldOu
     rows = [*({"id": p.id, "prompt": "1", "label": p.label} for p in PROMPTS), {"prompt": "12", "label": "7"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = open_prompts([path], tokenizer, max_prompt_tokens=1)
-    plain = {"samples": 4, "params": {}, "function": float, "answer": None, "pass_reward": 1.0}
-    plain |= {"pass_at": (), "majority_at": ()}
+    plain = {"samples": 4, "params": {}, "function": "exact", "word": "accuracy", "answer": None}
+    plain |= {"pass_reward": 1.0, "pass_at": (), "majority_at": ()}
 
     def one(**settings: Any) -> EvalSet:
         kept = {**plain, **settings}

@@ -37,7 +37,7 @@ OTHER: Mapping[str, tuple[object, ...]] = {
     "eps": (0.1,),
     "eps_low": (0.9, 0.05),
     "eps_high": (0.9, 0.05),
-    "dual_clip": (1.01,),
+    "dual_clip": (1.2,),
     "delta": (0.001, 0.5),
     "tau_pos": (2.0,),
     "tau_neg": (2.0,),

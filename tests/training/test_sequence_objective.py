@@ -122,6 +122,17 @@ def test_a_score_is_centred_and_parted_by_a_margin() -> None:
     assert accuracy.value(accuracy.part(torch.ones(2, dtype=torch.bool))) == 0.75, "a draw is half of one"
 
 
+def test_a_policy_that_differs_from_its_reference_by_rounding_is_ahead_of_nothing() -> None:
+    """The noise that a first step had, in float32; the control is a margin of a thousandth of a nat."""
+    one, log_probs = torch.ones(4, dtype=torch.float64), [-74.9, -97.3, -22.8, -172.3]
+    for margin, accuracy in ((2.5e-6, 0.5), (-2.5e-6, 0.5), (1e-3, 1.0), (-1e-3, 0.0)):
+        value = torch.tensor(log_probs, dtype=torch.float64)
+        fields = {"weight": one / 2, "reference": value - torch.tensor([margin, 0.0]).repeat(2)}
+        for name in ("dpo", "rdpo", "ipo"):
+            found = PairLoss(name)(Sequences(value, one, fields)).metrics["preference/accuracy"]
+            assert found.value(found.part(torch.ones(2, dtype=torch.bool))) == accuracy
+
+
 def test_a_mismatched_answer_is_that_of_the_next_row() -> None:
     own = sequences_of(rows(1))
     others = mismatched(own, 10**6)

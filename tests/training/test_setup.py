@@ -10,6 +10,7 @@ import pytest
 from examples.arithmetic import main as write_task
 from mcore_rl.config import load_config
 from mcore_rl.errors import ConfigError, LayoutError
+from mcore_rl.launch.preflight import check_node
 from mcore_rl.training.data import fewest_positions, response_of
 from mcore_rl.training.setup import load_tokenizer, read_prompts, start_trainer
 from tests.sources import ROOT
@@ -35,6 +36,37 @@ def test_a_layout_that_does_not_fit_the_model_is_refused_before_a_group_is_forme
         pass
     assert caught.value.exit_code == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--parallel.tensor", "3"], r"parallel\.tensor = 3 does not divide"),
+        (
+            ["--parallel.expert", "2", "--parallel.data", "2"],
+            r"parallel\.expert = 2, but a qwen3 model has no",
+        ),
+        (["--parallel.pipeline", "2"], r"parallel\.pipeline x parallel\.virtual_pipeline = 2 does not"),
+        (["--reward.model", "MODEL", "--parallel.tensor", "4"], r"reward\.model is cut as the policy is: "),
+        (["--parallel.tensor", "4"], ""),
+    ],
+)
+def test_the_launcher_refuses_a_layout_that_no_model_of_the_run_divides_by(
+    folder: Path, tmp_path: Path, flags: list[str], says: str
+) -> None:
+    given = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(given | {"num_attention_heads": 6, "num_key_value_heads": 6})
+    )
+    words = [word.replace("MODEL", str(tmp_path)) for word in flags]
+    where = ["--model.path", str(folder / "model"), "--run.dir", str(tmp_path / "run")]
+    where += ["--parallel.tensor", "1"]
+    config = load_config(ROOT / "examples" / "gspo_tiny.toml", [*where, *words])
+    if not says:
+        check_node(config)
+        return
+    with pytest.raises(LayoutError, match=says):
+        check_node(config)
 
 
 @pytest.mark.parametrize("rows", [10, None])

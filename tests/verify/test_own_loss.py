@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -164,7 +165,9 @@ def test_one_command_proves_it_at_several_layouts(worlds: SharedPools, monkeypat
     monkeypatch.setattr(command, "Pools", lambda: worlds)
     given = build_parser().parse_args(["verify", "layouts", "--layouts", "tp2,cp2", "--loss", DPPO, "--json"])
     assert given.command(given, []) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr()
+    assert re.search(r"^finite differences +total_variation +48 rows .* limit 1e-06  ok$", said.err, re.M)
+    result = json.loads(said.out.splitlines()[-1])
     assert (result["layouts"], result["failed"]) == (2, 0)
     assert 0 < result["max_grad_error"] < 1e-5
     assert {row["algorithm"] for row in result["rows"]} == {"total_variation"}, "not that of the algorithm"

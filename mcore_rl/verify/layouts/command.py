@@ -14,7 +14,7 @@ from mcore_rl.parallel.layout import Layout
 from mcore_rl.terminal import printable
 from mcore_rl.verify.layouts.case import ALL, SMALL, Case
 from mcore_rl.verify.layouts.compare import LIMITS, Errors, compare, summary
-from mcore_rl.verify.layouts.differences import check_loss
+from mcore_rl.verify.layouts.differences import LIMIT, ROWS, check_loss
 from mcore_rl.verify.layouts.measure import measure
 from mcore_rl.verify.layouts.worlds import Launched, Pools, Worlds
 
@@ -32,6 +32,7 @@ def verify_layouts(
     *,
     loss: str | None = None,
     report: Callable[[Errors], None] = lambda errors: None,
+    checked: Callable[[str, float], None] = lambda name, worst: None,
 ) -> list[Errors]:
     """Measure one rank per model, then every layout against it.
 
@@ -40,6 +41,7 @@ def verify_layouts(
         loss: `module:function` of a policy loss in the place of the algorithms'; its gradient is compared
             with finite differences first.
         report: called with every Errors as soon as it is known.
+        checked: called with the label of a loss whose finite differences agree, and their largest difference.
 
     Returns:
         One Errors per layout and algorithm; nothing where this process is not the main one.
@@ -52,7 +54,7 @@ def verify_layouts(
     """
     if loss is not None:
         for name in algorithms:
-            check_loss(configure(name, loss=loss))
+            checked(label(name, algorithms, loss), check_loss(configure(name, loss=loss)))
     cases = {text: Case.parse(text) for text in layouts}
     for text, case in cases.items():
         if worlds.largest is not None and case.layout.world_size > worlds.largest:
@@ -104,8 +106,19 @@ def main(layouts: Sequence[str], algorithms: Sequence[str], *, as_json: bool, lo
         if worlds.is_main:
             names = " ".join(f"{name:>9}" for name in LIMITS)
             print(printable(f"{'layout':27} {'algorithm':{width}} {names}"), file=out)
+
+        def checked(name: str, worst: float) -> None:
+            if worlds.is_main:
+                what = f"{ROWS} rows in float64, largest {worst:.1e}, limit {LIMIT:.0e}  ok"
+                print(printable(f"{'finite differences':27} {name:{width}} {what}"), file=out, flush=True)
+
         results = verify_layouts(
-            layouts, algorithms, worlds, loss=loss, report=lambda errors: print_row(errors, width, out)
+            layouts,
+            algorithms,
+            worlds,
+            loss=loss,
+            report=lambda errors: print_row(errors, width, out),
+            checked=checked,
         )
         if not worlds.is_main:
             return 0

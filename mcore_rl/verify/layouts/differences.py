@@ -46,8 +46,10 @@ class _Constants(TorchFunctionMode):
         return next(self._replayed, answer).clone()
 
 
-def check_loss(algorithm: Algorithm) -> None:
+def check_loss(algorithm: Algorithm) -> float:
     """Raise NumericsError unless the loss of a row is a function of that row, with the gradient it says.
+
+    Returns the largest difference of a derivative, relative to the largest one, which LIMIT bounds.
 
     Raises:
         ConfigError: the loss answers with something else than the contract says, or reads what it does not
@@ -65,6 +67,7 @@ def check_loss(algorithm: Algorithm) -> None:
         token.loss.sum(), (log_prob, entropy), allow_unused=True, materialize_grads=True
     )
     largest = max(1.0, *(float(gradient.abs().max()) for gradient in by_autograd))
+    worst = 0.0
     for name, gradient in zip(("log_prob", "entropy"), by_autograd, strict=True):
         jacobian = _jacobian(algorithm, rows, name, constants.recorded)
         others = jacobian - torch.diag(jacobian.diagonal())
@@ -81,7 +84,9 @@ def check_loss(algorithm: Algorithm) -> None:
                 f"{_name(algorithm)}: d loss / d {name} of row {row} is {gradient[row]:.9g} by autograd and "
                 f"{jacobian[row, row]:.9g} by finite differences"
             )
+        worst = max(worst, float(error.max()) / largest)
     _check_parts(algorithm, rows, token.loss.detach())
+    return worst
 
 
 def _check_parts(algorithm: Algorithm, rows: Rows, whole: Tensor) -> None:
