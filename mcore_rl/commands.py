@@ -71,8 +71,9 @@ def rollout(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`mcore-rl rollout CONFIG.toml [--section.key value ...]`; started again, it goes on."""
     from mcore_rl.config import load_config
     from mcore_rl.errors import ConfigError
+    from mcore_rl.launch.first_look import first_look
 
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, first_look)
     with uncollected():
         from mcore_rl.launch.start import run_alone
 

@@ -92,7 +92,8 @@ def own(tmp_path: Path) -> list[str]:
         "def parts(sample):\n    return {'answer': 1.0, 'format': len(sample.text)}\n"
     )
     (tmp_path / "broken.py").write_text("def reward(sample)\n")
-    keys = {"run.dir": tmp_path / "run", "model.path": tmp_path, "data.train": tmp_path / "rows.jsonl"}
+    rows = tmp_path / "rows.jsonl"
+    keys = {"run.dir": tmp_path / "run", "model.path": tmp_path, "data.train": rows, "data.eval": rows}
     flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return ["-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
 
@@ -100,6 +101,18 @@ def own(tmp_path: Path) -> list[str]:
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "a missing model": (["--model.path", "nowhere"], "nowhere/config.json: not found"),
     "a missing file": (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    "a missing held-out file": (
+        ["--data.label_key=", "--data.eval", "nowhere.jsonl"],
+        "data.eval: nowhere.jsonl: No such file",
+    ),
+    "a held-out file that is none": (
+        ["--data.label_key=", "--data.eval="],
+        "data.eval: .: Is a directory without a file",
+    ),
+    "a missing held-out set": (
+        ["--data.label_key=", "--data.eval", "{own}/rows.jsonl", "--eval.sets.own.path", "nowhere"],
+        "eval.sets.own.path: nowhere: No such file",
+    ),
     "a bad line": (["--reward.function", "of_user:no"], "rows.jsonl:2:label: missing (keys here: prompt)"),
     "a bad signature": (
         ["--reward.function", "of_user:two", "--data.label_key="],
@@ -121,6 +134,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_is_said_within_a_second(what: str, own: list[str], tmp_path: Path) -> None:
     flags, said = MISTAKES[what]
+    flags = [flag.replace("{own}", str(tmp_path)) for flag in flags]
     took, heard = cpu_seconds(*own, *flags, PYTHONPATH=str(tmp_path))
     assert said in heard
     assert heard.startswith("mcore-rl: ")

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mcore_rl.config import Config
-from mcore_rl.data.locate import locate
+from mcore_rl.data.locate import Located, locate
 from mcore_rl.data.opening import open_table
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, DataError
 from mcore_rl.functions import wrong_form
 from mcore_rl.launch.parts import check_weights, weighed
 from mcore_rl.lookup import MISSING, look_up, missing
@@ -56,6 +56,8 @@ def first_look(config: Config) -> None:
         file = _file_of(name.partition(":")[0])
         if file is not None and (tree := _parsed(file)) is not None:
             check_weights(name, tree, weights, str(file))
+    for key, path in _held_out(config):
+        _files_of(key, path)
 
 
 def _look_at_model(config: Config) -> None:
@@ -64,11 +66,28 @@ def _look_at_model(config: Config) -> None:
         raise ConfigError(f"{file}: not found; give the path of a Hugging Face model directory")
 
 
-def _look_at_rows(config: Config, path: Path) -> None:
-    located = locate(path)
+def _held_out(config: Config) -> Iterator[tuple[str, Path]]:
+    """(key, path) of rows that are evaluated, or that a loss is measured on."""
+    named = {"data.eval": config.data.eval, "data.validation": config.data.validation}
+    named |= {f"eval.sets.{name}.path": one.path for name, one in config.eval.sets.items()}
+    yield from ((key, path) for key, path in named.items() if path is not None)
+
+
+def _files_of(key: str, path: Path) -> Located:
+    """Where the rows of `path` are. Raises ConfigError, DataError where a file is not there."""
+    try:
+        located = locate(path)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
     for file in located.files[:_MOST_FILES]:
         if not file.exists():
-            raise ConfigError(f"data.train: {file}: No such file or directory; check the path")
+            raise ConfigError(f"{key}: {file}: No such file or directory; check the path")
+    return located
+
+
+def _look_at_rows(config: Config, path: Path) -> None:
+    located = _files_of("data.train", path)
+    for file in located.files[:_MOST_FILES]:
         plain = file.is_file() and not file.name.endswith((".parquet", ".gz"))
         if not plain or file.stat().st_size > _MOST_BYTES or located.rows != slice(None):
             continue
