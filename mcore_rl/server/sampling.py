@@ -19,6 +19,8 @@ _MAX_ELEMENTS = 1 << 24
 
 _BLOCK = 256
 """tokens whose probabilities are summed together"""
+_CACHED = 1 << 17
+"""probabilities whose copy in float64, 1 MiB, is there at once on a CPU"""
 
 
 class Knobs(NamedTuple):
@@ -81,8 +83,12 @@ def draw(probs: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tenso
     The sums are those of blocks, and of the tokens of the one block that the row draws from: a running sum of
     the whole vocabulary costs ten times that. A token without probability is never drawn.
     """
-    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    missing = -probs.shape[-1] % _BLOCK
+    padded = torch.nn.functional.pad(probs, (0, missing)) if missing else probs
+    blocks = padded.unflatten(-1, (-1, _BLOCK))
+    # torch sums a copy in float64: of a few rows it stays in the processor's cache.
+    rows = max(1, _CACHED // probs.shape[-1]) if probs.device.type == "cpu" else max(1, len(probs))
+    sums = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks.split(rows)]).cumsum(-1)
     target = (uniform * sums[:, -1])[:, None]
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
@@ -98,7 +104,8 @@ def draw(probs: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tenso
 def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R"], Float[Tensor, "R V"]]:
     greedy = (knobs.temperature < GREEDY_TEMPERATURE) | (knobs.top_k == 1)
     temperature = knobs.temperature.masked_fill(greedy, 1.0)
-    log_probs = (logits / temperature[:, None]).log_softmax(-1)
+    plain = bool((temperature == 1).all())  # a division by 1 changes nothing but the place
+    log_probs = (logits if plain else logits / temperature[:, None]).log_softmax(-1)
     probs = log_probs.exp()
     if bool(((knobs.top_p < 1) | (knobs.min_p > 0) | (knobs.top_k > 1)).any()):
         probs = probs * _kept(probs, knobs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
+from mcore_rl.server import decode
 from mcore_rl.server.decode import build_decoder
 from mcore_rl.server.engine import Engine
 from mcore_rl.server.kv_cache import build_cache
@@ -61,11 +62,14 @@ def sampled(engine: Engine) -> tuple[list[list[int]], torch.Tensor]:
     return [s.output_ids for s in sequences], torch.tensor([x for s in sequences for x in s.log_probs])
 
 
+@pytest.mark.parametrize("numbers", [1 << 18, 0], ids=["plain", "oneDNN"])
 @pytest.mark.parametrize("name", [*CONFIGS, "qwen3"])
-def test_decoding_is_that_of_transformers(name: str) -> None:
+def test_decoding_is_that_of_transformers(name: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "ONEDNN_NUMBERS", numbers)
     model = build(name)
     plain, own, wrong = (Engine(model, build_cache(model, 2048), max_running=8) for _ in range(3))
     assert plain.decoder is not None
+    assert plain.decoder.head.by_onednn == (numbers == 0)
     own.decoder = None
     tokens, log_probs = sampled(plain)
     expected_tokens, expected = sampled(own)
@@ -74,6 +78,22 @@ def test_decoding_is_that_of_transformers(name: str) -> None:
     assert wrong.decoder is not None
     wrong.decoder.layers[1] = wrong.decoder.layers[1]._replace(scale=1.0)
     assert sampled(wrong)[0] != expected_tokens
+
+
+def test_products_by_onednn_are_of_the_weights_as_they_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update writes into them: nothing of the old ones is kept."""
+    monkeypatch.setattr(decode, "ONEDNN_NUMBERS", 0)
+    model, other = build("qwen3"), build_model(5)
+    updated, fresh = (Engine(one, build_cache(one, 2048), max_running=8) for one in (model, other))
+    before = sampled(updated)
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            target.copy_(other.state_dict()[name])
+    updated.set_version("other")
+    after, expected = sampled(updated), sampled(fresh)
+    assert after[0] == expected[0]
+    assert torch.equal(after[1], expected[1])
+    assert before[0] != after[0]
 
 
 def test_what_is_not_a_known_dense_decoder_keeps_its_own_forward() -> None:

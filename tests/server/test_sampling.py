@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from mcore_rl.server import sampling
 from mcore_rl.server.sampling import Knobs, counter_uniform, draw, sample
 
 DRAWS = 40_000
@@ -100,3 +102,16 @@ def test_a_row_that_is_not_finite_has_a_token_of_the_vocabulary() -> None:
     """The engine says that such a row is wrong; it must not fail before that."""
     token = draw(torch.full((1, 300), torch.nan), torch.tensor([0.5], dtype=torch.float64))
     assert 0 <= int(token) < 300
+
+
+def test_rows_are_drawn_alike_however_many_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = (3 * torch.randn(7, 1000, generator=generator)).softmax(-1)
+    uniform = torch.rand(7, generator=generator, dtype=torch.float64)
+    together = draw(probs, uniform)
+    monkeypatch.setattr(sampling, "_CACHED", 2500)
+    assert torch.equal(draw(probs, uniform), together)
+    assert torch.equal(
+        torch.cat([draw(p[None], u[None]) for p, u in zip(probs, uniform, strict=True)]), together
+    )
+    assert not torch.equal(draw(probs, 1 - uniform), together)
