@@ -51,7 +51,7 @@ class Weights:
         if not self.is_checkpoint:
             return self.path
         if not (directory / MANIFEST).is_file():  # else a conversion of an earlier attempt, which is whole
-            if config.lora.rank:
+            if config.lora.rank or _is_adapter(self.path):
                 merge(self.path, directory, model=config.model.path)
             else:
                 mcore_to_hf(self.path, directory, config=config.model.path)
@@ -63,7 +63,7 @@ def find_weights(config: Config, run_dir: Path | None, checkpoint: str | None) -
 
     Args:
         run_dir: the run whose weights are meant; None for a config.
-        checkpoint: `latest`, `previous`, a training checkpoint or a Hugging Face directory.
+        checkpoint: `latest`, `previous`, a training checkpoint, an adapter or a Hugging Face directory.
 
     Raises:
         ConfigError: there are none.
@@ -73,7 +73,9 @@ def find_weights(config: Config, run_dir: Path | None, checkpoint: str | None) -
         return _saved(find(root_of(config), checkpoint).path)
     if checkpoint is not None:
         path = Path(checkpoint)
-        return Weights(path, False, None) if _is_hf(path) else _saved(path)
+        if _is_hf(path) or _is_adapter(path):
+            return Weights(path, not _is_hf(path), None)
+        return _saved(path)
     if run_dir is None:
         if not _is_hf(config.model.path):
             raise ConfigError(f"model.path: {config.model.path} holds no weights; name some by --checkpoint")
@@ -100,7 +102,7 @@ def _newest(config: Config) -> Weights | None:
     if published.is_dir():
         versions = [path for path in published.iterdir() if path.name.isdecimal()]
         versions = [path for path in versions if is_ours(path, "weights")]
-        known += [(int(p.name), 1, p) for p in versions if _is_hf(p) or (p / ADAPTER).is_file()]
+        known += [(int(p.name), 1, p) for p in versions if _is_hf(p) or _is_adapter(p)]
     if not known:
         return None
     step, is_published, path = max(known)
@@ -109,3 +111,7 @@ def _newest(config: Config) -> Weights | None:
 
 def _is_hf(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob(_MODEL_FILES))
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / ADAPTER).is_file()

@@ -225,6 +225,9 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
         },
         "rollout": {
             "urls": (),
+            "server": "embedded",
+            "python": None,
+            "options": (),
             "prompts_per_step": 8,
             "samples_per_prompt": min(4, rollout.samples_per_prompt),
             "max_new_tokens": 6,
@@ -245,6 +248,7 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "mini_batches": min(2, algorithm.mini_batches),
             "params": {key: value for key, value in algorithm.params.items() if key != "kl_horizon"},
         },
+        "lora": {"path": None},  # its shapes are those of the model that is stood for
         "optimizer": {"warmup_steps": 0, "cpu_fraction": 0.0},  # it takes a GPU, and saves nothing
         "critic": {
             "path": config.critic.path and directory / "critic",
@@ -263,7 +267,14 @@ def _shrink_config(config: Config, parallel: ParallelConfig, directory: Path) ->
             "teacher_key": config.distill.teacher_key and "teacher",
         },
         "residency": {"servers": "resident"},  # the embedded server keeps its memory
-        "publish": {"dir": None, "quantize": "none", "tolerance_p999": 1e-4, "tolerance_max": 2e-4},
+        "publish": {
+            "transport": "disk",  # the only one of the embedded server
+            "dir": None,
+            "replica": None,
+            "quantize": "none",
+            "tolerance_p999": 1e-4,
+            "tolerance_max": 2e-4,
+        },
     }
     sections: dict[str, BaseModel] = {
         name: getattr(config, name).model_copy(update=values) for name, values in changes.items()

@@ -7,11 +7,11 @@ and this version alone: no other run's adapter, and none of an earlier attempt, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mcore_rl.errors import ConfigError
+from mcore_rl.errors import ConfigError, RolloutError
 from mcore_rl.rollout.reply import Reply
 from mcore_rl.terminal import quoted
 from mcore_rl.types import VersionSpan
@@ -50,8 +50,22 @@ class AdapterNeeds:
         return self.versions + 1
 
 
-def under(adapter: ServedAdapter, replies: Iterable[Reply]) -> list[Reply]:
-    """The replies to a request for `adapter`, each token of which has its version."""
+def under(adapter: ServedAdapter, replies: Sequence[Reply], url: str, frozen: dict[str, str]) -> list[Reply]:
+    """The replies of a server to a request for `adapter`, each token of which has its version.
+
+    Args:
+        frozen: url -> version of the model beside which it is, to which that of the first reply is added.
+
+    Raises RolloutError where that model is another one than before.
+    """
+    for span in (span for reply in replies for span in reply.versions):
+        before = frozen.setdefault(url, span.version)
+        if span.version != before:
+            raise RolloutError(
+                f"{url}: its model was version {quoted(before)}, and is {quoted(span.version)}: somebody "
+                "else updated it, and adapters are beside the model that it was started on. Restart it, and "
+                "give the run servers of its own"
+            )
     return [replace(reply, versions=_whole(adapter.version, len(reply.token_ids))) for reply in replies]
 
 
@@ -96,9 +110,15 @@ def _missing(matrices: Sequence[str], told: Any) -> list[str]:
     return [name for name in matrices if not {name, _FUSED.get(name, name)} & {str(one) for one in told}]
 
 
-def lacks(url: str, adapter: ServedAdapter, why: str) -> str:
-    """The message for a server that does not know `adapter`."""
-    return (
-        f"{url}: does not hold the adapter of version {quoted(adapter.version)} ({why}): it was restarted, "
-        "or somebody removed it. Give the run servers of its own"
-    )
+class NoAdapterError(RolloutError):
+    """The server does not hold the adapter that was asked for."""
+
+
+def check_held(url: str, adapter: ServedAdapter, refusal: RolloutError) -> None:
+    """Raises NoAdapterError where a server refused a request since it does not know `adapter`."""
+    said = str(refusal)
+    if "lora" in said.removeprefix(f"{url}/generate").lower():  # an address may have the word too
+        raise NoAdapterError(
+            f"{url}: does not hold the adapter of version {quoted(adapter.version)} ({said}): it was "
+            "restarted, or somebody removed it. Give the run servers of its own"
+        ) from refusal

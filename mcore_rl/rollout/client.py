@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from mcore_rl.errors import EXIT_CONFIG, ConfigError, RolloutError
 from mcore_rl.rollout import streaming
-from mcore_rl.rollout.adapters import ServedAdapter, lacks, under
+from mcore_rl.rollout.adapters import ServedAdapter, check_held, under
 from mcore_rl.rollout.bodies import is_page, kind_of, message_of, shown
 from mcore_rl.rollout.reply import ANY_VOCABULARY, Asked, MalformedReplyError, Reply, parse_reply
 from mcore_rl.spans import span
@@ -82,6 +82,7 @@ class RolloutClient:
             can take (`reply_bytes`).
         vocabulary: ids of the served model are below this; a reply with another one is malformed. Only a
             caller that trains nothing may leave it out.
+        frozen: url -> version of the model beside its adapters, by its first reply; of later clients too.
 
     Every method raises RolloutError when there is no usable reply within `timeout`, RejectedError when the
     server refuses the request. Opening raises ConfigError when the key variable is not set.
@@ -96,6 +97,7 @@ class RolloutClient:
         retries: int = 3,
         max_reply_bytes: int | None = None,
         vocabulary: int = ANY_VOCABULARY,
+        frozen: dict[str, str] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.api_key_env = api_key_env
@@ -103,6 +105,7 @@ class RolloutClient:
         self.retries = retries
         self.max_reply_bytes = max_reply_bytes
         self.vocabulary = vocabulary
+        self._frozen = {} if frozen is None else frozen
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -188,13 +191,12 @@ class RolloutClient:
             )
             return [parse_reply(item, one) for item, one in zip(data, asked, strict=True)]
 
-        if adapter is None:
-            return await self._retrying("/generate", attempt) if prompts else []
         try:
-            return under(adapter, await self._retrying("/generate", attempt) if prompts else [])
+            replies = await self._retrying("/generate", attempt) if prompts else []
+            return replies if adapter is None else under(adapter, replies, self.url, self._frozen)
         except RejectedError as error:
-            if error.status == 400 and "lora" in str(error).lower():  # as a server that is gone
-                raise RolloutError(lacks(self.url, adapter, str(error))) from error
+            if adapter is not None and error.status == 400:
+                check_held(self.url, adapter, error)
             raise
 
     async def _streamed(

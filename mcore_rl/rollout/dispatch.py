@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mcore_rl.errors import RolloutError
-from mcore_rl.rollout.adapters import ServedAdapter
+from mcore_rl.rollout.adapters import NoAdapterError, ServedAdapter
 from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient
 from mcore_rl.rollout.streaming import TokenStream
 from mcore_rl.types import ExpertLayers, Prompt
@@ -168,7 +168,7 @@ class Dispatch:
         while True:
             server = self._choose(request)
             server.load += len(request.prompts)
-            oldest = self._versions.index(self.version)
+            asked, oldest = self.version, self._versions.index(self.version)
             try:
                 replies = await self._from(server, request)
                 server.delivered = time.monotonic()
@@ -177,6 +177,8 @@ class Dispatch:
             except RejectedError:
                 raise
             except RolloutError as error:
+                if isinstance(error, NoAdapterError) and asked != self.version:
+                    continue  # an attempt came after the publishes that took that version away
                 self._lose(server, str(error))
             finally:
                 server.load -= len(request.prompts)

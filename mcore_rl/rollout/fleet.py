@@ -74,6 +74,7 @@ class Fleet:
         """urls of servers that were started anew and have not been published to yet"""
         self.health_timeout = health_timeout
         self._settings = {"api_key_env": api_key_env, "timeout": timeout, "vocabulary": vocabulary}
+        self._settings |= {"frozen": {}}
 
     def client(self, url: str) -> RolloutClient:
         """A client that is not open yet."""

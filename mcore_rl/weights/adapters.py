@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,10 @@ from mcore_rl.weights.buckets import gather
 from mcore_rl.weights.transport import nobody
 
 _REMEDY = "choose another directory, or move its files away"
-_CLOSE_SECONDS = 5.0
+_UNLOAD_SECONDS = 5.0
+"""for one server to forget adapters: it does so when their requests have ended, and can be asked again"""
+_LOADED = "already loaded"
+"""what SGLang says of a name that it holds"""
 
 
 class Adapters:
@@ -54,17 +57,10 @@ class Adapters:
     def close(self, fleet: Fleet) -> None:
         """Servers that go on without the run forget its adapters, as far as they answer."""
         local = {server.url for server in fleet.local}
-        clients = [client for client in fleet.serving if client.url not in local] if self._versions else []
-        for client in clients:
-            client.timeout = min(client.timeout, _CLOSE_SECONDS)
-
-        async def forget(client: RolloutClient) -> None:
-            for version in self._versions:
-                if (adapter := fleet.adapter_of(version)) is not None:
-                    await _unload(client, adapter.name)
-
+        urls = [url for url in fleet.status.urls if url not in local] if self._versions else []
+        names = [adapter.name for one in self._versions if (adapter := fleet.adapter_of(one)) is not None]
         with suppress(RolloutError):
-            asyncio.run(on_each(clients, forget))
+            asyncio.run(on_each(list(map(fleet.client, urls)), lambda client: _unload(client, names)))
 
     def _hand_over(self, fleet: Fleet, target: Path, version: str) -> dict[str, str]:
         """The main rank's part of a publish."""
@@ -87,25 +83,35 @@ class Adapters:
         """Make one (opened) server hold the adapter in `target`; those of this run that are no more go.
 
         Among them are those of an attempt that this one continues: their files are in the same directory.
+        What requests still ask for stays for now: no training waits for a long answer, and no server is lost
+        for it.
         """
         try:
             body = {"lora_name": names[version], "lora_path": str(target)}
-            told = await client.told("/load_lora_adapter", body, retries=0)  # a second one would be refused
+            told = await client.told("/load_lora_adapter", body)
         except RejectedError as error:
+            if _LOADED in str(error):  # by an attempt of this call whose answer was lost: the name is its own
+                return
             raise WeightSyncError(
                 f"{client.url} did not load the adapter of version {version} from {target}: {error}. The "
                 "server must see this path (set publish.dir to a directory that trainer and servers share), "
                 "and be started with --enable-lora; see its log"
             ) from error
         held = told.get("loaded_adapters")
-        for name, path in held.items() if isinstance(held, dict) else ():
-            if Path(str(path)).parent == self._directory and name not in names.values():
-                await _unload(client, str(name))
+        ours = {
+            name: Path(str(path)).parent == self._directory
+            for name, path in (held.items() if isinstance(held, dict) else ())
+        }
+        await _unload(client, [name for name, our in ours.items() if our and name not in names.values()])
 
 
-async def _unload(client: RolloutClient, name: str) -> None:
-    """Returns when the requests that ask for it have ended."""
-    await client.told("/unload_lora_adapter", {"lora_name": name}, retries=0)
+async def _unload(client: RolloutClient, names: Sequence[str]) -> None:
+    """Let go of the adapters that no request asks for by now; the server lets the others go when it can."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_UNLOAD_SECONDS):
+            for name in names:
+                with suppress(RolloutError):
+                    await client.told("/unload_lora_adapter", {"lora_name": name}, retries=0)
 
 
 def export_adapter(
@@ -137,15 +143,17 @@ def export_adapter(
     written = AdapterMap(adapters.arch, plainly)
 
     def write() -> None:
-        directories.check_free(directory, _REMEDY, kind=kind)
-        directories.make(partial, _REMEDY, kind=kind)
-        write_adapter(written, tensors, partial, base=base)
-        directories.remove(directory, _REMEDY, kind=kind)
-        partial.rename(directory)
+        try:
+            directories.check_free(directory, _REMEDY, kind=kind)
+            directories.make(partial, _REMEDY, kind=kind)
+            try:
+                write_adapter(written, tensors, partial, base=base)
+                directories.remove(directory, _REMEDY, kind=kind)
+                partial.rename(directory)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+                raise
+        except OSError as error:
+            raise directories.storage_error(partial, error, remedy=_REMEDY) from error
 
-    try:
-        on_main(model.mesh, write)
-    except Exception:
-        if model.mesh.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    on_main(model.mesh, write)

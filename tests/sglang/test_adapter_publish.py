@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,18 @@ from transformers import AutoModelForCausalLM
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import read_metrics
+from mcore_rl.lora import Lora
+from mcore_rl.model.hf.adapters import AdapterMap
+from mcore_rl.model.hf.architecture import read_architecture
+from mcore_rl.model.hf.peft_files import write_adapter
 from mcore_rl.rollout.adapters import AdapterNeeds, check_adapters
 from mcore_rl.rollout.client import RolloutClient, call
-from mcore_rl.rollout.fleet import check_server
+from mcore_rl.rollout.fleet import Fleet, check_server
 from mcore_rl.talk.weights import model_of
+from mcore_rl.weights.adapters import _UNLOAD_SECONDS, Adapters
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Task, command, task  # noqa: F401 a fixture
 from tests.e2e.ranks import Ranks
+from tests.rollout.proxy import cut, proxy_beside, status
 from tests.rollout.support import http, largest_error, log_probs_of
 from tests.sglang.conftest import KEY_ENV, sglang_server
 from tests.sglang.test_adapters import MATRICES, OUTPUT, PROMPT, RANK, SERVED, served
@@ -155,6 +162,46 @@ def test_a_publish_that_drops_the_adapter_ends_the_run_at_step_1(
     assert done.returncode != 0
     assert "it does not hold the published weights" in done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_a_lost_answer_costs_no_version_and_a_long_one_no_publish(
+    task: Task,  # noqa: F811
+    url: str,
+    tmp_path: Path,
+) -> None:
+    """The server is asked again; what a request still asks for stays until it has ended."""
+    mapping = AdapterMap(read_architecture(task.root / "warm_start/model"), Lora(RANK, 16.0))
+    zeros = {name: torch.zeros(shape) for name, shape in mapping.hf_shapes().items()}
+    with proxy_beside(url, status(502), cut(0.5), path="/load_lora_adapter") as before, ThreadPool(1) as pool:
+        fleet = Fleet([before.url], vocabulary=16, timeout=60.0)
+        fleet.adapters = "faulty"
+        transport = Adapters(tmp_path, base="a model", kept=1)
+
+        def publish(version: str) -> float:
+            (tmp_path / version).mkdir()
+            write_adapter(mapping, zeros, tmp_path / version, base="a model")
+            begun = time.monotonic()
+            assert transport._hand_over(fleet, tmp_path / version, version) == {}
+            return time.monotonic() - begun
+
+        for version in ("0", "1", "2"):
+            publish(version)
+        assert len(before.bodies("/load_lora_adapter")) == 5, "the control: two answers were lost"
+        asked = {"input_ids": PROMPT, "lora_path": "faulty_2"}
+        asked |= {"sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+        answer = pool.apply_async(http, (url, "/generate", asked))
+        time.sleep(0.2)
+        http(url, "/pause_generation", {"mode": "in_place"})
+        try:
+            assert _UNLOAD_SECONDS <= publish("3") < 2 * _UNLOAD_SECONDS
+            assert not answer.ready(), "the control: it held the unload"
+        finally:
+            http(url, "/continue_generation", {})
+        assert answer.get(60).status == 200
+        publish("4")
+        assert adapters_of(url, tmp_path / "4") == {"faulty_4"}
+        transport.close(fleet)
+    assert adapters_of(url, tmp_path / "4") == set()
 
 
 def test_servers_that_cannot_hold_them_are_refused_before_a_step(url: str, dense_url: str) -> None:
