@@ -26,6 +26,8 @@ KEYS: dict[str, dict[str, FieldInfo]] = {
 """section -> key -> field"""
 NAMED: dict[str, type[Section]] = {"eval.sets": EvalSetConfig, "reward.functions": RewardFunctionConfig}
 """where tables of the user's own names are -> what each of them is"""
+_MOST_MISTAKES = 20
+"""that one message names"""
 MAX_DEPTH = 16
 """tables and arrays within each other; the deepest key is at 3, such as algorithm.params.eps_low"""
 MOST_SHOWN = 200
@@ -69,11 +71,13 @@ def load_config(
         return Config.model_validate_json(text)
     except ValidationError as error:
         mistakes = [mistake for details in error.errors() for mistake in _describe(details)]
-        raise ConfigError(
-            "\n".join(
-                f"{_source(dotted, flags, path)}: {_shown(dotted)}: {what}" for dotted, what in mistakes
-            )
-        ) from None
+        lines = [
+            f"{_source(dotted, flags, path)}: {_shown(dotted)}: {what}"
+            for dotted, what in mistakes[:_MOST_MISTAKES]
+        ]
+        if len(mistakes) > _MOST_MISTAKES:
+            lines.append(f"{path}: and {len(mistakes) - _MOST_MISTAKES} more mistakes")
+        raise ConfigError("\n".join(lines)) from None
 
 
 def separate(mistakes: str) -> list[str]:

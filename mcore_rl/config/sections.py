@@ -63,6 +63,13 @@ def _variable_name(name: str) -> str:
     return name
 
 
+def _not_empty(value: Any) -> Any:
+    """An empty path would be the current directory: more often it is a variable that is not set."""
+    if value == "":
+        raise ValueError("is empty; name a path, or leave the key out")
+    return value
+
+
 def _file_path(path: Path) -> Path:
     """A path that the system can be asked for: it ends with an error where it is asked for any other."""
     text = str(path)
@@ -139,7 +146,7 @@ MAX_SECONDS = 1e6
 """the longest deadline: 11 days; poll() counts milliseconds in 32 bits"""
 
 Count = Annotated[int, Field(ge=1)]
-FilePath = Annotated[Path, AfterValidator(_file_path)]
+FilePath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_file_path)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

@@ -186,7 +186,11 @@ def _number(name: str, value: Any) -> float:
 
 
 def _finite(name: str, value: Any) -> float:
-    if not -LARGEST <= value <= LARGEST:  # NaN compares false
-        what = "NaN" if value != value else "infinity or a number beyond float32"
+    try:
+        number = float(value)  # before it is compared: to a float16 every bound is infinite
+    except OverflowError:
+        number = math.inf
+    if not -LARGEST <= number <= LARGEST:  # NaN compares false
+        what = "NaN" if math.isnan(number) else "infinity or a number beyond float32"
         raise RewardError(f"{name}{what}; return a finite number")
-    return float(value)
+    return number

@@ -185,6 +185,13 @@ def test_a_path_that_the_system_could_not_be_asked_for_is_refused(path, key):
         for long in ("x" * 300, "x/" * 3000, "ü" * 200):
             place = f"{key}.0" if key == "data.train" else key
             assert f"command line: {place}: longer than" in refusal(path, f"--{key}={long}")
+        assert f"command line: {place}: is empty; name a path" in refusal(path, f"--{key}=")
+
+
+def test_of_very_many_mistakes_some_are_named_and_the_others_counted(path):
+    path.write_text(MINIMAL + "[optimizer]\n" + "".join(f"k{number} = 1\n" for number in range(300)))
+    *named, last = refusal(path).splitlines()
+    assert (len(named), last) == (20, f"{path}: and 280 more mistakes")
 
 
 def test_a_key_with_a_dot_in_quotes_is_an_unknown_key(path):

@@ -176,6 +176,8 @@ def test_real_numbers_become_floats(value):
         (np.float32("nan"), "NaN"),
         (math.inf, "infinity"),
         (-math.inf, "infinity"),
+        (np.float16("inf"), "infinity"),
+        (10**400, "infinity"),
         (1e39, "beyond float32"),
         pytest.param(10**5000, "beyond float32", id="huge"),
     ],
