@@ -106,8 +106,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "data.eval: nowhere.jsonl: No such file",
     ),
     "a held-out file that is none": (
-        ["--data.label_key=", "--data.eval="],
-        "data.eval: .: Is a directory without a file",
+        ["--data.label_key=", "--data.eval", "docs"],
+        "data.eval: docs: Is a directory without a file",
     ),
     "a missing held-out set": (
         ["--data.label_key=", "--data.eval", "{own}/rows.jsonl", "--eval.sets.own.path", "nowhere"],
