@@ -270,11 +270,11 @@ class Progress:
 
 
 def _of_how_many(key: str, metrics: Mapping[str, Any]) -> str:
-    """` (of 4 of 16 prompts)`: how many of its file a held-out mean is of; nothing where it is not known."""
+    """` (4 of 16 prompts)`: how many of its file a held-out mean is of; nothing where it is not known."""
     name, _, measure = key.rpartition("/")
     counts = ("labels" if measure == "loss" else "sampled", "prompts")
     sampled, prompts = (metrics.get(f"{name}/{what}") for what in counts)
-    return f" (of {sampled:.0f} of {prompts:.0f} prompts)" if sampled and prompts else ""
+    return f" ({sampled:.0f} of {prompts:.0f} prompts)" if sampled and prompts else ""
 
 
 def clock(seconds: float) -> str:

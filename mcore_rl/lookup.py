@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from mcore_rl.errors import DataError
@@ -27,6 +28,14 @@ def look_up(record: Mapping[str, Any], key: str) -> Any:
 
 
 def missing(place: str, key: str, record: Mapping[str, Any], remedy: str) -> DataError:
-    """The error of a row without a key, which says what keys it has."""
-    have = escaped(", ".join(sorted(record)))[:_KEYS_CHARS] or "none"
-    return DataError(f"{place}:{key}: missing (keys here: {have}); {remedy}")
+    """The error of a row without a key, which says what keys there are beside the part that is missing."""
+    value, inside = record, ""
+    for part in key.split("."):
+        if not isinstance(value.get(part), Mapping):
+            break
+        value, inside = value[part], f"{inside}{part}."
+    have = escaped(", ".join(sorted(map(str, value))))[:_KEYS_CHARS] or "none"
+    close = get_close_matches(key.removeprefix(inside), list(map(str, value)), n=1)
+    hint = f"did you mean {escaped(inside + close[0])[:_KEYS_CHARS]}? " if close else ""
+    where = f"in {escaped(inside.rstrip('.'))}" if inside else "here"
+    return DataError(f"{place}:{key}: missing (keys {where}: {have}); {hint}{remedy}")

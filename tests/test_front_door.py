@@ -87,6 +87,10 @@ def own(tmp_path: Path) -> list[str]:
     """Arguments of a training run with a model, data and a module of the user's."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl" / "a.jsonl").write_text(
+        '{"prompt": "1+1=", "reward_model": {"style": "rule", "ground_truth": "2"}}\n'
+    )
     (tmp_path / "of_user.py").write_text(
         "def two(sample, label):\n    return 1\n\ndef no(x):\n    return 0\n\n"
         "def parts(sample):\n    return {'answer': 1.0, 'format': len(sample.text)}\n"
@@ -114,6 +118,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "eval.sets.own.path: nowhere: No such file",
     ),
     "a bad line": (["--reward.function", "of_user:no"], "rows.jsonl:2:label: missing (keys here: prompt)"),
+    "a wrong nested key": (
+        [
+            "--reward.function",
+            "of_user:no",
+            "--data.label_key",
+            "reward_model.ground_thruth",
+            "--data.train",
+            "{own}/verl",
+        ],
+        "reward_model.ground_thruth: missing (keys in reward_model: ground_truth, style); did you mean "
+        "reward_model.ground_truth?",
+    ),
     "a bad signature": (
         ["--reward.function", "of_user:two", "--data.label_key="],
         "def two(sample):\n        # sample.text is the response",

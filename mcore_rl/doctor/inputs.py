@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
-from mcore_rl.data.chat import is_read, render
+from mcore_rl.data.chat import render
 from mcore_rl.data.cursor import PromptCursor
 from mcore_rl.data.prompts import PromptSet
 from mcore_rl.doctor.finding import Finding, guarded
@@ -29,7 +29,7 @@ from mcore_rl.model.weights_io import hf_reader
 from mcore_rl.terminal import listed
 from mcore_rl.training.assemble_rollouts import curriculum_of
 from mcore_rl.training.data import check_batch, describe_beginning, describe_dropped
-from mcore_rl.training.environment import check_environment
+from mcore_rl.training.environment import check_environment, doubts_of_tools
 from mcore_rl.training.evaluation_sets import key_of, load_set_functions, reading_of
 from mcore_rl.training.layout import layout_of, lora_of
 from mcore_rl.training.setup import load_tokenizer, read_prompts
@@ -229,19 +229,8 @@ def _environment(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterable
     if e.function != CALL_TOOLS or not e.args["tools"]:
         yield Finding("environment", "ok", f"{e.function} is there")
         return
-    if not is_read("tools", tokenizer):
-        what = "the chat template has no word of tools: the model is not told of them"
-        yield Finding("environment", "warning", what, "use a template that writes `tools`")
-    reads = (e.tool_call_parser, e.response_template, getattr(tokenizer, "response_template", None))
-    if all(one is None for one in reads):
-        what = "the tokenizer has no response template: every response is text, and no tool is ever called"
-        yield Finding(
-            "environment",
-            "warning",
-            what,
-            "name one as environment.response_template, or a parser of "
-            "SGLang's as environment.tool_call_parser",
-        )
+    for what, remedy in doubts_of_tools(config, tokenizer):
+        yield Finding("environment", "warning", what, remedy)
     yield Finding("environment", "ok", f"{e.function} and {len(e.args['tools'])} tools are there")
 
 

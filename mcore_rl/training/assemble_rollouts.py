@@ -23,9 +23,10 @@ from mcore_rl.rewards import RewardFunction, RewardPool, Task
 from mcore_rl.rollout.inflight import InFlight
 from mcore_rl.training.assemble_servers import adapter_needs, build_fleet, transport_of
 from mcore_rl.training.data import say_dropped
-from mcore_rl.training.environment import build_environments
+from mcore_rl.training.environment import build_environments, doubts_of_tools
 from mcore_rl.training.evaluate import EvalSchedule, Evaluator
 from mcore_rl.training.evaluation_sets import held_out_metrics, read_sets
+from mcore_rl.training.faults.exits import say
 from mcore_rl.training.generation import Generation
 from mcore_rl.training.greedy import GreedyAnswers
 from mcore_rl.training.prompt_source import PromptSource
@@ -136,6 +137,8 @@ def connect(
     """The connections of this rank to the servers, if it is a replica's lead; `stack` closes them."""
     timeout = _OF_STEP_TIMEOUT * config.train.step_timeout
     environments = build_environments(config, tokenizer) if mesh.is_replica_lead else None
+    for what, remedy in doubts_of_tools(config, tokenizer) if mesh.is_main else ():
+        say(f"warning: environment: {what}; {remedy}")
     if environments is not None:
         stack.callback(environments.close)
     requests = open_requests(mesh, servers.fleet, sizes_of(config), timeout, environments)

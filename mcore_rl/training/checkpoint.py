@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -275,8 +276,10 @@ def end_step(
                 checkpoints.save(step, pieces(contents), run_document(config, contents, trainer.attempt))
         if leaving:
             checkpoints.wait()
-            left = PreemptedError(f"asked to leave: step {step} is saved; --resume latest continues after it")
-            raise left.on_every_rank()
+            again = f"mcore-rl train {shlex.quote(str(config.run.dir))}/resolved.toml --resume latest"
+            raise PreemptedError(
+                f"asked to leave: step {step} is saved; --resume latest continues after it, as in `{again}`"
+            ).on_every_rank()
 
 
 def pieces(contents: Contents) -> list[Piece]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from transformers import PreTrainedTokenizerBase
 
 from mcore_rl.config import Config
+from mcore_rl.data.chat import is_read
 from mcore_rl.environments.dialogue import ChatTemplate
 from mcore_rl.environments.load import load_environment, load_response
 from mcore_rl.environments.parsers import ServerParsers
@@ -30,6 +33,21 @@ def check_environment(config: Config) -> None:
         raise ConfigError(
             f"environment.max_tokens: {e.max_tokens}, and {whose} has {positions} positions; lower it"
         )
+
+
+def doubts_of_tools(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """(what, remedy) of whatever keeps the model from the tools that an environment offers it."""
+    e = config.environment
+    if e.function != CALL_TOOLS or not e.args["tools"]:
+        return
+    if not is_read("tools", tokenizer):
+        what = "the chat template has no word of tools: the model is not told of them"
+        yield what, "use a template that writes `tools`"
+    reads = (e.tool_call_parser, e.response_template, getattr(tokenizer, "response_template", None))
+    if all(one is None for one in reads):
+        what = "the tokenizer has no response template: every response is text, and no tool is ever called"
+        remedy = "name one as environment.response_template, or a parser of "
+        yield what, remedy + "SGLang's as environment.tool_call_parser"
 
 
 def build_environments(config: Config, tokenizer: PreTrainedTokenizerBase) -> Environments | None:
