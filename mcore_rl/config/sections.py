@@ -66,7 +66,7 @@ def _variable_name(name: str) -> str:
 def _not_empty(value: Any) -> Any:
     """An empty path would be the current directory: more often it is a variable that is not set."""
     if value == "":
-        raise ValueError("is empty; name a path, or leave the key out")
+        raise ValueError("is empty; name a path, or leave the key out, of the file too")
     return value
 
 
