@@ -268,9 +268,7 @@ def test_what_somebody_moved_or_replaced_is_said_and_no_room_is_asked_for(tmp_pa
     (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "plain").touch()
     for lost in (tmp_path / "gone" / "file", tmp_path / "plain" / "file", tmp_path / "metrics.jsonl"):
-        with pytest.raises(
-            StorageError, match=r"Somebody moved, .* put it back"
-        ) as said:
+        with pytest.raises(StorageError, match=r"Somebody moved, .* put it back") as said:
             append_line(lost, b"{}\n")
         assert "room" not in str(said.value)
         assert "bytes" not in str(said.value)

@@ -160,10 +160,9 @@ class RowReader:
             )
         found = f"{name}:{value}" if name else str(value)
         if len(found) > MOST_OF_ID:
-            begun = f", with the file's {quoted(name)} in front" if name else ""
             raise DataError(
-                f"{where}: {len(found)} characters{begun}, and at most {MOST_OF_ID} are read; shorten it, "
-                "or name another key in data.id_key"
+                f"{where}: {quoted(found)} has {len(found)} characters, and at most {MOST_OF_ID} are read; "
+                "shorten it, or name another key in data.id_key"
             )
         return found
 
