@@ -303,7 +303,8 @@ def storage_error(
     with contextlib.suppress(OSError):
         room = f" ({shutil.disk_usage(_existing(path)).free} bytes are free there"
         room += f", {needed} are needed)" if needed is not None else ")"
-    return kind(
-        f"{place}: {error.strerror or error}{room}; what was written before is untouched. "
-        f"Make room or make it writable and start again, or {remedy}"
-    )
+    kept, first = "what was written before is untouched. ", "Make room or make it writable and start again"
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):  # neither helps then
+        kept, room = "", ""
+        first = "Somebody moved, removed or replaced it or its directory: put it back and start again"
+    return kind(f"{place}: {error.strerror or error}{room}; {kept}{first}, or {remedy}")

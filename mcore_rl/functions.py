@@ -6,8 +6,9 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from mcore_rl.errors import AskedToLeave, ConfigError
@@ -81,10 +82,19 @@ def find_function(key: str, name: str) -> Any:
             "fix the module, or put its directory on PYTHONPATH"
         ) from error
     if function is None:
-        close = get_close_matches(attribute, dir(module), n=1)
-        hint = f"did you mean {close[0]}?" if close else "check the name"
-        raise ConfigError(f"{key}: {module_name} has no {attribute}; {hint}")
+        raise lacks(key, name, dir(module), getattr(module, "__file__", None))
     return function
+
+
+def lacks(key: str, name: str, names: Iterable[str], file: str | os.PathLike[str] | None) -> ConfigError:
+    """The error of a module without the attribute; `file`: the module's, None where it is built in."""
+    module, _, attribute = name.partition(":")
+    close = get_close_matches(attribute, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else "check the name"
+    own = Path(*module.split(".")).with_suffix(".py")
+    if own.is_file() and (file is None or os.path.realpath(own) != os.path.realpath(file)):
+        hint = f"{own} of the current directory has another module's name, which comes first: rename it"
+    return ConfigError(f"{key}: {module} ({file or 'built in'}) has no {attribute}; {hint}")
 
 
 def _takes_one(function: Callable[..., Any], keywords: bool) -> bool:

@@ -1,4 +1,4 @@
-"""What a process of ours does before it imports torch: large pages, and imports without collections.
+"""How a process of ours is started, and what it does before it imports torch: large pages, no collections.
 
 Python's collector walks all that was imported again and again while more is. A rank imports some 3500
 modules; such walks were a seventh of its start, most of a CPU-second, and found nothing to free.
@@ -21,6 +21,22 @@ def large_pages() -> None:
     overruled.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def python_module(name: str) -> list[str]:
+    """The command of a process that runs a module of ours: it finds what this process finds.
+
+    `python -m` puts the current directory before the standard library. The `mcore-rl` script does not, and
+    neither do the processes that come of it: a types.py beside a configuration is no part of them.
+    """
+    return [sys.executable, *([] if _is_here(sys.path[0]) else ["-P"]), "-m", name]
+
+
+def _is_here(place: str) -> bool:
+    try:
+        return os.path.samefile(place or ".", ".")
+    except OSError:  # the directory of the `mcore-rl` script, for one, may be gone
+        return False
 
 
 @contextmanager

@@ -264,6 +264,16 @@ def test_a_full_disk_leaves_no_torn_line(small_disk) -> None:
     assert 30_000 < len(content) < 65_537
 
 
+def test_what_somebody_moved_or_replaced_is_said_and_no_room_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "plain").touch()
+    for lost in (tmp_path / "gone" / "file", tmp_path / "plain" / "file", tmp_path / "metrics.jsonl"):
+        with pytest.raises(StorageError, match=r"Somebody moved, .* put it back") as said:
+            append_line(lost, b"{}\n")
+        assert "room" not in str(said.value)
+        assert "bytes" not in str(said.value)
+
+
 def test_a_cut_line_is_closed_before_the_next(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"whole\ncut")
     append_line(tmp_path / "log", b"next\n")

@@ -27,6 +27,8 @@ from mcore_rl.lookup import MISSING, look_up, missing
 from mcore_rl.terminal import joined, quoted
 from mcore_rl.types import Prompt
 
+MOST_OF_ID = 500
+"""characters: an id is part of each request's, of which the embedded server takes 1000, and of messages"""
 ROW_KEYS = ("system", "tools", "chat_template_kwargs")
 """keys of a row that a chat template is given, where the prompt is a list of messages"""
 
@@ -156,7 +158,13 @@ class RowReader:
             raise DataError(
                 f"{where}: {quoted(value)} holds half of a surrogate pair, which no file can hold; rename it"
             )
-        return f"{name}:{value}" if name else str(value)
+        found = f"{name}:{value}" if name else str(value)
+        if len(found) > MOST_OF_ID:
+            raise DataError(
+                f"{where}: {quoted(found)} has {len(found)} characters, and at most {MOST_OF_ID} are read; "
+                "shorten it, or name another key in data.id_key"
+            )
+        return found
 
     def _chat(self, place: str, where: str, value: Any, record: Mapping[str, Any]) -> _Chat | None:
         """What the chat template is given; None for a prompt that is encoded as it stands."""

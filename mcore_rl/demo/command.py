@@ -13,6 +13,7 @@ from mcore_rl import strict_json
 from mcore_rl.config import load_config
 from mcore_rl.directories import storage_error
 from mcore_rl.errors import ConfigError
+from mcore_rl.imports import python_module
 from mcore_rl.log import tell
 from mcore_rl.terminal import escaped, joined
 
@@ -43,7 +44,7 @@ def demo(directory: Path, overrides: Sequence[str]) -> int:
     check_replaced(directory)
     data = ["--data.train", str(directory / "data" / "train.jsonl")]
     held_out = ["--data.eval", str(directory / "data" / "eval.jsonl")]
-    module = [sys.executable, "-m", "mcore_rl"]
+    module = python_module("mcore_rl")
     first = ["--run.dir", str(warm), "--model.path", str(directory / "data" / "model"), *data]
     second = ["--run.dir", str(directory), "--model.path", str(warm / "model"), *data, *held_out]
     for recipe, flags in ((WARM_START, first), (RECIPE, second)):  # before anything is written

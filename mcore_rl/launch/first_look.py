@@ -10,7 +10,6 @@ import ast
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from mcore_rl.config import Config
 from mcore_rl.data.locate import Located, locate
 from mcore_rl.data.opening import open_table
 from mcore_rl.errors import ConfigError, DataError
-from mcore_rl.functions import wrong_form
+from mcore_rl.functions import lacks, wrong_form
 from mcore_rl.launch.parts import check_weights, weighed
 from mcore_rl.lookup import MISSING, look_up, missing
 
@@ -179,9 +178,7 @@ def _look_at_function(key: str, name: str, argument: str, *, keywords: bool) -> 
         raise wrong_form(key, name, argument, f" ({file}:{found[-1].lineno})")
     names = _names(tree)
     if not found and names is not None and wanted not in names:
-        close = get_close_matches(wanted, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else "check the name"
-        raise ConfigError(f"{key}: {module} has no {wanted}; {hint}")
+        raise lacks(key, name, names, file)
 
 
 def _parsed(file: Path) -> ast.Module | None:

@@ -25,7 +25,7 @@ from mcore_rl.errors import (
     StorageError,
     requests_to_leave,
 )
-from mcore_rl.imports import uncollected
+from mcore_rl.imports import python_module, uncollected
 from mcore_rl.launch.asked import finish_although_asked, leave_an_import
 from mcore_rl.launch.environment import check_environment
 from mcore_rl.launch.stopped import ending_stopped
@@ -321,7 +321,8 @@ def _start_ranks(launch: str, ranks: int, arguments: Sequence[str]) -> dict[int,
     if signal.SIGHUP not in requests_to_leave():  # torch's agent would handle what `nohup` has it ignore
         vars(agent)["signals_to_handle"] = "SIGTERM,SIGINT,SIGQUIT"  # an older torch does not know it
     try:
-        elastic_launch(agent, sys.executable)("-m", "mcore_rl", *arguments)
+        python, *module = python_module("mcore_rl")
+        elastic_launch(agent, python)(*module, *arguments)
     except ChildFailedError as error:
         return {rank: Left(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
     except SignalException as error:

@@ -18,6 +18,7 @@ import sys
 import time
 from typing import Any
 
+from mcore_rl.imports import python_module
 from mcore_rl.rewards.task import Task
 from mcore_rl.terminal import printable
 
@@ -41,7 +42,7 @@ class RewardProcess:
     def __init__(self, task: Task) -> None:
         ours, theirs = socket.socketpair()
         read, write = os.pipe()
-        command = [sys.executable, "-m", "mcore_rl.rewards", str(os.getpid()), str(theirs.fileno())]
+        command = [*python_module("mcore_rl.rewards"), str(os.getpid()), str(theirs.fileno())]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(task.path)}
         try:
             self.process = subprocess.Popen(

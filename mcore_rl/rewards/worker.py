@@ -106,7 +106,8 @@ class _Scorer:
             return read_outcome(returned, sample, self._task.weights, of.name, of.weight)
         except RewardError as error:
             return _void("returned", f"returned {error}")
-        except Exception as error:  # an object whose comparison or hash raises
+        except BaseException as error:  # an object whose comparison or hash raises, SystemExit too
+            self._end_copy()
             return _void("returned", f"returned what cannot be read ({type(error).__name__}: {said(error)})")
 
     def _end_copy(self) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from mcore_rl.errors import ConfigError, RolloutError
+from mcore_rl.imports import python_module
 from mcore_rl.rollout import child
 from mcore_rl.rollout.client import RolloutClient, call
 
@@ -57,7 +58,7 @@ class Embedded:
     def command(self, model_dir: Path, port: int, scratch: Path) -> list[str]:
         """The command line."""
         key = ["--api-key-env", self.api_key_env] if self.api_key_env is not None else []
-        start = [sys.executable, "-m", "mcore_rl.server", str(model_dir), *self.options]
+        start = [*python_module("mcore_rl.server"), str(model_dir), *self.options]
         return [*start, "--threads", str(self.threads), "--port", str(port), *key]
 
     def environment(self) -> Mapping[str, str]:
@@ -104,9 +105,14 @@ class SGLang:
         return ["--config", str(file)]
 
     def environment(self) -> Mapping[str, str]:
-        """This process's, offline, without what misleads the server (_NOT_FOR_SGLANG, _TORCHRUN)."""
+        """This process's, offline, without what misleads the server (_NOT_FOR_SGLANG, _TORCHRUN).
+
+        Nor does it find what lies in the current directory. An interpreter before 3.11 knows no option -P,
+        and passes the variable over.
+        """
         left_out = _NOT_FOR_SGLANG | _TORCHRUN
-        return {name: value for name, value in os.environ.items() if name not in left_out} | _OFFLINE
+        told = {name: value for name, value in os.environ.items() if name not in left_out}
+        return told | _OFFLINE | {"PYTHONSAFEPATH": "1"}
 
 
 _NOT_FOR_SGLANG = frozenset({"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "SGLANG_RETURN_ORIGINAL_LOGPROB"})

@@ -314,6 +314,7 @@ def test_long_prompts_are_dropped_and_named(load):
         (b'{"id": "b", "x": ' + b"9" * 5000 + b"}", r":2: an integer of more than 4300 digits; give it as"),
         (b'{"id": "b", "x": ' + b"[" * 200 + b"]" * 200 + b"}", r":2: nested too deeply; at most 100"),
         ({**GOOD, "id": "\ud800"}, r":2:id: '\\ud800' holds half of a surrogate pair"),
+        ({**GOOD, "id": "b" * 501}, r":2:id: 'bbb.* has 501 characters, and at most 500 are read; shorten"),
         (
             {
                 **GOOD,

@@ -22,6 +22,13 @@ class Odd:
         raise RuntimeError("odd")
 
 
+class Ending(float):
+    """It ends whoever looks at it, and is a float."""
+
+    def __float__(self) -> float:
+        raise SystemExit(3)
+
+
 def _print_without_end(_: Sample) -> float:
     while True:
         print("x" * 10_000)
@@ -94,6 +101,7 @@ WHAT = {
     "text": lambda s: "1",
     "none": lambda s: None,
     "odd": lambda s: Odd(),
+    "ending": lambda s: Ending(1.0),
     "kills its group": lambda s: os.killpg(0, signal.SIGKILL),
     "closes all": lambda s: os.closerange(3, 1024),
     "stops": lambda s: os.kill(os.getpid(), signal.SIGSTOP),

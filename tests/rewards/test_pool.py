@@ -68,6 +68,7 @@ def pool() -> Iterator[RewardPool]:
         ("text", "returned", "returned str; return a float"),
         ("none", "returned", "returned NoneType"),
         ("odd", "returned", "returned Odd"),
+        ("ending", "returned", r"returned what cannot be read \(SystemExit: 3\)"),
         ("copy", "forked", "forked, and the new process came back"),
         ("copy raises", "forked", "forked, and the new process came back"),
         ("void", "grader", "returned Void"),

@@ -140,4 +140,5 @@ def test_sglang_is_not_told_what_torchrun_tells_a_rank(monkeypatch: pytest.Monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     told = SGLang(Path("python"), dtype="float32").environment()
     assert told["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert told["PYTHONSAFEPATH"] == "1"  # a types.py in the current directory is none of its modules
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "PYTHONPATH"} & told.keys()

@@ -26,6 +26,7 @@ from mcore_rl.errors import (
     EXIT_NUMERICS,
     EXIT_RETRYABLE,
     AskedToLeave,
+    ConfigError,
     McoreRLError,
     NothingToDo,
     ResourceError,
@@ -127,13 +128,14 @@ def launched_here() -> bool:
 
 
 def typed(error: BaseException) -> BaseException:
-    """`error`, or a ResourceError that says what to do where a limit of the system caused it.
+    """`error`, or one that says what to do where the system caused it.
 
-    These are the limit of open files, and memory: Python's, the system's, or that of torch's allocators.
+    Its limits are ResourceErrors: that of open files, and memory: Python's, the system's, or that of torch's
+    allocators. A current directory that is gone is a ConfigError.
     """
     limited = _of_memory(error)
     if limited is None and not isinstance(error, McoreRLError):
-        limited = _of_open_files(error)
+        limited = _of_open_files(error) or _of_no_directory(error)
     if limited is None:
         return error
     limited.__cause__ = error
@@ -148,6 +150,17 @@ def _of_open_files(error: BaseException) -> ResourceError | None:
         f"rank {rank()} may open {soft} files and has no more (ulimit -n, {hard} at most): {error}. Raise "
         "it: `ulimit -n 65536` before the command, LimitNOFILE= of a service, --ulimit nofile=65536 of docker"
     )
+
+
+def _of_no_directory(error: BaseException) -> ConfigError | None:
+    """A current directory that somebody removed: nothing has an absolute path, and modules are not found."""
+    if not isinstance(error, FileNotFoundError) or os.path.isabs(error.filename or ""):
+        return None
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return ConfigError(f"the current directory has been removed ({error}); cd to one that is there")
+    return None
 
 
 def _of_memory(error: BaseException) -> ResourceError | None:
