@@ -243,7 +243,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 settings = st.fixed_dictionaries(
     {
         "run": st.fixed_dictionaries(
-            {"dir": text.filter(lambda t: "\0" not in t), "seed": st.integers(0, 2**32 - 1)}
+            {"dir": text.filter(lambda t: t and "\0" not in t), "seed": st.integers(0, 2**32 - 1)}
         ),
         "model": st.fixed_dictionaries({"path": st.just("m"), "random_init": st.booleans()}),
         "data": st.fixed_dictionaries({"train": st.just("t"), "label_key": text.filter(bool)}),
