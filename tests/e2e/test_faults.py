@@ -51,7 +51,8 @@ def test_config_mistakes_end_before_any_rank_starts(flags, says, tmp_path, capsy
     monkeypatch.chdir(ROOT)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
-    there = ["--model.path", str(tmp_path), "--data.train", str(tmp_path / "rows.jsonl")]
+    rows = str(tmp_path / "rows.jsonl")
+    there = ["--model.path", str(tmp_path), "--data.train", rows, "--data.eval", rows]
     run_dir = ["--run.dir", str(tmp_path / "run")]
     assert main(["train", "examples/gspo_tiny.toml", *run_dir, *there, *flags]) == 2
     assert says in capsys.readouterr().err

@@ -51,7 +51,8 @@ def test_a_parameter_that_the_loss_does_not_have_is_refused(tmp_path: Path, caps
     flags += ["--algorithm.params.eps_low", "0.1", "--model.path", str(tmp_path)]
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
-    flags += ["--data.train", str(tmp_path / "rows.jsonl")]
+    rows = str(tmp_path / "rows.jsonl")
+    flags += ["--data.train", rows, "--data.eval", rows]
     assert main(["train", "examples/grpo_tiny.toml", *flags]) == 2
     assert "algorithm.params.eps_low: grpo has no such parameter" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -17,6 +17,8 @@ from tests.sources import ROOT
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_before_a_rank_was_started_it_may_be_tried_again(number: signal.Signals, tmp_path: Path) -> None:
     """The configuration is a pipe, which the command has opened and waits for."""
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("these tests run under nohup, and so would the command")
     config = tmp_path / "config.toml"
     os.mkfifo(config)
     command = [sys.executable, "-m", "mcore_rl", "train", str(config)]
