@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -135,7 +135,11 @@ def is_representable(case: Problem) -> bool:
 @given(problems.filter(is_representable), tilings)
 @pytest.mark.slow
 def test_one_shard_equals_the_definition(kind: str, case: Problem, tiling: Tiling) -> None:
-    assert_close(ours(case, kind, tiling=tiling), dense(case, kind))
+    expected = dense(case, kind)
+    assume(
+        all(one.isfinite().all() for one in expected)
+    )  # its gradients overflow where the two are far apart
+    assert_close(ours(case, kind, tiling=tiling), expected)
 
 
 @EVERY_KIND
