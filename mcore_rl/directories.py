@@ -289,6 +289,13 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
+_LOST: dict[type[OSError], str] = {
+    FileNotFoundError: "Its directory was removed or never there: put it back or make it, and start again",
+    NotADirectoryError: "A file stands where one of its directories belongs: move that away and start again",
+    IsADirectoryError: "A directory stands where the file belongs: move that away and start again",
+}
+
+
 def storage_error(
     path: Path,
     error: OSError,
@@ -304,7 +311,6 @@ def storage_error(
         room = f" ({shutil.disk_usage(_existing(path)).free} bytes are free there"
         room += f", {needed} are needed)" if needed is not None else ")"
     kept, first = "what was written before is untouched. ", "Make room or make it writable and start again"
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):  # neither helps then
-        kept, room = "", ""
-        first = "Somebody moved, removed or replaced it or its directory: put it back and start again"
+    if type(error) in _LOST:  # neither helps then
+        kept, room, first = "", "", _LOST[type(error)]
     return kind(f"{place}: {error.strerror or error}{room}; {kept}{first}, or {remedy}")

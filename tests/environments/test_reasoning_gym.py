@@ -58,11 +58,15 @@ def test_a_prompt_file_is_written_and_what_is_wrong_is_named(tmp_path: Path, cap
     assert "no_such_task" in capsys.readouterr().err
     assert main(["chain_sum", str(out), "--config", "[1]"]) == 2
     assert "--config: expected a JSON object" in capsys.readouterr().err
-    for place in (tmp_path, tmp_path / "absent" / "train.jsonl", out / "train.jsonl"):
+    for place, remedy in (
+        (tmp_path, "A directory stands where the file belongs"),
+        (tmp_path / "absent" / "train.jsonl", "make it"),
+        (out / "train.jsonl", "A file stands where one of its directories belongs"),
+    ):
         assert main(["chain_sum", str(place), "--size", "1"]) == StorageError.exit_code
         said_of = capsys.readouterr().err
         assert said_of.startswith(f"error: {place}")
-        assert "make it writable" in said_of
+        assert remedy in said_of
     assert [one.name for one in tmp_path.iterdir()] == ["train.jsonl"]
     assert len(out.read_text().splitlines()) == 3
     for config, system in (({"no": 1}, None), ({}, "nobody")):
