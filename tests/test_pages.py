@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mcore_rl.__main__ import build_parser
-from mcore_rl.config.file import KEYS
+from mcore_rl.config.file import KEYS, OTHER_TRAINERS
 from mcore_rl.metric_names import SECTIONS, meaning_of
 from tests.doc_commands import FENCE, PAGES
 from tests.sources import ROOT
@@ -109,6 +109,15 @@ def test_keys_beside_those_of_others_are_ours() -> None:
     named = [match.groups() for row in rows for match in KEY.finditer(row)]
     assert len(named) > 30
     assert [f"{section}.{key}" for section, key, _ in named if key not in KEYS.get(section, ())] == []
+
+
+def test_what_a_key_of_another_trainer_means_is_what_the_page_says() -> None:
+    lines = (ROOT / "docs" / "coming_from.md").read_text().splitlines()
+    rows = [(line.split("|")[1], line) for line in lines if "|" in line]
+    for theirs, ours in OTHER_TRAINERS.items():
+        section, _, key = ours.partition(".")
+        assert key in KEYS[section], ours
+        assert any(f"`{ours}`" in first and theirs in line for first, line in rows), theirs
 
 
 def test_what_is_wrong_is_seen() -> None:

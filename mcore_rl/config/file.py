@@ -177,6 +177,23 @@ def _describe(details: ErrorDetails) -> Iterator[tuple[str, str]]:
             yield dotted or "file", reason.replace("Input should", "must").replace("String should", "must")
 
 
+OTHER_TRAINERS = {
+    "learning_rate": "optimizer.lr",
+    "lora_alpha": "lora.alpha",
+    "lora_rank": "lora.rank",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_response_length": "rollout.max_new_tokens",
+    "max_steps": "train.steps",
+    "model_name": "model.path",
+    "num_generations": "rollout.samples_per_prompt",
+    "reward_funcs": "reward.function",
+    "total_training_steps": "train.steps",
+    "train_files": "data.train",
+}
+"""keys of other trainers that no key here is like -> what is meant by them; all are in docs/coming_from.md"""
+
+
 def _suggestion(dotted: str) -> str:
     section, _, key = dotted.partition(".")
     for place, one in NAMED.items():
@@ -189,6 +206,7 @@ def _suggestion(dotted: str) -> str:
         close = get_close_matches(section, KEYS, n=1)
         return f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(KEYS)}"
     elsewhere = [f"{name}.{key}" for name, keys in KEYS.items() if key in keys]
+    elsewhere += [OTHER_TRAINERS[key]] if key in OTHER_TRAINERS else []
     close = get_close_matches(key, KEYS[section], n=1)
     if close or elsewhere:
         return f"did you mean {f'{section}.{close[0]}' if close else elsewhere[0]}?"

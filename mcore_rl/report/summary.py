@@ -162,7 +162,7 @@ def _wall(run: RunData) -> Fact | None:
     if not seconds:
         return None
     middle = sorted(seconds)[len(seconds) // 2]
-    return Fact("Wall time", duration(sum(seconds)), f"{middle:.2f} s per step")
+    return Fact("Wall time", duration(sum(seconds)), f"median {middle:.2f} s per step")
 
 
 def _tokens(run: RunData) -> Fact | None:

@@ -180,8 +180,9 @@ def say_header(config: Config, mesh: Mesh) -> None:
     if config.run.kind == "rl":
         rows = f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples"
     steps = f"{config.train.steps} steps of {rows}"
+    trained = f"adapters of rank {config.lora.rank} on " if config.lora.rank else ""
     tell(
-        f"{kind} on {config.model.path}, {config.model.precision}, {ranks}: {steps}"
+        f"{kind} on {trained}{config.model.path}, {config.model.precision}, {ranks}: {steps}"
         f"\nall of it is in {config.run.dir}; `mcore-rl report --follow {config.run.dir}` shows it meanwhile",
         is_main=mesh.is_main,
     )

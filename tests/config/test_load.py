@@ -72,6 +72,8 @@ def test_overrides_win_in_order_and_take_both_forms(path):
     [
         (["--rollout.temprature", "2"], ["rollout.temprature: unknown key", "mean rollout.temperature?"]),
         (["--train.temperature=2"], ["train.temperature: unknown key", "did you mean rollout.temperature?"]),
+        (["--optimizer.learning_rate=1"], ["optimizer.learning_rate: unknown key", "mean optimizer.lr?"]),
+        (["--rollout.num_generations=1"], ["unknown key", "mean rollout.samples_per_prompt?"]),
         (["--rolout.threads=1"], ["rolout: unknown section", "did you mean [rollout]?"]),
         (["--xyz.k=1"], ["xyz: unknown section", "the sections are run, model"]),
         (["--run.qqq=1"], ["run.qqq: unknown key", "the keys of [run] are dir, kind, seed"]),

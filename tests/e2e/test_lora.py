@@ -42,6 +42,7 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
     flags += ["--algorithm.mini_batches", "1"]
     done = ranks.run(*grpo(task, tmp_path / "whole", *flags), world=2)
     assert done.returncode == 0, done.stderr
+    assert "grpo on adapters of rank " in done.stderr
     first, *steps = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert "publish/adapter_share" not in first, "B is 0: nothing tells the policy from the frozen model"
     assert all(step["publish/adapter_share"] == pytest.approx(1.0, abs=1e-3) for step in steps)

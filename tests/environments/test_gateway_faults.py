@@ -289,6 +289,9 @@ def test_responses_that_are_asked_for_side_by_side_each_go_on_as_themselves() ->
             for reply, word in zip(found, ("aa", "bb"), strict=True):
                 await post("responses", {"input": "on", "previous_response_id": reply["id"]}, 200)
                 assert f"user:{word}<e>" in policy.decode(asked[-1].prompts[0])
+            nothing_said = {"role": "assistant", "content": None}
+            await post("responses", {"input": [{"role": "user", "content": "cc"}, nothing_said]}, 200)
+            assert "user:cc<e>" in policy.decode(asked[-1].prompts[0])
             count = len(asked)
             for api, wrong in (
                 ("responses", {"input": [call]}),

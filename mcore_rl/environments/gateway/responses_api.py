@@ -84,8 +84,8 @@ def read_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any, place: str) -> str:
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     parts = value if isinstance(value, list) else [value]
     for part in parts:
         if (
