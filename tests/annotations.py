@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 from jaxtyping import install_import_hook
 from jaxtyping._import_hook import JaxtypingTransformer
@@ -17,7 +18,7 @@ def check_annotations() -> None:
 
 
 def check_with_what_it_takes() -> None:
-    """Of arrays the shapes are checked, of everything else the type alone; functions within functions are not.
+    """Of arrays the shapes are checked, of all else the type alone; functions within functions are not.
 
     Shapes are compared among all arguments and the answer, for which every call is bound to its signature:
     most calls are of functions without an array. Inner functions would be wrapped anew at every call of the
@@ -25,13 +26,15 @@ def check_with_what_it_takes() -> None:
     """
     visit = JaxtypingTransformer.visit_FunctionDef
 
-    def visit_outer(self: JaxtypingTransformer, node: ast.FunctionDef) -> ast.FunctionDef:
+    def visit_outer(self: JaxtypingTransformer, node: ast.FunctionDef) -> Any:
         if any(isinstance(parent, ast.FunctionDef) for parent in self._parents):
             return node
+        own = len(node.decorator_list)
         visited = visit(self, node)
-        if not has_arrays(node) and visited.decorator_list:
-            (argument,) = vars(visited.decorator_list[-1])["keywords"]
-            visited.decorator_list[-1] = argument.value  # beartype, in the place of jaxtyped(typechecker=beartype)
+        if len(visited.decorator_list) > own and not has_arrays(node):
+            jaxtyped = visited.decorator_list[-1]
+            typechecker = jaxtyped.keywords[0].value  # beartype
+            visited.decorator_list[-1] = ast.copy_location(typechecker, jaxtyped)
         return visited
 
     JaxtypingTransformer.visit_FunctionDef = visit_outer

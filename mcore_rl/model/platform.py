@@ -50,9 +50,9 @@ def install() -> None:
         ConfigError: megatron-core is missing or of a version whose internals are unknown to this module.
     """
     global _installed
-    versions.check()
     if _installed:
         return
+    versions.check()
     versions.install()
     if torch.cuda.is_available():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
