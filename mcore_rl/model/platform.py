@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from mcore_rl.model import versions
+from mcore_rl.model import again, versions
+from mcore_rl.model.rotary import turn
 
 TORCH_FACTORY_MODULES = (
     "megatron.core.pipeline_parallel.schedules",
@@ -50,9 +51,9 @@ def install() -> None:
         ConfigError: megatron-core is missing or of a version whose internals are unknown to this module.
     """
     global _installed
-    versions.check()
     if _installed:
         return
+    versions.check()
     versions.install()
     if torch.cuda.is_available():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -222,6 +223,30 @@ def swiglu_gradient(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def turn_by_angles_once() -> None:
+    """Cosines and sines of the same angles in every layer, for queries and for keys, kept by each of them."""
+    rope = _module("megatron.core.models.common.embeddings.rope_utils")
+    original = rope._apply_rotary_pos_emb_bshd
+
+    def turned(t, freqs, rotary_interleaved=False, mscale=1.0, **kinds):
+        if any(kinds.values()):  # other orders of the channels
+            return original(t, freqs, rotary_interleaved, mscale=mscale, **kinds)
+        width = freqs.shape[-1]
+        if width == t.shape[-1]:
+            return turn(t, freqs, interleaved=rotary_interleaved, scale=mscale)
+        part = turn(t[..., :width], freqs, interleaved=rotary_interleaved, scale=mscale)
+        return torch.cat((part, t[..., width:]), dim=-1)
+
+    rope._apply_rotary_pos_emb_bshd = turned
+
+
+def remember_swiglus() -> None:
+    """The product of a SwiGLU, which the linear layer behind it would keep beside its factors."""
+    for name in ("mlp", "moe.shared_experts"):
+        module = _module(f"megatron.core.transformer.{name}")
+        module.bias_swiglu_impl = again.remembering(module.bias_swiglu_impl)
+
+
 def leave_the_compiler_out() -> None:
     """Half a CPU-second: the first optimizer imports torch's compiler, to tell it to leave optimizers be."""
     for optimizer in (torch.optim.Adam, torch.optim.SGD):
@@ -244,5 +269,11 @@ FIXES = (
     list_splits_on_host,
 )
 
-SAVINGS = (skip_exchanges_of_one_rank, differentiate_swiglu_in_place, leave_the_compiler_out)
+SAVINGS = (
+    skip_exchanges_of_one_rank,
+    differentiate_swiglu_in_place,
+    turn_by_angles_once,
+    remember_swiglus,
+    leave_the_compiler_out,
+)
 """what a CPU need not do; without them the same numbers come later"""

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -27,6 +26,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mcore_rl.model.again import ThriftyColumn, ThriftyRow, noted
 from mcore_rl.parallel.context import gather_keys_values, gathered_places
 
 
@@ -187,11 +187,27 @@ class RMSNorm(nn.Module):
 
         A weight that is stored less 1 (Gemma) is scaled with before the rounding.
         """
-        if not self.centered:
-            return cast(Tensor, _ScaledNorm.apply(x, self.weight, self.eps))
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = F.rms_norm(wide, wide.shape[-1:], eps=self.eps)
-        return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+        if self.centered:
+            return noted(_centered_norm(x, self.weight, self.eps), _centered_norm, x, self.weight, self.eps)
+        answer = cast(Tensor, _ScaledNorm.apply(x, self.weight, self.eps))
+        return noted(answer, _scaled_norm, x, self.weight, self.eps)
+
+
+def _centered_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = F.rms_norm(wide, wide.shape[-1:], eps=eps)
+    return (normed * (1 + weight.to(wide.dtype))).to(x.dtype)
+
+
+def _scaled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide, inverse = _wide_and_inverse(x, eps)
+    return weight * (wide * inverse).to(x.dtype)
+
+
+def _wide_and_inverse(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x in float32 or wider, and 1 / rms of each token."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide, (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
 
 
 class _ScaledNorm(torch.autograd.Function):
@@ -199,8 +215,7 @@ class _ScaledNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        wide, inverse = _wide_and_inverse(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return weight * (wide * inverse).to(x.dtype)
 
@@ -285,8 +300,7 @@ class PackedAttention(nn.Module):
             out = self._attend(q, k, v, is_causal=True)
         else:
             out = self._attend(q, k, v, attn_mask=layout.mask(self.window, q.dtype))
-        flat = out.transpose(1, 2).flatten(0, 1).index_select(0, layout.padding.from_padded)
-        return flat.flatten(1).unsqueeze(1)
+        return noted(_unpad(out, layout.padding.from_padded), _unpad, out, layout.padding.from_padded)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -336,6 +350,11 @@ class PackedAttention(nn.Module):
         )
 
 
+def _unpad(out: Tensor, index: Tensor) -> Tensor:
+    """[B, N, L, D] -> [T, 1, N * D]"""
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, index).flatten(1).unsqueeze(1)
+
+
 def _pad(x: Tensor, index: Tensor) -> Tensor:
     """[T, heads, D] -> [B, L, heads, D]; the index T reads a row of zeros."""
     return F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
@@ -359,7 +378,5 @@ class Parts:
     grouped_row: Any = None
 
 
-PORTABLE = Parts(
-    RMSNorm, PackedAttention, ColumnParallelLinear, RowParallelLinear, ReplicatedLinear, norm_column=None
-)
+PORTABLE = Parts(RMSNorm, PackedAttention, ThriftyColumn, ThriftyRow, ReplicatedLinear, norm_column=None)
 """run anywhere, in float32, float64 or bf16"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,13 +16,46 @@ def turn(x: Tensor, angles: Tensor, *, interleaved: bool, scale: float = 1.0) ->
 
     A pair are neighbours where `interleaved`, else one channel of each half; so the table has it.
     """
-    cosines, sines = ((f(angles) * scale).to(x.dtype) for f in (torch.cos, torch.sin))
+    return cast(Tensor, _Turn.apply(x, *_cosines_sines(angles, x.dtype, scale), interleaved))
+
+
+def _cosines_sines(angles: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+    """The two of angles, times `scale`; kept with them, as every layer asks for the same."""
+    known: dict[tuple[torch.dtype, float], tuple[Tensor, Tensor]] = vars(angles).setdefault("_turns", {})
+    if (dtype, scale) not in known:
+        known[dtype, scale] = tuple((f(angles) * scale).to(dtype) for f in (torch.cos, torch.sin))  # pyright: ignore[reportArgumentType]
+    return known[dtype, scale]
+
+
+class _Turn(torch.autograd.Function):
+    """A pair (a, b) becomes (a cos - b sin, b cos + a sin), its gradient is turned back; x is not kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        ctx.interleaved = interleaved
+        out = x * cosines
+        (first, second), (a, b), (sin_a, sin_b) = (_pairs(one, interleaved) for one in (out, x, sines))
+        first.sub_(b * sin_a)
+        second.add_(a * sin_b)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cosines, sines = ctx.saved_tensors
+        out = grad * cosines
+        (first, second), (a, b), (sin_a, sin_b) = (_pairs(one, ctx.interleaved) for one in (out, grad, sines))
+        first.add_(b * sin_b)
+        second.sub_(a * sin_a)
+        return out, None, None, None
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second of all pairs."""
     if interleaved:
-        across = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = x.chunk(2, dim=-1)
-        across = torch.cat((-second, first), dim=-1)
-    return x * cosines + across * sines
+        return x[..., ::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
 
 
 def rotary_frequencies(rotary: Rotary) -> Tensor:

@@ -2,7 +2,9 @@
 
 Parameters, gradients and optimizer state are exact. Activations count what autograd keeps of Megatron's
 layers with the portable norm and attention (model/portable.py), for full micro-batches of equal lengths;
-`tests/plan/test_memory.py` compares them with what a step really keeps.
+`tests/plan/test_memory.py` compares them with what a step really keeps. In fp32 the plan is for those
+portable parts, whose linear layers keep no inputs (model/again.py); in bf16 and FP8 it is for Transformer
+Engine's, which do.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ OTHER = 3 * GIB
 """CUDA context, NCCL buffers and fragmentation of one rank: an allowance, not a measurement"""
 SERVER_MEMORY_SHARE = 0.5
 """share of the KV cache that all samples of a step would need at once; servers queue the rest"""
-_SWIGLU = 3
-"""widths that a SwiGLU keeps: gate and up, and their product for the linear behind it"""
+_GATE_UP = 2
+"""widths that a SwiGLU keeps"""
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def mask_bytes(layout: Layout, work: PlannedStep, stage: int) -> float:
     [B, L / cp, L] in fp32, for every micro-batch, of all its layers the same one. In bf16 and FP8 the plan
     is for Transformer Engine, whose attention reads the boundaries alone.
     """
-    if layout.context == 1 or work.precision != "fp32":
+    if layout.context == 1 or _inputs_kept(work.precision):
         return 0.0
     length = work.prompt_tokens + work.response_tokens
     chunks = _in_flight(layout, work, stage) * (layout.virtual_pipeline or 1)
@@ -286,9 +288,14 @@ def _sequence(layout: Layout) -> int:
     return layout.tensor if layout.sequence else 1
 
 
+def _inputs_kept(precision: str) -> int:
+    """1 where linear layers keep their inputs (Transformer Engine's), 0 where these are made again."""
+    return int(precision != "fp32")
+
+
 def _norm(width: float, precision: str) -> float:
-    """Bytes per token that an RMSNorm over `width` keeps: its input, and the linear's behind it."""
-    return width * 2 * weight_bytes(precision)
+    """Bytes per token that an RMSNorm over `width` keeps: its input, and maybe the linear's behind it."""
+    return width * (1 + _inputs_kept(precision)) * weight_bytes(precision)
 
 
 def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer: int) -> float:
@@ -301,8 +308,8 @@ def _kept_of_layer(arch: Architecture, layout: Layout, work: PlannedStep, layer:
     mlp = 0.0
     if arch.experts is not None and arch.is_sparse(layer):
         width = arch.experts.shared
-        mlp = _experts_of_layer(arch.experts, arch.hidden, hidden_tokens=1 / layout.tensor, size=size)
-    mlp += size * _SWIGLU * width / layout.tensor
+        mlp = _experts_of_layer(arch.experts, arch.hidden, 1 / layout.tensor, work.precision)
+    mlp += size * (_GATE_UP + _inputs_kept(work.precision)) * width / layout.tensor
     return norms + attention + mlp
 
 
@@ -310,19 +317,20 @@ def _attention_of_layer(arch: Architecture, layout: Layout, precision: str) -> f
     size = weight_bytes(precision)
     query, key = (heads * arch.head_dim / layout.tensor for heads in (arch.heads, arch.kv_heads))
     kept = size * (query + 2 * key)  # padded copies, a narrower value's as wide as a key's
-    # What attention answers with, padded and packed.
-    kept += size * (query + arch.heads * arch.value_dim / layout.tensor)
+    # What attention answers with, padded, and packed for the linear behind it.
+    kept += size * (query + _inputs_kept(precision) * arch.heads * arch.value_dim / layout.tensor)
     if arch.qk_norm or arch.whole_qk_norm:
         kept += (query + key) * size  # the input
     if arch.latent is None:
-        return kept + size * 4 * arch.head_dim  # sines and cosines of the rotation, of queries and of keys
+        return kept
     latents = (arch.latent.rank + (arch.latent.query_rank or 0)) / _sequence(layout)
-    return kept + size * 4 * arch.latent.turned + _norm(latents, precision)
+    return kept + _norm(latents, precision)
 
 
-def _experts_of_layer(experts: Experts, hidden: int, hidden_tokens: float, size: int) -> float:
+def _experts_of_layer(experts: Experts, hidden: int, hidden_tokens: float, precision: str) -> float:
     """A rank's experts get as many tokens as it sends, on average: each `per_token` times."""
-    routed = experts.per_token * (3 * hidden + _SWIGLU * experts.intermediate) * size
+    widths = 3 * hidden + (_GATE_UP + _inputs_kept(precision)) * experts.intermediate
+    routed = experts.per_token * widths * weight_bytes(precision)
     return hidden_tokens * (routed + 8 * experts.count)
 
 
@@ -347,7 +355,8 @@ def head_bytes(arch: Architecture, layout: Layout, work: PlannedStep) -> float:
     # logits in fp32; in bf16 their gradient lies apart
     tiles = local * (4 * min(tiling.wave, scored) + (0 if size == 4 else size) * min(tiling.wave, scored))
     product = local * arch.hidden * (0 if size == 4 else 4)  # fp32 main_grad takes an fp32 product directly
-    return hidden + tiles + product + _norm(arch.hidden / _sequence(layout), work.precision) * tokens
+    # The last norm's input and its answer, which the head keeps.
+    return hidden + tiles + product + 2 * size * arch.hidden / _sequence(layout) * tokens
 
 
 # --- servers --------------------------------------------------------------------------------------------

@@ -31,7 +31,11 @@ class _Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # F.rms_norm is seven calls on a CPU, of which one reads x twice.
+        if x.dtype != torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        squares = torch.linalg.vecdot(x, x)[..., None]
+        return (x * torch.rsqrt_(squares.div_(x.shape[-1]).add_(self.eps))).mul_(self.weight)
 
 
 class _Linear(NamedTuple):
@@ -106,10 +110,10 @@ class Decoder:
         """tokens [R] at positions [R] that see `seen` [R, width] of the cache rows -> logits [R, V]."""
         hidden = F.embedding(tokens, self.embedding)
         cos, sin = self.rotary(hidden[:, None], positions[:, None])
-        masks: dict[int | None, Tensor] = {None: seen[:, None, None, :]}
+        masks: dict[int | None, Tensor] = {None: _added(seen, hidden.dtype)}
         for size in filter(None, set(self.windows)):
-            near = within(size, positions[:, None], seen.shape[-1])
-            masks[size] = masks[None] & near[:, None]
+            near = within(size, positions[:, None], seen.shape[-1])[:, 0]
+            masks[size] = _added(seen & near, hidden.dtype)
         for layer, window, slot in zip(self.layers, self.windows, cache.slots, strict=True):
             x = layer.attention_norm(hidden)
             query, key, value = (self._heads(project(x)) for project in (layer.query, layer.key, layer.value))
@@ -119,8 +123,7 @@ class Decoder:
             keys, values = slot.update(key[:, :, None], value[:, :, None])
             # The query heads of a key/value head are rows of one product: no key is repeated.
             grouped = query.view(len(tokens), key.shape[1], -1, self.head_dim)
-            mask, scale = masks[window], layer.scale
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+            out = _attend(grouped, keys, values, masks[window], layer.scale)
             hidden = hidden + layer.output(out.reshape(len(tokens), -1))
             x = layer.mlp_norm(hidden)
             hidden = hidden + layer.down(F.silu(layer.gate(x)) * layer.up(x))
@@ -129,6 +132,22 @@ class Decoder:
     def _heads(self, x: Tensor) -> Tensor:
         """[R, heads * D] -> [R, heads, D]"""
         return x.view(len(x), -1, self.head_dim)
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, width] -> [R, 1, 1, width], 0 where a key is seen and -inf elsewhere."""
+    added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return added.masked_fill_(~seen, -torch.inf)[:, None, None]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """query [R, K, N / K, D] of one token a row, keys and values [R, K, width, D] -> [R, K, N / K, D]."""
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    # Two products and a softmax: torch's kernel is made for many queries a key.
+    rows = (query * scale).flatten(0, 1)
+    scores = torch.bmm(rows, keys.flatten(0, 1).transpose(1, 2)).view(*query.shape[:3], -1).add_(mask)
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), values.flatten(0, 1)).view_as(query)
 
 
 def build_decoder(model: PreTrainedModel) -> Decoder | None:

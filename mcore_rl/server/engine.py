@@ -276,14 +276,14 @@ class Engine:
         for i in (rows.generated < rows.min_new).nonzero()[:, 0].tolist():
             stop_ids = rows.stop_ids[i]
             logits[i, stop_ids[stop_ids >= 0]] = -torch.inf
-        tokens, log_probs, all_log_probs = sample(logits, rows.knobs())
+        tokens, log_probs, scores = sample(logits, rows.knobs())
         if not bool(log_probs.isfinite().all()):
             raise NumericsError(
                 f"weight version {self.version}: the logits are not finite; publish sound weights and retry"
             )
         for i, sequence in enumerate(self.running):
             if sequence.wanted.extras:
-                _append_details(sequence.output_details, sequence, all_log_probs[i])
+                _append_details(sequence.output_details, sequence, scores.row(i))
         stopped = rows.append(tokens, log_probs)
         # As in SGLang the length limit is looked at first: a stop token in the last place counts as "length".
         full = rows.generated >= rows.max_new

@@ -77,46 +77,77 @@ def _kept(probs: Float[Tensor, "R V"], knobs: Knobs) -> Bool[Tensor, "R V"]:
     return torch.zeros_like(keep).scatter(1, index, keep)
 
 
-def draw(probs: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
-    """The first token of each row at which the sum of `probs` exceeds `uniform` of the row's sum, in float64.
-
-    The sums are those of blocks, and of the tokens of the one block that the row draws from: a running sum of
-    the whole vocabulary costs ten times that. A token without probability is never drawn.
-    """
-    missing = -probs.shape[-1] % _BLOCK
-    padded = torch.nn.functional.pad(probs, (0, missing)) if missing else probs
-    blocks = padded.unflatten(-1, (-1, _BLOCK))
+def block_sums(weights: Float[Tensor, "R V"]) -> Float[Tensor, "R B"]:
+    """Running sums of `weights` up to the end of each block of tokens, in float64."""
     # torch sums a copy in float64: of a few rows it stays in the processor's cache.
-    rows = max(1, _CACHED // probs.shape[-1]) if probs.device.type == "cpu" else max(1, len(probs))
-    sums = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks.split(rows)]).cumsum(-1)
+    rows = max(1, _CACHED // weights.shape[-1]) if weights.device.type == "cpu" else max(1, len(weights))
+    return torch.cat([x.sum(-1, dtype=torch.float64) for x in _blocks(weights).split(rows)]).cumsum(-1)
+
+
+def _blocks(weights: Float[Tensor, "R V"]) -> Float[Tensor, "R B b"]:
+    missing = -weights.shape[-1] % _BLOCK
+    padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
+    return padded.unflatten(-1, (-1, _BLOCK))
+
+
+def draw(
+    weights: Float[Tensor, "R V"], sums: Float[Tensor, "R B"], uniform: Float[Tensor, " R"]
+) -> Int[Tensor, " R"]:
+    """The first token of each row at which the sum of `weights` exceeds `uniform` of the row's sum.
+
+    `sums` is block_sums(weights). They are those of blocks, and of the tokens of the one block that the row
+    draws from: a running sum of the whole vocabulary costs ten times that. A token without weight is never
+    drawn.
+    """
     target = (uniform * sums[:, -1])[:, None]
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    within = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].cumsum(
-        -1, dtype=torch.float64
-    )
+    rows = torch.arange(len(weights), device=weights.device)
+    within = _blocks(weights)[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)
     # The two sums of a block may differ in the last bit: the target stays below what its tokens sum up to.
     wanted = torch.minimum(target - before, torch.nextafter(within[:, -1:], within.new_tensor(-torch.inf)))
     drawn = block * _BLOCK + torch.searchsorted(within, wanted, right=True)
-    return drawn[:, 0].clamp(max=probs.shape[-1] - 1)  # of a row that is not finite, which the engine refuses
+    # The engine refuses a row that is not finite, after it has been drawn from.
+    return drawn[:, 0].clamp(max=weights.shape[-1] - 1)
 
 
-def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R"], Float[Tensor, "R V"]]:
+class LogProbs(NamedTuple):
+    """Log-probs of the whole vocabulary, of which a step mostly wants one a row: none is written down."""
+
+    logits: Float[Tensor, "R V"]
+    """over the temperature"""
+    log_sum: Float[Tensor, " R"]
+    """of their exponentials, in float64"""
+
+    def row(self, row: int) -> Float[Tensor, " V"]:
+        """Log-probs of one row."""
+        return (self.logits[row] - self.log_sum[row]).float()
+
+    def of(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
+        """Log-probs of one token a row."""
+        return (self.logits.gather(1, tokens[:, None])[:, 0] - self.log_sum).float()
+
+
+def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R"], LogProbs]:
     greedy = (knobs.temperature < GREEDY_TEMPERATURE) | (knobs.top_k == 1)
     temperature = knobs.temperature.masked_fill(greedy, 1.0)
-    plain = bool((temperature == 1).all())  # a division by 1 changes nothing but the place
-    log_probs = (logits if plain else logits / temperature[:, None]).log_softmax(-1)
-    probs = log_probs.exp()
+    if not bool((temperature == 1).all()):  # a division by 1 changes nothing but the place
+        logits = logits / temperature[:, None]
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp_()
+    sums = block_sums(weights)
+    scores = LogProbs(logits, sums[:, -1].log() + peak[:, 0])
     if bool(((knobs.top_p < 1) | (knobs.min_p > 0) | (knobs.top_k > 1)).any()):
-        probs = probs * _kept(probs, knobs)
+        weights = weights * _kept(weights / sums[:, -1:].float(), knobs)
+        sums = block_sums(weights)
     # Inverse CDF in vocabulary order: a row draws the same token with and without truncating neighbours.
-    drawn = draw(probs, knobs.uniform)
-    return torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn, log_probs
+    drawn = draw(weights, sums, knobs.uniform)
+    return torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn, scores
 
 
 def sample(
     logits: Float[Tensor, "R V"], knobs: Knobs
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, "R V"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], LogProbs]:
     """One token per row: (token, its log-prob, log-probs of the whole vocabulary).
 
     Log-probs are log_softmax(logits / temperature) before any truncation. Greedy rows (temperature 0 or
@@ -129,5 +160,6 @@ def sample(
         for i in range(0, logits.shape[0], rows)
     ]
     tokens = torch.cat([part[0] for part in parts])
-    log_probs = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts])
-    return tokens, log_probs.gather(1, tokens[:, None])[:, 0], log_probs
+    scores = [part[1] for part in parts]
+    whole = scores[0] if len(parts) == 1 else LogProbs(*map(torch.cat, zip(*scores, strict=True)))
+    return tokens, whole.of(tokens), whole

@@ -42,9 +42,11 @@ def step(remove: Callable[[], None], case: str, rank: int, directory: Path) -> N
 
 
 def outcome(remove: Callable[[], None], case: str, directory: Path) -> Outcome:
-    """What two ranks do, forked from a process that has imported everything and installed nothing."""
+    """What two ranks do, forked from a process that has imported everything and installed nothing.
+
+    That is tests/preloaded.py, as of all ranks.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mcore_rl.verify.layouts.measure"])
     ranks = [
         context.Process(target=step, args=(remove, case, rank, directory), daemon=True) for rank in range(2)
     ]

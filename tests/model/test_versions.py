@@ -30,6 +30,7 @@ BOTH = r"install 0\.16\.1 \(Python 3\.11\) or 0\.19\.2 \(Python 3\.12 and newer\
 
 
 def test_another_version_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(platform, "_installed", False)
     monkeypatch.setattr(metadata, "version", lambda name: "0.18.0")
     with pytest.raises(ConfigError, match=rf"megatron-core 0\.18\.0 is not supported.*{BOTH}"):
         platform.install()
@@ -39,6 +40,7 @@ def test_a_missing_megatron_is_named(monkeypatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
+    monkeypatch.setattr(platform, "_installed", False)
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(ConfigError, match=f"megatron-core is not installed; {BOTH}"):
         platform.install()

@@ -197,8 +197,20 @@ def error_of_wrong_shapes() -> str:
     return "none"
 
 
+def error_of_a_wrong_type() -> str:
+    """Of a function without an array."""
+    from mcore_rl.parallel.mesh import build_mesh
+
+    try:
+        build_mesh("tp2")  # pyright: ignore[reportArgumentType]
+    except Exception as error:
+        return type(error).__name__
+    return "none"
+
+
 def test_annotations_are_checked_in_the_processes_of_the_pools(pool2: Pool) -> None:
     assert pool2.run(error_of_wrong_shapes) == ["TypeCheckError"] * 2
+    assert pool2.run(error_of_a_wrong_type) == ["BeartypeCallHintParamViolation"] * 2
     program = "from tests.parallel.test_pool import error_of_wrong_shapes; print(error_of_wrong_shapes())"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60, capture_output=True, text=True

@@ -1,17 +1,15 @@
 """Builds ranks of a layout one after the other in one process, without memory and without other processes.
 
-    python -m tests.plan.ranks OUT.json MODEL_DIR=LAYOUT ... MODEL_DIR=LAYOUT:all
-
-Megatron's own models on the meta device, their groups made by torch's fake process group. OUT.json gets a
-list per argument: where each rank stands and how many parameters its policy and its critic have. `:all`
-builds every rank. Otherwise each expert-parallel rank of a pipeline stage is built once, and the stage's last
-rank besides: tensor-parallel ranks differ in what they hold, not in how much (Megatron refuses uneven cuts).
+Megatron's own models on the meta device, their groups made by torch's fake process group. A case is
+MODEL_DIR=LAYOUT, or MODEL_DIR=LAYOUT:all, and has a list in the answer: where each rank stands and how many
+parameters its policy and its critic have. `:all` builds every rank. Otherwise each expert-parallel rank of a
+pipeline stage is built once, and the stage's last rank besides: tensor-parallel ranks differ in what they
+hold, not in how much (Megatron refuses uneven cuts).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from math import prod
@@ -116,6 +114,7 @@ def _whole(mapping: ParameterMap, name: str, sizes: dict[int, int], tensor: int)
 
 
 def main(out: Path, cases: list[str]) -> None:
+    """Writes the lists of all cases; for a process of its own, which can build nothing else afterwards."""
     platform.install()
     platform.device = lambda: torch.device("meta")  # where this process computes: nowhere
     answers = []
@@ -124,7 +123,3 @@ def main(out: Path, cases: list[str]) -> None:
         layout, _, every = text.partition(":")
         answers.append(list(built_ranks(Path(directory), Layout.parse(layout), every=every == "all")))
     out.write_text(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

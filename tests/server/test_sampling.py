@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from mcore_rl.server import sampling
-from mcore_rl.server.sampling import Knobs, counter_uniform, draw, sample
+from mcore_rl.server.sampling import Knobs, block_sums, counter_uniform, sample
 
 DRAWS = 40_000
+
+
+def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    return sampling.draw(weights, block_sums(weights), uniform)
 
 
 def knobs(rows: int, uniform: torch.Tensor, **changes: float) -> Knobs:

@@ -346,14 +346,17 @@ def weight_grad(weight: Tensor, accumulator: Tensor | None) -> Tensor | None:
 
     Megatron's contract for a gradient that already lies in `main_grad`: set `grad_added_to_main_grad` and
     return a dummy, so that DDP's hook still fires (never None); zeros where `zero_out_wgrad` says that the
-    dummy will be added (tied embeddings: the embedding's own gradient joins it).
+    dummy will be added (tied embeddings: the embedding's own gradient joins it). It waits for that gradient
+    through the whole backward pass, and has the memory of one zero.
     """
     if accumulator is None:
         return None
     if getattr(weight, "main_grad", None) is None:
         return accumulator.to(weight.dtype)
     weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    if getattr(weight, "zero_out_wgrad", False):
+        return weight.new_zeros(()).expand_as(weight)
+    return torch.empty_like(weight)
 
 
 @cache

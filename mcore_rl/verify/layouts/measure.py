@@ -197,9 +197,9 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
     optimizer = build_optimizer(model, lr=subject.lr, kind="sgd", clip_grad=0.0, distributed=False)
     parameters = global_parameters(model.unwrapped)
     micro_batches = subject.micro_batches
-    start = gathered(model, parameters)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     first = _pass(model, optimizer, subject, micro_batches)
-    gradients = gathered(model, {name: vars(p)["main_grad"] for name, p in parameters.items()})
+    gradients = {name: vars(parameter)["main_grad"].clone() for name, parameter in parameters.items()}
     norm = optimizer.step()
     for _ in range(SGD_STEPS - 1):
         _pass(model, optimizer, subject, micro_batches)
@@ -207,14 +207,13 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
     totals = Gathered(first).reduce(mesh)
     by_name = {key.name: total for key, total in totals.items()}
     loss = next(by_name[name] for name in LOSSES if name in by_name)
+    whole = gathered(model, {"start": start, "gradients": gradients, "parameters": parameters})
     return Measured(
         loss=loss.item(),
         abs_loss=by_name.get("loss/scale", loss).abs().item(),
         metrics=by_name | {"grad_norm": torch.tensor(norm)},
         scores=subject.scores,
-        gradients=gradients,
-        parameters=gathered(model, parameters),
-        start=start,
+        **whole,
         exp_avg=_first_moments(subject),
     )
 
@@ -224,16 +223,16 @@ def _first_moments(subject: _Subject) -> dict[str, Tensor]:
     optimizer = build_optimizer(
         model, lr=problem.ADAM_LEARNING_RATE, eps=problem.ADAM_EPS, clip_grad=0.0, distributed=True
     )
-    moments: dict[str, Tensor] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
     for step in range(ADAM_STEPS):
         _pass(model, optimizer, subject, subject.micro_batches)
         optimizer.step()
-        whole = {
+        moments[f"{step + 1}"] = {
             name: _whole_state(optimizer, parameter, "exp_avg")
             for name, parameter in global_parameters(model.unwrapped).items()
         }
-        moments |= {f"{step + 1}:{name}": moment for name, moment in gathered(model, whole).items()}
-    return moments
+    whole = gathered(model, moments)
+    return {f"{step}:{name}": moment for step, its in whole.items() for name, moment in its.items()}
 
 
 def _pass(model: Model, optimizer: Optimizer, subject: _Subject, micro_batches: Sequence[PackedBatch]):
@@ -267,9 +266,16 @@ def _shape(model_dir: Path, mesh: Mesh) -> Batching:
     )
 
 
-def gathered(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per-rank tensors by global Megatron name -> {HF name: full tensor} on rank 0, empty elsewhere."""
-    mine = gather(dict(tensors), model.mapping, model.mesh)
-    shares: list[dict[str, Tensor]] = [{} for _ in range(model.mesh.layout.world_size)]
+def gathered(model: Model, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Per-rank tensors of several kinds by global Megatron name -> kind -> {HF name: full tensor} on rank 0.
+
+    Elsewhere the kinds are empty.
+    """
+    mine = {kind: gather(dict(tensors), model.mapping, model.mesh) for kind, tensors in kinds.items()}
+    shares = [mine] * model.mesh.layout.world_size
     dist.gather_object(mine, shares if model.mesh.is_main else None, group=model.mesh.world)
-    return {name: tensor for share in shares for name, tensor in share.items()} if model.mesh.is_main else {}
+    whole: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for share in shares if model.mesh.is_main else ():
+        for kind, tensors in share.items():
+            whole[kind] |= tensors
+    return whole
