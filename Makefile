@@ -14,7 +14,9 @@ READY := .venv/.ready
 DEV := .venv/.dev
 LANE := .venv-lane/bin
 LANE_READY := .venv-lane/.ready
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Bytecode is kept whatever the environment says: else each of some 200 processes compiles the library again.
+TESTED := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+PYTEST := $(TESTED) $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadgroup
 SGLANG := .venv-sglang
 VERIFIERS := .venv-verifiers
@@ -105,7 +107,7 @@ test: lint  ## lint and the whole correctness suite on CPU
 	$(PYTEST) $(PARALLEL) -m "$(CORRECTNESS) and not lanes"
 
 test-lane: $(LANE_READY)  ## models, layouts and the demo on the newer Megatron-Core, and its losses against the older
-	OMP_NUM_THREADS=1 $(LANE)/python -m pytest $(PARALLEL) -m "$(CORRECTNESS)" $(LANE_TESTS)
+	$(TESTED) $(LANE)/python -m pytest $(PARALLEL) -m "$(CORRECTNESS)" $(LANE_TESTS)
 
 test-fast: $(DEV)  ## the inner loop: under 3 minutes
 	$(PYTEST) $(PARALLEL) -m "not slow and $(CORRECTNESS) and not lanes"

@@ -21,7 +21,7 @@ SHARED_BY = (HERE / "rollout", HERE / "server")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if any(room in item.path.parents for room in SHARED_BY):  # one worker owns the session's server
+        if any(item.path.is_relative_to(room) for room in SHARED_BY):  # one worker owns the session's server
             item.add_marker(pytest.mark.xdist_group("rollout"))
 
 

@@ -174,15 +174,7 @@ async def run(app: web.Application, sock: socket.socket, address_file: Path | No
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    runner = web.AppRunner(
-        app,
-        handle_signals=False,
-        handler_cancellation=True,
-        shutdown_timeout=_SHUTDOWN_SECONDS,
-        keepalive_timeout=CONNECTION_SECONDS,
-        auto_decompress=False,  # a compressed body could unfold to any size
-        access_log=None,
-    )
+    runner = build_runner(app)
     await runner.setup()
     try:
         try:
@@ -198,6 +190,19 @@ async def run(app: web.Application, sock: socket.socket, address_file: Path | No
         await runner.cleanup()
         if address_file is not None:
             address_file.unlink(missing_ok=True)
+
+
+def build_runner(app: web.Application) -> web.AppRunner:
+    """What serves `app`, with its limits of connections."""
+    return web.AppRunner(
+        app,
+        handle_signals=False,
+        handler_cancellation=True,
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+        keepalive_timeout=CONNECTION_SECONDS,
+        auto_decompress=False,  # a compressed body could unfold to any size
+        access_log=None,
+    )
 
 
 def address_of(sock: socket.socket, *, here: bool = False) -> str:

@@ -39,6 +39,12 @@ class Task:
         ]
 
 
+def without_threads(arguments: list[str]) -> list[str]:
+    """Servers given by url have no threads to set: the key would be refused."""
+    at = arguments.index("--rollout.threads")
+    return arguments[:at] + arguments[at + 2 :]
+
+
 def command(*arguments: str) -> list[str]:
     """The `mcore-rl` command line."""
     return [sys.executable, "-m", "mcore_rl", *arguments]

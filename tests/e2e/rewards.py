@@ -20,6 +20,12 @@ def brevity(sample: Sample) -> float:
     return -float(len(sample.token_ids))
 
 
+def patient(sample: Sample) -> float:
+    """The reward of brevity, after a moment: a run that has to last waits then, and computes little."""
+    time.sleep(0.02)
+    return brevity(sample)
+
+
 def fill(sample: Sample) -> float:
     """Every other sample earns something; the 25th call, once, leaves TEST_SPARE bytes on TEST_DISK."""
     call, witness = next(_calls), Path(os.environ["TEST_WITNESS"])

@@ -19,7 +19,7 @@ from aiohttp import ClientSession, web
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.processes import Embedded, LocalServer
-from tests.e2e.conftest import ENVIRONMENT, ROOT, command
+from tests.e2e.conftest import ENVIRONMENT, ROOT, command, without_threads
 from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
@@ -122,6 +122,7 @@ def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_pro
     Nothing that the run wrote or said has the servers' key.
     """
     flags = ["--rollout.servers", "2", "--train.steps", "100000", "--rollout.api_key_env", "THE_KEY"]
+    flags += ["--reward.function", "tests.e2e.rewards:patient"]
     arguments = gspo(folder, tmp_path, *flags)
     log, events = tmp_path / "log", tmp_path / "events.jsonl"
     with log.open("wb") as out:
@@ -158,12 +159,6 @@ def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_pro
 def _servers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     family = psutil.Process(process.pid).children(recursive=True)
     return [child for child in family if "mcore_rl.server" in child.cmdline()]
-
-
-def without_threads(arguments: list[str]) -> list[str]:
-    """Servers given by url have no threads to set: the key would be refused."""
-    at = arguments.index("--rollout.threads")
-    return arguments[:at] + arguments[at + 2 :]
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from mcore_rl.convert.command import adapter, mcore_to_hf, merge
 from mcore_rl.errors import ConfigError
 from mcore_rl.log import read_metrics
+from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.talk.weights import model_of
 from tests.checkpoint.support import stored
-from tests.e2e.conftest import Task
+from tests.e2e.conftest import Task, without_threads
 from tests.e2e.ranks import Ranks
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -30,17 +32,26 @@ LORA = (
 )
 
 
-def grpo(task: Task, directory: Path, *flags: str) -> list[str]:
-    steps = ["--train.steps", "3", "--rollout.prompts_per_step", "32"]
-    return ["train", "examples/grpo_tiny.toml", *task.rl, *LORA, *steps, "--run.dir", str(directory), *flags]
+@pytest.fixture(scope="module")
+def url(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the warm start, which takes the weights of whatever run publishes to it."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with LocalServer(task.root / "warm_start/model", Embedded(threads=1), log_file=log) as server:
+        yield server.url
+
+
+def grpo(task: Task, url: str, directory: Path, *flags: str) -> list[str]:
+    rl = without_threads(task.rl)
+    steps = ["--train.steps", "3", "--rollout.prompts_per_step", "32", "--rollout.urls", f'["{url}"]']
+    return ["train", "examples/grpo_tiny.toml", *rl, *LORA, *steps, "--run.dir", str(directory), *flags]
 
 
 def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
-    ranks: Ranks, task: Task, tmp_path: Path
+    ranks: Ranks, task: Task, url: str, tmp_path: Path
 ) -> None:
     flags = ["--checkpoint.every", "1", "--checkpoint.keep", "3", "--algorithm.params.kl_in_loss", "0.01"]
     flags += ["--algorithm.mini_batches", "1"]
-    done = ranks.run(*grpo(task, tmp_path / "whole", *flags), world=2)
+    done = ranks.run(*grpo(task, url, tmp_path / "whole", *flags), world=2)
     assert done.returncode == 0, done.stderr
     assert "grpo on adapters of rank " in done.stderr
     first, *steps = read_metrics(tmp_path / "whole" / "metrics.jsonl")
@@ -49,7 +60,7 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
     assert all(step["kl/reference"] > 0 for step in steps[1:])
     assert steps[0]["kl/reference"] == 0, "the reference is the policy without its adapters, which began so"
     resumed = ["--resume", str(tmp_path / "whole/checkpoints/step_2")]
-    done = ranks.run(*grpo(task, tmp_path / "again", *flags, *resumed), world=2)
+    done = ranks.run(*grpo(task, url, tmp_path / "again", *flags, *resumed), world=2)
     assert done.returncode == 0, done.stderr
     one, other = (stored(tmp_path / name / "checkpoints/step_3") for name in ("whole", "again"))
     assert one.keys() == other.keys()
@@ -82,10 +93,10 @@ def test_a_run_publishes_merged_weights_and_continues_from_its_adapters(
 
 
 def test_servers_that_generate_beside_training_have_the_adapters(
-    ranks: Ranks, task: Task, tmp_path: Path
+    ranks: Ranks, task: Task, url: str, tmp_path: Path
 ) -> None:
     flags = ["--rollout.max_staleness", "1", "--algorithm.params.correction", "tis-token"]
-    done = ranks.run(*grpo(task, tmp_path, *flags, "--parallel.tensor", "1"))
+    done = ranks.run(*grpo(task, url, tmp_path, *flags, "--parallel.tensor", "1"))
     assert done.returncode == 0, done.stderr
     steps = read_metrics(tmp_path / "metrics.jsonl")[1:]
     assert len(steps) == 3
@@ -98,10 +109,10 @@ def test_servers_that_generate_beside_training_have_the_adapters(
     [("fp32", "it does not hold the published weights"), ("bf16", "The adapters did not arrive")],
 )
 def test_a_publish_that_drops_the_adapters_ends_the_run_at_step_1(
-    ranks: Ranks, task: Task, tmp_path: Path, precision: str, said: str
+    ranks: Ranks, task: Task, url: str, tmp_path: Path, precision: str, said: str
 ) -> None:
     planted = ["--algorithm.loss", "tests.losses.dropped_adapters:loss", "--model.precision", precision]
-    done = ranks.run(*grpo(task, tmp_path, *planted), world=2)
+    done = ranks.run(*grpo(task, url, tmp_path, *planted), world=2)
     assert done.returncode != 0
     assert said in done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]

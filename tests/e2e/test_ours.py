@@ -100,13 +100,13 @@ def test_what_another_program_wrote_among_the_checkpoints_stops_the_run_and_stay
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_run_goes_on_beside_files_that_are_not_in_its_way(ranks, folder, tmp_path):
+def test_a_run_goes_on_beside_files_that_are_not_in_its_way(ranks, folder, server_url, tmp_path):
     """One is where a tracker keeps its own: it raises, and the run has all of its steps."""
     names = ("notes.txt", "samples/mine.txt", "weights/mine/x", "checkpoints/mine/x", "publish/LATEST")
     kept = plant(*(tmp_path / "run" / name for name in (*names, "tensorboard")))
     short = ("--checkpoint.every", "0", "--train.steps", "1", "--run.trackers", '["tensorboard"]')
     for runs, more in enumerate(((), ("--overwrite",)), 1):
-        done = ranks.run(*grpo(folder, tmp_path / "run", *short, *more))
+        done = ranks.run(*grpo(folder, tmp_path / "run", *short, *more, url=server_url))
         assert done.returncode == 0, done.stderr
         assert kept()
         assert done.stderr.count("mcore-rl: tensorboard gets no more of this run: ") == 1, done.stderr

@@ -11,17 +11,17 @@ from pathlib import Path
 from aiohttp import web
 
 from mcore_rl.server.api import Api, build_app
-from mcore_rl.server.server import build_api
+from mcore_rl.server.server import build_api, build_runner
 
 
 @contextmanager
-def embedded(model_dir: Path, *, kv_tokens: int = 1 << 16) -> Iterator[tuple[str, Api]]:
+def embedded(
+    model_dir: Path, *, kv_tokens: int = 1 << 16, api_key: str | None = None
+) -> Iterator[tuple[str, Api]]:
     """Its address, on an event loop in a thread of its own, and the API that answers there."""
     api = build_api(model_dir, "cpu", 64, None, kv_tokens, 0)
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(
-        build_app(api, api_key=None, max_body_bytes=8 << 20), handler_cancellation=True, shutdown_timeout=2.0
-    )
+    runner = build_runner(build_app(api, api_key=api_key, max_body_bytes=8 << 20))
 
     async def start() -> str:
         await runner.setup()

@@ -39,23 +39,22 @@ def served(task: list[str], server_url: str) -> list[str]:
 OWN_SERVER = ("--rollout.threads", "1")
 
 
-def of_reward(run_dir: Path, reward: str, ranks: int, *flags: str) -> list[str]:
-    """The command's arguments."""
-    own = ["--run.dir", str(run_dir), "--reward.function", f"tests.faults.rewards:{reward}"]
-    return ["train", "examples/gspo_tiny.toml", *flags, *own, "--parallel.tensor", str(ranks)]
+def command(run_dir: Path, ranks: int, *flags: str) -> list[str]:
+    """Its arguments."""
+    own = ["--run.dir", str(run_dir), "--reward.workers", "1", "--parallel.tensor", str(ranks)]
+    return ["train", "examples/gspo_tiny.toml", *flags, *own]
 
 
 def train(
     run_dir: Path, function: str, ranks: int, *flags: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mcore_rl", "train", "examples/gspo_tiny.toml", *flags]
     key = "--algorithm.loss" if function.startswith("losses:") else "--reward.function"
-    command += ["--run.dir", str(run_dir), key, f"tests.faults.{function}", "--reward.workers", "1"]
-    command += ["--parallel.tensor", str(ranks)]
+    words = command(run_dir, ranks, *flags, key, f"tests.faults.{function}")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False
-    )
+        [sys.executable, "-m", "mcore_rl", *words],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False,
+    )  # fmt: skip
 
 
 def ends(run_dir: Path) -> dict[int, int]:
@@ -63,9 +62,10 @@ def ends(run_dir: Path) -> dict[int, int]:
     return {event["rank"]: event["exit_code"] for event in events if event["kind"] == "end"}
 
 
-def test_a_reward_that_exits_ends_the_run_as_its_error(served: list[str], tmp_path: Path):
+def test_a_reward_that_exits_ends_the_run_as_its_error(ranks: Ranks, served: list[str], tmp_path: Path):
     """With exit code 0, which is that of success; tests/rewards has all that a reward can raise."""
-    done = train(tmp_path, "rewards:leave", 2, *served, "--reward.max_void", "0")
+    leaving = ("--reward.function", "tests.faults.rewards:leave", "--reward.max_void", "0")
+    done = ranks.run(*command(tmp_path, 2, *served, *leaving), world=2)
     assert done.returncode == 2, done.stderr
     said = (
         "mcore-rl: RewardError: reward tests.faults.rewards:leave gave 1 of 32 samples no reward (raised: 1)"
@@ -110,9 +110,7 @@ def works(number: int) -> bool:
         return False
 
 
-def test_what_a_reward_forks_ends_with_the_run_and_never_trains(
-    ranks: Ranks, task: list[str], tmp_path: Path
-):
+def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str], tmp_path: Path):
     """A pool of processes works while signals save a step; then a resumed run has nothing left to do."""
     run_dir, forked = tmp_path / "run", tmp_path / "forked"
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

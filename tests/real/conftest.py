@@ -12,7 +12,7 @@ MADE = HERE.parents[1] / "runs" / "real"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents:
+        if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.real)
             item.add_marker(pytest.mark.timeout(900))
             item.add_marker(pytest.mark.xdist_group("real"))

@@ -1,8 +1,9 @@
-"""The embedded server with a probe in its event loop, and ways to make its engine thread hang.
+"""The embedded server with a probe in its event loop, and a way to make its engine thread hang.
 
 `python -m tests.server.probed_server MODEL_DIR --port P`: what `serve` runs, and besides
 GET /lag: the longest time since the last call that the loop could not run a timer, in seconds of this
-process's CPU time, so that other processes do not count; POST /hang: the engine thread hangs for good.
+process's CPU time, so that other processes do not count; POST /hang: the engine thread hangs until
+POST /let_go.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import torch
 from aiohttp import web
 
 from mcore_rl.rollout.processes import Embedded
-from mcore_rl.server import bodies, server
-from mcore_rl.server.api import Api, build_app
+from mcore_rl.server.api import build_app
 from mcore_rl.server.server import build_api, run
 
 TICK = 0.005
@@ -60,28 +60,28 @@ class Probe:
         return web.json_response({"seconds": worst})
 
 
-def hang(api: Api) -> web.Response:
-    api.worker.call(lambda _: threading.Event().wait())
-    return web.Response()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--port", type=int)
-    parser.add_argument("--short", action="store_true", help="deadlines of half a second")
     given = parser.parse_args()
-    if given.short:
-        bodies.BODY_SECONDS = server.CONNECTION_SECONDS = 0.5
     torch.set_num_threads(1)
     api = build_api(given.model_dir, "cpu", 1024, None, None, 0)
     api.stall_seconds = 1.0
     app, probe = build_app(api, api_key=None, max_body_bytes=8 << 20), Probe()
 
-    async def hanging(_: web.Request) -> web.Response:
-        return hang(api)
+    let_go = threading.Event()
 
-    app.add_routes([web.get("/lag", probe.lag), web.post("/hang", hanging)])
+    async def hang(_: web.Request) -> web.Response:
+        let_go.clear()
+        api.worker.call(lambda _: let_go.wait())
+        return web.Response()
+
+    async def end_hang(_: web.Request) -> web.Response:
+        let_go.set()
+        return web.Response()
+
+    app.add_routes([web.get("/lag", probe.lag), web.post("/hang", hang), web.post("/let_go", end_hang)])
     app.cleanup_ctx.append(probe.run)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

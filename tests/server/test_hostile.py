@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 
 from mcore_rl.errors import ConfigError
 from mcore_rl.rollout.client import RolloutClient, call
-from mcore_rl.rollout.processes import Embedded, LocalServer
-from mcore_rl.server import bodies
+from mcore_rl.rollout.processes import LocalServer
+from mcore_rl.server import bodies, server
 from mcore_rl.server.api import until_sent
 from mcore_rl.server.bodies import MalformedBodyError, encode, parse_json
 from mcore_rl.server.server import serve
+from tests.environments.served import embedded
 from tests.rollout.support import CONTEXT, DEADLINE, VOCAB, http, save_model, wait_until
 from tests.server.probed_server import Probed
 
@@ -68,31 +69,33 @@ def repeated(item: bytes, size: int = 8 * MIB - 4096) -> bytes:
     return b"[" + b",".join([item] * (size // (len(item) + 1))) + b"]"
 
 
-BODIES: dict[str, bytes] = {
-    "words for ids": b'{"input_ids": %s}' % repeated(b'"a"', 781 << 10),
-    "8 MiB of words for ids": b'{"input_ids": %s}' % repeated(b'"a"'),
-    "empty lists": b'{"input_ids": %s}' % repeated(b"[]"),
-    "lists of one": b'{"input_ids": %s}' % repeated(b"[1]"),
-    "objects": b'{"input_ids": [1], "sampling_params": %s}' % repeated(b"{}"),
-    "ids": b'{"input_ids": %s}' % repeated(b"123456"),
-    "small ids": b'{"input_ids": %s}' % repeated(b"1"),
-    "floats": b'{"input_ids": %s}' % repeated(b"1e5"),
-    "4290 digits": b'{"input_ids": %s}' % repeated(b"9" * 4290),
-    "5000 digits": b'{"input_ids": %s}' % repeated(b"9" * 5000),
-    "keys": b"{%s}" % b",".join(b'"%d":1' % i for i in range(700_000)),
-    "a few unknown keys": b"{%s}" % b",".join(b'"%d":1' % i for i in range(5000)),
-    "deep": b'{"input_ids": ' + b"[" * (4 * MIB),
-    "deep and closed": b'{"input_ids": ' + b"[" * 2 * MIB + b"]" * 2 * MIB + b"}",
-    "deep objects": b'{"a":' * MIB,
-    "blanks": b'{"input_ids": [1,' + b" " * 8_000_000 + b"x]}",
-    "a long text": b'{"text": "%s"}' % (b"w1 " * (2 * MIB)),
-    "many texts": b'{"text": %s}' % repeated(b'"w"'),
-    "escapes": b'{"text": "%s"}' % (b"\\u1234" * (MIB + 1)),
-    "a long rid": b'{"input_ids": [1], "rid": "%s"}' % (b"a" * 7 * MIB),
-    "many rids": b'{"input_ids": [1], "rid": %s}' % repeated(b'"a"'),
-    "many stop ids": b'{"input_ids": [1], "sampling_params": {"stop_token_ids": %s, "n": 4096}}'
-    % repeated(b"1", MIB // 16),
-    "all log-probs of 4096 copies": json.dumps(
+BODIES: dict[str, Callable[[], bytes]] = {
+    "words for ids": lambda: b'{"input_ids": %s}' % repeated(b'"a"', 781 << 10),
+    "8 MiB of words for ids": lambda: b'{"input_ids": %s}' % repeated(b'"a"'),
+    "empty lists": lambda: b'{"input_ids": %s}' % repeated(b"[]"),
+    "lists of one": lambda: b'{"input_ids": %s}' % repeated(b"[1]"),
+    "objects": lambda: b'{"input_ids": [1], "sampling_params": %s}' % repeated(b"{}"),
+    "ids": lambda: b'{"input_ids": %s}' % repeated(b"123456"),
+    "small ids": lambda: b'{"input_ids": %s}' % repeated(b"1"),
+    "floats": lambda: b'{"input_ids": %s}' % repeated(b"1e5"),
+    "4290 digits": lambda: b'{"input_ids": %s}' % repeated(b"9" * 4290),
+    "5000 digits": lambda: b'{"input_ids": %s}' % repeated(b"9" * 5000),
+    "keys": lambda: b"{%s}" % b",".join(b'"%d":1' % i for i in range(700_000)),
+    "a few unknown keys": lambda: b"{%s}" % b",".join(b'"%d":1' % i for i in range(5000)),
+    "deep": lambda: b'{"input_ids": ' + b"[" * (4 * MIB),
+    "deep and closed": lambda: b'{"input_ids": ' + b"[" * 2 * MIB + b"]" * 2 * MIB + b"}",
+    "deep objects": lambda: b'{"a":' * MIB,
+    "blanks": lambda: b'{"input_ids": [1,' + b" " * 8_000_000 + b"x]}",
+    "a long text": lambda: b'{"text": "%s"}' % (b"w1 " * (2 * MIB)),
+    "many texts": lambda: b'{"text": %s}' % repeated(b'"w"'),
+    "escapes": lambda: b'{"text": "%s"}' % (b"\\u1234" * (MIB + 1)),
+    "a long rid": lambda: b'{"input_ids": [1], "rid": "%s"}' % (b"a" * 7 * MIB),
+    "many rids": lambda: b'{"input_ids": [1], "rid": %s}' % repeated(b'"a"'),
+    "many stop ids": lambda: (
+        b'{"input_ids": [1], "sampling_params": {"stop_token_ids": %s, "n": 4096}}'
+        % repeated(b"1", MIB // 16)
+    ),
+    "all log-probs of 4096 copies": lambda: json.dumps(
         {
             "input_ids": [1] * 400,
             "return_logprob": True,
@@ -101,29 +104,33 @@ BODIES: dict[str, bytes] = {
             "sampling_params": {"n": 4096, "max_new_tokens": 100},
         }
     ).encode(),
-    "wrong types": b'{"input_ids": {}, "text": 5, "rid": 7, "sampling_params": 3, "top_logprobs_num": []}',
-    "no object": repeated(b"1"),
-    "not UTF-8": b'{"text": "' + b"\xff" * (8 * MIB - 100) + b'"}',
-    "too long": b" " * (9 * MIB),
+    "wrong types": lambda: (
+        b'{"input_ids": {}, "text": 5, "rid": 7, "sampling_params": 3, "top_logprobs_num": []}'
+    ),
+    "no object": lambda: repeated(b"1"),
+    "not UTF-8": lambda: b'{"text": "' + b"\xff" * (8 * MIB - 100) + b'"}',
+    "too long": lambda: b" " * (9 * MIB),
 }
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_no_body_holds_the_event_loop(probed: LocalServer, name: str) -> None:
     lag(probed.url)
-    status, reply = post(probed.url, "/generate", BODIES[name])
+    body = BODIES[name]()
+    status, reply = post(probed.url, "/generate", body)
     assert 400 <= status < 500, reply[:500]
     assert len(reply) < 8192
     assert lag(probed.url) < LAG
-    status, reply = post(probed.url, "/update_weights_from_disk", BODIES[name])
+    status, reply = post(probed.url, "/update_weights_from_disk", body)
     assert 400 <= status < 500, reply[:500]
     assert len(reply) < 8192
     assert lag(probed.url) < LAG
 
 
 def test_the_probe_sees_a_body_that_is_parsed_in_one_go() -> None:
+    body = BODIES["lists of one"]()
     start = time.process_time()
-    json.loads(BODIES["lists of one"])
+    json.loads(body)
     assert time.process_time() - start > 2 * LAG
 
 
@@ -269,12 +276,12 @@ def test_a_tokenizer_without_an_unknown_token_refuses_a_text_with_one(tmp_path: 
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     tokenizer["model"]["unk_token"] = "absent"
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with LocalServer(directory, Probed(threads=1), log_file=tmp_path / "log") as server:
+    with embedded(directory) as (url, _):
         for text in ("nothing", "\0", "\ud800", ["w1", "nothing"]):
-            answer = http(server.url, "/generate", {"text": text})
+            answer = http(url, "/generate", {"text": text})
             assert answer.status == 400
             assert "the tokenizer cannot encode the text" in answer.body["error"]["message"]
-        answer = http(server.url, "/generate", {"text": "w1", "sampling_params": {"max_new_tokens": 1}})
+        answer = http(url, "/generate", {"text": "w1", "sampling_params": {"max_new_tokens": 1}})
         assert answer.status == 200
 
 
@@ -335,11 +342,9 @@ def get(url: str, path: str, host: str) -> int:
         return int(sock.recv(4096).split(b" ", 2)[1])
 
 
-def test_a_key_that_is_not_text_is_a_wrong_key(tmp_path: Path, dir_a: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("ROLLOUT_TEST_KEY", "canary")
-    program = Embedded(threads=1, api_key_env="ROLLOUT_TEST_KEY")
-    with LocalServer(dir_a, program, log_file=tmp_path / "log") as server:
-        host, port = server.url.removeprefix("http://").split(":")
+def test_a_key_that_is_not_text_is_a_wrong_key(dir_a: Path) -> None:
+    with embedded(dir_a, api_key="canary") as (url, _):
+        host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=DEADLINE) as sock:
             sock.sendall(
                 b"GET /model_info HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n\r\n"
@@ -372,10 +377,12 @@ def test_an_option_with_which_nothing_could_be_served_is_named(dir_a: Path, opti
         serve(dir_a, **{option: value})
 
 
-def test_half_sent_requests_end_by_a_deadline(dir_a: Path, tmp_path: Path) -> None:
+def test_half_sent_requests_end_by_a_deadline(dir_a: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(server, "CONNECTION_SECONDS", 0.5)
     head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with LocalServer(dir_a, Probed(threads=1, options=("--short",)), log_file=tmp_path / "log") as server:
-        host, port = server.url.removeprefix("http://").split(":")
+    with embedded(dir_a) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
         for sent in (b"", b"POST /gen", head, head + b"Content-Length: 100\r\n\r\n{"):
             with socket.create_connection((host, int(port)), timeout=DEADLINE) as sock:
                 if sent:
@@ -450,15 +457,22 @@ def test_health_is_answered_in_the_middle_of_a_long_step(probed: LocalServer) ->
     assert slowest < 1.0
 
 
-def test_a_worker_that_hangs_is_unhealthy_and_one_that_waits_is_not(tmp_path: Path, dir_a: Path) -> None:
-    with LocalServer(dir_a, Probed(threads=1), log_file=tmp_path / "log") as server:
-        time.sleep(1.5)
-        assert http(server.url, "/health", method="GET").status == 200
-        assert http(server.url, "/hang", {}).status == 200
-        wait_until(lambda: http(server.url, "/health", method="GET").status == 503, "it is unhealthy")
+def test_a_worker_that_hangs_is_unhealthy_and_one_that_waits_is_not(probed: LocalServer) -> None:
+    healthy = lambda: http(probed.url, "/health", method="GET").status == 200  # noqa: E731
+    time.sleep(1.5)
+    assert healthy()
+    try:
+        assert http(probed.url, "/hang", {}).status == 200
+        wait_until(lambda: http(probed.url, "/health", method="GET").status == 503, "it is unhealthy")
         for path in ("/v1/loads", "/model_info", "/server_info"):  # none of them waits for that thread
-            assert http(server.url, path, method="GET").status == 200
-        assert server.process is not None
-        os.kill(server.process.pid, signal.SIGSTOP)
-        assert not call(RolloutClient(server.url), lambda client: client.healthy(1.0))
-        server.kill()
+            assert http(probed.url, path, method="GET").status == 200
+    finally:
+        http(probed.url, "/let_go", {})
+    wait_until(healthy, "it works again")
+    assert probed.process is not None
+    os.kill(probed.process.pid, signal.SIGSTOP)
+    try:
+        assert not call(RolloutClient(probed.url), lambda client: client.healthy(1.0))
+    finally:
+        os.kill(probed.process.pid, signal.SIGCONT)
+    wait_until(healthy, "it goes on")

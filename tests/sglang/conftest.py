@@ -30,7 +30,7 @@ ON_CPU = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents:
+        if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.sglang)
             item.add_marker(pytest.mark.timeout(600))
 

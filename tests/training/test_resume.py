@@ -117,14 +117,6 @@ def forget_moments(config: Config, layout: Layout, directory: Path, saved: Path)
         return done, state(run), run_document(run.trainer.config, run.contents, run.trainer.attempt)
 
 
-@pytest.mark.slow
-def test_another_seed_is_refused(pool2, config, tmp_path):
-    pool2.run(run_through, config, Layout(tensor=2), tmp_path / "a", timeout=110.0)
-    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
-    pool2.run(resume_refused, other, tmp_path / "a", timeout=110.0)
-    assert [line["step"] for line in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [1, 2, 3, 4]
-
-
 def resume_refused(config: Config, directory: Path) -> None:
     latest = find(directory / "checkpoints", "latest").path
     with (
