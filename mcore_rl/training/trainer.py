@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from mcore_rl.training.inputs import Inputs
 from mcore_rl.training.metrics import Work, throughput
 from mcore_rl.training.rundir import Identity
 from mcore_rl.types import Tokens
+
+GIVE_BACK_EVERY = 10
+"""steps between two times that free memory is given back; each takes some milliseconds"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Trainer:
         self.attempt.reached(f"step {step}")
         for told in self.ended:
             told(step)
+        if step % GIVE_BACK_EVERY == 0:
+            give_back_memory()
 
     @property
     def temperature(self) -> float:
@@ -97,6 +103,16 @@ class Trainer:
     def probe_prompts(self) -> list[tuple[int, ...]]:
         """Token sequences for the check of the first publish, before anything was sampled."""
         return [prompt.token_ids for prompt in self.prompts.first(self.config.publish.probe_sequences)]
+
+
+def give_back_memory() -> None:
+    """Give the system the pages that malloc has free between what is in use, where the C library can.
+
+    Tensors and messages of other sizes come and go every step. Without this, the gaps between what stays grow
+    by a third of a small rank's memory in some thousand steps, while what is in use does not.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def decode_with(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tokens) -> str:
