@@ -27,9 +27,6 @@ from mcore_rl.training.metrics import Work, throughput
 from mcore_rl.training.rundir import Identity
 from mcore_rl.types import Tokens
 
-GIVE_BACK_EVERY = 10
-"""steps between two times that free memory is given back; each takes some milliseconds"""
-
 
 @dataclass(frozen=True)
 class Attempt:
@@ -88,8 +85,7 @@ class Trainer:
         self.attempt.reached(f"step {step}")
         for told in self.ended:
             told(step)
-        if step % GIVE_BACK_EVERY == 0:
-            give_back_memory()
+        give_back_memory()
 
     @property
     def temperature(self) -> float:
@@ -109,7 +105,8 @@ def give_back_memory() -> None:
     """Give the system the pages that malloc has free between what is in use, where the C library can.
 
     Tensors and messages of other sizes come and go every step. Without this, the gaps between what stays grow
-    by a third of a small rank's memory in some thousand steps, while what is in use does not.
+    by a third of a small rank's memory in some thousand steps, while what is in use does not. It takes a
+    millisecond or two.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)
