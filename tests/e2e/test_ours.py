@@ -73,6 +73,19 @@ def plant(*files: Path) -> Callable[[], bool]:
 # --- what something else wrote --------------------------------------------------------------------------
 
 
+def test_a_file_in_the_place_of_the_checkpoints_ends_the_run_before_it_samples(
+    ranks, folder, tmp_path, server_url
+):
+    kept = plant(tmp_path / "saved")
+    flags = grpo(folder, tmp_path / "run", "--checkpoint.dir", str(tmp_path / "saved"), url=server_url)
+    done = ranks.run(*flags)
+    assert done.returncode == 2, done.stderr
+    assert f"ConfigError: {tmp_path}/saved cannot be a directory: a file" in done.stderr
+    assert "Move that away, or set checkpoint.dir to another place" in done.stderr
+    assert kept()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "weights/1/mine"])
 def test_what_another_program_wrote_stops_the_command_and_stays(folder, tmp_path, file, capsys, monkeypatch):
     """The launcher refuses it; no rank starts."""

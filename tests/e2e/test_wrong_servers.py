@@ -18,6 +18,7 @@ from mcore_rl.checkpoint import committed, find
 from mcore_rl.log import read_metrics
 from tests.e2e.conftest import run
 from tests.e2e.ranks import Ranks
+from tests.environments.served import embedded
 from tests.rollout.proxy import Fault, proxy_beside
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -207,3 +208,19 @@ def test_a_wrong_server_is_said_on_the_terminal_and_a_sound_one_is_not(
     done = in_parallel(ranks, 1)(*gspo(folder, tmp_path / "sound", server_url))
     assert done.returncode == 0, done.stderr
     assert "warning: step" not in done.stderr
+
+
+def test_what_a_server_refuses_is_asked_once_and_ends_the_run_with_the_servers_reason(
+    ranks: Ranks, folder: Path, tmp_path: Path
+) -> None:
+    """The server itself says 400: no sequence so long fits its cache."""
+    flags = gspo(folder, tmp_path / "run", "URL", "--parallel.tensor", "1")
+    flags[flags.index("--rollout.max_new_tokens") + 1] = "40"
+    with embedded(folder / "policy", kv_tokens=32) as (url, _), proxy_beside(url) as between:
+        done = ranks.run(*(flag.replace("URL", between.url) for flag in flags))
+    assert done.returncode == 2, done.stderr
+    reason = "context length of 32 tokens: 6 of the prompt and 40 of max_new_tokens"
+    assert re.search(rf"RejectedError: {between.url}/generate: HTTP 400: .*{reason}", done.stderr)
+    refused = [str(body) for body in between.bodies("/generate") if "40" in str(body["sampling_params"])]
+    assert len(set(refused)) == len(refused) > 0, "the evaluation before the first step"
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []
