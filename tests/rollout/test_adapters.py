@@ -77,14 +77,14 @@ def test_matrices_are_named_once_for_all_layers(folder: Path) -> None:
 
 
 def test_a_request_that_comes_after_its_version_has_gone_asks_for_the_one_that_serves(
-    server_url: str,
+    url: str,
 ) -> None:
     """An attempt may come so late: its server is not at fault. One without the version that serves is."""
     settings = {"max_new_tokens": 1, "temperature": 1.0}
     adapters = {"0": ServedAdapter("x_0", "0"), "default": None}  # the embedded server holds none
 
     async def ask(published: bool) -> tuple[list[Reply], dict[str, str]]:
-        client = RolloutClient(server_url)
+        client = RolloutClient(url)
         async with Dispatch([client], version="0", health_timeout=30, adapter_of=adapters.get) as servers:
             asked = asyncio.create_task(servers.ask(Request([[1]], [settings], ["a"])))
             await asyncio.sleep(0)  # it has chosen its version
@@ -99,10 +99,10 @@ def test_a_request_that_comes_after_its_version_has_gone_asks_for_the_one_that_s
         asyncio.run(ask(published=False))
 
 
-def test_a_refusal_of_a_server_whose_address_has_the_word_is_a_refusal(server_url: str) -> None:
+def test_a_refusal_of_a_server_whose_address_has_the_word_is_a_refusal(url: str) -> None:
     async def ask() -> None:
         async with (
-            proxy(server_url, status(400), path="/lora/generate") as before,
+            proxy(url, status(400), path="/lora/generate") as before,
             RolloutClient(f"{before.url}/lora") as client,
         ):
             settings = {"max_new_tokens": 1, "temperature": 1.0}
@@ -112,11 +112,11 @@ def test_a_refusal_of_a_server_whose_address_has_the_word_is_a_refusal(server_ur
         asyncio.run(ask())
 
 
-def test_a_server_without_the_adapter_is_one_that_is_gone(server_url: str) -> None:
+def test_a_server_without_the_adapter_is_one_that_is_gone(url: str) -> None:
     """The embedded server holds none: it refuses the field, and the request may go to another server."""
 
     async def ask() -> None:
-        async with RolloutClient(server_url) as client:
+        async with RolloutClient(url) as client:
             settings = {"max_new_tokens": 1, "temperature": 1.0}
             await client.generate([[1]], [settings], ["a"], adapter=ServedAdapter("x_7", "7"))
 
