@@ -77,38 +77,45 @@ def _kept(probs: Float[Tensor, "R V"], knobs: Knobs) -> Bool[Tensor, "R V"]:
     return torch.zeros_like(keep).scatter(1, index, keep)
 
 
-def block_sums(weights: Float[Tensor, "R V"]) -> Float[Tensor, "R B"]:
-    """Running sums of `weights` up to the end of each block of tokens, in float64."""
-    # torch sums a copy in float64: of a few rows it stays in the processor's cache.
-    rows = max(1, _CACHED // weights.shape[-1]) if weights.device.type == "cpu" else max(1, len(weights))
-    return torch.cat([x.sum(-1, dtype=torch.float64) for x in _blocks(weights).split(rows)]).cumsum(-1)
+def block_sums(logits: Float[Tensor, "R V"], peak: Float[Tensor, "R 1"]) -> Float[Tensor, "R B"]:
+    """Running sums of exp(logits - peak) up to the end of each block of tokens, in float64."""
+    # Of a few rows at a time the exponentials, and torch's copy in float64, stay in the processor's cache.
+    few = max(1, _CACHED // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    parts = zip(logits.split(few), peak.split(few), strict=True)
+    sums = [_blocks((some - its).exp_(), 0.0).sum(-1, dtype=torch.float64) for some, its in parts]
+    return torch.cat(sums).cumsum(-1)
 
 
-def _blocks(weights: Float[Tensor, "R V"]) -> Float[Tensor, "R B b"]:
-    missing = -weights.shape[-1] % _BLOCK
-    padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
+def _blocks(x: Float[Tensor, "R V"], beyond: float) -> Float[Tensor, "R B b"]:
+    """Blocks of tokens; `beyond` the vocabulary."""
+    missing = -x.shape[-1] % _BLOCK
+    padded = torch.nn.functional.pad(x, (0, missing), value=beyond) if missing else x
     return padded.unflatten(-1, (-1, _BLOCK))
 
 
 def draw(
-    weights: Float[Tensor, "R V"], sums: Float[Tensor, "R B"], uniform: Float[Tensor, " R"]
+    logits: Float[Tensor, "R V"],
+    peak: Float[Tensor, "R 1"],
+    sums: Float[Tensor, "R B"],
+    uniform: Float[Tensor, " R"],
 ) -> Int[Tensor, " R"]:
-    """The first token of each row at which the sum of `weights` exceeds `uniform` of the row's sum.
+    """The first token of each row at which the sum of exp(logits - peak) exceeds `uniform` of the row's sum.
 
-    `sums` is block_sums(weights). They are those of blocks, and of the tokens of the one block that the row
-    draws from: a running sum of the whole vocabulary costs ten times that. A token without weight is never
+    `sums` is block_sums(logits, peak). They are those of blocks, and of the tokens of the one block that the
+    row draws from: a running sum of the whole vocabulary costs ten times that. A token of logit -inf is never
     drawn.
     """
     target = (uniform * sums[:, -1])[:, None]
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    rows = torch.arange(len(weights), device=weights.device)
-    within = _blocks(weights)[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)
+    rows = torch.arange(len(logits), device=logits.device)
+    weights = (_blocks(logits, -torch.inf)[rows, block[:, 0]] - peak).exp_()
+    within = weights.cumsum(-1, dtype=torch.float64)
     # The two sums of a block may differ in the last bit: the target stays below what its tokens sum up to.
     wanted = torch.minimum(target - before, torch.nextafter(within[:, -1:], within.new_tensor(-torch.inf)))
     drawn = block * _BLOCK + torch.searchsorted(within, wanted, right=True)
     # The engine refuses a row that is not finite, after it has been drawn from.
-    return drawn[:, 0].clamp(max=weights.shape[-1] - 1)
+    return drawn[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 class LogProbs(NamedTuple):
@@ -134,15 +141,16 @@ def _sample(logits: Float[Tensor, "R V"], knobs: Knobs) -> tuple[Int[Tensor, " R
     if not bool((temperature == 1).all()):  # a division by 1 changes nothing but the place
         logits = logits / temperature[:, None]
     peak = logits.amax(-1, keepdim=True)
-    weights = (logits - peak).exp_()
-    sums = block_sums(weights)
-    scores = LogProbs(logits, sums[:, -1].log() + peak[:, 0])
+    sums = block_sums(logits, peak)
+    log_probs = LogProbs(logits, sums[:, -1].log() + peak[:, 0])
+    left = logits
     if bool(((knobs.top_p < 1) | (knobs.min_p > 0) | (knobs.top_k > 1)).any()):
-        weights = weights * _kept(weights / sums[:, -1:].float(), knobs)
-        sums = block_sums(weights)
+        kept = _kept((logits - log_probs.log_sum[:, None].float()).exp_(), knobs)
+        left = logits.masked_fill(~kept, -torch.inf)
+        sums = block_sums(left, peak)
     # Inverse CDF in vocabulary order: a row draws the same token with and without truncating neighbours.
-    drawn = draw(weights, sums, knobs.uniform)
-    return torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn, scores
+    drawn = draw(left, peak, sums, knobs.uniform)
+    return torch.where(greedy, logits.argmax(-1), drawn) if bool(greedy.any()) else drawn, log_probs
 
 
 def sample(

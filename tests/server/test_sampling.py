@@ -11,8 +11,9 @@ from mcore_rl.server.sampling import Knobs, block_sums, counter_uniform, sample
 DRAWS = 40_000
 
 
-def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    return sampling.draw(weights, block_sums(weights), uniform)
+def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    peak = logits.amax(-1, keepdim=True)
+    return sampling.draw(logits, peak, block_sums(logits, peak), uniform)
 
 
 def knobs(rows: int, uniform: torch.Tensor, **changes: float) -> Knobs:
@@ -87,19 +88,20 @@ def test_a_draw_of_blocks_is_that_of_a_running_sum_over_the_whole_vocabulary() -
     generator = torch.Generator().manual_seed(0)
     edges = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
     for vocab in (7, 255, 256, 257, 5000):
-        probs = torch.randn(64, vocab, generator=generator).mul(4).softmax(-1)
-        few = probs * (torch.rand(64, vocab, generator=generator) < 0.05)
-        few[:, 3] += 1e-30  # of some rows the only one
-        for weights in (probs, few):
+        logits = torch.randn(64, vocab, generator=generator).mul(4)
+        few = logits.masked_fill(torch.rand(64, vocab, generator=generator) >= 0.05, -torch.inf)
+        few[:, 3] = -70  # of some rows the only one
+        for drawn_from in (logits, few):
+            weights = (drawn_from - drawn_from.amax(-1, keepdim=True)).exp()
             uniform = torch.rand(64, generator=generator, dtype=torch.float64)
             running = weights.cumsum(-1, dtype=torch.float64)
             wanted = torch.searchsorted(running, (uniform * running[:, -1])[:, None], right=True)[:, 0]
-            drawn = draw(weights, uniform)
+            drawn = draw(drawn_from, uniform)
             assert torch.equal(drawn, wanted)
             assert bool((weights.gather(1, drawn[:, None]) > 0).all())
-            at_edges = draw(weights, edges.repeat(32))  # where the rounding of the sums decides
+            at_edges = draw(drawn_from, edges.repeat(32))  # where the rounding of the sums decides
             assert bool((weights.gather(1, at_edges[:, None]) > 0).all())
-            assert weights is few or not torch.equal(draw(weights, 1 - uniform), wanted)
+            assert drawn_from is few or not torch.equal(draw(drawn_from, 1 - uniform), wanted)
 
 
 def test_a_row_that_is_not_finite_has_a_token_of_the_vocabulary() -> None:
@@ -110,12 +112,12 @@ def test_a_row_that_is_not_finite_has_a_token_of_the_vocabulary() -> None:
 
 def test_rows_are_drawn_alike_however_many_are_summed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    probs = (3 * torch.randn(7, 1000, generator=generator)).softmax(-1)
+    logits = 3 * torch.randn(7, 1000, generator=generator)
     uniform = torch.rand(7, generator=generator, dtype=torch.float64)
-    together = draw(probs, uniform)
+    together = draw(logits, uniform)
     monkeypatch.setattr(sampling, "_CACHED", 2500)
-    assert torch.equal(draw(probs, uniform), together)
+    assert torch.equal(draw(logits, uniform), together)
     assert torch.equal(
-        torch.cat([draw(p[None], u[None]) for p, u in zip(probs, uniform, strict=True)]), together
+        torch.cat([draw(p[None], u[None]) for p, u in zip(logits, uniform, strict=True)]), together
     )
-    assert not torch.equal(draw(probs, 1 - uniform), together)
+    assert not torch.equal(draw(logits, 1 - uniform), together)
