@@ -112,7 +112,7 @@ def test_a_signal_ends_the_stage_too(number: int, status: int, tmp_path: Path) -
         ["bash", "tools/gpu_check.sh", str(tmp_path), "1", "2"],
         cwd=ROOT,
         env=os.environ | {"PYTHON": str(stage)},
-        # What starts tests in the background may have it ignored, and bash keeps that.
+        # Where tests are started in the background it is ignored, and bash cannot trap it then.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     for _ in range(600):

@@ -298,6 +298,8 @@ def test_responses_that_are_asked_for_side_by_side_each_go_on_as_themselves() ->
                 ("chat/completions", {"messages": [spoken]}),
                 ("responses", {"input": "x", "previous_response_id": []}),
                 ("responses", {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}),
+                ("responses", {"input": [{"role": "user", "content": None}]}),
+                ("responses", {"input": [{"type": "function_call_output", "output": None}]}),
                 ("responses", '{"input": "x", "metadata": {"a": NaN}}'),
                 ("responses", '{"input": "x", "metadata": {"a": 1e999}}'),
             ):

@@ -57,9 +57,10 @@ def read_items(items: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 role = item.get("role")
                 if not isinstance(role, str):
                     raise ApiError(400, "input: expected a role in each message")
-                found.append(
-                    {"role": ROLES.get(role, role), "content": _text(item.get("content"), "content")}
-                )
+                content = item.get("content")
+                silent = role == "assistant" and content is None  # as a message of calls alone
+                said = {"role": ROLES.get(role, role), "content": "" if silent else _text(content, "content")}
+                found.append(said)
             case "function_call":
                 if not (found and found[-1]["role"] == "assistant"):
                     found.append({"role": "assistant", "content": ""})
@@ -84,8 +85,8 @@ def read_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any, place: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
+    if isinstance(value, str):
+        return value
     parts = value if isinstance(value, list) else [value]
     for part in parts:
         if (
