@@ -223,17 +223,19 @@ class Group:
 class PackedBatch:
     """One micro-batch: whole sequences (prompt + response) packed end to end, THD.
 
+    Where samples share their prompt, all but the first of them are packed without it (`begins`).
+
     Row r scores `targets[r]` from the hidden state of packed token `rows[r]` (the token before it).
     """
 
     tokens: torch.Tensor
     """[T] int64"""
     position_ids: torch.Tensor
-    """[T] int64, restarting at 0 in every sequence"""
+    """[T] int64 places in the whole sequence, which starts at 0"""
     cu_seqlens: torch.Tensor
     """[B+1] int32, padded sequence boundaries in [0, T]; a sequence's padding lies at its end"""
     max_seqlen: int
-    """longest padded sequence"""
+    """longest padded sequence, prompt included"""
     rows: torch.Tensor
     """[R] int64 into [0, T)"""
     targets: torch.Tensor
@@ -246,6 +248,9 @@ class PackedBatch:
     """[T, layers, K] int16 experts of every token, -1 where the router chooses; None: it always does"""
     live: torch.Tensor | None = None
     """[T] bool, False for padding; None: not told"""
+    begins: torch.Tensor | None = None
+    """[B] int64 packed token that a sequence begins with: one of another sequence, where it has the same
+    prompt, of which only that other one has tokens here; None: all sequences have their own"""
 
     @property
     def num_sequences(self) -> int:

@@ -19,6 +19,10 @@ PAD_TOKEN = 0
 """Any valid id does: padding is never a target, and causal attention keeps it out of every scored row."""
 
 
+PIECES_PER_RANK = 4
+"""so many at least, if there are samples enough: fewer could not be spread evenly"""
+
+
 def padded(lengths: npt.ArrayLike, align: int) -> npt.NDArray[np.int64]:
     """[N] lengths rounded up to a multiple of `align`."""
     return -(-np.asarray(lengths, np.int64) // align) * align
@@ -38,7 +42,7 @@ def pack_bins(lengths: npt.ArrayLike, budget: int) -> list[list[int]]:
         DataError: a sequence is empty, or longer than the budget.
     """
     sizes = np.asarray(lengths, np.int64)
-    _check_sizes(sizes, budget)
+    check_sizes(sizes, budget)
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room, bin), ascending
     for index in np.argsort(-sizes, kind="stable").tolist():
@@ -54,7 +58,8 @@ def pack_bins(lengths: npt.ArrayLike, budget: int) -> list[list[int]]:
     return bins
 
 
-def _check_sizes(sizes: npt.NDArray[np.int64], budget: int) -> None:
+def check_sizes(sizes: npt.NDArray[np.int64], budget: int) -> None:
+    """Raise DataError for a sequence that is empty, or longer than the budget."""
     for bad in np.flatnonzero((sizes < 1) | (sizes > budget))[:1].tolist():
         size = int(sizes[bad])
         if size < 1:
@@ -103,7 +108,7 @@ def micro_batches(
         DataError: as `pack_bins` and `balance`.
     """
     sizes, values = np.asarray(lengths, np.int64), np.asarray(costs, np.float64)
-    _check_sizes(sizes, budget)
+    check_sizes(sizes, budget)
     per_rank = []
     for share in balance(values, ranks):
         bins = pack_bins(sizes[share], budget)
@@ -154,6 +159,7 @@ def pack(
     fields: Mapping[str, Sequence[Any]],
     *,
     align: int = 1,
+    share_prompts: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> PackedBatch:
     """Lay the sequences of one micro-batch end to end.
@@ -162,10 +168,15 @@ def pack(
     by row o + P - 1 + t, the token before it, where the loss mask is true. Empty `members` give one sequence
     of `align` padding tokens and no rows, so that a rank without work still joins every collective.
 
+    With shared prompts, a sequence whose prompt came before in this micro-batch is packed without it, and its
+    first response token is scored by the last row of that prompt: what a causal model computes for a prompt
+    does not depend on what follows.
+
     Args:
         sequences: all of the step; `members` (a bin) selects.
         fields: name -> per sequence either one number, or one per scored token.
         align: 2 x context parallel size, times the tensor parallel size under sequence parallel.
+        share_prompts: only for models whose attention knows of it (model.portable).
         dtype: of floating-point fields; integer and bool fields keep their kind (int64, bool).
     Raises:
         DataError: a prompt without tokens, or a mask or field whose length is not the response's.
@@ -174,35 +185,108 @@ def pack(
     for i, one in zip(members, chosen, strict=True):
         _check_sequence(i, one)
     prompts = np.array([len(one.prompt) for one in chosen], np.int64)
-    lengths = np.array([len(one) for one in chosen], np.int64)
+    responses = np.array([len(one.response) for one in chosen], np.int64)
+    owners = _prompt_owners(chosen) if share_prompts else np.arange(len(chosen))
+    before = np.where(owners == np.arange(len(chosen)), 0, prompts)  # tokens of it that lie elsewhere
+    lengths = prompts + responses - before
     spans = padded(lengths, align) if chosen else np.array([align])
     ends = np.cumsum(spans)
-    offsets = ends - spans
+    offsets = (ends - spans)[: len(chosen)]
 
     tokens = np.full(ends[-1], PAD_TOKEN, np.int64)
-    for offset, one in zip(offsets, chosen, strict=False):
-        response = offset + len(one.prompt)
-        tokens[offset:response] = one.prompt
-        tokens[response : offset + len(one)] = one.response
-    positions = np.arange(ends[-1]) - np.repeat(offsets, spans)
-
-    responses, scored = lengths - prompts, [one.scored for one in chosen]
-    keep = np.concatenate([np.zeros(0, bool), *map(_mask, chosen)])
+    for offset, own, one in zip(offsets, prompts - before, chosen, strict=True):
+        if own:
+            tokens[offset : offset + own] = one.prompt
+        tokens[offset + own : offset + own + len(one.response)] = one.response
+    local = np.arange(ends[-1]) - np.repeat(ends - spans, spans)
     sequence = np.repeat(np.arange(len(chosen)), responses)
     response_position = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
-    rows = (offsets[: len(chosen)] + prompts - 1)[sequence] + response_position
+    targets = (offsets + prompts - before)[sequence] + response_position
+    # the first of a response is scored by the prompt's last token, wherever that lies
+    rows = np.where(response_position == 0, (offsets[owners] + prompts - 1)[sequence], targets - 1)
+    keep = np.concatenate([np.zeros(0, bool), *map(_mask, chosen)])
+    scored = [one.scored for one in chosen]
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(positions),
+        position_ids=torch.from_numpy(local + np.repeat(before if chosen else [0], spans)),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        max_seqlen=int(spans.max()),
+        max_seqlen=int((spans + before).max() if chosen else align),
         rows=torch.from_numpy(rows[keep]),
-        targets=torch.from_numpy(tokens[rows + 1][keep]),
+        targets=torch.from_numpy(tokens[targets][keep]),
         sequence=torch.from_numpy(sequence[keep]),
         fields={name: _field(name, values, members, scored, dtype) for name, values in fields.items()},
         experts=_experts(chosen, offsets.tolist(), int(ends[-1])),
-        live=torch.from_numpy(positions < np.repeat(lengths if chosen else [0], spans)),
+        live=torch.from_numpy(local < np.repeat(lengths if chosen else [0], spans)),
+        begins=torch.from_numpy(offsets[owners]) if before.any() else None,
     )
+
+
+def prompt_key(one: TokenSequence) -> bytes | None:
+    """Equal for sequences that can share their prompt; None for one that shares with none.
+
+    One without a response has no row, and experts that were recorded are those of a sample.
+    """
+    if not len(one.response) or one.experts is not None:
+        return None
+    return np.asarray(one.prompt, np.int64).tobytes()
+
+
+def _prompt_owners(chosen: Sequence[TokenSequence]) -> npt.NDArray[np.int64]:
+    """[B] the first sequence with the same prompt."""
+    first: dict[bytes, int] = {}
+    owners = []
+    for i, key in enumerate(map(prompt_key, chosen)):
+        owners.append(i if key is None else first.setdefault(key, i))
+    return np.array(owners, np.int64)
+
+
+def with_one_prompt(
+    sequences: Sequence[TokenSequence], lengths: npt.NDArray[np.int64], budget: int, ranks: int
+) -> list[list[int]]:
+    """Indices into `sequences`, those with the same prompt together, as far as `budget` tokens hold them.
+
+    Args:
+        lengths: [N] tokens of each as packed alone.
+        ranks: data-parallel ones; groups are cut so that each gets several pieces.
+    Raises:
+        DataError: a sequence is empty, or longer than the budget.
+    """
+    check_sizes(lengths, budget)
+    groups: dict[bytes | int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        key = prompt_key(sequence)
+        groups.setdefault(i if key is None else key, []).append(i)
+    pieces = 1 if ranks == 1 else -(-PIECES_PER_RANK * ranks // max(len(groups), 1))
+    return [
+        piece
+        for group in groups.values()
+        for part in np.array_split(group, min(pieces, len(group)))
+        for piece in _fitting(part.tolist(), lengths, budget)
+    ]
+
+
+def _fitting(members: Sequence[int], lengths: npt.NDArray[np.int64], budget: int) -> list[list[int]]:
+    """`members` in order, cut where the next one would exceed the budget."""
+    pieces: list[list[int]] = []
+    room = 0
+    for i in members:
+        if not pieces or lengths[i] > room:
+            pieces.append([])
+            room = budget
+        pieces[-1].append(i)
+        room -= int(lengths[i])
+    return pieces
+
+
+def shared_lengths(
+    sequences: Sequence[TokenSequence], units: Sequence[Sequence[int]]
+) -> npt.NDArray[np.int64]:
+    """[N] tokens of the prompt that a sequence need not compute, since one before it in its unit does."""
+    saved = np.zeros(len(sequences), np.int64)
+    for unit in units:
+        for i in unit[1:]:
+            saved[i] = len(sequences[i].prompt)
+    return saved
 
 
 def _experts(chosen: Sequence[TokenSequence], offsets: Sequence[int], tokens: int) -> torch.Tensor | None:

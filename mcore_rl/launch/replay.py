@@ -37,6 +37,7 @@ from mcore_rl.training.sequence_objective import SequenceObjective
 from mcore_rl.training.setup import (
     build_trained,
     process_group,
+    shares_prompts,
     watched,
     world_size,
 )
@@ -69,6 +70,11 @@ def replay_dump(config: Config, path: Path) -> None:
 
 
 def _replay(config: Config, mesh: Mesh, saved: Saved, dump: dict[str, Any]) -> None:
+    if dump.get("begins") is not None and not shares_prompts(config, mesh):
+        raise ConfigError(
+            f"--replay: its samples share their prompts, and {mesh.layout} cannot; replay it at the recorded "
+            f"layout: {saved.document['layout']}"
+        )
     align = align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe))
     if dump["align"] % align:
         raise ConfigError(

@@ -40,6 +40,7 @@ class PackedEngineAttention(TEDotProductAttention):
     ) -> Tensor:
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D]."""
         layout = packed_seq_params
+        assert not layout.shares_prompts, "Transformer Engine's attention takes whole sequences"
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=layout.boundaries,

@@ -45,6 +45,8 @@ class PackedLayout(PackedSeqParams):
     """of the local tokens"""
     boundaries: Tensor
     """[B+1] int32 boundaries of the whole sequences, all context-parallel shares together"""
+    shares_prompts: bool = False
+    """some sequences are here without their prompt, which is that of another one"""
     keys: KeyLayout | None = None
     """set under context parallelism, where keys come from all ranks of the group"""
     masks: dict[tuple[int | None, torch.dtype | None], Tensor] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class PackedLayout(PackedSeqParams):
         *,
         context: int = 1,
         experts: Tensor | None = None,
+        begins: Tensor | None = None,
     ) -> PackedLayout:
         """From the local tokens' positions [T]; no tensor is read here, so that a GPU need not be waited for.
 
@@ -72,9 +75,11 @@ class PackedLayout(PackedSeqParams):
             boundaries: [B+1] of the whole sequences.
             longest: tokens of the longest of them.
             context: ranks that hold a share of each.
+            begins: as PackedBatch has it; without context parallelism.
         """
         tokens = len(position_ids)
-        whole = Padding(boundaries, longest, tokens * context)
+        prompts = None if begins is None else SharedPrompts(begins, position_ids[boundaries[:-1].long()])
+        whole = Padding(boundaries, longest, tokens * context, prompts)
         local = whole if context == 1 else Padding(boundaries // context, longest // context, tokens)
         return cls(
             qkv_format="sbhd",
@@ -83,6 +88,7 @@ class PackedLayout(PackedSeqParams):
             position_ids=position_ids,
             padding=local,
             boundaries=boundaries,
+            shares_prompts=begins is not None,
             keys=None if context == 1 else KeyLayout(whole, local, position_ids, context),
             experts=experts,
         )
@@ -118,9 +124,24 @@ class PackedLayout(PackedSeqParams):
         return seen if window is None else seen & (column > position - window)
 
 
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Which tokens come before those that a sequence has here."""
+
+    begins: Tensor
+    """[B] the first token of its prompt; its own first one, if it has its prompt here"""
+    before: Tensor
+    """[B] how many tokens of the prompt lie there; 0, if it has its own"""
+
+
 @dataclass
 class Padding:
-    """From packed tokens to [B, L] and back."""
+    """From packed tokens to [B, L] and back.
+
+    A sequence whose prompt lies with another one has its own tokens behind as much room as that prompt takes:
+    its queries are asked for its own tokens, and its keys are those of all. So attention is what it is
+    without sharing, in cost and memory, while every other part of a layer sees a prompt once.
+    """
 
     boundaries: Tensor
     """[B+1]"""
@@ -128,13 +149,25 @@ class Padding:
     """L"""
     tokens: int
     """T"""
+    prompts: SharedPrompts | None = None
 
     @cached_property
     def to_padded(self) -> Tensor:
-        """[B, L] index into the tokens; T (one past the end) where a sequence is shorter."""
+        """[B, L] index into the tokens; T (one past the end) where a sequence has none of its own."""
         starts, ends = self.boundaries[:-1, None].long(), self.boundaries[1:, None].long()
         index = starts + torch.arange(self.longest, device=starts.device)
-        return torch.where(index < ends, index, self.tokens)
+        if self.prompts is not None:
+            index = index - self.prompts.before[:, None]
+        return torch.where((index >= starts) & (index < ends), index, self.tokens)
+
+    @cached_property
+    def keys_to_padded(self) -> Tensor:
+        """[B, L] the same, with the tokens of shared prompts."""
+        if self.prompts is None:
+            return self.to_padded
+        column = torch.arange(self.longest, device=self.boundaries.device)
+        shared = column < self.prompts.before[:, None]
+        return torch.where(shared, self.prompts.begins[:, None] + column, self.to_padded)
 
     @cached_property
     def from_padded(self) -> Tensor:
@@ -142,7 +175,10 @@ class Padding:
         boundaries = self.boundaries.long()
         token = torch.arange(self.tokens, device=boundaries.device)
         sequence = torch.bucketize(token, boundaries[1:], right=True)
-        return sequence * self.longest + token - boundaries[sequence]
+        place = token - boundaries[sequence]
+        if self.prompts is not None:
+            place = place + self.prompts.before[sequence]
+        return sequence * self.longest + place
 
 
 @dataclass
@@ -289,7 +325,7 @@ class PackedAttention(nn.Module):
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D], D that of the values."""
         layout = packed_seq_params
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        here = places = layout.padding.to_padded
+        here, places = layout.padding.to_padded, layout.padding.keys_to_padded
         if layout.keys is not None:
             k, v = gather_keys_values(k, v)
             places = layout.keys.to_padded

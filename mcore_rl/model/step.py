@@ -242,11 +242,17 @@ def _taken(pairs: deque[T]) -> Iterator[T]:
 def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch:
     """This context-parallel rank's share of a micro-batch, on its way to `device`: nobody waits for it."""
     size = mesh.layout.context
-    longest = int(batch.cu_seqlens.diff().max())
     packed = _to(batch if size == 1 else _share(batch, size, mesh.cp_rank), device)
     boundaries = packed.cu_seqlens if size == 1 else _sent(batch.cu_seqlens, device)
     experts = _of_routers(packed.experts, mesh)
-    layout = PackedLayout.of(packed.position_ids, boundaries, longest, context=size, experts=experts)
+    layout = PackedLayout.of(
+        packed.position_ids,
+        boundaries,
+        batch.max_seqlen,
+        context=size,
+        experts=experts,
+        begins=packed.begins,
+    )
     layout.live = _of_routers(packed.live, mesh)
     return LocalBatch(packed, layout)
 
@@ -287,8 +293,9 @@ def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
     }
     experts = None if batch.experts is None else _sent(batch.experts, device)
     live = None if batch.live is None else _sent(batch.live, device)
+    begins = None if batch.begins is None else _sent(batch.begins, device)
     fields = {name: _sent(value, device) for name, value in batch.fields.items()}
-    return replace(batch, **moved, fields=fields, experts=experts, live=live)
+    return replace(batch, **moved, fields=fields, experts=experts, live=live, begins=begins)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,7 +17,14 @@ import torch
 from mcore_rl.algo.algorithms import Algorithm
 from mcore_rl.algo.losses import aggregation_weight
 from mcore_rl.algo.rows import ahead_by
-from mcore_rl.data.packing import TokenSequence, micro_batches, pack, padded
+from mcore_rl.data.packing import (
+    TokenSequence,
+    micro_batches,
+    pack,
+    padded,
+    shared_lengths,
+    with_one_prompt,
+)
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.precision import packed_multiple
 from mcore_rl.types import Group, PackedBatch, Sample
@@ -66,6 +73,8 @@ class Batching:
     """packed lengths are multiples of this"""
     overlong_filter: bool = False
     """truncated samples are out of the loss"""
+    share_prompts: bool = False
+    """samples of a micro-batch with the same prompt have its tokens once"""
 
 
 def split_mini_batches(samples: int, parts: int, seed: Sequence[int]) -> list[np.ndarray]:
@@ -222,15 +231,25 @@ def pack_share(
 ) -> list[PackedBatch]:
     """Balance sequences over the replicas by FLOPs, pack this replica's into equally many micro-batches.
 
+    Where prompts are shared, samples of one prompt come into one micro-batch as far as they fit.
+
     Args:
         together: so many sequences in a row share a micro-batch, in their order; 2 for pairs.
     """
     lengths = padded([len(sequence) for sequence in sequences], shape.align)
-    tokens, costs = (numbers.reshape(-1, together).sum(1) for numbers in (lengths, shape.cost(lengths)))
+    costs, budget = shape.cost(lengths), shape.tokens_per_micro_batch
+    if shape.share_prompts and together == 1:
+        units = with_one_prompt(sequences, lengths, budget, mesh.layout.data)
+        costs = costs - shape.cost(shared_lengths(sequences, units))
+    else:
+        units = [list(range(i, i + together)) for i in range(0, len(sequences), together)]
+    # The budget counts every prompt, shared or not: attention keeps its keys and values for every sample.
+    tokens, costs = (np.array([numbers[unit].sum() for unit in units]) for numbers in (lengths, costs))
     multiple = mesh.layout.pipeline if mesh.layout.virtual_pipeline else 1
-    bins = micro_batches(tokens, costs, mesh.layout.data, shape.tokens_per_micro_batch, multiple=multiple)
-    own = [[unit * together + i for unit in one for i in range(together)] for one in bins[mesh.dp_rank]]
-    return [pack(sequences, one, fields, align=shape.align) for one in own]
+    bins = micro_batches(tokens, costs, mesh.layout.data, budget, multiple=multiple)
+    own = [[i for unit in one for i in units[unit]] for one in bins[mesh.dp_rank]]
+    options = {"align": shape.align, "share_prompts": shape.share_prompts}
+    return [pack(sequences, one, fields, **options) for one in own]
 
 
 def align_of(mesh: Mesh, tokens: int = 1) -> int:

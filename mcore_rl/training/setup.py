@@ -31,7 +31,9 @@ from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.hf.peft_files import begun_anew
+from mcore_rl.model.layouts import DTYPES
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
+from mcore_rl.model.precision import takes_transformer_engine
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
 from mcore_rl.parallel.attempt import attempt_store
@@ -421,4 +423,15 @@ def batching_of(config: Config, mesh: Mesh) -> Batching:
         cost=partial(forward_flops, shape=shape_of(config.model.path)),
         align=align_of(mesh, token_multiple(config.model.precision, config.model.fp8_recipe)),
         overlong_filter=config.algorithm.overlong_filter,
+        share_prompts=shares_prompts(config, mesh),
     )
+
+
+def shares_prompts(config: Config, mesh: Mesh) -> bool:
+    """Whether samples of a micro-batch can have the tokens of their prompt once.
+
+    A router's balance counts tokens, and only the portable attention knows of prompts that lie elsewhere.
+    """
+    dense = read_architecture(config.model.path).experts is None
+    portable = not takes_transformer_engine(DTYPES[config.model.precision])
+    return dense and portable and mesh.layout.context == 1

@@ -129,6 +129,11 @@ def test_replayed_experts_are_kept():
     assert again.experts.dtype == torch.int16
     assert torch.equal(again.experts, experts)
     assert from_json(to_json(replace(batch, experts=None), ["a"])).experts is None
+    assert again.begins is None
+    begins = torch.tensor([2])
+    shared = from_json(json.loads(json.dumps(to_json(replace(batch, begins=begins), ["a"]))))
+    assert shared.begins is not None
+    assert torch.equal(shared.begins, begins)
 
 
 def test_a_replay_at_another_layout_finds_the_value(pool2, gspo, broken):

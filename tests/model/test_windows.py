@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mcore_rl.algo.distillation import ReverseKL
-from mcore_rl.data.packing import TokenSequence
+from mcore_rl.data.packing import TokenSequence, pack
 from mcore_rl.model import build, portable
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import Architecture, architecture_of
@@ -28,6 +28,7 @@ from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
 from mcore_rl.training.batch import pack_share
 from mcore_rl.training.teachers import against
+from mcore_rl.types import PackedBatch
 from tests.model.conftest import save
 from tests.model.families import FAMILIES
 from tests.model.support import at_layout, shape_at
@@ -182,13 +183,7 @@ def defined(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | No
     return out
 
 
-@pytest.mark.parametrize("rows", [512, 2])
-@pytest.mark.parametrize(("window", "cap", "sinks"), [(3, None, False), (None, 0.7, False), (2, 0.7, True)])
-def test_attention_is_its_definition(
-    monkeypatch, window: int | None, cap: float | None, sinks: bool, rows: int
-) -> None:
-    """Two packed sequences in float64, and the gradients of queries, keys, values and sinks."""
-    monkeypatch.setattr(portable, "ROWS", rows)
+def attention_of(window: int | None, cap: float | None, sinks: bool) -> Any:
     config: Any = SimpleNamespace(
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
@@ -197,7 +192,17 @@ def test_attention_is_its_definition(
         softmax_type="learnable" if sinks else "vanilla",
         params_dtype=torch.float64,
     )
-    attention: Any = PackedAttention(config, 1, None, "self", cap=cap)  # pyright: ignore[reportArgumentType]
+    return PackedAttention(config, 1, None, "self", cap=cap)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("rows", [512, 2])
+@pytest.mark.parametrize(("window", "cap", "sinks"), [(3, None, False), (None, 0.7, False), (2, 0.7, True)])
+def test_attention_is_its_definition(
+    monkeypatch, window: int | None, cap: float | None, sinks: bool, rows: int
+) -> None:
+    """Two packed sequences in float64, and the gradients of queries, keys, values and sinks."""
+    monkeypatch.setattr(portable, "ROWS", rows)
+    attention = attention_of(window, cap, sinks)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -224,6 +229,58 @@ def test_attention_is_its_definition(
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "sinks"), [(None, None, False), (4, None, False), (None, 0.7, False), (3, 0.7, True)]
+)
+def test_a_shared_prompt_is_attended_to_as_if_each_had_it(
+    window: int | None, cap: float | None, sinks: bool
+) -> None:
+    """Three samples of one prompt and one of another, packed with each prompt once, and with all of them.
+
+    Answers and gradients in float64; those of the prompt are the sums of its copies'.
+    """
+    attention = attention_of(window, cap, sinks)
+    generator = torch.Generator().manual_seed(1)
+    sequences = [TokenSequence([1, 2, 3], [0] * n) for n in (4, 1, 6)]
+    sequences.insert(1, TokenSequence([7], [8, 9]))
+    once, all_of_them = (
+        pack(sequences, range(4), {}, align=4, share_prompts=share) for share in (True, False)
+    )
+    assert (len(once.tokens), len(all_of_them.tokens)) == (8 + 4 + 4 + 8, 8 + 4 + 4 + 12)
+    assert once.begins is not None
+    # for each token of `all_of_them` the one of `once`
+    offsets = [0, 8, 12, 16]
+    copies = [range(8), range(8, 12), [0, 1, 2, 12], [0, 1, 2, *range(16, 22)]]
+    which = torch.tensor([token for copy in copies for token in copy])
+    whole = all_of_them.cu_seqlens[:-1].tolist()
+    live = torch.cat([start + torch.arange(len(copy)) for start, copy in zip(whole, copies, strict=True)])
+    assert once.cu_seqlens[:-1].tolist() == offsets
+    tokens = len(once.tokens)
+    q, k, v = (
+        torch.randn(tokens, heads, 6, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    weight = torch.randn(len(live), 24, generator=generator, dtype=torch.float64)
+
+    def passed(packed: PackedBatch, share: bool) -> list[Tensor]:
+        layout = PackedLayout.of(
+            packed.position_ids, packed.cu_seqlens, packed.max_seqlen, begins=packed.begins
+        )
+        given = [q, k, v]
+        if not share:
+            index = torch.zeros(len(packed.tokens), dtype=torch.int64).index_copy(0, live, which)
+            given = [x[index] for x in given]
+        out = attention(*(x[:, None] for x in given), packed_seq_params=layout)[:, 0]
+        picked = out[which if share else live]
+        leaves = [q, k, v, *attention.parameters()]
+        return [picked, *torch.autograd.grad((picked * weight).sum(), leaves)]
+
+    for ours, expected in zip(passed(once, True), passed(all_of_them, False), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    wrong = replace(once, begins=once.begins + torch.tensor([0, 0, 1, 1]))  # negative control
+    assert not torch.allclose(passed(wrong, True)[0], passed(once, True)[0], rtol=1e-3)
 
 
 def test_a_model_without_windows_has_none() -> None:

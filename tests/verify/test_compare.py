@@ -98,6 +98,7 @@ def test_summary_counts_layouts_not_rows() -> None:
         ("pp2:tied", Case(Layout(pipeline=2), "tied")),
         ("tp2+sp:recompute", Case(Layout(tensor=2, sequence=True), recompute="full")),
         ("tp2:recompute-attention", Case(Layout(tensor=2), recompute="selective")),
+        ("dp2:shared", Case(Layout(data=2), share_prompts=True)),
     ],
 )
 def test_cases(text: str, case: Case) -> None:

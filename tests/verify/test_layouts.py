@@ -104,6 +104,14 @@ def test_eight_ranks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_prompts_that_samples_share(worlds: SharedPools) -> None:
+    """Against one rank that computes every prompt for every sample; rows by the head's both ways."""
+    assert_all_agree(worlds, ("tp1:shared",), ("gspo", "ppo", "dpo", "jsd"))
+    assert_all_agree(worlds, ("tp2+sp:shared", "pp2+vpp2:shared", "dp2:shared"), ("gspo", "ppo"))
+
+
+@pytest.mark.slow
 def test_pairs_of_answers(worlds: SharedPools) -> None:
     assert_all_agree(worlds, ("tp2+sp", "cp2", "dp2"), ("dpo",))
 

@@ -172,6 +172,14 @@ def teacher_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(distill, "by_teacher", by_turns)
 
 
+def prompt_of_another_sample(patch: pytest.MonkeyPatch) -> None:
+    """Samples without a prompt of their own see the first tokens of the micro-batch."""
+    original = portable.SharedPrompts
+    patch.setattr(
+        portable, "SharedPrompts", lambda begins, before: original(torch.zeros_like(begins), before)
+    )
+
+
 FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "ratio_per_shard": (ratio_per_shard, "cp2", "gspo", "gradient"),
     "sums_not_reduced": (sums_not_reduced, "cp2", "gspo", "gradient"),
@@ -187,6 +195,7 @@ FAULTS: dict[str, tuple[Plant, str, str, str]] = {
     "scores_of_one_replica": (scores_of_one_replica, "dp2", "ppo-whole", "gradient"),
     "divergence_per_shard": (divergence_per_shard, "tp2", "forward_kl", "gradient"),
     "teacher_of_the_micro_batch": (teacher_of_the_micro_batch, "dp2", "reverse_kl", "gradient"),
+    "prompt_of_another_sample": (prompt_of_another_sample, "tp1:shared", "grpo", "log_prob"),
     "experts_of_nobody": (experts_of_nobody, "tp2+sp:moe", "grpo", "gradient"),
 }
 """fault -> (how to plant it, a layout at which it acts, an algorithm, a quantity that shows it)
@@ -231,7 +240,7 @@ def test_a_planted_fault_is_seen(worlds: SharedPools, fault: str) -> None:
 def test_without_a_fault_a_layout_passes(worlds: SharedPools) -> None:
     """The one of them that tests/verify/test_layouts.py does not have."""
     others = {"pp2+vpp2", *(layout for _, layout, _, _ in FAULTS.values())} - {"tp2+sp:moe"}
-    assert others == {"tp2", "dp2", "cp2", "pp2+vpp2"}
+    assert others == {"tp1:shared", "tp2", "dp2", "cp2", "pp2+vpp2"}
     assert verified(worlds, nothing, "tp2+sp:moe", "grpo").exceeded == []
 
 

@@ -135,6 +135,7 @@ def to_json(batch: PackedBatch, ids: Sequence[str]) -> dict[str, Any]:
         "max_seqlen": batch.max_seqlen,
         "batch": {name: _numbers(getattr(batch, name)) for name in TENSORS},
         "fields": {name: _numbers(values) for name, values in batch.fields.items()},
+        "begins": None if batch.begins is None else _numbers(batch.begins),
         "experts": None if batch.experts is None else routing.to_json(batch.experts.cpu().numpy()),
     }
 
@@ -145,7 +146,14 @@ def from_json(recorded: Mapping[str, Any]) -> PackedBatch:
     fields = {name: _tensor(values) for name, values in recorded["fields"].items()}
     saved = recorded.get("experts")
     experts = None if saved is None else torch.from_numpy(routing.from_json(saved))
-    return PackedBatch(**tensors, max_seqlen=recorded["max_seqlen"], fields=fields, experts=experts)
+    begins = recorded.get("begins")
+    return PackedBatch(
+        **tensors,
+        max_seqlen=recorded["max_seqlen"],
+        fields=fields,
+        experts=experts,
+        begins=None if begins is None else _tensor(begins),
+    )
 
 
 def _numbers(tensor: Tensor) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Inspector:
             return ""
         token = int(mine[local])
         sequence = int(torch.searchsorted(batch.cu_seqlens, token, right=True)) - 1
-        place = token - int(batch.cu_seqlens[sequence])
+        place = int(batch.position_ids[token])
         return f", token {place} (id {int(batch.tokens[token])}){self._sample(sequence)}"
 
     def _sample(self, sequence: int) -> str:

@@ -14,6 +14,7 @@ _VARIANTS: dict[str, dict[str, object]] = {
     "overlap": {"overlap": True},
     "recompute": {"recompute": "full"},
     "recompute-attention": {"recompute": "selective"},
+    "shared": {"share_prompts": True},
 }
 
 
@@ -28,12 +29,14 @@ class Case:
     """gradient reduction during the backward pass, parameter gather during the next forward pass"""
     recompute: Literal["none", "selective", "full"] = "none"
     """as Tuning.recompute"""
+    share_prompts: bool = False
+    """as Batching.share_prompts; the run that layouts are compared with shares none"""
 
     @classmethod
     def parse(cls, text: str) -> Case:
         """`LAYOUT[:VARIANT[+VARIANT]]`, such as tp2+sp, ep2, pp2:tied or dp2:overlap+moe.
 
-        Variants: tied, moe (implied by ep), overlap, recompute, recompute-attention.
+        Variants: tied, moe (implied by ep), overlap, recompute, recompute-attention, shared.
 
         Raises:
             LayoutError: names the part that cannot be read.
@@ -47,6 +50,10 @@ class Case:
                     f"layout {text!r}: unknown variant {variant!r}; known: {', '.join(_VARIANTS)}"
                 )
             settings |= _VARIANTS[variant]
+        if "share_prompts" in settings and (layout.context > 1 or settings.get("model") == "moe"):
+            raise LayoutError(
+                f"layout {text!r}: prompts are shared by dense models without context parallelism"
+            )
         return cls(layout, **settings)  # type: ignore[arg-type]
 
 
@@ -59,6 +66,10 @@ ALL = (
     *(
         "tp2:tied",
         "pp2:tied",
+        "tp1:shared",
+        "tp2+sp:shared",
+        "pp2+vpp2:shared",
+        "dp2:shared",
         "tp2:recompute",
         "tp2+sp:recompute-attention",
         "dp2:overlap",

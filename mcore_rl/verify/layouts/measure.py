@@ -115,7 +115,7 @@ def measure(
 
 
 def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path, log_probs, own_loss):
-    shape = _shape(model_dir, mesh)
+    shape = replace(_shape(model_dir, mesh), share_prompts=case.share_prompts)
     settings = {"mesh": mesh, "random_seed": problem.SEED, "tuning": Tuning(recompute=case.recompute)}
     policy = partial(build_policy, model_dir, **settings)
     critic = partial(build_critic, model_dir, **settings)
