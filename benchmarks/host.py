@@ -8,7 +8,7 @@ groups, a batch, what is scored, advantages, micro-batches of this replica and m
 thread; `peak_mib` is the rise of the resident set above what the received columns and the scores take.
 
 `lead` is what the one rank in 8 that talks to the servers does besides, with its replica's share of replies:
-JSON, its examination, samples, columns. Texts are not decoded there.
+JSON, its examination, samples, columns, and texts where `--tokenizer` names a model's directory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from pydantic_core import from_json
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.data_plane import random_groups
 from benchmarks.outputs import output_file
@@ -54,6 +55,7 @@ from mcore_rl.training.batch import (
 )
 from mcore_rl.training.metrics import rollout_metrics, work_of
 from mcore_rl.training.publish import probe_of
+from mcore_rl.training.trainer import decode_with
 from mcore_rl.types import Group, Prompt, Sample
 
 LIMITS = {"cpu_seconds": 2.0, "peak_mib": 2048.0}
@@ -132,7 +134,7 @@ def _columns(received: tuple[bytes, list[torch.Tensor]]) -> Columns:
     return from_buffers(*received)
 
 
-def lead(groups: Sequence[Group]) -> dict[str, Any]:
+def lead(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """What a lead does for its share, by some of its replies; CPU-seconds a step."""
     clock, samples = Clock(), [sample for group in groups for sample in group.samples]
     few = samples[:REPLIES]
@@ -141,6 +143,9 @@ def lead(groups: Sequence[Group]) -> dict[str, Any]:
     asked = [Asked(s.id, s.id, s.prompt.token_ids, len(s.token_ids), MODEL.vocab) for s in few]
     replies = clock("examine", lambda: list(map(parse_reply, said, asked)))
     clock("samples", lambda: build_group("g", few[0].prompt, replies, lambda ids: ""))
+    if tokenizer is not None:
+        known = [np.asarray(s.token_ids) % len(tokenizer) for s in few]
+        clock("texts", lambda: [decode_with(tokenizer, ids) for ids in known])
     share = sum(len(s.token_ids) for s in samples) / sum(len(s.token_ids) for s in few)
     found = {name: round(seconds * share, 3) for name, seconds in clock.seconds.items()}
     columns = Clock()
@@ -167,6 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokenizer", type=AutoTokenizer.from_pretrained)
     parser.add_argument(
         "--out", type=output_file, default=Path(__file__).parent / f"host_{date.today()}.json"
     )
@@ -188,7 +194,7 @@ def main() -> int:
         "machine": f"{machine.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "samples": options.samples,
         "response_tokens": int(sum(_columns(one).ends[2][-1] for one in received)),
-        "lead": lead(share),
+        "lead": lead(share, options.tokenizer),
     }
     del share
     for name in ("gspo", "ppo"):
