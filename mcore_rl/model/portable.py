@@ -80,8 +80,10 @@ class PackedLayout(PackedSeqParams):
         """
         tokens = len(position_ids)
         prompts = None if begins is None else SharedPrompts(begins, position_ids[boundaries[:-1].long()])
-        whole = Padding(boundaries, longest, tokens * context, prompts)
-        local = whole if context == 1 else Padding(boundaries // context, longest // context, tokens)
+        whole = Padding(boundaries, longest, tokens * context, prompts, together=context > 1)
+        local = whole
+        if context > 1:
+            local = Padding(boundaries // context, longest // context, tokens, together=True)
         return cls(
             qkv_format="sbhd",
             max_seqlen_q=longest,
@@ -166,7 +168,7 @@ class Padding:
 
     A sequence whose prompt lies with another one has its own tokens behind as much room as that prompt takes:
     its queries are asked for its own tokens, and its keys are those of all. So attention is what it is
-    without sharing, in cost and memory, while every other part of a layer sees a prompt once.
+    without sharing, while every other part of a layer sees a prompt once.
     """
 
     boundaries: Tensor
@@ -176,6 +178,8 @@ class Padding:
     tokens: int
     """T"""
     prompts: SharedPrompts | None = None
+    together: bool = False
+    """all in one part: under context parallelism, whose masks are of all sequences"""
 
     @cached_property
     def parts(self) -> list[tuple[Tensor | slice, int]]:
@@ -184,7 +188,7 @@ class Padding:
         All of them, padded to the longest of a micro-batch, would cost a multiple where that one is alone. On
         a device that computes beside the host there is one part: lengths are not waited for.
         """
-        if self.boundaries.device.type != "cpu":
+        if self.together or self.boundaries.device.type != "cpu":
             return [(slice(None), self.longest)]
         lengths = self.boundaries.diff().long()
         if self.prompts is not None:
@@ -201,32 +205,33 @@ class Padding:
     @cached_property
     def queries(self) -> Places:
         """The tokens of every part, padded."""
-        return Places.of([self.to_padded[which, :longest] for which, longest in self.parts])
+        return Places.of([self._own(which, longest) for which, longest in self.parts])
 
     @cached_property
     def keys(self) -> Places:
         """The same, with the tokens of shared prompts."""
         if self.prompts is None:
             return self.queries
-        return Places.of([self.keys_to_padded[which, :longest] for which, longest in self.parts])
+        return Places.of([self._seen(self.prompts, which, longest) for which, longest in self.parts])
 
     @cached_property
     def to_padded(self) -> Tensor:
-        """[B, L] index into the tokens; T (one past the end) where a sequence has none of its own."""
-        starts, ends = self.boundaries[:-1, None].long(), self.boundaries[1:, None].long()
-        index = starts + torch.arange(self.longest, device=starts.device)
+        """[B, L] index into the tokens, all in one part; T (one past the end) where a sequence has none."""
+        return self._own(slice(None), self.longest)
+
+    def _own(self, which: Tensor | slice, longest: int) -> Tensor:
+        """[b, longest] index into the tokens of some sequences; T where one has none of its own."""
+        starts, ends = (bounds[which, None].long() for bounds in (self.boundaries[:-1], self.boundaries[1:]))
+        index = starts + torch.arange(longest, device=starts.device)
         if self.prompts is not None:
-            index = index - self.prompts.before[:, None]
+            index = index - self.prompts.before[which, None]
         return torch.where((index >= starts) & (index < ends), index, self.tokens)
 
-    @cached_property
-    def keys_to_padded(self) -> Tensor:
-        """[B, L] the same, with the tokens of shared prompts."""
-        if self.prompts is None:
-            return self.to_padded
-        column = torch.arange(self.longest, device=self.boundaries.device)
-        shared = column < self.prompts.before[:, None]
-        return torch.where(shared, self.prompts.begins[:, None] + column, self.to_padded)
+    def _seen(self, prompts: SharedPrompts, which: Tensor | slice, longest: int) -> Tensor:
+        """[b, longest] the same, and before its own tokens those of its prompt."""
+        column = torch.arange(longest, device=self.boundaries.device)
+        shared = column < prompts.before[which, None]
+        return torch.where(shared, prompts.begins[which, None] + column, self._own(which, longest))
 
     @cached_property
     def from_padded(self) -> Tensor:

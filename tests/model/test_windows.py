@@ -245,6 +245,9 @@ def test_sequences_of_like_lengths_are_padded_together() -> None:
         assert padding.queries.shapes == padding.keys.shapes == [(1, 2004), (31, 64)]
         assert padding.from_padded.unique().numel() == len(one.tokens)
         assert torch.equal(padding.queries.index[padding.from_padded], torch.arange(len(one.tokens)))
+    halves = pack(sequences, range(32), {}, align=4)
+    layout = PackedLayout.of(halves.position_ids[::2], halves.cu_seqlens, halves.max_seqlen, context=2)
+    assert layout.padding.queries.shapes == [(32, 1002)]  # keys come from all ranks, with a mask of all
     equal = pack(sequences, [0, 3, 4], {})
     layout = PackedLayout.of(equal.position_ids, equal.cu_seqlens, equal.max_seqlen)
     assert layout.padding.queries.shapes == [(3, 64)]
