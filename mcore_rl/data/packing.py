@@ -199,6 +199,12 @@ def pack(
             tokens[offset : offset + own] = one.prompt
         tokens[offset + own : offset + own + len(one.response)] = one.response
     local = np.arange(ends[-1]) - np.repeat(ends - spans, spans)
+    # padding is at no position that it would not be at with a prompt of its own: there are rotary embeddings
+    # that end
+    position = np.minimum(
+        local + np.repeat(before if chosen else [0], spans),
+        np.repeat(padded(prompts + responses, align) if chosen else [align], spans) - 1,
+    )
     sequence = np.repeat(np.arange(len(chosen)), responses)
     response_position = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
     targets = (offsets + prompts - before)[sequence] + response_position
@@ -208,7 +214,7 @@ def pack(
     scored = [one.scored for one in chosen]
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(local + np.repeat(before if chosen else [0], spans)),
+        position_ids=torch.from_numpy(position),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=int((spans + before).max() if chosen else align),
         rows=torch.from_numpy(rows[keep]),

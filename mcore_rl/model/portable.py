@@ -9,6 +9,7 @@ this tensor-parallel rank, D channels per head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast
@@ -79,8 +80,10 @@ class PackedLayout(PackedSeqParams):
         """
         tokens = len(position_ids)
         prompts = None if begins is None else SharedPrompts(begins, position_ids[boundaries[:-1].long()])
-        whole = Padding(boundaries, longest, tokens * context, prompts)
-        local = whole if context == 1 else Padding(boundaries // context, longest // context, tokens)
+        whole = Padding(boundaries, longest, tokens * context, prompts, together=context > 1)
+        local = whole
+        if context > 1:
+            local = Padding(boundaries // context, longest // context, tokens, together=True)
         return cls(
             qkv_format="sbhd",
             max_seqlen_q=longest,
@@ -124,6 +127,10 @@ class PackedLayout(PackedSeqParams):
         return seen if window is None else seen & (column > position - window)
 
 
+SHORTER, SHORTER_TOKENS = 0.25, 32
+"""a sequence is padded together with others as long as it is shorter by such a share, or by so many tokens"""
+
+
 @dataclass(frozen=True)
 class SharedPrompts:
     """Which tokens come before those that a sequence has here."""
@@ -134,13 +141,34 @@ class SharedPrompts:
     """[B] how many tokens of the prompt lie there; 0, if it has its own"""
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where padded sequences take their tokens from, part by part."""
+
+    index: Tensor
+    """[sum of B * L]; the number of tokens, one past the end, reads zeros"""
+    shapes: list[tuple[int, int]]
+    """(B, L) of every part"""
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Places:
+        """From the index [B, L] of every part."""
+        return cls(torch.cat([part.flatten() for part in parts]), [(len(p), p.shape[1]) for p in parts])
+
+    def padded(self, x: Tensor) -> list[Tensor]:
+        """[T, heads, D] -> [B, L, heads, D] of every part."""
+        rows = F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, self.index)
+        parts = rows.split([count * longest for count, longest in self.shapes])
+        return [part.view(*shape, *x.shape[1:]) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
 @dataclass
 class Padding:
     """From packed tokens to [B, L] and back.
 
     A sequence whose prompt lies with another one has its own tokens behind as much room as that prompt takes:
     its queries are asked for its own tokens, and its keys are those of all. So attention is what it is
-    without sharing, in cost and memory, while every other part of a layer sees a prompt once.
+    without sharing, while every other part of a layer sees a prompt once.
     """
 
     boundaries: Tensor
@@ -150,35 +178,76 @@ class Padding:
     tokens: int
     """T"""
     prompts: SharedPrompts | None = None
+    together: bool = False
+    """all in one part: under context parallelism, whose masks are of all sequences"""
+
+    @cached_property
+    def parts(self) -> list[tuple[Tensor | slice, int]]:
+        """Which sequences are padded together, as they are of like lengths, and the longest of each part.
+
+        All of them, padded to the longest of a micro-batch, would cost a multiple where that one is alone. On
+        a device that computes beside the host there is one part: lengths are not waited for.
+        """
+        if self.together or self.boundaries.device.type != "cpu":
+            return [(slice(None), self.longest)]
+        lengths = self.boundaries.diff().long()
+        if self.prompts is not None:
+            lengths = lengths + self.prompts.before
+        descending, order = lengths.sort(descending=True, stable=True)
+        parts: list[tuple[Tensor | slice, int]] = []
+        begin, each = 0, descending.tolist()
+        for end in range(1, len(each) + 1):
+            if end == len(each) or each[begin] - each[end] > max(each[begin] * SHORTER, SHORTER_TOKENS):
+                parts.append((order[begin:end], each[begin]))
+                begin = end
+        return parts if len(parts) > 1 else [(slice(None), self.longest)]
+
+    @cached_property
+    def queries(self) -> Places:
+        """The tokens of every part, padded."""
+        return Places.of([self._own(which, longest) for which, longest in self.parts])
+
+    @cached_property
+    def keys(self) -> Places:
+        """The same, with the tokens of shared prompts."""
+        if self.prompts is None:
+            return self.queries
+        return Places.of([self._seen(self.prompts, which, longest) for which, longest in self.parts])
 
     @cached_property
     def to_padded(self) -> Tensor:
-        """[B, L] index into the tokens; T (one past the end) where a sequence has none of its own."""
-        starts, ends = self.boundaries[:-1, None].long(), self.boundaries[1:, None].long()
-        index = starts + torch.arange(self.longest, device=starts.device)
+        """[B, L] index into the tokens, all in one part; T (one past the end) where a sequence has none."""
+        return self._own(slice(None), self.longest)
+
+    def _own(self, which: Tensor | slice, longest: int) -> Tensor:
+        """[b, longest] index into the tokens of some sequences; T where one has none of its own."""
+        starts, ends = (bounds[which, None].long() for bounds in (self.boundaries[:-1], self.boundaries[1:]))
+        index = starts + torch.arange(longest, device=starts.device)
         if self.prompts is not None:
-            index = index - self.prompts.before[:, None]
+            index = index - self.prompts.before[which, None]
         return torch.where((index >= starts) & (index < ends), index, self.tokens)
 
-    @cached_property
-    def keys_to_padded(self) -> Tensor:
-        """[B, L] the same, with the tokens of shared prompts."""
-        if self.prompts is None:
-            return self.to_padded
-        column = torch.arange(self.longest, device=self.boundaries.device)
-        shared = column < self.prompts.before[:, None]
-        return torch.where(shared, self.prompts.begins[:, None] + column, self.to_padded)
+    def _seen(self, prompts: SharedPrompts, which: Tensor | slice, longest: int) -> Tensor:
+        """[b, longest] the same, and before its own tokens those of its prompt."""
+        column = torch.arange(longest, device=self.boundaries.device)
+        shared = column < prompts.before[which, None]
+        return torch.where(shared, prompts.begins[which, None] + column, self._own(which, longest))
 
     @cached_property
     def from_padded(self) -> Tensor:
-        """[T] index into the flattened [B * L]."""
+        """[T] index into the flattened [B * L] of all parts, one after another."""
         boundaries = self.boundaries.long()
+        starts, end = torch.empty_like(boundaries[:-1]), 0
+        for which, longest in self.parts:
+            count = len(starts[which])
+            starts[which] = end + longest * torch.arange(count, device=starts.device)
+            end += count * longest
         token = torch.arange(self.tokens, device=boundaries.device)
         sequence = torch.bucketize(token, boundaries[1:], right=True)
         place = token - boundaries[sequence]
         if self.prompts is not None:
             place = place + self.prompts.before[sequence]
-        return sequence * self.longest + place
+        return starts[sequence] + place
 
 
 @dataclass
@@ -325,18 +394,23 @@ class PackedAttention(nn.Module):
         """query [T, 1, N, D], key and value [T, 1, K, D] -> [T, 1, N * D], D that of the values."""
         layout = packed_seq_params
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        here, places = layout.padding.to_padded, layout.padding.keys_to_padded
+        padding, queries = layout.padding, layout.padding.queries
+        keys = padding.keys
         if layout.keys is not None:
             k, v = gather_keys_values(k, v)
-            places = layout.keys.to_padded
-        q, k, v = _pad(q, here), _pad(k, places), _pad(v, places)
+            keys = Places.of([layout.keys.to_padded])
+        parts = zip(queries.padded(q), keys.padded(k), keys.padded(v), strict=True)
+        outs = [self._of_part(*of_part, layout) for of_part in parts]
+        return noted(_unpad(padding.from_padded, *outs), _unpad, padding.from_padded, *outs)
+
+    def _of_part(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+        """q [B, L, N, D], k and v [B, S, K, D] of sequences that are padded together -> [B, N, L, D]."""
+        seen = (..., slice(q.shape[1]), slice(k.shape[1]))
         if self.cap is not None or self.softmax_offset is not None:
-            out = self._attend_by_scores(q, k, v, layout.visible(self.window))
-        elif layout.keys is None and self.window is None:
-            out = self._attend(q, k, v, is_causal=True)
-        else:
-            out = self._attend(q, k, v, attn_mask=layout.mask(self.window, q.dtype))
-        return noted(_unpad(out, layout.padding.from_padded), _unpad, out, layout.padding.from_padded)
+            return self._attend_by_scores(q, k, v, layout.visible(self.window)[seen])
+        if layout.keys is None and self.window is None:
+            return self._attend(q, k, v, is_causal=True)
+        return self._attend(q, k, v, attn_mask=layout.mask(self.window, q.dtype)[seen])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -386,14 +460,11 @@ class PackedAttention(nn.Module):
         )
 
 
-def _unpad(out: Tensor, index: Tensor) -> Tensor:
-    """[B, N, L, D] -> [T, 1, N * D]"""
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, index).flatten(1).unsqueeze(1)
-
-
-def _pad(x: Tensor, index: Tensor) -> Tensor:
-    """[T, heads, D] -> [B, L, heads, D]; the index T reads a row of zeros."""
-    return F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+def _unpad(index: Tensor, *outs: Tensor) -> Tensor:
+    """[B, N, L, D] of every part -> [T, 1, N * D]"""
+    flat = [out.transpose(1, 2).flatten(0, 1) for out in outs]
+    whole = flat[0] if len(flat) == 1 else torch.cat(flat)
+    return whole.index_select(0, index).flatten(1).unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ def test_every_row_sees_its_own_sequence(parts, align) -> None:
     assert batch.fields["place"].tolist() == alone.fields["place"].tolist()
     assert batch.max_seqlen >= max(len(one) for one in sequences)
     assert not (batch.cu_seqlens.diff() % align).any()
+    # a rotary embedding that ends at some length has no position more to answer
+    assert batch.position_ids.max() <= alone.position_ids.max()
     for row, place, local in zip(batch.rows.tolist(), batch.fields["place"], batch.sequence, strict=True):
         one = sequences[members[int(local)]]
         assert seen(batch, row) == [*one.prompt, *one.response][: len(one.prompt) + int(place)]

@@ -14,13 +14,19 @@ import torch
 
 from mcore_rl.checkpoint import find
 from mcore_rl.config import Config, to_toml
+from mcore_rl.data.packing import TokenSequence, pack
 from mcore_rl.errors import ConfigError, NumericsError
 from mcore_rl.launch.replay import _replay, replay_dump
+from mcore_rl.model.build import build_policy
+from mcore_rl.model.optimizer import ddp_config
+from mcore_rl.model.step import forward
 from mcore_rl.parallel.layout import Layout
 from mcore_rl.parallel.mesh import build_mesh, destroy_mesh
 from mcore_rl.training.faults.dump import from_json, to_json
+from mcore_rl.training.faults.inspect import FORWARD, Inspector
 from mcore_rl.training.loop import learn
 from mcore_rl.types import PackedBatch
+from mcore_rl.verify.layouts.problem import write_model
 from tests.sources import ROOT
 from tests.training.test_ppo import built_run, config, recorded, weights
 
@@ -178,3 +184,30 @@ def test_the_command_says_where_and_ends_with_70(gspo, broken):
 def test_what_is_no_dump_is_refused(gspo, tmp_path):
     with pytest.raises(ConfigError, match=r"is no committed checkpoint"):
         replay_dump(gspo, tmp_path / "step_1")
+
+
+def named_tokens(directory: Path) -> list[str]:
+    """What is said of a NaN in the embedding of the prompt of three samples, and of one in a response."""
+    mesh = build_mesh(Layout(), timeout=60.0)
+    try:
+        sequences = [TokenSequence([1, 9, 4], r) for r in ([5, 6], [7], [6, 6, 6])]
+        sequences.insert(1, TokenSequence([8], [5]))
+        batch = pack(sequences, range(4), {"sample": range(4)}, align=2, share_prompts=True)
+        said = []
+        for token in (TOKEN, 7):
+            model = build_policy(directory, mesh, random_seed=1, ddp=ddp_config(distributed=False))
+            (chunk,) = model.unwrapped
+            chunk.embedding.word_embeddings.weight.data[token, 3] = torch.nan
+            with Inspector(model, batch, list("abcd")) as inspector, torch.no_grad():
+                forward(model, [batch], 1.0)
+            said += [one.what for one in inspector.findings() if one.phase == FORWARD]
+        return said
+    finally:
+        destroy_mesh()
+
+
+def test_a_token_of_a_shared_prompt_has_the_names_of_its_samples(pool1, tmp_path):
+    directory = write_model(tmp_path / "model", "dense")
+    (prompt, response) = pool1.run(named_tokens, directory)[0]
+    assert prompt.endswith(f", token 1 (id {TOKEN}), samples a, c, d")
+    assert response.endswith(", token 3 (id 7), sample c")

@@ -200,8 +200,13 @@ def attention_of(window: int | None, cap: float | None, sinks: bool) -> Any:
 def test_attention_is_its_definition(
     monkeypatch, window: int | None, cap: float | None, sinks: bool, rows: int
 ) -> None:
-    """Two packed sequences in float64, and the gradients of queries, keys, values and sinks."""
+    """Two packed sequences in float64, and the gradients of queries, keys, values and sinks.
+
+    Once padded to the longer, once each by itself.
+    """
     monkeypatch.setattr(portable, "ROWS", rows)
+    if rows == 2:
+        monkeypatch.setattr(portable, "SHORTER_TOKENS", 0)
     attention = attention_of(window, cap, sinks)
     generator = torch.Generator().manual_seed(0)
 
@@ -231,16 +236,35 @@ def test_attention_is_its_definition(
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
 
 
+def test_sequences_of_like_lengths_are_padded_together() -> None:
+    """A long one beside many short ones costs no more than they have tokens, with shared prompts too."""
+    sequences = [TokenSequence([1, 2, 3, 4], [5] * n) for n in (60, 2000, 40, *[60] * 29)]
+    for share in (True, False):
+        one = pack(sequences, range(32), {}, share_prompts=share)
+        padding = PackedLayout.of(one.position_ids, one.cu_seqlens, one.max_seqlen, begins=one.begins).padding
+        assert padding.queries.shapes == padding.keys.shapes == [(1, 2004), (31, 64)]
+        assert padding.from_padded.unique().numel() == len(one.tokens)
+        assert torch.equal(padding.queries.index[padding.from_padded], torch.arange(len(one.tokens)))
+    halves = pack(sequences, range(32), {}, align=4)
+    layout = PackedLayout.of(halves.position_ids[::2], halves.cu_seqlens, halves.max_seqlen, context=2)
+    assert layout.padding.queries.shapes == [(32, 1002)]  # keys come from all ranks, with a mask of all
+    equal = pack(sequences, [0, 3, 4], {})
+    layout = PackedLayout.of(equal.position_ids, equal.cu_seqlens, equal.max_seqlen)
+    assert layout.padding.queries.shapes == [(3, 64)]
+
+
 @pytest.mark.parametrize(
     ("window", "cap", "sinks"), [(None, None, False), (4, None, False), (None, 0.7, False), (3, 0.7, True)]
 )
 def test_a_shared_prompt_is_attended_to_as_if_each_had_it(
-    window: int | None, cap: float | None, sinks: bool
+    monkeypatch, window: int | None, cap: float | None, sinks: bool
 ) -> None:
     """Three samples of one prompt and one of another, packed with each prompt once, and with all of them.
 
-    Answers and gradients in float64; those of the prompt are the sums of its copies'.
+    Answers and gradients in float64; those of the prompt are the sums of its copies'. Those of like lengths
+    are padded together: the two longest.
     """
+    monkeypatch.setattr(portable, "SHORTER_TOKENS", 0)
     attention = attention_of(window, cap, sinks)
     generator = torch.Generator().manual_seed(1)
     sequences = [TokenSequence([1, 2, 3], [0] * n) for n in (4, 1, 6)]

@@ -140,11 +140,20 @@ class Inspector:
             return ""
         token = int(mine[local])
         sequence = int(torch.searchsorted(batch.cu_seqlens, token, right=True)) - 1
-        place = int(batch.position_ids[token])
-        return f", token {place} (id {int(batch.tokens[token])}){self._sample(sequence)}"
+        starts = batch.cu_seqlens[:-1].long()
+        before = batch.position_ids[starts]
+        place = token - int(starts[sequence]) + int(before[sequence])
+        whose = torch.zeros(batch.num_sequences, dtype=torch.bool)
+        if batch.begins is not None:  # others may have no tokens of their own for the same prompt
+            whose = (batch.begins == starts[sequence]) & (before > place)
+        whose[sequence] = True
+        return (
+            f", token {place} (id {int(batch.tokens[token])}){self._sample(*whose.nonzero()[:, 0].tolist())}"
+        )
 
-    def _sample(self, sequence: int) -> str:
-        return f", sample {self._samples[sequence]}" if self._samples[sequence] else ""
+    def _sample(self, *sequences: int) -> str:
+        names = [self._samples[sequence] for sequence in sequences if self._samples[sequence]]
+        return f", sample{'s' * (len(names) > 1)} {', '.join(names)}" if names else ""
 
 
 @dataclass(frozen=True)
