@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -150,13 +151,13 @@ class Algorithm:
             params={**entry.params, **{key: value for key, value in given.items() if value is not None}},
         )
 
-    @property
-    def loss_params(self) -> dict[str, Param]:
+    @cached_property
+    def loss_params(self) -> Mapping[str, Param]:
         """Every keyword argument of the loss, resolved."""
         return resolve(self.loss, self.params)
 
-    @property
-    def advantage_params(self) -> dict[str, Param]:
+    @cached_property
+    def advantage_params(self) -> Mapping[str, Param]:
         """Every keyword argument of the advantage, resolved."""
         return resolve(self.advantage, self.params)
 

@@ -16,7 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from mcore_rl.model.portable import PackedLayout, Parts
+from mcore_rl.model.packed_layout import PackedLayout
+from mcore_rl.model.portable import Parts
 
 
 class PackedEngineAttention(TEDotProductAttention):

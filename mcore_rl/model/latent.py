@@ -25,7 +25,8 @@ from torch import Tensor
 from mcore_rl.model.hf.architecture import Architecture
 from mcore_rl.model.hf.latent import NORM_EPS
 from mcore_rl.model.hf.rope import Yarn
-from mcore_rl.model.portable import PackedLayout, Parts
+from mcore_rl.model.packed_layout import PackedLayout
+from mcore_rl.model.portable import Parts
 from mcore_rl.model.rotary import turn
 
 CHECKPOINT_NAMES = {

@@ -151,7 +151,7 @@ class ReplayedLayer(TransformerLayer):
             mlp.router.bias = bias
 
     def forward(self, *args, packed_seq_params: Any, **kwargs) -> Any:
-        """Run the layer as TransformerLayer does; `packed_seq_params` is a portable.PackedLayout."""
+        """Run the layer as TransformerLayer does; `packed_seq_params` is a packed_layout.PackedLayout."""
         experts: Tensor | None = packed_seq_params.experts
         mlp: Any = self.mlp
         router = mlp.router

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mcore_rl.model import platform
 from mcore_rl.model.build import Model
+from mcore_rl.model.packed_layout import PackedLayout, of_like_lengths
 from mcore_rl.model.policy import Scored
-from mcore_rl.model.portable import PackedLayout
 from mcore_rl.parallel.context import local_tokens
 from mcore_rl.parallel.head import HeadOutput, RowLoss
 from mcore_rl.parallel.head.divergence import Against
@@ -242,6 +242,7 @@ def _taken(pairs: deque[T]) -> Iterator[T]:
 def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch:
     """This context-parallel rank's share of a micro-batch, on its way to `device`: nobody waits for it."""
     size = mesh.layout.context
+    on_host = device.type == "cpu"
     packed = _to(batch if size == 1 else _share(batch, size, mesh.cp_rank), device)
     boundaries = packed.cu_seqlens if size == 1 else _sent(batch.cu_seqlens, device)
     experts = _of_routers(packed.experts, mesh)
@@ -252,6 +253,8 @@ def localize(batch: PackedBatch, mesh: Mesh, device: torch.device) -> LocalBatch
         context=size,
         experts=experts,
         begins=packed.begins,
+        # A device that computes beside the host gets one part: its indices would be copied there.
+        parts=of_like_lengths(batch.cu_seqlens, batch.position_ids) if size == 1 and on_host else None,
     )
     layout.live = _of_routers(packed.live, mesh)
     return LocalBatch(packed, layout)

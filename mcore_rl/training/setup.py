@@ -31,9 +31,7 @@ from mcore_rl.model.build import Model, build_critic, build_policy
 from mcore_rl.model.hf.architecture import Architecture, read_architecture
 from mcore_rl.model.hf.files import check_side_files
 from mcore_rl.model.hf.peft_files import begun_anew
-from mcore_rl.model.layouts import DTYPES
 from mcore_rl.model.optimizer import Optimizer, build_optimizer, ddp_config
-from mcore_rl.model.precision import takes_transformer_engine
 from mcore_rl.model.probe import check_gradient_scale
 from mcore_rl.model.residency import Offloaded, ResidentPart, state_of
 from mcore_rl.parallel.attempt import attempt_store
@@ -430,8 +428,8 @@ def batching_of(config: Config, mesh: Mesh) -> Batching:
 def shares_prompts(config: Config, mesh: Mesh) -> bool:
     """Whether samples of a micro-batch can have the tokens of their prompt once.
 
-    A router's balance counts tokens, and only the portable attention knows of prompts that lie elsewhere.
+    A router's balance counts tokens, and only the portable attention knows of prompts that lie elsewhere. It
+    waits for no length on a GPU, and so would pad answers of all lengths to the longest there.
     """
     dense = read_architecture(config.model.path).experts is None
-    portable = not takes_transformer_engine(DTYPES[config.model.precision])
-    return dense and portable and mesh.layout.context == 1
+    return dense and platform.device().type == "cpu" and mesh.layout.context == 1

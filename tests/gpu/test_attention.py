@@ -12,7 +12,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from mcore_rl.model.build import build_policy
-from mcore_rl.model.portable import PackedAttention, PackedLayout
+from mcore_rl.model.packed_layout import PackedLayout
+from mcore_rl.model.portable import PackedAttention
 from mcore_rl.parallel.mesh import Mesh
 from tests.gpu.conftest import SIZES
 

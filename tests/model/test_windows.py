@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mcore_rl.algo.distillation import ReverseKL
 from mcore_rl.data.packing import TokenSequence, pack
-from mcore_rl.model import build, portable
+from mcore_rl.model import build, packed_layout, portable
 from mcore_rl.model.build import build_policy
 from mcore_rl.model.hf.architecture import Architecture, architecture_of
 from mcore_rl.model.hf.rope import Linear, Yarn
 from mcore_rl.model.hf.stacked import joined
 from mcore_rl.model.hf.windows import NO_WINDOWS
-from mcore_rl.model.portable import PackedAttention, PackedLayout
+from mcore_rl.model.packed_layout import PackedLayout, of_like_lengths
+from mcore_rl.model.portable import PackedAttention
 from mcore_rl.model.step import forward
 from mcore_rl.parallel.mesh import Mesh
 from mcore_rl.parallel.pool import Pool
@@ -206,7 +207,7 @@ def test_attention_is_its_definition(
     """
     monkeypatch.setattr(portable, "ROWS", rows)
     if rows == 2:
-        monkeypatch.setattr(portable, "SHORTER_TOKENS", 0)
+        monkeypatch.setattr(packed_layout, "SHORTER_TOKENS", 0)
     attention = attention_of(window, cap, sinks)
     generator = torch.Generator().manual_seed(0)
 
@@ -221,7 +222,8 @@ def test_attention_is_its_definition(
         attention.softmax_offset.data.copy_(sink)
         leaves.append(sink)
     bounds = torch.tensor([0, 7, 12], dtype=torch.int32)
-    layout = PackedLayout.of(torch.cat([torch.arange(7), torch.arange(5)]), bounds, 7)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])
+    layout = PackedLayout.of(positions, bounds, 7, parts=of_like_lengths(bounds, positions))
     got = attention(*(x[:, None] for x in (q, k, v)), packed_seq_params=layout)[:, 0]
     parts = [defined(q[a:b], k[a:b], v[a:b], window, cap, sink) for a, b in ((0, 7), (7, 12))]
     expected = torch.cat(parts).flatten(1)
@@ -236,12 +238,19 @@ def test_attention_is_its_definition(
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
 
 
+def layout_of(packed: PackedBatch) -> PackedLayout:
+    parts = of_like_lengths(packed.cu_seqlens, packed.position_ids)
+    return PackedLayout.of(
+        packed.position_ids, packed.cu_seqlens, packed.max_seqlen, begins=packed.begins, parts=parts
+    )
+
+
 def test_sequences_of_like_lengths_are_padded_together() -> None:
     """A long one beside many short ones costs no more than they have tokens, with shared prompts too."""
     sequences = [TokenSequence([1, 2, 3, 4], [5] * n) for n in (60, 2000, 40, *[60] * 29)]
     for share in (True, False):
         one = pack(sequences, range(32), {}, share_prompts=share)
-        padding = PackedLayout.of(one.position_ids, one.cu_seqlens, one.max_seqlen, begins=one.begins).padding
+        padding = layout_of(one).padding
         assert padding.queries.shapes == padding.keys.shapes == [(1, 2004), (31, 64)]
         assert padding.from_padded.unique().numel() == len(one.tokens)
         assert torch.equal(padding.queries.index[padding.from_padded], torch.arange(len(one.tokens)))
@@ -264,7 +273,7 @@ def test_a_shared_prompt_is_attended_to_as_if_each_had_it(
     Answers and gradients in float64; those of the prompt are the sums of its copies'. Those of like lengths
     are padded together: the two longest.
     """
-    monkeypatch.setattr(portable, "SHORTER_TOKENS", 0)
+    monkeypatch.setattr(packed_layout, "SHORTER_TOKENS", 0)
     attention = attention_of(window, cap, sinks)
     generator = torch.Generator().manual_seed(1)
     sequences = [TokenSequence([1, 2, 3], [0] * n) for n in (4, 1, 6)]
@@ -289,9 +298,7 @@ def test_a_shared_prompt_is_attended_to_as_if_each_had_it(
     weight = torch.randn(len(live), 24, generator=generator, dtype=torch.float64)
 
     def passed(packed: PackedBatch, share: bool) -> list[Tensor]:
-        layout = PackedLayout.of(
-            packed.position_ids, packed.cu_seqlens, packed.max_seqlen, begins=packed.begins
-        )
+        layout = layout_of(packed)
         given = [q, k, v]
         if not share:
             index = torch.zeros(len(packed.tokens), dtype=torch.int64).index_copy(0, live, which)

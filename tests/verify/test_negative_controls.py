@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcore_rl.model import build, policy, portable, step, weights_io
+from mcore_rl.model import build, packed_layout, policy, step, weights_io
 from mcore_rl.parallel.head import divergence, head
 from mcore_rl.parallel.head import passes as head_passes
 from mcore_rl.training import distill, model_passes, objective, sequence_objective
@@ -109,7 +109,7 @@ def keys_in_plain_order(patch: pytest.MonkeyPatch) -> None:
         share = (end - start) // size
         return (token - start) // share * (tokens // size) + start // size + (token - start) % share
 
-    patch.setattr(portable, "gathered_places", contiguous)
+    patch.setattr(packed_layout, "gathered_places", contiguous)
 
 
 def unmarked_shards(patch: pytest.MonkeyPatch) -> None:
@@ -174,9 +174,9 @@ def teacher_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
 
 def prompt_of_another_sample(patch: pytest.MonkeyPatch) -> None:
     """Samples without a prompt of their own see the first tokens of the micro-batch."""
-    original = portable.SharedPrompts
+    original = packed_layout.SharedPrompts
     patch.setattr(
-        portable, "SharedPrompts", lambda begins, before: original(torch.zeros_like(begins), before)
+        packed_layout, "SharedPrompts", lambda begins, before: original(torch.zeros_like(begins), before)
     )
 
 
