@@ -43,7 +43,7 @@ def fork_ranks() -> None:
 
 
 def _become(command: list[str], environment: dict[str, str], streams: tuple[int, int]) -> NoReturn:
-    """Never returns to the agent, whose threads and stores are not here: it ends as Python does, but for them."""
+    """Never returns to the agent, whose threads and stores are not here: it ends as Python does without."""
     code = 1
     try:
         os.setsid()

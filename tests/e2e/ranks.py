@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from itertools import count
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,7 @@ class Ranks:
         assert len(set(codes)) == 1, f"ranks left with {codes}: {said.read_text()}"
         return subprocess.CompletedProcess(arguments, codes[0], "", said.read_text())
 
-    def start(
-        self, *arguments: str, log: Path, cwd: Path = ROOT, **environment: str
-    ) -> Started:
+    def start(self, *arguments: str, log: Path, cwd: Path = ROOT, **environment: str) -> Started:
         """Start the command, or `torchrun` with arguments of its own, as a launcher whose ranks are forked.
 
         Args:
