@@ -53,20 +53,22 @@ class Ranks:
         assert len(set(codes)) == 1, f"ranks left with {codes}: {said.read_text()}"
         return subprocess.CompletedProcess(arguments, codes[0], "", said.read_text())
 
-    def start(self, *arguments: str, log: Path, cwd: Path = ROOT, **environment: str) -> Started:
+    def start(self, *arguments: str, log: Path, umask: int | None = None, **environment: str) -> Started:
         """Start the command, or `torchrun` with arguments of its own, as a launcher whose ranks are forked.
 
         Args:
             log: a file for what all of them say.
         """
         log.touch()
-        asked = {"arguments": arguments, "said": str(log), "cwd": str(cwd), "environment": environment}
-        return Started(self, self._answer({**asked, "world": 0, "launcher": True}))
+        asked = {"arguments": arguments, "said": str(log), "cwd": str(ROOT), "environment": environment}
+        return Started(self, self._answer({**asked, "world": 0, "launcher": True, "umask": umask}))
 
-    def launch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def launch(
+        self, *arguments: str, umask: int | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """`start` to its end."""
         log = self._scratch / f"launch_{next(self._launches)}"
-        started = self.start(*arguments, log=log, **environment)
+        started = self.start(*arguments, log=log, umask=umask, **environment)
         try:
             code = started.wait(self._deadline)
         finally:
@@ -83,7 +85,8 @@ class Ranks:
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         ready, _, _ = select.select([self._process.stdout], [], [], self._deadline)
-        assert ready, f"no end of {asked} within {self._deadline} s: {Path(asked['said']).read_text()}"
+        said = Path(asked["said"]).read_text() if "said" in asked else ""
+        assert ready, f"no end of {asked} within {self._deadline} s: {said}"
         return json.loads(self._process.stdout.readline())
 
 
@@ -199,6 +202,8 @@ def become(rank: int, asked: dict) -> None:
     if "launcher" in asked:
         os.setsid()
         fork_ranks()
+    if asked.get("umask") is not None:
+        os.umask(asked["umask"])
     sys.argv = [str(ROOT / "mcore-rl"), *asked["arguments"]]
     if asked["arguments"][0] == "torchrun":
         from torch.distributed.run import main as torchrun

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from mcore_rl.directories import MARK, is_ours, read_mark
 from mcore_rl.dumps.directory import read_step
 from mcore_rl.log import read_metrics
 from mcore_rl.talk.weights import model_of
-from tests.e2e.conftest import ENVIRONMENT, ROOT, command
+from tests.e2e.conftest import ROOT
 from tests.e2e.ranks import Ranks, Started
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
@@ -323,10 +321,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
 
 
 def test_results_that_everybody_may_change_are_warned_of_once(ranks, folder, tmp_path):
-    line = ["bash", "-c", 'umask 000; exec "$@"', "-", *command(*sft(folder, tmp_path / "run"))]
-    done = subprocess.run(
-        line, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
-    )
+    done = ranks.launch(*sft(folder, tmp_path / "run"), umask=0)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: the umask is 000: everybody on this machine may change") == 1
     assert "chmod -R o-w" in done.stderr
