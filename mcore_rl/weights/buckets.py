@@ -457,14 +457,21 @@ class _Kept:
     def close(self) -> None: ...
 
 
-def gather(tensors: Mapping[str, Tensor], mapping: ParameterMap, mesh: Mesh) -> dict[str, Tensor]:
+def plan_to_gather(tensors: Mapping[str, Tensor], mapping: ParameterMap, mesh: Mesh) -> ExportPlan:
+    """A plan for calls of `gather` with tensors of these names, shapes and types; collective."""
+    return plan_of(Export(tensors, mapping, mesh), GATHER_BYTES)
+
+
+def gather(
+    tensors: Mapping[str, Tensor], mapping: ParameterMap, mesh: Mesh, plan: ExportPlan | None = None
+) -> dict[str, Tensor]:
     """Parameters, or their gradients, by global Megatron name -> whole HF tensors, each on one rank of copy
     0.
 
     Collective over all ranks. For verification: all of an owner's tensors are in host memory at the end.
     """
     export = Export(tensors, mapping, mesh)
-    plan = plan_of(export, GATHER_BYTES)
+    plan = plan or plan_to_gather(tensors, mapping, mesh)
     kept: dict[str, Tensor] = {}
     for owner in turns_of(plan, mesh) if mesh.copy == 0 else []:
         channel = None

@@ -234,6 +234,7 @@ def test_adding_an_algorithm_is_one_entry_and_one_function(monkeypatch: pytest.M
 # --- purity -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_algo_imports_torch_only() -> None:
     """In a fresh interpreter only errors and their words come with it, and no collective is called."""
     code = (

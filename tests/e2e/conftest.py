@@ -33,7 +33,7 @@ class Task:
         """Overrides for a short GSPO run from the warm start."""
         return [
             *self.data,
-            *("--data.eval", f"{self.root}/data/eval.jsonl", "--train.eval_samples", "100"),
+            *("--data.eval", f"{self.root}/data/eval.jsonl", "--train.eval_samples", "32"),
             *("--model.path", f"{self.root}/warm_start/model", "--train.eval_every", "0"),
             *("--rollout.prompts_per_step", "8", "--rollout.threads", "1", "--optimizer.warmup_steps", "0"),
         ]
@@ -99,9 +99,9 @@ def demo_run(task: Task, directory: Path, *flags: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def demo(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(ranks: Ranks, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of that run, which nothing interrupted; a test that changes it takes a copy."""
     directory = tmp_path_factory.mktemp("demo") / "run"
-    done = run(*demo_run(task, directory))
+    done = ranks.launch(*demo_run(task, directory))
     assert done.returncode == 0, done.stderr
     return directory

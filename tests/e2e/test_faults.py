@@ -19,8 +19,8 @@ from aiohttp import ClientSession, web
 from mcore_rl.__main__ import main
 from mcore_rl.log import read_metrics
 from mcore_rl.rollout.processes import Embedded, LocalServer
-from tests.e2e.conftest import ENVIRONMENT, ROOT, command, without_threads
-from tests.e2e.ranks import Ranks
+from tests.e2e.conftest import ROOT, without_threads
+from tests.e2e.ranks import Ranks, Started
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -115,7 +115,7 @@ def test_a_server_that_ignores_new_weights_is_noticed(ranks: Ranks, folder: Path
 
 @pytest.mark.timeout(600)
 def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_process_behind(
-    folder: Path, tmp_path
+    ranks: Ranks, folder: Path, tmp_path
 ):
     """One of two is killed while the run goes on, and returns through a publish; then Ctrl-C reaches all.
 
@@ -125,11 +125,7 @@ def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_pro
     flags += ["--reward.function", "tests.e2e.rewards:patient"]
     arguments = gspo(folder, tmp_path, *flags)
     log, events = tmp_path / "log", tmp_path / "events.jsonl"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT | {"THE_KEY": KEY}, stdout=out,
-            stderr=out, start_new_session=True,
-        )  # fmt: skip
+    process = ranks.start(*arguments, log=log, THE_KEY=KEY)
     try:
         _wait_for(lambda: b"step 1/" in log.read_bytes(), process, 240)
         servers = _servers_of(process)
@@ -156,7 +152,7 @@ def test_a_killed_server_costs_no_sample_and_comes_back_and_ctrl_c_leaves_no_pro
     assert kinds.index("server_lost") < kinds.index("server_returned")
 
 
-def _servers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def _servers_of(process: Started) -> list[psutil.Process]:
     family = psutil.Process(process.pid).children(recursive=True)
     return [child for child in family if "mcore_rl.server" in child.cmdline()]
 
@@ -187,7 +183,7 @@ async def forgetful(target: str, model: Path) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-def _wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> None:
+def _wait_for(condition, process: Started, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None

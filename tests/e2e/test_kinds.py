@@ -114,6 +114,7 @@ def test_pairs_are_learnt_at_two_ranks_and_a_resumed_run_is_the_same(ranks, fold
     assert weights(cut) == whole
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_swapped_or_kept_says_the_same(ranks, folder, tmp_path) -> None:
     found = {}
     for where in ("swapped", "kept"):
@@ -134,6 +135,7 @@ def test_verdicts_are_learnt(ranks, folder, tmp_path) -> None:
     assert lines[-1]["validation/loss"] < lines[0]["validation/loss"]
 
 
+@pytest.mark.slow
 def test_the_reference_of_adapters_is_the_model_without_them(ranks, folder, tmp_path) -> None:
     """Also where training starts from an adapter: its margin is the one that it had."""
     flags = (*DPO, "--lora.rank", "4", "--lora.alpha", "8", "--optimizer.lr", "1e-2")

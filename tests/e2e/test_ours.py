@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +19,8 @@ from mcore_rl.directories import MARK, is_ours, read_mark
 from mcore_rl.dumps.directory import read_step
 from mcore_rl.log import read_metrics
 from mcore_rl.talk.weights import model_of
-from tests.e2e.conftest import ENVIRONMENT, ROOT, command, run
+from tests.e2e.conftest import ROOT
+from tests.e2e.ranks import Ranks, Started
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -99,12 +98,12 @@ def test_what_another_program_wrote_stops_the_command_and_stays(folder, tmp_path
     assert not (tmp_path / "run" / "events.jsonl").exists(), "not a word of it"
 
 
-def test_what_another_program_wrote_among_the_checkpoints_stops_the_run_and_stays(folder, tmp_path):
+def test_what_another_program_wrote_among_the_checkpoints_stops_the_run_and_stays(ranks, folder, tmp_path):
     """The rank refuses it, which holds their lock; the launcher passes its exit code on."""
     kept = plant(
         tmp_path / "run" / "checkpoints" / "step_7" / "mine", tmp_path / "run" / "samples" / "mine.txt"
     )
-    done = run(*sft(folder, tmp_path / "run"))
+    done = ranks.launch(*sft(folder, tmp_path / "run"))
     assert done.returncode == 2, done.stderr
     assert " holds step_7" in done.stderr
     assert "Traceback" not in done.stderr
@@ -223,13 +222,13 @@ def test_a_run_is_spared_unless_it_may_be_overwritten(ranks, folder, tmp_path, c
 
 
 def test_the_second_run_in_a_directory_is_refused_and_the_first_unharmed(
-    folder, tmp_path, capsys, monkeypatch
+    ranks, folder, tmp_path, capsys, monkeypatch
 ):
     """The first keeps no checkpoints, so that their lock is not what saves it from a second that does."""
     monkeypatch.chdir(ROOT)
     directory = tmp_path / "run"
     arguments = sft(folder, directory, "--checkpoint.every", "0", "--train.steps", "100000")
-    with started(tmp_path / "log", *arguments) as first:
+    with started(ranks, tmp_path / "log", *arguments) as first:
         wait_for(lambda: b"step 2/" in (tmp_path / "log").read_bytes(), first)
         events = (directory / "events.jsonl").read_bytes()
         for every in ("0", "1"):
@@ -254,7 +253,7 @@ def test_two_runs_with_one_place_for_weights(ranks, folder, server_url, tmp_path
     monkeypatch.chdir(ROOT)
     publish = ["--publish.dir", str(tmp_path / "publish")]
     arguments = grpo(folder, tmp_path / "a", *publish, "--train.steps", "100000", "--checkpoint.every", "0")
-    with started(tmp_path / "log", *arguments) as first:
+    with started(ranks, tmp_path / "log", *arguments) as first:
         wait_for(lambda: b"step 1/" in (tmp_path / "log").read_bytes(), first)
         assert main(grpo(folder, tmp_path / "b", *publish)) == 75
         said = capsys.readouterr().err
@@ -269,12 +268,9 @@ def test_two_runs_with_one_place_for_weights(ranks, folder, server_url, tmp_path
 
 
 @contextmanager
-def started(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, which writes to `log` and is killed on the way out."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out
-        )
+def started(ranks: Ranks, log: Path, *arguments: str) -> Iterator[Started]:
+    """The launcher of the command, which writes to `log` and is killed on the way out."""
+    process = ranks.start(*arguments, log=log)
     try:
         yield process
     finally:
@@ -282,7 +278,7 @@ def started(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
+def wait_for(condition: Callable[[], bool], process: Started, seconds: float = 200.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run has ended"
@@ -325,10 +321,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_named_and_the_run_goes_on_with_room(
 
 
 def test_results_that_everybody_may_change_are_warned_of_once(ranks, folder, tmp_path):
-    line = ["bash", "-c", 'umask 000; exec "$@"', "-", *command(*sft(folder, tmp_path / "run"))]
-    done = subprocess.run(
-        line, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
-    )
+    done = ranks.launch(*sft(folder, tmp_path / "run"), umask=0)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: the umask is 000: everybody on this machine may change") == 1
     assert "chmod -R o-w" in done.stderr

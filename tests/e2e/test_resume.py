@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,25 +20,22 @@ from mcore_rl.log import read_metrics
 from mcore_rl.metric_names import MEASURED
 from tests.checkpoint.support import stored
 from tests.e2e.conftest import ENVIRONMENT, ROOT, STEPS, Task, command, demo_run, warm_start
-from tests.e2e.ranks import Ranks
+from tests.e2e.ranks import Ranks, Started
 
 pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.slow, pytest.mark.timeout(400)]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "mcore_rl")
 
 
-def interrupted(start: list[str], log: Path, when, number: int, **environment: str) -> int:
-    """Start a command, send `number` to it (SIGKILL: to one of its ranks) once `when()`; its exit code."""
-    with log.open("wb") as out:
-        env = os.environ | ENVIRONMENT | environment
-        process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=out, stderr=out)
+def interrupted(process: subprocess.Popen[bytes] | Started, log: Path, when, number: int) -> int:
+    """Send `number` to a started command (SIGKILL: to one of its ranks) once `when()`; its exit code."""
     try:
         end = time.monotonic() + 200
         while not when():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end
             time.sleep(0.02)
-        ranks = [child for child in psutil.Process(process.pid).children() if "mcore_rl" in child.cmdline()]
-        os.kill(ranks[1].pid if number == signal.SIGKILL else process.pid, number)
+        target = psutil.Process(process.pid).children()[1] if number == signal.SIGKILL else process
+        os.kill(target.pid, number)
         return process.wait(timeout=120)
     finally:
         process.kill()
@@ -69,14 +65,16 @@ def documents(checkpoint: Path) -> dict:
     return {key: document[key] for key in ("updates", "state", "rng", "layout")}
 
 
-def test_a_rank_is_killed_and_torchrun_restarts_it(task: Task, demo: Path, tmp_path: Path) -> None:
+def test_a_rank_is_killed_and_torchrun_restarts_it(
+    ranks: Ranks, task: Task, demo: Path, tmp_path: Path
+) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
 
     def step_3_is_logged_and_step_2_committed() -> bool:
         return b"step 3/" in log.read_bytes() and bool(committed(directory / "checkpoints"))
 
-    restarted = [*TORCHRUN, "--max-restarts", "1", "-m", "mcore_rl", *demo_run(task, directory)]
-    code = interrupted(restarted, log, step_3_is_logged_and_step_2_committed, signal.SIGKILL)
+    started = ranks.start(*TORCHRUN, *demo_run(task, directory), log=log)
+    code = interrupted(started, log, step_3_is_logged_and_step_2_committed, signal.SIGKILL)
     assert code == 0, log.read_text()
     assert b"exitcode: -9" in log.read_bytes(), "the fault fired"
     assert b"resumed after step 2 from" in log.read_bytes()
@@ -96,7 +94,10 @@ def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
     directory, log = tmp_path / "run", tmp_path / "log"
     start, clock = command(*demo_run(task, directory)), jumping_clock(tmp_path)
     step_1 = lambda: b"step 1/" in log.read_bytes()  # noqa: E731
-    code = interrupted(start, log, step_1, signal.SIGTERM, LD_PRELOAD=clock)
+    with log.open("wb") as out:
+        env = os.environ | ENVIRONMENT | {"LD_PRELOAD": clock}
+        process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=out, stderr=out)
+    code = interrupted(process, log, step_1, signal.SIGTERM)
     assert code == 75, log.read_text()
     stamps = [event["time"] for event in read_metrics(directory / "events.jsonl")]
     assert not clock or max(stamps) - min(stamps) > YEAR / 2, "the clock did not jump"
@@ -114,8 +115,9 @@ def test_sigterm_and_then_a_disk_that_fills_up_under_a_publish_cost_no_step(
         no_disk = reason
     else:
         resume += ["--publish.dir", str(disk / "weights")]
-        fill_up(command(*resume), log, f"step {step + 1}/", disk / "other")
-        check_full(log.read_text(), disk)
+        full = tmp_path / "full"
+        fill_up(ranks.start(*resume, log=full), full, f"step {step + 1}/", disk / "other")
+        check_full(full.read_text(), disk)
     done = ranks.run(*resume, world=2)
     assert done.returncode == 0, done.stderr
     assert_same(demo, directory)
@@ -176,10 +178,8 @@ def check_full(text: str, disk: Path) -> None:
     assert "Traceback" not in text
 
 
-def fill_up(start: list[str], log: Path, said: str, file: Path) -> None:
-    """Start a command, and leave no room beside `file` once it has `said` so; it ends with 75."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(start, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=out)
+def fill_up(process: Started, log: Path, said: str, file: Path) -> None:
+    """Leave no room beside `file` once a started command has `said` so; it ends with 75."""
     try:
         end = time.monotonic() + 200
         while said not in log.read_text():

@@ -57,6 +57,10 @@ def train(
     )  # fmt: skip
 
 
+def vanishing(run_dir: Path, served: list[str]) -> list[str]:
+    return command(run_dir, 1, *served, "--algorithm.loss", "tests.faults.losses:vanish")
+
+
 def ends(run_dir: Path) -> dict[int, int]:
     events = read_metrics(run_dir / "events.jsonl")
     return {event["rank"]: event["exit_code"] for event in events if event["kind"] == "end"}
@@ -76,11 +80,15 @@ def test_a_reward_that_exits_ends_the_run_as_its_error(ranks: Ranks, served: lis
     assert ends(tmp_path) == {0: 2, 1: 2}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_rank_that_vanishes_with_code_0_is_named_and_not_its_echo(
-    served: list[str], tmp_path: Path, ranks: int
+    ranks: Ranks, served: list[str], tmp_path: Path, world: int
 ):
-    done = train(tmp_path, "losses:vanish", ranks, *served)
+    """The launcher sees it; of two ranks, the other one has to find it among the system's processes."""
+    if world == 1:
+        done = ranks.launch(*vanishing(tmp_path, served))
+    else:
+        done = train(tmp_path, "losses:vanish", world, *served)
     assert done.returncode == 75, done.stderr
     said = "mcore-rl: rank 0 left with exit code 0, without an `end` event, after step 0; something in it"
     assert done.stderr.count(said) == 1, done.stderr
@@ -110,7 +118,9 @@ def works(number: int) -> bool:
         return False
 
 
-def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str], tmp_path: Path):
+def test_what_a_reward_forks_ends_with_the_run_and_never_trains(
+    ranks: Ranks, task: list[str], tmp_path: Path
+):
     """A pool of processes works while signals save a step; then a resumed run has nothing left to do."""
     run_dir, forked = tmp_path / "run", tmp_path / "forked"
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -140,7 +150,8 @@ def test_what_a_reward_forks_ends_with_the_run_and_never_trains(task: list[str],
     assert sum(event["kind"] == "end" for event in read_metrics(run_dir / "events.jsonl")) == 1
     last_served = (run_dir / "server.log").stat().st_mtime_ns
     began = time.monotonic()
-    again = train(run_dir, "rewards:fork", 1, *task, *OWN_SERVER, "--checkpoint.every", "1", "--resume")
+    fork = ("--reward.function", "tests.faults.rewards:fork", "--checkpoint.every", "1", "--resume")
+    again = ranks.launch(*command(run_dir, 1, *task, *OWN_SERVER, *fork))
     assert again.returncode == 0, again.stderr
     assert "mcore-rl: nothing to do: step 2 of train.steps = 2 is done" in again.stderr
     assert "raise train.steps" in again.stderr

@@ -1,4 +1,8 @@
-"""Ranks that die, hang, raise or are asked to leave under torchrun: nobody waits, and one says why."""
+"""Ranks that die, hang, raise or are asked to leave under torchrun: nobody waits, and one says why.
+
+Where ranks find each other by what the system says of them, or torchrun is killed, it starts them itself; in
+the other tests its ranks are forked (tests/e2e/forked.py), and all else of it is what it is.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ import pytest
 from examples.arithmetic import main as write_task
 from mcore_rl.checkpoint import committed
 from mcore_rl.log import read_metrics
+from tests.e2e.ranks import Ranks, Started
 from tests.sources import ROOT
 
 pytestmark = [pytest.mark.xdist_group("launched"), pytest.mark.slow, pytest.mark.timeout(300)]
@@ -38,15 +43,22 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @contextmanager
-def torchrun(run_dir: Path, ranks: int, faults: list, *flags: str) -> Iterator[subprocess.Popen[str]]:
+def torchrun(
+    run_dir: Path, world: int, faults: list, *flags: str, forks: Ranks | None = None
+) -> Iterator[subprocess.Popen[str] | Started]:
     """`run_dir`.log has what it says; what is left of it in the end is killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "--max-restarts", str(len(faults) - 1)]
+    command = ["--standalone", "--nproc-per-node", str(world), "--max-restarts", str(len(faults) - 1)]
     command += ["tests/faults/faulty.py", json.dumps(faults), "train", "examples/sft_tiny.toml"]
-    command += ["--run.dir", str(run_dir), "--parallel.tensor", str(ranks), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with run_dir.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+    command += ["--run.dir", str(run_dir), "--parallel.tensor", str(world), *flags]
+    environment, path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, run_dir.with_suffix(".log")
+    if forks is not None:
+        process = forks.start("torchrun", *command, log=path, **environment)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", *command]
+        with path.open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log, text=True
+            )
     family = [psutil.Process(process.pid)]
     try:
         yield process
@@ -61,7 +73,7 @@ def torchrun(run_dir: Path, ranks: int, faults: list, *flags: str) -> Iterator[s
 @dataclass(frozen=True)
 class Torchrun:
     run_dir: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Started
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def said(run_dir: Path) -> str:
     return run_dir.with_suffix(".log").read_text()
 
 
-def wait_until(condition, process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+def wait_until(condition, process: subprocess.Popen[str] | Started, seconds: float = 150.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
@@ -94,7 +106,9 @@ def wait_until(condition, process: subprocess.Popen[str], seconds: float = 150.0
         time.sleep(0.05)
 
 
-def test_an_error_of_one_rank_ends_all_and_is_the_one_that_is_printed(task: list[str], tmp_path: Path):
+def test_an_error_of_one_rank_ends_all_and_is_the_one_that_is_printed(
+    ranks: Ranks, task: list[str], tmp_path: Path
+):
     """A bug is worth a restart, a wrong file is not: the third attempt ends before it begins, and says why.
 
     Also where rank 1 comes to that long before rank 0.
@@ -102,7 +116,7 @@ def test_an_error_of_one_rank_ends_all_and_is_the_one_that_is_printed(task: list
     run_dir = tmp_path / "run"
     late = {"do": "late", "rank": 0, "step": 0}
     faults = [{"do": "raise", "rank": 1, "step": 2}, {"do": "refuse", "rank": 1, "step": 2}, late]
-    with torchrun(run_dir, 2, faults, *task) as process:
+    with torchrun(run_dir, 2, faults, *task, forks=ranks) as process:
         assert process.wait(timeout=280) == 1
     log = said(run_dir)
     assert log.count("fault: raise") == log.count("fault: refuse") == 1, "the faults fired"
@@ -117,10 +131,11 @@ def test_an_error_of_one_rank_ends_all_and_is_the_one_that_is_printed(task: list
     assert sum(event["kind"] == "start" for event in events) == 2
 
 
-def test_a_rank_that_never_comes_leaves_the_stacks_of_all(task: list[str], tmp_path: Path):
+def test_a_rank_that_never_comes_leaves_the_stacks_of_all(ranks: Ranks, task: list[str], tmp_path: Path):
     run_dir, limit = tmp_path / "run", 10.0
     fault = {"do": "hang", "rank": 1, "step": 2}
-    with torchrun(run_dir, 2, [fault], *task, "--train.step_timeout", str(limit)) as process:
+    patience = ("--train.step_timeout", str(limit))
+    with torchrun(run_dir, 2, [fault], *task, *patience, forks=ranks) as process:
         wait_until(lambda: "fault: hang" in said(run_dir), process)
         since = time.monotonic()
         assert process.wait(timeout=120) == 1
@@ -166,7 +181,7 @@ def test_under_torchrun_a_rank_that_vanishes_is_named_by_another(task: list[str]
     assert (events[-1]["kind"], events[-1]["exit_code"]) == ("end", 75)
 
 
-def test_too_few_open_files_are_said_with_the_remedy(task: list[str], tmp_path: Path):
+def test_too_few_open_files_are_said_with_the_remedy(ranks: Ranks, task: list[str], tmp_path: Path):
     """At the start, where the limit cannot do; later, where a leak has met it."""
     train = [sys.executable, "-m", "mcore_rl", "train", "examples/sft_tiny.toml", *task]
     train += ["--run.dir", str(tmp_path / "few"), "--parallel.tensor", "1"]
@@ -180,7 +195,8 @@ def test_too_few_open_files_are_said_with_the_remedy(task: list[str], tmp_path: 
     assert not (tmp_path / "few").exists()
 
     run_dir = tmp_path / "run"
-    with torchrun(run_dir, 1, [{"do": "no more files", "rank": 0, "step": 2}], *task) as process:
+    fault = {"do": "no more files", "rank": 0, "step": 2}
+    with torchrun(run_dir, 1, [fault], *task, forks=ranks) as process:
         assert process.wait(timeout=280) == 1
     log = said(run_dir)
     assert log.count("mcore-rl: ResourceError: rank 0 may open ") == 1
@@ -192,23 +208,24 @@ def test_too_few_open_files_are_said_with_the_remedy(task: list[str], tmp_path: 
     ("number", "patient"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGHUP, True)]
 )
 def test_the_first_interrupt_saves_the_step_and_the_second_does_not_wait(
-    task: list[str], tmp_path: Path, number: signal.Signals, patient: bool
+    ranks: Ranks, task: list[str], tmp_path: Path, number: signal.Signals, patient: bool
 ):
     """The hangup of a terminal is one."""
     run_dir = tmp_path / "run"
     fault = {"do": "slow" if patient else "hang", "rank": 0, "step": 2}
-    with torchrun(run_dir, 1, [fault], *task, "--checkpoint.every", "100") as process:
+    with torchrun(run_dir, 1, [fault], *task, "--checkpoint.every", "100", forks=ranks) as process:
         wait_until(lambda: "fault: " in said(run_dir), process)
-        ranks = psutil.Process(process.pid).children(recursive=True)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
         process.send_signal(number)
         if not patient:
             time.sleep(3)
-            assert all(rank.is_running() for rank in ranks), "the first one waits for the step"
+            assert all(one.is_running() for one in family), "the first one waits for the step"
             process.send_signal(signal.SIGINT)
         since = time.monotonic()
         process.wait(timeout=60)
         assert time.monotonic() - since < 30
-        assert not psutil.wait_procs(ranks, timeout=5)[1]
+        assert not psutil.wait_procs(family, timeout=5)[1]
     saved = [step for step, _ in committed(run_dir / "checkpoints")]
     assert saved == ([2] if patient else [])
     assert ("asked to leave: step 2 is saved" in said(run_dir)) == patient
@@ -217,7 +234,7 @@ def test_the_first_interrupt_saves_the_step_and_the_second_does_not_wait(
 def test_a_run_under_nohup_goes_on_when_its_terminal_hangs_up(task: list[str], tmp_path: Path):
     run_dir = tmp_path / "run"
     start = ["nohup", sys.executable, "-m", "mcore_rl", "train", "examples/sft_tiny.toml", *task]
-    start += ["--run.dir", str(run_dir), "--parallel.tensor", "1", "--train.steps", "400"]
+    start += ["--run.dir", str(run_dir), "--parallel.tensor", "1", "--train.steps", "150"]
     with run_dir.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(
             start, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
@@ -225,12 +242,13 @@ def test_a_run_under_nohup_goes_on_when_its_terminal_hangs_up(task: list[str], t
         )  # fmt: skip
     try:
         wait_until(lambda: "step 1/" in said(run_dir), process)
+        assert "step 150/" not in said(run_dir), "it has all its steps already"
         os.killpg(process.pid, signal.SIGHUP)  # what the kernel does to all that the terminal was of
         assert process.wait(timeout=120) == 0, said(run_dir)
     finally:
         process.kill()
         process.wait()
-    assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 400
+    assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 150
 
 
 def test_a_killed_launcher_leaves_no_rank(task: list[str], tmp_path: Path):

@@ -115,6 +115,7 @@ def test_without_a_distributed_optimizer(pool2: Pool, dense_dir: Path) -> None:
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed"])
 @pytest.mark.parametrize("experts", [(0, 1), (1, 2)], ids=["of one rank", "one each"])
+@pytest.mark.slow
 def test_experts_without_a_token(pool2: Pool, moe_dir: Path, experts: tuple[int, int], distributed: bool):
     """In the last micro-batch, of which reduction begins: their gradients come all the same."""
     plain, beside = (

@@ -143,6 +143,7 @@ def test_spawn_leaves_no_process() -> None:
     assert gone(pids, seconds=0.5)
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_killed_caller() -> None:
     program = textwrap.dedent("""
         import os, time
@@ -182,6 +183,7 @@ def test_a_rank_without_a_process_is_never_signalled(tmp_path, ended: bool) -> N
     assert not got
 
 
+@pytest.mark.slow
 def test_an_open_pool_does_not_hang_the_interpreter_at_exit() -> None:
     program = "import os; from mcore_rl.parallel.pool import Pool; pool = Pool(1); pool.run(os.getpid)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
@@ -224,6 +226,7 @@ spawn(print, 2)
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_an_error_and_signals_nobody(tmp_path):
     """Its ranks run it again and cannot start; whoever started it, in the same process group, lives on."""
     script = tmp_path / "script.py"

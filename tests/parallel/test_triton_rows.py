@@ -41,12 +41,14 @@ def test_interpreted_they_equal_torch(interpreted) -> None:
     assert {case: error for case, error in errors.items() if error > FLOAT32_BOUND} == {}
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_difference(interpreted) -> None:
     """Negative control: another temperature, target, loss or cap."""
     assert len(interpreted["controls"]) == 4
     assert min(interpreted["controls"].values()) > 100 * FLOAT32_BOUND
 
 
+@pytest.mark.slow
 def test_the_head_through_them_equals_the_dense_reference(interpreted) -> None:
     assert interpreted["heads"].keys() == {"recomputed", "fused"}
     assert max(interpreted["heads"].values()) < FLOAT32_BOUND
@@ -108,6 +110,7 @@ def test_a_gpu_gets_them_where_their_precision_suffices(device: str, dtype: torc
     assert row_kernels(torch.device(device), dtype).__name__.split(".")[-1] == name
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_for_a_cpu() -> None:
     """In a process that scores on a CPU and has not Megatron or dynamo beside it."""
     code = (

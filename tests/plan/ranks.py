@@ -4,7 +4,8 @@ Megatron's own models on the meta device, their groups made by torch's fake proc
 MODEL_DIR=LAYOUT, or MODEL_DIR=LAYOUT:all, and has a list in the answer: where each rank stands and how many
 parameters its policy and its critic have. `:all` builds every rank. Otherwise each expert-parallel rank of a
 pipeline stage is built once, and the stage's last rank besides: tensor-parallel ranks differ in what they
-hold, not in how much (Megatron refuses uneven cuts).
+hold, not in how much (Megatron refuses uneven cuts). The critic, whose layers are the policy's, is built on
+every stage's last rank alone.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def built_ranks(directory: Path, layout: Layout, *, every: bool) -> Iterator[dic
         where = (mesh.pp_rank, expert, last)
         if every or where not in seen:
             seen.add(where)
-            policy, critic = _build(mapping, mesh)
+            with_critic = every or last
+            policy, *critic = _build(mapping, mesh, with_critic=with_critic)
             for name, size in policy.items():
                 shards.setdefault(name, {})[mesh.tp_rank] = size
-            yield {"stage": mesh.pp_rank, "policy": _kinds(policy), "critic": _kinds(critic)}
+            found = {"stage": mesh.pp_rank, "policy": _kinds(policy)}
+            yield found | ({"critic": _kinds(critic[0])} if critic else {})
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     yield {"whole": sum(_whole(mapping, name, sizes, layout.tensor) for name, sizes in shards.items())}
@@ -79,13 +82,14 @@ def _join(layout: Layout, rank: int) -> tuple[Mesh, int]:
     return mesh, parallel_state.get_expert_model_parallel_rank()
 
 
-def _build(mapping: ParameterMap, mesh: Mesh) -> list[dict[str, int]]:
-    """Numbers of parameters by global name: a policy's, and a critic's."""
+def _build(mapping: ParameterMap, mesh: Mesh, *, with_critic: bool) -> list[dict[str, int]]:
+    """Numbers of parameters by global name: a policy's, and a critic's if asked for."""
     arch = mapping.arch
     config = transformer_config(arch, mesh.layout, "bf16")
     policy = partial(PolicyModel, live_vocab=arch.vocab, share_embeddings_and_output_weights=arch.tied)
     sizes = []
-    for kind, table in ((policy, mapping), (CriticModel, CriticParameterMap(arch, mapping.vocab_rows))):
+    models = [(policy, mapping), (CriticModel, CriticParameterMap(arch, mapping.vocab_rows))]
+    for kind, table in models if with_critic else models[:1]:
         stages = range(mesh.layout.virtual_pipeline or 1)
         with torch.device("meta"):
             chunks = [

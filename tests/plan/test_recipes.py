@@ -24,6 +24,7 @@ from mcore_rl.log import read_metrics
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.precision import check_cpu_fraction, check_precision
 from mcore_rl.plan.command import plan
+from tests.e2e.ranks import Ranks
 from tests.sources import ROOT
 
 SCRIPTS = sorted(path for path in (ROOT / "examples").glob("train_*.sh"))
@@ -262,20 +263,11 @@ def test_a_second_rehearsal_is_refused_and_removes_nothing(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.xdist_group("launched")
-def test_a_rehearsal_trains_resumes_and_exports(tmp_path: Path) -> None:
+def test_a_rehearsal_trains_resumes_and_exports(ranks: Ranks, tmp_path: Path) -> None:
     """PPO of Llama with all its models, on two stages; that on two nodes is tensor parallel."""
-    command = [sys.executable, "examples/train_ppo_70b.sh", "--rehearse", "--rehearse-procs", "2"]
+    command = ["examples/train_ppo_70b.sh", "--rehearse", "--rehearse-procs", "2"]
     command += ["--parallel.tensor", "1", "--parallel.sequence", "false"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--parallel.context", "1", "--run.dir", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=390,
-        check=False,
-    )
+    done = ranks.launch(*command, "--parallel.context", "1", "--run.dir", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for said in (
         "pp8 becomes pp2",
@@ -289,23 +281,19 @@ def test_a_rehearsal_trains_resumes_and_exports(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.xdist_group("launched")
-def test_a_rehearsal_on_two_nodes(tmp_path: Path) -> None:
+def test_a_rehearsal_on_two_nodes(ranks: Ranks, tmp_path: Path) -> None:
     """Two agents of torchrun on this machine, as on a cluster: one rendezvous, a rank each, TP over both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "examples/train_gspo_8b.sh"]
     command += ["--rehearse", "--run.dir", str(tmp_path / "run")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     logs = [tmp_path / f"agent_{number}" for number in range(2)]
     agents = []
     try:
         for log in logs:
-            with log.open("wb") as out:
-                agents.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-                )
+            agents.append(ranks.start(*command, log=log))
         codes = [agent.wait(timeout=380) for agent in agents]
     finally:
         for agent in agents:

@@ -76,7 +76,11 @@ def learned(config: Config, layout: Layout, directory: Path, action: str, which:
         return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp2", "dp2", "cp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(one, marks=[] if one.data == 2 else [pytest.mark.slow]) for one in LAYOUTS],
+    ids=["tp2", "dp2", "cp2"],
+)
 def test_wrong_samples_are_dropped_and_the_step_is_that_of_the_others(
     pool2: Pool, config: Config, layout: Layout, tmp_path: Path
 ) -> None:
@@ -94,6 +98,7 @@ def test_wrong_samples_are_dropped_and_the_step_is_that_of_the_others(
     assert (event["step"], event["dropped"]) == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_wrong_sample_ends_the_run_before_any_weight_moves(
     pool2: Pool, config: Config, tmp_path: Path
 ) -> None:
@@ -114,7 +119,7 @@ def test_a_wrong_sample_ends_the_run_before_any_weight_moves(
     assert sound[0]["moved"] > 1e-4
 
 
-@pytest.mark.parametrize("layers", [3, 30])
+@pytest.mark.parametrize("layers", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_limit_lies_between_two_sound_engines_and_a_version_too_old(layers: int) -> None:
     """The version is one step of Adam away, at a learning rate of 1e-6."""
     torch.manual_seed(0)

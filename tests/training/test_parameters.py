@@ -145,6 +145,12 @@ def gradient(name: str, params: Mapping[str, object]) -> tuple[torch.Tensor, dic
 
     A coefficient of the KL is adapted between the two, as if they were of two rollouts.
     """
+    return _gradient(name, tuple(params.items()))
+
+
+@cache  # every parameter of an algorithm is compared with the same
+def _gradient(name: str, items: tuple[tuple[str, object], ...]) -> tuple[torch.Tensor, dict[str, float]]:
+    params = dict(items)
     algorithm, samples = configure(name, params), batch().samples
     before, moved = of_samples(1), of_samples(2)
     of_prompts = algorithm.values_prompts

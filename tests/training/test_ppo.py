@@ -150,6 +150,7 @@ def tensor_parallel(pool2, config, tmp_path_factory):
     return pool2.run(train_on_recorded, config, Layout(tensor=2), directory, timeout=100.0)
 
 
+@pytest.mark.slow
 def test_the_critic_learns_on_a_repeated_batch(tensor_parallel):
     metrics, _ = tensor_parallel[0]
     losses = [m["loss/value"] for m in metrics]
@@ -204,6 +205,7 @@ def test_every_rank_knows_the_same_metrics(tensor_parallel):
     assert [name for name in sorted(names) if meaning_of(name) is None] == []
 
 
+@pytest.mark.slow
 def test_data_parallel_replicas_take_the_same_steps(pool2, config, tensor_parallel, tmp_path):
     """Advantages, whitening and both losses do not depend on who holds a sample, 12 updates later."""
     metrics, moved = pool2.run(train_on_recorded, config, Layout(data=2), tmp_path, timeout=100.0)[0]

@@ -75,6 +75,7 @@ def whole(pool2, config, tmp_path_factory):
     return pool2.run(run_through, config, LAYOUT, directory, timeout=110.0), directory
 
 
+@pytest.mark.slow
 def test_two_steps_and_two_more_are_four(pool2, config, whole, tmp_path):
     saved = whole[1] / "checkpoints" / "step_2"
     rest = pool2.run(run_on, config, LAYOUT, tmp_path, saved, timeout=110.0)

@@ -379,6 +379,7 @@ with start_trainer(load_config(Path(sys.argv[1]), sys.argv[2:]), optimizer_steps
 """
 
 
+@pytest.mark.slow
 def test_a_script_of_ones_own_does_not_train_in_a_directory_that_a_run_holds(
     tmp_path: Path, dir_a: Path
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mcore_rl.parallel.pool import Pool
-from mcore_rl.verify.layouts.measure import Measured, measure
+from mcore_rl.verify.layouts.measure import Measured, critic_of, measure
 
 
 class SharedPools:
@@ -31,12 +31,14 @@ class SharedPools:
         case, algorithms, log_probs, loss = args
         if log_probs is not None:  # a layout of one rank, which the reference may not answer for
             return self.pools[1].run(fn, *args)[0]
+        if missing := [name for name in algorithms if (case, name, loss) not in self.references]:
+            measured, log_probs = self.pools[1].run(fn, case, missing, None, loss)[0]
+            for name in missing:
+                its = {key: one for key, one in measured.items() if key in (name, critic_of(name))}
+                self.references[case, name, loss] = its, log_probs
         results: dict[str, Measured] = {}
         for name in algorithms:
-            key = (case, name, loss)
-            if key not in self.references:
-                self.references[key] = self.pools[1].run(measure, case, (name,), None, loss)[0]
-            measured, log_probs = self.references[key]
+            measured, log_probs = self.references[case, name, loss]
             results |= measured
         return results, log_probs
 

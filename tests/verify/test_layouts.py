@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -166,24 +162,16 @@ def test_too_few_ranks_are_said_before_anything_runs(worlds: SharedPools, monkey
         verify_layouts(("tp2", "tp4"), ("gspo",), worlds)
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    launch = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
-    return subprocess.run(
-        [sys.executable, *launch.split(), "-m", "mcore_rl", "verify", "layouts", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_under_torchrun_the_running_ranks_are_used() -> None:
-    done = torchrun("--layouts", "tp1,tp2", "--algorithms", "gspo", "--json")
+@pytest.mark.xdist_group("e2e")  # whose worker has `ranks`
+def test_under_torchrun_the_running_ranks_are_used(ranks: Ranks) -> None:
+    start = "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 -m mcore_rl"
+    verify = "verify layouts --layouts tp1,tp2 --algorithms gspo --json"
+    done = ranks.launch(*start.split(), *verify.split(), GLOO_SOCKET_IFNAME="lo")
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("{")]
+    result = json.loads(line)
     assert (result["layouts"], result["failed"]) == (2, 0)
 
 

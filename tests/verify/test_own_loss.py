@@ -161,6 +161,7 @@ def test_what_it_declares_decides_the_mode_of_the_head() -> None:
     assert configure("grpo", loss=DPPO).rowwise(on_policy=False)
 
 
+@pytest.mark.slow
 def test_one_command_proves_it_at_several_layouts(worlds: SharedPools, monkeypatch, capsys) -> None:
     monkeypatch.setattr(command, "Pools", lambda: worlds)
     given = build_parser().parse_args(["verify", "layouts", "--layouts", "tp2,cp2", "--loss", DPPO, "--json"])

@@ -32,9 +32,11 @@ from tests.sources import ROOT
 SEQUENCES = [np.random.default_rng(i).integers(32, size=12 + i).tolist() for i in range(4)]
 
 
-@pytest.fixture
-def server(dense_dir: Path, tmp_path: Path) -> Iterator[str]:
-    with LocalServer(dense_dir, Embedded(threads=1), log_file=tmp_path / "server.log") as started:
+@pytest.fixture(scope="module")
+def server(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """It takes the weights of whatever trainer publishes to it."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with LocalServer(dense_dir, Embedded(threads=1), log_file=log) as started:
         yield started.url
 
 

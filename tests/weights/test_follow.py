@@ -155,6 +155,7 @@ def test_the_dead_are_not_waited_for(tmp_path):
     wait_for_followers(trainer.directory, edition, timeout=0.0)
 
 
+@pytest.mark.slow
 def test_the_command_follows_until_it_is_asked_to_end(tmp_path):
     trainer, target = Trainer(tmp_path / "shared"), tmp_path / "local"
     edition = trainer.publish(0)

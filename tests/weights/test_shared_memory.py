@@ -30,6 +30,7 @@ def files(memory: SharedBytes) -> list[Path]:
     return sorted(Path("/dev/shm").glob(f"*{memory._path.name}*"))
 
 
+@pytest.mark.slow
 def test_another_process_reads_what_was_written_and_closing_removes_it(tmp_path: Path) -> None:
     memory = SharedBytes(100_000)
     memory.data[:22] = 3
@@ -78,6 +79,7 @@ def test_the_payload_names_nothing_that_sglang_does_not_allow() -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next_one() -> None:
     code = (
         "import os; from mcore_rl.weights.shared import SharedBytes as S; m = S(9); "

@@ -42,7 +42,7 @@ from mcore_rl.verify.layouts.case import LOSSES, Case
 from mcore_rl.verify.layouts.rows import DIVERGENCES, record_distillation, record_rows
 from mcore_rl.verify.layouts.rows import LOSSES as LOSSES_OF_ROWS
 from mcore_rl.verify.layouts.whole import WHOLE, record_whole
-from mcore_rl.weights.buckets import gather
+from mcore_rl.weights.buckets import gather, plan_to_gather
 
 SGD_STEPS = 3
 ADAM_STEPS = 2
@@ -68,7 +68,7 @@ class Measured:
     parameters: Mapping[str, Tensor]
     """HF name -> value after SGD_STEPS of plain SGD, full shape"""
     start: Mapping[str, Tensor]
-    """HF name -> starting value, full shape"""
+    """HF name -> starting value, full shape; of the reference run alone"""
     exp_avg: Mapping[str, Tensor]
     """`<step>:<HF name>` -> first moment of the distributed optimizer's Adam after that step, full shape"""
 
@@ -84,6 +84,8 @@ class _Subject:
     """this rank's share of all that was recorded, as one mini-batch"""
     scores: Mapping[str, Tensor]
     overlap: bool
+    is_reference: bool
+    """what others are compared with: who measures their movement needs where it began"""
     against: Sequence[Against | None] = ()
     """what a student is compared with in each of the micro-batches"""
     lr: float = problem.SGD_LEARNING_RATE
@@ -115,7 +117,7 @@ def measure(
 
 
 def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path, log_probs, own_loss):
-    shape = replace(_shape(model_dir, mesh), share_prompts=case.share_prompts)
+    shape = replace(_shape(model_dir, mesh, own_loss), share_prompts=case.share_prompts)
     settings = {"mesh": mesh, "random_seed": problem.SEED, "tuning": Tuning(recompute=case.recompute)}
     policy = partial(build_policy, model_dir, **settings)
     critic = partial(build_critic, model_dir, **settings)
@@ -124,16 +126,17 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
     lengths = [sample.trained_tokens for sample in samples]
     box = [[values.numpy() for values in log_prob.split(lengths)] if log_probs is None else log_probs]
     dist.broadcast_object_list(box, src=0, group=mesh.world)
+    subject_of = partial(_Subject, overlap=case.overlap, is_reference=log_probs is None)
     results = {}
     for name in algorithms:
         if name in LOSSES_OF_ROWS:
             rows = record_rows(name, shape, mesh)
             build = critic if name == "reward_model" else policy
-            results[name] = _train(mesh, _Subject(build, rows.loss, rows.batches, {}, case.overlap))
+            results[name] = _train(mesh, subject_of(build, rows.loss, rows.batches, {}))
             continue
         if name in DIVERGENCES:
             rows = record_distillation(name, teachers(case, mesh, model_dir.parent), shape, mesh)
-            subject = _Subject(policy, rows.loss, rows.batches, {}, case.overlap, rows.against)
+            subject = subject_of(policy, rows.loss, rows.batches, {}, against=rows.against)
             results[name] = _train(mesh, subject)
             continue
         if name == WHOLE:
@@ -145,9 +148,8 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
         scores = {"log_prob": log_prob, "entropy": entropy}
         loss = PolicyObjective(recorded.algorithm, mesh.cp if mesh.layout.context > 1 else None)
         batches = _packed(recorded, shape, mesh)
-        subject = _Subject(policy, loss, batches, scores, case.overlap)
         lr = problem.STEEP.get(name, problem.SGD_LEARNING_RATE)
-        results[name] = _train(mesh, replace(subject, lr=lr))
+        results[name] = _train(mesh, subject_of(policy, loss, batches, scores, lr=lr))
         if recorded.algorithm.needs_critic:
             scores = {"value": score(critic(ddp=None), samples, shape, kinds=1)[0]}
             value_loss = ValueObjective(problem.VALUE_CLIP)
@@ -155,9 +157,13 @@ def _measure(case: Case, mesh: Mesh, algorithms: Sequence[str], model_dir: Path,
                 groups = groups_of(recorded.batch)
                 its = {key: recorded.fields[key] for key in ("old_value", "return")}
                 batches = pack_prompts(recorded.batch, groups, shape, mesh, its)
-            its_name = CRITIC if name == "ppo" else f"{CRITIC} of {name}"
-            results[its_name] = _train(mesh, _Subject(critic, value_loss, batches, scores, case.overlap))
+            results[critic_of(name)] = _train(mesh, subject_of(critic, value_loss, batches, scores))
     return (results, box[0]) if mesh.is_main else None
+
+
+def critic_of(name: str) -> str:
+    """What the critic of the algorithm `name` is measured under."""
+    return CRITIC if name == "ppo" else f"{CRITIC} of {name}"
 
 
 def teachers(case: Case, mesh: Mesh, scratch: Path) -> Teachers:
@@ -207,13 +213,14 @@ def _train(mesh: Mesh, subject: _Subject) -> Measured:
     totals = Gathered(first).reduce(mesh)
     by_name = {key.name: total for key, total in totals.items()}
     loss = next(by_name[name] for name in LOSSES if name in by_name)
-    whole = gathered(model, {"start": start, "gradients": gradients, "parameters": parameters})
+    kinds = {"gradients": gradients, "parameters": parameters}
+    whole = gathered(model, {**kinds, "start": start} if subject.is_reference else kinds)
     return Measured(
         loss=loss.item(),
         abs_loss=by_name.get("loss/scale", loss).abs().item(),
         metrics=by_name | {"grad_norm": torch.tensor(norm)},
         scores=subject.scores,
-        **whole,
+        **{"start": {}, **whole},
         exp_avg=_first_moments(subject),
     )
 
@@ -227,10 +234,7 @@ def _first_moments(subject: _Subject) -> dict[str, Tensor]:
     for step in range(ADAM_STEPS):
         _pass(model, optimizer, subject, subject.micro_batches)
         optimizer.step()
-        moments[f"{step + 1}"] = {
-            name: _whole_state(optimizer, parameter, "exp_avg")
-            for name, parameter in global_parameters(model.unwrapped).items()
-        }
+        moments[f"{step + 1}"] = _whole_states(optimizer, global_parameters(model.unwrapped), "exp_avg")
     whole = gathered(model, moments)
     return {f"{step}:{name}": moment for step, its in whole.items() for name, moment in its.items()}
 
@@ -241,25 +245,37 @@ def _pass(model: Model, optimizer: Optimizer, subject: _Subject, micro_batches: 
     return forward_backward(model, micro_batches, subject.loss, temperature, against=subject.against)
 
 
-def _whole_state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str) -> Tensor:
-    """A state of `parameter`, whose shards Megatron's distributed optimizer spreads over its ranks."""
-    parts = getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron])
-    (part,) = (
-        part for part in parts if any(parameter is p for buffer in part.buffers for p in buffer.params)
-    )
-    whole = torch.zeros(parameter.numel(), device=parameter.device)
-    if parameter in part.model_param_gbuf_map:  # this rank owns some of it
-        owned = part._get_model_param_range_map(parameter)["param"]
-        whole[owned.start : owned.end] = part._get_main_param_and_optimizer_states(parameter)[name]
-    dist.all_reduce(whole, group=part.data_parallel_group)
-    return whole.view_as(parameter)
+def _whole_states(
+    optimizer: Optimizer, parameters: Mapping[str, torch.nn.Parameter], state: str
+) -> dict[str, Tensor]:
+    """A state of each parameter, whose shards Megatron's distributed optimizer spreads over its ranks."""
+    found: dict[str, Tensor] = {}
+    for part in getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]):
+        own = {id(parameter) for buffer in part.buffers for parameter in buffer.params}
+        its = {name: parameter for name, parameter in parameters.items() if id(parameter) in own}
+        wholes = {name: torch.zeros(p.numel(), device=p.device) for name, p in its.items()}
+        for name, parameter in its.items():
+            if parameter in part.model_param_gbuf_map:  # this rank owns some of it
+                owned = part._get_model_param_range_map(parameter)["param"]
+                values = part._get_main_param_and_optimizer_states(parameter)[state]
+                wholes[name][owned.start : owned.end] = values
+        if not its:
+            continue
+        flat = torch.cat([*wholes.values()])
+        dist.all_reduce(flat, group=part.data_parallel_group)
+        sizes = [whole.numel() for whole in wholes.values()]
+        parts = zip(its.items(), flat.split(sizes), strict=True)
+        found |= {name: whole.view_as(parameter) for (name, parameter), whole in parts}
+    return {name: found[name] for name in parameters}
 
 
-def _shape(model_dir: Path, mesh: Mesh) -> Batching:
+def _shape(model_dir: Path, mesh: Mesh, own_loss: str | None) -> Batching:
+    """A loss of the user's own may be steep: it has small micro-batches, whose sums are rounded less."""
     numbers = shape_of(model_dir)
+    tokens = problem.TOKENS_PER_MICRO_BATCH
     return Batching(
         mini_batches=1,
-        tokens_per_micro_batch=problem.TOKENS_PER_MICRO_BATCH,
+        tokens_per_micro_batch=tokens if own_loss else problem.filled(tokens, mesh.layout),
         max_new_tokens=problem.MAX_NEW_TOKENS,
         cost=lambda lengths: forward_flops(lengths, numbers),
         align=align_of(mesh),
@@ -269,9 +285,10 @@ def _shape(model_dir: Path, mesh: Mesh) -> Batching:
 def gathered(model: Model, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Per-rank tensors of several kinds by global Megatron name -> kind -> {HF name: full tensor} on rank 0.
 
-    Elsewhere the kinds are empty.
+    All kinds have the names, shapes and types of the first. Elsewhere the kinds are empty.
     """
-    mine = {kind: gather(dict(tensors), model.mapping, model.mesh) for kind, tensors in kinds.items()}
+    plan = plan_to_gather(next(iter(kinds.values())), model.mapping, model.mesh)
+    mine = {kind: gather(its, model.mapping, model.mesh, plan) for kind, its in kinds.items()}
     shares = [mine] * model.mesh.layout.world_size
     dist.gather_object(mine, shares if model.mesh.is_main else None, group=model.mesh.world)
     whole: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}

@@ -21,6 +21,7 @@ from mcore_rl.algo.baselines import best_of_group
 from mcore_rl.algo.readings import readings
 from mcore_rl.algo.rows import Rows
 from mcore_rl.errors import NumericsError
+from mcore_rl.parallel.layout import Layout
 from mcore_rl.rewards.outcome import turn_ends
 from mcore_rl.training.advantage import Scores, compute_advantages
 from mcore_rl.training.batch import (
@@ -38,7 +39,7 @@ VOCAB = 50
 SEED = 3
 """seed of the weights"""
 TOKENS_PER_MICRO_BATCH = 128
-"""Two replicas have two micro-batches each, and four stages have four."""
+"""Two replicas have two micro-batches each, and four stages have four; see `filled`."""
 MAX_NEW_TOKENS = 16
 TEMPERATURE = 0.9
 SGD_LEARNING_RATE = 0.5
@@ -104,6 +105,14 @@ MODELS = {"dense": _DENSE, "tied": _DENSE | {"tie_word_embeddings": True}, "moe"
 """name -> config.json"""
 _WIDER = {"hidden_size": 48, "intermediate_size": 80}
 """of a teacher, beside its student's"""
+
+
+def filled(tokens: int, layout: Layout) -> int:
+    """Tokens of a micro-batch at a layout: `tokens` where replicas or stages share the micro-batches out.
+
+    Twice as many elsewhere: two micro-batches are left to be summed, and half of the collectives.
+    """
+    return tokens if layout.data > 1 or layout.pipeline > 1 else 2 * tokens
 
 
 def write_model(directory: Path, model: str, *, teacher: bool = False) -> Path:

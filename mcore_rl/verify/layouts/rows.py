@@ -24,7 +24,7 @@ from mcore_rl.training.session import sequences_of
 from mcore_rl.training.supervised import NegativeLogLikelihood
 from mcore_rl.training.teachers import Teachers
 from mcore_rl.types import PackedBatch
-from mcore_rl.verify.layouts.problem import TEMPERATURE, VOCAB
+from mcore_rl.verify.layouts.problem import TEMPERATURE, VOCAB, filled
 
 LOSSES: Mapping[str, PairLoss | VerdictLoss | ScoreLoss | None] = {
     "sft": None,
@@ -69,7 +69,7 @@ def record_distillation(name: str, teachers: Teachers, shape: Batching, mesh: Me
         replace(row, metadata={teachers.key: list(teachers.models)[number % 3 == 0]})
         for number, row in enumerate(recorded_rows("sft"))
     ]
-    shape = replace(shape, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
+    shape = replace(shape, tokens_per_micro_batch=filled(TOKENS_PER_MICRO_BATCH, mesh.layout))
     comparison = Comparison(teachers, DIVERGENCES[name], shape, TEMPERATURE, Residency({}))
     compared = comparison.of(rows, mesh)
     return RecordedRows(comparison.objective, compared.batches, compared.against)
@@ -78,7 +78,7 @@ def record_distillation(name: str, teachers: Teachers, shape: Batching, mesh: Me
 def record_rows(name: str, shape: Batching, mesh: Mesh) -> RecordedRows:
     """The recorded rows of the kind `name`, packed for this replica."""
     loss, rows = LOSSES[name], recorded_rows(name)
-    shape = replace(shape, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
+    shape = replace(shape, tokens_per_micro_batch=filled(TOKENS_PER_MICRO_BATCH, mesh.layout))
     sequences = sequences_of(rows)
     if loss is None:
         weight = 1.0 / sum(row.tokens for row in rows)
