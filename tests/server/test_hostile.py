@@ -395,7 +395,7 @@ def test_half_sent_requests_end_by_a_deadline(dir_a: Path, monkeypatch: pytest.M
                 assert time.monotonic() - start < DEADLINE
                 assert (b" 408 " in reply) == (b"Content-Length" in half)
 
-        with ThreadPoolExecutor(4) as threads:  # side by side: aiohttp waits ten seconds for the end of a body
+        with ThreadPoolExecutor(4) as threads:  # aiohttp waits ten seconds for the end of a body
             list(threads.map(send, (b"", b"POST /gen", head, head + b"Content-Length: 100\r\n\r\n{")))
 
 
