@@ -281,7 +281,7 @@ ONE_RANK = """
 import json, sys, time
 from mcore_rl.__main__ import main
 code = main(sys.argv[1:])
-heavy = {name for name in ("torch._dynamo", "torch._inductor", "wandb") if name in sys.modules}
+heavy = {name for name in ("torch._dynamo", "torch._inductor", "wandb", "tensorboard") if name in sys.modules}
 print(json.dumps([code, time.process_time(), sorted(heavy)]))
 """
 
