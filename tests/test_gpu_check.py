@@ -64,7 +64,7 @@ def test_stages_2_and_3_train(tmp_path: Path, ranks: Ranks) -> None:
     """What the script would start, by processes that need not import it all."""
     asked = tmp_path / "asked"
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho \"$*\" >> {asked}\n")
+    python.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n')
     python.chmod(0o755)
     assert checked(tmp_path, "2 3", PYTHON=str(python)) == 0
     commands = [line.split() for line in asked.read_text().splitlines()]
