@@ -176,11 +176,17 @@ def test_a_mistake_is_said_within_a_second(what: str, own: list[str], tmp_path: 
         (["serve", "examples"], "examples is neither a run directory"),
         (["trian"], "invalid choice"),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
 def test_what_needs_nothing_is_instant(words: list[str], said: str) -> None:
     took, heard = cpu_seconds("-m", "mcore_rl", *words, below=0.5)
     assert said in heard
+    assert took < 0.5
+
+
+def test_a_server_without_a_model_says_so_at_once() -> None:
+    took, heard = cpu_seconds("-m", "mcore_rl.server", "examples", below=0.5)
+    assert "examples: no config.json; give a local HF checkpoint directory" in heard
     assert took < 0.5
 
 
