@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, dynamic_module_uti
 
 from mcore_rl.errors import McoreRLError
 from mcore_rl.model.hf.architecture import read_architecture
-from mcore_rl.server.server import load_tokenizer as servers_tokenizer
+from mcore_rl.server.tokenizer import load_tokenizer as servers_tokenizer
 from mcore_rl.server.weights import load_model
 from mcore_rl.training.setup import load_tokenizer
 from tests.rollout.support import build_model, save_model
