@@ -4,8 +4,8 @@ Megatron-Core decorates its fused functions with `torch.compile` while it is imp
 TorchInductor, some two CPU-seconds in every process, and the portable layers never call what it compiles. So
 these stay plain functions on a machine without CUDA.
 
-Megatron-Core also imports W&B, a third of a CPU-second, to know whether it is there, and nothing that a rank
-does asks it. It is told no; the process that sends a run's metrics to W&B imports it as ever.
+Megatron-Core also imports W&B and TensorBoard, a third and a sixth of a CPU-second, to know whether they are
+there, and nothing that a rank does asks them. It is told no; what sends a run's metrics imports them as ever.
 
 Libraries also warn, on every rank, of what only their own developers can change; these warnings are filtered.
 """
@@ -42,20 +42,23 @@ def compile_unless_megatron(model: Any = None, **options: Any) -> Any:
     return _compile(model, **options)
 
 
+_TRACKERS = ("wandb", "torch.utils.tensorboard")
+
+
 class NoTracker:
-    """The finder that answers Megatron-Core's `import wandb`, and no other import."""
+    """The finder that answers where Megatron-Core imports a tracker, and no other import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Raises ModuleNotFoundError where a module of Megatron-Core asks for W&B."""
-        if name != "wandb":
+        """Raises ModuleNotFoundError where a module of Megatron-Core asks for a tracker."""
+        if name not in _TRACKERS:
             return None
         asking = sys._getframe(1)
         while asking.f_back is not None and asking.f_globals.get("__name__", "").startswith("importlib."):
             asking = asking.f_back
         if asking.f_globals.get("__name__", "").startswith("megatron.core"):
-            raise ModuleNotFoundError("Megatron-Core does without W&B here", name=name)
+            raise ModuleNotFoundError(f"Megatron-Core does without {name} here", name=name)
         return None
 
 

@@ -21,6 +21,12 @@ CONSOLIDATED = "consolidated*.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model.bin")
 
 
+def check_model_directory(directory: Path) -> None:
+    """Raises ConfigError where there is no model; what imports nothing heavy can ask it first."""
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory}: no config.json; give a local HF checkpoint directory")
+
+
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files in the order of their names, and tensor name -> file name where there is an index.
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from mcore_rl.rollout.processes import Embedded, LocalServer
-from tests.rollout.support import build_model, http, save_model
+from tests.rollout.support import build_model, put_back, save_model
 
 HERE = Path(__file__).parent
 SHARED_BY = (HERE / "rollout", HERE / "server")
@@ -76,7 +76,4 @@ def url(server: LocalServer) -> str:
 def fresh_url(server: LocalServer, dir_a: Path) -> Iterator[str]:
     """The server, put back afterwards: model_a as version `default`, nothing running, not paused."""
     yield server.url
-    assert http(server.url, "/abort_request", {"abort_all": True}).status == 200
-    assert http(server.url, "/continue_generation", {}).status == 200
-    update = {"model_path": str(dir_a), "weight_version": "default"}
-    assert http(server.url, "/update_weights_from_disk", update).status == 200
+    put_back(server.url, dir_a)

@@ -64,7 +64,9 @@ def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if PIP in CASES[name][1] else []) for name in CASES]
+)
 def test_what_it_says_and_when_it_is_red(name: str, tmp_path: Path) -> None:
     found, made, tests, code, words = CASES[name]
     checkout(tmp_path, found, made, tests)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import mcore_rl
+from tests.sources import READERS, ROOT, modules
 
-PACKAGE = Path(mcore_rl.__file__).parent
+pytestmark = READERS
 WAITS = frozenset(
     {"wait", "join", "communicate", "acquire", "recv", "accept", "get", "result", "barrier", "select"}
 )
@@ -63,10 +62,12 @@ ENDED_BY = {
 """(file, what is called) -> what ends the wait"""
 
 
-def waits(source: str) -> Iterator[str]:
+def waits(tree: ast.AST) -> Iterator[str]:
     """What is called without an argument, of methods that wait; and runs of a program without a timeout."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr not in WAITS | RUNS:
             continue
         name = ast.unparse(node.func)
         if node.func.attr in WAITS and not node.args and not node.keywords:
@@ -78,9 +79,9 @@ def waits(source: str) -> Iterator[str]:
 
 def test_every_wait_has_a_deadline() -> None:
     found = Counter(
-        (str(path.relative_to(PACKAGE)), name)
-        for path in PACKAGE.rglob("*.py")
-        for name in waits(path.read_text())
+        (path.removeprefix("mcore_rl/"), name)
+        for path, tree in modules("mcore_rl").items()
+        for name in waits(tree)
     )
     assert set(found) - set(ENDED_BY) == set(), "say what ends these, in ENDED_BY, or give them a deadline"
     assert set(ENDED_BY) - set(found) == set(), "these are no more"
@@ -90,8 +91,9 @@ def test_every_wait_has_a_deadline() -> None:
     "line", ["process.wait()", "thread.join()", "subprocess.run(['ls'])", "queue.recv()"]
 )
 def test_the_gate_sees_a_wait_without_a_deadline(line: str) -> None:
-    assert list(waits(line))
-    assert not list(waits(line.replace("()", "(1.0)").replace("(['ls'])", "(['ls'], timeout=1.0)")))
+    assert list(waits(ast.parse(line)))
+    timed = line.replace("()", "(1.0)").replace("(['ls'])", "(['ls'], timeout=1.0)")
+    assert not list(waits(ast.parse(timed)))
 
 
 def test_no_deadline_is_of_a_clock_that_somebody_may_set() -> None:
@@ -105,10 +107,12 @@ def test_no_deadline_is_of_a_clock_that_somebody_may_set() -> None:
         "environments/gateway/responses_api.py",
         "trackers/services.py",
     }
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in modules("mcore_rl").items():
+        if "time.time" not in (source := (ROOT / path).read_text()):
+            continue
+        for node in ast.walk(tree):
             compared = isinstance(node, ast.Compare | ast.BinOp | ast.While)
             if compared and "time.time()" in ast.unparse(node) and "* 1000" not in ast.unparse(node):
                 pytest.fail(f"{path}:{node.lineno}: compares the clock of the day; use time.monotonic()")
-        if "time.time()" in path.read_text():
-            assert str(path.relative_to(PACKAGE)) in stamps, "time.monotonic() is for deadlines"
+        if "time.time()" in source:
+            assert path.removeprefix("mcore_rl/") in stamps, "time.monotonic() is for deadlines"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import resource
 import socket
@@ -48,7 +49,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     [
         ("import mcore_rl", "torch"),
         ("from mcore_rl import load_config, RewardFn, Sample", "torch"),
-        ("import mcore_rl.plan.command", "megatron"),
     ],
 )
 def test_a_name_loads_only_what_it_needs(statement: str, absent: str) -> None:
@@ -57,10 +57,10 @@ def test_a_name_loads_only_what_it_needs(statement: str, absent: str) -> None:
     assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout == "False\n"
 
 
-def cpu_seconds(*words: str, **environment: str) -> tuple[float, str]:
-    """CPU-seconds of Python with these words, the least of two, and what it said on stderr."""
-    found = []
-    for _ in range(2):
+def cpu_seconds(*words: str, below: float, **environment: str) -> tuple[float, str]:
+    """CPU-seconds of Python with these words, of a second try if not `below` so many; its stderr."""
+    found = [math.inf]  # what runs beside makes a CPU's seconds more, and nothing makes them less
+    while len(found) < 3 and min(found) >= below:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = subprocess.run(
             [sys.executable, *words],
@@ -77,9 +77,14 @@ def cpu_seconds(*words: str, **environment: str) -> tuple[float, str]:
 
 
 def test_a_wrong_key_is_said_before_anything_heavy_is_imported() -> None:
-    took, said = cpu_seconds("-m", "mcore_rl", "train", "examples/gspo_tiny.toml", "--parallel.tensr", "2")
+    words = ("-m", "mcore_rl", "train", "examples/gspo_tiny.toml", "--parallel.tensr", "2")
+    took, said = cpu_seconds(*words, below=0.6)
     assert "did you mean parallel.tensor?" in said
     assert took < 0.6
+
+
+def test_the_clock_sees_an_import_of_torch() -> None:
+    assert cpu_seconds("-c", "import torch", below=math.inf)[0] > 0.6
 
 
 @pytest.fixture
@@ -151,7 +156,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_said_within_a_second(what: str, own: list[str], tmp_path: Path) -> None:
     flags, said = MISTAKES[what]
     flags = [flag.replace("{own}", str(tmp_path)) for flag in flags]
-    took, heard = cpu_seconds(*own, *flags, PYTHONPATH=str(tmp_path))
+    took, heard = cpu_seconds(*own, *flags, below=1.0, PYTHONPATH=str(tmp_path))
     assert said in heard
     assert heard.startswith("mcore-rl: ")
     assert "Traceback" not in heard
@@ -171,11 +176,17 @@ def test_a_mistake_is_said_within_a_second(what: str, own: list[str], tmp_path: 
         (["serve", "examples"], "examples is neither a run directory"),
         (["trian"], "invalid choice"),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
 def test_what_needs_nothing_is_instant(words: list[str], said: str) -> None:
-    took, heard = cpu_seconds("-m", "mcore_rl", *words)
+    took, heard = cpu_seconds("-m", "mcore_rl", *words, below=0.5)
     assert said in heard
+    assert took < 0.5
+
+
+def test_a_server_without_a_model_says_so_at_once() -> None:
+    took, heard = cpu_seconds("-m", "mcore_rl.server", "examples", below=0.5)
+    assert "examples: no config.json; give a local HF checkpoint directory" in heard
     assert took < 0.5
 
 
@@ -264,41 +275,40 @@ def test_a_missing_module_is_found_before_ranks_start(flags: tuple[str, ...], tm
 
 
 def test_a_plan_does_not_wait_for_megatron() -> None:
-    took, said = cpu_seconds("-m", "mcore_rl", "plan", "examples/gspo_70b.toml", "--gpus", "64")
+    program = "import sys; from mcore_rl.__main__ import main; code = main(sys.argv[1:]); "
+    program += "sys.exit('it was imported' if 'megatron' in sys.modules else code)"
+    words = ("-c", program, "plan", "examples/gspo_70b.toml", "--gpus", "64")
+    took, said = cpu_seconds(*words, below=3.5)
     assert not said
     assert took < 3.5
-
-
-def test_the_clock_sees_an_import_of_megatron() -> None:
-    assert cpu_seconds("-c", "import mcore_rl.parallel.mesh")[0] > 0.6
 
 
 ONE_RANK = """
 import json, sys, time
 from mcore_rl.__main__ import main
 code = main(sys.argv[1:])
-heavy = {name for name in ("torch._dynamo", "torch._inductor", "wandb") if name in sys.modules}
+heavy = {name for name in ("torch._dynamo", "torch._inductor", "wandb", "tensorboard") if name in sys.modules}
 print(json.dumps([code, time.process_time(), sorted(heavy)]))
 """
 
 
 @pytest.mark.slow
-def test_a_rank_trains_its_first_step_after_six_cpu_seconds(tmp_path: Path) -> None:
-    assert write_arithmetic([str(tmp_path / "data"), "--seed", "0"]) == 0
-    lines = (tmp_path / "data/train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_text("".join(lines[:64]))
+@pytest.mark.xdist_group("e2e")
+def test_a_rank_trains_its_first_step_after_five_cpu_seconds(
+    tmp_path: Path, folder: Path, server_url: str
+) -> None:
     config = (ROOT / "examples/gspo_tiny.toml").read_text()
     kept = [line for line in config.splitlines() if not line.startswith(("eval", "warmup_steps"))]
     (tmp_path / "run.toml").write_text("\n".join(kept))
     tries: list[float] = []  # what runs beside makes a CPU's seconds more, and nothing makes them less
-    while len(tries) < 3 and min(tries, default=7.0) > 6:
-        took, heavy = first_step(tmp_path, f"run_{len(tries)}")
+    while len(tries) < 3 and min(tries, default=6.0) > 5:
+        took, heavy = first_step(tmp_path, folder, server_url, f"run_{len(tries)}")
         assert heavy == []
         tries.append(took)
-    assert min(tries) <= 6, tries
+    assert min(tries) <= 5, tries
 
 
-def first_step(directory: Path, name: str) -> tuple[float, list[str]]:
+def first_step(directory: Path, folder: Path, url: str, name: str) -> tuple[float, list[str]]:
     """The CPU-seconds and what was imported in vain, of a rank that trains one step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -315,9 +325,9 @@ def first_step(directory: Path, name: str) -> tuple[float, list[str]]:
             "--run.dir",
             f"{directory}/{name}",
         ),
-        *("--data.train", f"{directory}/few.jsonl", "--model.path", f"{directory}/data/model"),
-        *("--model.random_init", "true", "--parallel.tensor", "1", "--train.steps", "1"),
-        *("--rollout.prompts_per_step", "16", "--rollout.threads", "1"),
+        *("--data.train", f"{folder}/train.jsonl", "--model.path", f"{folder}/policy"),
+        *("--parallel.tensor", "1", "--train.steps", "1"),
+        *("--rollout.prompts_per_step", "16", "--rollout.urls", json.dumps([url])),
     ]
     ended = subprocess.run(
         words,
@@ -410,19 +420,25 @@ def test_large_tensors_lie_in_large_pages() -> None:
     if "[madvise]" not in (setting.read_text() if setting.exists() else ""):
         pytest.skip("this kernel gives large pages to everybody or to nobody")
     code = """
+import gc, os
 from mcore_rl.imports import large_pages
-large_pages()
-import torch
-kept = torch.ones(128 << 18)
-with open("/proc/self/smaps_rollup") as lines:
-    print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+gc.disable()
+for said in ("0", None):  # what the user has said, in processes that have imported torch once
+    if said is None:
+        del os.environ["THP_MEM_ALLOC_ENABLE"]
+    large_pages()
+    import torch
+    if os.fork() == 0:
+        kept = torch.ones(128 << 18)
+        with open("/proc/self/smaps_rollup") as lines:
+            print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")), flush=True)
+        os._exit(0)
+    os.wait()
+os._exit(0)
 """
-    unset = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-
-    def mib(**own: str) -> float:
-        words = [sys.executable, "-c", code]
-        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100, env=unset | own)
-        return int(done.stdout) / 1024
-
-    assert mib() > 64
-    assert mib(THP_MEM_ALLOC_ENABLE="0") < 16
+    words = [sys.executable, "-c", code]
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100, env=environment)
+    of_user, ours = (int(line) / 1024 for line in done.stdout.split())
+    assert ours > 64
+    assert of_user < 16

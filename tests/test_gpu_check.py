@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_record import Record
+from tests.e2e.ranks import Ranks
 from tests.sources import ROOT
 
 ABSENT = ("megatron", "jaxtyping", "transformers", "pydantic", "transformer_engine", "liger_kernel")
@@ -33,6 +34,7 @@ def found(out: Path, stage: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_stage_1_needs_torch_alone_and_a_failed_stage_ends_no_other(tmp_path: Path) -> None:
     """Where Megatron and the rest cannot be imported, stage 2 fails, and stage 1 behind it measures all."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -56,8 +58,20 @@ def test_stage_1_needs_torch_alone_and_a_failed_stage_ends_no_other(tmp_path: Pa
     assert forms >= {"fused", "recompute", "score", "torch.compile", "MiB beside dL/dhidden"}
 
 
-def test_stages_2_and_3_train(tmp_path: Path) -> None:
-    assert checked(tmp_path, "2 3") == 0
+@pytest.mark.slow
+@pytest.mark.xdist_group("e2e")
+def test_stages_2_and_3_train(tmp_path: Path, ranks: Ranks) -> None:
+    """What the script would start, by processes that need not import it all."""
+    asked = tmp_path / "asked"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {asked}\n')
+    python.chmod(0o755)
+    assert checked(tmp_path, "2 3", PYTHON=str(python)) == 0
+    commands = [line.split() for line in asked.read_text().splitlines()]
+    assert [words[:2] for words in commands] == [["-m", "benchmarks.gpu_step"]] * 2
+    for words in commands:
+        done = ranks.run("benchmarks/gpu_step.py", *words[2:], world=0)
+        assert done.returncode == 0, done.stderr
     for stage in ("step_portable", "step_engine"):
         answer = found(tmp_path, stage)
         assert answer["errors"] == {}

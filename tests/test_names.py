@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from mcore_rl.config import Config
-from tests.sources import modules, report
+from tests.sources import READERS, modules, report
+
+pytestmark = READERS
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

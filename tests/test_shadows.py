@@ -14,7 +14,9 @@ from mcore_rl.errors import ConfigError
 from mcore_rl.imports import python_module
 from mcore_rl.launch.first_look import _look_at_function
 from mcore_rl.training.faults.exits import typed
-from tests.sources import ROOT, modules
+from tests.sources import READERS, ROOT, modules
+
+pytestmark = READERS
 
 CHILD = """
 import os, subprocess, sys

@@ -7,7 +7,9 @@ from statistics import median, quantiles
 
 import pytest
 
-from tests.sources import ROOT, functions, length, modules, report
+from tests.sources import READERS, ROOT, functions, length, modules, report
+
+pytestmark = READERS
 
 MAX_FILE, MAX_FUNCTION = 500, 80
 MEDIAN_FILE, NINE_OF_TEN_FUNCTIONS = 200, 40

@@ -19,7 +19,7 @@ from mcore_rl.report.summary import text_table
 from mcore_rl.rollout.client import RejectedError, RolloutClient
 from mcore_rl.terminal import escaped, printable
 from mcore_rl.training.faults.exits import last_words
-from tests.sources import modules, report
+from tests.sources import READERS, modules, report
 
 FORGED = "mcore-rl: done, exit code 0"
 HOSTILE = f"\x1b[2J\x1b]0;title\x07\r\n{FORGED}\r{FORGED}\u2028{FORGED}\x9b31m\u202etxt.exe\u2066\x7f\ud800"
@@ -133,6 +133,7 @@ def bare_prints(path: str, tree: ast.AST) -> list[str]:
     ]
 
 
+@READERS
 def test_whatever_the_package_prints_is_printable() -> None:
     report([p for path, tree in modules("mcore_rl").items() for p in bare_prints(path, tree)])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_rl.imports import uncollected
+from mcore_rl.weight_files import check_model_directory
 
 
 def add_options(parser: argparse.ArgumentParser, model: str = "MODEL_DIR") -> None:
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser, model: str = "MODEL_DIR") -> No
 
 def run_server(arguments: argparse.Namespace, extend: Any = None) -> int:
     """Serve by these arguments, until SIGTERM or SIGINT; errors as `server.serve`, and `extend` too."""
+    check_model_directory(arguments.model_dir)
     with uncollected():
         from mcore_rl.server.server import serve
 

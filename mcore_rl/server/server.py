@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 from aiohttp import web
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mcore_rl.directories import write_whole
 from mcore_rl.errors import ConfigError
@@ -29,6 +29,7 @@ from mcore_rl.server.engine import Engine
 from mcore_rl.server.generate import ModelLimits
 from mcore_rl.server.kv_cache import build_cache
 from mcore_rl.server.routing import has_experts
+from mcore_rl.server.tokenizer import load_tokenizer
 from mcore_rl.server.weights import load_model
 from mcore_rl.server.worker import Worker
 from mcore_rl.terminal import printable, quoted, short
@@ -267,16 +268,6 @@ def _read_key(name: str | None) -> str | None:
             f"api_key_env: the environment variable {name} is not set; export it or drop the option"
         )
     return key
-
-
-def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
-    """None without tokenizer files: token ids in, token ids out."""
-    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise ConfigError(f"{model_dir}: transformers cannot load its tokenizer: {error}") from error
 
 
 def _eos_ids(

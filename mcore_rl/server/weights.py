@@ -23,7 +23,7 @@ from mcore_rl import strict_json
 from mcore_rl.errors import CheckpointError, ConfigError
 from mcore_rl.kindred import known_config
 from mcore_rl.terminal import short
-from mcore_rl.weight_files import weight_files
+from mcore_rl.weight_files import check_model_directory, weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 TYPES = ("F64", "F32", "F16", "BF16")
@@ -83,8 +83,7 @@ def load_model(directory: Path, device: str) -> tuple[PreTrainedModel, Shapes]:
 
     Raises ConfigError when transformers cannot load the directory, CheckpointError for incomplete weights.
     """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory}: no config.json; give a local HF checkpoint directory")
+    check_model_directory(directory)
     shapes = checkpoint_shapes(directory)
     transformers_logging.disable_progress_bar()
     try:

@@ -14,7 +14,7 @@ from mcore_rl.errors import DataError
 from mcore_rl.log import tell
 from mcore_rl.rollout.client import RolloutClient, call
 from mcore_rl.rollout.processes import Embedded, LocalServer
-from mcore_rl.server.server import load_tokenizer
+from mcore_rl.server.tokenizer import load_tokenizer
 from mcore_rl.talk.policy import chat_template, policy_of
 from mcore_rl.talk.weights import model_of
 from mcore_rl.terminal import escaped, printable

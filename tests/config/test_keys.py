@@ -6,7 +6,9 @@ import ast
 
 from mcore_rl.config import Config
 from mcore_rl.config.sections import EvalSetConfig, Section
-from tests.sources import ROOT
+from tests.sources import READERS, modules
+
+pytestmark = READERS
 
 READ_BY_THE_CONFIG = {"rollout.server"}
 """which kind of server it is, `config.programs` says"""
@@ -14,8 +16,8 @@ READ_BY_THE_CONFIG = {"rollout.server"}
 
 def attributes_read() -> set[str]:
     """Names of all attributes that the library reads outside of mcore_rl/config."""
-    files = [path for path in (ROOT / "mcore_rl").rglob("*.py") if "config" not in path.parts[-2:]]
-    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    trees = [tree for path, tree in modules("mcore_rl").items() if path.split("/")[-2] != "config"]
+    nodes = (node for tree in trees for node in ast.walk(tree))
     return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +26,10 @@ from mcore_rl.lora import Lora
 from mcore_rl.model.hf.adapters import AdapterMap
 from mcore_rl.model.hf.architecture import read_architecture
 from mcore_rl.model.hf.peft_files import CONFIG, WEIGHTS, write_adapter
-from mcore_rl.rollout.processes import Embedded, LocalServer
+from tests.environments.served import embedded
 
-ROOT = Path(__file__).parents[2]
+ROWS = 80
+"""of the training file: more than a step's 64 prompts"""
 
 
 class Setting(NamedTuple):
@@ -50,7 +49,7 @@ class Setting(NamedTuple):
 @pytest.fixture(scope="module")
 def sound_setting(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sound")
-    small = ["--train", "2100", "--eval", "100", "--hidden", "64", "--layers", "1"]
+    small = ["--train", str(ROWS), "--eval", "20", "--hidden", "64", "--layers", "1"]
     assert write_arithmetic([str(root), *small]) == 0
     config = Qwen3Config.from_pretrained(root / "model")
     Qwen3ForCausalLM(config).save_pretrained(root / "model")
@@ -188,13 +187,13 @@ PROBLEMS: dict[str, tuple[Plant, tuple[str, ...], str, str]] = {
     "malformed line": (
         lambda s: s.train.write_text(s.train.read_text() + "{,\n"),
         (),
-        "train.jsonl:2101",
+        f"train.jsonl:{ROWS + 1}",
         "fix the line",
     ),
     "a curriculum that takes nothing": (
         lambda s: None,
         ("--data.curriculum", "tests.doctor.rewards:nothing_taken"),
-        "data.curriculum takes 0 of 2100 prompts by the end of epoch 1, and 64 are asked at once",
+        f"data.curriculum takes 0 of {ROWS} prompts by the end of epoch 1, and 64 are asked at once",
         "let it take more",
     ),
     "no such file": (lambda s: s.eval.unlink(), (), "eval.jsonl", "check the path"),
@@ -340,6 +339,9 @@ TABLE = "reward.functions.a"
 def test_rewards_are_tried_as_a_run_tries_them(
     capsys, setting: Setting, flags: tuple[str, ...], level: str, said: str
 ) -> None:
+    if "--reward.functions.a.when.id" in flags:
+        rows = ({"prompt": f"{n}+1=", "label": str(n + 1)} for n in range(2100))
+        setting.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, findings = doctor(capsys, setting.config, *flags)
     (found, *_) = [finding for finding in findings if finding["check"] == "reward"]
     assert found["level"] == level
@@ -417,40 +419,30 @@ def test_a_disk_that_is_too_small(tmp_path: Path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
-def test_another_megatron_version(tmp_path: Path, setting: Setting):
-    """A distribution of another version comes first on the path of a process of its own."""
-    planted = tmp_path / "megatron_core-0.15.0.dist-info"
-    planted.mkdir()
+def test_another_megatron_version(capsys, monkeypatch, tmp_path: Path, setting: Setting):
+    """A distribution of another version comes first on the path."""
+    planted = tmp_path / "planted" / "megatron_core-0.15.0.dist-info"
+    planted.mkdir(parents=True)
     (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.15.0\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "mcore_rl", "doctor", str(setting.config)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "megatron-core 0.15.0 is not supported" in done.stdout
-    assert "install 0.16.1" in done.stdout
+    monkeypatch.syspath_prepend(planted.parent)
+    code, findings = doctor(capsys, setting.config)
+    (found,) = bad(findings)
+    assert "megatron-core 0.15.0 is not supported" in found["what"]
+    assert "install 0.16.1" in found["what"] + found["remedy"]
+    assert code == 2
 
 
 # --- servers ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def server(sound_setting: Path, tmp_path_factory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
+def server(sound_setting: Path) -> Iterator[str]:
     os.environ["DOCTOR_TEST_KEY"] = "a key"
-    program = Embedded(api_key_env="DOCTOR_TEST_KEY", threads=1)
-    with LocalServer(sound_setting / "model", program, log_file=log) as own:
-        yield own.url
+    with embedded(sound_setting / "model", api_key="a key") as (url, _):
+        yield url
     del os.environ["DOCTOR_TEST_KEY"]
 
 
-@pytest.mark.slow
 def test_a_server_that_asks_for_a_key(capsys, setting: Setting, server: str):
     code, findings = doctor(capsys, setting.config, "--rollout.urls", f'["{server}"]')
     (found,) = bad(findings)

@@ -24,6 +24,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Api]]
         yield served
 
 
+@pytest.mark.slow
 def test_what_the_server_sampled_for_agents_with_tools_and_streams_is_what_is_trained(
     chain: tuple[str, Api],
 ) -> None:

@@ -31,6 +31,7 @@ from mcore_rl.rollout.reply import Reply
 from mcore_rl.types import Sample, VersionSpan
 from tests.environments.agents import CHAIN_VOCAB, RawClient, agents, chain_tokenizer, save_chain
 from tests.environments.dialogues import LIMITS as LONG
+from tests.environments.served import embedded
 from tests.environments.support import (
     LIMITS,
     RESPONSE,
@@ -151,22 +152,23 @@ def test_an_agent_ends_with_the_process_of_its_gateway() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LocalServer]]:
+def two_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, LocalServer]]:
+    """One in this process, and one that may be killed."""
     root = tmp_path_factory.mktemp("two")
     model = save_chain(root / "model")
-    with (
-        LocalServer(model, Embedded(threads=1), log_file=root / "0.log") as one,
-        LocalServer(model, Embedded(threads=1), log_file=root / "1.log") as two,
-    ):
-        yield [one, two]
+    with embedded(model) as (url, _), LocalServer(model, Embedded(threads=1), log_file=root / "log") as two:
+        yield url, two
 
 
 @pytest.mark.slow
-def test_dialogues_go_on_at_another_server_when_theirs_is_killed(two_servers: list[LocalServer]) -> None:
+def test_dialogues_go_on_at_another_server_when_theirs_is_killed(
+    two_servers: tuple[str, LocalServer],
+) -> None:
     """Every reply that was taken is trained once, and none was taken twice."""
+    url, own = two_servers
     tokenizer = chain_tokenizer()
     prompt = chat_prompt(tokenizer)
-    clients = [RawClient(one.url, timeout=60.0, retries=0, vocabulary=CHAIN_VOCAB) for one in two_servers]
+    clients = [RawClient(one, timeout=60.0, retries=0, vocabulary=CHAIN_VOCAB) for one in (url, own.url)]
     killed = False
 
     async def rollout(k: int, dispatch: Dispatch, https: list[httpx2.AsyncClient]) -> int:
@@ -178,7 +180,7 @@ def test_dialogues_go_on_at_another_server_when_theirs_is_killed(two_servers: li
             log.append(([*request.prompts[0]], reply))
             if not killed and len(clients[1].raw) >= 20:
                 killed = True
-                two_servers[1].kill()
+                own.kill()
             return [reply]
 
         policy = policy_of(tokenizer, prompt, logged, limits=LONG, rid=f"d{k}")
@@ -198,7 +200,7 @@ def test_dialogues_go_on_at_another_server_when_theirs_is_killed(two_servers: li
 
     taken, lost = asyncio.run(asyncio.wait_for(whole(), 200))
     assert killed
-    assert list(lost) == [two_servers[1].url]
+    assert list(lost) == [own.url]
     assert taken <= len(clients[0].raw) + len(clients[1].raw)
     assert len(clients[1].raw) >= 20
 

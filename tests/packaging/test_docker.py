@@ -42,20 +42,34 @@ def pins() -> dict[str, str]:
     return named | dict.fromkeys(SAME, found["TRANSFORMER_ENGINE"])
 
 
-def versions(package: str) -> str:
-    words = [sys.executable, "-m", "pip", "index", "versions", package, "--ignore-requires-python"]
+ASK_PIP = """
+import sys
+from pip._internal.cli.main import main
+for package in sys.argv[1:]:
+    print("\\0", flush=True)
+    if main(["index", "versions", package, "--ignore-requires-python"]) == 0:
+        print("\\1", flush=True)
+"""
+"""one process: nearly all that `pip index` costs is its start"""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What the package index says of each that it answers for."""
+    words = [sys.executable, "-c", ASK_PIP, *packages]
     asked = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
-    if asked.returncode:
-        pytest.skip(f"the package index does not answer for {package}: {asked.stderr.strip()[-200:]}")
-    return asked.stdout
+    answers = dict(zip(packages, asked.stdout.split("\0")[1:], strict=True))
+    return {package: answer for package, answer in answers.items() if "\1" in answer}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", pins())
-def test_the_index_has_what_is_pinned(package: str) -> None:
-    listed = re.findall(r"[\w.+]+", versions(package).partition("Available versions:")[2])
-    assert pins()[package] in listed
-    assert "0.0.0.1" not in listed
+def test_the_index_has_what_is_pinned() -> None:
+    answered = versions(*pins())
+    for package, answer in answered.items():
+        listed = re.findall(r"[\w.+]+", answer.partition("Available versions:")[2])
+        assert pins()[package] in listed, package
+        assert "0.0.0.1" not in listed
+    if left := pins().keys() - answered:
+        pytest.skip(f"the package index does not answer for {', '.join(sorted(left))}")
 
 
 def test_the_pins_are_those_that_are_used_elsewhere() -> None:
@@ -81,12 +95,14 @@ def test_the_steps_for_cpus_give_the_command(tmp_path: Path) -> None:
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": sysconfig.get_path("purelib"),
         "PIP_QUIET": "1",
+        "PIP_NO_COMPILE": "1",  # of which the command below needs little
     }
     try:
         build.run([*instructions((ROOT / "docker" / "Dockerfile.cpu").read_text())])
     except subprocess.CalledProcessError as error:
-        if versions("hatchling"):
-            raise AssertionError("a step failed; see above") from error
+        if not versions("hatchling"):
+            pytest.skip("the package index does not answer for hatchling, which builds it")
+        raise AssertionError("a step failed; see above") from error
     place = build.here("/opt/mcore_rl/.venv/bin/mcore-rl")
     assert shutil.which("mcore-rl", path=build.environment["PATH"]) == str(place)
     asked = "import mcore_rl.demo.command as c; print(c.files())"

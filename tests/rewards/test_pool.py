@@ -236,6 +236,7 @@ def test_a_worker_ends_with_a_trainer_that_is_killed():
     assert ends(worker)
 
 
+@pytest.mark.slow
 def test_tags_that_are_special_tokens_are_in_the_full_text(tmp_path):
     tokens = {"a": 0, "<|im_end|>": 1, "": 2}
     model = Tokenizer(WordLevel(tokens, unk_token=""))

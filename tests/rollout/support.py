@@ -118,6 +118,14 @@ def running(url: str, key: str | None = None) -> int:
     return http(url, "/v1/loads", method="GET", key=key).body["loads"][0]["num_running_reqs"]
 
 
+def put_back(url: str, directory: Path) -> None:
+    """The server serves this model as version `default`, nothing running, not paused."""
+    assert http(url, "/abort_request", {"abort_all": True}).status == 200
+    assert http(url, "/continue_generation", {}).status == 200
+    update = {"model_path": str(directory), "weight_version": "default"}
+    assert http(url, "/update_weights_from_disk", update).status == 200
+
+
 def log_probs_of(
     model: PreTrainedModel, prompt: list[int], output: list[int], temperature: float = 1.0
 ) -> torch.Tensor:

@@ -23,25 +23,37 @@ from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.weights.disk import publish_directory
 from mcore_rl.weights.online import _tensor_parallel_size
 from tests.rollout.proxy import hang, proxy, status
-from tests.rollout.support import VOCAB, http, running, wait_until
+from tests.rollout.support import VOCAB, http, put_back, running, wait_until
 
 PARAMS = {"max_new_tokens": 4, "sampling_seed": 3}
 LONG = {"max_new_tokens": 480, "ignore_eos": True}
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, dir_a: Path) -> Iterator[LocalServer]:
+    """A server that tests may end."""
+    server = LocalServer(dir_a, Embedded(threads=1), log_file=tmp_path_factory.mktemp("own") / "server.log")
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def pair(tmp_path: Path, dir_a: Path) -> Iterator[list[LocalServer]]:
-    """Two servers of their own, for tests that end or stop them."""
-    servers = [LocalServer(dir_a, Embedded(threads=1), log_file=tmp_path / f"log_{i}") for i in range(2)]
-    try:
-        for server in servers:
-            server.launch()
-        for server in servers:
-            server.wait()
-        yield servers
-    finally:
-        for server in servers:
-            server.close()
+def pair(own: LocalServer, server: LocalServer, fresh_url: str, dir_a: Path) -> Iterator[list[LocalServer]]:
+    """Two servers of model_a: the first may be ended or stopped, the session's may be stopped.
+
+    A start is seconds of CPU: the first is started where an earlier test has ended it, else put back.
+    """
+    if own.process is None or own.process.poll() is not None:
+        own.kill()
+        own.model_dir = dir_a
+        own.start()
+    else:
+        put_back(own.url, dir_a)
+    yield [own, server]
+    for one in (own, server):
+        assert one.process is not None
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGCONT)
 
 
 def requests(count: int, params: dict = PARAMS) -> list[Request]:
@@ -124,7 +136,7 @@ def test_leads_that_know_nothing_of_each_other_fill_the_servers_evenly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_server_lost_in_mid_generation_costs_no_sample(
     pair: list[LocalServer], dir_b: Path, number: signal.Signals
 ) -> None:
@@ -162,6 +174,40 @@ def check_goes_on(pair: list[LocalServer], lost: dict[str, str], weights: Path) 
 
 def shapes_in(directory: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in load_file(directory / "model.safetensors").items()}
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
+    own: LocalServer, server: LocalServer, dir_a: Path, tmp_path: Path
+) -> None:
+    """It may have been killed before, by the test above."""
+    if own.process is None:
+        own.start()
+    pair = [own, server]
+    initial = shutil.copytree(dir_a, tmp_path / "initial")
+    fleet = Fleet([s.url for s in pair], vocabulary=VOCAB, timeout=60.0, local=pair, initial=initial)
+    pair[0].kill()
+    fleet.lose({pair[0].url: "killed"})
+    old = pair[0].url
+    fleet.restart_lost()
+    again = pair[0].process
+    fleet.restart_lost()
+    assert pair[0].process is again, "it was starting and was started once more"
+    assert pair[0].url in fleet.status.lost
+    assert old not in fleet.status.urls
+    assert [client.url for client in fleet.serving] == [pair[1].url]
+    wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
+    assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
+    again_lost = fleet.status.lost[pair[0].url]
+    assert again_lost == f"started anew, not published to yet; it was {old}, lost because: killed"
+    copies = [tmp_path / name for name in ("1", "2")]
+    for copy in copies:
+        copy.mkdir()
+    fleet.published.append(copies[0])
+    fleet.mark_published([server.url for server in pair], copies[1])
+    assert len(fleet.serving) == 2
+    assert fleet.published == [copies[1]]
+    assert not copies[0].exists()
 
 
 @pytest.mark.slow
@@ -208,15 +254,15 @@ def test_slow_is_not_lost(url: str) -> None:
 
 @pytest.mark.parametrize("delivers", [True, False])
 def test_a_server_that_delivers_is_kept_though_its_health_checks_fail(url: str, delivers: bool) -> None:
-    """And one that neither delivers nor is healthy is lost."""
+    """And one that neither delivers nor is healthy is lost. A reply takes a while, as in a run."""
 
     async def go() -> dict[str, str]:
         async with proxy(url, *[status(503)] * 200, path="/health") as ill:
-            slow = [] if delivers else [hang(60.0)] * 8
+            slow = [hang(0.1)] * 999 if delivers else [hang(60.0)] * 8
             async with proxy(ill.url, *slow) as server:
                 client = RolloutClient(server.url)
-                async with Dispatch([client], version="default", health_timeout=4.0) as servers:
-                    end = time.monotonic() + 10.0
+                async with Dispatch([client], version="default", health_timeout=2.0) as servers:
+                    end = time.monotonic() + 5.0
 
                     async def lane(number: int) -> None:
                         while time.monotonic() < end:
@@ -241,36 +287,6 @@ def test_errors_of_one_server_move_its_requests(url: str) -> None:
     replies, lost = asyncio.run(go())
     every_sample_once(replies, requests(6))
     assert "HTTP 503" in next(iter(lost.values()))
-
-
-@pytest.mark.slow
-def test_a_killed_server_is_started_anew_and_serves_only_after_a_publish(
-    pair: list[LocalServer], dir_a: Path, tmp_path: Path
-) -> None:
-    initial = shutil.copytree(dir_a, tmp_path / "initial")
-    fleet = Fleet([s.url for s in pair], vocabulary=VOCAB, timeout=60.0, local=pair, initial=initial)
-    pair[0].kill()
-    fleet.lose({pair[0].url: "killed"})
-    old = pair[0].url
-    fleet.restart_lost()
-    again = pair[0].process
-    fleet.restart_lost()
-    assert pair[0].process is again, "it was starting and was started once more"
-    assert pair[0].url in fleet.status.lost
-    assert old not in fleet.status.urls
-    assert [client.url for client in fleet.serving] == [pair[1].url]
-    wait_until(lambda: bool(fleet.returning()), "it answers again", 90)
-    assert [client.url for client in fleet.serving] == [pair[1].url], "it serves before it was published to"
-    again_lost = fleet.status.lost[pair[0].url]
-    assert again_lost == f"started anew, not published to yet; it was {old}, lost because: killed"
-    copies = [tmp_path / name for name in ("1", "2")]
-    for copy in copies:
-        copy.mkdir()
-    fleet.published.append(copies[0])
-    fleet.mark_published([server.url for server in pair], copies[1])
-    assert len(fleet.serving) == 2
-    assert fleet.published == [copies[1]]
-    assert not copies[0].exists()
 
 
 def test_a_server_that_was_started_anew_is_not_given_the_reason_of_its_former_address(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.rollout.support import http, running, wait_until
 LONG = {"max_new_tokens": 480, "ignore_eos": True}
 
 
+@pytest.mark.slow
 def test_a_server_with_a_key_closes_promptly_while_it_generates(
     tmp_path: Path, dir_a: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_server_with_a_key_closes_promptly_while_it_generates(
     assert key not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_server_dies_with_its_owner_and_its_clients_learn_it(tmp_path: Path, dir_a: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from mcore_rl.rollout.processes import LocalServer\n"

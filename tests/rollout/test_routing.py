@@ -20,12 +20,12 @@ from mcore_rl.rollout.client import RejectedError, Reply, RolloutClient, call
 from mcore_rl.rollout.columns import pack_groups, unpack_groups
 from mcore_rl.rollout.experts import encode_experts, parse_experts
 from mcore_rl.rollout.fleet import check_server_info
-from mcore_rl.rollout.processes import Embedded, LocalServer
 from mcore_rl.rollout.sampler import build_group, group_request
 from mcore_rl.rollout.saved import kept_replies, reply_from_json, reply_to_json
 from mcore_rl.training.assemble_rollouts import replayed_experts
 from mcore_rl.training.assemble_servers import local_servers
 from mcore_rl.types import ExpertLayers, Prompt
+from tests.environments.served import embedded
 from tests.rollout.proxy import damaged, proxy
 from tests.rollout.support import build_moe_model, save_model
 from tests.rollout.test_conformance import RECORDED
@@ -85,12 +85,9 @@ def test_what_is_no_choice_is_refused(experts: np.ndarray, message: str) -> None
 
 @pytest.fixture(scope="module")
 def moe_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An embedded server of a Qwen3-MoE."""
-    root = tmp_path_factory.mktemp("moe")
-    with LocalServer(
-        save_model(root / "model", build_moe_model(0)), Embedded(threads=1), log_file=root / "log"
-    ) as server:
-        yield server.url
+    """A server of a Qwen3-MoE."""
+    with embedded(save_model(tmp_path_factory.mktemp("moe"), build_moe_model(0))) as (url, _):
+        yield url
 
 
 async def ask(client: RolloutClient, experts: ExpertLayers | None = OF_MODEL) -> list[Reply]:

@@ -30,18 +30,34 @@ from tests.sources import ROOT
 
 STEPS = {1: 0.25, 2: 0.5, 3: 0.75}
 
-SEND = """
-import json, sys, warnings
+OPEN = """
+import json, os, sys, warnings
 warnings.simplefilter("ignore")
+from importlib import import_module
 from pathlib import Path
 from mcore_rl.trackers.sender import tracked
 from mcore_rl.trackers.services import TrackedRun
-name, directory, begun, values = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+name, directory = sys.argv[1], Path(sys.argv[2])
+"""
+SEND = """
 run = TrackedRun(directory, "0123456789ab", {"rollout": {"temperature": 0.7, "urls": []}}, begun)
 with tracked([name], run, lambda *why: sys.exit(str(why))) as send:
     for step, value in values.items():
         send(int(step), {"reward/mean": value, "step/words": "text"})
 """
+
+
+PROCESSES = f"""{OPEN}
+import_module({{"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow.tracking"}}.get(name, name))
+assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be in what is forked"
+for begun, values in json.loads(sys.argv[3]):  # a process for each, which need not import it all again
+    if os.fork() == 0:
+        break
+    if code := os.waitstatus_to_exitcode(os.wait()[1]):
+        os._exit(code)
+else:
+    os._exit(0)
+{SEND}"""
 
 
 def wandb_records(file: Path) -> Iterator[bytes]:
@@ -96,12 +112,14 @@ READ: dict[str, Callable[[Path], dict[int, float]]] = {
 }
 
 
-def send(name: str, directory: Path, begun: int, values: dict[int, float]) -> None:
+def send(name: str, directory: Path, *runs: tuple[int, dict[int, float]]) -> None:
+    """Each is a process that continues after a step, and has values of some steps."""
     store = {"MLFLOW_TRACKING_URI": (directory / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
     offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(directory / "trackio"), "HOME": str(directory)}
     path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path |= {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # of pyarrow, which mlflow imports
     done = subprocess.run(
-        [sys.executable, "-c", SEND, name, str(directory), str(begun), json.dumps(values)],
+        [sys.executable, "-c", PROCESSES, name, str(directory), json.dumps(runs)],
         env=store | offline | path,
         cwd=directory,
         capture_output=True,
@@ -112,12 +130,15 @@ def send(name: str, directory: Path, begun: int, values: dict[int, float]) -> No
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", READ)
+TORCH = {"tensorboard": pytest.mark.slow}
+"""which it imports"""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TORCH.get(name, ())) for name in READ])
 def test_steps_arrive_and_a_resumed_run_goes_on_in_the_same_curve(name: str, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
-    send(name, run, 0, {1: 0.25, 2: 9.0})
-    send(name, run, 1, {2: 0.5, 3: 0.75})  # from the checkpoint of step 1
+    send(name, run, (0, {1: 0.25, 2: 9.0}), (1, {2: 0.5, 3: 0.75}))  # from the checkpoint of step 1
     assert READ[name](run) == pytest.approx(STEPS)
 
 
@@ -128,19 +149,13 @@ def test_every_service_has_a_name_and_is_read_above() -> None:
 # --- a service that fails ---------------------------------------------------------------------------------
 
 
-HANGS = (
-    SEND.replace(
-        "with tracked",
-        """
+HANGS = f"""{OPEN}
 from mcore_rl.trackers import sender
 sender.CLOSE_SECONDS = 1.0
-said = lambda *why: print(*why, flush=True)
-with tracked""",
-    ).replace("lambda *why: sys.exit(str(why))", "said")
-    + """
+begun, values = 0, json.loads(sys.argv[3])
+{SEND.replace("sys.exit(str(why))", "print(*why, flush=True)")}
     sys.stdin.readline()
 """
-)
 
 
 def test_a_server_that_never_answers_is_left_behind_and_the_process_ends(tmp_path: Path) -> None:
@@ -152,7 +167,7 @@ def test_a_server_that_never_answers_is_left_behind_and_the_process_ends(tmp_pat
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            [sys.executable, "-c", HANGS, "mlflow", str(tmp_path), "0", json.dumps(STEPS)],
+            [sys.executable, "-c", HANGS, "mlflow", str(tmp_path), json.dumps(STEPS)],
             env={**environment, "HOME": str(tmp_path), "MLFLOW_TRACKING_URI": url}, cwd=tmp_path,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
