@@ -17,7 +17,8 @@ LANE_READY := .venv-lane/.ready
 # Bytecode is kept whatever the environment says: else each of some 200 processes compiles the library again.
 TESTED := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := $(TESTED) $(BIN)/python -m pytest
-PARALLEL := -n 2 --dist loadgroup
+# Tests wait for much: two workers leave a quarter of two cores idle.
+PARALLEL := -n 3 --dist loadgroup
 SGLANG := .venv-sglang
 VERIFIERS := .venv-verifiers
 OPENENV := .venv-openenv

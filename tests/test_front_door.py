@@ -83,6 +83,7 @@ def test_a_wrong_key_is_said_before_anything_heavy_is_imported() -> None:
     assert took < 0.6
 
 
+@pytest.mark.slow
 def test_the_clock_sees_an_import_of_torch() -> None:
     assert cpu_seconds("-c", "import torch", below=math.inf)[0] > 0.6
 
@@ -274,6 +275,7 @@ def test_a_missing_module_is_found_before_ranks_start(flags: tuple[str, ...], tm
         first_look(config)
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_wait_for_megatron() -> None:
     program = "import sys; from mcore_rl.__main__ import main; code = main(sys.argv[1:]); "
     program += "sys.exit('it was imported' if 'megatron' in sys.modules else code)"

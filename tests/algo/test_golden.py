@@ -49,6 +49,7 @@ def test_every_case_passes_on_two_tensor_parallel_ranks(pool2: Pool) -> None:
         assert failed(report) == set()
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_ranks_and_ends_with_json(
     few: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

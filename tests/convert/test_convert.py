@@ -82,6 +82,7 @@ def megatron_loads(mesh: Mesh, source: Path, converted: Path) -> list[str]:
     return wrong + [str(key) for key in missing if "_extra_state" not in str(key)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "ep2"])
 def test_megatron_loads_it_at_any_layout(pool2: Pool, source: Path, converted: Path, layout: str) -> None:

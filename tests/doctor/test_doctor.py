@@ -289,6 +289,7 @@ def test_a_reward_that_never_comes(capsys, setting: Setting):
     assert code == 2
 
 
+@pytest.mark.slow
 def test_a_reward_with_an_alarm_works_here_as_it_does_in_training(capsys, setting: Setting):
     code, findings = doctor(capsys, setting.config, "--reward.function", "tests.doctor.rewards:alarmed")
     assert not bad(findings)

@@ -127,6 +127,7 @@ def test_a_reference_that_is_swapped_or_kept_says_the_same(ranks, folder, tmp_pa
             assert kept.get(name) == pytest.approx(swapped.get(name), rel=2e-5, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_verdicts_are_learnt(ranks, folder, tmp_path) -> None:
     lines = run(ranks, folder, tmp_path, "verdicts", *DPO, "--preference.loss", "kto")
     assert lines[1]["preference/reference_point"] == pytest.approx(0, abs=1e-5)
@@ -150,6 +151,7 @@ def test_the_reference_of_adapters_is_the_model_without_them(ranks, folder, tmp_
     assert again[0]["validation/margin"] > 0.02
 
 
+@pytest.mark.slow
 def test_all_turns_of_conversations_are_learnt(ranks, folder, tmp_path) -> None:
     flags = ("--run.kind", "sft", "--supervised.target", "all", "--data.prompt_key", "messages")
     lines = run(ranks, folder, tmp_path, "talks", *flags, "--optimizer.lr", "3e-3")

@@ -147,7 +147,9 @@ LAYOUTS = ("tp1", "cp2", "pp2", "tp2+sp")
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "gspo"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(text, marks=[] if text == "tp1" else [pytest.mark.slow]) for text in LAYOUTS]
+)
 def test_no_micro_batch_waits(pool1: Pool, pool2: Pool, dense_dir: Path, layout: str, algorithm: str) -> None:
     pool = pool1 if layout == "tp1" else pool2
     for found in at_layout(pool, layout, waits_of, dense_dir, algorithm, False):

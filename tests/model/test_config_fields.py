@@ -159,6 +159,7 @@ def unseen(family: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_changed_field_that_changes_the_logits_is_seen(family: str) -> None:
     assert unseen(family) == []

@@ -178,6 +178,7 @@ def test_values_and_gradients_equal_transformers_hidden_states_times_the_head(on
     assert "lm_head.weight" not in gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "tp2+sp", "pp2", "cp2", "dp2"])
 def test_every_layout_has_the_values_and_gradients_of_one_rank(pool2, one_rank, model_dir, layout):
     got = whole(pool2.run(measure, Layout.parse(layout), model_dir, head_weight(), timeout=60.0))

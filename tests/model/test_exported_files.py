@@ -89,6 +89,7 @@ def convert(source: Path, target: Path) -> None:
     mcore_to_hf(target.with_name("mcore"), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("told", [{}, {"dtype": "float16"}, {"torch_dtype": "float16"},
                                   {"dtype": "float16", "torch_dtype": "bfloat16"}],

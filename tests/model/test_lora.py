@@ -343,6 +343,7 @@ def logits_of(mesh: Mesh, directory: Path, lora: Lora | None, *, on: bool = True
 CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "layout"),
     [pytest.param(*one, marks=[pytest.mark.slow] if one[1].count("2") > 1 else []) for one in CASES],

@@ -45,6 +45,7 @@ def test_log_probs_are_those_of_transformers(pool1: Pool, directory: Path, refer
     torch.testing.assert_close(got.double(), reference, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ep2", "tp2ep2", "tp2+sp", "pp2"])
 def test_they_do_not_depend_on_the_layout(
     pool2: Pool, layout: str, directory: Path, reference: torch.Tensor

@@ -90,6 +90,7 @@ def test_overlapped_updates_are_the_same_bit_for_bit(pool2: Pool, dense_dir: Pat
     assert not same(plain[0], ungathered[0])  # negative control: what a reader would get without `gather`
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The next bucket's parameter all-gather")
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_every_weight_is_waited_for(pool2: Pool, kind: str, request) -> None:
@@ -199,6 +200,7 @@ def shared_update(mesh: Mesh, directory: Path, overlap: bool, settings: dict[str
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "ranks"), [("tp1", 1), ("dp2", 2)])
 def test_what_the_cpu_updates_is_the_same(request, layout: str, ranks: int, dense_dir: Path) -> None:
     pool: Pool = request.getfixturevalue(f"pool{ranks}")

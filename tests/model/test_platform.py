@@ -141,11 +141,13 @@ def test_every_fix_is_listed() -> None:
     assert set(NEEDS) == {fix.__name__ for fix in platform.FIXES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(set(NEEDS.values())))
 def test_nothing_fails_with_all_fixes(case: str, tmp_path: Path) -> None:
     assert outcome(nothing, case, tmp_path).finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fix", NEEDS)
 def test_without_a_fix_something_fails(fix: str, tmp_path: Path) -> None:
     ended = outcome(partial(remove, fix), NEEDS[fix], tmp_path)

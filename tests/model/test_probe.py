@@ -31,6 +31,7 @@ def probe(mesh: Mesh, model: Path, distributed: bool, overlap: bool) -> None:
     check_gradient_scale(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed"])
 @pytest.mark.parametrize("layout", ["tp2+sp", "dp2", "pp2", "cp2", "pp2+vpp2"])
 def test_the_scale_is_right_at_every_kind_of_layout(pool2: Pool, model, layout, distributed) -> None:

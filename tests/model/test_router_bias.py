@@ -75,6 +75,7 @@ def expected(directory: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pool", "layout"), [("pool1", "tp1"), ("pool2", "tp2+sp"), ("pool2", "cp2"), ("pool2", "ep2")]
 )

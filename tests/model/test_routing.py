@@ -178,6 +178,7 @@ def test_a_wrong_layer_or_token_is_seen(
     assert (got.double() - reference).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2+sp", "ep2", "pp2", "pp2+vpp2", "cp2"])
 def test_every_layout_replays_the_same(
     pool2: Pool, directory: Path, told: list[TokenSequence], reference: Tensor, layout: str
@@ -253,6 +254,7 @@ def test_a_model_that_is_let_go_of_leaves_no_group(
     assert pool2.run(threads) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "recompute"), [("tp2+sp", "none"), ("ep2", "none"), ("pp2", "full"), ("cp2", "none")]
 )

@@ -210,6 +210,7 @@ def error_of_a_wrong_type() -> str:
     return "none"
 
 
+@pytest.mark.slow
 def test_annotations_are_checked_in_the_processes_of_the_pools(pool2: Pool) -> None:
     assert pool2.run(error_of_wrong_shapes) == ["TypeCheckError"] * 2
     assert pool2.run(error_of_a_wrong_type) == ["BeartypeCallHintParamViolation"] * 2

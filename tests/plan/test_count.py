@@ -108,6 +108,7 @@ def test_counts_of_published_models_at_five_layouts_each(case: str, built) -> No
     check(case, built[case])
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ranks of the plan")
 @pytest.mark.timeout(300)
 def test_the_check_sees_a_wrong_count(quick) -> None:

@@ -50,6 +50,7 @@ def test_all_are_here() -> None:
     assert names >= {f"{name}_{size}" for name in kinds for size in ("8b", "70b")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_fits_with_a_tenth_to_spare(recipe: Path, capsys) -> None:
     found = planned(recipe, capsys)

@@ -235,6 +235,7 @@ def simulate(bound: int, train: float, spread: float, slots: int, extra: int = 0
     return made.run(STEPS), made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0, 1.25, 2.0])
 @pytest.mark.parametrize(("spread", "slots"), [(0.5, 128), (0.5, 1024), (1.0, 128)])
 def test_a_step_takes_as_long_as_the_longer_of_generation_and_training(spread, slots, ratio) -> None:

@@ -22,6 +22,7 @@ LIMITS = Limits(12, 0, 1.0, 1.0, 0.0, 0, frozenset())
 PROMPTS = [[(7 * i + k) % VOCAB for k in range(1 + 9 * i)] for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_served_after_an_update(family: str, tmp_path: Path) -> None:
     kind, settings = FAMILIES[family]

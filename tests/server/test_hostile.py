@@ -116,6 +116,7 @@ SECONDS_TO_PARSE = ("8 MiB of words for ids", "floats")
 SLOW = {name: pytest.mark.slow for name in SECONDS_TO_PARSE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in BODIES])
 def test_no_body_holds_the_event_loop(probed: LocalServer, name: str) -> None:
     lag(probed.url)
@@ -127,6 +128,7 @@ def test_no_body_holds_the_event_loop(probed: LocalServer, name: str) -> None:
         assert lag(probed.url) < LAG
 
 
+@pytest.mark.slow
 def test_the_probe_sees_a_body_that_is_parsed_in_one_go() -> None:
     body = BODIES["lists of one"]()
     start = time.process_time()

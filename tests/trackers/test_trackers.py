@@ -134,6 +134,7 @@ TORCH = {"tensorboard": pytest.mark.slow}
 """which it imports"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=TORCH.get(name, ())) for name in READ])
 def test_steps_arrive_and_a_resumed_run_goes_on_in_the_same_curve(name: str, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"

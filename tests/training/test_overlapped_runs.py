@@ -109,6 +109,7 @@ def broken(mesh: Mesh, model: Path, config: Config) -> tuple[str, bool]:
     return said, all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pp2+vpp2", "cp2", "dp2"])
 def test_a_row_that_is_not_a_number_ends_every_rank(
     pool2: Pool, config: Config, layout: str, tmp_path: Path

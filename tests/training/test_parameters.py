@@ -196,6 +196,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_parameter_changes_the_gradient_or_is_refused_or_warned_of(name: str) -> None:
     """Over all updates of a rollout, and in one that has a single one."""

@@ -96,6 +96,7 @@ def test_pythons_own_generator_continues() -> None:
     assert random.random() == first
 
 
+@pytest.mark.slow
 def test_weights_alone_do_not_continue_the_run(pool2, config, whole, tmp_path):
     """Negative control: the comparison sees moments that start at 0."""
     saved = whole[1] / "checkpoints" / "step_2"

@@ -25,6 +25,7 @@ from tests.verify.conftest import SharedPools
 DPPO = "tests.losses.dppo:total_variation"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_gradient_of_every_loss_is_that_of_its_value(name: str) -> None:
     check_loss(configure(name))

@@ -140,6 +140,7 @@ def test_mixture_of_experts(pool2: Pool, layout: str, copies: int, moe_dir: Path
     check(pool2, layout, moe_dir, copies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "copies"),
     [("tp2pp2", 1), ("tp2ep2pp2", 1), ("tp2ep2dp2", 2), ("ep2dp4", 2), ("tp2ep4dp2", 1), ("cp2dp2", 2)],

@@ -53,6 +53,7 @@ def publish(mesh: Mesh, source: Path, target: Path) -> None:
     export(build_policy(source, mesh), target, encoding=FP8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_oss"])
 def test_every_matrix_of_attention_mlp_and_experts_is_rounded(
     pool1: Pool, family: str, tmp_path: Path
