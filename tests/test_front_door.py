@@ -390,6 +390,7 @@ def test_a_demo_replaces_nothing_but_an_earlier_demo(tmp_path: Path, capsys) -> 
     assert "StorageError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_let_go_of_after_an_import_is_still_collected() -> None:
     """In a fresh process: a cycle that is garbage when something is imported late."""
     code = """
@@ -416,6 +417,7 @@ print(frozen > 0, seen() is None, gc.isenabled())
     assert done.stdout.split() == ["True"] * 3
 
 
+@pytest.mark.slow
 def test_large_tensors_lie_in_large_pages() -> None:
     """Of a tensor of 128 MiB as a command of ours allocates it; not where the user has said otherwise."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -280,6 +280,7 @@ def test_what_needs_no_weights_is_examined_without_them(capsys, setting: Setting
     assert code == 2
 
 
+@pytest.mark.slow
 def test_a_reward_that_never_comes(capsys, setting: Setting):
     flags = ("--reward.function", "tests.doctor.rewards:never", "--reward.timeout", "0.5")
     code, findings = doctor(capsys, setting.config, *flags)

@@ -51,6 +51,7 @@ for what in sys.argv[1:]:  # a process for each, which need not import all that 
 """
 
 
+@pytest.mark.slow
 def test_an_import_is_left_without_an_exception(tmp_path: Path) -> None:
     """Which a module that swallows it, as compiled ones do, would make another error of, or none."""
     module = "import signal\ntry: signal.raise_signal(signal.SIGTERM)\nexcept BaseException: pass\n"

@@ -170,6 +170,7 @@ def test_a_field_that_is_wrongly_held_harmless_would_be_found(monkeypatch: pytes
     assert unseen("mistral") == ["sliding_window"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("null", [False, True], ids=["absent", "null"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_field_that_is_left_out_is_as_transformers_takes_it(family: str, null: bool) -> None:

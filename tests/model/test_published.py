@@ -65,6 +65,7 @@ def test_every_family_is_among_them() -> None:
     assert FAMILIES.keys() - kinds == {"llama", "qwen3", "qwen3_moe"}, "which examples/models has"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_it_has_as_many_parameters_as_published(model: str) -> None:
     arch = architecture_of(fields(model))

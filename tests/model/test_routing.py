@@ -243,6 +243,7 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_let_go_of_leaves_no_group(
     pool2: Pool, directory: Path, told: list[TokenSequence]
 ) -> None:

@@ -159,6 +159,7 @@ begun, values = 0, json.loads(sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_left_behind_and_the_process_ends(tmp_path: Path) -> None:
     """It has taken the connection of the real package, and says nothing."""
     with socket.socket() as silent:

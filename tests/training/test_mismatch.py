@@ -76,6 +76,7 @@ def learned(config: Config, layout: Layout, directory: Path, action: str, which:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [pytest.param(one, marks=[] if one.data == 2 else [pytest.mark.slow]) for one in LAYOUTS],

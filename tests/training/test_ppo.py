@@ -159,6 +159,7 @@ def test_the_critic_learns_on_a_repeated_batch(tensor_parallel):
     assert all(m["grad_norm/critic"] > 0 for m in metrics)
 
 
+@pytest.mark.slow
 def test_only_the_critic_learns_in_the_warm_up(tensor_parallel):
     metrics, moved = tensor_parallel[0]
     assert moved[0] == 0.0

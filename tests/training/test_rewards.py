@@ -86,6 +86,7 @@ def expected(judged: Config) -> Any:
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "cp2"])
 def test_it_is_the_score_of_transformers(pool2, judged, expected, layout, tmp_path):
     ranks = pool2.run(scores, judged, Layout.parse(layout), tmp_path, timeout=100.0)

@@ -225,6 +225,7 @@ def test_each_owner_has_one_turn(dense_dir: Path) -> None:
     assert [b.owner for b in plan.buckets] == sorted(b.owner for b in plan.buckets)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_large_mixture_of_experts_takes_no_time(moe_dir: Path) -> None:
     """25000 tensors, two thirds of what Qwen3-235B-A22B has, in every publish on every rank."""
     arch = read_architecture(moe_dir)

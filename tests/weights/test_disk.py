@@ -68,6 +68,7 @@ def sent_and_written(
     return as_bytes(recorder.sent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", [InBfloat16(), FP8], ids=["cast", "fp8"])
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "ep2", "tp2ep2"])
 def test_files_servers_and_conversion_get_the_same(
@@ -216,6 +217,7 @@ def export_to(mesh: Mesh, source: Path, target: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 @pytest.mark.parametrize("options", ["size=40k", "size=120k", "nr_inodes=3", "nr_inodes=6"])
 def test_a_full_disk_is_said_on_every_rank_with_the_file_and_the_remedy(
