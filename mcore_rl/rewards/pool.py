@@ -123,7 +123,7 @@ class RewardPool:
             self.close()  # no answer of these calls may reach the next ones
             raise error
         reasons = Reasons()
-        return [_scored(scoring, reasons) for scoring in scorings], reasons
+        return [_with_rewards(scoring, reasons) for scoring in scorings], reasons
 
     def forget(self, names: Sequence[str]) -> None:
         """Nobody will ask for these groups, some of which may not have been begun."""
@@ -195,7 +195,7 @@ class RewardPool:
             workers.end()
 
 
-def _scored(scoring: Scoring, reasons: Reasons) -> Group:
+def _with_rewards(scoring: Scoring, reasons: Reasons) -> Group:
     assert scoring.group is not None
     samples = (_with_reward(sample, scoring.answers[sample.id], reasons) for sample in scoring.group.samples)
     return replace(scoring.group, samples=tuple(samples))

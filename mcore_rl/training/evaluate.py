@@ -168,7 +168,7 @@ class Evaluator:
 
         groups, losses = gather_groups(self._mesh, prompts, work)
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
-        groups = source.complete(groups)
+        groups = source.check_voids_and_ask_model(groups)
         return on_main(self._mesh, lambda: self._keep(one, groups, step))
 
     def _keep(self, one: EvalSet, groups: Sequence[Group], step: int) -> dict[str, float]:

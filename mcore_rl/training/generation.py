@@ -121,7 +121,7 @@ class Generation:
             lead = self._of_lead()
             with self._timers("rollout"):
                 replies = lead.take(mine)
-            return self._scored(replies), lead.lost()
+            return self._with_rewards(replies), lead.lost()
 
         taken, losses = gather_groups(self._mesh, self._source.prompts, work)
         self._queue.remove(group.id for group in taken)
@@ -191,15 +191,16 @@ class Generation:
 
     def _begin_scoring(self, name: str, replies: Replies) -> None:
         """On the thread of a lead's requests: all samples of a group have come."""
-        self._rewards.begin(name, self._maker(name, replies))
+        self._rewards.begin_by_function(name, self._maker(name, replies))
 
     def _maker(self, name: str, replies: Replies) -> Callable[[], Group]:
         return partial(build_group, name, self._prompt(name), replies, self._sampling.decode)
 
-    def _scored(self, replies: Mapping[str, Replies]) -> list[Group]:
+    def _with_rewards(self, replies: Mapping[str, Replies]) -> list[Group]:
         """On a lead: the groups (id -> its replies), with rewards where a function gives them."""
         with self._timers("reward"):
-            return self._rewards.finish({name: self._maker(name, its) for name, its in replies.items()})
+            begun = {name: self._maker(name, its) for name, its in replies.items()}
+            return self._rewards.finish_by_function(begun)
 
     def _forget(self, discarded: Mapping[str, str]) -> dict[str, str]:
         self._rewards.forget(list(discarded))
@@ -209,7 +210,7 @@ class Generation:
         """On all ranks: the servers that any lead has lost are lost, and a reward model gives its rewards."""
         self._servers.lose({url: why for lost in losses for url, why in lost.items()})
         with self._timers("reward"):
-            scored = self._rewards.complete(groups)
+            scored = self._rewards.check_voids_and_ask_model(groups)
         self._rewards.check_parts(scored)
         return scored
 

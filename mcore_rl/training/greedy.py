@@ -45,7 +45,8 @@ class GreedyAnswers:
                 self.mesh, {prompt.id: prompt for prompt in prompts.values()}, lambda: self._ask(mine)
             )
         self.servers.lose({url: why for lost in losses for url, why in lost.items()})
-        answers = {s.id.rpartition(".greedy/")[0]: s for g in self.rewards.complete(found) for s in g.samples}
+        rewarded = self.rewards.check_voids_and_ask_model(found)
+        answers = {s.id.rpartition(".greedy/")[0]: s for group in rewarded for s in group.samples}
         return {name: s.reward for name, s in answers.items() if not s.void and s.reward is not None}
 
     @property

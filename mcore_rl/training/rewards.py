@@ -102,12 +102,12 @@ class RewardSource:
     names: Collection[str] = ()
     """of the functions, where there are several"""
 
-    def begin(self, name: str, make: Callable[[], Group]) -> None:
+    def begin_by_function(self, name: str, make: Callable[[], Group]) -> None:
         """On a lead: the function scores this group from now on, whoever waits. From any thread."""
         if self.model is None:
             self.pool.begin(name, make)
 
-    def finish(self, groups: Mapping[str, Callable[[], Group]]) -> list[Group]:
+    def finish_by_function(self, groups: Mapping[str, Callable[[], Group]]) -> list[Group]:
         """On a lead: groups that were begun (id -> what makes it), with rewards; see by_function."""
         if self.model is not None:
             return [make() for make in groups.values()]
@@ -130,8 +130,8 @@ class RewardSource:
         self.tally.reasons.append(reasons)
         return scored
 
-    def complete(self, groups: Sequence[Group]) -> list[Group]:
-        """On all ranks, for the same groups: `by_model`, and whether too few have a reward. Collective.
+    def check_voids_and_ask_model(self, groups: Sequence[Group]) -> list[Group]:
+        """On all ranks, for the same groups: whether too few have a reward, then `by_model`. Collective.
 
         Raises:
             RewardError: on every rank, where more than `max_void` of the samples since the last record, or
@@ -173,9 +173,9 @@ class RewardSource:
         if self.model is None:
             return list(groups)
         with self.residency.during("rewards"):
-            return self._scored(self.model, groups)
+            return self._with_scores_of(self.model, groups)
 
-    def _scored(self, model: Model, groups: Sequence[Group]) -> list[Group]:
+    def _with_scores_of(self, model: Model, groups: Sequence[Group]) -> list[Group]:
         samples = [sample for group in groups for sample in group.samples]
         scores = scores_of(model, samples, self.shape)
         for sample, score in zip(samples, scores, strict=True):
