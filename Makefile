@@ -104,7 +104,7 @@ $(REAL)/.ready: $(READY) examples/real.py
 	$(BIN)/python -m examples.real $(REAL) --packages $(REAL)/packages
 	@touch $@
 
-test: lint  ## lint and the whole correctness suite on CPU
+test: lint  ## lint and the whole correctness suite on CPU: under 14 minutes on 2 cores
 	$(PYTEST) $(PARALLEL) -m "$(CORRECTNESS) and not lanes"
 
 test-lane: $(LANE_READY)  ## models, layouts and the demo on the newer Megatron-Core, and its losses against the older
