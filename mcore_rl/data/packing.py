@@ -176,7 +176,7 @@ def pack(
         sequences: all of the step; `members` (a bin) selects.
         fields: name -> per sequence either one number, or one per scored token.
         align: 2 x context parallel size, times the tensor parallel size under sequence parallel.
-        share_prompts: only for models whose attention knows of it (model.portable).
+        share_prompts: only for models whose attention knows of it (model.packed_layout).
         dtype: of floating-point fields; integer and bool fields keep their kind (int64, bool).
     Raises:
         DataError: a prompt without tokens, or a mask or field whose length is not the response's.

@@ -109,6 +109,7 @@ def test_no_weight_changes_and_the_micro_batch_is_named_and_kept(broken):
     document = find(dump.parent, str(dump)).document["numerics"]
     batch = from_json(document)
     assert TOKEN in batch.tokens
+    assert batch.begins is not None, "its samples share their prompts"
     assert len(document["samples"]) == batch.num_sequences
     assert batch.fields["advantage"].dtype == torch.float32
 
@@ -146,6 +147,8 @@ def test_a_replay_at_another_layout_finds_the_value(pool2, gspo, broken):
     answer = pool2.run(replayed, gspo, Layout(tensor=2), broken[1], timeout=100.0)
     assert answer[0] == answer[1]
     assert "first non-finite value: weight embedding.word_embeddings.weight: nan at [1, 3]" in answer[0]
+    with pytest.raises(ConfigError, match="samples share their prompts, and cp2 cannot; replay it at the rec"):
+        pool2.run(replayed, gspo, Layout(context=2), broken[1], timeout=100.0)
 
 
 def test_one_rank_gone_wrong_is_told_from_a_wrong_number(pool2, gspo, tmp_path):
